@@ -1,0 +1,25 @@
+"""Cold start: supervised fine-tuning of the base on R1-Zero's correct, well-formed, single-language traces.
+
+Hardware: two CPU cores at `tiny` (it builds R1-Zero first when there is none).
+Command: python -m r1jax.launch --config=stage1_coldstart
+"""
+
+from r1jax.configs import _presets
+from r1jax.schema import ColdStartConfig, Config, EvalConfig, OptimizerConfig, SFTConfig
+
+PRESETS = ("tiny", "tiny_dense")
+
+
+def config(preset: str) -> Config:
+    """Returns the run: two epochs over the chosen traces, with a cosine to a tenth of the rate."""
+    return Config(
+        stage="stage1_coldstart",
+        preset=preset,
+        model=_presets.model(preset),
+        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", final_fraction=0.1, warmup_updates=5),
+        sampler=_presets.sampler(preset),
+        pack=_presets.pack(preset),
+        sft=SFTConfig(),
+        coldstart=ColdStartConfig(),
+        evaluation=EvalConfig(samples_per_problem=4),
+    )

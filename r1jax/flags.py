@@ -1,0 +1,136 @@
+"""The command line: every flag of `python -m r1jax.launch` and of launch/*.py, on absl. Imports no JAX."""
+
+import os
+import pathlib
+from dataclasses import dataclass
+
+from absl import flags as absl_flags
+
+from r1jax import config, schema
+
+_PREFIX = "config."
+_BOOL_WORDS = ("true", "false")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A parsed command line. `overrides` are (dotted key, text) in the order given; a later one wins."""
+
+    spec: str  # NAME[:PRESET]
+    overrides: tuple[tuple[str, str], ...]
+    workdir: pathlib.Path
+    json: pathlib.Path | None
+    sweep: tuple[str, ...]  # FIELD=v1,v2 axes
+    sweep_index: int | None
+    dry_run: bool
+    debug: bool
+    help: bool
+
+
+def parse(argv: list[str]) -> Arguments:
+    """Returns the arguments in `argv` (without the program's name); raises ValueError with one line for a bad one."""
+    values = _define()
+    overrides, rest = _take_overrides(argv)
+    try:
+        positional = values(["r1jax", *rest])[1:]
+    except absl_flags.UnrecognizedFlagError as error:
+        known = [f"--{name}" for name in _names(values)]
+        near = config.hint(f"--{error.flagname}", known) or f"known: {', '.join(known)}, --config.FIELD"
+        raise ValueError(f"unknown flag --{error.flagname}; {near.rstrip('; ')}") from None
+    except absl_flags.Error as error:
+        raise ValueError(str(error)) from None
+    if positional:
+        raise ValueError(f"unexpected argument '{positional[0]}'; every argument is a --flag=value")
+    if values.sweep_index is not None and not values.sweep:
+        raise ValueError(f"--sweep_index={values.sweep_index} needs at least one --sweep=FIELD=v1,v2")
+    return Arguments(
+        spec=values.config,
+        overrides=tuple(overrides),
+        workdir=_path("workdir", values.workdir),
+        json=_path("json", values.json) if values.json is not None else None,
+        sweep=tuple(values.sweep),
+        sweep_index=values.sweep_index,
+        dry_run=values.dry_run,
+        debug=values.debug,
+        help=values.help or values.h or values.helpfull or values.helpshort,
+    )
+
+
+def _define() -> absl_flags.FlagValues:
+    values = absl_flags.FlagValues()
+    shared = {"flag_values": values}
+    absl_flags.DEFINE_string("config", "", "NAME[:PRESET]: what to run, and at which size (default: tiny).", **shared)
+    absl_flags.DEFINE_string("workdir", "runs", "Folder for checkpoints, metrics and reports.", **shared)
+    absl_flags.DEFINE_string("json", None, "File for the run's figures, as JSON.", **shared)
+    absl_flags.DEFINE_multi_string(
+        "sweep", [], "FIELD=v1,v2: one run a value; repeat the flag for a product.", **shared
+    )
+    absl_flags.DEFINE_integer("sweep_index", None, "Run only this point of the sweep, from 0.", **shared)
+    absl_flags.DEFINE_boolean("dry_run", False, "Print every resolved field and run nothing.", **shared)
+    absl_flags.DEFINE_boolean("debug", False, "Show the traceback of a user error.", **shared)
+    for name in ("help", "helpfull", "helpshort"):
+        absl_flags.DEFINE_boolean(name, False, "Show this text.", **shared)
+    absl_flags.DEFINE_boolean("h", False, "Show this text.", **shared)
+    return values
+
+
+def _names(values: absl_flags.FlagValues) -> list[str]:
+    return [name for name in values if name not in ("h", "helpfull", "helpshort")]
+
+
+def _path(flag: str, text: str) -> pathlib.Path:
+    """Returns the path, or raises ValueError now when nothing could be written there at the end of a long run."""
+    if not text:
+        raise ValueError(f"--{flag}= is empty; give a path")
+    path = pathlib.Path(text).expanduser()
+    if flag == "json" and path.is_dir():
+        raise ValueError(f"--json={text} is a folder; give a file")
+    folder = path.absolute().parent if flag == "json" else path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"--{flag}={text}: {folder} is a file; give a path in a folder")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--{flag}={text}: {folder} cannot be written to")
+    return path
+
+
+def _take_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Returns the `--config.KEY=VALUE`, `--config.KEY VALUE` and bare `--config.BOOL` in argv, and what is left."""
+    overrides, rest, pending = [], [], list(argv)
+    while pending:
+        argument = pending.pop(0)
+        name = argument.removeprefix("-").removeprefix("-")
+        if not argument.startswith("-") or not name.startswith(_PREFIX):
+            rest.append(argument)
+            continue
+        key, equals, text = name.removeprefix(_PREFIX).partition("=")
+        if not equals:
+            text = _following_value(key, pending)
+        overrides.append((key, text))
+    return overrides, rest
+
+
+def _following_value(key: str, pending: list[str]) -> str:
+    """Removes and returns the value after a `--config.KEY` that has no `=`; a bool without a value is true."""
+    is_bool = config.field_type(schema.Config(), key) is bool
+    if pending and (pending[0].lower() in _BOOL_WORDS if is_bool else not pending[0].startswith("--")):
+        return pending.pop(0)
+    if not is_bool:
+        raise ValueError(f"--config.{key} needs a value: --config.{key}=VALUE")
+    return "true"
+
+
+def help_text() -> str:
+    """Returns the usage, the flags, and one line a config with the presets it takes."""
+    values = _define()
+    flags = {f"--{name}": values[name].help.partition("\n")[0].rstrip(";") for name in _names(values)}
+    flags["--config.FIELD=VALUE"] = "Set one field, by its dotted name; --dry_run lists them all."
+    width = max(len(name) for name in flags)
+    lines = ["usage: python -m r1jax.launch --config=NAME[:PRESET] [flags]", "", "flags:"]
+    lines += [f"  {name:{width}}  {flags[name]}" for name in sorted(flags)]
+    entries = config.entries()
+    width = max((len(entry.name) for entry in entries), default=0)
+    lines += ["", "configs:"]
+    lines += [f"  {entry.name:{width}}  {entry.summary} [{', '.join(entry.presets)}]" for entry in entries]
+    return "\n".join(lines)

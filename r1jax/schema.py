@@ -1,0 +1,304 @@
+"""Every config dataclass: frozen, typed, hashable. Each field says its unit and where its default comes from.
+
+Fields of `ModelConfig` carry the names of Hugging Face's config.json, so that the two map one to one.
+A `Schedule` is a tuple of (update, value) pairs in rising order, the first at update 0.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+Schedule = tuple[tuple[int, float], ...]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Position scaling as in config.json's rope_scaling; `none` leaves the frequencies alone."""
+
+    kind: Literal["none", "yarn", "llama3"] = "none"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 4096  # tokens
+    beta_fast: float = 32.0  # YaRN: rotations above which a frequency is kept
+    beta_slow: float = 1.0  # YaRN: rotations below which it is divided by factor
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a decoder: DeepSeek-V3 (MLA, mixture of experts) or a dense GQA student."""
+
+    family: Literal["deepseek_v3", "llama", "qwen2"] = "deepseek_v3"
+    vocab_size: int = 128
+    hidden_size: int = 96
+    intermediate_size: int = 256  # width of a dense SwiGLU layer
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 2
+    num_key_value_heads: int = 2
+    head_dim: int = 48  # GQA families only
+    q_lora_rank: int = 0  # MLA; 0 means a plain q_proj
+    kv_lora_rank: int = 48  # MLA latent width
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 32
+    first_k_dense_replace: int = 1  # leading dense layers of a mixture-of-experts model
+    n_routed_experts: int = 0  # 0 means a dense model
+    n_shared_experts: int = 0
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 64
+    n_group: int = 1
+    topk_group: int = 1
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    router_bias_update_rate: float = 0.0  # gamma of the V3 report; 0 in RL (design decision)
+    attention_bias: bool = False  # QKV bias (Qwen2)
+    tie_word_embeddings: bool = False
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    max_position_embeddings: int = 4096  # tokens
+    initializer_range: float = 0.02  # standard deviation of the initial weights
+    scalar_head: bool = False  # adds a [hidden_size] value/reward head
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    scan_layers: bool = True  # False unrolls the depth: quicker to run when shallow, slower to compile when deep
+    remat: bool = False  # recompute each block in the backward pass
+    moe_implementation: Literal["auto", "dense", "blocked", "ragged"] = "auto"
+    checkpoint: str = (
+        ""  # folder with the starting weights: Hugging Face or one of our stages; "" is the stage's default
+    )
+
+    def __post_init__(self):
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"ModelConfig.num_key_value_heads={self.num_key_value_heads} does not divide "
+            f"num_attention_heads={self.num_attention_heads}",
+        )
+        if self.n_routed_experts:
+            _require(
+                self.n_routed_experts % self.n_group == 0,
+                f"ModelConfig.n_group={self.n_group} does not divide n_routed_experts={self.n_routed_experts}",
+            )
+            _require(
+                0 < self.topk_group <= self.n_group,
+                f"ModelConfig.topk_group={self.topk_group} must be between 1 and n_group={self.n_group}",
+            )
+            kept = self.n_routed_experts // self.n_group * self.topk_group
+            _require(
+                self.num_experts_per_tok <= kept,
+                f"ModelConfig.num_experts_per_tok={self.num_experts_per_tok} exceeds the {kept} experts of the kept groups",
+            )
+
+    @property
+    def is_mla(self) -> bool:
+        return self.family == "deepseek_v3"
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_hidden_layers - self.num_dense_layers
+
+    @property
+    def num_dense_layers(self) -> int:
+        if not self.n_routed_experts:
+            return self.num_hidden_layers
+        return min(self.first_k_dense_replace, self.num_hidden_layers)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; their product is the number of devices used."""
+
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+    context: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.data, self.fsdp, self.expert, self.tensor, self.context)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a schedule in updates. RL betas and clip are not given in the R1 paper: design decision."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: float = 3e-6  # R1 RL, P2 section 3.2.1
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_fraction: float = 0.1  # cosine ends at learning_rate * final_fraction
+    warmup_updates: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # global gradient norm; 0 turns clipping off
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # master weights; bfloat16 freezes at small rates
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where prompts and answers come from; an empty path is the tiny world."""
+
+    path: str = ""  # JSONL with id, task, prompt, answer; "" generates the tiny world
+    template: Literal["auto", "tiny", "r1_zero", "chat", "plain"] = "auto"
+    instruction: str = ""  # text put before every prompt
+    max_rows: int = 0  # 0 reads all
+    holdout_fraction: float = 0.1  # of a JSONL file, by hash of the id, kept for evaluation
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Rollout engine: slots of a JetStream-API engine and the sampling law."""
+
+    slots: int = 64  # concurrent decodes
+    steps_per_dispatch: int = 8  # K: tokens per device call
+    max_prompt_tokens: int = 16
+    max_new_tokens: int = 80
+    max_new_tokens_schedule: Schedule = ()  # overrides max_new_tokens from each update on; () keeps it
+    temperature: float = 1.0
+    top_p: float = 1.0  # 1 in RL: truncation biases the ratio
+    top_k: int = 0  # 0 is off
+    windows: tuple[int, ...] = ()  # cache lengths compiled for decode, rising; () is one, the full length
+    prefill_buckets: tuple[int, ...] = ()  # padded prompt lengths; () is one, max_prompt_tokens
+    record_routed_experts: bool = True
+    stall_deadline_s: float = 600.0  # a dispatch that makes no progress for this long is an error
+
+    def __post_init__(self):
+        _require(self.slots > 0, f"SamplerConfig.slots={self.slots} must be at least 1")
+        _require(self.temperature >= 0, f"SamplerConfig.temperature={self.temperature} must be 0 (greedy) or more")
+        _require(0 < self.top_p <= 1, f"SamplerConfig.top_p={self.top_p} must be in (0, 1]")
+        _require(self.max_new_tokens > 0, f"SamplerConfig.max_new_tokens={self.max_new_tokens} must be at least 1")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Weights of the summed rule rewards (P2 eq. 4 and 7) and how they are graded."""
+
+    accuracy: float = 1.0
+    format: float = 1.0  # magnitude not given in the paper: design decision
+    language: float = 0.0  # language consistency; 1 from RL stage 1 on in the paper
+    extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"
+    workers: int = 0  # grader processes; 0 grades plain numbers and rules in this process
+    deadline_s: float = 10.0  # per sample, in a worker
+    batch_deadline_s: float = 600.0  # for all samples of a rollout
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """Group-relative policy optimisation, preset r1_paper (P2 eq. 1-3, section 3.2.1)."""
+
+    group_size: int = 16  # G: samples per prompt
+    prompts_per_update: int = 32  # 32 x 16 = 512 outputs per mini-batch
+    updates_per_rollout: int = 16  # 8,192 outputs split into 16 mini-batches
+    updates: int = 10400  # total policy updates
+    clip_ratio: float = 10.0  # epsilon; may exceed 1
+    kl_coef: float = 0.001  # beta, k3 estimator in the loss
+    kl_coef_schedule: Schedule = ()
+    reference_refresh_updates: int = 400  # 0 never refreshes
+    aggregation: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum"] = "seq_mean_token_mean"
+    length_divisor: int = 0  # seq_mean_token_sum divides by this constant (Dr. GRPO); 0 is max_new_tokens
+    advantage_epsilon: float = 1e-6  # added to the population standard deviation of a group
+    truncated: Literal["keep", "mask"] = "keep"  # keep: scored as they are (accuracy 0, format 0)
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Shapes of packed training rows; one program serves any number of filled micro-batches."""
+
+    row_tokens: int = 96
+    rows_per_micro_batch: int = 32
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_updates: int = 20
+    keep: int = 2
+    async_save: bool = False
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """k samples per held-out problem; pass@1 is their mean (P2 D.1)."""
+
+    samples_per_problem: int = 5
+    max_problems: int = 0  # 0 takes all
+    temperature: float = 1.0
+    top_p: float = 1.0
+    greedy: bool = True  # also one greedy sample per problem
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Corpus and length of stage0_base on the tiny world."""
+
+    updates: int = 2400
+    rows_per_update: int = 32
+    corpus_documents: int = 200_000
+    drill_fraction: float = 0.3
+    fourier_numbers: bool = True  # start the number embeddings from sines of the number
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning (P2 B.4.2): cosine 5e-5 to 5e-6, 2-3 epochs, batch 128."""
+
+    epochs: int = 2
+    examples_per_update: int = 128
+
+
+@dataclass(frozen=True)
+class ColdStartConfig:
+    """How stage 1's examples are made from R1-Zero traces (P2 B.3.2)."""
+
+    prompts: int = 1000
+    samples_per_prompt: int = 4
+    max_examples: int = 1500
+    min_language_consistency: float = 1.0
+    max_examples_per_prompt: int = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    """One stage run. `stage` picks the function; a stage reads only the parts it uses."""
+
+    stage: str = ""
+    preset: str = "tiny"
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    reward: RewardConfig = RewardConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    pack: PackConfig = PackConfig()
+    checkpointing: CheckpointConfig = CheckpointConfig()
+    evaluation: EvalConfig = EvalConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    sft: SFTConfig = SFTConfig()
+    coldstart: ColdStartConfig = ColdStartConfig()
+    checkpoint: str = ""  # evaluate, export: the stage folder or Hugging Face folder to read
+    output: str = ""  # grade: the JSONL to write
+    extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"  # grade: where the answer stands
+    rebuild_base: bool = False  # quickstart, r1_zero: pretrain the tiny base instead of using the shipped one
+
+
+def replace(config, **changes):
+    """`dataclasses.replace`, re-exported so that configs need one import."""
+    return dataclasses.replace(config, **changes)
+
+
+__all__ = [name for name, value in list(globals().items()) if dataclasses.is_dataclass(value)] + [
+    "Schedule",
+    "replace",
+    "field",
+]
