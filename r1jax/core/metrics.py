@@ -1,0 +1,142 @@
+"""The metrics of a stage on disk: rows that a resumed run repeats bit for bit, timings apart, TensorBoard beside them."""
+
+import json
+import os
+from collections.abc import Mapping
+from numbers import Integral
+from pathlib import Path
+
+METRICS_FILE = "metrics.jsonl"  # deterministic values only
+TIMING_FILE = "timing.jsonl"  # wall-clock values
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+def _rows(path: Path) -> list[dict]:
+    """Returns the whole rows of a JSONL file, [] when it does not exist; a last line without its end is dropped."""
+    if not path.exists():
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or "update" not in row:
+            raise ValueError(f"{path}:{number}: not a row of metrics, needs a JSON object with 'update'")
+        rows.append(row)
+    return rows
+
+
+def _encode(update: int, values: Mapping[str, float]) -> bytes:
+    """Returns one line, keys sorted. Whole numbers stay whole; others are the shortest text that reads back the same."""
+    row: dict[str, int | float] = {"update": int(update)}
+    for name, value in values.items():
+        if name == "update":
+            raise ValueError("MetricsLog: a value is named 'update', which is the row's own number")
+        try:
+            row[name] = int(value) if isinstance(value, Integral) else float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"MetricsLog: {name} is {value!r}, needs a number") from None
+    return (json.dumps(row, sort_keys=True) + "\n").encode()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Writes a whole file under a temporary name, then renames it, so that a reader sees the old or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl and timing.jsonl in a folder; a row is on disk when `write` returns."""
+
+    def __init__(self, folder: Path, tensorboard: bool = True):
+        """Opens the files of a folder, which is made if missing; a last line that a crash cut off is removed."""
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._tensorboard, self._writer, self._purge_step = tensorboard, None, None
+        self._files: dict[str, object] = {}
+        for name in (METRICS_FILE, TIMING_FILE):
+            path = self.folder / name
+            data = path.read_bytes() if path.exists() else b""
+            if data and not data.endswith(b"\n"):
+                _replace(path, data[: data.rfind(b"\n") + 1])
+        self._open()
+
+    def _open(self) -> None:
+        self._files = {name: open(self.folder / name, "ab") for name in (METRICS_FILE, TIMING_FILE)}
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+
+    def write(self, update: int, row: Mapping[str, float], timing: Mapping[str, float]) -> None:
+        """Appends the row and the timing of an update; NaN and infinities are written as JSON's usual extensions.
+
+        Raises ValueError, and writes nothing, when a value is not a number or is named `update`.
+        """
+        lines = {METRICS_FILE: _encode(update, row), TIMING_FILE: _encode(update, timing)}
+        for name, line in lines.items():
+            file = self._files[name]
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        if self._tensorboard:
+            for name, value in row.items():
+                self._scalars().add_scalar(f"metrics/{name}", float(value), int(update))
+            for name, value in timing.items():
+                self._scalars().add_scalar(f"timing/{name}", float(value), int(update))
+
+    def _scalars(self):
+        if self._writer is None:
+            from tensorboardX import SummaryWriter  # slow to import, and only runs that write need it
+
+            self._writer = SummaryWriter(
+                str(self.folder / TENSORBOARD_FOLDER),
+                purge_step=self._purge_step,
+                flush_secs=10,
+                filename_suffix=f".{os.getpid()}",  # two runs that start within a second get two files
+            )
+        return self._writer
+
+    def truncate(self, update: int) -> None:
+        """Drops the rows of later updates, as a run that resumes after `update` will write them again.
+
+        TensorBoard is told to forget those steps. Raises ValueError with file and line for a damaged row before the last.
+        """
+        kept = {
+            name: [row for row in _rows(self.folder / name) if row["update"] <= update]
+            for name in (METRICS_FILE, TIMING_FILE)
+        }
+        self.close()
+        for name, rows in kept.items():
+            _replace(self.folder / name, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode())
+        self._purge_step = int(update) + 1
+        self._open()
+
+    def close(self) -> None:
+        """Closes the files and the TensorBoard writer."""
+        self._close_files()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def read(folder: Path) -> list[dict]:
+    """Returns the rows of a folder's metrics.jsonl in order, [] without one; a half-written last line is left out."""
+    return _rows(Path(folder) / METRICS_FILE)
+
+
+def read_timing(folder: Path) -> list[dict]:
+    """Returns the rows of a folder's timing.jsonl, as `read`."""
+    return _rows(Path(folder) / TIMING_FILE)

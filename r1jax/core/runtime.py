@@ -1,0 +1,44 @@
+"""Process-wide set-up of JAX: the persistent compilation cache and the counted program set."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+
+def setup() -> None:
+    """Turns on the persistent compilation cache (JAX_COMPILATION_CACHE_DIR, else the user's cache folder)."""
+    home = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path(home) / "r1jax" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class ProgramSet:
+    """The jitted programs of a run by name: all compiled at warm-up, counted, and constant afterwards."""
+
+    def __init__(self):
+        self._counters: dict[str, Callable[[], int]] = {}
+        self._frozen: dict[str, int] | None = None
+
+    def add(self, name: str, counter: Callable[[], int]) -> None:
+        """Adds a program; `counter` tells how many times it has been compiled."""
+        self._counters[name] = counter
+
+    def counts(self) -> dict[str, int]:
+        return {name: counter() for name, counter in self._counters.items()}
+
+    def freeze(self) -> dict[str, int]:
+        """Declares the warm-up over and returns the counts, which `check` then holds constant."""
+        self._frozen = self.counts()
+        return self._frozen
+
+    def check(self) -> None:
+        """Raises RuntimeError when a program was compiled after the warm-up."""
+        if self._frozen is None:
+            return
+        changed = {name: (self._frozen[name], now) for name, now in self.counts().items() if now != self._frozen[name]}
+        if changed:
+            raise RuntimeError(f"programs were compiled again after warm-up (before, now): {changed}")

@@ -1,0 +1,180 @@
+"""Multi-head latent attention and grouped-query attention: full, prefill and decode in one function each.
+
+Without a cache the keys are the row's own tokens, limited to the same segment and to the past. With a cache the Q new
+tokens of each slot are written at their positions first and then attend to rows 0..position.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from r1jax.core.sharding import ParamSpec, constrain, normal, zeros
+from r1jax.models import cache as kv
+from r1jax.models import rope
+from r1jax.models.layers import norm_spec, rms_norm
+from r1jax.schema import ModelConfig
+
+# Up to this many new tokens per slot the latent cache is attended to directly (absorbed); above, keys are expanded.
+ABSORBED_MAX_QUERIES = 4
+
+
+@struct.dataclass
+class LatentAttention:
+    """MLA weights (V3 report eq. 1-11). q_a and q_a_norm are None without a query low rank."""
+
+    q_a: jax.Array | None  # [D, Rq]
+    q_a_norm: jax.Array | None  # [Rq]
+    q_b: jax.Array  # [Rq or D, N, nope + rope]
+    kv_a: jax.Array  # [D, R + rope]
+    kv_a_norm: jax.Array  # [R]
+    kv_b: jax.Array  # [R, N, nope + v]
+    out: jax.Array  # [N, v, D]
+
+
+@struct.dataclass
+class GroupedAttention:
+    """GQA weights; biases are None unless the family has them (Qwen2)."""
+
+    query: jax.Array  # [D, N, H]
+    key: jax.Array  # [D, K, H]
+    value: jax.Array  # [D, K, H]
+    out: jax.Array  # [N, H, D]
+    query_bias: jax.Array | None = None  # [N, H]
+    key_bias: jax.Array | None = None  # [K, H]
+    value_bias: jax.Array | None = None  # [K, H]
+
+
+def latent_specs(c: ModelConfig, layers: int) -> LatentAttention:
+    init, qk = normal(c.initializer_range), c.qk_nope_head_dim + c.qk_rope_head_dim
+    query_in = c.q_lora_rank or c.hidden_size
+    low_rank = c.q_lora_rank > 0
+    return LatentAttention(
+        q_a=ParamSpec((layers, c.hidden_size, c.q_lora_rank), (None, "embed", None), init) if low_rank else None,
+        q_a_norm=norm_spec(c.q_lora_rank, layers) if low_rank else None,
+        q_b=ParamSpec(
+            (layers, query_in, c.num_attention_heads, qk), (None, None if low_rank else "embed", "heads", None), init
+        ),
+        kv_a=ParamSpec((layers, c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim), (None, "embed", None), init),
+        kv_a_norm=norm_spec(c.kv_lora_rank, layers),
+        kv_b=ParamSpec(
+            (layers, c.kv_lora_rank, c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim),
+            (None, None, "heads", None),
+            init,
+        ),
+        out=ParamSpec(
+            (layers, c.num_attention_heads, c.v_head_dim, c.hidden_size), (None, "heads", None, "embed"), init
+        ),
+    )
+
+
+def grouped_specs(c: ModelConfig, layers: int) -> GroupedAttention:
+    init, n, k, h = normal(c.initializer_range), c.num_attention_heads, c.num_key_value_heads, c.head_dim
+
+    def bias(heads: int) -> ParamSpec | None:
+        return ParamSpec((layers, heads, h), (None, "heads", None), zeros) if c.attention_bias else None
+
+    return GroupedAttention(
+        query=ParamSpec((layers, c.hidden_size, n, h), (None, "embed", "heads", None), init),
+        key=ParamSpec((layers, c.hidden_size, k, h), (None, "embed", "heads", None), init),
+        value=ParamSpec((layers, c.hidden_size, k, h), (None, "embed", "heads", None), init),
+        out=ParamSpec((layers, n, h, c.hidden_size), (None, "heads", None, "embed"), init),
+        query_bias=bias(n),
+        key_bias=bias(k),
+        value_bias=bias(k),
+    )
+
+
+@struct.dataclass
+class Context:
+    """What every layer of one forward pass shares."""
+
+    cos: jax.Array  # [B, T, rope / 2]
+    sin: jax.Array
+    mask: jax.Array  # [B, T, S] bool: query may see key
+    write_positions: jax.Array | None  # [B, T] cache row of each new token, the scratch row for padding
+
+
+def build_context(positions: jax.Array, segments: jax.Array, config: ModelConfig, cache: kv.Cache | None, window: int):
+    """Returns the context of one forward pass. With a cache, `window` rows of it are read."""
+    cos, sin = rope.angles(positions, config)
+    if cache is None:
+        causal = jnp.arange(positions.shape[1])[:, None] >= jnp.arange(positions.shape[1])
+        same = segments[:, :, None] == segments[:, None, :]
+        return Context(cos, sin, causal & same, None)
+    mask = jnp.arange(window)[None, None, :] <= positions[:, :, None]
+    return Context(cos, sin, mask, jnp.where(segments > 0, positions, cache.rows))
+
+
+def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns probabilities over the last axis in float32; `mask` broadcasts against scores."""
+    return jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), -1e30), axis=-1)
+
+
+def latent_attention(p: LatentAttention, x_BTD, context: Context, c: ModelConfig, cache, layer, window: int):
+    """Returns (output [B, T, D], cache). Absorbed form for few queries on a cache, expanded keys otherwise."""
+    if p.q_a is not None:
+        x_q = rms_norm(jnp.einsum("BTD,DR->BTR", x_BTD, p.q_a), p.q_a_norm, c.rms_norm_eps)
+    else:
+        x_q = x_BTD
+    q_BTNH = constrain(jnp.einsum("BTR,RNH->BTNH", x_q, p.q_b), "batch", None, "heads", None)
+    q_nope, q_rope = q_BTNH[..., : c.qk_nope_head_dim], q_BTNH[..., c.qk_nope_head_dim :]
+    q_rope = rope.rotate(q_rope, context.cos, context.sin)
+    latent = jnp.einsum("BTD,DR->BTR", x_BTD, p.kv_a)
+    normed = rms_norm(latent[..., : c.kv_lora_rank], p.kv_a_norm, c.rms_norm_eps)
+    k_rope = rope.rotate(latent[..., None, c.kv_lora_rank :], context.cos, context.sin)[:, :, 0]
+    latent = jnp.concatenate([normed, k_rope], axis=-1)
+    absorbed = False
+    if cache is not None:
+        cache = cache.replace(keys=kv.write(cache.keys, layer, latent, context.write_positions))
+        latent = kv.read(cache.keys, layer, window).astype(x_BTD.dtype)
+        absorbed = x_BTD.shape[1] <= ABSORBED_MAX_QUERIES
+    attend = _absorbed if absorbed else _expanded
+    o_BTNV = attend(p.kv_b, q_nope, q_rope, latent, context.mask, c)
+    return jnp.einsum("BTNV,NVD->BTD", o_BTNV.astype(x_BTD.dtype), p.out), cache
+
+
+def _expanded(kv_b, q_nope, q_rope, latent_BSR, mask, c: ModelConfig) -> jax.Array:
+    """Returns attention outputs [B, T, N, v] with keys and values expanded from the latent."""
+    c_kv, k_rope = latent_BSR[..., : c.kv_lora_rank], latent_BSR[..., c.kv_lora_rank :]
+    expanded = constrain(jnp.einsum("BSR,RNH->BSNH", c_kv, kv_b), "batch", None, "heads", None)
+    k_nope, v_BSNV = expanded[..., : c.qk_nope_head_dim], expanded[..., c.qk_nope_head_dim :]
+    k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], c.qk_rope_head_dim))
+    q = jnp.concatenate([q_nope, q_rope], axis=-1)
+    k = jnp.concatenate([k_nope, k_rope], axis=-1)
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32)
+    probs = _softmax(scores * rope.softmax_scale(c), mask[:, None])
+    return jnp.einsum("BNTS,BSNV->BTNV", probs.astype(v_BSNV.dtype), v_BSNV)
+
+
+def _absorbed(kv_b, q_nope, q_rope, latent_BSR, mask, c: ModelConfig) -> jax.Array:
+    """Returns the same as `_expanded` with W_UK and W_UV folded into query and output (DeepSeek-V2, section 2.1.2)."""
+    w_k, w_v = kv_b[..., : c.qk_nope_head_dim], kv_b[..., c.qk_nope_head_dim :]
+    q_latent = jnp.concatenate([jnp.einsum("BTNH,RNH->BTNR", q_nope, w_k), q_rope], axis=-1)
+    scores = jnp.einsum("BTNR,BSR->BNTS", q_latent, latent_BSR, preferred_element_type=jnp.float32)
+    probs = _softmax(scores * rope.softmax_scale(c), mask[:, None]).astype(latent_BSR.dtype)
+    context = jnp.einsum("BNTS,BSR->BTNR", probs, latent_BSR[..., : c.kv_lora_rank])
+    return jnp.einsum("BTNR,RNV->BTNV", context, w_v)
+
+
+def grouped_attention(p: GroupedAttention, x_BTD, context: Context, c: ModelConfig, cache, layer, window: int):
+    """Returns (output [B, T, D], cache) of grouped-query attention."""
+    q = jnp.einsum("BTD,DNH->BTNH", x_BTD, p.query)
+    k = jnp.einsum("BTD,DKH->BTKH", x_BTD, p.key)
+    v = jnp.einsum("BTD,DKH->BTKH", x_BTD, p.value)
+    if p.query_bias is not None:
+        q, k, v = q + p.query_bias, k + p.key_bias, v + p.value_bias
+    q = rope.rotate(constrain(q, "batch", None, "heads", None), context.cos, context.sin)
+    k = rope.rotate(constrain(k, "batch", None, "heads", None), context.cos, context.sin)
+    if cache is not None:
+        keys = kv.write(cache.keys, layer, k, context.write_positions)
+        values = kv.write(cache.values, layer, v, context.write_positions)
+        cache = cache.replace(keys=keys, values=values)
+        k = kv.read(keys, layer, window).astype(q.dtype)
+        v = kv.read(values, layer, window).astype(q.dtype)
+    batch, queries = q.shape[:2]
+    groups = c.num_attention_heads // c.num_key_value_heads
+    q = q.reshape(batch, queries, c.num_key_value_heads, groups, c.head_dim)  # [B, T, K, N / K, H]
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    probs = _softmax(scores * rope.softmax_scale(c), context.mask[:, None, None]).astype(v.dtype)
+    o = jnp.einsum("BKGTS,BSKH->BTKGH", probs, v).reshape(batch, queries, c.num_attention_heads, c.head_dim)
+    return jnp.einsum("BTNH,NHD->BTD", o.astype(x_BTD.dtype), p.out), cache

@@ -1,0 +1,77 @@
+"""The key/value cache: what it holds stands behind `CacheSpec`, so that pages or lane padding can come later.
+
+Row i of a slot holds position i. One scratch row at the end takes the writes of idle slots and of padding.
+MLA stores the 'latent' (normalised c_kv and rotated k_rope); GQA stores keys and values.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from r1jax.schema import ModelConfig
+
+
+@struct.dataclass
+class Cache:
+    """Cached rows of all layers. MLA: `keys` is [L, S, T + 1, R + rope] and `values` is None. GQA: [L, S, T + 1, K, H]."""
+
+    keys: jax.Array
+    values: jax.Array | None = None
+
+    @property
+    def rows(self) -> int:
+        """Usable rows, without the scratch row."""
+        return self.keys.shape[2] - 1
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Shape of a cache of `slots` slots with `rows` usable rows each."""
+
+    config: ModelConfig
+    slots: int
+    rows: int
+    dtype: Any = jnp.float32
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        if self.config.is_mla:
+            return (self.config.kv_lora_rank + self.config.qk_rope_head_dim,)
+        return (self.config.num_key_value_heads, self.config.head_dim)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.config.num_hidden_layers, self.slots, self.rows + 1, *self.row_shape)
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        return (None, "slots", None, None) if self.config.is_mla else (None, "slots", None, "heads", None)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one cached position over all layers."""
+        per_layer = 1
+        for size in self.row_shape:
+            per_layer *= size
+        count = 1 if self.config.is_mla else 2
+        return count * per_layer * self.config.num_hidden_layers * jnp.dtype(self.dtype).itemsize
+
+    def zeros(self) -> Cache:
+        keys = jnp.zeros(self.shape, self.dtype)
+        return Cache(keys, None if self.config.is_mla else jnp.zeros(self.shape, self.dtype))
+
+
+def write(cache: jax.Array, layer: jax.Array | int, rows: jax.Array, positions: jax.Array) -> jax.Array:
+    """Returns cache [L, S, T + 1, ...] with rows [S, Q, ...] stored at positions [S, Q] of one layer."""
+    slots = jnp.arange(cache.shape[1])[:, None]
+    return cache.at[layer, slots, positions].set(rows.astype(cache.dtype), mode="promise_in_bounds")
+
+
+def read(cache: jax.Array, layer: jax.Array | int, window: int) -> jax.Array:
+    """Returns the first `window` rows of one layer, [S, window, ...]."""
+    sizes = (1, cache.shape[1], window, *cache.shape[3:])
+    starts = (layer, *([0] * (cache.ndim - 1)))
+    return jax.lax.dynamic_slice(cache, starts, sizes)[0]

@@ -1,0 +1,215 @@
+"""Mixture of experts: sigmoid router with a selection bias, group-limited top-k, dropless expert computation.
+
+The router runs in float32 outside; routing to experts is a shard_map over the mesh: every device gathers the tokens of
+its `expert` group, computes its own experts on them and scatters the sums back, so expert weights never move.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec
+
+from r1jax.core import sharding
+from r1jax.core.sharding import ParamSpec, normal, zeros
+from r1jax.models.layers import SwiGLU, swiglu, swiglu_specs
+from r1jax.schema import ModelConfig
+
+WIDE_BLOCK, NARROW_BLOCK = 64, 8  # rows a group is padded to in the blocked form, by how many rows there are
+
+
+@struct.dataclass
+class MoE:
+    """Weights of one mixture-of-experts layer, layers stacked in front."""
+
+    router: jax.Array  # [D, E]
+    bias: jax.Array  # [E] float32: selection only, never in the gradient
+    gate: jax.Array  # [E, D, F]
+    up: jax.Array  # [E, D, F]
+    down: jax.Array  # [E, F, D]
+    shared: SwiGLU | None
+
+
+def moe_specs(c: ModelConfig, layers: int) -> MoE:
+    init = normal(c.initializer_range)
+    e, d, f = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size
+    return MoE(
+        router=ParamSpec((layers, d, e), (None, None, None), init),
+        bias=ParamSpec((layers, e), (None, None), zeros, jnp.float32),
+        gate=ParamSpec((layers, e, d, f), (None, "experts", "embed", "ffw"), init),
+        up=ParamSpec((layers, e, d, f), (None, "experts", "embed", "ffw"), init),
+        down=ParamSpec((layers, e, f, d), (None, "experts", "ffw", "embed"), init),
+        shared=swiglu_specs(c, f * c.n_shared_experts, layers) if c.n_shared_experts else None,
+    )
+
+
+def route(router: jax.Array, bias: jax.Array, x_BTD: jax.Array, c: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Returns (experts int32 [B, T, k], weights float32 [B, T, k]). Source: V3 report eq. 12-16.
+
+    The bias decides the choice only; weights are the unbiased scores. Experts of dropped groups are masked with -inf
+    (Hugging Face's 0.0 lets a forbidden expert win when all kept ones are negative).
+    """
+    logits = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router.astype(jnp.float32))
+    if c.scoring_func == "sigmoid":
+        scores = jax.nn.sigmoid(logits)
+        choice = jax.lax.stop_gradient(scores) + jax.lax.stop_gradient(bias)
+    else:
+        scores = jax.nn.softmax(logits, axis=-1)
+        choice = jax.lax.stop_gradient(scores)
+    if c.n_group > 1:
+        grouped = choice.reshape(*choice.shape[:-1], c.n_group, -1)
+        best = 2 if c.scoring_func == "sigmoid" else 1
+        group_scores = jax.lax.top_k(grouped, min(best, grouped.shape[-1]))[0].sum(axis=-1)
+        kept = jax.lax.top_k(group_scores, c.topk_group)[1]
+        is_kept = jax.nn.one_hot(kept, c.n_group, dtype=bool).any(axis=-2)
+        choice = jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
+    experts = jax.lax.top_k(choice, c.num_experts_per_tok)[1]
+    picked = jax.nn.one_hot(experts, c.n_routed_experts, dtype=scores.dtype)
+    weights = jnp.einsum("BTKE,BTE->BTK", picked, scores)
+    if c.norm_topk_prob:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    return experts, weights * c.routed_scaling_factor
+
+
+def _dense(x_ND, gates_NE, gate, up, down) -> jax.Array:
+    """Returns the weighted sum with every expert run on every token: one wide product, cheap while E * F is small."""
+    experts, width, inner = gate.shape
+    gate, up = (w.transpose(1, 0, 2).reshape(width, experts * inner) for w in (gate, up))
+    hidden = jax.nn.silu(x_ND @ gate) * (x_ND @ up)
+    hidden = hidden * jnp.repeat(gates_NE.astype(hidden.dtype), inner, axis=1)
+    return hidden @ down.reshape(experts * inner, width)
+
+
+@jax.custom_vjp
+def _permute(rows, forward_index, backward_index):
+    """Returns rows[forward_index], zero where the index is out of range; the gradient gathers by backward_index.
+
+    The two indices are inverse to each other where in range, so neither direction needs a scatter.
+    """
+    return rows.at[forward_index].get(mode="fill", fill_value=0)
+
+
+def _permute_forward(rows, forward_index, backward_index):
+    return _permute(rows, forward_index, backward_index), backward_index
+
+
+def _permute_backward(backward_index, grad):
+    return grad.at[backward_index].get(mode="fill", fill_value=0), None, None
+
+
+_permute.defvjp(_permute_forward, _permute_backward)
+
+
+def _places(experts_N: jax.Array, first: jax.Array, count: int, block: int):
+    """Returns (place of each assignment [N], assignment of each place [M], sizes [count], padded sizes [count]).
+
+    Assignments are sorted by local expert, each expert's rows padded to a multiple of `block`. Those of other devices'
+    experts get place M, out of range; unused places get assignment N.
+    """
+    total = experts_N.shape[0]
+    local = experts_N - first
+    mine = (local >= 0) & (local < count)
+    chosen = jax.nn.one_hot(jnp.where(mine, local, count), count, dtype=jnp.int32)
+    sizes = chosen.sum(axis=0)
+    padded = -(-sizes // block) * block
+    start = jnp.cumsum(padded) - padded
+    rank = jnp.cumsum(chosen, axis=0) - chosen
+    places = (-(-total // block) + count) * block if block > 1 else total  # the most that padding can need
+    place = jnp.where(mine, jnp.sum(chosen * (start + rank), axis=1), places)
+    assignment = jnp.full(places, total, jnp.int32).at[place].set(jnp.arange(total, dtype=jnp.int32), mode="drop")
+    return place, assignment, sizes, padded
+
+
+def _grouped(x_ND, experts_NK, weights_NK, gate, up, down, first, *, kind: str) -> jax.Array:
+    """Returns the weighted sum with rows sorted by expert: `ragged` products, or `blocked`, one batched product."""
+    k = experts_NK.shape[1]
+    count, block = gate.shape[0], 1
+    if kind == "blocked":
+        block = WIDE_BLOCK if experts_NK.size >= WIDE_BLOCK * count else NARROW_BLOCK
+    place, assignment, sizes, padded = _places(experts_NK.reshape(-1), first, count, block)
+    rows = _permute(jnp.repeat(x_ND, k, axis=0), assignment, place)
+    if kind == "ragged":
+        hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
+        out = jax.lax.ragged_dot(hidden, down, sizes)
+    else:
+        blocks = rows.shape[0] // block
+        ends = jnp.cumsum(padded) // block
+        owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks), side="right"), count - 1)
+        rows = rows.reshape(blocks, block, -1)
+        hidden = jax.nn.silu(jnp.einsum("GMD,GDF->GMF", rows, gate[owner]))
+        hidden = hidden * jnp.einsum("GMD,GDF->GMF", rows, up[owner])
+        out = jnp.einsum("GMF,GFD->GMD", hidden, down[owner]).reshape(blocks * block, -1)
+    back = _permute(out, place, assignment).reshape(-1, k, x_ND.shape[1])
+    return jnp.einsum("NKD,NK->ND", back, weights_NK.astype(back.dtype))
+
+
+def implementation(c: ModelConfig) -> str:
+    """Returns how experts are computed: as configured, or by platform (a CPU has no grouped matrix product)."""
+    if c.moe_implementation != "auto":
+        return c.moe_implementation
+    if jax.default_backend() != "cpu":
+        return "ragged"
+    return "blocked"
+
+
+def _experts_on_device(x_BTD, experts_BTK, weights_BTK, gate, up, down, *, kind: str, shards: dict[str, int]):
+    """Returns this device's tokens' expert sums; runs inside shard_map."""
+    if shards["expert"] > 1:
+        gather = functools.partial(jax.lax.all_gather, axis_name="expert", axis=0, tiled=True)
+        x_all, experts, weights = gather(x_BTD), gather(experts_BTK), gather(weights_BTK)
+        first = jax.lax.axis_index("expert") * gate.shape[0]
+    else:
+        x_all, experts, weights, first = x_BTD, experts_BTK, weights_BTK, 0
+    flat = x_all.reshape(-1, x_all.shape[-1])
+    experts, weights = (a.reshape(flat.shape[0], -1) for a in (experts, weights))
+    if kind == "dense":
+        local = jnp.arange(gate.shape[0]) + first
+        gates_NE = jnp.einsum("NKE,NK->NE", (experts[..., None] == local).astype(weights.dtype), weights)
+        out = _dense(flat, gates_NE, gate, up, down)
+    else:
+        out = _grouped(flat, experts, weights, gate, up, down, first, kind=kind)
+    out = out.reshape(x_all.shape)
+    if shards["tensor"] > 1:
+        out = jax.lax.psum(out, "tensor")
+    if shards["expert"] > 1:
+        out = jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)
+    return out
+
+
+def moe(p: MoE, x_BTD: jax.Array, c: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Returns (output [B, T, D], chosen experts int32 [B, T, k])."""
+    experts, weights = route(p.router, p.bias, x_BTD, c)
+    mesh = sharding.current_mesh()
+    kind = implementation(c)
+    if mesh is None:
+        shards = dict.fromkeys(sharding.AXES, 1)
+        out = _experts_on_device(x_BTD, experts, weights, p.gate, p.up, p.down, kind=kind, shards=shards)
+    else:
+        tokens = sharding.partition(("batch", None, None), x_BTD.shape, mesh)
+        divided = tokens[0] is not None  # too few rows to spread: every device computes all of them
+        shards = dict(mesh.shape)
+        wide = sharding.partition(("experts", None, "ffw"), p.gate.shape, mesh)
+        deep = sharding.partition(("experts", "ffw", None), p.down.shape, mesh)
+        shards["tensor"] = shards["tensor"] if wide[2] else 1
+        shards["expert"] = shards["expert"] if wide[0] else 1
+        if not divided and shards["expert"] > 1:
+            wide, deep, shards["expert"] = PartitionSpec(None, None, wide[2]), PartitionSpec(None, wide[2], None), 1
+        body = functools.partial(_experts_on_device, kind=kind, shards=shards)
+        out = jax.shard_map(
+            body, mesh=mesh, in_specs=(tokens, tokens, tokens, wide, wide, deep), out_specs=tokens, check_vma=False
+        )(x_BTD, experts, weights, p.gate, p.up, p.down)
+    if p.shared is not None:
+        out = out + swiglu(p.shared, x_BTD)
+    return out, experts
+
+
+def load(experts_LBTK: jax.Array, valid_BT: jax.Array, n_experts: int) -> jax.Array:
+    """Returns how many valid tokens chose each expert, float32 [L, E]."""
+    chosen = jax.nn.one_hot(experts_LBTK, n_experts, dtype=jnp.float32)
+    return jnp.einsum("LBTKE,BT->LE", chosen, valid_BT.astype(jnp.float32))
+
+
+def updated_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Array:
+    """Returns b + rate * sign(mean load - load), the V3 report's balance without an auxiliary loss."""
+    return bias_LE + rate * jnp.sign(load_LE.mean(axis=-1, keepdims=True) - load_LE)
