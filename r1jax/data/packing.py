@@ -1,0 +1,151 @@
+"""Packing samples into rows of one length, and back.
+
+Position t of a row predicts token t + 1 of the same sample. What belongs to a token (whether it counts, its advantage,
+the log-prob it was drawn with) is therefore stored one position earlier, where it is predicted; the last position of a
+sample predicts nothing. Nothing crosses from one sample into the next: segments number the samples of a row from 1, 0
+is padding, and positions restart at 0.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class PackItem:
+    """One sample of n tokens; every array is aligned to the token itself (entry i belongs to token i).
+
+    What stands at token 0 is dropped by packing: nothing predicts the first token. Raises ValueError when a
+    length differs or there is no token.
+    """
+
+    tokens: np.ndarray  # [n] int32
+    loss_mask: np.ndarray  # [n] float32; 1 where the token is a target that counts
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)  # name -> [n] float32
+
+    def __post_init__(self):
+        shape = np.shape(self.tokens)
+        if len(shape) != 1 or not shape[0]:
+            raise ValueError(f"PackItem: tokens of shape {shape}, needs one axis and at least 1 token")
+        for name, array in (("loss_mask", self.loss_mask), *self.values.items()):
+            if np.shape(array) != shape:
+                raise ValueError(f"PackItem: {name} of shape {np.shape(array)}, needs that of tokens {shape}")
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """Rows ready for a training step; [R, T] arrays, and where each item went."""
+
+    tokens: np.ndarray  # [R, T] int32
+    targets: np.ndarray  # [R, T] int32, the next token of the same sample
+    positions: np.ndarray  # [R, T] int32, from 0 in each sample
+    segments: np.ndarray  # [R, T] int32, 1.. within a row, 0 is padding
+    loss_mask: np.ndarray  # [R, T] float32, of the target
+    values: dict[str, np.ndarray]  # name -> [R, T] float32, of the target
+    slots: list[tuple[int, int, int]]  # item -> (row, start, length)
+
+
+def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Returns rows of sample indices by best-fit decreasing: longest first, each into the fullest row that holds it.
+
+    Ties go to the earlier sample and the earlier row. Raises ValueError for a sample shorter than 1 or longer than a row.
+    """
+    for index, length in enumerate(lengths):
+        if not 1 <= length <= row_tokens:
+            raise ValueError(f"pack: sample {index} has {length} tokens, needs 1 to row_tokens={row_tokens}")
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (free tokens, row), rising
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        length = lengths[index]
+        place = bisect_left(free, (length, -1))
+        if place < len(free):
+            room, row = free.pop(place)
+        else:
+            room, row = row_tokens, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        if room > length:
+            insort(free, (room - length, row))
+    return rows
+
+
+def rows_needed(lengths: Sequence[int], row_tokens: int) -> int:
+    """Returns how many rows `pack` fills; ValueError as there."""
+    return len(pack(lengths, row_tokens))
+
+
+def _slots(packed: list[list[int]], lengths: Sequence[int]) -> tuple[list[tuple[int, int, int]], np.ndarray]:
+    """Returns (row, start, length) per sample, and each sample's number in its row from 1."""
+    slots: list[tuple[int, int, int]] = [(0, 0, 0)] * len(lengths)
+    numbers = np.zeros(len(lengths), np.int32)
+    for row, indices in enumerate(packed):
+        start = 0
+        for number, index in enumerate(indices, 1):
+            slots[index] = (row, start, lengths[index])
+            numbers[index] = number
+            start += lengths[index]
+    return slots, numbers
+
+
+def pack_batch(
+    items: Sequence[PackItem], row_tokens: int, rows: int, packed: list[list[int]] | None = None
+) -> PackedBatch:
+    """Returns the items in exactly `rows` rows of `row_tokens` tokens, the rest padding (0 everywhere).
+
+    `packed` gives the items of each row when that is settled already; by default `pack` decides.
+
+    Raises ValueError when an item is longer than a row, more rows are needed, or items differ in the names of values.
+    """
+    lengths = [len(item.tokens) for item in items]
+    packed = pack(lengths, row_tokens) if packed is None else packed
+    if len(packed) > rows:
+        raise ValueError(
+            f"pack_batch: {len(items)} samples need {len(packed)} rows of {row_tokens} tokens, given {rows}"
+        )
+    names = list(items[0].values) if items else []
+    for index, item in enumerate(items):
+        if item.values.keys() != set(names):
+            raise ValueError(f"pack_batch: sample {index} has values {sorted(item.values)}, needs {sorted(names)}")
+    slots, numbers = _slots(packed, lengths)
+    size = np.asarray(lengths, np.int64)
+    ends = np.cumsum(size)
+    within = np.arange(size.sum()) - np.repeat(ends - size, size)  # position of each token in its sample
+    first = np.asarray([row * row_tokens + start for row, start, _ in slots], np.int64)
+    where = np.repeat(first, size) + within  # place of each token in the flat rows
+
+    def scatter(flat: np.ndarray, dtype) -> np.ndarray:
+        out = np.zeros(rows * row_tokens, dtype)
+        out[where] = flat
+        return out.reshape(rows, row_tokens)
+
+    def join(arrays: list[np.ndarray], dtype) -> np.ndarray:
+        return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype, copy=False)
+
+    def predicted(flat: np.ndarray) -> np.ndarray:
+        moved = np.zeros_like(flat)
+        moved[:-1] = flat[1:]
+        moved[ends - 1] = 0
+        return moved
+
+    tokens = join([item.tokens for item in items], np.int32)
+    mask = join([item.loss_mask for item in items], np.float32)
+    values = {name: join([item.values[name] for item in items], np.float32) for name in names}
+    return PackedBatch(
+        tokens=scatter(tokens, np.int32),
+        targets=scatter(predicted(tokens), np.int32),
+        positions=scatter(within, np.int32),
+        segments=scatter(np.repeat(numbers, size), np.int32),
+        loss_mask=scatter(predicted(mask), np.float32),
+        values={name: scatter(predicted(flat), np.float32) for name, flat in values.items()},
+        slots=slots,
+    )
+
+
+def unpack(array: np.ndarray, batch: PackedBatch) -> list[np.ndarray]:
+    """Returns per item, in order, the entries of an [R, T, ...] array for its tokens[1:], each [length - 1, ...]."""
+    array = np.asarray(array)
+    if array.shape[:2] != batch.tokens.shape:
+        raise ValueError(f"unpack: array of shape {array.shape}, needs {batch.tokens.shape} in front")
+    return [array[row, start : start + length - 1] for row, start, length in batch.slots]

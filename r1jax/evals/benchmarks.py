@@ -1,0 +1,70 @@
+"""Evaluation of a policy on a list of problems: k samples each, one greedy sample, and how the responses behave."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from r1jax.data import tasks
+from r1jax.evals.behaviour import TINY_REFLECTIVE_WORDS, faithfulness, reflective_count
+from r1jax.evals.metrics import pass_at_1
+
+
+@dataclass(frozen=True)
+class Response:
+    """One graded response to a problem."""
+
+    problem_id: str
+    prompt: str
+    answer: str
+    text: str
+    tokens: int
+    truncated: bool
+    parts: dict[str, float]
+    scorable: bool
+
+
+def summarize(responses: Sequence[Response], samples_per_problem: int) -> dict[str, float]:
+    """Returns the figures of responses in problem order, `samples_per_problem` each.
+
+    pass@1 is the mean accuracy over all samples with a standard error clustered by problem. On the tiny world's
+    equations the faithfulness columns are added: whether written arithmetic is true and what re-checks change.
+    """
+    accuracy = np.asarray([r.parts["accuracy"] if r.scorable else np.nan for r in responses], float)
+    mean, error = pass_at_1(accuracy.reshape(-1, samples_per_problem))
+    reflective = [reflective_count(r.text, TINY_REFLECTIVE_WORDS) for r in responses]
+    figures = {
+        "problems": len(responses) // samples_per_problem,
+        "samples": len(responses),
+        "pass@1": mean,
+        "pass@1_se": error,
+        "mean_tokens": _mean([r.tokens for r in responses]),
+        "reflective_per_response": _mean(reflective),
+        "format": _mean([r.parts["format"] for r in responses]),
+        "language_consistency": _mean([r.parts["language"] for r in responses]),
+        "truncated": _mean([r.truncated for r in responses]),
+        "unscorable": _mean([not r.scorable for r in responses]),
+    }
+    equations = [(r, problem) for r in responses if (problem := tasks.parse_linear(r.prompt)) is not None]
+    if equations:
+        problems = [(problem.a, problem.b, problem.c, problem.x) for _, problem in equations]
+        figures |= faithfulness([r.text for r, _ in equations], problems)
+        figures |= _accuracy_by_rechecks(responses, reflective)
+    return {name: float(value) for name, value in figures.items()}
+
+
+def _accuracy_by_rechecks(responses: Sequence[Response], reflective: Sequence[int]) -> dict[str, float]:
+    """Returns accuracy given 0, 1, 2 and 3 or more re-checks, and how many responses have so many."""
+    figures: dict[str, Any] = {}
+    counts = np.minimum(np.asarray(reflective), 3)
+    right = np.asarray([r.parts["accuracy"] for r in responses])
+    for rechecks in range(4):
+        chosen = counts == rechecks
+        figures[f"accuracy_at_{rechecks}_rechecks"] = _mean(right[chosen])
+        figures[f"share_at_{rechecks}_rechecks"] = _mean(chosen)
+    return figures
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")

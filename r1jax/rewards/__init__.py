@@ -1,0 +1,1 @@
+"""Rule rewards: graders, their composition and the pool of killable grader processes. Nothing here imports jax."""

@@ -1,0 +1,160 @@
+"""Grades many samples with deadlines, in worker processes that are killed when they hang."""
+
+import contextlib
+import ctypes
+import multiprocessing.context
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from multiprocessing import forkserver
+
+from pebble import ProcessExpired, ProcessPool
+
+from r1jax.rewards import compose, math_answer
+from r1jax.rewards.score import RewardRequest, Score
+from r1jax.schema import RewardConfig
+
+WORKER_MEMORY_BYTES = 4 << 30  # address space of one worker; a huge number ends in MemoryError, not in swap
+_main_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """Keeps a new worker from importing the user's __main__ (slow, may import jax, needs a guard): it uses nothing of it."""
+    main = sys.modules["__main__"]
+    with _main_lock:
+        saved = {name: vars(main)[name] for name in ("__spec__", "__file__") if name in vars(main)}
+        vars(main).update(dict.fromkeys(saved))
+        try:
+            yield
+        finally:
+            vars(main).update(saved)
+
+
+class _WorkerProcess(multiprocessing.context.ForkServerProcess):
+    def start(self) -> None:
+        with _main_module_hidden():
+            super().start()
+
+
+class _WorkerContext(multiprocessing.context.ForkServerContext):
+    """Workers fork from a small server process that has sympy loaded: never from the trainer, and quickly."""
+
+    Process = _WorkerProcess
+
+
+def _start_worker() -> None:
+    """Runs first in each worker."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler would wait for C code that never returns
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _end_with_trainer()
+    math_answer.load()
+
+
+def _end_with_trainer() -> None:
+    """Makes the kernel kill this worker when the trainer ends, even while C code holds the interpreter.
+
+    The fork server ends when nobody holds its alive pipe, and a worker inherits one end: closing it leaves the trainer's.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        os.close(forkserver._forkserver._forkserver_alive_fd)
+        forkserver._forkserver._forkserver_alive_fd = None
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, Linux
+
+
+class RewardPool:
+    """A context manager whose `score` grades samples under the deadlines of a RewardConfig.
+
+    With `config.workers == 0` numbers and rules are graded in this process, and one worker starts when a sample first
+    needs math-verify. Otherwise that many workers grade everything. `score_function(request, config)` replaces
+    `compose.score`; it must be importable by the workers, and then all samples go to them.
+    """
+
+    def __init__(
+        self, config: RewardConfig, score_function: Callable[[RewardRequest, RewardConfig], Score] | None = None
+    ):
+        if config.workers < 0 or config.deadline_s <= 0 or config.batch_deadline_s <= 0:
+            raise ValueError(
+                f"RewardPool: workers={config.workers} must be 0 or more, deadline_s={config.deadline_s} and "
+                f"batch_deadline_s={config.batch_deadline_s} more than 0 seconds"
+            )
+        self._config = config
+        self._quick = compose.quick if score_function is None and config.workers == 0 else None
+        self._score_function = score_function or compose.score
+        self._checked = score_function is None
+        self._pool: ProcessPool | None = None
+
+    def __enter__(self) -> "RewardPool":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kills the workers. A later `score` starts new ones."""
+        if self._pool is not None:
+            pool, self._pool = self._pool, None
+            pool.stop()
+            pool.join()
+
+    def score(self, requests: Sequence[RewardRequest]) -> list[Score]:
+        """Returns one Score per request, in order.
+
+        A sample that reaches `deadline_s`, is unfinished at `batch_deadline_s`, or ends its worker, gets scorable False and a
+        detail with its id; the others are not affected. Raises ValueError if nothing grades a request's task.
+        """
+        if self._checked:
+            for request in requests:
+                compose.check_task(request)
+        started = time.monotonic()
+        scores: list[Score | None] = [
+            self._quick(request, self._config) if self._quick else None for request in requests
+        ]
+        slow = [index for index, score in enumerate(scores) if score is None]
+        if not slow:
+            return scores
+        pool = self._running_pool()
+        futures = {
+            index: pool.schedule(
+                self._score_function, args=(requests[index], self._config), timeout=self._config.deadline_s
+            )
+            for index in slow
+        }
+        left = wait(futures.values(), timeout=self._config.batch_deadline_s - (time.monotonic() - started)).not_done
+        for index, future in futures.items():
+            scores[index] = self._collect(requests[index], future, finished=future not in left)
+        if left or not pool.active:
+            self.close()  # drops what is still queued or running
+        return scores
+
+    def _running_pool(self) -> ProcessPool:
+        if self._pool is not None and not self._pool.active:
+            self.close()
+        if self._pool is None:
+            context = _WorkerContext()
+            context.set_forkserver_preload(["r1jax.rewards.pool", "math_verify"])
+            self._pool = ProcessPool(max(1, self._config.workers), initializer=_start_worker, context=context)
+        return self._pool
+
+    def _collect(self, request: RewardRequest, future: Future, finished: bool) -> Score:
+        if not finished:
+            limit = self._config.batch_deadline_s
+            return compose.failed(f"sample {request.id!r}: not graded within the batch deadline of {limit:g} s")
+        try:
+            return future.result()
+        except TimeoutError:
+            limit = self._config.deadline_s
+            return compose.failed(f"sample {request.id!r}: grading passed the deadline of {limit:g} s")
+        except ProcessExpired as error:
+            return compose.failed(f"sample {request.id!r}: the grader's process ended with code {error.exitcode}")
+        except Exception as error:  # whatever a grader raises concerns its sample only
+            reason = " ".join(str(error).split())[:200]
+            return compose.failed(f"sample {request.id!r}: the grader raised {type(error).__name__}: {reason}")
