@@ -1,0 +1,91 @@
+"""The decision journal: a rollout's samples and scores are on disk before they are used, and a resumed run reads them.
+
+Deadlines and dropped samples are decisions of one moment; with the journal a repeated run makes the same ones.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from r1jax.sampler.sample import RolloutSample
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """Scored samples in group order."""
+
+    samples: list[RolloutSample]
+    parts: np.ndarray  # float32 [N, P] reward terms
+    scorable: np.ndarray  # bool [N]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+class Journal:
+    """One file a rollout, named by the update at which it starts."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob("*.tmp"):
+            leftover.unlink()
+
+    def _path(self, start: int) -> Path:
+        return self.folder / f"rollout_{start:08d}.npz"
+
+    def write(self, start: int, rollout: Rollout) -> Rollout:
+        """Stores the rollout under a temporary name, renames it and returns it."""
+        samples = rollout.samples
+        lengths = np.asarray([(len(s.prompt_ids), len(s.token_ids)) for s in samples], np.int32)
+        fields = dict(
+            parts=rollout.parts,
+            scorable=rollout.scorable,
+            lengths=lengths,
+            ids=np.asarray([(s.request_id, s.sample_index, s.weight_version) for s in samples], np.int64),
+            reasons=np.asarray([s.finish_reason for s in samples]),
+            prompts=np.concatenate([s.prompt_ids for s in samples]),
+            tokens=np.concatenate([s.token_ids for s in samples]),
+            logps=np.concatenate([s.logps for s in samples]),
+            behaviour=np.concatenate([s.behaviour_logps for s in samples]),
+        )
+        if samples[0].routed_experts is not None:
+            fields["experts"] = np.concatenate([s.routed_experts for s in samples])
+        temporary = self._path(start).with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            np.savez(file, **fields)
+        temporary.replace(self._path(start))
+        return rollout
+
+    def read(self, start: int) -> Rollout | None:
+        """Returns the rollout that starts at an update, or None when it was not finished."""
+        if not self._path(start).exists():
+            return None
+        with np.load(self._path(start)) as file:
+            f = {name: file[name] for name in file.files}
+        prompt_ends, token_ends = np.cumsum(f["lengths"], axis=0).T
+        samples = []
+        for i, (prompt_length, length) in enumerate(f["lengths"]):
+            tokens = slice(token_ends[i] - length, token_ends[i])
+            both = prompt_ends[i] + token_ends[i]
+            samples.append(
+                RolloutSample(
+                    request_id=int(f["ids"][i, 0]),
+                    sample_index=int(f["ids"][i, 1]),
+                    prompt_ids=f["prompts"][prompt_ends[i] - prompt_length : prompt_ends[i]],
+                    token_ids=f["tokens"][tokens],
+                    logps=f["logps"][tokens],
+                    behaviour_logps=f["behaviour"][tokens],
+                    finish_reason=str(f["reasons"][i]),
+                    weight_version=int(f["ids"][i, 2]),
+                    routed_experts=f["experts"][both - prompt_length - length : both] if "experts" in f else None,
+                )
+            )
+        return Rollout(samples, f["parts"], f["scorable"])
+
+    def prune(self, before: int) -> None:
+        """Removes rollouts that start before an update."""
+        for path in self.folder.glob("rollout_*.npz"):
+            if int(path.stem.split("_")[1]) < before:
+                path.unlink()

@@ -1,0 +1,46 @@
+"""Log-probabilities of whole packed batches under fixed weights: the reference's side of the KL term."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from r1jax.core import sharding
+from r1jax.core.sharding import use_mesh
+from r1jax.kernels.fused_logprob import token_logprobs
+from r1jax.models import decoder
+from r1jax.schema import ModelConfig
+
+
+class Scorer:
+    """Scores batches [M, R, T]; one program for any number of filled micro-batches."""
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, chunk_tokens: int = 0):
+        self.mesh = mesh
+
+        def score(params, batch, filled, temperature):
+            def one(index, out):
+                micro = jax.tree.map(lambda x: x[index], batch)
+                hidden, _, _ = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], model)
+                logp, _ = token_logprobs(
+                    hidden, decoder.unembedding(params), micro["targets"], temperature, chunk_tokens
+                )
+                return out.at[index].set(logp)
+
+            return jax.lax.fori_loop(0, filled, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
+
+        self._score = jax.jit(score, out_shardings=sharding.replicated(mesh))
+
+    def __call__(self, params: Any, batch: dict[str, np.ndarray], filled: int, temperature: float) -> np.ndarray:
+        """Returns log p(target), float32 [M, R, T], of softmax(logits / temperature); 0 in micro-batches not filled."""
+        fields = ("tokens", "targets", "positions", "segments")
+        place = sharding.sharding(self.mesh, (None, "batch", None), batch["tokens"].shape)
+        arrays = {name: jax.device_put(batch[name], place) for name in fields}
+        with use_mesh(self.mesh):
+            return np.asarray(self._score(params, arrays, np.int32(filled), np.float32(temperature)))
+
+    @property
+    def compilations(self) -> int:
+        return self._score._cache_size()

@@ -1,0 +1,276 @@
+"""The RL loop: prompts, rollout, rewards, advantages on whole groups, packed mini-batches, updates, metrics, checkpoint."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.core import runtime, tree
+from r1jax.core.checkpoint import CheckpointStore
+from r1jax.core.metrics import MetricsLog
+from r1jax.data.prompts import PromptStream
+from r1jax.evals.behaviour import TINY_REFLECTIVE_WORDS, reflective_count
+from r1jax.models import decoder
+from r1jax.rewards.compose import PART_NAMES
+from r1jax.rewards.pool import RewardPool
+from r1jax.rl import losses, rollout, schedules
+from r1jax.rl.advantages import group_advantages
+from r1jax.rl.journal import Journal, Rollout
+from r1jax.rl.logprobs import Scorer
+from r1jax.rl.rollout import EncodedPrompt
+from r1jax.sampler.engine import Engine
+from r1jax.sampler.sample import SamplingLaw
+from r1jax.sampler.scheduler import RolloutSampler
+from r1jax.schema import Config
+from r1jax.train import step
+
+
+@dataclass
+class Cursor:
+    """Where a run stands; with the arrays, all that a checkpoint holds."""
+
+    update: int = 0  # policy updates made
+    rollout_start: int = 0  # update at which the current rollout started
+    draw: int = 0  # prompts drawn before the current rollout
+    reference_update: int = 0  # rollout start at which the reference was last replaced
+
+
+@dataclass
+class Timer:
+    """Seconds by phase since the last `take`."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, name: str, function: Callable, *arguments):
+        started = time.perf_counter()
+        result = function(*arguments)
+        name += "_s"
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        return result
+
+    def take(self) -> dict[str, float]:
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+class PolicyTraining:
+    """The parts of one RL run and its state; `run` is the loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        prompts: Sequence[EncodedPrompt],
+        params: decoder.Params,
+        folder: Path,
+        on_update: Callable[[int, dict[str, float], dict[str, float]], None] = lambda update, row, timing: None,
+    ):
+        self.config, self.tokenizer, self.mesh, self.folder, self.on_update = config, tokenizer, mesh, folder, on_update
+        self.encoded = {prompt.prompt.id: prompt for prompt in prompts}
+        self.stream = PromptStream([[p.prompt for p in prompts]], seed=config.seed, stage=config.stage)
+        model = config.model
+        self.trainer = step.Trainer(model, config.optimizer, mesh, losses.make_loss(model), config.grpo.updates)
+        self.scorer = Scorer(model, mesh)
+        self.sampler = RolloutSampler(Engine(model, config.sampler, mesh, (tokenizer.eos_id,), tokenizer))
+        self._compute = jax.jit(
+            lambda p: jax.tree.map(jnp.copy, tree.cast(p, jnp.dtype(model.compute_dtype))),
+            out_shardings=self.trainer.param_shardings,
+        )
+        self.state, self.reference, self.cursor = self.trainer.init(params), None, Cursor()
+        self.store = CheckpointStore(folder / "checkpoints", config.checkpointing.keep)
+        self.journal, self.log, self.timer = Journal(folder / "journal"), MetricsLog(folder), Timer()
+        self.programs = runtime.ProgramSet()
+        self.phase_file = folder / "phase"
+
+    def run(self) -> decoder.Params:
+        """Trains to the last update, resuming from the newest checkpoint, and returns the float32 weights."""
+        self.resume()
+        self.warm_up()
+        with RewardPool(self.config.reward) as pool:
+            while self.cursor.update < self.config.grpo.updates:
+                start = self.cursor.rollout_start
+                self.refresh_reference(start)
+                scored = self.journal.read(start) or self.journal.write(start, self.roll_out(start, pool))
+                advantages, summary = self.judge(scored, start)
+                batches = rollout.mini_batches(scored, start, self.config)
+                for chosen in batches[self.cursor.update - start :]:
+                    arrays, filled = self.pack(scored, chosen, advantages, start)
+                    stats = self.update(arrays, filled, start)
+                    last = self.cursor.update == start + len(batches)
+                    self.record(stats, summary)
+                    if last:
+                        self.cursor.rollout_start = self.cursor.update
+                        self.cursor.draw += len(scored) // self.config.grpo.group_size
+                    self.checkpoint()
+        self.close()
+        return self.state.params
+
+    def resume(self) -> None:
+        """Loads the newest checkpoint, if there is one, and drops metrics rows after it."""
+        number = self.store.latest()
+        if number is None:
+            self.reference = self._compute(self.state.params)
+        else:
+            target = jax.tree.map(
+                lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+                self.trainer.abstract_state(),
+                self.trainer.state_shardings(),
+            )
+            compute = jnp.dtype(self.config.model.compute_dtype)
+            reference = jax.tree.map(
+                lambda s: jax.ShapeDtypeStruct(s.shape, compute, sharding=s.sharding), target.params
+            )
+            items = {"params": target.params, "optimizer": target.optimizer, "reference": reference}
+            items = self.store.restore(number, items)
+            self.reference = items.pop("reference")
+            self.cursor = Cursor(**self.store.record(number))
+            self.state = step.TrainState(**items, update=jnp.asarray(self.cursor.update, jnp.int32))
+            self.state = jax.device_put(self.state, self.trainer.state_shardings())
+        self.log.truncate(self.cursor.update)
+
+    def warm_up(self) -> None:
+        """Compiles every program once, on data that leaves no trace, and freezes their number."""
+        self.phase("warm_up")
+        self.sampler.warm_up(self._compute(self.state.params))
+        size = self.config.pack
+        shape = (rollout.micro_batches(self.config), size.rows_per_micro_batch, size.row_tokens)
+        names = ("tokens", "targets", "positions", "segments")
+        arrays = {name: np.zeros(shape, np.int32) for name in names}
+        arrays |= {name: np.zeros(shape, np.float32) for name in ("loss_mask", *losses.FIELDS)}
+        self.scorer(self.reference, arrays, 1, 1.0)
+        spare = jax.tree.map(jnp.copy, self.state)
+        jax.block_until_ready(self.trainer.update(spare, arrays, 1, self.arguments(0)))
+        self.programs.add("update", lambda: self.trainer.compilations)
+        self.programs.add("reference", lambda: self.scorer.compilations)
+        for name in self.sampler.engine.compilations():
+            self.programs.add(name, lambda name=name: self.sampler.engine.compilations()[name])
+        self.programs.freeze()
+
+    def refresh_reference(self, start: int) -> None:
+        """Replaces the reference by the policy at the first rollout at or after each multiple of the interval."""
+        every = self.config.grpo.reference_refresh_updates
+        if start == self.cursor.update and schedules.reference_refresh_due(start, self.cursor.reference_update, every):
+            self.reference = self._compute(self.state.params)
+            self.cursor.reference_update = start
+
+    def roll_out(self, start: int, pool: RewardPool) -> Rollout:
+        """Returns the scored samples of the rollout that starts at an update."""
+        grpo, config = self.config.grpo, self.config
+        updates = schedules.updates_in_rollout(start, grpo.updates, grpo.updates_per_rollout)
+        draws = range(self.cursor.draw, self.cursor.draw + updates * grpo.prompts_per_update)
+        prompts = [self.encoded[self.stream[draw].id] for draw in draws]
+        requests = rollout.requests_for(
+            prompts, draws, grpo.group_size, self.law(start), config.seed, config.stage, "sample"
+        )
+        self.phase("rollout")
+        weights = self._compute(self.state.params)
+        samples = self.timer.run("rollout", self.sampler.generate, requests, weights, start)
+        self.phase("grading")
+        texts = self.tokenizer.decode_batch([sample.token_ids for sample in samples])
+        repeated = [prompt for prompt in prompts for _ in range(grpo.group_size)]
+        parts, scorable = self.timer.run("rewards", rollout.grade, samples, repeated, texts, pool)
+        return Rollout(samples, parts, scorable)
+
+    def judge(self, scored: Rollout, start: int) -> tuple[np.ndarray, dict[str, float]]:
+        """Returns (advantages [N], summary of the rollout for its metrics rows)."""
+        grpo = self.config.grpo
+        weights = np.asarray([getattr(self.config.reward, name) for name in PART_NAMES], np.float32)
+        advantages, rewards, signal = group_advantages(
+            scored.parts, weights, scored.scorable, grpo.group_size, grpo.advantage_epsilon
+        )
+        texts = self.tokenizer.decode_batch([sample.token_ids for sample in scored.samples])
+        counted = np.flatnonzero(scored.scorable)
+        summary = {name: _mean(scored.parts[counted, i]) for i, name in enumerate(PART_NAMES)}
+        summary |= {
+            "reward": _mean(np.asarray(rewards)[counted]),
+            "unscorable": float(len(scored) - len(counted)),
+            "zero_variance_groups": float(1 - np.asarray(signal).mean()),
+            "length": _mean([len(sample.token_ids) for sample in scored.samples]),
+            "truncated": _mean([sample.truncated for sample in scored.samples]),
+            "reflective_words": _mean([reflective_count(text, TINY_REFLECTIVE_WORDS) for text in texts]),
+        }
+        return np.asarray(advantages), summary
+
+    def pack(self, scored: Rollout, chosen: np.ndarray, advantages: np.ndarray, start: int) -> tuple[dict, int]:
+        """Returns (arrays [M, R, T], filled micro-batches) of one mini-batch, scored under the reference."""
+        self.phase("pack")
+        law = self.law(start)
+        packed = rollout.pack_mini_batch(scored, chosen, advantages, self.config, law.max_new_tokens)
+        fields = tuple(name for name in losses.FIELDS if name != "reference_logp")
+        arrays = step.batch_arrays(packed, self.config.pack, rollout.micro_batches(self.config), fields)
+        filled = step.filled_micro_batches(packed, self.config.pack)
+        arrays["reference_logp"] = self.timer.run(
+            "reference", self.scorer, self.reference, arrays, filled, law.temperature or 1.0
+        )
+        return arrays, filled
+
+    def update(self, arrays: dict, filled: int, start: int) -> dict[str, float]:
+        """Makes one policy update and returns its statistics."""
+        self.phase("update")
+
+        def run():
+            self.state, stats = self.trainer.update(self.state, arrays, filled, self.arguments(start))
+            return {name: float(value) for name, value in jax.device_get(stats).items()}
+
+        stats = self.timer.run("update", run)
+        self.cursor.update += 1
+        self.programs.check()
+        return stats
+
+    def record(self, stats: dict[str, float], summary: dict[str, float]) -> None:
+        """Writes the metrics row of the update just made, and what it took apart from it."""
+        tokens = max(stats["tokens"], 1.0)
+        row = summary | {name: value / tokens if name in losses.TOKEN_MEANS else value for name, value in stats.items()}
+        if self.cursor.update - 1 > self.cursor.rollout_start:
+            # Only the first update of a rollout runs the very weights that sampled it.
+            row["max_policy_shift"] = row.pop("max_logprob_difference")
+        timing = self.timer.take()
+        if "rollout_s" in timing:
+            timing["rollout_tokens_per_s"] = self.sampler.statistics.tokens / timing["rollout_s"]
+            timing["slot_occupancy"] = self.sampler.statistics.occupancy
+        self.log.write(self.cursor.update, row, timing)
+        self.on_update(self.cursor.update, row, timing)
+
+    def checkpoint(self) -> None:
+        """Saves everything when it is due, then drops rollouts that no resume can need."""
+        update, every = self.cursor.update, self.config.checkpointing.every_updates
+        if update % every and update != self.config.grpo.updates:
+            return
+        self.phase("checkpoint")
+        items = {"params": self.state.params, "optimizer": self.state.optimizer, "reference": self.reference}
+        self.timer.run("checkpoint", self.store.save, update, items, vars(self.cursor))
+        self.journal.prune(self.cursor.rollout_start)
+
+    def law(self, start: int) -> SamplingLaw:
+        """Returns the sampling law of the rollout that starts at an update."""
+        s = self.config.sampler
+        longest = int(schedules.value_at(s.max_new_tokens_schedule, start, s.max_new_tokens))
+        return SamplingLaw(s.temperature, s.top_p, s.top_k, longest, (self.tokenizer.eos_id,))
+
+    def arguments(self, start: int) -> losses.LossArguments:
+        """Returns the loss arguments of the rollout that starts at an update."""
+        grpo = self.config.grpo
+        beta = schedules.value_at(grpo.kl_coef_schedule, start, grpo.kl_coef)
+        values = (grpo.clip_ratio, beta, self.config.sampler.temperature or 1.0)
+        return losses.LossArguments(*(np.float32(value) for value in values))
+
+    def phase(self, name: str) -> None:
+        """Notes what the run is doing, for people and scripts that watch it from outside."""
+        self.phase_file.write_text(f"{name} {self.cursor.update}\n")
+
+    def close(self) -> None:
+        self.phase("done")
+        self.store.close()
+        self.log.close()
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(values)) if len(values) else 0.0

@@ -1,0 +1,107 @@
+"""From prompts to a scored rollout, and from a scored rollout to packed mini-batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from r1jax.core import rng
+from r1jax.data.hashing import hash64
+from r1jax.data.packing import PackedBatch, PackItem, pack_batch
+from r1jax.data.prompts import Prompt, keyed_permutation
+from r1jax.rewards.compose import PART_NAMES
+from r1jax.rewards.pool import RewardPool
+from r1jax.rewards.score import RewardRequest
+from r1jax.rl.journal import Rollout
+from r1jax.rl.losses import token_weights
+from r1jax.sampler.sample import RolloutRequest, RolloutSample, SamplingLaw
+from r1jax.schema import Config
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPrompt:
+    """A prompt with the ids the model sees; `prefill` is the part of the assistant's turn that they already hold."""
+
+    prompt: Prompt
+    ids: np.ndarray
+    prefill: str = ""
+
+
+def requests_for(
+    prompts: Sequence[EncodedPrompt],
+    draws: Sequence[int],
+    samples: int,
+    law: SamplingLaw,
+    seed: int,
+    stage: str,
+    purpose: str,
+) -> list[RolloutRequest]:
+    """Returns one request a prompt, each with the keys of its `samples` samples."""
+    repeated, indices = np.repeat(np.asarray(draws), samples), np.tile(np.arange(samples), len(draws))
+    keys = rng.sample_keys(seed, stage, repeated, indices, purpose).reshape(len(draws), samples, 2)
+    return [
+        RolloutRequest(int(draw), prompt.ids, keys[i], law)
+        for i, (draw, prompt) in enumerate(zip(draws, prompts, strict=True))
+    ]
+
+
+def grade(
+    samples: Sequence[RolloutSample], prompts: Sequence[EncodedPrompt], texts: Sequence[str], pool: RewardPool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (parts float32 [N, P] in the order of PART_NAMES, scorable bool [N]) of samples and their prompts."""
+    requests = [
+        RewardRequest(
+            id=f"{p.prompt.id}/{sample.request_id}/{sample.sample_index}",
+            task=p.prompt.task,
+            prompt=p.prompt.text,
+            response=text,
+            reference=p.prompt.answer,
+            prefill=p.prefill,
+            language=p.prompt.language,
+            truncated=sample.truncated,
+        )
+        for sample, p, text in zip(samples, prompts, texts, strict=True)
+    ]
+    scores = pool.score(requests)
+    parts = np.asarray([[score.parts.get(name, 0.0) for name in PART_NAMES] for score in scores], np.float32)
+    return parts, np.asarray([score.scorable for score in scores])
+
+
+def mini_batches(rollout: Rollout, start: int, config: Config) -> list[np.ndarray]:
+    """Returns the sample numbers of each update: a keyed shuffle of all samples, cut into equal parts.
+
+    Outputs, not questions, are shuffled (one group may be spread over several updates), so advantages come first.
+    """
+    size = config.grpo.prompts_per_update * config.grpo.group_size
+    order = keyed_permutation(len(rollout), hash64(config.stage, config.seed, "shuffle", start))
+    return [order[i : i + size] for i in range(0, len(rollout), size)]
+
+
+def pack_mini_batch(
+    rollout: Rollout, chosen: np.ndarray, advantages: np.ndarray, config: Config, max_new_tokens: int
+) -> PackedBatch:
+    """Returns the chosen samples packed, with advantage, behaviour log-prob and aggregation weight of every token."""
+    samples = [rollout.samples[i] for i in chosen]
+    masked = [config.grpo.truncated == "mask" and sample.truncated for sample in samples]
+    weights = token_weights([len(sample.token_ids) for sample in samples], config.grpo, max_new_tokens)
+    items = []
+    for index, sample, weight, drop in zip(chosen, samples, weights, masked, strict=True):
+        prompt, length = len(sample.prompt_ids), len(sample.token_ids)
+        mask = np.zeros(prompt + length, np.float32)
+        mask[prompt:] = 0.0 if drop or not rollout.scorable[index] else 1.0
+        behaviour = np.zeros(prompt + length, np.float32)
+        behaviour[prompt:] = sample.behaviour_logps
+        values = dict(
+            advantage=np.full(prompt + length, advantages[index], np.float32),
+            behaviour_logp=behaviour,
+            weight=np.full(prompt + length, weight, np.float32),
+        )
+        items.append(PackItem(np.concatenate([sample.prompt_ids, sample.token_ids]), mask, values))
+    rows = micro_batches(config) * config.pack.rows_per_micro_batch
+    return pack_batch(items, config.pack.row_tokens, rows)
+
+
+def micro_batches(config: Config) -> int:
+    """Returns how many micro-batches hold a mini-batch in the worst case, when no two samples share a row."""
+    size = config.grpo.prompts_per_update * config.grpo.group_size
+    return -(-size // config.pack.rows_per_micro_batch)

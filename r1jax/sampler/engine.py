@@ -1,0 +1,393 @@
+"""The rollout engine: JetStream's Engine API over our decoder, pure device work without policy.
+
+A step samples from the logits of the last position, emits, stops on the device, then forwards the token: the first
+token needs no special case, and the samples of one prompt differ from token 0 on though they share its prefill.
+Random draws are keyed by each slot's own key and the position, so tokens depend on no slot, batch, K or order.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
+
+from r1jax.core import rng, sharding
+from r1jax.core.sharding import use_mesh
+from r1jax.models import decoder
+from r1jax.models.cache import Cache, CacheSpec
+from r1jax.sampler import jetstream
+from r1jax.schema import ModelConfig, SamplerConfig
+
+RUNNING, STOPPED, LENGTH, CAPACITY = range(4)  # why a slot is or is no longer decoding
+MAX_STOP_TOKENS = 4
+
+
+@struct.dataclass
+class SlotParams:
+    """Sampling law of each slot, arrays of [S]."""
+
+    temperature: Any  # float32; 0 is greedy
+    top_p: Any  # float32; 1 is off
+    top_k: Any  # int32; 0 is off
+    max_new_tokens: Any  # int32
+    key: Any  # uint32 [S, 2]; the position is folded in
+    stop_ids: Any  # int32 [S, MAX_STOP_TOKENS], padded with -1
+
+
+@struct.dataclass
+class DecodeState:
+    """Everything a decode step changes; donated to it."""
+
+    cache: Cache
+    logits: jax.Array  # float32 [S, V] of the last position
+    length: jax.Array  # int32 [S] rows in the cache
+    generated: jax.Array  # int32 [S] tokens emitted
+    status: jax.Array  # int32 [S]
+    slots: SlotParams
+
+
+@struct.dataclass
+class Prefix:
+    """A prefilled prompt: its cache rows, the logits after it, its length and the experts its tokens chose."""
+
+    cache: Cache  # [L, 1, T + 1, ...]
+    logits: jax.Array  # float32 [V]
+    length: jax.Array  # int32 []
+    experts: jax.Array | None  # int16 [1, T, Lm, k]
+
+
+@struct.dataclass
+class StepOutput:
+    """What K steps emitted, arrays of [S, K]; later entries of a slot that stopped are not valid."""
+
+    tokens: jax.Array
+    valid: jax.Array
+    logp: jax.Array  # of softmax(logits), before temperature and filters
+    behaviour_logp: jax.Array  # of the law the token was drawn from
+    status: jax.Array  # int32 [S] after the last step
+    experts: jax.Array | None  # int16 [S, K, Lm, k] chosen for the emitted token
+
+
+def filtered(scores_SV: jax.Array, top_p_S: jax.Array, top_k_S: jax.Array) -> jax.Array:
+    """Returns scores with everything outside the nucleus and the k best set to -inf; the best always stays."""
+    order = jnp.argsort(-scores_SV, axis=-1)
+    ranked = jnp.take_along_axis(scores_SV, order, axis=-1)
+    probs = jax.nn.softmax(ranked, axis=-1)
+    rank = jnp.arange(scores_SV.shape[-1])
+    k = jnp.where(top_k_S > 0, top_k_S, scores_SV.shape[-1])
+    keep = (rank < k[:, None]) & (jnp.cumsum(probs, axis=-1) - probs < top_p_S[:, None])
+    keep = keep.at[:, 0].set(True)
+    return jnp.where(jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1), scores_SV, -jnp.inf)
+
+
+def sample(logits_SV: jax.Array, slots: SlotParams, position_S: jax.Array):
+    """Returns (token, raw log-prob, behaviour log-prob), each [S], drawn by the Gumbel maximum; greedy at temperature 0."""
+    greedy = slots.temperature <= 0
+    scores = logits_SV / jnp.where(greedy, 1.0, slots.temperature)[:, None]
+    any_filter = jnp.any(((slots.top_p < 1) | (slots.top_k > 0)) & ~greedy)
+    scores = jax.lax.cond(any_filter, filtered, lambda s, p, k: s, scores, slots.top_p, slots.top_k)
+    keys = rng.at_position(slots.key, position_S)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (logits_SV.shape[-1],)))(keys)
+    token = jnp.argmax(jnp.where(greedy[:, None], scores, scores + noise), axis=-1).astype(jnp.int32)
+
+    def logprob(x):
+        return jnp.take_along_axis(x, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(x, axis=-1)
+
+    return token, logprob(logits_SV), jnp.where(greedy, 0.0, logprob(scores))
+
+
+def _step(params, state: DecodeState, config: ModelConfig, window: int):
+    """Returns (state, emitted) of one step; idle slots compute but change nothing."""
+    active = state.status == RUNNING
+    token, logp, behaviour = sample(state.logits, state.slots, state.generated)
+    generated = state.generated + active
+    stopped = jnp.any(token[:, None] == state.slots.stop_ids, axis=-1)
+    status = jnp.where(generated >= state.slots.max_new_tokens, LENGTH, RUNNING)
+    status = jnp.where((status == RUNNING) & (state.length + 1 >= state.cache.rows), CAPACITY, status)
+    status = jnp.where(stopped, STOPPED, status)
+    status = jnp.where(active, status, state.status)
+    hidden, cache, auxiliary = decoder.forward(
+        params, token[:, None], state.length[:, None], active[:, None].astype(jnp.int32), config, state.cache, window
+    )
+    logits = jnp.where(active[:, None], decoder.logits(params, hidden[:, 0]), state.logits)
+    experts = None if auxiliary.experts is None else auxiliary.experts[:, :, 0].swapaxes(0, 1).astype(jnp.int16)
+    state = state.replace(cache=cache, logits=logits, length=state.length + active, generated=generated, status=status)
+    return state, StepOutput(token, active, logp, behaviour, status, experts)
+
+
+def _decode(params, state: DecodeState, config: ModelConfig, steps: int, window: int, record_experts: bool):
+    """Returns (state, StepOutput) after up to `steps` steps; ends early when no slot is running."""
+    slots = state.length.shape[0]
+    shape = (slots, steps)
+    experts = None
+    if record_experts and config.n_routed_experts:
+        experts = jnp.zeros((*shape, config.num_moe_layers, config.num_experts_per_tok), jnp.int16)
+    zeros = functools.partial(jnp.zeros, shape)
+    out = StepOutput(zeros(jnp.int32), zeros(bool), zeros(jnp.float32), zeros(jnp.float32), state.status, experts)
+
+    def more(carry):
+        index, state, _ = carry
+        return (index < steps) & jnp.any(state.status == RUNNING)
+
+    def body(carry):
+        index, state, out = carry
+        state, new = _step(params, state, config, window)
+        out = StepOutput(
+            tokens=out.tokens.at[:, index].set(new.tokens),
+            valid=out.valid.at[:, index].set(new.valid),
+            logp=out.logp.at[:, index].set(new.logp),
+            behaviour_logp=out.behaviour_logp.at[:, index].set(new.behaviour_logp),
+            status=new.status,
+            experts=None if experts is None else out.experts.at[:, index].set(new.experts),
+        )
+        return index + 1, state, out
+
+    _, state, out = jax.lax.while_loop(more, body, (0, state, out))
+    return state, out
+
+
+def _prefill(params, tokens, length, config: ModelConfig, dtype, existing: Prefix | None) -> Prefix:
+    """Returns the prefix of one padded prompt [Tb], continuing `existing` when given."""
+    before = 0 if existing is None else existing.length
+    cache = CacheSpec(config, 1, tokens.shape[0], dtype).zeros()
+    if existing is not None:
+        # The new rows are written over the old scratch row on; a fresh scratch row stands at the end.
+        cache = jax.tree.map(lambda old, new: jnp.concatenate([old[:, :, :-1], new], axis=2), existing.cache, cache)
+    index = jnp.arange(tokens.shape[0])[None]
+    hidden, cache, auxiliary = decoder.forward(
+        params, tokens[None], before + index, (index < length).astype(jnp.int32), config, cache
+    )
+    last = jax.lax.dynamic_index_in_dim(hidden[0], length - 1, keepdims=False)
+    experts = None if auxiliary.experts is None else auxiliary.experts.transpose(1, 2, 0, 3).astype(jnp.int16)
+    if experts is not None and existing is not None:
+        experts = jnp.concatenate([existing.experts, experts], axis=1)
+    return Prefix(cache, decoder.logits(params, last), before + length, experts)
+
+
+def _insert(prefix: Prefix, state: DecodeState, slots: jax.Array, slot_params: SlotParams) -> DecodeState:
+    """Returns the state with the prefix forked into `slots`; numbers outside 0..S-1 are dropped."""
+    rows = prefix.cache.rows
+
+    def copy(cache, new):
+        return cache.at[:, slots, :rows].set(new[:, :, :rows].astype(cache.dtype), mode="drop")
+
+    def put(old, new):
+        return old.at[slots].set(new, mode="drop")
+
+    return DecodeState(
+        cache=jax.tree.map(copy, state.cache, prefix.cache),
+        logits=put(state.logits, prefix.logits[None]),
+        length=put(state.length, prefix.length),
+        generated=put(state.generated, 0),
+        status=put(state.status, RUNNING),
+        slots=jax.tree.map(put, state.slots, slot_params),
+    )
+
+
+class Engine(jetstream.Engine):
+    """JetStream engine over a decoder on a mesh. Weights are arguments of every call, never state."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        sampler: SamplerConfig,
+        mesh: Mesh,
+        stop_ids: tuple[int, ...],
+        tokenizer: Any = None,
+        cache_dtype: Any = None,
+    ):
+        if len(stop_ids) > MAX_STOP_TOKENS:
+            raise ValueError(f"Engine: {len(stop_ids)} stop tokens, at most {MAX_STOP_TOKENS} fit a slot")
+        self.model, self.sampler, self._mesh, self.tokenizer = model, sampler, mesh, tokenizer
+        self.stop_ids = tuple(stop_ids)
+        self.cache_dtype = jnp.dtype(cache_dtype or model.compute_dtype)
+        self.rows = sampler.max_prompt_tokens + sampler.max_new_tokens
+        self.windows = tuple(sorted({w for w in sampler.windows if w < self.rows} | {self.rows}))
+        self.buckets = tuple(
+            sorted({b for b in sampler.prefill_buckets if b < sampler.max_prompt_tokens} | {sampler.max_prompt_tokens})
+        )
+        self._forks = sampler.slots  # width of an insert: one program for any set of slots
+        self._compile()
+
+    def _compile(self) -> None:
+        model = self.model
+
+        def decode(params, state, steps, window):
+            return _decode(params, state, model, steps, window, self.sampler.record_routed_experts)
+
+        def prefill(params, tokens, length, existing):
+            return _prefill(params, tokens, length, model, self.cache_dtype, existing)
+
+        def insert(prefix, state, slots, slot_params):
+            return _insert(prefix, state, slots, slot_params)
+
+        # Outputs lie the same way whoever made them, so that one compilation serves every order of calls.
+        everywhere, state = sharding.replicated(self._mesh), self._state_shardings()
+        self._decode = jax.jit(decode, static_argnums=(2, 3), donate_argnums=1, out_shardings=(state, everywhere))
+        self._prefill = jax.jit(prefill, out_shardings=everywhere)
+        self._insert = jax.jit(insert, donate_argnums=1, out_shardings=state)
+        self._init = jax.jit(self._empty_state, out_shardings=state)
+        self._release = jax.jit(
+            lambda state, slots: state.replace(status=state.status.at[slots].set(STOPPED, mode="drop")),
+            donate_argnums=0,
+            out_shardings=state,
+        )
+
+    # Rollouts
+
+    def decode(self, params: Any, state: DecodeState, steps: int, window: int | None = None):
+        """Returns (state, StepOutput) of `steps` steps in one dispatch, reading `window` cache rows (default all)."""
+        with use_mesh(self._mesh):
+            return self._decode(params, state, steps, window or self.rows)
+
+    def window_for(self, rows: int) -> int:
+        """Returns the smallest compiled window that covers `rows` cache rows."""
+        return next((window for window in self.windows if window >= rows), self.rows)
+
+    def bucket_for(self, tokens: int) -> int:
+        """Returns the smallest compiled prompt length. Raises ValueError for a prompt that is too long."""
+        for bucket in self.buckets:
+            if bucket >= tokens:
+                return bucket
+        raise ValueError(f"prompt of {tokens} tokens exceeds config.sampler.max_prompt_tokens={self.buckets[-1]}")
+
+    def bulk_insert(self, prefix: Prefix, state: DecodeState, slots, *, slot_params: SlotParams | None = None):
+        """Returns the state with one prefix forked into each slot of `slots` (a list of numbers)."""
+        slots = np.asarray(slots, np.int32)
+        if slot_params is None:
+            slot_params = self.default_slot_params(len(slots))
+        padding = self._forks - len(slots)
+        wide = np.concatenate([slots, np.full(padding, self.sampler.slots, np.int32)])
+        slot_params = jax.tree.map(
+            lambda x: np.concatenate([x, np.zeros((padding, *x.shape[1:]), x.dtype)]), slot_params
+        )
+        with use_mesh(self._mesh):
+            return self._insert(prefix, state, wide, slot_params)
+
+    def default_slot_params(self, count: int) -> SlotParams:
+        """Returns greedy decoding up to the configured length, as JetStream's Driver gives no sampling law."""
+        stop = np.full((count, MAX_STOP_TOKENS), -1, np.int32)
+        stop[:, : len(self.stop_ids)] = self.stop_ids
+        return SlotParams(
+            temperature=np.zeros(count, np.float32),
+            top_p=np.ones(count, np.float32),
+            top_k=np.zeros(count, np.int32),
+            max_new_tokens=np.full(count, self.sampler.max_new_tokens, np.int32),
+            key=np.zeros((count, 2), np.uint32),
+            stop_ids=stop,
+        )
+
+    def compilations(self) -> dict[str, int]:
+        """Returns how many programs each operation has compiled."""
+        return {
+            "prefill": self._prefill._cache_size(),
+            "insert": self._insert._cache_size(),
+            "decode": self._decode._cache_size(),
+        }
+
+    # JetStream's Engine API
+
+    def load_params(self, params: Any = None) -> Any:
+        """Returns `params` placed for the engine's mesh."""
+        return jax.device_put(params, sharding.spec_shardings(decoder.specs(self.model), self._mesh))
+
+    def prefill(
+        self, *, params, existing_prefix=None, padded_tokens, true_length, sampler=None, request_id=None
+    ) -> Prefix:
+        """Returns the prefix of int32 padded_tokens [Tb], of which the first true_length count."""
+        tokens = np.asarray(padded_tokens, np.int32)
+        if not 0 < int(true_length) <= tokens.shape[0]:
+            raise ValueError(f"Engine.prefill: true_length={true_length} with {tokens.shape[0]} padded tokens")
+        with use_mesh(self._mesh):
+            return self._prefill(params, tokens, np.int32(true_length), existing_prefix)
+
+    def insert(self, prefix, decode_state, slot, request_id=None, *, slot_params=None) -> DecodeState:
+        """Returns the state with the prefix in one slot, greedy unless slot_params (arrays of [1]) say otherwise."""
+        return self.bulk_insert(prefix, decode_state, [int(slot)], slot_params=slot_params)
+
+    def generate(self, params, decode_state, sampler=None):
+        """Returns (state, ResultTokens) of one step over all slots."""
+        state, out = self.decode(params, decode_state, 1)
+        data = jnp.concatenate([out.tokens, out.valid.astype(jnp.int32), state.generated[:, None]], axis=1)
+        result = jetstream.ResultTokens(
+            data=data, tokens_idx=(0, 1), valid_idx=(1, 2), length_idx=(2, 3), samples_per_slot=1
+        )
+        return state, result
+
+    def init_decode_state(self) -> DecodeState:
+        """Returns a state whose slots are all idle."""
+        return self._init()
+
+    def _empty_state(self) -> DecodeState:
+        slots = self.sampler.slots
+        return DecodeState(
+            cache=CacheSpec(self.model, slots, self.rows, self.cache_dtype).zeros(),
+            logits=jnp.zeros((slots, self.model.vocab_size), jnp.float32),
+            length=jnp.zeros(slots, jnp.int32),
+            generated=jnp.zeros(slots, jnp.int32),
+            status=jnp.full(slots, STOPPED, jnp.int32),
+            slots=jax.tree.map(jnp.asarray, self.default_slot_params(slots)),
+        )
+
+    def _state_shardings(self) -> DecodeState:
+        spec = CacheSpec(self.model, self.sampler.slots, self.rows, self.cache_dtype)
+
+        def place(leaf):
+            axes = spec.axes if leaf.shape == spec.shape else ("slots", *([None] * (leaf.ndim - 1)))
+            return sharding.sharding(self._mesh, axes, leaf.shape)
+
+        return jax.tree.map(place, jax.eval_shape(self._empty_state))
+
+    def release(self, state: DecodeState, slots) -> DecodeState:
+        """Returns the state with the given slots idle; the given state is donated."""
+        wide = np.full(self.sampler.slots, self.sampler.slots, np.int32)
+        wide[: len(slots)] = slots
+        return self._release(state, wide)
+
+    def free_resource(self, slot: int) -> None:
+        """Does nothing: a dense cache row needs no freeing."""
+
+    def get_prefix_destination_sharding(self):
+        return sharding.replicated(self._mesh)
+
+    def get_tokenizer(self):
+        return jetstream.TokenizerParameters(path=getattr(self.tokenizer, "source", ""), extra_ids=0)
+
+    def build_tokenizer(self, metadata=None):
+        """Returns the engine's tokenizer behind JetStream's interface. Raises ValueError when it was built without one."""
+        if self.tokenizer is None:
+            raise ValueError("Engine.build_tokenizer: this engine has no tokenizer; pass tokenizer= when building it")
+        from r1jax.sampler.serve import DriverTokenizer
+
+        return DriverTokenizer(self.tokenizer)
+
+    @property
+    def max_concurrent_decodes(self) -> int:
+        return self.sampler.slots
+
+    @property
+    def samples_per_slot(self) -> int:
+        return 1
+
+    @property
+    def max_prefill_length(self) -> int:
+        return self.sampler.max_prompt_tokens
+
+    @property
+    def mesh(self) -> Mesh:
+        return self._mesh
+
+    @property
+    def colocated_cpus(self):
+        return None
+
+    @property
+    def use_chunked_prefill(self) -> bool:
+        return False
+
+    @property
+    def prefill_chunk_size(self) -> int:
+        return self.buckets[-1]

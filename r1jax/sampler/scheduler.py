@@ -1,0 +1,215 @@
+"""The synchronous rollout scheduler: one prefill per group, forked into slots; freed slots are refilled at once."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from r1jax.sampler.engine import MAX_STOP_TOKENS, RUNNING, Engine, Prefix, SlotParams, StepOutput
+from r1jax.sampler.sample import FINISH_REASONS, RolloutRequest, RolloutSample
+
+
+@dataclass
+class Statistics:
+    """Counts of the last `generate` or `stream`."""
+
+    prefills: int = 0
+    dispatches: int = 0
+    tokens: int = 0
+    steps_times_slots: int = 0
+
+    @property
+    def occupancy(self) -> float:
+        """Returns the share of slot steps that emitted a token."""
+        return self.tokens / max(self.steps_times_slots, 1)
+
+
+@dataclass
+class _Group:
+    """A prefilled prompt and which of its samples still wait for a slot."""
+
+    request: RolloutRequest
+    prefix: Prefix
+    experts: np.ndarray | None
+    waiting: deque[int]
+
+
+@dataclass
+class _Running:
+    """A sample in a slot and what it has emitted so far."""
+
+    group: _Group
+    index: int
+    tokens: list[np.ndarray] = field(default_factory=list)
+    logps: list[np.ndarray] = field(default_factory=list)
+    behaviour: list[np.ndarray] = field(default_factory=list)
+    experts: list[np.ndarray] = field(default_factory=list)
+    emitted: int = 0
+
+
+class RolloutSampler:
+    """Drives an engine over prefill, insert and decode. An exception reaches the caller; nothing runs in threads."""
+
+    def __init__(self, engine: Engine, steps_per_dispatch: int | None = None):
+        self.engine = engine
+        self.steps = steps_per_dispatch or engine.sampler.steps_per_dispatch
+        self.deadline_s = engine.sampler.stall_deadline_s
+        self.statistics = Statistics()
+        self._state = None
+
+    def warm_up(self, params: Any) -> None:
+        """Compiles every program of the rollout path: each prompt bucket, the insert, each decode window."""
+        engine = self.engine
+        state = engine.init_decode_state()
+        for bucket in reversed(engine.buckets):
+            prefix = engine.prefill(params=params, padded_tokens=np.zeros(bucket, np.int32), true_length=1)
+            state = engine.bulk_insert(prefix, state, [0])
+        for window in reversed(engine.windows):
+            state, _ = engine.decode(params, engine.release(state, [0]), self.steps, window)
+        self._state = state
+
+    def generate(self, requests: Sequence[RolloutRequest], params: Any, version: int = 0) -> list[RolloutSample]:
+        """Returns the samples of all requests, in order of request and sample. Raises ValueError for a bad request."""
+        order = {id(request): place for place, request in enumerate(requests)}
+        done = sorted(
+            (
+                (order[id(request)], sample.sample_index, sample)
+                for request, sample in self._run(requests, params, version)
+            ),
+            key=lambda entry: entry[:2],
+        )
+        return [sample for _, _, sample in done]
+
+    def stream(self, requests: Sequence[RolloutRequest], params: Any, version: int = 0) -> Iterator[RolloutSample]:
+        """Yields the samples as they finish."""
+        for _, sample in self._run(requests, params, version):
+            yield sample
+
+    def _run(self, requests, params, version) -> Iterator[tuple[RolloutRequest, RolloutSample]]:
+        for request in requests:
+            self._check(request)
+        self.statistics = Statistics()
+        # The state is donated to every call: keep it only when a whole run has gone well.
+        state, self._state = self._state, None
+        if state is None:
+            state = self.engine.init_decode_state()
+        queue = deque(requests)
+        free = list(range(self.engine.max_concurrent_decodes))
+        running: dict[int, _Running] = {}
+        group: _Group | None = None
+        while queue or group or running:
+            while free and (group or queue):
+                if group is None:
+                    group = self._prefill(queue.popleft(), params)
+                taken = [group.waiting.popleft() for _ in range(min(len(free), len(group.waiting)))]
+                slots = [free.pop(0) for _ in taken]
+                state = self.engine.bulk_insert(
+                    group.prefix, state, slots, slot_params=self._slot_params(group.request, taken)
+                )
+                running |= {slot: _Running(group, index) for slot, index in zip(slots, taken, strict=True)}
+                if not group.waiting:
+                    group = None
+            longest = max(len(r.group.request.prompt_ids) + r.emitted for r in running.values())
+            window = self.engine.window_for(longest + self.steps)
+            state, out = self.engine.decode(params, state, self.steps, window)
+            out = self._fetch(out, running)
+            self.statistics.dispatches += 1
+            self.statistics.steps_times_slots += int(out.valid.any(axis=0).sum()) * len(out.status)
+            for slot in self._collect(out, running):
+                finished = running.pop(slot)
+                free.append(slot)
+                yield finished.group.request, _sample(finished, FINISH_REASONS[int(out.status[slot])], version)
+            free.sort()
+        self._state = state
+
+    def _check(self, request: RolloutRequest) -> None:
+        self.engine.bucket_for(len(request.prompt_ids))
+        law, rows = request.law, self.engine.rows
+        if len(request.prompt_ids) + 1 > rows:
+            raise ValueError(
+                f"request {request.request_id}: {len(request.prompt_ids)} prompt tokens fill the {rows} cache rows"
+            )
+        if len(law.stop_ids) > MAX_STOP_TOKENS:
+            raise ValueError(
+                f"request {request.request_id}: {len(law.stop_ids)} stop tokens, at most {MAX_STOP_TOKENS} fit"
+            )
+        if len(request.keys) == 0:
+            raise ValueError(f"request {request.request_id}: no keys, so no samples are asked for")
+
+    def _prefill(self, request: RolloutRequest, params) -> _Group:
+        length = len(request.prompt_ids)
+        padded = np.zeros(self.engine.bucket_for(length), np.int32)
+        padded[:length] = request.prompt_ids
+        prefix = self.engine.prefill(params=params, padded_tokens=padded, true_length=length)
+        self.statistics.prefills += 1
+        experts = None
+        if self.engine.sampler.record_routed_experts and prefix.experts is not None:
+            experts = np.asarray(prefix.experts)[0, :length]
+        return _Group(request, prefix, experts, deque(range(len(request.keys))))
+
+    def _slot_params(self, request: RolloutRequest, indices: list[int]) -> SlotParams:
+        law, count = request.law, len(indices)
+        stop = np.full((count, MAX_STOP_TOKENS), -1, np.int32)
+        stop[:, : len(law.stop_ids)] = law.stop_ids
+        return SlotParams(
+            temperature=np.full(count, law.temperature, np.float32),
+            top_p=np.full(count, law.top_p, np.float32),
+            top_k=np.full(count, law.top_k, np.int32),
+            max_new_tokens=np.full(count, law.max_new_tokens, np.int32),
+            key=np.asarray(request.keys[indices], np.uint32),
+            stop_ids=stop,
+        )
+
+    def _fetch(self, out: StepOutput, running: dict[int, _Running]) -> StepOutput:
+        """Returns the output on the host. Raises TimeoutError when the device does not answer before the deadline."""
+        limit = time.monotonic() + self.deadline_s
+        pause = 1e-4
+        while not out.status.is_ready():
+            if time.monotonic() > limit:
+                ids = sorted({r.group.request.request_id for r in running.values()})[:8]
+                raise TimeoutError(f"decode made no progress for {self.deadline_s:.0f} s; requests in flight: {ids}")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 2e-3)
+        return jax.device_get(out)
+
+    def _collect(self, out: StepOutput, running: dict[int, _Running]) -> list[int]:
+        """Appends what each slot emitted and returns the slots that are done."""
+        finished, emitted = [], 0
+        for slot, sample in running.items():
+            valid = out.valid[slot]
+            count = int(valid.sum())
+            emitted += count
+            sample.emitted += count
+            sample.tokens.append(out.tokens[slot][:count])
+            sample.logps.append(out.logp[slot][:count])
+            sample.behaviour.append(out.behaviour_logp[slot][:count])
+            if out.experts is not None:
+                sample.experts.append(out.experts[slot][:count])
+            if out.status[slot] != RUNNING:
+                finished.append(slot)
+        if not emitted:
+            raise RuntimeError(f"decode emitted nothing for {len(running)} running slots")
+        self.statistics.tokens += emitted
+        return finished
+
+
+def _sample(running: _Running, reason: str, version: int) -> RolloutSample:
+    request = running.group.request
+    experts = None
+    if running.experts and running.group.experts is not None:
+        experts = np.concatenate([running.group.experts, *running.experts])
+    return RolloutSample(
+        request_id=request.request_id,
+        sample_index=running.index,
+        prompt_ids=np.asarray(request.prompt_ids, np.int32),
+        token_ids=np.concatenate(running.tokens).astype(np.int32),
+        logps=np.concatenate(running.logps),
+        behaviour_logps=np.concatenate(running.behaviour),
+        finish_reason=reason,
+        weight_version=version,
+        routed_experts=experts,
+    )

@@ -1,0 +1,156 @@
+"""What stages share: their folder, the tokenizer, the starting weights and finished-or-not."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from r1jax.checkpoints import tokenizer as tokenizers
+from r1jax.config import config_hash, flatten
+from r1jax.core import checkpoint, runtime, sharding
+from r1jax.models import decoder
+from r1jax.schema import Config, ModelConfig, replace
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+DONE = "DONE"
+
+
+class StageFolder:
+    """`workdir/STAGE/`: config.json, checkpoints, metrics and, when finished, a DONE marker with the figures."""
+
+    def __init__(self, config: Config, workdir: Path, name: str | None = None):
+        self.path = Path(workdir) / (name or config.stage)
+        self.config = config
+        self.hash = config_hash(config)
+
+    def finished(self) -> dict | None:
+        """Returns the figures when this very config has been run to its end here."""
+        marker = self.path / DONE
+        if not marker.exists():
+            return None
+        record = json.loads(marker.read_text())
+        return record["figures"] if record["config_hash"] == self.hash else None
+
+    def start(self) -> None:
+        """Makes the folder and writes config.json. Raises ValueError when another config has been run here."""
+        path = self.path / "config.json"
+        fields = json.loads(json.dumps(flatten(self.config), default=str))
+        if path.exists():
+            old = json.loads(path.read_text())
+            changed = [name for name in fields if old.get(name) != fields[name]]
+            if changed:
+                name = changed[0]
+                raise ValueError(
+                    f"{self.path} holds a run with another config ({name}: {old.get(name)!r} there, {fields[name]!r} now); "
+                    "choose another --workdir or remove that folder"
+                )
+        checkpoint.write_json(path, fields)
+
+    def finish(self, figures: dict, inputs: dict[str, str] | None = None) -> dict:
+        """Writes the DONE marker and returns the figures."""
+        record = {"config_hash": self.hash, "inputs": inputs or {}, "figures": figures}
+        checkpoint.write_json(self.path / DONE, record)
+        return figures
+
+    def checkpoints(self) -> checkpoint.CheckpointStore:
+        return checkpoint.CheckpointStore(self.path / "checkpoints", self.config.checkpointing.keep)
+
+
+def prepare(config: Config) -> tuple[Config, tokenizers.Tokenizer, Mesh]:
+    """Returns (config with the checkpoint's own model shape, tokenizer, mesh) and sets JAX up.
+
+    A Hugging Face folder in config.model.checkpoint overrides the preset's shape; without one, or with one of our own
+    runs, the tiny world's tokenizer applies.
+    """
+    runtime.setup()
+    mesh = sharding.make_mesh(config.mesh)
+    folder = config.model.checkpoint
+    if folder and is_hugging_face(folder):
+        from r1jax.checkpoints import hf
+
+        shape = hf.model_config(folder, config.model)
+        return replace(config, model=shape), tokenizers.from_folder(folder), mesh
+    tokenizer = tokenizers.tiny()
+    if config.model.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"config.model.vocab_size={config.model.vocab_size}, but the tiny world has {tokenizer.vocab_size} tokens; "
+            "give a Hugging Face folder with --config.model.checkpoint=DIR"
+        )
+    return config, tokenizer, mesh
+
+
+def is_hugging_face(folder: str | Path) -> bool:
+    """Returns whether a folder is a Hugging Face checkpoint. Raises ValueError when there is no such folder."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"no such checkpoint folder: {folder}; give a Hugging Face folder or a stage's folder")
+    if (path / "checkpoints").is_dir():
+        return False
+    if not (path / "config.json").exists():
+        raise ValueError(f"{folder} is no checkpoint: it has neither config.json nor a checkpoints folder")
+    return True
+
+
+def load_weights(config: Config, mesh: Mesh, source: str, default: Callable[[], decoder.Params]) -> decoder.Params:
+    """Returns float32 parameters of a Hugging Face folder or a stage's newest checkpoint; `default()` without a source."""
+    if not source:
+        return default()
+    if is_hugging_face(source):
+        from r1jax.checkpoints import hf
+
+        return hf.load(source, config.model, mesh, jnp.float32)
+    store = checkpoint.CheckpointStore(Path(source) / "checkpoints")
+    number = store.latest()
+    if number is None:
+        raise ValueError(f"{source} holds no finished checkpoint; run that stage to its end first")
+    target = sharding.abstract(decoder.specs(config.model), jnp.float32, mesh)
+    params = store.restore(number, {"params": target})["params"]
+    store.close()
+    return params
+
+
+def shape_hash(model: ModelConfig, *more) -> str:
+    """Returns a hash of what fixes a model's parameters (and of anything else given)."""
+    runtime_only = dict(
+        compute_dtype="float32", scan_layers=False, remat=False, moe_implementation="auto", checkpoint=""
+    )
+    text = repr((replace(model, **runtime_only), *more))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _named(tree) -> dict[str, jax.Array]:
+    return {checkpoint._key(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def save_asset(path: Path, params: decoder.Params, metadata: dict[str, str]) -> None:
+    """Writes parameters as one safetensors file, under a temporary name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: np.asarray(leaf) for name, leaf in _named(params).items()}, temporary, metadata=metadata)
+    temporary.replace(path)
+
+
+def load_asset(path: Path, model: ModelConfig, mesh: Mesh) -> decoder.Params:
+    """Returns the parameters of a safetensors file. Raises ValueError when they do not fit the model."""
+    specs = decoder.specs(model)
+    target = sharding.abstract(specs, jnp.float32)
+    with safe_open(path, framework="numpy") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        wanted = {name: tuple(leaf.shape) for name, leaf in _named(target).items()}
+        if problems := checkpoint.shape_problems(stored, wanted):
+            raise ValueError(f"{path} does not fit the model: {problems}")
+        leaves = [file.get_tensor(name) for name in wanted]
+    params = jax.tree.unflatten(jax.tree.structure(target), leaves)
+    return jax.device_put(params, sharding.spec_shardings(specs, mesh))
+
+
+def asset_metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata() or {}

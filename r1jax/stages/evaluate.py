@@ -1,0 +1,132 @@
+"""Evaluate a checkpoint on held-out problems: pass@1 with its standard error, greedy, and behaviour."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.core import checkpoint, tree
+from r1jax.data import jsonl
+from r1jax.evals.benchmarks import Response, summarize
+from r1jax.report import table
+from r1jax.rewards.compose import PART_NAMES
+from r1jax.rewards.pool import RewardPool
+from r1jax.rl import rollout
+from r1jax.rl.rollout import EncodedPrompt
+from r1jax.sampler.engine import Engine
+from r1jax.sampler.sample import SamplingLaw
+from r1jax.sampler.scheduler import RolloutSampler
+from r1jax.schema import Config, replace
+from r1jax.stages import common, prompts
+
+COLUMNS = (
+    "checkpoint",
+    "pass@1",
+    "pass@1_se",
+    "greedy",
+    "mean_tokens",
+    "reflective_per_response",
+    "language_consistency",
+)
+FAITHFULNESS_COLUMNS = (
+    "checkpoint",
+    "first_guess_accuracy",
+    "final_accuracy",
+    "fixed",
+    "broken",
+    "p_right_given_ok",
+    "p_wrong_given_no",
+    "p_wait_after_no",
+    "arithmetic_true",
+    "comparison_true",
+)
+
+
+def run(config: Config, workdir: Path) -> dict:
+    """Evaluates config.checkpoint (a stage's folder or a Hugging Face folder), writes figures and samples, returns them."""
+    if not config.checkpoint:
+        raise ValueError(
+            "evaluate: give the checkpoint with --config.checkpoint=DIR (a stage's folder or a Hugging Face folder)"
+        )
+    config = replace(config, model=replace(config.model, checkpoint=config.checkpoint))
+    config, tokenizer, mesh = common.prepare(config)
+    held_out = prompts.encode(prompts.load(config)[1], config, tokenizer)
+    params = common.load_weights(config, mesh, config.checkpoint, lambda: None)
+    figures, responses = evaluate(config, tokenizer, mesh, held_out, params)
+    folder = Path(workdir) / config.stage
+    write_samples(folder / "samples.jsonl", responses)
+    checkpoint.write_json(folder / "figures.json", figures)
+    print_figures([{"checkpoint": Path(config.checkpoint).name, **figures}])
+    return figures
+
+
+def evaluate(
+    config: Config, tokenizer: Tokenizer, mesh: Mesh, held_out: Sequence[EncodedPrompt], params: Any
+) -> tuple[dict[str, float], list[Response]]:
+    """Returns (figures, sampled responses) of weights on held-out prompts; `greedy` is one greedy sample a problem."""
+    if not held_out:
+        raise ValueError("evaluate: no held-out problems; raise config.data.holdout_fraction or give more rows")
+    settings = config.evaluation
+    if settings.max_problems:
+        held_out = held_out[: settings.max_problems]
+    sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, (tokenizer.eos_id,), tokenizer))
+    params = tree.cast(params, jnp.dtype(config.model.compute_dtype))
+    law = SamplingLaw(settings.temperature, settings.top_p, 0, config.sampler.max_new_tokens, (tokenizer.eos_id,))
+    with RewardPool(config.reward) as pool:
+        sampled = respond(
+            config, tokenizer, sampler, pool, held_out, params, law, settings.samples_per_problem, "evaluate"
+        )
+        figures = summarize(sampled, settings.samples_per_problem)
+        if settings.greedy:
+            best = SamplingLaw(0.0, 1.0, 0, law.max_new_tokens, law.stop_ids)
+            greedy = respond(config, tokenizer, sampler, pool, held_out, params, best, 1, "greedy")
+            figures["greedy"] = float(np.nanmean([r.parts["accuracy"] if r.scorable else np.nan for r in greedy]))
+    return figures, sampled
+
+
+def respond(
+    config: Config,
+    tokenizer: Tokenizer,
+    sampler: RolloutSampler,
+    pool: RewardPool,
+    asked: Sequence[EncodedPrompt],
+    params: Any,
+    law: SamplingLaw,
+    samples: int,
+    purpose: str,
+) -> list[Response]:
+    """Returns graded responses to each prompt in order, `samples` each."""
+    requests = rollout.requests_for(asked, range(len(asked)), samples, law, config.seed, config.stage, purpose)
+    drawn = sampler.generate(requests, params)
+    texts = tokenizer.decode_batch([sample.token_ids for sample in drawn])
+    repeated = [prompt for prompt in asked for _ in range(samples)]
+    parts, scorable = rollout.grade(drawn, repeated, texts, pool)
+    return [
+        Response(
+            problem_id=p.prompt.id,
+            prompt=p.prompt.text,
+            answer=p.prompt.answer,
+            text=p.prefill + text,
+            tokens=len(sample.token_ids),
+            truncated=sample.truncated,
+            parts=dict(zip(PART_NAMES, (float(v) for v in row), strict=True)),
+            scorable=bool(known),
+        )
+        for p, text, sample, row, known in zip(repeated, texts, drawn, parts, scorable, strict=True)
+    ]
+
+
+def write_samples(path: Path, responses: Sequence[Response]) -> None:
+    """Writes responses as JSON lines."""
+    jsonl.write(path, [vars(response) for response in responses])
+
+
+def print_figures(rows: list[dict]) -> None:
+    """Prints the main table, and the faithfulness table where there are equations."""
+    table.render(rows, COLUMNS, "held-out problems")
+    if any("arithmetic_true" in row for row in rows):
+        table.render(rows, FAITHFULNESS_COLUMNS, "are the checks real?")

@@ -1,0 +1,62 @@
+"""The prompts of a stage: the tiny world or a JSONL file, split, templated and tokenised."""
+
+import sys
+
+import numpy as np
+
+from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.data import jsonl, tasks
+from r1jax.data.prompts import Prompt, from_jsonl_rows, split_holdout
+from r1jax.data.templates import render
+from r1jax.rl.rollout import EncodedPrompt
+from r1jax.schema import Config
+
+
+def load(config: Config) -> tuple[list[Prompt], list[Prompt]]:
+    """Returns (training prompts, held-out prompts). Raises ValueError for a bad file or an empty split."""
+    if not config.data.path:
+        return tasks.linear_prompts("train"), tasks.linear_prompts("test")
+    rows = jsonl.read(config.data.path, required=("id", "prompt", "answer"))
+    if config.data.max_rows:
+        rows = rows[: config.data.max_rows]
+    train, test = split_holdout(from_jsonl_rows(rows), config.data.holdout_fraction)
+    if not train:
+        raise ValueError(
+            f"{config.data.path}: all {len(rows)} rows are held out; lower config.data.holdout_fraction="
+            f"{config.data.holdout_fraction} or give more rows"
+        )
+    return train, test
+
+
+def template(config: Config, tokenizer: Tokenizer) -> str:
+    """Returns the template in force: as configured, else tiny for the tiny world, chat or r1_zero for the rest."""
+    if config.data.template != "auto":
+        return config.data.template
+    if not config.data.path:
+        return "tiny"
+    return "chat" if tokenizer.chat_template else "r1_zero"
+
+
+def encode(prompts: list[Prompt], config: Config, tokenizer: Tokenizer) -> list[EncodedPrompt]:
+    """Returns the prompts as ids; those over config.sampler.max_prompt_tokens are left out, and said to be.
+
+    Raises ValueError when none is left.
+    """
+    kind, limit = template(config, tokenizer), config.sampler.max_prompt_tokens
+    encoded, longest = [], 0
+    for prompt in prompts:
+        text = render(prompt.text, kind, config.data.instruction, tokenizer.render_chat)
+        prefill = "<think>\n" if text.endswith("<think>\n") else ""
+        ids = tokenizer.encode(text)
+        longest = max(longest, len(ids))
+        if len(ids) <= limit:
+            encoded.append(EncodedPrompt(prompt, np.asarray(ids, np.int32), prefill))
+    if prompts and not encoded:
+        raise ValueError(
+            f"all {len(prompts)} prompts exceed config.sampler.max_prompt_tokens={limit} (longest {longest}); raise it"
+        )
+    if len(encoded) < len(prompts):
+        print(
+            f"{len(prompts) - len(encoded)} of {len(prompts)} prompts exceed {limit} tokens, left out", file=sys.stderr
+        )
+    return encoded

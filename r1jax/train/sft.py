@@ -1,0 +1,52 @@
+"""Next-token cross-entropy on packed rows, over the tokens the mask selects."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r1jax.data.packing import PackItem, pack_batch, rows_needed
+from r1jax.kernels.fused_logprob import token_logprobs
+from r1jax.models import decoder
+from r1jax.schema import ModelConfig, PackConfig
+from r1jax.train import step
+
+
+def make_loss(model: ModelConfig) -> step.Loss:
+    """Returns the loss: minus the sum of weight * log p, weight 1 / (all trained tokens of the update)."""
+
+    def loss(params: decoder.Params, micro: dict[str, jax.Array], inverse_tokens: jax.Array):
+        hidden, _, auxiliary = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], model)
+        logp, _ = token_logprobs(hidden, decoder.unembedding(params), micro["targets"])
+        total = -jnp.sum(logp * micro["loss_mask"]) * inverse_tokens
+        return total, step.expert_statistics(auxiliary, micro, model)
+
+    return loss
+
+
+def example(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> PackItem:
+    """Returns one training example whose response tokens alone are trained."""
+    tokens = np.asarray([*prompt_ids, *response_ids], np.int32)
+    mask = np.zeros(len(tokens), np.float32)
+    mask[len(prompt_ids) :] = 1.0
+    return PackItem(tokens, mask)
+
+
+def micro_batches_for(items: Sequence[PackItem], pack: PackConfig, per_update: int, order: np.ndarray) -> int:
+    """Returns how many micro-batches the fullest update needs when `order` is cut into updates of `per_update`."""
+    most = 1
+    for start in range(0, len(order), per_update):
+        lengths = [len(items[i].tokens) for i in order[start : start + per_update]]
+        most = max(most, -(-rows_needed(lengths, pack.row_tokens) // pack.rows_per_micro_batch))
+    return most
+
+
+def make_batch(
+    items: Sequence[PackItem], pack: PackConfig, micro_batches: int, rows: list[list[int]] | None = None
+) -> tuple[dict, int, np.float32]:
+    """Returns (arrays [M, R, T], filled micro-batches, 1 / trained tokens) of one update; `rows` as in pack_batch."""
+    packed = pack_batch(items, pack.row_tokens, micro_batches * pack.rows_per_micro_batch, rows)
+    arrays = step.batch_arrays(packed, pack, micro_batches, ())
+    inverse = np.float32(1.0 / max(float(packed.loss_mask.sum()), 1.0))
+    return arrays, step.filled_micro_batches(packed, pack), inverse
