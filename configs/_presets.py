@@ -55,7 +55,7 @@ _MODELS = {
     ),
 }
 _SAMPLERS = {
-    "tiny": SamplerConfig(slots=64, steps_per_dispatch=8, max_prompt_tokens=16, max_new_tokens=80),
+    "tiny": SamplerConfig(slots=128, steps_per_dispatch=8, max_prompt_tokens=16, max_new_tokens=88, windows=(40, 64)),
     "smollm2_135m": SamplerConfig(slots=16, steps_per_dispatch=8, max_prompt_tokens=192, max_new_tokens=128),
 }
 _PACKS = {

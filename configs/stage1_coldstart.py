@@ -1,6 +1,6 @@
 """Cold start: supervised fine-tuning of the base on R1-Zero's correct, well-formed, single-language traces.
 
-Hardware: two CPU cores at `tiny` (it builds R1-Zero first when there is none).
+Hardware: two CPU cores; it trains R1-Zero first when the working folder has none.
 Command: python -m r1jax.launch --config=stage1_coldstart
 """
 
@@ -19,7 +19,7 @@ def config(preset: str) -> Config:
         optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", final_fraction=0.1, warmup_updates=5),
         sampler=_presets.sampler(preset),
         pack=_presets.pack(preset),
-        sft=SFTConfig(),
+        sft=SFTConfig(epochs=2, examples_per_update=48),
         coldstart=ColdStartConfig(),
-        evaluation=EvalConfig(samples_per_problem=4),
+        evaluation=EvalConfig(samples_per_problem=5),
     )

@@ -264,6 +264,7 @@ class ColdStartConfig:
     max_examples: int = 1500
     min_language_consistency: float = 1.0
     max_examples_per_prompt: int = 2
+    teacher: str = ""  # folder of the R1-Zero run that is sampled; "" is workdir/r1_zero
 
 
 @dataclass(frozen=True)

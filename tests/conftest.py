@@ -1,12 +1,17 @@
-"""What every test shares: the CPU backend, a compilation cache outside the checkout, and the shared data sets."""
+"""What every test shares: the CPU backend, a compilation cache outside the checkout, the data sets and SmolLM2."""
 
+import importlib.util
 import os
 import pathlib
+import subprocess
+import sys
+import typing
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "r1jax" / "tests"
+HOME = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "r1jax"
+CACHE = HOME / "tests"
 
 # Set before any test imports JAX. Tests that need several devices start a process of their own with XLA_FLAGS.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,13 +19,45 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
+def unavailable(reason: str) -> typing.NoReturn:
+    """Skips the test, or fails it when CI=true."""
+    if os.environ.get("CI", "").lower() == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def shared_folder() -> pathlib.Path:
+    return pathlib.Path(os.environ.get("R1JAX_SHARED") or ROOT.parent / "shared")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
     """Returns the folder of real data sets: $R1JAX_SHARED/data, by default ../shared/data beside the checkout."""
-    folder = pathlib.Path(os.environ.get("R1JAX_SHARED") or ROOT.parent / "shared") / "data"
+    folder = shared_folder() / "data"
     if not folder.is_dir():
-        reason = f"no data sets in {folder}; set R1JAX_SHARED to the folder that holds data/"
-        if os.environ.get("CI", "").lower() == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        unavailable(f"no data sets in {folder}; set R1JAX_SHARED to the folder that holds data/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> pathlib.Path:
+    """Returns a Hugging Face folder of SmolLM2-135M-Instruct: $R1JAX_SMOLLM2, or built once into the cache folder."""
+    if given := os.environ.get("R1JAX_SMOLLM2"):
+        if not (pathlib.Path(given) / "model.safetensors").exists():
+            pytest.fail(f"R1JAX_SMOLLM2={given} holds no model.safetensors")
+        return pathlib.Path(given)
+    folder = HOME / "smollm2"
+    if (folder / "model.safetensors").exists():
+        return folder
+    builder = shared_folder() / "tools" / "smollm2_checkpoint.py"
+    if not builder.exists():
+        unavailable(f"no SmolLM2: no {builder}; set R1JAX_SMOLLM2 to a Hugging Face folder, or R1JAX_SHARED")
+    missing = [name for name in ("torch", "transformers", "gguf") if importlib.util.find_spec(name) is None]
+    if missing:
+        unavailable(f"no SmolLM2: building it needs {', '.join(missing)}; set R1JAX_SMOLLM2 to a Hugging Face folder")
+    unfinished = HOME / f"smollm2.{os.getpid()}"
+    done = subprocess.run([sys.executable, str(builder), str(unfinished)], capture_output=True, text=True)
+    if done.returncode:
+        unavailable(f"no SmolLM2: {builder} failed: {done.stderr.strip().splitlines()[-1:]}")
+    unfinished.rename(folder)
     return folder

@@ -164,3 +164,8 @@ def test_faithfulness_of_nothing_is_nan_and_unequal_counts_are_refused():
     assert all(math.isnan(value) for value in faithfulness([], []).values())
     with pytest.raises(ValueError, match="1 responses and 0 problems"):
         faithfulness([RETRY], [])
+
+
+def test_parse_trace_takes_a_product_cut_off_after_its_sign():
+    trace = parse_trace("<think> 7 *", 7, 5, 40)
+    assert trace.guesses == () and trace.statements == ()

@@ -169,13 +169,15 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling]:
     original = values.get("original_max_position_embeddings", fields.get("max_position_embeddings"))
     if original is None or (kind == "llama3" and "factor" not in values):
         raise ValueError(f"{fields.path}: {kind} scaling needs factor and original_max_position_embeddings")
-    names = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_fast", "beta_slow")
+    names = (
+        ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_fast", "beta_slow", "mscale_all_dim")
+    )
+    mscale = {"mscale": float(values.get("mscale", 0.0))} if kind == "yarn" else {}  # 0: not stated
     scaling = RopeScaling(
         kind=kind,
         factor=float(values.get("factor", fields.get("max_position_embeddings", original) / original)),
         original_max_position_embeddings=int(original),
-        mscale=float(values.get("mscale", 0.0)),
-        mscale_all_dim=float(values.get("mscale_all_dim", 0.0)),
+        **mscale,
         **{name: float(values[name]) for name in names if values.get(name)},
     )
     if kind == "yarn":

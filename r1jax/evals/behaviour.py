@@ -136,11 +136,11 @@ def parse_trace(response: str, a: int, b: int, c: int) -> Trace:
             written = statement.text.split()
             if guesses and statement.kind != "product":
                 copies.append(_number(written[2]) == (b if statement.kind == "sum" else c))
-        numbers = [_number(word) for word in (token, *thinking[place + 2 : place + 3])]
-        if thinking[place + 1 : place + 2] == ["*"] and None not in numbers:
-            open_guess = numbers[1]
+        operator, right = (thinking[place + 1 : place + 3] + ["", ""])[:2]
+        if operator == "*" and _number(token) is not None and _number(right) is not None:
+            open_guess = _number(right)
             guesses.append(open_guess)
-            copies.append(numbers[0] == a)
+            copies.append(_number(token) == a)
         if (token in _OK or token in _NO) and open_guess is not None:
             then_wait = thinking[place + 1 : place + 2] != [] and thinking[place + 1] in _WAIT
             verdicts.append(Verdict(token in _OK, a * open_guess + b == c, then_wait))

@@ -119,21 +119,15 @@ class PolicyTraining:
         if number is None:
             self.reference = self._compute(self.state.params)
         else:
-            target = jax.tree.map(
-                lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-                self.trainer.abstract_state(),
-                self.trainer.state_shardings(),
-            )
+            target = self.trainer.restore_target()
             compute = jnp.dtype(self.config.model.compute_dtype)
             reference = jax.tree.map(
                 lambda s: jax.ShapeDtypeStruct(s.shape, compute, sharding=s.sharding), target.params
             )
-            items = {"params": target.params, "optimizer": target.optimizer, "reference": reference}
-            items = self.store.restore(number, items)
-            self.reference = items.pop("reference")
-            self.cursor = Cursor(**self.store.record(number))
-            self.state = step.TrainState(**items, update=jnp.asarray(self.cursor.update, jnp.int32))
-            self.state = jax.device_put(self.state, self.trainer.state_shardings())
+            wanted = {"params": target.params, "optimizer": target.optimizer, "reference": reference}
+            items = self.store.restore(number, wanted)
+            self.cursor, self.reference = Cursor(**self.store.record(number)), items["reference"]
+            self.state = self.trainer.state(items["params"], items["optimizer"], self.cursor.update)
         self.log.truncate(self.cursor.update)
 
     def warm_up(self) -> None:

@@ -37,6 +37,12 @@ def template(config: Config, tokenizer: Tokenizer) -> str:
     return "chat" if tokenizer.chat_template else "r1_zero"
 
 
+def render_ids(question: str, config: Config, tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids of one question under the template in force."""
+    kind = template(config, tokenizer)
+    return tokenizer.encode(render(question, kind, config.data.instruction, tokenizer.render_chat))
+
+
 def encode(prompts: list[Prompt], config: Config, tokenizer: Tokenizer) -> list[EncodedPrompt]:
     """Returns the prompts as ids; those over config.sampler.max_prompt_tokens are left out, and said to be.
 

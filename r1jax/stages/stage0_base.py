@@ -3,7 +3,6 @@
 import time
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -19,7 +18,7 @@ from r1jax.models import decoder
 from r1jax.schema import Config, ModelConfig, replace
 from r1jax.stages import common
 from r1jax.stages.progress import Progress
-from r1jax.train import sft, step
+from r1jax.train import sft, step, supervised
 
 FOURIER_PERIODS = (2, 3, 5, 7, 9, 10, 20, 50, 100, 200)
 
@@ -47,33 +46,22 @@ def pretrain(config: Config, workdir: Path) -> dict:
         config.model, config.optimizer, mesh, sft.make_loss(config.model), total_updates=config.pretrain.updates
     )
     rows, items = packed_corpus(config, tokenizer)
-    store = folder.checkpoints()
-    state, first = trainer.init(initial_params(config, mesh)), 0
-    if (number := store.latest()) is not None:
-        target = jax.tree.map(
-            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-            trainer.abstract_state(),
-            trainer.state_shardings(),
+    store, log = folder.checkpoints(), MetricsLog(folder.path)
+    started, total = time.monotonic(), config.pretrain.updates
+    with Progress("pretraining", total) as progress:
+        _, loss = supervised.fit(
+            trainer,
+            initial_params(config, mesh),
+            lambda update: batch_at(update, rows, items, config),
+            total,
+            store,
+            log,
+            config.checkpointing.every_updates,
+            lambda update, loss: progress.update(update, loss=loss),
         )
-        state = store.restore(number, {"state": target})["state"]
-        first = number
-    log = MetricsLog(folder.path)
-    log.truncate(first)
-    started, loss = time.monotonic(), float("nan")
-    with Progress("pretraining", config.pretrain.updates, first) as progress:
-        for update in range(first, config.pretrain.updates):
-            arrays, filled, inverse = batch_at(update, rows, items, config)
-            state, stats = trainer.update(state, arrays, filled, inverse)
-            if (update + 1) % 20 == 0 or update + 1 == config.pretrain.updates:
-                loss = float(stats["loss"])
-                log.write(update + 1, {name: float(value) for name, value in stats.items()}, {})
-                progress.update(update + 1, loss=loss)
-            if (update + 1) % config.checkpointing.every_updates == 0 or update + 1 == config.pretrain.updates:
-                store.save(update + 1, {"state": state, "params": state.params}, {"update": update + 1})
     store.close()
     log.close()
-    seconds = time.monotonic() - started
-    return folder.finish({"loss": loss, "updates": config.pretrain.updates, "seconds": round(seconds, 1)})
+    return folder.finish({"loss": loss, "updates": total, "seconds": round(time.monotonic() - started, 1)})
 
 
 def packed_corpus(config: Config, tokenizer: Tokenizer) -> tuple[list[list[int]], list[PackItem]]:

@@ -100,6 +100,18 @@ class Trainer:
 
         return jax.jit(build, out_shardings=self.state_shardings())(params)
 
+    def restore_target(self) -> TrainState:
+        """Returns shape structs with shardings: what a checkpoint of the state is read into."""
+        return jax.tree.map(
+            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+            self.abstract_state(),
+            self.state_shardings(),
+        )
+
+    def state(self, params: decoder.Params, optimizer: Any, update: int) -> TrainState:
+        """Returns the state after `update` updates from restored parts."""
+        return jax.device_put(TrainState(params, optimizer, np.int32(update)), self.state_shardings())
+
     def update(self, state: TrainState, batch: dict[str, np.ndarray], filled: int, arguments: Any):
         """Returns (new state, statistics as device scalars). The given state is donated."""
         batch = {name: jax.device_put(array, self._batch_sharding(array.shape)) for name, array in batch.items()}

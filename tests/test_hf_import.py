@@ -1,0 +1,491 @@
+"""Hugging Face folders without torch: config.json, tensor names, layouts, placement and every refusal."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from r1jax.checkpoints import hf
+from r1jax.core import sharding
+from r1jax.models import decoder
+from r1jax.schema import MeshConfig, ModelConfig, RopeScaling, replace
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 11,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5e5,
+    "max_position_embeddings": 512,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+QWEN2 = LLAMA | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1}
+DEEPSEEK = LLAMA | {
+    "model_type": "deepseek_v3",
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 6,
+    "kv_lora_rank": 5,
+    "qk_nope_head_dim": 3,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 7,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "moe_layer_freq": 1,
+    "num_nextn_predict_layers": 1,
+    "rope_theta": 10000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+}
+CONFIGS = {"llama": LLAMA, "llama_tied": LLAMA | {"tie_word_embeddings": True}, "qwen2": QWEN2, "deepseek_v3": DEEPSEEK}
+
+# name: shape, written out by hand from the published checkpoints' layout
+LLAMA_LAYER = {
+    "input_layernorm.weight": (16,),
+    "post_attention_layernorm.weight": (16,),
+    "self_attn.q_proj.weight": (16, 16),
+    "self_attn.k_proj.weight": (8, 16),
+    "self_attn.v_proj.weight": (8, 16),
+    "self_attn.o_proj.weight": (16, 16),
+    "mlp.gate_proj.weight": (24, 16),
+    "mlp.up_proj.weight": (24, 16),
+    "mlp.down_proj.weight": (16, 24),
+}
+QWEN2_LAYER = LLAMA_LAYER | {
+    "self_attn.q_proj.bias": (16,),
+    "self_attn.k_proj.bias": (8,),
+    "self_attn.v_proj.bias": (8,),
+}
+LATENT_ATTENTION = {
+    "input_layernorm.weight": (16,),
+    "post_attention_layernorm.weight": (16,),
+    "self_attn.q_a_proj.weight": (6, 16),
+    "self_attn.q_a_layernorm.weight": (6,),
+    "self_attn.q_b_proj.weight": (28, 6),
+    "self_attn.kv_a_proj_with_mqa.weight": (9, 16),
+    "self_attn.kv_a_layernorm.weight": (5,),
+    "self_attn.kv_b_proj.weight": (40, 5),
+    "self_attn.o_proj.weight": (16, 28),
+}
+MIXTURE = {"mlp.gate.weight": (4, 16), "mlp.gate.e_score_correction_bias": (4,)}
+for _part in ("gate", "up", "down"):
+    for _expert in range(4):
+        MIXTURE[f"mlp.experts.{_expert}.{_part}_proj.weight"] = (16, 8) if _part == "down" else (8, 16)
+    MIXTURE[f"mlp.shared_experts.{_part}_proj.weight"] = (16, 16)
+DENSE = {name: shape for name, shape in LLAMA_LAYER.items() if name.startswith("mlp")}
+LAYERS = {
+    "llama": [LLAMA_LAYER] * 2,
+    "llama_tied": [LLAMA_LAYER] * 2,
+    "qwen2": [QWEN2_LAYER] * 2,
+    "deepseek_v3": [LATENT_ATTENTION | DENSE, LATENT_ATTENTION | MIXTURE, LATENT_ATTENTION | MIXTURE],
+}
+
+
+def tensors_of(kind: str) -> dict[str, np.ndarray]:
+    """Returns random tensors with the names and shapes of a checkpoint."""
+    shapes = {"model.embed_tokens.weight": (11, 16), "model.norm.weight": (16,)}
+    if kind != "llama_tied":
+        shapes["lm_head.weight"] = (11, 16)
+    for index, layer in enumerate(LAYERS[kind]):
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    draw = np.random.default_rng(0)
+    return {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def write(folder: pathlib.Path, config: dict, tensors: dict[str, np.ndarray] | None = None) -> pathlib.Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if tensors is not None:
+        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, folder / hf.SINGLE_FILE)
+    return folder
+
+
+def load(folder: pathlib.Path, dtype=jnp.float32, **changes) -> tuple[decoder.Params, ModelConfig]:
+    config = replace(hf.model_config(folder, ModelConfig()), **changes)
+    return hf.load(folder, config, sharding.make_mesh(MeshConfig()), dtype), config
+
+
+def leaves_of(params: decoder.Params) -> dict[str, np.ndarray]:
+    return {hf.leaf_path(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def exported(params: decoder.Params, config: ModelConfig, interleaved: bool = True) -> dict[str, np.ndarray]:
+    """Returns the tensors that the table's inverse transforms make of the parameters."""
+    leaves, result = leaves_of(params), {}
+    for entry in hf.name_table(config, interleaved):
+        for place in np.ndindex(leaves[entry.path].shape[: entry.stacked]):
+            result[entry.tensor_name(place)] = entry.transform.to_hf(leaves[entry.path][place])
+    return result
+
+
+# config.json
+
+
+def test_model_config_takes_the_shape_from_the_folder_and_runtime_fields_from_the_defaults(tmp_path):
+    defaults = ModelConfig(
+        n_routed_experts=8, compute_dtype="bfloat16", scan_layers=False, remat=True, scalar_head=True, checkpoint="here"
+    )
+    config = hf.model_config(write(tmp_path, LLAMA), defaults)
+    assert config == ModelConfig(
+        family="llama",
+        vocab_size=11,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        rms_norm_eps=1e-5,
+        rope_theta=5e5,
+        max_position_embeddings=512,
+        compute_dtype="bfloat16",
+        scan_layers=False,
+        remat=True,
+        scalar_head=True,
+        checkpoint="here",
+    )
+
+
+def test_model_config_reads_every_deepseek_field(tmp_path):
+    config = hf.model_config(write(tmp_path, DEEPSEEK), ModelConfig())
+    assert (config.q_lora_rank, config.kv_lora_rank, config.v_head_dim) == (6, 5, 7)
+    assert (config.qk_nope_head_dim, config.qk_rope_head_dim) == (3, 4)
+    assert (config.num_dense_layers, config.num_moe_layers) == (1, 2)
+    assert (config.n_routed_experts, config.n_shared_experts, config.num_experts_per_tok) == (4, 2, 2)
+    assert (config.n_group, config.topk_group, config.routed_scaling_factor) == (2, 1, 2.5)
+    assert config.rope_scaling == RopeScaling("yarn", 40.0, 4096, mscale=1.0, mscale_all_dim=1.0)
+
+
+def test_model_config_reads_null_q_lora_rank_as_a_plain_query_projection(tmp_path):
+    assert hf.model_config(write(tmp_path, DEEPSEEK | {"q_lora_rank": None}), ModelConfig()).q_lora_rank == 0
+
+
+def test_model_config_reads_null_head_dim_and_kv_heads_as_the_usual_ones(tmp_path):
+    config = hf.model_config(write(tmp_path, LLAMA | {"head_dim": None, "num_key_value_heads": None}), ModelConfig())
+    assert (config.head_dim, config.num_key_value_heads) == (4, 4)
+
+
+def test_model_config_gives_qwen2_its_query_key_and_value_biases(tmp_path):
+    assert hf.model_config(write(tmp_path, QWEN2), ModelConfig()).attention_bias
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 7e5, "rope_scaling": {"type": "llama3", **LLAMA3}},
+        {"rope_theta": 7e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        {"rope_theta": None, "rope_parameters": {"rope_type": "llama3", "rope_theta": 7e5, **LLAMA3}},
+    ],
+    ids=["type", "rope_type", "rope_parameters"],
+)
+def test_model_config_reads_all_three_ways_to_write_rope_scaling(tmp_path, fields):
+    config = hf.model_config(write(tmp_path, LLAMA | fields), ModelConfig())
+    assert config.rope_theta == 7e5
+    assert config.rope_scaling == RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=2.0)
+
+
+def test_model_config_derives_the_yarn_factor_from_the_lengths_when_it_is_not_stated(tmp_path):
+    scaling = {"rope_type": "yarn", "original_max_position_embeddings": 128}
+    config = hf.model_config(write(tmp_path, QWEN2 | {"rope_scaling": scaling}), ModelConfig())
+    assert config.rope_scaling.factor == 4.0
+
+
+def test_model_config_leaves_frequencies_alone_without_scaling(tmp_path):
+    config = hf.model_config(write(tmp_path, LLAMA | {"rope_parameters": {"rope_type": "default"}}), ModelConfig())
+    assert config.rope_scaling == RopeScaling()
+
+
+@pytest.mark.parametrize(
+    ("base", "fields", "words"),
+    [
+        (LLAMA, {"model_type": "mistral"}, "'mistral' is not known; known are deepseek_v3, llama, qwen2"),
+        (LLAMA, {"model_type": None}, "known are deepseek_v3, llama, qwen2"),
+        (LLAMA, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        (LLAMA, {"attention_bias": True}, "attention_bias=True is not supported"),
+        (LLAMA, {"mlp_bias": True}, "mlp_bias=True is not supported"),
+        (LLAMA, {"hidden_size": None}, "has no hidden_size"),
+        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' is not supported"),
+        (LLAMA, {"rope_scaling": {"type": "llama3"}}, "needs factor"),
+        (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 2.0}}, "attention_factor=2.0"),
+        (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}}, "truncate=false"),
+        (QWEN2, {"use_sliding_window": True}, "sliding window"),
+        (QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
+        (DEEPSEEK, {"attention_bias": True}, "attention_bias=True is not supported"),
+        (DEEPSEEK, {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+        (DEEPSEEK, {"topk_method": "greedy"}, "topk_method='greedy'"),
+        (DEEPSEEK, {"moe_layer_freq": 2}, "moe_layer_freq=2"),
+        (DEEPSEEK, {"kv_lora_rank": None}, "has no kv_lora_rank"),
+    ],
+)
+def test_model_config_refuses_what_the_decoder_does_not_compute_in_one_line(tmp_path, base, fields, words):
+    with pytest.raises(ValueError) as error:
+        hf.model_config(write(tmp_path, base | fields), ModelConfig())
+    assert words in str(error.value)
+    assert "config.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_model_config_accepts_a_sliding_window_that_no_layer_uses(tmp_path):
+    fields = {"use_sliding_window": True, "max_window_layers": 2}
+    assert hf.model_config(write(tmp_path, QWEN2 | fields), ModelConfig()).num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "is not JSON"), ("[]", "an object is needed")])
+def test_model_config_names_a_file_that_is_no_json_object(tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=words) as error:
+        hf.model_config(tmp_path, ModelConfig())
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_model_config_says_that_a_folder_has_no_config(tmp_path):
+    with pytest.raises(ValueError, match="has no config.json"):
+        hf.model_config(tmp_path, ModelConfig())
+
+
+# Weights
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_load_then_export_is_bit_equal_to_the_checkpoint(tmp_path, kind):
+    tensors = tensors_of(kind)
+    params, config = load(write(tmp_path, CONFIGS[kind], tensors))
+    back = exported(params, config)
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+
+
+def test_load_puts_layers_and_experts_at_their_places(tmp_path):
+    tensors = tensors_of("deepseek_v3")
+    leaves = leaves_of(load(write(tmp_path, DEEPSEEK, tensors))[0])
+    expert = tensors["model.layers.2.mlp.experts.3.down_proj.weight"]
+    np.testing.assert_array_equal(leaves["sparse.ffw.down"][1, 3], expert.T)
+    np.testing.assert_array_equal(leaves["dense.ffw.up"][0], tensors["model.layers.0.mlp.up_proj.weight"].T)
+    bias = tensors["model.layers.1.mlp.gate.e_score_correction_bias"]
+    np.testing.assert_array_equal(leaves["sparse.ffw.bias"][0], bias)
+
+
+def test_load_splits_the_pairs_of_rotary_rows_in_halves(tmp_path):
+    tensors = tensors_of("deepseek_v3")
+    leaves = leaves_of(load(write(tmp_path, DEEPSEEK, tensors))[0])
+    query = tensors["model.layers.0.self_attn.q_b_proj.weight"]  # 4 heads of 3 plain and 4 rotary rows
+    head = query[7:14]
+    np.testing.assert_array_equal(leaves["dense.attention.q_b"][0, :, 1], head[[0, 1, 2, 3, 5, 4, 6]].T)
+    key = tensors["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"]  # 5 latent and 4 rotary rows
+    np.testing.assert_array_equal(leaves["dense.attention.kv_a"][0], key[[0, 1, 2, 3, 4, 5, 7, 6, 8]].T)
+
+
+def test_load_keeps_rotary_rows_that_are_stored_half_split(tmp_path):
+    tensors = tensors_of("deepseek_v3")
+    leaves = leaves_of(load(write(tmp_path, DEEPSEEK | {"rope_interleave": False}, tensors))[0])
+    key = tensors["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"]
+    np.testing.assert_array_equal(leaves["dense.attention.kv_a"][0], key.T)
+
+
+def test_load_reads_a_plain_query_projection_when_there_is_no_query_low_rank(tmp_path):
+    tensors = {name: value for name, value in tensors_of("deepseek_v3").items() if ".q_" not in name}
+    for layer in range(3):
+        tensors[f"model.layers.{layer}.self_attn.q_proj.weight"] = np.full((28, 16), layer, np.float32)
+    params, _ = load(write(tmp_path, DEEPSEEK | {"q_lora_rank": None}, tensors))
+    assert params.sparse.attention.q_a is None
+    assert params.sparse.attention.q_b.shape == (2, 16, 4, 7)
+    assert float(params.sparse.attention.q_b[1].min()) == 2.0
+
+
+@pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16])
+def test_load_widens_half_precision_exactly(tmp_path, stored):
+    tensors = {name: value.astype(stored) for name, value in tensors_of("llama").items()}
+    params, config = load(write(tmp_path, LLAMA, tensors))
+    for name, value in exported(params, config).items():
+        np.testing.assert_array_equal(value, tensors[name].astype(np.float32), err_msg=name)
+
+
+def test_load_rounds_to_the_asked_dtype_but_keeps_the_router_bias_in_float32(tmp_path):
+    tensors = tensors_of("deepseek_v3")
+    params, _ = load(write(tmp_path, DEEPSEEK, tensors), jnp.bfloat16)
+    assert params.embedding.dtype == jnp.bfloat16
+    embedding = tensors["model.embed_tokens.weight"].astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(np.asarray(params.embedding), embedding)
+    assert params.sparse.ffw.bias.dtype == jnp.float32
+
+
+def split_in_two(folder: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    (folder / hf.INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_load_reads_a_sharded_checkpoint_as_the_single_file(tmp_path):
+    tensors = tensors_of("deepseek_v3")
+    single = leaves_of(load(write(tmp_path / "single", DEEPSEEK, tensors))[0])
+    folder = write(tmp_path / "sharded", DEEPSEEK)
+    split_in_two(folder, tensors)
+    for path, leaf in leaves_of(load(folder)[0]).items():
+        np.testing.assert_array_equal(leaf, single[path], err_msg=path)
+
+
+def test_load_starts_a_scalar_head_at_zero(tmp_path):
+    params, _ = load(write(tmp_path, LLAMA, tensors_of("llama")), scalar_head=True)
+    assert params.scalar_head.shape == (16,)
+    assert not np.asarray(params.scalar_head).any()
+
+
+def test_load_skips_rotary_buffers_prediction_layers_and_a_tied_head(tmp_path):
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32),
+        "model.layers.3.eh_proj.weight": np.ones((16, 32), np.float32),
+        "lm_head.weight": np.ones((11, 16), np.float32),
+    }
+    folder = write(tmp_path, DEEPSEEK | {"tie_word_embeddings": True}, tensors_of("deepseek_v3") | extra)
+    params, config = load(folder)
+    assert params.unembedding is None
+    assert not exported(params, config).keys() & extra.keys()
+
+
+SHARDED = """
+import pathlib, sys
+import jax.numpy as jnp, numpy as np, jax
+from r1jax.checkpoints import hf
+from r1jax.core import sharding
+from r1jax.schema import MeshConfig, ModelConfig
+folder = pathlib.Path(sys.argv[1])
+config = hf.model_config(folder, ModelConfig())
+one = hf.load(folder, config, sharding.make_mesh(MeshConfig()), jnp.float32)
+mesh = sharding.make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+many = hf.load(folder, config, mesh, jnp.float32)
+for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(many), strict=True):
+    assert np.array_equal(a, b), path
+print(many.sparse.ffw.gate.addressable_shards[0].data.shape, tuple(many.embedding.sharding.spec))
+"""
+
+
+def test_load_places_each_leaf_with_its_sharding_over_eight_devices(tmp_path):
+    folder = write(tmp_path, DEEPSEEK, tensors_of("deepseek_v3"))
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SHARDED, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # [L, E, D, F] = [2, 4, 16, 8]: experts over `expert`, embed over `fsdp`, ffw over `tensor`; 11 rows do not split
+    assert done.stdout.strip() == "(2, 2, 8, 4) (None, 'fsdp')"
+
+
+# Refusals
+
+
+def refused(folder: pathlib.Path) -> str:
+    """Returns the one-line error of loading a folder."""
+    with pytest.raises(ValueError) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_load_reports_missing_extra_and_misshaped_tensors_together(tmp_path):
+    tensors = tensors_of("llama")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.layers.0.mlp.extra.weight"] = np.ones(3, np.float32)
+    tensors["model.norm.weight"] = np.ones(15, np.float32)
+    message = refused(write(tmp_path, LLAMA, tensors))
+    assert "model.layers.1.mlp.up_proj.weight is missing" in message
+    assert "model.layers.0.mlp.extra.weight is not in the model" in message
+    assert "model.norm.weight is (15,), the model needs (16,)" in message
+
+
+def test_load_counts_the_problems_beyond_the_first_few(tmp_path):
+    tensors = {name: value for name, value in tensors_of("llama").items() if "layers" not in name}
+    assert "and 12 more" in refused(write(tmp_path, LLAMA, tensors))  # 18 tensors of two layers, 6 of them named
+
+
+def test_load_refuses_layers_beyond_the_config_of_a_dense_family(tmp_path):
+    tensors = tensors_of("llama") | {"model.layers.2.mlp.up_proj.weight": np.ones((24, 16), np.float32)}
+    message = refused(write(tmp_path, LLAMA, tensors))
+    assert "model.layers.2.mlp.up_proj.weight is not in the model" in message
+
+
+@pytest.mark.parametrize("sign", ["scale", "dtype"])
+def test_load_refuses_fp8_with_a_remedy(tmp_path, sign):
+    tensors, name = tensors_of("deepseek_v3"), "model.layers.0.mlp.up_proj.weight"
+    if sign == "scale":
+        tensors[name + "_scale_inv"] = np.ones((1, 1), np.float32)
+        message = refused(write(tmp_path, DEEPSEEK, tensors))
+    else:
+        folder = write(tmp_path, DEEPSEEK, tensors)
+        path = folder / hf.SINGLE_FILE
+        raw_fp8(path, name, tensors[name].shape)
+        message = refused(folder)
+    assert "FP8 checkpoints are not read yet; convert the weights to bfloat16" in message
+
+
+def raw_fp8(path: pathlib.Path, name: str, shape: tuple[int, ...]) -> None:
+    """Writes a safetensors file with one FP8 tensor, byte by byte."""
+    size = int(np.prod(shape))
+    header = json.dumps({name: {"dtype": "F8_E4M3", "shape": list(shape), "data_offsets": [0, size]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+
+
+def test_load_refuses_integer_weights(tmp_path):
+    tensors = tensors_of("llama") | {"model.norm.weight": np.ones(16, np.int32)}
+    assert "model.norm.weight is I32" in refused(write(tmp_path, LLAMA, tensors))
+
+
+def test_load_names_a_truncated_file(tmp_path):
+    folder = write(tmp_path, LLAMA, tensors_of("llama"))
+    path = folder / hf.SINGLE_FILE
+    path.write_bytes(path.read_bytes()[:-8])
+    message = refused(folder)
+    assert str(path) in message and "cut short" in message
+
+
+def test_load_names_a_shard_that_is_absent(tmp_path):
+    folder = write(tmp_path, LLAMA)
+    split_in_two(folder, tensors_of("llama"))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert "lacks 1 of 2 weight files, first model-00002-of-00002.safetensors" in refused(folder)
+
+
+def test_load_says_that_a_folder_has_no_weights(tmp_path):
+    assert "holds neither model.safetensors nor" in refused(write(tmp_path, LLAMA))
+
+
+def test_load_refuses_an_index_without_a_weight_map(tmp_path):
+    folder = write(tmp_path, LLAMA)
+    (folder / hf.INDEX_FILE).write_text("{}")
+    assert "has no weight_map" in refused(folder)

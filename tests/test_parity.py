@@ -1,0 +1,257 @@
+"""The decoder on imported weights gives the logits of transformers: small random models of every family, and SmolLM2.
+
+Needs torch and transformers (`pip install .[parity]`): skipped without them, an error when CI=true.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+try:
+    import torch
+    import transformers
+except ImportError:
+    if os.environ.get("CI", "").lower() == "true":
+        raise
+    pytest.skip("no torch and transformers; pip install '.[parity]'", allow_module_level=True)
+
+from r1jax.checkpoints import hf, tokenizer
+from r1jax.core import sharding
+from r1jax.models import cache, decoder
+from r1jax.schema import MeshConfig, ModelConfig, replace
+
+LENGTH = 200
+TOLERANCE = 2e-4  # of the largest logit: float32 sums in another order; a wrong layout gives errors near 1
+
+COMMON = dict(vocab_size=67, hidden_size=64, intermediate_size=96, num_hidden_layers=3, max_position_embeddings=256)
+GROUPED = COMMON | dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
+LATENT = COMMON | dict(
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    initializer_range=0.1,
+    kv_lora_rank=32,
+    q_lora_rank=48,
+    qk_nope_head_dim=24,
+    qk_rope_head_dim=16,
+    v_head_dim=20,
+    moe_intermediate_size=32,
+    n_routed_experts=8,
+    n_shared_experts=2,
+    num_experts_per_tok=3,
+    n_group=4,
+    topk_group=2,
+    first_k_dense_replace=1,
+    routed_scaling_factor=2.5,
+    num_nextn_predict_layers=0,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=500.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+YARN = dict(
+    rope_type="yarn",
+    rope_theta=10000.0,
+    factor=8.0,
+    original_max_position_embeddings=32,
+    beta_fast=32,
+    beta_slow=1,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+)
+PLAIN_YARN = {name: value for name, value in YARN.items() if "mscale" not in name}
+
+
+def build(name: str) -> transformers.PreTrainedModel:
+    """Returns one of the small models, every weight random."""
+    makers = {
+        "llama": lambda: transformers.LlamaConfig(**GROUPED),
+        "llama_tied": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
+        "llama_wide_heads": lambda: transformers.LlamaConfig(**GROUPED, head_dim=24),
+        "llama3_scaling": lambda: transformers.LlamaConfig(**GROUPED, rope_parameters=LLAMA3),
+        "qwen2": lambda: transformers.Qwen2Config(**GROUPED),
+        "qwen2_yarn": lambda: transformers.Qwen2Config(**GROUPED, rope_parameters=PLAIN_YARN),
+        "deepseek": lambda: transformers.DeepseekV3Config(**LATENT),
+        "deepseek_yarn": lambda: transformers.DeepseekV3Config(**LATENT, rope_parameters=YARN),
+        "deepseek_uneven_mscale": lambda: transformers.DeepseekV3Config(
+            **LATENT, rope_parameters=YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}
+        ),
+        "deepseek_plain_query": lambda: transformers.DeepseekV3Config(**LATENT | {"q_lora_rank": None}),
+        "deepseek_half_split": lambda: transformers.DeepseekV3Config(**LATENT, rope_interleave=False),
+    }
+    torch.manual_seed(0)
+    config = makers[name]()
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            if "norm" in key:
+                value.add_(0.2 * torch.randn_like(value))
+            elif key.endswith(".bias"):
+                value.copy_(0.3 * torch.randn_like(value))
+            elif key.endswith("e_score_correction_bias"):
+                value.copy_(0.5 * torch.rand_like(value))  # positive, so that every picked expert's score is
+            elif key.endswith("mlp.gate.weight"):
+                value.copy_(0.3 * torch.randn_like(value))
+    return model
+
+
+NAMES = (
+    "llama",
+    "llama_tied",
+    "llama_wide_heads",
+    "llama3_scaling",
+    "qwen2",
+    "qwen2_yarn",
+    "deepseek",
+    "deepseek_yarn",
+    "deepseek_uneven_mscale",
+    "deepseek_plain_query",
+    "deepseek_half_split",
+)
+
+
+def imported(folder, **changes) -> tuple[decoder.Params, ModelConfig]:
+    config = replace(hf.model_config(folder, ModelConfig()), **changes)
+    return hf.load(folder, config, sharding.make_mesh(MeshConfig()), jnp.float32), config
+
+
+def our_logits(params: decoder.Params, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+
+    @jax.jit
+    def run(params, tokens, positions):
+        hidden, _, _ = decoder.forward(params, tokens, positions, jnp.ones_like(tokens), config)
+        return decoder.logits(params, hidden)
+
+    return np.asarray(run(params, tokens, positions))
+
+
+def their_logits(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens).long()).logits.float().numpy()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_transformers_at_every_position(tmp_path, name):
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    params, config = imported(tmp_path)
+    tokens = np.random.default_rng(1).integers(0, 67, (2, LENGTH)).astype(np.int32)
+    theirs, ours = their_logits(model, tokens), our_logits(params, tokens, config)
+    errors = np.abs(ours - theirs).max(axis=(0, 2)) / np.abs(theirs).max()
+    print(f"{name}: largest difference {errors.max():.2e} of the largest logit, at position {errors.argmax()}")
+    assert errors.max() < TOLERANCE
+
+
+def test_a_wrong_rotary_layout_shows_after_position_zero(tmp_path):
+    model = build("deepseek_yarn")
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"rope_interleave": true', '"rope_interleave": false'))
+    params, config = imported(tmp_path)
+    tokens = np.random.default_rng(1).integers(0, 67, (1, 16)).astype(np.int32)
+    theirs = their_logits(model, tokens)
+    errors = np.abs(our_logits(params, tokens, config) - theirs).max(axis=(0, 2)) / np.abs(theirs).max()
+    assert errors[0] < TOLERANCE
+    assert errors[1:].max() > 100 * TOLERANCE
+
+
+def test_a_checkpoint_in_shards_gives_the_same_logits(tmp_path):
+    model = build("deepseek_yarn")
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert (tmp_path / hf.INDEX_FILE).exists()
+    params, config = imported(tmp_path)
+    tokens = np.random.default_rng(2).integers(0, 67, (1, 64)).astype(np.int32)
+    theirs = their_logits(model, tokens)
+    assert np.abs(our_logits(params, tokens, config) - theirs).max() < TOLERANCE * np.abs(theirs).max()
+
+
+# SmolLM2-135M: real weights, so that layers, scales and the tokenizer are what a user loads.
+
+PROMPTS = (
+    "The capital of France is",
+    "def add(a, b):\n    return",
+    "Water boils at 100 degrees Celsius, and it freezes at",
+    "Question: What is 12 + 30?\nAnswer:",
+    "Once upon a time, in a small village by the sea, there lived an old",
+)
+NEW_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_folder):
+    """Returns (our parameters, our config, our tokenizer, transformers' model)."""
+    params, config = imported(smollm2_folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
+    return params, config, tokenizer.from_folder(smollm2_folder), model
+
+
+def padded(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns tokens, positions and segments of prompts padded on the right."""
+    width = max(map(len, rows))
+    tokens, segments = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), np.int32)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)], segments[index, : len(row)] = row, 1
+    return tokens, np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape), segments
+
+
+def test_smollm2_prompt_logits_equal_transformers(smollm2):
+    params, config, ours, model = smollm2
+    rows = [ours.encode(prompt) for prompt in PROMPTS]
+    tokens, positions, segments = padded(rows)
+
+    @jax.jit
+    def run(params):
+        return decoder.logits(params, decoder.forward(params, tokens, positions, segments, config)[0])
+
+    logits = np.asarray(run(params))
+    for index, row in enumerate(rows):
+        theirs = their_logits(model, np.asarray([row]))[0]
+        error = np.abs(logits[index, : len(row)] - theirs).max() / np.abs(theirs).max()
+        print(f"prompt {index}: largest difference {error:.2e} of the largest logit")
+        assert error < TOLERANCE
+        assert logits[index, : len(row)].argmax(-1).tolist() == theirs.argmax(-1).tolist()
+
+
+def greedy(params: decoder.Params, rows: list[list[int]], config: ModelConfig) -> list[list[int]]:
+    """Returns NEW_TOKENS greedy tokens a prompt: one prefill, then one token at a time from the cache."""
+    tokens, positions, segments = padded(rows)
+    lengths = np.asarray([len(row) for row in rows])
+    kv = cache.CacheSpec(config, slots=len(rows), rows=tokens.shape[1] + NEW_TOKENS).zeros()
+
+    @jax.jit
+    def run(params, kv):
+        hidden, kv, _ = decoder.forward(params, tokens, positions, segments, config, kv)
+        last = hidden[jnp.arange(len(rows)), lengths - 1]
+
+        def step(carry, offset):
+            token, kv = carry
+            place = (lengths + offset)[:, None]
+            hidden, kv, _ = decoder.forward(params, token[:, None], place, jnp.ones_like(place), config, kv)
+            following = decoder.logits(params, hidden[:, 0]).argmax(-1).astype(jnp.int32)
+            return (following, kv), token
+
+        first = decoder.logits(params, last).argmax(-1).astype(jnp.int32)
+        return jax.lax.scan(step, (first, kv), jnp.arange(NEW_TOKENS))[1]
+
+    return np.asarray(run(params, kv)).T.tolist()
+
+
+def test_smollm2_greedy_tokens_through_the_cache_equal_transformers(smollm2):
+    params, config, ours, model = smollm2
+    rows = [ours.encode(prompt) for prompt in PROMPTS]
+    found = greedy(params, rows, config)
+    for row, tokens in zip(rows, found, strict=True):
+        with torch.no_grad():
+            prompt = torch.tensor([row])
+            mask = torch.ones_like(prompt)
+            settings = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+            theirs = model.generate(prompt, attention_mask=mask, **settings)[0, len(row) :].tolist()
+        assert tokens == theirs
