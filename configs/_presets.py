@@ -29,12 +29,12 @@ _MODELS = {
     "tiny_dense": ModelConfig(
         family="llama",
         vocab_size=196,
-        hidden_size=96,
-        intermediate_size=256,
+        hidden_size=64,
+        intermediate_size=192,
         num_hidden_layers=3,
         num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=48,
+        num_key_value_heads=1,
+        head_dim=32,
         max_position_embeddings=512,
         scan_layers=False,
     ),
@@ -56,11 +56,13 @@ _MODELS = {
 }
 _SAMPLERS = {
     "tiny": SamplerConfig(slots=128, steps_per_dispatch=8, max_prompt_tokens=16, max_new_tokens=88, windows=(40, 64)),
-    "smollm2_135m": SamplerConfig(slots=16, steps_per_dispatch=8, max_prompt_tokens=192, max_new_tokens=128),
+    "smollm2_135m": SamplerConfig(
+        slots=32, steps_per_dispatch=8, max_prompt_tokens=128, max_new_tokens=64, prefill_buckets=(64,)
+    ),
 }
 _PACKS = {
     "tiny": PackConfig(row_tokens=96, rows_per_micro_batch=32),
-    "smollm2_135m": PackConfig(row_tokens=320, rows_per_micro_batch=4),
+    "smollm2_135m": PackConfig(row_tokens=192, rows_per_micro_batch=4),
 }
 
 

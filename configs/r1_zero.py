@@ -34,9 +34,7 @@ def _tiny_grpo() -> GRPOConfig:
         prompts_per_update=16,
         updates_per_rollout=2,
         updates=120,
-        kl_coef=0.005,
-        reference_refresh_updates=0,
-        aggregation="seq_mean_token_sum",
+        reference_refresh_updates=40,
     )
 
 

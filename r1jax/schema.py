@@ -16,6 +16,12 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_rising(schedule: Schedule, name: str) -> None:
+    starts = [start for start, _ in schedule]
+    rising = starts == sorted(set(starts)) and (not starts or starts[0] >= 0)
+    _require(rising, f"{name}={schedule}: needs (update, value) pairs with rising updates")
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """Position scaling as in config.json's rope_scaling; `none` leaves the frequencies alone."""
@@ -177,6 +183,13 @@ class SamplerConfig:
         _require(self.temperature >= 0, f"SamplerConfig.temperature={self.temperature} must be 0 (greedy) or more")
         _require(0 < self.top_p <= 1, f"SamplerConfig.top_p={self.top_p} must be in (0, 1]")
         _require(self.max_new_tokens > 0, f"SamplerConfig.max_new_tokens={self.max_new_tokens} must be at least 1")
+        _require_rising(self.max_new_tokens_schedule, "SamplerConfig.max_new_tokens_schedule")
+        longest = max((value for _, value in self.max_new_tokens_schedule), default=0)
+        _require(
+            longest <= self.max_new_tokens,
+            f"SamplerConfig.max_new_tokens={self.max_new_tokens} is below max_new_tokens_schedule's {longest:g}: "
+            "the cache is made for max_new_tokens",
+        )
 
 
 @dataclass(frozen=True)
@@ -209,6 +222,12 @@ class GRPOConfig:
     advantage_epsilon: float = 1e-6  # added to the population standard deviation of a group
     truncated: Literal["keep", "mask"] = "keep"  # keep: scored as they are (accuracy 0, format 0)
 
+    def __post_init__(self):
+        for name in ("group_size", "prompts_per_update", "updates_per_rollout", "updates"):
+            _require(getattr(self, name) > 0, f"GRPOConfig.{name}={getattr(self, name)} must be at least 1")
+        _require(self.clip_ratio > 0, f"GRPOConfig.clip_ratio={self.clip_ratio} must be above 0")
+        _require_rising(self.kl_coef_schedule, "GRPOConfig.kl_coef_schedule")
+
 
 @dataclass(frozen=True)
 class PackConfig:
@@ -234,6 +253,7 @@ class EvalConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     greedy: bool = True  # also one greedy sample per problem
+    consensus_problems: int = 0  # cons@16 is measured on this many problems; 0 leaves it out
 
 
 @dataclass(frozen=True)
@@ -268,6 +288,47 @@ class ColdStartConfig:
 
 
 @dataclass(frozen=True)
+class ScenarioConfig:
+    """Stage 4's general and safety prompts: only from one update on, as in the paper's last 400 of 1,700."""
+
+    from_update: int = -1  # -1: never; takes effect at the first rollout that starts at or after it
+    general_fraction: float = 0.2  # of the prompts from then on
+    safety_fraction: float = 0.2
+
+
+@dataclass(frozen=True)
+class RejectionConfig:
+    """Stage 3's examples: several samples a prompt, correct ones kept, filtered, mixed with general data (P2 B.3.3)."""
+
+    prompts: int = 1200
+    samples_per_prompt: int = 4
+    temperature: float = 1.0
+    max_examples_per_prompt: int = 2
+    min_language_consistency: float = 1.0
+    max_paragraph_words: int = 200  # a longer paragraph in the thinking drops the trace; no threshold in the paper
+    drop_code_blocks: bool = True
+    general_fraction: float = 0.25  # of the mixed set: about 200k of 800k
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """What a stage's result must reach on held-out problems; below it the graph stops. 0 is no gate."""
+
+    pass_at_1: float = 0.0
+    language_consistency: float = 0.0
+
+
+@dataclass(frozen=True)
+class GraphConfig:
+    """Which stages of the recipe run, and how they differ from their own configs."""
+
+    only: tuple[str, ...] = ()  # run these stages alone
+    from_stage: str = ""  # run this stage and all after it again
+    list: bool = False  # print which stages are done, stale or missing, and run nothing
+    set: tuple[str, ...] = ()  # STAGE.FIELD=VALUE overrides of single stages
+
+
+@dataclass(frozen=True)
 class Config:
     """One stage run. `stage` picks the function; a stage reads only the parts it uses."""
 
@@ -287,6 +348,11 @@ class Config:
     pretrain: PretrainConfig = PretrainConfig()
     sft: SFTConfig = SFTConfig()
     coldstart: ColdStartConfig = ColdStartConfig()
+    rejection: RejectionConfig = RejectionConfig()
+    scenarios: ScenarioConfig = ScenarioConfig()
+    gate: GateConfig = GateConfig()
+    graph: GraphConfig = GraphConfig()
+    start: str = ""  # stage of the working folder whose result this one starts from; "" is the base model
     checkpoint: str = ""  # evaluate, export: the stage folder or Hugging Face folder to read
     output: str = ""  # grade: the JSONL to write
     extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"  # grade: where the answer stands

@@ -24,7 +24,7 @@ from r1jax.models import cache, decoder
 from r1jax.schema import MeshConfig, ModelConfig, replace
 
 LENGTH = 200
-TOLERANCE = 2e-4  # of the largest logit: float32 sums in another order; a wrong layout gives errors near 1
+TOLERANCE = 5e-5  # of the largest logit: float32 sums in another order come to 6e-6; a wrong layout to more than 0.01
 
 COMMON = dict(vocab_size=67, hidden_size=64, intermediate_size=96, num_hidden_layers=3, max_position_embeddings=256)
 GROUPED = COMMON | dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
@@ -246,12 +246,9 @@ def greedy(params: decoder.Params, rows: list[list[int]], config: ModelConfig) -
 
 def test_smollm2_greedy_tokens_through_the_cache_equal_transformers(smollm2):
     params, config, ours, model = smollm2
-    rows = [ours.encode(prompt) for prompt in PROMPTS]
+    rows = [ours.encode(prompt) for prompt in PROMPTS[::2]]
     found = greedy(params, rows, config)
     for row, tokens in zip(rows, found, strict=True):
-        with torch.no_grad():
-            prompt = torch.tensor([row])
-            mask = torch.ones_like(prompt)
-            settings = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
-            theirs = model.generate(prompt, attention_mask=mask, **settings)[0, len(row) :].tolist()
-        assert tokens == theirs
+        # Token by token, transformers' choice after our tokens so far: equal everywhere is equal greedy decoding.
+        theirs = their_logits(model, np.asarray([row + tokens]))[0, len(row) - 1 : -1].argmax(-1)
+        assert tokens == theirs.tolist()

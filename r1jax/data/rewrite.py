@@ -37,8 +37,10 @@ def is_sound(prompt: str, response: str) -> bool:
     """Returns whether every check in a tidy response is about this equation and true, and only the last one says ok."""
     problem = parse_linear(prompt)
     checks = [match.groups() for match in _TRY.finditer(response)]
-    return problem is not None and bool(checks) and all(
-        _true(problem, check, last=index == len(checks) - 1) for index, check in enumerate(checks)
+    return (
+        problem is not None
+        and bool(checks)
+        and all(_true(problem, check, last=index == len(checks) - 1) for index, check in enumerate(checks))
     )
 
 

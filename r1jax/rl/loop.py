@@ -11,12 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import runtime, tree
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.core.metrics import MetricsLog
 from r1jax.data.prompts import PromptStream
-from r1jax.evals.behaviour import TINY_REFLECTIVE_WORDS, reflective_count
 from r1jax.models import decoder
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import RewardPool
@@ -66,14 +64,18 @@ class PolicyTraining:
     def __init__(
         self,
         config: Config,
-        tokenizer: Tokenizer,
+        tokenizer: Any,
         mesh: Mesh,
         prompts: Sequence[EncodedPrompt],
         params: decoder.Params,
         folder: Path,
         on_update: Callable[[int, dict[str, float], dict[str, float]], None] = lambda update, row, timing: None,
+        describe: Callable[[list[str]], dict[str, float]] = lambda texts: {},
     ):
+        """`tokenizer` gives eos_id and decode_batch; `describe` adds figures about a rollout's texts to its metrics."""
         self.config, self.tokenizer, self.mesh, self.folder, self.on_update = config, tokenizer, mesh, folder, on_update
+        self.describe = describe
+        _check_row(config, prompts)
         self.encoded = {prompt.prompt.id: prompt for prompt in prompts}
         self.stream = PromptStream([[p.prompt for p in prompts]], seed=config.seed, stage=config.stage)
         model = config.model
@@ -189,9 +191,8 @@ class PolicyTraining:
             "zero_variance_groups": float(1 - np.asarray(signal).mean()),
             "length": _mean([len(sample.token_ids) for sample in scored.samples]),
             "truncated": _mean([sample.truncated for sample in scored.samples]),
-            "reflective_words": _mean([reflective_count(text, TINY_REFLECTIVE_WORDS) for text in texts]),
         }
-        return np.asarray(advantages), summary
+        return np.asarray(advantages), summary | self.describe(texts)
 
     def pack(self, scored: Rollout, chosen: np.ndarray, advantages: np.ndarray, start: int) -> tuple[dict, int]:
         """Returns (arrays [M, R, T], filled micro-batches) of one mini-batch, scored under the reference."""
@@ -264,6 +265,19 @@ class PolicyTraining:
         self.phase("done")
         self.store.close()
         self.log.close()
+
+
+def _check_row(config: Config, prompts: Sequence[EncodedPrompt]) -> None:
+    """Raises ValueError when a packed row cannot hold the longest prompt with a full response."""
+    if not prompts:
+        raise ValueError(f"{config.stage}: no training prompts")
+    longest = max(len(prompt.ids) for prompt in prompts)
+    if longest + config.sampler.max_new_tokens > config.pack.row_tokens:
+        raise ValueError(
+            f"config.pack.row_tokens={config.pack.row_tokens} cannot hold the longest prompt ({longest} tokens) and "
+            f"config.sampler.max_new_tokens={config.sampler.max_new_tokens}; raise it to "
+            f"{longest + config.sampler.max_new_tokens}"
+        )
 
 
 def _mean(values: Any) -> float:

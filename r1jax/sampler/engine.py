@@ -357,12 +357,10 @@ class Engine(jetstream.Engine):
         return jetstream.TokenizerParameters(path=getattr(self.tokenizer, "source", ""), extra_ids=0)
 
     def build_tokenizer(self, metadata=None):
-        """Returns the engine's tokenizer behind JetStream's interface. Raises ValueError when it was built without one."""
-        if self.tokenizer is None:
-            raise ValueError("Engine.build_tokenizer: this engine has no tokenizer; pass tokenizer= when building it")
+        """Returns the engine's tokenizer behind JetStream's interface; without one it serves token prompts only."""
         from r1jax.sampler.serve import DriverTokenizer
 
-        return DriverTokenizer(self.tokenizer)
+        return DriverTokenizer(self.tokenizer, self.stop_ids)
 
     @property
     def max_concurrent_decodes(self) -> int:

@@ -38,20 +38,30 @@ class StageFolder:
         record = json.loads(marker.read_text())
         return record["figures"] if record["config_hash"] == self.hash else None
 
-    def start(self) -> None:
-        """Makes the folder and writes config.json. Raises ValueError when another config has been run here."""
+    def check(self) -> None:
+        """Raises ValueError when this folder holds work of another config."""
         path = self.path / "config.json"
-        fields = json.loads(json.dumps(flatten(self.config), default=str))
-        if path.exists():
-            old = json.loads(path.read_text())
-            changed = [name for name in fields if old.get(name) != fields[name]]
-            if changed:
-                name = changed[0]
+        if not path.exists() or not self._holds_work():
+            return
+        old, fields = json.loads(path.read_text()), self._fields()
+        for name in fields:
+            if old.get(name) != fields[name]:
                 raise ValueError(
                     f"{self.path} holds a run with another config ({name}: {old.get(name)!r} there, {fields[name]!r} now); "
                     "choose another --workdir or remove that folder"
                 )
-        checkpoint.write_json(path, fields)
+
+    def start(self) -> None:
+        """Makes the folder and writes config.json; ValueError as in `check`."""
+        self.check()
+        checkpoint.write_json(self.path / "config.json", self._fields())
+
+    def _fields(self) -> dict:
+        return json.loads(json.dumps(flatten(self.config), default=str))
+
+    def _holds_work(self) -> bool:
+        kept = (self.path / DONE, *self.path.glob("checkpoints/[0-9]*"), *self.path.glob("journal/*.npz"))
+        return any(path.exists() for path in kept)
 
     def finish(self, figures: dict, inputs: dict[str, str] | None = None) -> dict:
         """Writes the DONE marker and returns the figures."""

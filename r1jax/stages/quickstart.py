@@ -23,5 +23,3 @@ def run(config: Config, workdir: Path) -> dict:
     for name in ("curves.png", "curves.csv", "samples.jsonl", "metrics.jsonl"):
         print(f"  {folder / name}", file=sys.stderr)
     return {**figures, **summary}
-
-

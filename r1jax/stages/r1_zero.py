@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from r1jax import config as configs
 from r1jax.core import checkpoint, tree
 from r1jax.core.metrics import read
+from r1jax.evals.behaviour import TINY_REFLECTIVE_WORDS, reflective_count
 from r1jax.report import curves
 from r1jax.rl.loop import PolicyTraining
 from r1jax.sampler import jetstream
@@ -26,12 +27,12 @@ def run(config: Config, workdir: Path) -> dict:
         print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
         evaluate.print_figures(_rows(figures))
         return figures
+    folder.check()
     resolved, tokenizer, mesh = common.prepare(config)
     train, held_out = (prompts.encode(split, resolved, tokenizer) for split in prompts.load(resolved))
     if notice := jetstream.notice():
         print(notice, file=sys.stderr)
     params = start_weights(resolved, mesh, workdir)
-    folder.start()
     started = time.monotonic()
     with Progress("R1-Zero", resolved.grpo.updates) as progress:
 
@@ -43,7 +44,8 @@ def run(config: Config, workdir: Path) -> dict:
             shown = {name: row[name] for name in ("reward", "accuracy", "length", "reflective_words")}
             progress.update(update, **shown, **speed, **split)
 
-        training = PolicyTraining(resolved, tokenizer, mesh, train, params, folder.path, show)
+        training = PolicyTraining(resolved, tokenizer, mesh, train, params, folder.path, show, describe)
+        folder.start()
         trained = training.run()
     write_curves(folder.path)
     figures = {"seconds": round(time.monotonic() - started, 1), "updates": resolved.grpo.updates}
@@ -57,6 +59,12 @@ def run(config: Config, workdir: Path) -> dict:
         evaluate.print_figures(_rows(figures))
     checkpoint.write_json(folder.path / "figures.json", figures)
     return folder.finish(figures, {"start": resolved.model.checkpoint or "base"})
+
+
+def describe(texts: list[str]) -> dict[str, float]:
+    """Returns the behaviour figures of a rollout's texts."""
+    counts = [reflective_count(text, TINY_REFLECTIVE_WORDS) for text in texts]
+    return {"reflective_words": sum(counts) / max(len(counts), 1)}
 
 
 def start_weights(config: Config, mesh, workdir: Path):

@@ -44,7 +44,9 @@ def run(config: Config, workdir: Path) -> dict:
     if not path.exists():
         rows, counts = collect(resolved, tokenizer, mesh, train, teacher)
         if not rows:
-            raise ValueError(f"{folder.path}: no trace of {teacher} passed the checks ({dict(counts)}); train R1-Zero longer")
+            raise ValueError(
+                f"{folder.path}: no trace of {teacher} passed the checks ({dict(counts)}); train R1-Zero longer"
+            )
         jsonl.write(path, rows)
         checkpoint.write_json(folder.path / "examples_counts.json", counts)
     rows = jsonl.read(path, required=("prompt", "response"))
