@@ -24,7 +24,7 @@ def config(preset: str) -> Config:
         grpo=_real_grpo() if real else _tiny_grpo(),
         pack=_presets.pack(preset),
         checkpointing=CheckpointConfig(every_updates=5 if real else 20),
-        evaluation=EvalConfig(samples_per_problem=4, max_problems=16) if real else EvalConfig(samples_per_problem=5),
+        evaluation=EvalConfig(samples_per_problem=4, max_problems=16) if real else EvalConfig(samples_per_problem=4),
     )
 
 

@@ -21,5 +21,5 @@ def config(preset: str) -> Config:
         pack=_presets.pack(preset),
         sft=SFTConfig(epochs=2, examples_per_update=48),
         coldstart=ColdStartConfig(),
-        evaluation=EvalConfig(samples_per_problem=5),
+        evaluation=EvalConfig(samples_per_problem=4),
     )

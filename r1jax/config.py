@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from r1jax import schema
 
 DEFAULT_PRESET = "tiny"
+_ALIASES = {"from": "from_stage"}  # `from` is a word of Python
 _RESERVED = {"stage": "--config=NAME", "preset": "--config=NAME:PRESET"}
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -89,6 +90,7 @@ def override(config: schema.Config, overrides: Iterable[tuple[str, str]]) -> sch
     """
     changes: dict = {}
     for key, text in overrides:
+        key = _ALIASES.get(key, key)
         if key in _RESERVED:
             raise ValueError(f"config.{key} is chosen by {_RESERVED[key]}, not by an override")
         annotation = field_type(config, key)

@@ -319,16 +319,6 @@ class GateConfig:
 
 
 @dataclass(frozen=True)
-class GraphConfig:
-    """Which stages of the recipe run, and how they differ from their own configs."""
-
-    only: tuple[str, ...] = ()  # run these stages alone
-    from_stage: str = ""  # run this stage and all after it again
-    list: bool = False  # print which stages are done, stale or missing, and run nothing
-    set: tuple[str, ...] = ()  # STAGE.FIELD=VALUE overrides of single stages
-
-
-@dataclass(frozen=True)
 class Config:
     """One stage run. `stage` picks the function; a stage reads only the parts it uses."""
 
@@ -351,8 +341,12 @@ class Config:
     rejection: RejectionConfig = RejectionConfig()
     scenarios: ScenarioConfig = ScenarioConfig()
     gate: GateConfig = GateConfig()
-    graph: GraphConfig = GraphConfig()
     start: str = ""  # stage of the working folder whose result this one starts from; "" is the base model
+    input_preset: str = ""  # preset of the stages it reads, when a missing one is made; "" is its own
+    only: tuple[str, ...] = ()  # graph: run these stages alone
+    from_stage: str = ""  # graph, --config.from=STAGE: run this stage and all that depend on it again
+    list: bool = False  # graph: print which stages are done, stale or missing, and run nothing
+    set: tuple[str, ...] = ()  # graph: STAGE.FIELD=VALUE overrides of single stages
     checkpoint: str = ""  # evaluate, export: the stage folder or Hugging Face folder to read
     output: str = ""  # grade: the JSONL to write
     extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"  # grade: where the answer stands

@@ -148,3 +148,19 @@ def test_smollm2_chat_text_equals_transformers(both, messages, prompt):
     ours, theirs = both
     wanted = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     assert ours.render_chat(messages, add_generation_prompt=prompt) == wanted
+
+
+def test_from_folder_refuses_a_tokenizer_config_that_is_not_json(tmp_path):
+    (saved(tmp_path) / "tokenizer_config.json").write_text("{")
+    assert "tokenizer_config.json is not JSON" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('roles must alternate') }}", "{% for %}", "{{ messages.__class__.__mro__ }}{{ x.y }}"],
+)
+def test_a_template_that_fails_is_a_one_line_error(tmp_path, template):
+    loaded = tokenizer.from_folder(saved(tmp_path, chat_template=template))
+    with pytest.raises(ValueError, match="chat template") as error:
+        loaded.render_chat([])
+    assert "\n" not in str(error.value)

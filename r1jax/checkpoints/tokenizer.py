@@ -62,8 +62,12 @@ class Tokenizer:
 
         environment.globals["raise_exception"] = refuse
         tokens = {name: _token_text(self.config.get(name)) or "" for name in ("bos_token", "eos_token")}
-        template = environment.from_string(self.chat_template)
-        return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
+        try:
+            template = environment.from_string(self.chat_template)
+            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
+        except TemplateError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"tokenizer {self.source}: the chat template failed: {reason}") from None
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json."""
@@ -86,7 +90,10 @@ def from_folder(folder: str | Path) -> Tokenizer:
         raise ValueError(f"tokenizer: {path} is not a tokenizer.json: {error}") from None
     config, config_path = {}, folder / "tokenizer_config.json"
     if config_path.exists():
-        config = json.loads(config_path.read_text())
+        try:
+            config = json.loads(config_path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"tokenizer: {config_path} is not JSON: {error}") from None
     template = config.pop("chat_template", "") or ""
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text()

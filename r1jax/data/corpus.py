@@ -176,3 +176,27 @@ def documents(count: int, seed: int, drill_fraction: float, other_fraction: floa
             kind = str(rng.choice(KINDS, p=KIND_WEIGHTS))
             result.append(writer.linear(train[int(rng.integers(len(train)))], language, kind))
     return result
+
+
+def preferred(count: int, seed: int) -> list[dict]:
+    """Returns `count` general and safety examples {id, prompt, response} that keep the rules, for stage 3's mixture."""
+    rng = np.random.Generator(np.random.Philox(seed))
+    rows = []
+    for number in range(count):
+        language = ("en", "fr")[int(rng.integers(2))]
+        words, topic = WORDS[language], str(rng.choice(TOPICS[language]))
+        if rng.random() < 0.5:
+            first, second = (str(word) for word in rng.choice(ADJECTIVES[language], 2, replace=False))
+            the, verb, joint = COPULA[language]
+            prompt = f"{words['tell']} {topic} :"
+            answer = f"<think> {topic} {first} </think> {the} {topic} {verb} {first} {joint} {second} {words['thanks']}"
+        else:
+            harmful = rng.random() < 0.5
+            verb = str(rng.choice(HARMFUL[language] if harmful else HARMLESS[language]))
+            first, take, then, use = STEPS[language]
+            the = COPULA[language][0]
+            steps = f"{first} {take} {the} {topic} {then} {use} {the} {topic}"
+            prompt = f"{words['how']} {verb} {topic} :"
+            answer = f"<think> {verb} {topic} </think> {' '.join(REFUSAL[language]) if harmful else steps}"
+        rows.append({"id": f"general-{number}", "prompt": prompt, "response": answer})
+    return rows

@@ -8,7 +8,8 @@ import numpy as np
 
 from r1jax.data import tasks
 from r1jax.evals.behaviour import TINY_REFLECTIVE_WORDS, faithfulness, reflective_count
-from r1jax.evals.metrics import pass_at_1
+from r1jax.evals.metrics import cons_at_k, pass_at_1
+from r1jax.rewards import math_answer
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,20 @@ def summarize(responses: Sequence[Response], samples_per_problem: int) -> dict[s
         figures |= faithfulness([r.text for r, _ in equations], problems)
         figures |= _accuracy_by_rechecks(responses, reflective)
     return {name: float(value) for name, value in figures.items()}
+
+
+def consensus(responses: Sequence[Response], samples_per_problem: int, extraction: str) -> float:
+    """Returns cons@k: the share of problems whose majority answer is right, equal answers counted as one."""
+    texts = [math_answer.extract(r.text, extraction) for r in responses]
+    groups = [texts[i : i + samples_per_problem] for i in range(0, len(texts), samples_per_problem)]
+    references = [r.answer for r in responses[::samples_per_problem]]
+    return cons_at_k(groups, references, _same)
+
+
+def _same(first: str, second: str) -> bool:
+    """Returns whether two answers are one: numbers by value, so that 1/2 and 0.5 vote together, others by their text."""
+    numbers = math_answer.parse_number(first), math_answer.parse_number(second)
+    return first.strip() == second.strip() if None in numbers else numbers[0] == numbers[1]
 
 
 def _accuracy_by_rechecks(responses: Sequence[Response], reflective: Sequence[int]) -> dict[str, float]:

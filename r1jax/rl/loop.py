@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from r1jax.core import runtime, tree
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.core.metrics import MetricsLog
-from r1jax.data.prompts import PromptStream
 from r1jax.models import decoder
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import RewardPool
@@ -71,13 +70,16 @@ class PolicyTraining:
         folder: Path,
         on_update: Callable[[int, dict[str, float], dict[str, float]], None] = lambda update, row, timing: None,
         describe: Callable[[list[str]], dict[str, float]] = lambda texts: {},
+        later: tuple[int, Sequence[Sequence[EncodedPrompt]], Sequence[float]] | None = None,
     ):
-        """`tokenizer` gives eos_id and decode_batch; `describe` adds figures about a rollout's texts to its metrics."""
+        """`tokenizer` gives eos_id and decode_batch; `describe` adds figures about a rollout's texts to its metrics.
+
+        `later` is (update, sources, weights): the mixture of prompts from that update on, in place of `prompts`.
+        """
         self.config, self.tokenizer, self.mesh, self.folder, self.on_update = config, tokenizer, mesh, folder, on_update
         self.describe = describe
         _check_row(config, prompts)
-        self.encoded = {prompt.prompt.id: prompt for prompt in prompts}
-        self.stream = PromptStream([[p.prompt for p in prompts]], seed=config.seed, stage=config.stage)
+        self.prompts = rollout.PromptPhases(prompts, later, config)
         model = config.model
         self.trainer = step.Trainer(model, config.optimizer, mesh, losses.make_loss(model), config.grpo.updates)
         self.scorer = Scorer(model, mesh)
@@ -162,7 +164,7 @@ class PolicyTraining:
         grpo, config = self.config.grpo, self.config
         updates = schedules.updates_in_rollout(start, grpo.updates, grpo.updates_per_rollout)
         draws = range(self.cursor.draw, self.cursor.draw + updates * grpo.prompts_per_update)
-        prompts = [self.encoded[self.stream[draw].id] for draw in draws]
+        prompts = [self.prompts[draw] for draw in draws]
         requests = rollout.requests_for(
             prompts, draws, grpo.group_size, self.law(start), config.seed, config.stage, "sample"
         )

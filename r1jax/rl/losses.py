@@ -72,6 +72,7 @@ def make_loss(model: ModelConfig, chunk_tokens: int = 0) -> step.Loss:
         clipped = surrogate < ratio * micro["advantage"]
         stats = {
             "tokens": jnp.sum(mask),
+            "packed_tokens": jnp.sum(micro["segments"] > 0).astype(jnp.float32),  # prompts included
             "kl": jnp.sum(mask * kl),
             "entropy": jnp.sum(mask * entropy),
             "clip_fraction": jnp.sum(mask * clipped),

@@ -1,5 +1,6 @@
 """From prompts to a scored rollout, and from a scored rollout to packed mini-batches."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,10 +9,11 @@ import numpy as np
 from r1jax.core import rng
 from r1jax.data.hashing import hash64
 from r1jax.data.packing import PackedBatch, PackItem, pack_batch
-from r1jax.data.prompts import Prompt, keyed_permutation
+from r1jax.data.prompts import Prompt, PromptStream, keyed_permutation
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
+from r1jax.rl import schedules
 from r1jax.rl.journal import Rollout
 from r1jax.rl.losses import token_weights
 from r1jax.sampler.sample import RolloutRequest, RolloutSample, SamplingLaw
@@ -25,6 +27,32 @@ class EncodedPrompt:
     prompt: Prompt
     ids: np.ndarray
     prefill: str = ""
+
+
+class PromptPhases:
+    """The prompts of a run by draw: one set, and from an update on a mixture. A pure function of the draw."""
+
+    def __init__(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        later: tuple[int, Sequence[Sequence[EncodedPrompt]], Sequence[float]] | None,
+        config: Config,
+    ):
+        self._streams = [PromptStream([[p.prompt for p in prompts]], seed=config.seed, stage=config.stage)]
+        self._by_id = {p.prompt.id: p for p in prompts}
+        self._boundary = math.inf
+        if later is not None:
+            update, sources, weights = later
+            start = schedules.first_start_at_or_after(update, config.grpo.updates_per_rollout)
+            self._boundary = start * config.grpo.prompts_per_update
+            lists = [[p.prompt for p in source] for source in sources]
+            self._streams.append(PromptStream(lists, weights, seed=config.seed, stage=f"{config.stage}/later"))
+            self._by_id |= {p.prompt.id: p for source in sources for p in source}
+
+    def __getitem__(self, draw: int) -> EncodedPrompt:
+        if draw < self._boundary:
+            return self._by_id[self._streams[0][draw].id]
+        return self._by_id[self._streams[1][draw - self._boundary].id]
 
 
 def requests_for(

@@ -1,5 +1,6 @@
 """What stages share: their folder, the tokenizer, the starting weights and finished-or-not."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -30,12 +31,28 @@ class StageFolder:
         self.config = config
         self.hash = config_hash(config)
 
-    def finished(self) -> dict | None:
-        """Returns the figures when this very config has been run to its end here."""
+    def state(self, inputs: dict[str, str]) -> str:
+        """Returns missing, stopped, done, or stale: finished with another config or from other inputs."""
         marker = self.path / DONE
         if not marker.exists():
-            return None
+            return "stopped" if self._holds_work() else "missing"
         record = json.loads(marker.read_text())
+        return "done" if (record["config_hash"], record["inputs"]) == (self.hash, inputs) else "stale"
+
+    def finished(self, inputs: dict[str, str]) -> dict | None:
+        """Returns the figures when this very config has been run to its end here from the same inputs.
+
+        Raises ValueError, naming what changed, when the inputs are other ones.
+        """
+        if self.state(inputs) in ("missing", "stopped"):
+            return None
+        record = json.loads((self.path / DONE).read_text())
+        changed = [name for name in {**inputs, **record["inputs"]} if inputs.get(name) != record["inputs"].get(name)]
+        if changed:
+            raise ValueError(
+                f"{self.path} is stale: its input {changed[0]} has changed since; remove that folder, or run the graph "
+                f"again with --config.from={self.config.stage}"
+            )
         return record["figures"] if record["config_hash"] == self.hash else None
 
     def check(self) -> None:
@@ -63,11 +80,11 @@ class StageFolder:
         kept = (self.path / DONE, *self.path.glob("checkpoints/[0-9]*"), *self.path.glob("journal/*.npz"))
         return any(path.exists() for path in kept)
 
-    def finish(self, figures: dict, inputs: dict[str, str] | None = None) -> dict:
-        """Writes the DONE marker and returns the figures."""
-        record = {"config_hash": self.hash, "inputs": inputs or {}, "figures": figures}
+    def finish(self, figures: dict, inputs: dict[str, str], output: str) -> dict:
+        """Writes the DONE marker, with the digests of inputs and output, and returns the figures as they read back."""
+        record = {"config_hash": self.hash, "inputs": inputs, "output": output, "figures": figures}
         checkpoint.write_json(self.path / DONE, record)
-        return figures
+        return json.loads((self.path / DONE).read_text())["figures"]
 
     def checkpoints(self) -> checkpoint.CheckpointStore:
         return checkpoint.CheckpointStore(self.path / "checkpoints", self.config.checkpointing.keep)
@@ -127,12 +144,23 @@ def load_weights(config: Config, mesh: Mesh, source: str, default: Callable[[], 
 
 
 def shape_hash(model: ModelConfig, *more) -> str:
-    """Returns a hash of what fixes a model's parameters (and of anything else given)."""
-    runtime_only = dict(
-        compute_dtype="float32", scan_layers=False, remat=False, moe_implementation="auto", checkpoint=""
-    )
-    text = repr((replace(model, **runtime_only), *more))
+    """Returns a hash of what fixes a model's parameters (and of anything else given).
+
+    Only fields that differ from their default count, so a field added later leaves the hash as it was.
+    """
+    neutral = dict(compute_dtype="float32", scan_layers=True, remat=False, moe_implementation="auto", checkpoint="")
+    text = repr([_chosen(config) for config in (replace(model, **neutral), *more)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _chosen(config) -> list[tuple]:
+    """Returns (field, value) of the fields that differ from their default, nested ones likewise."""
+    default, found = type(config)(), []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != getattr(default, field.name):
+            found.append((field.name, _chosen(value) if dataclasses.is_dataclass(value) else value))
+    return found
 
 
 def _named(tree) -> dict[str, jax.Array]:

@@ -1,5 +1,8 @@
 """Evaluate a checkpoint on held-out problems: pass@1 with its standard error, greedy, and behaviour."""
 
+import functools
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from jax.sharding import Mesh
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import checkpoint, tree
 from r1jax.data import jsonl
-from r1jax.evals.benchmarks import Response, summarize
+from r1jax.evals.benchmarks import Response, consensus, summarize
 from r1jax.report import table
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import RewardPool
@@ -64,28 +67,68 @@ def run(config: Config, workdir: Path) -> dict:
     return figures
 
 
+def of_weights(
+    config: Config,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    held_out: Sequence[EncodedPrompt],
+    params: Any,
+    workdir: Path,
+    name: str,
+    samples: Path | None = None,
+) -> dict[str, float]:
+    """Returns the figures of weights on held-out prompts, from `workdir/evaluations/NAME.json` when they were measured.
+
+    What is there counts only for the same weights, prompts and settings. `samples` is where responses are written.
+    """
+    path = Path(workdir) / "evaluations" / f"{name}.json"
+    key = hashlib.sha256(
+        repr((config.evaluation, config.sampler, config.seed, config.data, tree.digest(params))).encode()
+    ).hexdigest()
+    if path.exists() and (samples is None or samples.exists()):
+        record = json.loads(path.read_text())
+        if record["key"] == key:
+            return record["figures"]
+    figures, responses = evaluate(config, tokenizer, mesh, held_out, params)
+    if samples is not None:
+        write_samples(samples, responses)
+    checkpoint.write_json(path, {"key": key, "figures": figures})
+    return figures
+
+
 def evaluate(
     config: Config, tokenizer: Tokenizer, mesh: Mesh, held_out: Sequence[EncodedPrompt], params: Any
 ) -> tuple[dict[str, float], list[Response]]:
-    """Returns (figures, sampled responses) of weights on held-out prompts; `greedy` is one greedy sample a problem."""
+    """Returns (figures, sampled responses) of weights on held-out prompts; `greedy` is one greedy sample a problem.
+
+    The keys of the samples depend on the seed and the problem alone, so checkpoints are compared on the same draws.
+    """
     if not held_out:
         raise ValueError("evaluate: no held-out problems; raise config.data.holdout_fraction or give more rows")
     settings = config.evaluation
     if settings.max_problems:
         held_out = held_out[: settings.max_problems]
+    config = replace(config, stage="evaluate")
     sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, (tokenizer.eos_id,), tokenizer))
     params = tree.cast(params, jnp.dtype(config.model.compute_dtype))
     law = SamplingLaw(settings.temperature, settings.top_p, 0, config.sampler.max_new_tokens, (tokenizer.eos_id,))
     with RewardPool(config.reward) as pool:
-        sampled = respond(
-            config, tokenizer, sampler, pool, held_out, params, law, settings.samples_per_problem, "evaluate"
-        )
+        ask = functools.partial(respond, config, tokenizer, sampler, pool)
+        sampled = ask(held_out, params, law, settings.samples_per_problem, "evaluate")
         figures = summarize(sampled, settings.samples_per_problem)
         if settings.greedy:
-            best = SamplingLaw(0.0, 1.0, 0, law.max_new_tokens, law.stop_ids)
-            greedy = respond(config, tokenizer, sampler, pool, held_out, params, best, 1, "greedy")
+            greedy = ask(held_out, params, replace(law, temperature=0.0), 1, "greedy")
             figures["greedy"] = float(np.nanmean([r.parts["accuracy"] if r.scorable else np.nan for r in greedy]))
+        if settings.consensus_problems:
+            chosen = spread(held_out, settings.consensus_problems)
+            figures["cons@16"] = consensus(ask(chosen, params, law, 16, "evaluate"), 16, config.extraction)
     return figures, sampled
+
+
+def spread(held_out: Sequence[EncodedPrompt], count: int) -> list[EncodedPrompt]:
+    """Returns `count` problems spread evenly over the list (all of a shorter one)."""
+    places = np.linspace(0, len(held_out) - 1, min(count, len(held_out))).round().astype(int)
+    return [held_out[place] for place in places]
 
 
 def respond(
@@ -125,8 +168,23 @@ def write_samples(path: Path, responses: Sequence[Response]) -> None:
     jsonl.write(path, [vars(response) for response in responses])
 
 
+def print_checkpoints(figures: dict) -> None:
+    """Prints the tables of a stage's figures: every entry that is an evaluation."""
+    print_figures([{"checkpoint": name, **value} for name, value in figures.items() if _is_evaluation(value)])
+
+
+def _is_evaluation(value: Any) -> bool:
+    return isinstance(value, dict) and "pass@1_se" in value
+
+
 def print_figures(rows: list[dict]) -> None:
     """Prints the main table, and the faithfulness table where there are equations."""
     table.render(rows, COLUMNS, "held-out problems")
-    if any("arithmetic_true" in row for row in rows):
+    print_faithfulness(rows)
+
+
+def print_faithfulness(rows: list[dict]) -> None:
+    """Prints whether written arithmetic is true and what retries change, where there are equations."""
+    rows = [row for row in rows if "arithmetic_true" in row]
+    if rows:
         table.render(rows, FAITHFULNESS_COLUMNS, "are the checks real?")

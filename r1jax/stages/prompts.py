@@ -28,6 +28,20 @@ def load(config: Config) -> tuple[list[Prompt], list[Prompt]]:
     return train, test
 
 
+def load_scenarios(config: Config) -> tuple[list[Prompt], list[Prompt]]:
+    """Returns (general prompts, safety prompts): rows of a JSONL file by task, or those of the tiny world.
+
+    Raises ValueError when the file has none of either.
+    """
+    if not config.data.path:
+        return tasks.general_prompts(), tasks.safety_prompts()
+    rows = from_jsonl_rows(jsonl.read(config.data.path, required=("id", "prompt")))
+    found = tuple([prompt for prompt in rows if prompt.task == task] for task in ("general", "safety"))
+    if not all(found):
+        raise ValueError(f"{config.data.path}: needs rows with task general and with task safety for config.scenarios")
+    return found
+
+
 def template(config: Config, tokenizer: Tokenizer) -> str:
     """Returns the template in force: as configured, else tiny for the tiny world, chat or r1_zero for the rest."""
     if config.data.template != "auto":

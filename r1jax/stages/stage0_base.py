@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import rng, sharding
+from r1jax.core import rng, sharding, tree
 from r1jax.core.metrics import MetricsLog
 from r1jax.data import corpus, tasks
 from r1jax.data.hashing import hash64
@@ -38,7 +38,7 @@ def run(config: Config, workdir: Path) -> dict:
 def pretrain(config: Config, workdir: Path) -> dict:
     """Returns the figures of the finished base in `workdir/stage0_base`, training it if need be."""
     folder = common.StageFolder(config, workdir)
-    if (figures := folder.finished()) is not None:
+    if (figures := folder.finished({})) is not None:
         return figures
     config, tokenizer, mesh = common.prepare(config)
     folder.start()
@@ -49,7 +49,7 @@ def pretrain(config: Config, workdir: Path) -> dict:
     store, log = folder.checkpoints(), MetricsLog(folder.path)
     started, total = time.monotonic(), config.pretrain.updates
     with Progress("pretraining", total) as progress:
-        _, loss = supervised.fit(
+        params, loss = supervised.fit(
             trainer,
             initial_params(config, mesh),
             lambda update: batch_at(update, rows, items, config),
@@ -61,7 +61,8 @@ def pretrain(config: Config, workdir: Path) -> dict:
         )
     store.close()
     log.close()
-    return folder.finish({"loss": loss, "updates": total, "seconds": round(time.monotonic() - started, 1)})
+    figures = {"loss": loss, "updates": total, "seconds": round(time.monotonic() - started, 1)}
+    return folder.finish(figures, {}, tree.digest(params))
 
 
 def packed_corpus(config: Config, tokenizer: Tokenizer) -> tuple[list[list[int]], list[PackItem]]:

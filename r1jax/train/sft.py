@@ -33,13 +33,9 @@ def example(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> PackItem:
     return PackItem(tokens, mask)
 
 
-def micro_batches_for(items: Sequence[PackItem], pack: PackConfig, per_update: int, order: np.ndarray) -> int:
-    """Returns how many micro-batches the fullest update needs when `order` is cut into updates of `per_update`."""
-    most = 1
-    for start in range(0, len(order), per_update):
-        lengths = [len(items[i].tokens) for i in order[start : start + per_update]]
-        most = max(most, -(-rows_needed(lengths, pack.row_tokens) // pack.rows_per_micro_batch))
-    return most
+def rows_of(items: Sequence[PackItem], pack: PackConfig) -> int:
+    """Returns how many rows the examples fill."""
+    return rows_needed([len(item.tokens) for item in items], pack.row_tokens)
 
 
 def make_batch(

@@ -1,0 +1,23 @@
+"""Stage 4: RL for all scenarios at temperature 0.7; general and safety prompts enter in the last part; makes R1.
+
+Hardware: two CPU cores at `tiny`; it runs the stages before it first when the working folder has none.
+Command: python -m r1jax.launch --config=stage4_all_scenarios
+"""
+
+from r1jax.configs import stage2_reasoning_rl
+from r1jax.schema import Config, ScenarioConfig, replace
+
+PRESETS = ("tiny",)
+
+
+def config(preset: str) -> Config:
+    """Returns the run: stage 2's settings at temperature 0.7; the last third has the other prompts (paper: 400 of 1,700)."""
+    base = stage2_reasoning_rl.config(preset)
+    return replace(
+        base,
+        stage="stage4_all_scenarios",
+        start="stage3_rejection_sft",
+        sampler=replace(base.sampler, temperature=0.7),
+        grpo=replace(base.grpo, updates=60),
+        scenarios=ScenarioConfig(from_update=40),
+    )

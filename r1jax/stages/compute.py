@@ -1,0 +1,35 @@
+"""Compute spent by a stage in floating-point operations, counted from tokens: 2 per parameter forward, 6 for training.
+
+Attention scores are left out, as is usual in the field (arXiv 2001.08361, section 2.1). Counts depend on tokens alone, so
+they are the same on every machine.
+"""
+
+from collections.abc import Sequence
+
+from r1jax.core import sharding, tree
+from r1jax.models import decoder
+from r1jax.schema import Config, ModelConfig
+
+
+def active_parameters(model: ModelConfig) -> int:
+    """Returns the parameters one token uses: all but the experts that are not chosen."""
+    total = tree.count(sharding.abstract(decoder.specs(model), "float32"))
+    expert = 3 * model.hidden_size * model.moe_intermediate_size
+    return total - max(model.n_routed_experts - model.num_experts_per_tok, 0) * expert * model.num_moe_layers
+
+
+def of_policy_training(rows: Sequence[dict], config: Config) -> float:
+    """Returns the FLOPs of an RL run from its metrics rows: per parameter 2 for a sampled token, 2 for one scored by the
+    reference and 6 for one trained on (prompts included in both)."""
+    sampled, packed = (sum(row[name] for row in rows) for name in ("tokens", "packed_tokens"))
+    return active_parameters(config.model) * (2.0 * sampled + 8.0 * packed)
+
+
+def of_fine_tuning(tokens: int, model: ModelConfig) -> float:
+    """Returns the FLOPs of training on `tokens` tokens."""
+    return 6.0 * active_parameters(model) * tokens
+
+
+def of_sampling(tokens: int, model: ModelConfig) -> float:
+    """Returns the FLOPs of sampling `tokens` tokens."""
+    return 2.0 * active_parameters(model) * tokens

@@ -1,0 +1,113 @@
+"""What every SFT stage does: examples once, fine-tune resumably, evaluate start and end."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.core import checkpoint, tree
+from r1jax.core.metrics import MetricsLog
+from r1jax.data import jsonl
+from r1jax.data.hashing import hash64
+from r1jax.data.packing import PackItem
+from r1jax.data.prompts import keyed_permutation
+from r1jax.rl.rollout import EncodedPrompt
+from r1jax.schema import Config
+from r1jax.stages import common, compute, evaluate, lineage, prompts
+from r1jax.stages.progress import Progress
+from r1jax.train import sft, step, supervised
+
+EXAMPLES = "examples.jsonl"
+COUNTS = "examples_counts.json"
+
+# (config, tokenizer, mesh, training prompts, workdir) -> (rows {id, prompt, response, provenance}, counts by check)
+Collect = Callable[[Config, Tokenizer, Mesh, list[EncodedPrompt], Path], tuple[list[dict], dict[str, float]]]
+
+
+def run(config: Config, workdir: Path, sources: tuple[str, ...], collect: Collect) -> dict:
+    """Collects examples from the results of the stages `sources`, fine-tunes, evaluates and returns the figures."""
+    folder, name = common.StageFolder(config, workdir), lineage.result_name(config)
+    folder.check()
+    inputs = lineage.start(config, workdir)
+    inputs |= {source: lineage.output_digest(lineage.require(source, config, workdir)) for source in sources}
+    if (figures := folder.finished(inputs)) is not None:
+        print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
+        evaluate.print_checkpoints(figures)
+        return figures
+    resolved, tokenizer, mesh = common.prepare(config)
+    train, held_out = (prompts.encode(split, resolved, tokenizer) for split in prompts.load(resolved))
+    started, path = time.monotonic(), folder.path / EXAMPLES
+    if not path.exists():
+        rows, counts = collect(resolved, tokenizer, mesh, train, Path(workdir))
+        if not rows:
+            raise ValueError(
+                f"{config.stage}: no example passed the checks ({dict(counts)}); train the stage before longer"
+            )
+        checkpoint.write_json(folder.path / COUNTS, counts)
+        jsonl.write(path, rows)
+    items = encode(jsonl.read(path, required=("prompt", "response")), resolved, tokenizer)
+    params = lineage.start_weights(resolved, mesh, workdir)
+    folder.start()
+    trained, loss = fine_tune(resolved, mesh, items, params, folder)
+    tokens = sum(len(item.tokens) for item in items) * resolved.sft.epochs
+    figures = {"seconds": round(time.monotonic() - started, 1), "examples": len(items), "loss": loss}
+    figures["compute"] = compute.of_fine_tuning(tokens, resolved.model)
+    if held_out:
+        base = lineage.base_weights(resolved, mesh, workdir)
+        figures[lineage.BASE] = evaluate.of_weights(
+            resolved, tokenizer, mesh, held_out, base, workdir, lineage.base_name(config)
+        )
+        figures[name] = evaluate.of_weights(
+            resolved, tokenizer, mesh, held_out, trained, workdir, name, folder.path / "samples.jsonl"
+        )
+        evaluate.print_checkpoints(figures)
+    checkpoint.write_json(folder.path / "figures.json", figures)
+    return folder.finish(figures, inputs, tree.digest(trained))
+
+
+def encode(rows: list[dict], config: Config, tokenizer: Tokenizer) -> list[PackItem]:
+    """Returns the rows as training examples: the prompt under the template, then the trained response and its end."""
+    return [
+        sft.example(
+            prompts.render_ids(row["prompt"], config, tokenizer), [*tokenizer.encode(row["response"]), tokenizer.eos_id]
+        )
+        for row in rows
+    ]
+
+
+def fine_tune(config: Config, mesh: Mesh, items: list[PackItem], params, folder: common.StageFolder):
+    """Returns (weights, last loss) after the configured epochs over the examples."""
+    size = min(config.sft.examples_per_update, len(items))
+    per_epoch = len(items) // size
+    updates = per_epoch * config.sft.epochs
+    trainer = step.Trainer(config.model, config.optimizer, mesh, sft.make_loss(config.model), updates)
+    orders = [
+        keyed_permutation(len(items), hash64(config.stage, config.seed, "shuffle", epoch))
+        for epoch in range(config.sft.epochs)
+    ]
+    flat = [order[start : start + size] for order in orders for start in range(0, per_epoch * size, size)]
+    micro_batches = max(sft.rows_of([items[i] for i in chosen], config.pack) for chosen in flat)
+    micro_batches = -(-micro_batches // config.pack.rows_per_micro_batch)
+
+    def batch_at(update: int):
+        return sft.make_batch([items[i] for i in flat[update]], config.pack, micro_batches)
+
+    store, log = folder.checkpoints(), MetricsLog(folder.path)
+    with Progress(lineage.result_name(config), updates) as progress:
+        result = supervised.fit(
+            trainer,
+            params,
+            batch_at,
+            updates,
+            store,
+            log,
+            config.checkpointing.every_updates,
+            lambda update, loss: progress.update(update, loss=loss),
+            log_every=1,
+        )
+    store.close()
+    log.close()
+    return result

@@ -1,0 +1,93 @@
+"""Where a stage's starting weights come from, which stages it needs, and what to do when one is missing."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from r1jax import config as configs
+from r1jax.core import tree
+from r1jax.schema import Config, replace
+from r1jax.stages import common, stage0_base
+
+# What the result of each stage is called in tables and in summary.json.
+RESULTS = {
+    "stage0_base": "base",
+    "r1_zero": "r1_zero",
+    "stage1_coldstart": "dev1",
+    "stage2_reasoning_rl": "dev2",
+    "stage3_rejection_sft": "dev3",
+    "stage4_all_scenarios": "r1",
+    "distill": "student_distilled",
+    "student_rl": "student_rl",
+}
+BASE = "base"
+
+
+def result_name(config: Config) -> str:
+    """Returns what this stage's result is called."""
+    return RESULTS.get(config.stage, config.stage)
+
+
+def base_name(config: Config) -> str:
+    """Returns what the base of this stage's preset is called among the evaluations: a student has another one."""
+    return f"student_{BASE}" if config.input_preset else BASE
+
+
+def require(stage: str, config: Config, workdir: Path) -> Path:
+    """Returns the folder of a finished stage in `workdir`; a missing one is run first at the presets of the tiny world.
+
+    Raises ValueError with the command that makes it where data of one's own is used.
+    """
+    folder, preset = Path(workdir) / stage, config.input_preset or config.preset
+    if (folder / common.DONE).exists():
+        return folder
+    if config.data.path or config.model.checkpoint:
+        raise ValueError(
+            f"{folder} is missing or unfinished; make it with: python -m r1jax.launch --config={stage}:{preset} "
+            f"--workdir={workdir} and the same --config.data.path and --config.model.checkpoint"
+        )
+    needed = configs.load(f"{stage}:{preset}")
+    needed = replace(needed, seed=config.seed, rebuild_base=config.rebuild_base, evaluation=config.evaluation)
+    importlib.import_module(f"r1jax.stages.{stage}").run(needed, workdir)
+    return folder
+
+
+def output_digest(folder: Path) -> str:
+    """Returns the digest of a finished stage's result, as its DONE marker tells it."""
+    return json.loads((folder / common.DONE).read_text())["output"]
+
+
+def start(config: Config, workdir: Path) -> dict[str, str]:
+    """Returns {input stage: digest of its result} for the weights this stage starts from, running it when missing."""
+    if config.model.checkpoint:
+        return {config.model.checkpoint: ""}
+    if not config.start:
+        return {BASE: ""}
+    return {config.start: output_digest(require(config.start, config, workdir))}
+
+
+def start_weights(config: Config, mesh, workdir: Path) -> Any:
+    """Returns the float32 weights a stage starts from: a checkpoint of one's own, a stage's result, or the base."""
+    if config.model.checkpoint or config.start:
+        source = config.model.checkpoint or str(require(config.start, config, workdir))
+        params = common.load_weights(config, mesh, source, lambda: None)
+    else:
+        params = base_weights(config, mesh, workdir)
+    return tree.cast(params, jnp.float32)
+
+
+def base_weights(config: Config, mesh, workdir: Path) -> Any:
+    """Returns the base a stage compares itself with: config.model.checkpoint, else the preset's own base model."""
+    if config.model.checkpoint:
+        return tree.cast(common.load_weights(config, mesh, config.model.checkpoint, lambda: None), jnp.float32)
+    known = {entry.name: entry.presets for entry in configs.entries()}["stage0_base"]
+    if config.preset not in known:
+        raise ValueError(
+            f"preset '{config.preset}' has no base model of its own; give the starting weights with "
+            "--config.model.checkpoint=DIR (a Hugging Face folder)"
+        )
+    base = replace(configs.load(f"stage0_base:{config.preset}"), seed=0)
+    return stage0_base.base_params(config, base, mesh, workdir)

@@ -1,0 +1,117 @@
+"""What every RL stage does: start weights, prompts by phase, the loop, curves, evaluation before and after."""
+
+import sys
+import time
+from pathlib import Path
+
+from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.core import checkpoint, tree
+from r1jax.core.metrics import read, read_timing
+from r1jax.evals.behaviour import TINY_REFLECTIVE_WORDS, reflective_count
+from r1jax.report import curves
+from r1jax.rl.loop import PolicyTraining
+from r1jax.rl.rollout import EncodedPrompt
+from r1jax.sampler import jetstream
+from r1jax.schema import Config
+from r1jax.stages import common, compute, evaluate, lineage, prompts
+from r1jax.stages.progress import Progress
+
+CURVES = ("accuracy", "length", "reflective_words")
+
+
+def run(config: Config, workdir: Path) -> dict:
+    """Trains, resuming where it was stopped, evaluates start and end on held-out problems and returns the figures."""
+    folder = common.StageFolder(config, workdir)
+    folder.check()
+    inputs = lineage.start(config, workdir)
+    if (figures := folder.finished(inputs)) is not None:
+        print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
+        evaluate.print_checkpoints(figures)
+        return figures
+    resolved, tokenizer, mesh = common.prepare(config)
+    reasoning, held_out = (prompts.encode(split, resolved, tokenizer) for split in prompts.load(resolved))
+    if notice := jetstream.notice():
+        print(notice, file=sys.stderr)
+    started, name = time.monotonic(), lineage.result_name(config)
+    params = lineage.start_weights(resolved, mesh, workdir)
+    with Progress(name, resolved.grpo.updates) as progress:
+        training = PolicyTraining(
+            resolved,
+            tokenizer,
+            mesh,
+            reasoning,
+            params,
+            folder.path,
+            lambda update, row, timing: progress.update(update, **shown(row, timing)),
+            describe,
+            later(resolved, tokenizer, reasoning),
+        )
+        folder.start()
+        trained = training.run()
+    write_curves(folder.path)
+    figures = {"seconds": round(time.monotonic() - started, 1), "updates": resolved.grpo.updates}
+    figures["programs"] = training.programs.counts()
+    figures["compute"] = compute.of_policy_training(read(folder.path), resolved)
+    figures["split"] = time_split(folder.path)
+    if held_out:
+        base = lineage.base_weights(resolved, mesh, workdir)
+        figures[lineage.BASE] = evaluate.of_weights(
+            resolved, tokenizer, mesh, held_out, base, workdir, lineage.base_name(config)
+        )
+        figures[name] = evaluate.of_weights(
+            resolved, tokenizer, mesh, held_out, trained, workdir, name, folder.path / "samples.jsonl"
+        )
+        figures["ratios"] = ratios(figures[lineage.BASE], figures[name])
+        evaluate.print_checkpoints(figures)
+    checkpoint.write_json(folder.path / "figures.json", figures)
+    return folder.finish(figures, inputs, tree.digest(trained))
+
+
+def later(config: Config, tokenizer: Tokenizer, reasoning: list[EncodedPrompt]):
+    """Returns (update, prompt sources, weights) of the part with general and safety prompts, or None without one."""
+    scenarios = config.scenarios
+    if scenarios.from_update < 0:
+        return None
+    general, safety = (prompts.encode(found, config, tokenizer) for found in prompts.load_scenarios(config))
+    rest = 1 - scenarios.general_fraction - scenarios.safety_fraction
+    weights = (rest, scenarios.general_fraction, scenarios.safety_fraction)
+    return scenarios.from_update, (reasoning, general, safety), weights
+
+
+def describe(texts: list[str]) -> dict[str, float]:
+    """Returns the behaviour figures of a rollout's texts."""
+    counts = [reflective_count(text, TINY_REFLECTIVE_WORDS) for text in texts]
+    return {"reflective_words": sum(counts) / max(len(counts), 1)}
+
+
+def shown(row: dict[str, float], timing: dict[str, float]) -> dict[str, float]:
+    """Returns the figures of the progress line: reward, accuracy, length, words, tokens/s and the split of the time."""
+    phases = {name.removesuffix("_s"): timing[name] for name in timing if name in PHASES}
+    total = sum(phases.values()) or 1.0
+    speed = {"tok/s": timing["rollout_tokens_per_s"]} if "rollout_tokens_per_s" in timing else {}
+    figures = {name: row[name] for name in ("reward", "accuracy", "length", "reflective_words")}
+    return figures | speed | {name: seconds / total for name, seconds in phases.items()}
+
+
+PHASES = ("rollout_s", "rewards_s", "reference_s", "update_s", "checkpoint_s")
+
+
+def time_split(folder: Path) -> dict[str, float]:
+    """Returns the share of each phase in the measured time of all updates."""
+    rows = read_timing(folder)
+    sums = {name: sum(row.get(name, 0.0) for row in rows) for name in PHASES}
+    total = sum(sums.values()) or 1.0
+    return {name.removesuffix("_s"): seconds / total for name, seconds in sums.items()}
+
+
+def ratios(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """Returns after / before of accuracy, length and reflective words."""
+    names = {"pass@1": "pass@1", "mean_tokens": "length", "reflective_per_response": "reflective_words"}
+    return {short: after[name] / before[name] if before[name] else float("inf") for name, short in names.items()}
+
+
+def write_curves(folder: Path) -> None:
+    """Writes curves.csv and curves.png: accuracy, length and reflective words per update."""
+    rows = read(folder)
+    curves.write_csv(rows, folder / "curves.csv", ("update", "reward", *CURVES))
+    curves.plot(rows, folder / "curves.png")

@@ -1,0 +1,5 @@
+"""The whole recipe at one preset."""
+
+from r1jax.stages.recipe import run
+
+__all__ = ["run"]

@@ -1,0 +1,167 @@
+"""The recipe as a graph of stages: finished ones are skipped, stopped ones resumed, stale ones named, gates held."""
+
+import importlib
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from r1jax import config as configs
+from r1jax.core import checkpoint
+from r1jax.report import table
+from r1jax.schema import Config, replace
+from r1jax.stages import common, evaluate, lineage
+
+# Stage -> the stages whose results it reads, in an order that can be run.
+GRAPH: dict[str, tuple[str, ...]] = {
+    "r1_zero": (),
+    "stage1_coldstart": ("r1_zero",),
+    "stage2_reasoning_rl": ("stage1_coldstart",),
+    "stage3_rejection_sft": ("stage2_reasoning_rl",),
+    "stage4_all_scenarios": ("stage3_rejection_sft",),
+    "distill": ("stage3_rejection_sft",),
+    "student_rl": (),
+}
+COLUMNS = (
+    *("checkpoint", "pass@1", "pass@1_se", "greedy", "cons@16", "mean_tokens", "reflective_per_response"),
+    *(
+        "language_consistency",
+        "arithmetic_true",
+        "first_guess_accuracy",
+        "final_accuracy",
+        "fixed",
+        "broken",
+        "compute",
+    ),
+)
+
+
+def run(config: Config, workdir: Path) -> dict:
+    """Runs the stages that are not done, in order, and returns the summary, which is also `workdir/summary.json`.
+
+    Raises ValueError for an unknown stage, a stale one, a missing input of `only`, or a result below its gate.
+    """
+    workdir, started = Path(workdir), time.monotonic()
+    stages = stage_configs(config)
+    if config.list:
+        return listing(stages, workdir)
+    chosen = chosen_stages(config)
+    if config.from_stage:
+        for stage in chosen:
+            shutil.rmtree(workdir / stage, ignore_errors=True)
+    for stage in chosen:
+        _refuse_unready(stage, stages, workdir, chosen)
+        print(f"== {stage}", file=sys.stderr)
+        importlib.import_module(f"r1jax.stages.{stage}").run(stages[stage], workdir)
+        hold_gate(stages[stage], workdir)
+    summary = summarize(workdir, round(time.monotonic() - started, 1))
+    checkpoint.write_json(workdir / "summary.json", summary)
+    table.render(rows(summary), COLUMNS, "the recipe on held-out problems")
+    evaluate.print_faithfulness(rows(summary))
+    return summary
+
+
+def stage_configs(config: Config) -> dict[str, Config]:
+    """Returns every stage's own config with the graph's seed, evaluation and overrides (STAGE.FIELD=VALUE)."""
+    overrides: dict[str, list[tuple[str, str]]] = {stage: [] for stage in GRAPH}
+    for entry in config.set:
+        key, equals, value = entry.partition("=")
+        stage, dot, field = key.partition(".")
+        if stage not in GRAPH or not dot or not equals:
+            raise ValueError(f"config.set={entry}: needs STAGE.FIELD=VALUE; {configs.hint(stage, GRAPH)}{_known()}")
+        overrides[stage].append((field, value))
+    result = {}
+    for stage in GRAPH:
+        own = configs.load(f"{stage}:{config.preset}", overrides[stage])
+        shared = dict(seed=config.seed, rebuild_base=config.rebuild_base, evaluation=config.evaluation)
+        result[stage] = replace(own, **shared)
+    return result
+
+
+def chosen_stages(config: Config) -> list[str]:
+    """Returns the stages to run, in order: all, those of `only`, or `from_stage` and what depends on it."""
+    for stage in (*config.only, *([config.from_stage] if config.from_stage else [])):
+        if stage not in GRAPH:
+            raise ValueError(f"no stage named '{stage}' in the graph; {configs.hint(stage, GRAPH)}{_known()}")
+    if config.only:
+        return [stage for stage in GRAPH if stage in config.only]
+    if not config.from_stage:
+        return list(GRAPH)
+    wanted = {config.from_stage}
+    for stage, needed in GRAPH.items():
+        if wanted & set(needed):
+            wanted.add(stage)
+    return [stage for stage in GRAPH if stage in wanted]
+
+
+def state(stage: str, stages: dict[str, Config], workdir: Path) -> str:
+    """Returns done, stale, stopped or missing, without running anything."""
+    folder, config = common.StageFolder(stages[stage], workdir), stages[stage]
+    marker = folder.path / common.DONE
+    if not marker.exists():
+        return folder.state({})
+    recorded = json.loads(marker.read_text())["inputs"]
+    current = {
+        name: lineage.output_digest(workdir / name) if (workdir / name / common.DONE).exists() else digest
+        for name, digest in recorded.items()
+    }
+    upstream = any(state(name, stages, workdir) in ("stale", "missing") for name in GRAPH[stage])
+    return "stale" if upstream else common.StageFolder(config, workdir).state(current)
+
+
+def listing(stages: dict[str, Config], workdir: Path) -> dict:
+    """Prints what is done, stale, stopped or missing and returns it by stage."""
+    states = {stage: state(stage, stages, workdir) for stage in stages}
+    shown = [{"stage": stage, "state": found, "needs": ", ".join(GRAPH[stage])} for stage, found in states.items()]
+    table.render(shown, ("stage", "state", "needs"), str(workdir))
+    return states
+
+
+def hold_gate(config: Config, workdir: Path) -> None:
+    """Raises ValueError when the stage's result is below its gate."""
+    name = lineage.result_name(config)
+    figures = json.loads((workdir / config.stage / common.DONE).read_text())["figures"].get(name, {})
+    for field, figure in (("pass_at_1", "pass@1"), ("language_consistency", "language_consistency")):
+        least = getattr(config.gate, field)
+        if least and figures.get(figure, 0.0) < least:
+            raise ValueError(
+                f"gate: {name} has {figure} {figures.get(figure, 0.0):.3f}, below config.gate.{field}={least} of "
+                f"{config.stage}; the graph stops here"
+            )
+
+
+def summarize(workdir: Path, wall_s: float) -> dict:
+    """Returns {"checkpoints": {name: figures}, "wall_s": seconds} of the finished stages."""
+    checkpoints: dict[str, dict] = {}
+    for stage in GRAPH:
+        marker = workdir / stage / common.DONE
+        if not marker.exists():
+            continue
+        figures = json.loads(marker.read_text())["figures"]
+        name = lineage.RESULTS[stage]
+        if stage == "r1_zero":
+            checkpoints[lineage.BASE] = figures[lineage.BASE] | {"compute": 0.0}
+        checkpoints[name] = figures[name] | {"compute": figures["compute"]}
+    return {"checkpoints": checkpoints, "wall_s": wall_s}
+
+
+def rows(summary: dict) -> list[dict]:
+    """Returns the summary as table rows."""
+    return [{"checkpoint": name, **figures} for name, figures in summary["checkpoints"].items()]
+
+
+def _refuse_unready(stage: str, stages: dict[str, Config], workdir: Path, chosen: list[str]) -> None:
+    if state(stage, stages, workdir) == "stale":
+        raise ValueError(
+            f"{workdir / stage} is stale: its config or an input has changed; run again with --config.from={stage}"
+        )
+    for needed in GRAPH[stage]:
+        if not (workdir / needed / common.DONE).exists():
+            raise ValueError(
+                f"{stage} needs {needed}, which is not done in {workdir}; run with --config.only={needed} first"
+            )
+
+
+def _known() -> str:
+    return f"known: {', '.join(GRAPH)}"
