@@ -19,7 +19,7 @@ def config(preset: str) -> Config:
         optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", final_fraction=0.1, warmup_updates=5),
         sampler=_presets.sampler(preset),
         pack=_presets.pack(preset),
-        sft=SFTConfig(epochs=2, examples_per_update=48),
-        coldstart=ColdStartConfig(),
+        sft=SFTConfig(epochs=3, examples_per_update=48),
+        coldstart=ColdStartConfig(prompts=1600, max_examples=2400),
         evaluation=EvalConfig(samples_per_problem=4),
     )

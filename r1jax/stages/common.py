@@ -17,10 +17,12 @@ from r1jax.checkpoints import tokenizer as tokenizers
 from r1jax.config import config_hash, flatten
 from r1jax.core import checkpoint, runtime, sharding
 from r1jax.models import decoder
-from r1jax.schema import Config, ModelConfig, replace
+from r1jax.schema import Config, GateConfig, ModelConfig, replace
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 DONE = "DONE"
+INPUTS = "inputs.json"
+EXAMPLES = "examples.jsonl"
 
 
 class StageFolder:
@@ -29,7 +31,7 @@ class StageFolder:
     def __init__(self, config: Config, workdir: Path, name: str | None = None):
         self.path = Path(workdir) / (name or config.stage)
         self.config = config
-        self.hash = config_hash(config)
+        self.hash = config_hash(replace(config, gate=GateConfig()))  # a gate judges the result, it does not make it
 
     def state(self, inputs: dict[str, str]) -> str:
         """Returns missing, stopped, done, or stale: finished with another config or from other inputs."""
@@ -42,18 +44,19 @@ class StageFolder:
     def finished(self, inputs: dict[str, str]) -> dict | None:
         """Returns the figures when this very config has been run to its end here from the same inputs.
 
-        Raises ValueError, naming what changed, when the inputs are other ones.
+        Raises ValueError, naming what changed, when what is here, finished or not, was made from other inputs.
         """
-        if self.state(inputs) in ("missing", "stopped"):
+        marker = self.path / (DONE if (self.path / DONE).exists() else INPUTS)
+        if not marker.exists() or not self._holds_work():
             return None
-        record = json.loads((self.path / DONE).read_text())
+        record = json.loads(marker.read_text())
         changed = [name for name in {**inputs, **record["inputs"]} if inputs.get(name) != record["inputs"].get(name)]
         if changed:
             raise ValueError(
                 f"{self.path} is stale: its input {changed[0]} has changed since; remove that folder, or run the graph "
                 f"again with --config.from={self.config.stage}"
             )
-        return record["figures"] if record["config_hash"] == self.hash else None
+        return record["figures"] if record.get("config_hash") == self.hash else None
 
     def check(self) -> None:
         """Raises ValueError when this folder holds work of another config."""
@@ -61,23 +64,29 @@ class StageFolder:
         if not path.exists() or not self._holds_work():
             return
         old, fields = json.loads(path.read_text()), self._fields()
-        for name in fields:
+        for name in (name for name in fields if not name.startswith("gate.")):
             if old.get(name) != fields[name]:
                 raise ValueError(
                     f"{self.path} holds a run with another config ({name}: {old.get(name)!r} there, {fields[name]!r} now); "
                     "choose another --workdir or remove that folder"
                 )
 
-    def start(self) -> None:
-        """Makes the folder and writes config.json; ValueError as in `check`."""
+    def start(self, inputs: dict[str, str]) -> None:
+        """Makes the folder and writes config.json and the digests of the inputs; ValueError as in `check`."""
         self.check()
         checkpoint.write_json(self.path / "config.json", self._fields())
+        checkpoint.write_json(self.path / INPUTS, {"inputs": inputs})
 
     def _fields(self) -> dict:
         return json.loads(json.dumps(flatten(self.config), default=str))
 
     def _holds_work(self) -> bool:
-        kept = (self.path / DONE, *self.path.glob("checkpoints/[0-9]*"), *self.path.glob("journal/*.npz"))
+        kept = (
+            self.path / DONE,
+            self.path / EXAMPLES,
+            *self.path.glob("checkpoints/[0-9]*"),
+            *self.path.glob("journal/*.npz"),
+        )
         return any(path.exists() for path in kept)
 
     def finish(self, figures: dict, inputs: dict[str, str], output: str) -> dict:

@@ -82,8 +82,9 @@ def of_weights(
     What is there counts only for the same weights, prompts and settings. `samples` is where responses are written.
     """
     path = Path(workdir) / "evaluations" / f"{name}.json"
+    drawn = replace(config.sampler, temperature=1.0, top_p=1.0, top_k=0)  # config.evaluation has its own law
     key = hashlib.sha256(
-        repr((config.evaluation, config.sampler, config.seed, config.data, tree.digest(params))).encode()
+        repr((config.evaluation, drawn, config.seed, config.data, tree.digest(params))).encode()
     ).hexdigest()
     if path.exists() and (samples is None or samples.exists()):
         record = json.loads(path.read_text())

@@ -20,7 +20,7 @@ from r1jax.stages import common, compute, evaluate, lineage, prompts
 from r1jax.stages.progress import Progress
 from r1jax.train import sft, step, supervised
 
-EXAMPLES = "examples.jsonl"
+EXAMPLES = common.EXAMPLES
 COUNTS = "examples_counts.json"
 
 # (config, tokenizer, mesh, training prompts, workdir) -> (rows {id, prompt, response, provenance}, counts by check)
@@ -40,6 +40,7 @@ def run(config: Config, workdir: Path, sources: tuple[str, ...], collect: Collec
     resolved, tokenizer, mesh = common.prepare(config)
     train, held_out = (prompts.encode(split, resolved, tokenizer) for split in prompts.load(resolved))
     started, path = time.monotonic(), folder.path / EXAMPLES
+    folder.start(inputs)
     if not path.exists():
         rows, counts = collect(resolved, tokenizer, mesh, train, Path(workdir))
         if not rows:
@@ -50,7 +51,6 @@ def run(config: Config, workdir: Path, sources: tuple[str, ...], collect: Collec
         jsonl.write(path, rows)
     items = encode(jsonl.read(path, required=("prompt", "response")), resolved, tokenizer)
     params = lineage.start_weights(resolved, mesh, workdir)
-    folder.start()
     trained, loss = fine_tune(resolved, mesh, items, params, folder)
     tokens = sum(len(item.tokens) for item in items) * resolved.sft.epochs
     figures = {"seconds": round(time.monotonic() - started, 1), "examples": len(items), "loss": loss}

@@ -46,7 +46,7 @@ def run(config: Config, workdir: Path) -> dict:
             describe,
             later(resolved, tokenizer, reasoning),
         )
-        folder.start()
+        folder.start(inputs)
         trained = training.run()
     write_curves(folder.path)
     figures = {"seconds": round(time.monotonic() - started, 1), "updates": resolved.grpo.updates}

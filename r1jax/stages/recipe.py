@@ -23,6 +23,8 @@ GRAPH: dict[str, tuple[str, ...]] = {
     "distill": ("stage3_rejection_sft",),
     "student_rl": (),
 }
+# Settings of the graph itself; `evaluation` is the only other one that stages take from it.
+READ = ("seed", "rebuild_base", "only", "from_stage", "list", "set")
 COLUMNS = (
     *("checkpoint", "pass@1", "pass@1_se", "greedy", "cons@16", "mean_tokens", "reflective_per_response"),
     *(
@@ -51,7 +53,7 @@ def run(config: Config, workdir: Path) -> dict:
         for stage in chosen:
             shutil.rmtree(workdir / stage, ignore_errors=True)
     for stage in chosen:
-        _refuse_unready(stage, stages, workdir, chosen)
+        _refuse_unready(stage, stages, workdir)
         print(f"== {stage}", file=sys.stderr)
         importlib.import_module(f"r1jax.stages.{stage}").run(stages[stage], workdir)
         hold_gate(stages[stage], workdir)
@@ -63,7 +65,11 @@ def run(config: Config, workdir: Path) -> dict:
 
 
 def stage_configs(config: Config) -> dict[str, Config]:
-    """Returns every stage's own config with the graph's seed, evaluation and overrides (STAGE.FIELD=VALUE)."""
+    """Returns every stage's own config with the graph's seed, evaluation and overrides (STAGE.FIELD=VALUE).
+
+    Raises ValueError for an override that names no stage or field, and for a field of `config` that no stage would see.
+    """
+    _refuse_unread(config)
     overrides: dict[str, list[tuple[str, str]]] = {stage: [] for stage in GRAPH}
     for entry in config.set:
         key, equals, value = entry.partition("=")
@@ -73,10 +79,20 @@ def stage_configs(config: Config) -> dict[str, Config]:
         overrides[stage].append((field, value))
     result = {}
     for stage in GRAPH:
-        own = configs.load(f"{stage}:{config.preset}", overrides[stage])
         shared = dict(seed=config.seed, rebuild_base=config.rebuild_base, evaluation=config.evaluation)
-        result[stage] = replace(own, **shared)
+        own = replace(configs.load(f"{stage}:{config.preset}"), **shared)
+        result[stage] = configs.override(own, overrides[stage])
     return result
+
+
+def _refuse_unread(config: Config) -> None:
+    """Raises ValueError for a changed field that the graph hands to no stage."""
+    usual = configs.flatten(configs.load(f"{config.stage}:{config.preset}"))
+    for name, value in configs.flatten(config).items():
+        if value != usual[name] and name not in READ and not name.startswith("evaluation."):
+            raise ValueError(
+                f"config.{name} is no setting of the whole graph; give it to a stage: --config.set=STAGE.{name}=VALUE"
+            )
 
 
 def chosen_stages(config: Config) -> list[str]:
@@ -106,8 +122,8 @@ def state(stage: str, stages: dict[str, Config], workdir: Path) -> str:
         name: lineage.output_digest(workdir / name) if (workdir / name / common.DONE).exists() else digest
         for name, digest in recorded.items()
     }
-    upstream = any(state(name, stages, workdir) in ("stale", "missing") for name in GRAPH[stage])
-    return "stale" if upstream else common.StageFolder(config, workdir).state(current)
+    remade = any(state(name, stages, workdir) != "done" for name in GRAPH[stage])
+    return "stale" if remade else common.StageFolder(config, workdir).state(current)
 
 
 def listing(stages: dict[str, Config], workdir: Path) -> dict:
@@ -151,15 +167,16 @@ def rows(summary: dict) -> list[dict]:
     return [{"checkpoint": name, **figures} for name, figures in summary["checkpoints"].items()]
 
 
-def _refuse_unready(stage: str, stages: dict[str, Config], workdir: Path, chosen: list[str]) -> None:
-    if state(stage, stages, workdir) == "stale":
-        raise ValueError(
-            f"{workdir / stage} is stale: its config or an input has changed; run again with --config.from={stage}"
-        )
+def _refuse_unready(stage: str, stages: dict[str, Config], workdir: Path) -> None:
     for needed in GRAPH[stage]:
         if not (workdir / needed / common.DONE).exists():
             raise ValueError(
                 f"{stage} needs {needed}, which is not done in {workdir}; run with --config.only={needed} first"
+            )
+    for name in (*GRAPH[stage], stage):
+        if state(name, stages, workdir) == "stale":
+            raise ValueError(
+                f"{workdir / name} is stale: its config or an input has changed; run again with --config.from={name}"
             )
 
 

@@ -41,7 +41,7 @@ def pretrain(config: Config, workdir: Path) -> dict:
     if (figures := folder.finished({})) is not None:
         return figures
     config, tokenizer, mesh = common.prepare(config)
-    folder.start()
+    folder.start({})
     trainer = step.Trainer(
         config.model, config.optimizer, mesh, sft.make_loss(config.model), total_updates=config.pretrain.updates
     )

@@ -1,0 +1,94 @@
+"""Runs a very small RL stage to its end and prints the digests of what it leaves: resume_driver.py FOLDER.
+
+With SLOW=1 in the environment, grading, updates and the renames of a checkpoint take longer, so that a SIGKILL from
+outside can land inside them; what runs is the same code.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+from r1jax import config as configs
+from r1jax.checkpoints import tokenizer
+from r1jax.core import checkpoint, rng, runtime, sharding, tree
+from r1jax.data import tasks
+from r1jax.models import decoder
+from r1jax.rewards.pool import RewardPool
+from r1jax.rl.loop import PolicyTraining
+from r1jax.schema import MeshConfig
+from r1jax.stages import policy, prompts
+from r1jax.train.step import Trainer
+
+UPDATES, PER_ROLLOUT, CHECKPOINT_EVERY, REFRESH = 24, 3, 2, 4
+FIELDS = {
+    "model.hidden_size": 32,
+    "model.intermediate_size": 32,
+    "model.num_hidden_layers": 2,
+    "model.moe_intermediate_size": 16,
+    "grpo.updates": UPDATES,
+    "grpo.updates_per_rollout": PER_ROLLOUT,
+    "grpo.prompts_per_update": 4,
+    "grpo.group_size": 4,
+    "grpo.reference_refresh_updates": REFRESH,
+    "optimizer.learning_rate": 1e-2,
+    "sampler.slots": 16,
+    "sampler.max_new_tokens": 24,
+    "sampler.windows": (),
+    "pack.row_tokens": 32,
+    "pack.rows_per_micro_batch": 8,
+    "checkpointing.every_updates": CHECKPOINT_EVERY,
+    "reward.language": 1.0,  # random text earns some of it, so that groups have a signal
+}
+
+
+def delayed(function, seconds: float):
+    def slower(*arguments, **keywords):
+        time.sleep(seconds)
+        result = function(*arguments, **keywords)
+        time.sleep(seconds)
+        return result
+
+    return slower
+
+
+def slow_down() -> None:
+    RewardPool.score = delayed(RewardPool.score, 0.05)
+    Trainer.update = delayed(Trainer.update, 0.02)
+    save = checkpoint.CheckpointStore.save
+
+    def save_slowly(*arguments):
+        rename, replace = os.rename, os.replace
+        os.rename, os.replace = delayed(rename, 0.03), delayed(replace, 0.03)
+        try:
+            save(*arguments)
+        finally:
+            os.rename, os.replace = rename, replace
+
+    checkpoint.CheckpointStore.save = save_slowly
+
+
+def main(folder: pathlib.Path) -> None:
+    runtime.setup()
+    config = configs.load("r1_zero:tiny", [(name, str(value)) for name, value in FIELDS.items()])
+    words, mesh = tokenizer.tiny(), sharding.make_mesh(MeshConfig())
+    train = prompts.encode(tasks.linear_prompts("train")[:60], config, words)
+    params = sharding.initialize(decoder.specs(config.model), rng.key(0, "resume", "init"), "float32", mesh)
+    if os.environ.get("SLOW"):
+        slow_down()
+    training = PolicyTraining(config, words, mesh, train, params, folder, describe=policy.describe)
+    training.run()
+    state = training.state
+    found = {
+        "params": tree.digest(state.params),
+        "optimizer": tree.digest(state.optimizer),
+        "reference": tree.digest(training.reference),
+        "cursor": vars(training.cursor),
+        "programs": training.programs.counts(),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))
