@@ -11,12 +11,13 @@ PRESETS = ("tiny",)
 
 
 def config(preset: str) -> Config:
-    """Returns the run: R1-Zero's settings, another start, and the language reward (P2 eq. 7)."""
+    """Returns the run: R1-Zero's settings at half the rate, another start, and the language reward (P2 eq. 7)."""
     base = r1_zero.config(preset)
     return replace(
         base,
         stage="stage2_reasoning_rl",
         start="stage1_coldstart",
+        optimizer=replace(base.optimizer, learning_rate=1.5e-4),
         grpo=replace(base.grpo, updates=60),
         reward=replace(base.reward, language=0.2),
     )

@@ -14,4 +14,4 @@ PRESETS = ("tiny",)
 def config(preset: str) -> Config:
     """Returns the run: R1-Zero's settings on the student's base."""
     base = r1_zero.config(STUDENT)
-    return replace(base, stage="student_rl", grpo=replace(base.grpo, updates=60), input_preset=preset)
+    return replace(base, stage="student_rl", grpo=replace(base.grpo, updates=46), input_preset=preset)
