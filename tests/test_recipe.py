@@ -85,11 +85,11 @@ def summary(graph):
 
 def test_summary_holds_every_checkpoint_with_every_figure(summary):
     assert set(summary) == {"checkpoints", "wall_s"} and summary["wall_s"] > 0
-    assert tuple(summary["checkpoints"]) == CHECKPOINTS
+    assert sorted(summary["checkpoints"]) == sorted(CHECKPOINTS)
     assert all(set(figures) >= FIGURES for figures in summary["checkpoints"].values())
     assert all(figures["problems"] == figures["samples"] == 40 for figures in summary["checkpoints"].values())
-    compute = [figures["compute"] for figures in summary["checkpoints"].values()]
-    assert compute[0] == 0 and min(compute[1:]) > 0
+    free = [name for name, figures in summary["checkpoints"].items() if figures["compute"] <= 0]
+    assert free == ["base"]
 
 
 def test_every_stage_is_done_with_config_metrics_and_samples(workdir):
@@ -167,10 +167,12 @@ def test_stale_stage_is_refused_with_the_flag_that_mends_it(workdir, capsys):
     assert stamps(workdir) == before
 
 
-@pytest.mark.parametrize("flag", ["--config.only=distill", "--config.only=stage4_all_scenarios"])
-def test_stage_alone_is_refused_when_the_one_before_it_is_stale(workdir, capsys, flag):
+@pytest.mark.parametrize("flag", ["--config.only=distill", "--config.from=stage4_all_scenarios"])
+def test_stage_is_refused_when_the_one_before_it_is_stale_and_keeps_what_it_had(workdir, capsys, flag):
+    before = stamps(workdir)
     assert launch.main(arguments(workdir, "stage3_rejection_sft.sft.epochs=1", more=(flag,))) == 2
     assert last_line(capsys).endswith("run again with --config.from=stage3_rejection_sft")
+    assert stamps(workdir) == before
 
 
 def test_from_runs_a_changed_stage_again_and_leaves_the_others_alone(workdir, tmp_path):

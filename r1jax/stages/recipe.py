@@ -49,11 +49,11 @@ def run(config: Config, workdir: Path) -> dict:
     if config.list:
         return listing(stages, workdir)
     chosen = chosen_stages(config)
+    _refuse_unready(chosen, stages, workdir, bool(config.from_stage))
     if config.from_stage:
         for stage in chosen:
             shutil.rmtree(workdir / stage, ignore_errors=True)
     for stage in chosen:
-        _refuse_unready(stage, stages, workdir)
         print(f"== {stage}", file=sys.stderr)
         importlib.import_module(f"r1jax.stages.{stage}").run(stages[stage], workdir)
         hold_gate(stages[stage], workdir)
@@ -112,8 +112,15 @@ def chosen_stages(config: Config) -> list[str]:
 
 
 def state(stage: str, stages: dict[str, Config], workdir: Path) -> str:
-    """Returns done, stale, stopped or missing, without running anything."""
-    folder, config = common.StageFolder(stages[stage], workdir), stages[stage]
+    """Returns done, stale, stopped or missing, without running anything; a stage is stale until those before it are done."""
+    found = _own_state(stage, stages, workdir)
+    remade = any(state(name, stages, workdir) != "done" for name in GRAPH[stage])
+    return "stale" if found == "done" and remade else found
+
+
+def _own_state(stage: str, stages: dict[str, Config], workdir: Path) -> str:
+    """Returns the state by the stage's own config and by the inputs that are there."""
+    folder = common.StageFolder(stages[stage], workdir)
     marker = folder.path / common.DONE
     if not marker.exists():
         return folder.state({})
@@ -122,8 +129,7 @@ def state(stage: str, stages: dict[str, Config], workdir: Path) -> str:
         name: lineage.output_digest(workdir / name) if (workdir / name / common.DONE).exists() else digest
         for name, digest in recorded.items()
     }
-    remade = any(state(name, stages, workdir) != "done" for name in GRAPH[stage])
-    return "stale" if remade else common.StageFolder(config, workdir).state(current)
+    return folder.state(current)
 
 
 def listing(stages: dict[str, Config], workdir: Path) -> dict:
@@ -167,14 +173,18 @@ def rows(summary: dict) -> list[dict]:
     return [{"checkpoint": name, **figures} for name, figures in summary["checkpoints"].items()]
 
 
-def _refuse_unready(stage: str, stages: dict[str, Config], workdir: Path) -> None:
-    for needed in GRAPH[stage]:
-        if not (workdir / needed / common.DONE).exists():
+def _refuse_unready(chosen: list[str], stages: dict[str, Config], workdir: Path, again: bool) -> None:
+    """Raises ValueError, before anything runs, for a stage that is missing or stale; `again`: the chosen are made anew."""
+    needed = {name for stage in chosen for name in GRAPH[stage]} - set(chosen)
+    for name in (name for name in GRAPH if name in needed):
+        if not (workdir / name / common.DONE).exists():
+            reader = next(stage for stage in chosen if name in GRAPH[stage])
             raise ValueError(
-                f"{stage} needs {needed}, which is not done in {workdir}; run with --config.only={needed} first"
+                f"{reader} needs {name}, which is not done in {workdir}; run with --config.only={name} first"
             )
-    for name in (*GRAPH[stage], stage):
-        if state(name, stages, workdir) == "stale":
+    kept = needed if again else needed | set(chosen)
+    for name in (name for name in GRAPH if name in kept):
+        if (_own_state if name in chosen else state)(name, stages, workdir) == "stale":
             raise ValueError(
                 f"{workdir / name} is stale: its config or an input has changed; run again with --config.from={name}"
             )

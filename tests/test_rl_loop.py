@@ -1,0 +1,200 @@
+"""Claims about the RL loop: schedules by rollout, reference refresh, mini-batches, journal, one program set."""
+
+import numpy as np
+import pytest
+
+from r1jax import config as configs
+from r1jax.checkpoints import tokenizer
+from r1jax.core import rng, runtime, sharding, tree
+from r1jax.core.metrics import read
+from r1jax.data import tasks
+from r1jax.models import decoder
+from r1jax.rl import rollout as rollouts
+from r1jax.rl.journal import Journal, Rollout
+from r1jax.rl.loop import PolicyTraining
+from r1jax.sampler.sample import RolloutSample
+from r1jax.schema import MeshConfig, ScenarioConfig, replace
+from r1jax.stages import policy, prompts
+
+WORDS = tokenizer.tiny()
+FIELDS = {
+    "model.hidden_size": 32,
+    "model.intermediate_size": 32,
+    "model.num_hidden_layers": 2,
+    "model.moe_intermediate_size": 16,
+    "grpo.updates": 8,
+    "grpo.updates_per_rollout": 3,
+    "grpo.prompts_per_update": 2,
+    "grpo.group_size": 4,
+    "grpo.reference_refresh_updates": 4,
+    "grpo.kl_coef_schedule": "((0, 0.5), (4, 0.25))",
+    "optimizer.learning_rate": 1e-2,
+    "sampler.slots": 8,
+    "sampler.max_new_tokens": 20,
+    "sampler.max_new_tokens_schedule": "((0, 10), (2, 20))",
+    "sampler.windows": (),
+    "pack.row_tokens": 32,
+    "pack.rows_per_micro_batch": 4,
+    "checkpointing.every_updates": 100,
+    "reward.language": 1.0,
+}
+
+
+def build(folder, seed=0, temperature=1.0):
+    fields = {**FIELDS, "seed": seed, "sampler.temperature": temperature}
+    config = configs.load("r1_zero:tiny", [(name, str(value)) for name, value in fields.items()])
+    mesh = sharding.make_mesh(MeshConfig())
+    train = prompts.encode(tasks.linear_prompts("train")[:30], config, WORDS)
+    params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
+    return PolicyTraining(config, WORDS, mesh, train, params, folder, describe=policy.describe)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Returns (training, folder, {rollout start: (policy digest, reference digest)}) of a run of eight updates."""
+    folder = tmp_path_factory.mktemp("loop")
+    training, seen = build(folder), {}
+    original = training.roll_out
+
+    def spy(start, pool):
+        seen[start] = tree.digest(training._compute(training.state.params)), tree.digest(training.reference)
+        return original(start, pool)
+
+    training.roll_out = spy
+    training.run()
+    return training, folder, seen
+
+
+def test_schedules_take_effect_at_the_first_rollout_at_or_after_their_update(finished):
+    training, folder, _ = finished
+    assert [training.law(start).max_new_tokens for start in (0, 3, 6)] == [10, 20, 20]
+    assert [float(training.arguments(start).kl_coef) for start in (0, 3, 6)] == [0.5, 0.5, 0.25]
+    lengths = {row["update"]: row["length"] for row in read(folder)}
+    assert max(lengths[u] for u in (1, 2, 3)) <= 10 < max(lengths[u] for u in (4, 5, 6))
+
+
+def test_last_rollout_may_be_short(finished):
+    training, folder, seen = finished
+    assert sorted(seen) == [0, 3, 6]
+    assert [row["update"] for row in read(folder)] == list(range(1, 9))
+    assert training.cursor.draw == 8 * 2
+
+
+def test_reference_becomes_the_policy_at_the_first_rollout_after_the_interval_and_only_then(finished):
+    training, _, seen = finished
+    assert seen[0][1] == seen[0][0]
+    assert seen[3][1] == seen[0][1] != seen[3][0]
+    assert seen[6][1] == seen[6][0]
+    assert training.cursor.reference_update == 6
+
+
+def test_first_update_of_a_rollout_has_ratio_one_and_later_ones_do_not(finished):
+    _, folder, _ = finished
+    rows = read(folder)
+    fresh = [row for row in rows if "max_logprob_difference" in row]
+    assert [row["update"] for row in fresh] == [1, 4, 7]
+    assert max(row["max_logprob_difference"] for row in fresh) < 1e-4
+    assert max(row["max_policy_shift"] for row in rows if "max_policy_shift" in row) > 1e-3
+
+
+def test_every_program_is_compiled_once_and_a_further_one_is_an_error(finished):
+    training, _, _ = finished
+    assert set(training.programs.counts().values()) == {1}
+    count = [1]
+    programs = runtime.ProgramSet()
+    programs.add("step", lambda: count[0])
+    programs.freeze()
+    programs.check()
+    count[0] = 2
+    with pytest.raises(RuntimeError, match="step"):
+        programs.check()
+
+
+def test_same_seed_gives_the_same_rows_and_another_seed_other_ones(finished, tmp_path):
+    _, folder, _ = finished
+    build(tmp_path / "same").run()
+    build(tmp_path / "other", seed=1).run()
+    assert (tmp_path / "same" / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "other" / "metrics.jsonl").read_bytes() != (folder / "metrics.jsonl").read_bytes()
+
+
+def test_sampler_and_trainer_agree_at_another_temperature(tmp_path):
+    build(tmp_path, temperature=0.7).run()
+    assert max(row.get("max_logprob_difference", 0.0) for row in read(tmp_path)) < 1e-4
+
+
+def sample(draw, index, length=5, experts=False):
+    generator = np.random.default_rng(draw * 100 + index)
+    return RolloutSample(
+        request_id=draw,
+        sample_index=index,
+        prompt_ids=generator.integers(0, 9, 3).astype(np.int32),
+        token_ids=generator.integers(0, 9, length).astype(np.int32),
+        logps=generator.normal(size=length).astype(np.float32),
+        behaviour_logps=generator.normal(size=length).astype(np.float32),
+        finish_reason=("stop", "length")[index % 2],
+        weight_version=4,
+        routed_experts=generator.integers(0, 8, (3 + length, 2, 2)).astype(np.int16) if experts else None,
+    )
+
+
+@pytest.mark.parametrize("experts", [True, False])
+def test_journal_gives_back_the_same_bits(tmp_path, experts):
+    samples = [sample(draw, index, 1 + draw + index, experts) for draw in range(3) for index in range(2)]
+    parts = np.random.default_rng(0).random((6, 3)).astype(np.float32)
+    written = Rollout(samples, parts, np.asarray([True, False] * 3))
+    journal = Journal(tmp_path)
+    journal.write(9, written)
+    found = journal.read(9)
+    assert np.array_equal(found.parts, parts) and np.array_equal(found.scorable, written.scorable)
+    for a, b in zip(samples, found.samples, strict=True):
+        for name, value in vars(a).items():
+            assert np.array_equal(value, getattr(b, name)), name
+    assert journal.read(10) is None
+    journal.prune(10)
+    assert journal.read(9) is None
+
+
+def test_a_rollout_in_the_journal_is_used_instead_of_a_new_one(finished, tmp_path):
+    _, folder, _ = finished
+    training = build(tmp_path)
+    training.roll_out = lambda start, pool: pytest.fail(f"rollout {start} was sampled again")
+    again = build(tmp_path / "first")
+    kept = {}
+    original = again.journal.write
+    again.journal.write = lambda start, scored: kept.setdefault(start, original(start, scored))
+    again.run()
+    for start, scored in kept.items():
+        training.journal.write(start, scored)
+    training.run()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_mini_batches_cover_every_sample_once_and_mix_groups():
+    config = configs.load("r1_zero:tiny", [("grpo.prompts_per_update", "4"), ("grpo.group_size", "8")])
+    scored = Rollout([sample(d, i) for d in range(8) for i in range(8)], np.zeros((64, 3)), np.ones(64, bool))
+    first, second = rollouts.mini_batches(scored, 0, config)
+    assert sorted([*first, *second]) == list(range(64))
+    assert len({index // 8 for index in first}) > 4  # outputs, not questions, are shuffled
+    assert not np.array_equal(first, rollouts.mini_batches(scored, 2, config)[0])
+
+
+def test_unscorable_and_masked_samples_are_not_trained_on():
+    config = configs.load("r1_zero:tiny", [("grpo.truncated", "mask"), ("pack.row_tokens", "128")])
+    scored = Rollout([sample(0, i) for i in range(4)], np.zeros((4, 3)), np.asarray([True, True, False, True]))
+    packed = rollouts.pack_mini_batch(scored, np.arange(4), np.ones(4), config, 88)
+    trained = [float(packed.loss_mask[row, begin : begin + length].sum()) for row, begin, length in packed.slots]
+    assert trained == [5.0, 0.0, 0.0, 0.0]  # 1 and 3 are truncated, 2 is unscorable
+
+
+def test_general_and_safety_prompts_enter_at_the_first_rollout_after_their_update_in_exact_shares():
+    config = configs.load("stage4_all_scenarios:tiny")
+    grpo = replace(config.grpo, updates_per_rollout=16, prompts_per_update=32, updates=1700)
+    config = replace(config, grpo=grpo, scenarios=ScenarioConfig(1300, 0.2, 0.3))
+    reasoning = prompts.encode(tasks.linear_prompts("train"), config, WORDS)
+    phases = rollouts.PromptPhases(reasoning, policy.later(config, WORDS, reasoning), config)
+    boundary = 1312 * 32
+    assert {phases[draw].prompt.task for draw in range(boundary - 500, boundary)} == {"linear"}
+    found = [phases[draw].prompt.task for draw in range(boundary, boundary + 1000)]
+    assert [found.count(task) for task in ("linear", "general", "safety")] == [500, 200, 300]
+    assert phases[boundary + 7].prompt == phases[boundary + 7].prompt
