@@ -319,6 +319,14 @@ class GateConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """How export_hf writes."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    verify: bool = True  # read the folder back and compare weights and logits
+
+
+@dataclass(frozen=True)
 class Config:
     """One stage run. `stage` picks the function; a stage reads only the parts it uses."""
 
@@ -341,6 +349,7 @@ class Config:
     rejection: RejectionConfig = RejectionConfig()
     scenarios: ScenarioConfig = ScenarioConfig()
     gate: GateConfig = GateConfig()
+    export: ExportConfig = ExportConfig()
     start: str = ""  # stage of the working folder whose result this one starts from; "" is the base model
     input_preset: str = ""  # preset of the stages it reads, when a missing one is made; "" is its own
     only: tuple[str, ...] = ()  # graph: run these stages alone

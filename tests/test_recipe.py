@@ -217,6 +217,7 @@ def test_only_chooses_the_named_stages_in_the_order_of_the_graph():
             "run with --config.only=stage1_coldstart first",
         ),
         (("--config.only=stage2_reasoning",), "no stage named 'stage2_reasoning' in the graph; did you mean "),
+        (("--config.only=distill", "--config.from=r1_zero"), "config.only=distill and config.from=r1_zero: give one"),
         (("--config.from=distil",), "no stage named 'distil' in the graph; did you mean 'distill'?"),
         (("--config.set=destill.sft.epochs=1",), "needs STAGE.FIELD=VALUE; did you mean 'distill'?"),
         (("--config.set=distill.sft.epoch=1",), "SFTConfig has no field 'epoch' (in config.sft.epoch)"),

@@ -96,7 +96,12 @@ def _refuse_unread(config: Config) -> None:
 
 
 def chosen_stages(config: Config) -> list[str]:
-    """Returns the stages to run, in order: all, those of `only`, or `from_stage` and what depends on it."""
+    """Returns the stages to run, in order: all, those of `only`, or `from_stage` and what depends on it.
+
+    Raises ValueError for an unknown stage and when both fields are given.
+    """
+    if config.only and config.from_stage:
+        raise ValueError(f"config.only={','.join(config.only)} and config.from={config.from_stage}: give one of them")
     for stage in (*config.only, *([config.from_stage] if config.from_stage else [])):
         if stage not in GRAPH:
             raise ValueError(f"no stage named '{stage}' in the graph; {configs.hint(stage, GRAPH)}{_known()}")

@@ -1,0 +1,15 @@
+"""Export a stage's result to a Hugging Face folder that transformers loads.
+
+Hardware: any; one shard of the weights is held in memory at a time.
+Command: python -m r1jax.launch --config=export_hf --config.checkpoint=RUN/distill --config.output=DIR
+"""
+
+from r1jax.configs import _presets
+from r1jax.schema import Config
+
+PRESETS = ("tiny", "tiny_dense", "smollm2_135m")
+
+
+def config(preset: str) -> Config:
+    """Returns the export; the shape of the model is read from the run itself."""
+    return Config(stage="export_hf", preset=preset, model=_presets.model(preset))
