@@ -9,9 +9,11 @@ from pathlib import Path
 
 from r1jax import config as configs
 from r1jax.core import checkpoint
-from r1jax.report import table
+from r1jax.core.metrics import read
+from r1jax.data import jsonl
+from r1jax.report import html, table
 from r1jax.schema import Config, replace
-from r1jax.stages import common, evaluate, lineage
+from r1jax.stages import common, evaluate, export_hf, lineage, policy
 
 # Stage -> the stages whose results it reads, in an order that can be run.
 GRAPH: dict[str, tuple[str, ...]] = {
@@ -25,6 +27,7 @@ GRAPH: dict[str, tuple[str, ...]] = {
 }
 # Settings of the graph itself; `evaluation` is the only other one that stages take from it.
 READ = ("seed", "rebuild_base", "only", "from_stage", "list", "set")
+EXPORTED = ("stage4_all_scenarios", "distill")  # R1 and the student leave as Hugging Face folders
 COLUMNS = (
     *("checkpoint", "pass@1", "pass@1_se", "greedy", "cons@16", "mean_tokens", "reflective_per_response"),
     *(
@@ -57,10 +60,15 @@ def run(config: Config, workdir: Path) -> dict:
         print(f"== {stage}", file=sys.stderr)
         importlib.import_module(f"r1jax.stages.{stage}").run(stages[stage], workdir)
         hold_gate(stages[stage], workdir)
+    if not set(EXPORTED) - {stage for stage in GRAPH if (workdir / stage / common.DONE).exists()}:
+        export(config, workdir)
     summary = summarize(workdir, round(time.monotonic() - started, 1))
     checkpoint.write_json(workdir / "summary.json", summary)
+    write_report(summary, workdir)
     table.render(rows(summary), COLUMNS, "the recipe on held-out problems")
     evaluate.print_faithfulness(rows(summary))
+    for name in ("report.html", "summary.json", *(f"export/{lineage.RESULTS[stage]}" for stage in EXPORTED)):
+        print(f"  {workdir / name}", file=sys.stderr)
     return summary
 
 
@@ -171,6 +179,38 @@ def summarize(workdir: Path, wall_s: float) -> dict:
             checkpoints[lineage.BASE] = figures[lineage.BASE] | {"compute": 0.0}
         checkpoints[name] = figures[name] | {"compute": figures["compute"]}
     return {"checkpoints": checkpoints, "wall_s": wall_s}
+
+
+def export(config: Config, workdir: Path) -> None:
+    """Writes R1 and the student to `workdir/export/` as Hugging Face folders, anew when the stage was run again."""
+    for stage in EXPORTED:
+        target = workdir / "export" / lineage.RESULTS[stage]
+        stamp = workdir / "export" / f"{lineage.RESULTS[stage]}.digest"
+        digest = lineage.output_digest(workdir / stage)
+        if target.exists() and stamp.exists() and stamp.read_text() == digest:
+            continue
+        shutil.rmtree(target, ignore_errors=True)
+        export_hf.run(replace(config, checkpoint=str(workdir / stage), output=str(target)), workdir)
+        stamp.write_text(digest)
+
+
+def write_report(summary: dict, workdir: Path) -> None:
+    """Writes `workdir/report.html`."""
+    stages = [report_data(lineage.RESULTS[stage], workdir / stage) for stage in GRAPH if (workdir / stage).exists()]
+    subtitle = f"{len(summary['checkpoints'])} checkpoints, {summary['wall_s']:.0f} s for the stages run last"
+    html.write(workdir / "report.html", "The R1 recipe", subtitle, rows(summary), stages)
+
+
+def report_data(name: str, folder: Path) -> html.StageData:
+    """Returns what the report shows of one stage."""
+    samples = folder / "samples.jsonl"
+    split = policy.time_split(folder)
+    return html.StageData(
+        name=name,
+        rows=[row for row in read(folder) if "reward" in row],
+        split=split if sum(split.values()) else {},
+        samples=jsonl.read(samples) if samples.exists() else [],
+    )
 
 
 def rows(summary: dict) -> list[dict]:
