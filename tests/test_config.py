@@ -12,6 +12,8 @@ import pytest
 
 from r1jax import config, schema
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ENTRIES = config.entries()
 KNOWN = [entry.name for entry in ENTRIES]
@@ -48,7 +50,8 @@ def test_config_has_a_summary_and_names_its_preset(entry):
     assert entry.summary.endswith((".", ":")) and 20 < len(entry.summary) <= 120
     for preset in entry.presets:
         loaded = config.load(f"{entry.name}:{preset}")
-        assert (loaded.stage, loaded.preset) == (entry.name, preset)
+        assert (ROOT / "r1jax" / "stages" / f"{loaded.stage}.py").exists()
+        assert preset == (loaded.input_preset or loaded.preset)  # a student's own preset differs from its teacher's
 
 
 def test_preset_defaults_to_tiny():
@@ -209,7 +212,9 @@ def test_parse_of_a_float_is_exact(number):
 def test_dump_can_be_given_back_as_overrides(name):
     loaded = config.load(name)
     given = {key: value for key, value in config.flatten(loaded).items() if key not in ("stage", "preset")}
-    again = config.override(schema.Config(stage=name), [(key, str(value)) for key, value in given.items()])
+    again = config.override(
+        schema.Config(stage=loaded.stage, preset=loaded.preset), [(key, str(value)) for key, value in given.items()]
+    )
     assert config.flatten(again) == config.flatten(loaded)
 
 

@@ -41,7 +41,8 @@ def require(stage: str, config: Config, workdir: Path) -> Path:
 
     Raises ValueError with the command that makes it where data of one's own is used.
     """
-    folder, preset = Path(workdir) / stage, config.input_preset or config.preset
+    workdir = Path(config.inputs or workdir)
+    folder, preset = workdir / stage, config.input_preset or config.preset
     if (folder / common.DONE).exists():
         return folder
     if config.data.path or config.model.checkpoint:
