@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import Config, replace
-from r1jax.stages import common, prompts
+from r1jax.stages import common, lineage, prompts
 
 COLUMNS = (
     "checkpoint",
@@ -94,6 +95,37 @@ def of_weights(
     if samples is not None:
         write_samples(samples, responses)
     checkpoint.write_json(path, {"key": key, "figures": figures})
+    return figures
+
+
+def finished(folder: common.StageFolder, inputs: dict[str, str]) -> dict | None:
+    """Returns the figures of a stage that is done with these inputs, after printing them, else None."""
+    figures = folder.finished(inputs)
+    if figures is not None:
+        print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
+        print_checkpoints(figures)
+    return figures
+
+
+def before_and_after(
+    config: Config,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    held_out: Sequence[EncodedPrompt],
+    trained: Any,
+    workdir: Path,
+    folder: Path,
+) -> dict[str, dict[str, float]]:
+    """Returns the figures of the stage's base and of its result, prints them, and leaves samples.jsonl in its folder."""
+    if not held_out:
+        return {}
+    measure = functools.partial(of_weights, config, tokenizer, mesh, held_out)
+    name, base = lineage.result_name(config), lineage.base_weights(config, mesh, workdir)
+    figures = {
+        lineage.BASE: measure(base, workdir, lineage.base_name(config)),
+        name: measure(trained, workdir, name, folder / "samples.jsonl"),
+    }
+    print_checkpoints(figures)
     return figures
 
 

@@ -1,6 +1,5 @@
 """What every SFT stage does: examples once, fine-tune resumably, evaluate start and end."""
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,13 +28,11 @@ Collect = Callable[[Config, Tokenizer, Mesh, list[EncodedPrompt], Path], tuple[l
 
 def run(config: Config, workdir: Path, sources: tuple[str, ...], collect: Collect) -> dict:
     """Collects examples from the results of the stages `sources`, fine-tunes, evaluates and returns the figures."""
-    folder, name = common.StageFolder(config, workdir), lineage.result_name(config)
+    folder = common.StageFolder(config, workdir)
     folder.check()
     inputs = lineage.start(config, workdir)
     inputs |= {source: lineage.output_digest(lineage.require(source, config, workdir)) for source in sources}
-    if (figures := folder.finished(inputs)) is not None:
-        print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
-        evaluate.print_checkpoints(figures)
+    if (figures := evaluate.finished(folder, inputs)) is not None:
         return figures
     resolved, tokenizer, mesh = common.prepare(config)
     train, held_out = (prompts.encode(split, resolved, tokenizer) for split in prompts.load(resolved))
@@ -55,15 +52,7 @@ def run(config: Config, workdir: Path, sources: tuple[str, ...], collect: Collec
     tokens = sum(len(item.tokens) for item in items) * resolved.sft.epochs
     figures = {"seconds": round(time.monotonic() - started, 1), "examples": len(items), "loss": loss}
     figures["compute"] = compute.of_fine_tuning(tokens, resolved.model)
-    if held_out:
-        base = lineage.base_weights(resolved, mesh, workdir)
-        figures[lineage.BASE] = evaluate.of_weights(
-            resolved, tokenizer, mesh, held_out, base, workdir, lineage.base_name(config)
-        )
-        figures[name] = evaluate.of_weights(
-            resolved, tokenizer, mesh, held_out, trained, workdir, name, folder.path / "samples.jsonl"
-        )
-        evaluate.print_checkpoints(figures)
+    figures |= evaluate.before_and_after(resolved, tokenizer, mesh, held_out, trained, workdir, folder.path)
     checkpoint.write_json(folder.path / "figures.json", figures)
     return folder.finish(figures, inputs, tree.digest(trained))
 

@@ -24,9 +24,7 @@ def run(config: Config, workdir: Path) -> dict:
     folder = common.StageFolder(config, workdir)
     folder.check()
     inputs = lineage.start(config, workdir)
-    if (figures := folder.finished(inputs)) is not None:
-        print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
-        evaluate.print_checkpoints(figures)
+    if (figures := evaluate.finished(folder, inputs)) is not None:
         return figures
     resolved, tokenizer, mesh = common.prepare(config)
     reasoning, held_out = (prompts.encode(split, resolved, tokenizer) for split in prompts.load(resolved))
@@ -53,16 +51,9 @@ def run(config: Config, workdir: Path) -> dict:
     figures["programs"] = training.programs.counts()
     figures["compute"] = compute.of_policy_training(read(folder.path), resolved)
     figures["split"] = time_split(folder.path)
+    figures |= evaluate.before_and_after(resolved, tokenizer, mesh, held_out, trained, workdir, folder.path)
     if held_out:
-        base = lineage.base_weights(resolved, mesh, workdir)
-        figures[lineage.BASE] = evaluate.of_weights(
-            resolved, tokenizer, mesh, held_out, base, workdir, lineage.base_name(config)
-        )
-        figures[name] = evaluate.of_weights(
-            resolved, tokenizer, mesh, held_out, trained, workdir, name, folder.path / "samples.jsonl"
-        )
         figures["ratios"] = ratios(figures[lineage.BASE], figures[name])
-        evaluate.print_checkpoints(figures)
     checkpoint.write_json(folder.path / "figures.json", figures)
     return folder.finish(figures, inputs, tree.digest(trained))
 
