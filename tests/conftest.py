@@ -1,6 +1,8 @@
 """What every test shares: the CPU backend, a compilation cache outside the checkout, the data sets and SmolLM2."""
 
+import datetime
 import importlib.util
+import json
 import os
 import pathlib
 import subprocess
@@ -61,3 +63,19 @@ def smollm2_folder() -> pathlib.Path:
         unavailable(f"no SmolLM2: {builder} failed: {done.stderr.strip().splitlines()[-1:]}")
     unfinished.rename(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def results():
+    """Returns a function (name, figures) that keeps a long check's figures, with commit and date, in $R1JAX_RESULTS."""
+
+    def keep(name: str, figures: dict) -> None:
+        if not (folder := os.environ.get("R1JAX_RESULTS")):
+            return
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        record = {"commit": git.stdout.strip(), "date": datetime.date.today().isoformat(), **figures}
+        path = pathlib.Path(folder) / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+    return keep

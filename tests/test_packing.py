@@ -143,3 +143,12 @@ def test_pack_batch_takes_little_time_for_512_samples():
         pack_batch(items, 96, rows)
         times.append(time.process_time() - started)
     assert min(times) < 0.015
+
+
+def test_pack_batch_refuses_given_rows_that_overflow_or_miss_an_item():
+    items = [PackItem(np.ones(n, np.int32), np.ones(n, np.float32)) for n in (5, 4, 3)]
+    assert pack_batch(items, 9, 2, [[0, 1], [2]]).slots == [(0, 0, 5), (0, 5, 4), (1, 0, 3)]
+    with pytest.raises(ValueError, match="row 0 holds 12 tokens"):
+        pack_batch(items, 9, 2, [[0, 1, 2]])
+    with pytest.raises(ValueError, match="each of 3 items once"):
+        pack_batch(items, 9, 2, [[0, 1], [1]])

@@ -116,14 +116,16 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_graph_killed_in_five_places_ends_bit_equal(undisturbed, tmp_path):
+def test_graph_killed_in_five_places_ends_bit_equal(undisturbed, tmp_path, results):
     workdir, rng = tmp_path / "runs", random.Random(20250203)
     landed = {place: kill_at(start(workdir), workdir, place, rng) for place in PLACES}
     finish(start(workdir))
     print(f"killed in: {landed}")
     assert landed == dict.fromkeys(PLACES, True)
     expected = artefacts(undisturbed)
-    assert differing(expected, artefacts(workdir)) == []
+    different = differing(expected, artefacts(workdir))
+    results("recipe_interrupted", {"killed_in": landed, "artefacts": len(expected), "different": different})
+    assert different == []
     assert len(expected["stage3_rejection_sft examples.jsonl"]) > 1000
     assert len(set(expected[f"{stage} weights"] for stage in STAGES)) == len(STAGES)
 

@@ -64,7 +64,7 @@ def undisturbed(tmp_path_factory):
     return finish(start(folder, slow=False)), folder
 
 
-def test_run_killed_in_every_phase_ends_bit_equal(undisturbed, tmp_path):
+def test_run_killed_in_every_phase_ends_bit_equal(undisturbed, tmp_path, results):
     expected, reference_folder = undisturbed
     rng, landed = random.Random(20250120), collections.Counter()
     kills = 12
@@ -73,6 +73,7 @@ def test_run_killed_in_every_phase_ends_bit_equal(undisturbed, tmp_path):
         landed[kill_in(start(tmp_path, slow=True), tmp_path, PHASES[number % 4], least, rng)] += 1
     found = finish(start(tmp_path, slow=False))
     print(f"kills by phase: {dict(landed)}")
+    results("resume", {"kills_by_phase": {str(phase): count for phase, count in landed.items()}, **found})
     assert sum(landed[phase] for phase in PHASES) >= 10
     assert all(landed[phase] >= 2 for phase in PHASES)
     assert {name: found[name] for name in found if name != "programs"} == {

@@ -10,7 +10,7 @@ from r1jax.core import sharding, tree
 from r1jax.core.metrics import read
 from r1jax.data import jsonl, tasks
 from r1jax.models import decoder
-from r1jax.stages import common, evaluate, fine_tuning, r1_zero, stage0_base, stage1_coldstart
+from r1jax.stages import common, evaluate, fine_tuning, lineage, r1_zero, stage0_base, stage1_coldstart
 
 SHORT = [
     ("grpo.updates", "16"),
@@ -111,3 +111,20 @@ def test_tiny_policy_keeps_its_size():
     idle = (model.n_routed_experts - model.num_experts_per_tok) * expert * model.num_moe_layers
     assert total <= 700_000
     assert total - idle <= 350_000
+
+
+@pytest.mark.slow
+def test_rebuilt_bases_of_teacher_and_student_do_not_meet(tmp_path, monkeypatch):
+    load = configs.load
+    few = [("pretrain.updates", "2"), ("pretrain.corpus_documents", "60"), ("pretrain.rows_per_update", "4")]
+
+    def shorter(spec, overrides=()):
+        return load(spec, [*overrides, *few] if spec.startswith("stage0_base") else overrides)
+
+    monkeypatch.setattr(lineage.configs, "load", shorter)
+    found = []
+    for name in ("r1_zero:tiny", "student_rl:tiny"):
+        config, _, mesh = common.prepare(load(name, [("rebuild_base", "true")]))
+        found.append(lineage.base_weights(config, mesh, tmp_path).embedding.shape)
+    assert found == [(196, 96), (196, 64)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base_tiny", "base_tiny_dense"]

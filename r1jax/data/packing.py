@@ -76,6 +76,16 @@ def rows_needed(lengths: Sequence[int], row_tokens: int) -> int:
     return len(pack(lengths, row_tokens))
 
 
+def _settled(packed: list[list[int]], lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Returns rows that a caller has settled. Raises ValueError unless each item stands once and every row fits."""
+    if sorted(index for row in packed for index in row) != list(range(len(lengths))):
+        raise ValueError(f"pack_batch: the given rows do not hold each of {len(lengths)} items once")
+    for number, row in enumerate(packed):
+        if (filled := sum(lengths[index] for index in row)) > row_tokens:
+            raise ValueError(f"pack_batch: given row {number} holds {filled} tokens, row_tokens={row_tokens}")
+    return packed
+
+
 def _slots(packed: list[list[int]], lengths: Sequence[int]) -> tuple[list[tuple[int, int, int]], np.ndarray]:
     """Returns (row, start, length) per sample, and each sample's number in its row from 1."""
     slots: list[tuple[int, int, int]] = [(0, 0, 0)] * len(lengths)
@@ -99,7 +109,7 @@ def pack_batch(
     Raises ValueError when an item is longer than a row, more rows are needed, or items differ in the names of values.
     """
     lengths = [len(item.tokens) for item in items]
-    packed = pack(lengths, row_tokens) if packed is None else packed
+    packed = pack(lengths, row_tokens) if packed is None else _settled(packed, lengths, row_tokens)
     if len(packed) > rows:
         raise ValueError(
             f"pack_batch: {len(items)} samples need {len(packed)} rows of {row_tokens} tokens, given {rows}"

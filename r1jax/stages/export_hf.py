@@ -1,74 +1,148 @@
 """Export a stage's result to a Hugging Face folder and check that what was written is what was trained."""
 
 import json
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from r1jax.checkpoints import hf, hf_export
-from r1jax.config import override
+from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.config import flatten, override
 from r1jax.core import tree
+from r1jax.data import templates
 from r1jax.models import decoder
-from r1jax.schema import Config, replace
-from r1jax.stages import common, lineage
+from r1jax.schema import Config, ModelConfig, replace
+from r1jax.stages import common, lineage, prompts
+
+RUN_FIELDS = ("model.", "data.path", "data.template")  # of the run's config.json: what an export must agree with
+PATHS = ("model.checkpoint", "data.path", "coldstart.teacher", "inputs", "checkpoint", "output")
+QUESTION = "(messages | selectattr('role', 'equalto', 'user') | last)['content']"
 
 
-def run(config: Config, workdir: Path) -> dict:
-    """Writes config.output from the stage folder config.checkpoint, verifies it and returns its size and digest."""
+def run(config: Config, workdir: Path) -> dict[str, float]:
+    """Writes config.output from the stage folder config.checkpoint and verifies it.
+
+    Returns the numbers of tensors, parameters and files, and the logit difference when verified. Raises ValueError
+    when a folder is not given, config.output exists, or what was written reads back differently.
+    """
     if not config.checkpoint or not config.output:
         raise ValueError("export_hf: give --config.checkpoint=STAGE_FOLDER and --config.output=NEW_FOLDER")
-    source = Path(config.checkpoint)
+    source, target = Path(config.checkpoint), Path(config.output)
+    hf_export.refuse_existing(target)
     if common.is_hugging_face(source):
-        raise ValueError(f"{source} is a Hugging Face folder already; give a stage's folder")
-    own = stage_config(source, config)
-    own, tokenizer, mesh = common.prepare(own)
-    if not own.data.path and not tokenizer.chat_template:
-        tokenizer.chat_template = "{{ messages[-1]['content'] }}"  # a question of the tiny world stands for itself
+        raise ValueError(f"{source} is a Hugging Face folder already, or no stage's folder; give a stage's folder")
+    fields = run_fields(source)
+    own, tokenizer, mesh = common.prepare(stage_config(source, fields, config))
+    tokenizer = Tokenizer(tokenizer.backend, tokenizer.config, chat_template(own, tokenizer), tokenizer.source)
     params = common.load_weights(own, mesh, str(source), lambda: None)
-    target = Path(config.output)
-    hf_export.save(target, params, own.model, tokenizer, config.export.dtype, card(source, own, target.name))
-    figures = {"tensors": len(list(hf.TensorFiles(target))), "parameters": tree.count(params)}
-    if config.export.verify:
-        figures |= verify(target, params, own, mesh, config.export.dtype)
+    figures, kind = {"parameters": tree.count(params)}, config.export.dtype
+
+    def check(folder: Path) -> None:
+        figures["tensors"] = len(list(hf.TensorFiles(folder)))
+        figures["files"] = len(list(folder.glob("*.safetensors")))
+        if config.export.verify:
+            figures["logit_difference"] = verify(folder, params, own.model, mesh, kind)
+
+    hf_export.save(target, params, own.model, tokenizer, kind, card(source, fields, target.name), check=check)
+    checked = "read back and compared" if config.export.verify else "not read back"
+    print(f"{target}: {figures['parameters']:,} parameters as {kind}, {checked}", file=sys.stderr)
     return figures
 
 
-def stage_config(folder: Path, config: Config) -> Config:
-    """Returns the config of the run in a folder, as its config.json tells its shape, data and checkpoint."""
+def run_fields(folder: Path) -> dict:
+    """Returns the flat config.json of a run's folder. Raises ValueError when there is none."""
     path = folder / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} has no config.json; give the folder of a stage")
-    fields = json.loads(path.read_text())
-    wanted = [(key, str(value)) for key, value in fields.items() if key.startswith(("model.", "data.path"))]
-    return override(config, [(key, "" if value == "None" else value) for key, value in wanted])
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-def verify(folder: Path, params, config: Config, mesh, dtype: str) -> dict:
-    """Returns the largest logit difference after reading the folder back. Raises ValueError when a weight differs."""
-    shape = hf.model_config(folder, config.model)
+def stage_config(folder: Path, fields: dict, config: Config) -> Config:
+    """Returns `config` with the model and the data of the run in `folder`, whose flat config is `fields`.
+
+    The run's Hugging Face folder holds its tokenizer: config.model.checkpoint names it where it has moved since.
+    """
+    wanted = {key: str(value) for key, value in fields.items() if key.startswith(RUN_FIELDS)}
+    if config.model.checkpoint:
+        wanted["model.checkpoint"] = config.model.checkpoint
+    base = wanted.get("model.checkpoint", "")
+    if base and not Path(base).is_dir():
+        raise ValueError(
+            f"{folder} was trained from {base}, which holds its tokenizer and is not there; name that folder with "
+            "--config.model.checkpoint=DIR"
+        )
+    return override(config, wanted.items())
+
+
+def chat_template(config: Config, tokenizer: Tokenizer) -> str:
+    """Returns the Jinja template that renders a question as the run's training did.
+
+    The tokenizer's own for `chat`; for the other templates one that asks the last user message.
+    """
+    kind = prompts.template(config, tokenizer)
+    if kind == "chat":
+        return tokenizer.chat_template
+    before, after = templates.render("\0", kind).split("\0")
+    parts = [json.dumps(before, ensure_ascii=False), QUESTION, json.dumps(after, ensure_ascii=False)]
+    return "{{ " + " + ".join(part for part in parts if part != '""') + " }}"
+
+
+def verify(folder: Path, params: decoder.Params, model: ModelConfig, mesh: Mesh, dtype: str) -> float:
+    """Returns max |logit before - after| on random tokens, as a fraction of the largest logit; 0 for float32.
+
+    Reads the folder back with a second copy of the weights on the devices. Raises ValueError when a weight is not
+    bit-equal after rounding to `dtype`, or config.json describes a model that computes something else.
+    """
+    model = replace(model, compute_dtype="float32")
+    shape = hf.model_config(folder, model)
     back = hf.load(folder, shape, mesh, jnp.float32)
-    kept = jax.tree.map(lambda leaf: leaf.astype(dtype).astype(jnp.float32), params)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(kept), jax.tree.leaves(back), strict=True):
-        if not np.array_equal(a, b) and not hf.leaf_path(path).endswith("ffw.bias"):
-            raise ValueError(f"{folder}: {hf.leaf_path(path)} reads back differently; the export is not to be trusted")
-
-    tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (2, 24)).astype(np.int32)
-    places, segments = np.tile(np.arange(24, dtype=np.int32), (2, 1)), np.ones((2, 24), np.int32)
-    both = [
-        decoder.logits(p, decoder.forward(p, tokens, places, segments, replace(shape, compute_dtype="float32"))[0])
-        for p in (kept, back)
-    ]
-    return {"logit_difference": float(jnp.abs(both[0] - both[1]).max())}
+    kinds = hf_export.stored_dtypes(model, dtype)
+    for (path, before), after in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(back), strict=True):
+        name = hf.leaf_path(path)
+        kept = np.asarray(before).astype(kinds[name]).astype(np.float32)
+        if not np.array_equal(kept.view(np.uint32), np.asarray(after).view(np.uint32)):
+            raise ValueError(f"export_hf: {name} reads back differently; nothing was kept")
+    reread, same_weights, original = (_logits(*pair) for pair in ((back, shape), (back, model), (params, model)))
+    if not np.array_equal(reread, same_weights):
+        raise ValueError("export_hf: config.json, read back, computes other logits; nothing was kept")
+    return float(np.abs(reread - original).max() / np.abs(original).max())
 
 
-def card(source: Path, config: Config, name: str) -> str:
-    """Returns the model card: what was trained and the figures that were measured, if any."""
-    lines = [f"# {name}", "", f"Trained with r1jax, stage `{source.name}`, {config.model.family} architecture."]
+def _logits(params: decoder.Params, model: ModelConfig) -> np.ndarray:
+    """Returns the logits [2, 24, V] of two rows of random tokens."""
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, 24)).astype(np.int32)
+    places = np.tile(np.arange(24, dtype=np.int32), (2, 1))
+    hidden, _, _ = decoder.forward(params, tokens, places, np.ones_like(tokens), model)
+    return np.asarray(decoder.logits(params, hidden))
+
+
+def card(source: Path, fields: dict, name: str) -> str:
+    """Returns the model card of a run: its stage, the figures it measured, and the settings that are not defaults."""
+    stage = fields.get("stage", source.name)
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {name}", ""]
+    lines += [f"Trained with r1jax, stage `{stage}`, {fields.get('model.family')} architecture."]
+    if base := fields.get("model.checkpoint"):
+        lines += ["", f"Started from `{Path(base).name}`."]
     marker = source / common.DONE
     if marker.exists():
-        figures = json.loads(marker.read_text())["figures"].get(lineage.RESULTS.get(source.name, source.name), {})
+        figures = json.loads(marker.read_text())["figures"].get(lineage.RESULTS.get(stage, stage), {})
         shown = [(key, value) for key, value in figures.items() if isinstance(value, float)]
-        lines += ["", "| held-out figure | value |", "|---|---|", *(f"| {key} | {value:.4g} |" for key, value in shown)]
+        if shown:
+            lines += ["", "## Held-out figures", "", "| figure | value |", "|---|---|"]
+            lines += [f"| {key} | {value:.4g} |" for key, value in shown]
+    defaults = json.loads(json.dumps(flatten(Config()), default=str))
+    chosen = [(key, value) for key, value in fields.items() if key not in PATHS and value != defaults.get(key)]
+    lines += ["", "## Settings", "", "Fields that differ from r1jax's defaults.", "", "| field | value |", "|---|---|"]
+    lines += [f"| {key} | {_one_line(value)} |" for key, value in chosen]
     return "\n".join(lines) + "\n"
+
+
+def _one_line(value) -> str:
+    return " ".join(str(value).split()).replace("|", r"\|")

@@ -141,8 +141,9 @@ def base_params(config: Config, base: Config, mesh: Mesh, workdir: Path) -> deco
     path = asset_path(config.preset)
     if not config.rebuild_base and path.exists() and common.asset_metadata(path).get("key") == base_key(base):
         return common.load_asset(path, config.model, mesh)
-    pretrain(base, workdir)
-    return common.load_weights(config, mesh, str(Path(workdir) / base.stage), lambda: None)
+    folder = Path(workdir) / f"base_{config.preset}"  # teacher and student have one each
+    pretrain(base, folder)
+    return common.load_weights(config, mesh, str(folder / base.stage), lambda: None)
 
 
 def write_asset(config: Config, workdir: Path, path: Path) -> None:
