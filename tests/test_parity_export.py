@@ -1,6 +1,7 @@
 """Claims about exported folders, checked by transformers: same logits, same tokens as the sampler, same tokenizer."""
 
 import importlib.util
+import json
 import os
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from r1jax import config as configs
+from r1jax import launch
 from r1jax.checkpoints import hf, hf_export, tokenizer
 from r1jax.core import sharding, tree
 from r1jax.data import tasks
@@ -32,6 +34,19 @@ PROMPTS = tasks.linear_prompts("test")[::40][:10]
 @pytest.fixture(scope="module")
 def mesh():
     return sharding.make_mesh(MeshConfig())
+
+
+def random_params(model):
+    """Returns parameters that are all random, biases too; the router's bias is positive, as transformers masks with 0."""
+    draw = np.random.default_rng(0)
+
+    def leaf(path, spec):
+        value = 0.1 * draw.normal(size=spec.shape)
+        name = hf.leaf_path(path)
+        value = value + 1.0 if name.endswith("norm") else np.abs(value) if name.endswith("ffw.bias") else value
+        return jnp.asarray(value, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, decoder.specs(model), is_leaf=sharding.is_spec)
 
 
 @pytest.fixture(scope="module", params=PRESETS)
@@ -61,21 +76,26 @@ def test_transformers_gives_the_samplers_greedy_tokens(exported, mesh):
     preset, model, params, folder, theirs = exported
     words = transformers.AutoTokenizer.from_pretrained(folder)
     own, settings = tokenizer.tiny(), configs.load(f"r1_zero:{preset}").sampler
-    sampler = RolloutSampler(Engine(model, replace(settings, slots=4), mesh, (own.eos_id,), own))
-    law = SamplingLaw(temperature=0.0, max_new_tokens=40, stop_ids=(own.eos_id,))
-    ids = [np.asarray(own.encode(prompt.text), np.int32) for prompt in PROMPTS]
+    sampler = RolloutSampler(Engine(model, replace(settings, slots=10), mesh, (own.eos_id,), own))
+    law = SamplingLaw(temperature=0.0, max_new_tokens=80, stop_ids=(own.eos_id,))
+    texts = [prompt.text for prompt in PROMPTS]
+    ids = [np.asarray(own.encode(text), np.int32) for text in texts]
     samples = sampler.generate(
         [RolloutRequest(i, p, np.zeros((1, 2), np.uint32), law) for i, p in enumerate(ids)], params
     )
-    for prompt, expected, sample in zip(PROMPTS, ids, samples, strict=True):
-        encoded = words(prompt.text, return_tensors="pt", add_special_tokens=False).input_ids
-        assert encoded[0].tolist() == expected.tolist()
-        with torch.no_grad():
-            out = theirs.generate(encoded, do_sample=False, temperature=None, top_p=None, max_new_tokens=40)
-        assert out[0, len(expected) :].tolist() == sample.token_ids.tolist()
-        assert words.decode(sample.token_ids, skip_special_tokens=False).replace("<eos>", "").strip() == own.decode(
-            sample.token_ids
-        )
+    assert isinstance(words, transformers.PreTrainedTokenizerFast)
+    batch = words(texts, return_tensors="pt", add_special_tokens=False, padding=True, padding_side="left")
+    with torch.no_grad():
+        out = theirs.generate(**batch, do_sample=False, temperature=None, top_p=None, max_new_tokens=80)
+    given = batch.input_ids.shape[1]
+    for expected, mask, row, sample in zip(ids, batch.attention_mask, out.tolist(), samples, strict=True):
+        assert row[given - int(mask.sum()) : given] == expected.tolist()
+        length = len(sample.token_ids)
+        assert row[given : given + length] == sample.token_ids.tolist()
+        assert set(row[given + length :]) <= {own.pad_id}
+        text = words.decode(sample.token_ids, skip_special_tokens=False).replace("<eos>", "").strip()
+        assert text == own.decode(sample.token_ids)
+    assert sum(not sample.truncated for sample in samples) >= 5  # ended by themselves, not by the limit
 
 
 def test_import_of_an_export_is_bit_equal(exported, mesh):
@@ -85,30 +105,44 @@ def test_import_of_an_export_is_bit_equal(exported, mesh):
     assert tree.digest(hf.load(folder, shape, mesh, jnp.float32)) == tree.digest(params)
 
 
-def test_scaled_rope_survives_the_round_trip(tmp_path, mesh):
-    for preset, scaling in (
-        ("tiny", RopeScaling("yarn", 4.0, 64, mscale=1.0, mscale_all_dim=1.0)),
-        ("tiny_dense", RopeScaling("llama3", 8.0, 64, low_freq_factor=1.0, high_freq_factor=4.0)),
-    ):
-        model = replace(configs.load(f"stage0_base:{preset}").model, rope_scaling=scaling)
-        params = jax.tree.map(jnp.asarray, common.load_asset(stage0_base.asset_path(preset), model, mesh))
-        hf_export.save(tmp_path / preset, params, model, tokenizer.tiny(), "float32")
-        assert hf.model_config(tmp_path / preset, model).rope_scaling == scaling
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / preset).eval()
-        tokens = np.random.default_rng(1).integers(0, model.vocab_size, (1, 120)).astype(np.int32)
-        hidden, _, _ = decoder.forward(params, tokens, np.arange(120)[None], np.ones_like(tokens), model)
+def test_scaled_rope_and_the_other_families_give_the_same_logits(tmp_path, mesh):
+    tiny, dense = (
+        replace(configs.load(f"stage0_base:{preset}").model, num_hidden_layers=2, initializer_range=0.1)
+        for preset in PRESETS
+    )
+    models = {
+        "yarn": replace(tiny, rope_scaling=RopeScaling("yarn", 4.0, 64, mscale=1.0, mscale_all_dim=1.0)),
+        "llama3": replace(dense, rope_scaling=RopeScaling("llama3", 8.0, 64)),
+        "qwen2": replace(dense, family="qwen2", attention_bias=True),
+        "tied": replace(dense, tie_word_embeddings=True),
+        "plain_query": replace(tiny, q_lora_rank=0, norm_topk_prob=False, routed_scaling_factor=2.5),
+    }
+    tokens = np.random.default_rng(1).integers(0, tiny.vocab_size, (1, 80)).astype(np.int32)
+    for name, model in models.items():
+        params = random_params(model)
+        hf_export.save(tmp_path / name, params, model, tokenizer.tiny(), "float32")
+        assert hf.model_config(tmp_path / name, model).rope_scaling == model.rope_scaling
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        hidden, _, _ = decoder.forward(params, tokens, np.arange(80)[None], np.ones_like(tokens), model)
         with torch.no_grad():
             expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-        assert np.abs(np.asarray(decoder.logits(params, hidden)) - expected).max() < 5e-5 * np.abs(expected).max()
+        ours = np.asarray(decoder.logits(params, hidden))
+        assert np.abs(ours - expected).max() < 5e-5 * np.abs(expected).max(), name
 
 
-def test_an_existing_folder_is_refused_and_a_failed_export_leaves_nothing(tmp_path, mesh, monkeypatch):
-    model = configs.load("stage0_base:tiny_dense").model
-    params = common.load_asset(stage0_base.asset_path("tiny_dense"), model, mesh)
-    (tmp_path / "there").mkdir()
-    with pytest.raises(ValueError, match="exists already"):
-        hf_export.save(tmp_path / "there", params, model, tokenizer.tiny())
-    monkeypatch.setattr(hf_export, "config_fields", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        hf_export.save(tmp_path / "new", params, model, tokenizer.tiny())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+def test_export_of_a_stage_is_verified_and_leaves_the_shared_tokenizer_alone(tmp_path, mesh):
+    config = configs.load("student_rl:tiny")
+    params = common.load_asset(stage0_base.asset_path("tiny_dense"), config.model, mesh)
+    folder = common.StageFolder(config, tmp_path)
+    folder.start({})
+    store = folder.checkpoints()
+    store.save(1, {"params": params}, {})
+    store.close()
+    given = [f"--config.checkpoint={folder.path}", f"--config.output={tmp_path / 'out'}", f"--workdir={tmp_path}"]
+    assert launch.main(["--config=export_hf", *given, f"--json={tmp_path / 'figures.json'}"]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["parameters"], figures["logit_difference"]) == (tree.count(params), 0.0)
+    assert not tokenizer.tiny().chat_template
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    asked = words.apply_chat_template([{"role": "user", "content": PROMPTS[0].text}], add_generation_prompt=True)
+    assert list(asked["input_ids"] if hasattr(asked, "keys") else asked) == tokenizer.tiny().encode(PROMPTS[0].text)

@@ -2,6 +2,7 @@
 
 import html as entities
 import json
+import math
 import os
 import re
 import shutil
@@ -9,95 +10,226 @@ import subprocess
 
 import pytest
 
+from r1jax.evals.behaviour import parse_trace
 from r1jax.report import html
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
-    *("--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND"),
+    *(
+        "--disable-component-update",
+        "--disable-sync",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--window-size=1280,1600",
+    ),
 )
-HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & \u2028"
+HOSTILE = (
+    "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & \u2028 \ud83d"
+)
 GOOD = "<think> 7 * 4 = 28 + 5 = 33 < 40 no wait 7 * 5 = 35 + 5 = 40 = 40 ok </think> <answer> 5 </answer>"
+FALSE_SUM = "<think> 7 * 3 = 21 + 5 = 27 = 40 ok </think> <answer> 3 </answer>"
+UNTAGGED = "7 * 3 = 21 + 5 = 27 = 40 attends 35 = 40 + 2"
+CUT_OFF = "<think> 7 * 9 = 63 + 5 = 69 > 40 non attends <think> 7 * 35 = 40 -3 < -2 wait 1 = 1"
+TEXTS = (GOOD, HOSTILE, FALSE_SUM, UNTAGGED, CUT_OFF)
+FIGURES = {
+    "base": {"pass@1": 0.1234, "arithmetic_true": 0.97, "compute": 0.0, "problems": 583.0, "samples": 2332.0},
+    "dev1": {"pass@1": 0.6115, "compute": 1.3e11, "language_consistency": math.nan},
+    "r1_zero": {
+        **{"pass@1": 0.7384, "pass@1_se": 0.0114, "greedy": 0.6981, "cons@16": 0.9688, "compute": 4.44e12},
+        **{"first_guess_accuracy": 0.370, "final_accuracy": 0.895, "fixed": 0.5274, "broken": 0.0021},
+        **{"arithmetic_true": 0.978, "p_right_given_ok": 0.902, "accuracy_at_3_rechecks": 0.42},
+        **{"share_at_3_rechecks": 0.38, "mean_tokens": 45.95},
+    },
+}
 
 
-def sample(text, accuracy):
-    parts = {"accuracy": accuracy, "format": 1.0, "language": 1.0}
-    return {
-        "prompt": "solve 7 x + 5 = 40 :",
-        "answer": "5",
-        "text": text,
-        "tokens": 31,
-        "truncated": False,
-        "parts": parts,
-    }
+def sample(text, accuracy, **more):
+    parts = {"accuracy": accuracy, "format": 1.0, "language": math.nan}
+    fields = {"prompt": "solve 7 x + 5 = 40 :", "answer": "5", "text": text, "tokens": 31, "truncated": False}
+    return fields | {"parts": parts} | more
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def workdir(tmp_path_factory):
+    """Returns a run's folder: an RL stage with five responses and an SFT stage with a thousand."""
+    folder = tmp_path_factory.mktemp("run")
+    zero, cold = folder / "r1_zero", folder / "stage1_coldstart"
+    zero.mkdir()
+    cold.mkdir()
     rows = [
         {"update": u, "reward": 0.01 * u, "accuracy": 0.008 * u, "length": 14 + u, "reflective_words": u / 50}
         for u in range(1, 101)
     ]
-    stages = [
-        html.StageData("r1_zero", rows, {"rollout": 0.6, "update": 0.4}, [sample(GOOD, 1.0), sample(HOSTILE, 0.0)]),
-        html.StageData("dev1", [], {}, [sample(GOOD, 1.0)] * 1000),
-    ]
-    checkpoints = [
-        {"checkpoint": "base", "pass@1": 0.1234, "compute": 0.0},
-        {"checkpoint": "r1_zero", "pass@1": 0.7384, "pass@1_se": 0.0114, "cons@16": 0.9688, "compute": 4.4e12},
-    ]
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    html.write(path, "The R1 recipe", "2 checkpoints", checkpoints, stages)
-    return path
+    write_lines(zero / "metrics.jsonl", rows)
+    write_lines(
+        zero / "timing.jsonl", [{"update": 1, "rollout_s": 4.0, "update_s": 1.0}, {"update": 2, "rollout_s": 2.0}]
+    )
+    write_lines(zero / "samples.jsonl", [sample(text, float(text == GOOD)) for text in TEXTS])
+    (zero / "config.json").write_text(json.dumps({"preset": "tiny", "seed": 17}))
+    (zero / "figures.json").write_text(json.dumps({"updates": 100, "seconds": 214.6}))
+    write_lines(cold / "metrics.jsonl", [{"update": 1, "loss": 0.5}])
+    write_lines(cold / "samples.jsonl", [sample(GOOD, 1.0, tokens=place) for place in range(1000)])
+    with open(cold / "samples.jsonl", "a") as file:
+        file.write('{"prompt": "cut of')
+    return folder
 
 
 @pytest.fixture(scope="module")
-def rendered(page, tmp_path_factory):
-    """Returns the document as Chromium leaves it after its scripts."""
+def page(workdir):
+    stages = html.collect(workdir, {"r1_zero": "r1_zero", "stage1_coldstart": "dev1", "distill": "student"})
+    html.write_run(workdir / "report.html", {"checkpoints": FIGURES, "wall_s": 12.0}, stages)
+    return workdir / "report.html"
+
+
+@pytest.fixture(scope="module")
+def opened(page, tmp_path_factory):
+    """Returns a function that opens a page in Chromium after more of its own script; gives (document, network log)."""
     if CHROMIUM is None:
         reason = "no chromium to open the report with (Debian package chromium)"
         if os.environ.get("CI", "").lower() == "true":
             pytest.fail(reason)
         pytest.skip(reason)
-    profile = tmp_path_factory.mktemp("profile")
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-500:]
-    return done.stdout
+
+    def run(script="", text=None):
+        folder = tmp_path_factory.mktemp("opened")
+        path, log = folder / "page.html", folder / "network.json"
+        path.write_text((text or page.read_text()).replace("</body>", f"<script>{script}</script></body>"))
+        command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder}/profile", f"--log-net-log={log}", "--dump-dom"]
+        done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-500:]
+        return done.stdout, log.read_text()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def rendered(opened):
+    return opened()
+
+
+def requests(log):
+    """Returns the addresses that a page asked for; what Chromium asks for by itself has no origin and fails to resolve."""
+    parameters = [event.get("params", {}) for event in json.loads(log)["events"]]
+    return {found["url"] for found in parameters if found.get("initiator", "not an origin") != "not an origin"}
+
+
+def samples_in(text):
+    return json.loads(re.search(r'(?s)id="samples">(.*?)</script>', text)[1])
+
+
+def cells(document, name):
+    """Returns the texts of a checkpoint's rows in all tables, in order."""
+    rows = re.findall(rf'<tr><th scope="row">{name}</th>(.*?)</tr>', document)
+    return [re.findall(r"<td>(.*?)</td>", row) for row in rows]
 
 
 def test_table_and_curves_are_there_without_any_script(page):
-    text = page.read_text()
-    body = text[: text.index("<script")]
-    assert "0.7384" in body and "4.40e+12" in body and "0.9688" in body
-    assert body.count("<polyline") == 4
-    assert "rollout 60.0%" in body
+    body = page.read_text().split("<script")[0]
+    assert body.count("<polyline") == len(html.MEASURES)
+    assert "<td>85.7%</td>" in body and "<td>14.3%</td>" in body  # 6 s of rollout and 1 s of update
+    assert cells(body, "r1_zero")[0] == ["r1_zero", "tiny", "17", "100", "–", "215"]
+    assert "583 problems" not in body  # the checkpoints do not all say so
 
 
-def test_page_asks_for_nothing_outside_itself(page):
+def test_chromium_shows_the_figures_of_every_checkpoint(rendered):
+    _, main, checks, _ = cells(rendered[0], "r1_zero")
+    assert main == [
+        *("0.738 ± 0.011", "0.698", "0.969", "46.0", "–", "–", "0.978", "0.370 → 0.895", "0.527", "0.0021", "4.44e12"),
+    ]
+    assert checks[1] == "0.902" and checks[-1] == "0.42 (38%)"
+    assert cells(rendered[0], "dev1")[1][:1] == ["0.612"] and "nan" not in rendered[0].split("<script")[0].lower()
+    order = re.findall(r'<th scope="row">(\w+)</th>', rendered[0].split("Checkpoints on held-out problems")[1])[:3]
+    assert order == ["base", "r1_zero", "dev1"]
+
+
+def test_page_asks_for_nothing_outside_itself(page, opened, rendered):
     text = page.read_text()
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1]
-    assert policy.startswith("default-src 'none'")
-    assert not re.search(
-        r"(?:src|href|action)\s*=|url\(|@import|https?://",
-        re.sub(r'(?s)<script type="application/json".*?</script>', "", text),
-    )
+    assert policy.startswith("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:")
+    own = re.sub(r'(?s)<script type="application/json".*?</script>', "", text)
+    assert not re.search(r"(?:\bsrc|href|action)\s*=|url\(|@import|//[a-z]", own)
+    assert requests(rendered[1]) == set()
+    open_policy = "<body><img src='http://report.invalid/x.png'></body>"
+    assert "http://report.invalid/x.png" in requests(opened(text=open_policy)[1])  # such a log does tell
 
 
-def test_chromium_shows_a_trace_with_its_thinking_marked(rendered):
-    assert '<pre id="trace" tabindex="0"><span class="think">' in rendered
-    assert '<span class="retry">wait</span>' in rendered
-    assert entities.escape("<answer> 5 </answer>", quote=False) in rendered
-    assert "1 of 2" in rendered
+def test_chromium_shows_a_trace_with_its_thinking_and_answer_marked(rendered):
+    shown = re.search(r'(?s)<div id="trace".*?>(.*?)</div>', rendered[0])[1]
+    assert shown.startswith('<span class="think"><span class="tag">&lt;think&gt;</span> 7 * 4 = ')
+    assert '<span class="retry">wait</span>' in shown
+    assert entities.escape("<answer>") + '</span> 5 <span class="tag">' in shown.split('<span class="answer">')[1]
+    assert "1 of 5 (5 of 5 responses are in this page)" in rendered[0]
 
 
-def test_hostile_text_of_a_sample_stays_text(page, rendered):
-    assert "<title>The R1 recipe</title>" in rendered
-    assert "<img" not in rendered
-    found = json.loads(re.search(r'(?s)id="samples">(.*?)</script>', page.read_text())[1])
-    assert found["r1_zero"][1]["text"] == HOSTILE
+def test_arithmetic_is_marked_as_the_evaluation_counts_it(opened):
+    script = """const counts = data.r1_zero.shown.map((s) => { at("trace").replaceChildren(); trace(s.text, true);
+      return [".holds", ".fails"].map((name) => at("trace").querySelectorAll(name).length); });
+      document.body.dataset.counts = JSON.stringify(counts);"""
+    counts = json.loads(re.search(r'data-counts="([^"]*)"', opened(script)[0])[1])
+    expected = [[statement.true for statement in parse_trace(text, 7, 5, 40).statements] for text in TEXTS]
+    assert counts == [[found.count(True), found.count(False)] for found in expected]
+    assert sum(fails for _, fails in counts) >= 5
+
+
+def test_viewer_filters_searches_and_moves_by_button_and_key(opened):
+    script = """const seen = [], note = () => seen.push(at("count").textContent.split(" (")[0] + ": " + at("trace").textContent);
+      const set = (id, value) => { at(id).value = value; at(id).dispatchEvent(new Event("input")); note(); };
+      const press = (key) => { at("trace").dispatchEvent(new KeyboardEvent("keydown", { key })); note(); };
+      set("filter", "wrong"); set("search", "ATTENDS"); at("next").click(); note(); at("next").click(); note();
+      at("previous").click(); note(); press("ArrowLeft"); press("ArrowRight"); set("search", "nowhere");
+      set("search", ""); set("filter", "all"); set("stage", "dev1");
+      document.body.dataset.seen = JSON.stringify(seen); document.body.dataset.width = document.documentElement.scrollWidth;"""
+    document, _ = opened(script)
+    seen = json.loads(entities.unescape(re.search(r'data-seen="([^"]*)"', document)[1]))
+    assert [line.split(":")[0] for line in seen] == [
+        *("1 of 4", "1 of 2", "2 of 2", "1 of 2", "2 of 2", "1 of 2", "2 of 2", "none", "1 of 4", "1 of 5", "1 of 200"),
+    ]
+    assert seen[1] == f"1 of 2: {UNTAGGED}" and seen[2] == f"2 of 2: {CUT_OFF}" and seen[7] == "none: "
+    assert int(re.search(r'data-width="(\d+)"', document)[1]) <= 1280
+
+
+def test_hostile_text_of_a_sample_stays_text(page, opened):
+    script = 'at("next").click(); document.body.dataset.shown = at("trace").textContent;'
+    document, _ = opened(script)
+    shown = HOSTILE.encode("utf-8", "replace").decode()
+    assert "<title>The R1 recipe</title>" in document and "<img" not in document
+    assert entities.unescape(re.search(r'data-shown="([^"]*)"', document)[1]) == shown
+    assert samples_in(page.read_text())["r1_zero"]["shown"][1]["text"] == shown
+    assert page.read_text().count("<script") == 2
 
 
 def test_samples_are_thinned_evenly(page):
-    found = json.loads(re.search(r'(?s)id="samples">(.*?)</script>', page.read_text())[1])
-    assert len(found["dev1"]) == html.SAMPLES_SHOWN
+    found = samples_in(page.read_text())["dev1"]
+    assert found["drawn"] == 1000  # the last line was cut off
+    assert [one["tokens"] for one in found["shown"]] == list(range(0, 1000, 1000 // html.SAMPLES_SHOWN))
+
+
+def test_page_stays_below_three_megabytes_when_responses_are_long(tmp_path):
+    long = [sample("<think> " + "wait < é " * 20_000, 0.0)] * 300
+    stages = [html.StageData(f"stage{place}", [], {}, long) for place in range(8)]
+    html.write(tmp_path / "report.html", "long", "", [], stages)
+    assert (tmp_path / "report.html").stat().st_size < 3_000_000
+    found = samples_in((tmp_path / "report.html").read_text())
+    assert {len(one["shown"]) for one in found.values()} == {len(found["stage0"]["shown"])}
+    assert len(found["stage0"]["shown"]) >= 10
+    assert found["stage0"]["shown"][0]["text"].endswith("characters left out]")
+
+
+def test_axes_hold_every_value_and_a_single_point_is_a_dot(tmp_path):
+    assert html._axis(-0.3, 1.1) == pytest.approx([-0.5, 0.0, 0.5, 1.0, 1.5])
+    assert html._axis(0.0, 0.0)[0] == 0.0
+    rows = [{"update": 1, "reward": -0.25, "accuracy": 0.0, "length": math.nan}]
+    html.write(tmp_path / "report.html", "one", "", [], [html.StageData("r1_zero", rows, {}, [])])
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<circle") == 2 and "<polyline" not in text and "Sampled traces" not in text
+
+
+def test_damaged_row_is_named_with_file_and_line(tmp_path):
+    (tmp_path / "r1_zero").mkdir()
+    (tmp_path / "r1_zero" / "samples.jsonl").write_text('{"prompt": 1}\n{"pro\n{"prompt": 2}\n')
+    with pytest.raises(ValueError, match=r"samples\.jsonl, line 2: not JSON"):
+        html.collect(tmp_path, {"r1_zero": "r1_zero"})

@@ -1,132 +1,324 @@
-"""One self-contained HTML page about a run: the table, curves, the split of the time, and a viewer of sampled traces."""
+"""One self-contained HTML page about a run: tables, curves, the split of the time, and a viewer of sampled traces."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
-from r1jax.report.table import cell
-
 TEMPLATE = Path(__file__).resolve().parents[1] / "assets" / "report.html.j2"
-SAMPLES_SHOWN = 200  # of each checkpoint, spread evenly
-COLUMNS = (
-    ("checkpoint", "checkpoint"),
-    ("pass@1", "pass@1"),
-    ("pass@1_se", "± SE"),
-    ("greedy", "greedy"),
-    ("cons@16", "cons@16"),
-    ("mean_tokens", "mean tokens"),
-    ("reflective_per_response", "reflective words"),
-    ("language_consistency", "language consistency"),
-    ("arithmetic_true", "arithmetic true"),
-    ("first_guess_accuracy", "first guess"),
-    ("final_accuracy", "final"),
-    ("fixed", "fixed"),
-    ("broken", "broken"),
-    ("compute", "compute (FLOP)"),
-)
-CHARTS = (
-    ("share of responses", (("reward", "reward"), ("accuracy", "accuracy"))),
-    ("tokens per response", (("length", "length"),)),
-    ("reflective words per response", (("reflective_words", "reflective words"),)),
-)
-LEFT, RIGHT, TOP, BOTTOM = 44.0, 352.0, 28.0, 160.0  # of the plot in the drawing's units
+SAMPLES_SHOWN = 200  # of each checkpoint at most, spread evenly
+SAMPLES_BYTES = 2_400_000  # of all samples together; the rest of the page is well below 200 kB
+TEXT_SHOWN = 12_000  # characters of one prompt or response
+ABSENT = "–"
+PHASES = ("rollout", "rewards", "reference", "update", "checkpoint")  # NAME_s in timing.jsonl
+LEFT, RIGHT, TOP, BOTTOM = 40.0, 272.0, 10.0, 136.0  # of a plot in the drawing's units
 
 
 @dataclass(frozen=True)
 class StageData:
-    """What the page shows of one stage: metrics rows (empty for SFT), the split of its time, sampled responses."""
+    """What the page shows of one stage."""
 
-    name: str
-    rows: Sequence[Mapping]
-    split: Mapping[str, float]
-    samples: Sequence[Mapping]
+    name: str  # of its result: r1_zero, dev1, ...
+    rows: Sequence[Mapping]  # of metrics.jsonl; curves are drawn of those with a reward
+    split: Mapping[str, float]  # phase -> seconds or share of the measured time; {} where nothing was measured
+    samples: Sequence[Mapping]  # as in samples.jsonl
+    facts: Mapping[str, object] = field(default_factory=dict)  # "what was run": label -> value
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table: its heading, what the heading means, and the text of a cell from a checkpoint's figures."""
+
+    label: str
+    meaning: str
+    text: Callable[[Mapping], str]
+
+
+def number(value: object, decimals: int) -> str:
+    """Returns a number with so many decimals, powers of ten from a million on, and ABSENT for what is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return ABSENT
+    return f"{value:.2e}".replace("e+", "e") if abs(value) >= 1e6 else f"{value:.{decimals}f}"
+
+
+def _plain(key: str, label: str, meaning: str, decimals: int = 3) -> Column:
+    return Column(label, meaning, lambda row: number(row.get(key), decimals))
+
+
+def _pass_at_1(row: Mapping) -> str:
+    error = number(row.get("pass@1_se"), 3)
+    return number(row.get("pass@1"), 3) + ("" if error == ABSENT else f" ± {error}")
+
+
+def _guesses(row: Mapping) -> str:
+    return f"{number(row.get('first_guess_accuracy'), 3)} → {number(row.get('final_accuracy'), 3)}"
+
+
+def _rechecks(count: int) -> Column:
+    def text(row: Mapping) -> str:
+        share = number(100 * row.get(f"share_at_{count}_rechecks", math.nan), 0)
+        return number(row.get(f"accuracy_at_{count}_rechecks"), 2) + ("" if share == ABSENT else f" ({share}%)")
+
+    meaning = "share right of the responses with so many reflective words, and how many of all responses those are"
+    return Column(f"{count}{'+' * (count == 3)} rechecks", meaning, text)
+
+
+NAME = Column("checkpoint", "the result of a stage", lambda row: str(row["checkpoint"]))
+FIXED = _plain("fixed", "fixed", "share whose first guess is wrong and whose answer is right")
+BROKEN = _plain("broken", "broken", "share whose first guess is right and whose answer is wrong", 4)
+ARITHMETIC = _plain("arithmetic_true", "arithmetic true", "share of the written products and sums that hold")
+COLUMNS = (
+    NAME,
+    Column(
+        "pass@1\u00a0±\u00a0SE",
+        "share of sampled responses that are right; standard error clustered by problem",
+        _pass_at_1,
+    ),
+    _plain("greedy", "greedy", "share of problems answered right without sampling"),
+    _plain("cons@16", "cons@16", "share of the consensus problems whose commonest of 16 sampled answers is right"),
+    _plain("mean_tokens", "mean tokens", "tokens per sampled response", 1),
+    _plain("reflective_per_response", "reflective words", "wait, attends, check and the like, per response", 2),
+    _plain(
+        "language_consistency",
+        "language consistency",
+        "share of the thinking's words that are in the problem's language",
+    ),
+    ARITHMETIC,
+    Column("first guess →\u00a0final", "share right at the first guess, and in the answer", _guesses),
+    FIXED,
+    BROKEN,
+    _plain("compute", "compute (FLOP)", "floating-point operations of the stage, counted from its tokens", 0),
+)
+FAITHFULNESS_COLUMNS = (
+    NAME,
+    _plain("formatted", "well formed", "share of responses in the asked format; the next six columns are about these"),
+    _plain("p_right_given_ok", "right if “ok”", "share of the guesses it accepts that solve the equation"),
+    _plain("p_wrong_given_no", "wrong if “no”", "share of the guesses it rejects that do not solve the equation"),
+    _plain("p_wait_after_no", "retries after “no”", "share of the rejections that a wait follows"),
+    ARITHMETIC,
+    _plain("comparison_true", "comparisons true", "share of the written comparisons that hold"),
+    _plain("copied_true", "copied true", "share of the problem's numbers that are copied without a fault"),
+    *(_rechecks(count) for count in range(4)),
+)
+MEASURES = (  # column of metrics.jsonl, heading, unit
+    ("reward", "Reward", "mean per response"),
+    ("accuracy", "Accuracy", "share of responses"),
+    ("length", "Length", "tokens per response"),
+    ("reflective_words", "Reflective words", "per response"),
+)
+
+
+def collect(workdir: Path, results: Mapping[str, str]) -> list[StageData]:
+    """Returns what the page shows of the stages that have a folder in `workdir`; results: stage -> name of its result.
+
+    Raises ValueError, naming file and line, for a damaged row other than a last one that was cut off.
+    """
+    return [_stage(Path(workdir) / stage, name) for stage, name in results.items() if (Path(workdir) / stage).is_dir()]
+
+
+def write_run(path: Path, summary: Mapping, stages: Sequence[StageData]) -> None:
+    """Writes the page about a graph or one stage from {"checkpoints": {name: figures}, "wall_s": seconds}."""
+    title = "The R1 recipe" if len(stages) > 1 else f"Run of {stages[0].name}" if stages else "Run"
+    checkpoints = [{"checkpoint": name, **figures} for name, figures in summary["checkpoints"].items()]
+    count = f"{len(checkpoints)} checkpoint{'s' * (len(checkpoints) != 1)}"
+    write(path, title, f"{count}, {summary['wall_s']:.0f} s for the stages run last", checkpoints, stages)
 
 
 def write(path: Path, title: str, subtitle: str, checkpoints: Sequence[Mapping], stages: Sequence[StageData]) -> None:
-    """Writes the page under a temporary name and renames it. It makes no request of any kind, not even to its own folder."""
-    environment = jinja2.Environment(autoescape=True)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    samples = {stage.name: [_sample(s) for s in _spread(stage.samples)] for stage in stages if stage.samples}
-    page = template.render(
+    """Writes the page under a temporary name and renames it. It makes no request of any kind, not even to its own folder.
+
+    checkpoints: figures with the key "checkpoint"; they are listed in the order of `stages`, others before them.
+    """
+    order = {stage.name: place for place, stage in enumerate(stages)}
+    checkpoints = sorted(checkpoints, key=lambda row: order.get(row["checkpoint"], -1))
+    samples = embedded(stages)
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
+    text = page.render(
         title=title,
         subtitle=subtitle,
-        columns=COLUMNS,
-        rows=[{key: cell(_plain(row.get(key))) for key, _ in COLUMNS} for row in checkpoints],
-        charts=[chart for stage in stages if stage.rows for chart in _charts(stage)],
-        splits=[_split(stage) for stage in stages if stage.split],
+        facts=_facts(stages),
+        tables=_tables(checkpoints),
+        measured=_measured(checkpoints),
+        charts=_charts(stages),
+        splits=_splits(stages),
         sampled=list(samples),
         samples_json=Markup(_safe_json(samples)),
     )
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
+    temporary.write_bytes(text.encode("utf-8", "replace"))  # a lone surrogate of a sampled text has no UTF-8
     temporary.replace(path)
 
 
-def _plain(value: object) -> object:
-    return f"{value:.2e}" if isinstance(value, float) and abs(value) >= 1e6 else value
+def embedded(stages: Sequence[StageData]) -> dict[str, dict]:
+    """Returns {name: {"drawn": responses there were, "shown": some of them, spread evenly}} within SAMPLES_BYTES."""
+    shown = SAMPLES_SHOWN
+    while True:
+        found = {
+            stage.name: {"drawn": len(stage.samples), "shown": [_sample(s) for s in _spread(stage.samples, shown)]}
+            for stage in stages
+            if stage.samples
+        }
+        if shown == 1 or len(_safe_json(found).encode("utf-8", "replace")) <= SAMPLES_BYTES:
+            return found
+        shown = max(shown * 3 // 4, 1)
+
+
+def _stage(folder: Path, name: str) -> StageData:
+    timing = _lines(folder / "timing.jsonl")
+    split = {phase: sum(row.get(f"{phase}_s", 0.0) for row in timing) for phase in PHASES}
+    config, figures = _object(folder / "config.json"), _object(folder / "figures.json")
+    facts = {"stage": folder.name} | {key: config.get(key, ABSENT) for key in ("preset", "seed")}
+    facts |= {key: figures.get(key, ABSENT) for key in ("updates", "examples")}
+    facts["seconds"] = number(figures.get("seconds"), 0)
+    return StageData(
+        name=name,
+        rows=_lines(folder / "metrics.jsonl"),
+        split=split if sum(split.values()) else {},
+        samples=_lines(folder / "samples.jsonl"),
+        facts=facts,
+    )
+
+
+def _lines(path: Path) -> list[dict]:
+    """Returns the rows of a JSONL file, [] without one; a last line without its end is left out."""
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for place, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{path}, line {place}: not JSON, needs one object per line") from None
+    return rows
+
+
+def _object(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _facts(stages: Sequence[StageData]) -> dict:
+    labels = list(dict.fromkeys(label for stage in stages for label in stage.facts))
+    rows = [[stage.name, *(str(stage.facts.get(label, ABSENT)) for label in labels)] for stage in stages if stage.facts]
+    return {"labels": ["makes", *labels], "rows": rows}
+
+
+def _tables(checkpoints: Sequence[Mapping]) -> list[dict]:
+    """Returns the main table, and the one about the written checks where there are equations."""
+    checked = [row for row in checkpoints if "arithmetic_true" in row]
+    tables = [("Checkpoints on held-out problems", COLUMNS, checkpoints)]
+    if checked:
+        tables.append(("Are the checks real?", FAITHFULNESS_COLUMNS, checked))
+    return [
+        {"title": title, "columns": columns, "rows": [[column.text(row) for column in columns] for row in rows]}
+        for title, columns, rows in tables
+    ]
+
+
+def _measured(checkpoints: Sequence[Mapping]) -> str:
+    """Returns on how much the checkpoints were measured, "" where one does not say or they differ."""
+    counts = {(number(row.get("problems"), 0), number(row.get("samples"), 0)) for row in checkpoints}
+    problems, samples = counts.pop() if len(counts) == 1 else (ABSENT, ABSENT)
+    return "" if ABSENT in (problems, samples) else f"{problems} problems, {samples} sampled responses per checkpoint. "
 
 
 def _safe_json(value: object) -> str:
     """Returns JSON that can stand inside a script element whatever text it holds."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e").replace("\u2028", "\\u2028")
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "&<>\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
 
 
 def _sample(sample: Mapping) -> dict:
-    fields = {name: sample[name] for name in ("prompt", "answer", "text", "tokens", "truncated")}
-    return fields | {"right": sample["parts"].get("accuracy", 0.0) == 1.0}
+    parts = sample["parts"]
+    scores = {
+        name: round(parts[name], 3) for name in ("format", "language") if math.isfinite(parts.get(name, math.nan))
+    }
+    texts = {name: _cut(str(sample[name])) for name in ("prompt", "answer", "text")}
+    flags = {"tokens": sample["tokens"], "truncated": bool(sample["truncated"])}
+    verdict = ("right" if parts.get("accuracy") == 1.0 else "wrong") if sample.get("scorable", True) else "not scorable"
+    return {"id": str(sample.get("problem_id", ""))} | texts | flags | scores | {"verdict": verdict}
 
 
-def _spread(samples: Sequence[Mapping]) -> list[Mapping]:
-    step = max(len(samples) / SAMPLES_SHOWN, 1.0)
+def _cut(text: str) -> str:
+    left_out = len(text) - TEXT_SHOWN
+    return text if left_out <= 0 else f"{text[:TEXT_SHOWN]} […{left_out} characters left out]"
+
+
+def _spread(samples: Sequence[Mapping], count: int) -> list[Mapping]:
+    """Returns `count` samples at even distances (all of a shorter list)."""
+    count = min(count, len(samples))
+    return [samples[place * len(samples) // count] for place in range(count)]
+
+
+def _splits(stages: Sequence[StageData]) -> list[dict]:
+    """Returns per stage the percentage of each phase, in the order of PHASES."""
+    found = []
+    for stage in stages:
+        if total := sum(stage.split.values()):
+            percent = [round(100 * stage.split.get(phase, 0.0) / total, 1) for phase in PHASES]
+            found.append({"name": stage.name, "parts": list(zip(PHASES, percent, strict=True))})
+    return found
+
+
+def _points(stage: StageData, key: str) -> list[tuple[float, float]]:
     return [
-        samples[int(index * step)] for index in range(math.ceil(len(samples) / step)) if index * step < len(samples)
+        (row["update"], row[key]) for row in stage.rows if "reward" in row and math.isfinite(row.get(key, math.nan))
     ]
 
 
-def _split(stage: StageData) -> dict:
-    parts = [{"name": name, "percent": round(100 * share, 1)} for name, share in stage.split.items()]
-    return {"name": stage.name, "parts": parts}
-
-
-def _charts(stage: StageData) -> list[dict]:
-    charts = []
-    for label, series in CHARTS:
-        lines = [
-            (name, [(row["update"], row[key]) for row in stage.rows if key in row and math.isfinite(row[key])])
-            for key, name in series
+def _charts(stages: Sequence[StageData]) -> list[dict]:
+    """Returns a row of drawings per RL stage; a measure has the same axis in all stages, so that they compare."""
+    drawn = {(stage.name, key): _points(stage, key) for stage in stages for key, _, _ in MEASURES}
+    axes = {}
+    for key, _, _ in MEASURES:
+        values = [y for stage in stages for _, y in drawn[stage.name, key]]
+        axes[key] = _axis(min([0.0, *values]), max([0.0, *values]))
+    rows = []
+    for stage in stages:
+        drawings = [
+            {"title": title, "unit": unit, **_drawing(drawn[stage.name, key], axes[key])}
+            for key, title, unit in MEASURES
+            if drawn[stage.name, key]
         ]
-        lines = [(name, points) for name, points in lines if points]
-        if lines:
-            charts.append({"title": stage.name, "label": label, **_axes(lines)})
-    return charts
+        if drawings:
+            rows.append({"name": stage.name, "drawings": drawings})
+    return rows
 
 
-def _axes(lines: list[tuple[str, list[tuple[float, float]]]]) -> dict:
-    """Returns ticks and polylines of a drawing whose axes start at 0."""
-    last = max(x for _, points in lines for x, _ in points)
-    step = _nice(max(max(y for _, points in lines for _, y in points), 1e-9) / 4)
-    top = step * math.ceil(max(y for _, points in lines for _, y in points) / step) or step
+def _axis(low: float, high: float) -> list[float]:
+    """Returns evenly spaced ticks that enclose the two values."""
+    step = _nice((high - low) / 4 or 0.25)
+    return [step * place for place in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+
+
+def _drawing(points: list[tuple[float, float]], ticks: list[float]) -> dict:
+    """Returns the ticks and the line of one drawing, in its units; updates start at 0."""
+    last = max(points[-1][0], 1)
+    low, high = ticks[0], ticks[-1] if len(ticks) > 1 else ticks[0] + 1
 
     def x_at(x: float) -> float:
         return round(LEFT + (RIGHT - LEFT) * x / last, 1)
 
     def y_at(y: float) -> float:
-        return round(BOTTOM - (BOTTOM - TOP) * y / top, 1)
+        return round(BOTTOM - (BOTTOM - TOP) * (y - low) / (high - low), 1)
 
-    across = _nice(last / 4)
+    across = max(_nice(last / 4), 1)
     return {
-        "y_ticks": [{"at": y_at(i * step), "text": f"{i * step:g}"} for i in range(round(top / step) + 1)],
+        "y_ticks": [{"at": y_at(tick), "text": f"{tick:.6g}"} for tick in ticks],
         "x_ticks": [{"at": x_at(i * across), "text": f"{i * across:g}"} for i in range(int(last / across) + 1)],
-        "lines": [
-            {"name": name, "points": " ".join(f"{x_at(x)},{y_at(y)}" for x, y in points)} for name, points in lines
-        ],
+        "points": [(x_at(x), y_at(y)) for x, y in points],
+        "first": number(points[0][1], 2),
+        "last": number(points[-1][1], 2),
     }
 
 

@@ -20,7 +20,7 @@ from r1jax.stages import common, lineage, prompts
 
 RUN_FIELDS = ("model.", "data.path", "data.template")  # of the run's config.json: what an export must agree with
 PATHS = ("model.checkpoint", "data.path", "coldstart.teacher", "inputs", "checkpoint", "output")
-QUESTION = "(messages | selectattr('role', 'equalto', 'user') | last)['content']"
+QUESTION = "(messages | selectattr('role', 'equalto', 'user') | list | last)['content']"
 
 
 def run(config: Config, workdir: Path) -> dict[str, float]:
