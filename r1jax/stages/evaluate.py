@@ -203,10 +203,11 @@ def write_samples(path: Path, responses: Sequence[Response]) -> None:
 
 def print_checkpoints(figures: dict) -> None:
     """Prints the tables of a stage's figures: every entry that is an evaluation."""
-    print_figures([{"checkpoint": name, **value} for name, value in figures.items() if _is_evaluation(value)])
+    print_figures([{"checkpoint": name, **value} for name, value in figures.items() if is_evaluation(value)])
 
 
-def _is_evaluation(value: Any) -> bool:
+def is_evaluation(value: Any) -> bool:
+    """Returns whether an entry of a stage's figures holds a checkpoint's figures."""
     return isinstance(value, dict) and "pass@1_se" in value
 
 

@@ -8,7 +8,7 @@ from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import checkpoint, tree
 from r1jax.core.metrics import read, read_timing
 from r1jax.evals.behaviour import TINY_REFLECTIVE_WORDS, reflective_count
-from r1jax.report import curves
+from r1jax.report import curves, html
 from r1jax.rl.loop import PolicyTraining
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.sampler import jetstream
@@ -55,6 +55,9 @@ def run(config: Config, workdir: Path) -> dict:
     if held_out:
         figures["ratios"] = ratios(figures[lineage.BASE], figures[name])
     checkpoint.write_json(folder.path / "figures.json", figures)
+    measured = {key: value for key, value in figures.items() if evaluate.is_evaluation(value)}
+    run_summary = {"checkpoints": measured, "wall_s": figures["seconds"]}
+    html.write_run(folder.path / "report.html", run_summary, html.collect(Path(workdir), {config.stage: name}))
     return folder.finish(figures, inputs, tree.digest(trained))
 
 

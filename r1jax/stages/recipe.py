@@ -9,11 +9,9 @@ from pathlib import Path
 
 from r1jax import config as configs
 from r1jax.core import checkpoint
-from r1jax.core.metrics import read
-from r1jax.data import jsonl
 from r1jax.report import html, table
 from r1jax.schema import Config, replace
-from r1jax.stages import common, evaluate, export_hf, lineage, policy
+from r1jax.stages import common, evaluate, export_hf, lineage
 
 # Stage -> the stages whose results it reads, in an order that can be run.
 GRAPH: dict[str, tuple[str, ...]] = {
@@ -196,21 +194,8 @@ def export(config: Config, workdir: Path) -> None:
 
 def write_report(summary: dict, workdir: Path) -> None:
     """Writes `workdir/report.html`."""
-    stages = [report_data(lineage.RESULTS[stage], workdir / stage) for stage in GRAPH if (workdir / stage).exists()]
-    subtitle = f"{len(summary['checkpoints'])} checkpoints, {summary['wall_s']:.0f} s for the stages run last"
-    html.write(workdir / "report.html", "The R1 recipe", subtitle, rows(summary), stages)
-
-
-def report_data(name: str, folder: Path) -> html.StageData:
-    """Returns what the report shows of one stage."""
-    samples = folder / "samples.jsonl"
-    split = policy.time_split(folder)
-    return html.StageData(
-        name=name,
-        rows=[row for row in read(folder) if "reward" in row],
-        split=split if sum(split.values()) else {},
-        samples=jsonl.read(samples) if samples.exists() else [],
-    )
+    stages = html.collect(workdir, {stage: lineage.RESULTS[stage] for stage in GRAPH})
+    html.write_run(workdir / "report.html", summary, stages)
 
 
 def rows(summary: dict) -> list[dict]:
