@@ -1,7 +1,7 @@
 """Runs a very small RL stage to its end and prints the digests of what it leaves: resume_driver.py FOLDER.
 
 With SLOW=1 in the environment, grading, updates and the renames of a checkpoint take longer, so that a SIGKILL from
-outside can land inside them; what runs is the same code.
+outside can land inside them, and FOLDER/renaming exists during a rename; what runs is the same code.
 """
 
 import json
@@ -53,14 +53,25 @@ def delayed(function, seconds: float):
     return slower
 
 
-def slow_down() -> None:
+def marked(function, marker: pathlib.Path):
+    def marking(source, target, *arguments, **keywords):
+        marker.write_text(f"{pathlib.Path(target).name}\n")
+        try:
+            return function(source, target, *arguments, **keywords)
+        finally:
+            marker.unlink()
+
+    return marking
+
+
+def slow_down(folder: pathlib.Path) -> None:
     RewardPool.score = delayed(RewardPool.score, 0.05)
     Trainer.update = delayed(Trainer.update, 0.02)
     save = checkpoint.CheckpointStore.save
 
     def save_slowly(*arguments):
         rename, replace = os.rename, os.replace
-        os.rename, os.replace = delayed(rename, 0.03), delayed(replace, 0.03)
+        os.rename, os.replace = (marked(delayed(f, 0.04), folder / "renaming") for f in (rename, replace))
         try:
             save(*arguments)
         finally:
@@ -76,7 +87,7 @@ def main(folder: pathlib.Path) -> None:
     train = prompts.encode(tasks.linear_prompts("train")[:60], config, words)
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "resume", "init"), "float32", mesh)
     if os.environ.get("SLOW"):
-        slow_down()
+        slow_down(folder)
     training = PolicyTraining(config, words, mesh, train, params, folder, describe=policy.describe)
     training.run()
     state = training.state

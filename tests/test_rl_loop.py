@@ -5,7 +5,7 @@ import pytest
 
 from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
-from r1jax.core import rng, runtime, sharding, tree
+from r1jax.core import rng, sharding, tree
 from r1jax.core.metrics import read
 from r1jax.data import tasks
 from r1jax.models import decoder
@@ -40,8 +40,8 @@ FIELDS = {
 }
 
 
-def build(folder, seed=0, temperature=1.0):
-    fields = {**FIELDS, "seed": seed, "sampler.temperature": temperature}
+def build(folder, seed=0, **more):
+    fields = {**FIELDS, "seed": seed, **{name.replace("__", "."): value for name, value in more.items()}}
     config = configs.load("r1_zero:tiny", [(name, str(value)) for name, value in fields.items()])
     mesh = sharding.make_mesh(MeshConfig())
     train = prompts.encode(tasks.linear_prompts("train")[:30], config, WORDS)
@@ -50,19 +50,33 @@ def build(folder, seed=0, temperature=1.0):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Returns (training, folder, {rollout start: (policy digest, reference digest)}) of a run of eight updates."""
+def watched(tmp_path_factory):
+    """Returns (training, folder, digests, rollouts, batches) of a run of eight updates.
+
+    digests holds (policy, reference) by rollout start, rollouts what was written to the journal by start, batches the
+    arrays of each update.
+    """
     folder = tmp_path_factory.mktemp("loop")
-    training, seen = build(folder), {}
-    original = training.roll_out
+    training, digests, kept, batches = build(folder), {}, {}, []
+    roll_out, write, update = training.roll_out, training.journal.write, training.update
 
-    def spy(start, pool):
-        seen[start] = tree.digest(training._compute(training.state.params)), tree.digest(training.reference)
-        return original(start, pool)
+    def watch_roll_out(start, pool):
+        digests[start] = tree.digest(training._compute(training.state.params)), tree.digest(training.reference)
+        return roll_out(start, pool)
 
-    training.roll_out = spy
+    def watch_update(arrays, filled, start):
+        batches.append(arrays)
+        return update(arrays, filled, start)
+
+    training.roll_out, training.update = watch_roll_out, watch_update
+    training.journal.write = lambda start, scored: kept.setdefault(start, write(start, scored))
     training.run()
-    return training, folder, seen
+    return training, folder, digests, kept, batches
+
+
+@pytest.fixture(scope="module")
+def finished(watched):
+    return watched[:3]
 
 
 def test_schedules_take_effect_at_the_first_rollout_at_or_after_their_update(finished):
@@ -97,17 +111,50 @@ def test_first_update_of_a_rollout_has_ratio_one_and_later_ones_do_not(finished)
     assert max(row["max_policy_shift"] for row in rows if "max_policy_shift" in row) > 1e-3
 
 
-def test_every_program_is_compiled_once_and_a_further_one_is_an_error(finished):
+def test_every_program_is_compiled_once(finished):
     training, _, _ = finished
-    assert set(training.programs.counts().values()) == {1}
-    count = [1]
-    programs = runtime.ProgramSet()
-    programs.add("step", lambda: count[0])
-    programs.freeze()
-    programs.check()
-    count[0] = 2
-    with pytest.raises(RuntimeError, match="step"):
-        programs.check()
+    counts = training.programs.counts()
+    assert set(counts) >= {"update", "reference", "prefill", "insert", "decode"}
+    assert set(counts.values()) == {1}
+
+
+def test_advantages_are_those_of_whole_groups_although_mini_batches_split_them(watched):
+    training, _, _, kept, batches = watched
+    assert len(batches) == 8
+    update, split = 0, 0
+    for start, scored in kept.items():
+        rewards = scored.parts.astype(np.float64) @ np.asarray([1.0, 0.2, 1.0])
+        groups = rewards.reshape(-1, 4)
+        centred, deviation = groups - groups.mean(1, keepdims=True), groups.std(1, keepdims=True)
+        expected = np.where(deviation > 1e-6, centred / np.maximum(deviation, 1e-6), 0).reshape(-1)
+        for chosen in rollouts.mini_batches(scored, start, training.config):
+            split += any(0 < np.sum(chosen // 4 == group) < 4 for group in range(len(groups)))
+            arrays, update = batches[update], update + 1
+            found = np.sort(arrays["advantage"][arrays["loss_mask"] > 0])
+            lengths = [len(scored.samples[i].token_ids) for i in chosen]
+            np.testing.assert_allclose(found, np.sort(np.repeat(expected[chosen], lengths)), rtol=1e-4, atol=1e-5)
+    assert update == 8 and split >= 5
+
+
+def test_rollout_without_a_scorable_sample_moves_nothing_and_a_program_compiled_later_is_an_error(watched, tmp_path):
+    _, _, _, kept, _ = watched
+    training = build(tmp_path)
+    training.resume()
+    training.warm_up()
+    before = tree.digest(training.state.params)
+    scored = Rollout(kept[0].samples, kept[0].parts, np.zeros(len(kept[0]), bool))
+    advantages, summary = training.judge(scored, 0)
+    arrays, filled = training.pack(scored, rollouts.mini_batches(scored, 0, training.config)[0], advantages, 0)
+    training.record(training.update(arrays, filled, 0), summary)
+    assert tree.digest(training.state.params) == before
+    (row,) = read(tmp_path)
+    assert (row["tokens"], row["grad_norm"], row["loss"], row["unscorable"]) == (0, 0, 0, 24)
+    assert all(np.isfinite(value) for value in row.values())
+
+    wider = {name: np.pad(array, ((0, 0), (0, 0), (0, 1))) for name, array in arrays.items()}
+    training.scorer(training.reference, wider, filled, 1.0)
+    with pytest.raises(RuntimeError, match=r"compiled again after warm-up.*'reference': \(1, 2\)"):
+        training.update(arrays, filled, 0)
 
 
 def test_same_seed_gives_the_same_rows_and_another_seed_other_ones(finished, tmp_path):
@@ -119,7 +166,7 @@ def test_same_seed_gives_the_same_rows_and_another_seed_other_ones(finished, tmp
 
 
 def test_sampler_and_trainer_agree_at_another_temperature(tmp_path):
-    build(tmp_path, temperature=0.7).run()
+    build(tmp_path, sampler__temperature=0.7).run()
     assert max(row.get("max_logprob_difference", 0.0) for row in read(tmp_path)) < 1e-4
 
 
@@ -155,19 +202,62 @@ def test_journal_gives_back_the_same_bits(tmp_path, experts):
     assert journal.read(9) is None
 
 
-def test_a_rollout_in_the_journal_is_used_instead_of_a_new_one(finished, tmp_path):
-    _, folder, _ = finished
+def test_a_rollout_in_the_journal_is_used_instead_of_a_new_one(watched, tmp_path):
+    _, folder, _, kept, _ = watched
     training = build(tmp_path)
     training.roll_out = lambda start, pool: pytest.fail(f"rollout {start} was sampled again")
-    again = build(tmp_path / "first")
-    kept = {}
-    original = again.journal.write
-    again.journal.write = lambda start, scored: kept.setdefault(start, original(start, scored))
-    again.run()
     for start, scored in kept.items():
         training.journal.write(start, scored)
     training.run()
     assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+class Stopped(Exception):
+    """What a test raises in the middle of a run."""
+
+
+def test_stopped_in_the_middle_of_a_rollout_in_bfloat16_a_run_goes_on_from_the_journal_and_ends_bit_equal(tmp_path):
+    more = {
+        "model__compute_dtype": "bfloat16",
+        "optimizer__moment_dtype": "bfloat16",
+        "checkpointing__every_updates": 2,
+    }
+    whole = build(tmp_path / "whole", **more)
+    whole.run()
+    stopped = build(tmp_path / "stopped", **more)
+    update = stopped.update
+
+    def stop_at_the_sixth(arrays, filled, start):
+        if stopped.cursor.update == 5:
+            raise Stopped
+        return update(arrays, filled, start)
+
+    stopped.update = stop_at_the_sixth
+    with pytest.raises(Stopped):
+        stopped.run()
+    assert [row["update"] for row in read(tmp_path / "stopped")] == [1, 2, 3, 4, 5]
+    assert [path.name for path in (tmp_path / "stopped" / "journal").iterdir()] == ["rollout_00000003.npz"]
+
+    resumed, sampled = build(tmp_path / "stopped", **more), []
+    roll_out = resumed.roll_out
+    resumed.roll_out = lambda start, pool: sampled.append(start) or roll_out(start, pool)
+    resumed.run()
+    assert sampled == [6]  # the checkpoint of update 4 stands inside the rollout of update 3
+    assert tree.digest(resumed.state) == tree.digest(whole.state)
+    assert tree.digest(resumed.reference) == tree.digest(whole.reference)
+    assert vars(resumed.cursor) == vars(whole.cursor)
+    rows = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "stopped")]
+    assert rows[0] == rows[1]
+
+
+def test_running_a_finished_folder_again_changes_nothing(finished):
+    training, folder, _ = finished
+    rows = (folder / "metrics.jsonl").read_bytes()
+    again = build(folder)
+    again.update = again.roll_out = lambda *arguments: pytest.fail("a finished run went on")
+    again.run()
+    assert tree.digest(again.state) == tree.digest(training.state)
+    assert (folder / "metrics.jsonl").read_bytes() == rows
 
 
 def test_mini_batches_cover_every_sample_once_and_mix_groups():

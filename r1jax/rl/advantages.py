@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+ROUNDING = 1e-6  # relative; a float32 sum of a few terms is off by a few 6e-8
+
 
 @functools.partial(jax.jit, static_argnames=("group_size",))
 def group_advantages(
@@ -14,7 +16,8 @@ def group_advantages(
 
     parts is float32 [N, P], the reward terms of samples in group order, weights [P]; scorable bool [N]. A sample's reward
     is the weighted sum; its advantage (r - mean) / (population std + epsilon) over the scorable samples of its group.
-    Groups whose scorable rewards tie, and unscorable samples, get 0. Source: DeepSeek-R1, eq. 3.
+    Groups whose scorable rewards tie, and unscorable samples, get 0; rewards that differ by less than the rounding of
+    their sums tie (0.2 + 0.025 and 0.225 are one reward). Source: DeepSeek-R1, eq. 3.
     """
     if parts.shape[0] % group_size:
         raise ValueError(f"group_advantages: {parts.shape[0]} samples do not split into groups of {group_size=}")
@@ -27,6 +30,7 @@ def group_advantages(
     std = jnp.sqrt(jnp.sum(jnp.square(centred), axis=1, keepdims=True) / number)
     low = jnp.min(jnp.where(counted, grouped, jnp.inf), axis=1, keepdims=True)
     high = jnp.max(jnp.where(counted, grouped, -jnp.inf), axis=1, keepdims=True)
-    signal = high > low
+    size = jnp.where(counted, (jnp.abs(parts) @ jnp.abs(weights)).reshape(grouped.shape), 0)
+    signal = high - low > ROUNDING * jnp.max(size, axis=1, keepdims=True)
     advantages = jnp.where(signal, centred / (std + epsilon), 0)
     return advantages.reshape(-1), rewards, signal[:, 0]

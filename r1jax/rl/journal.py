@@ -3,6 +3,7 @@
 Deadlines and dropped samples are decisions of one moment; with the journal a repeated run makes the same ones.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,8 @@ class Journal:
         temporary = self._path(start).with_suffix(".tmp")
         with open(temporary, "wb") as file:
             np.savez(file, **fields)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(self._path(start))
         return rollout
 
