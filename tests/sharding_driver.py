@@ -1,4 +1,4 @@
-"""One GRPO update and one rollout of a tiny policy under a mesh; prints figures as JSON: sharding_driver.py OUT.npz.
+"""One GRPO update and one rollout of a tiny policy under a mesh; prints figures as JSON.
 
 The meshes are those of MESHES that fit the visible devices; set XLA_FLAGS=--xla_force_host_platform_device_count=4.
 """

@@ -1,5 +1,7 @@
 """Claims about rollouts: same tokens whatever the slots, exact log-probs, one prefill a group, honest bookkeeping."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,32 +77,35 @@ def test_tokens_do_not_depend_on_slots_steps_windows_or_order(rollout, mesh, par
         assert sample.finish_reason == twin.finish_reason
 
 
-def router_margin(params, tokens, positions, segments):
-    """Returns, for each token, the smallest gap between a kept and a dropped choice in any router, [R, T]."""
-    smallest = []
+def teacher_forced(params, batch):
+    """Returns (log p(target) [R, T], experts [R, T, Lm, k], smallest gap between a kept and a dropped choice [R, T])."""
+    gaps = []
 
-    def margin(scores, kept):
-        ranked = -np.sort(-scores, axis=-1)
-        return ranked[..., kept - 1] - ranked[..., kept]
+    def gap(scores, kept):
+        ranked = -jnp.sort(-scores, axis=-1)
+        return ranked[..., kept - 1] - ranked[..., kept] if kept < scores.shape[-1] else jnp.inf
 
     def spy(router, bias, x, c):
-        scores = np.asarray(jax.nn.sigmoid(x @ router)) + np.asarray(bias)
+        scores = jax.nn.sigmoid(x @ router) + bias
         grouped = scores.reshape(*scores.shape[:-1], c.n_group, -1)
-        group = np.sort(grouped, axis=-1)[..., -2:].sum(-1)
-        chosen = np.argsort(-group, axis=-1)[..., : c.topk_group]
-        keep = np.zeros(group.shape, bool)
-        np.put_along_axis(keep, chosen, True, axis=-1)
-        masked = np.where(keep[..., None], grouped, -np.inf).reshape(scores.shape)
-        smallest.append(np.minimum(margin(group, c.topk_group), margin(masked, c.num_experts_per_tok)))
+        group = jnp.sort(grouped, axis=-1)[..., -2:].sum(-1)
+        least = -jnp.sort(-group, axis=-1)[..., c.topk_group - 1]
+        masked = jnp.where((group >= least[..., None])[..., None], grouped, -jnp.inf).reshape(scores.shape)
+        gaps.append(jnp.minimum(gap(group, c.topk_group), gap(masked, c.num_experts_per_tok)))
         return original(router, bias, x, c)
+
+    @jax.jit
+    def run(params, tokens, positions, segments, targets):
+        hidden, _, auxiliary = decoder.forward(params, tokens, positions, segments, MODEL)
+        logp = jax.nn.log_softmax(decoder.logits(params, hidden))
+        picked = jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+        return picked, auxiliary.experts.transpose(1, 2, 0, 3), jnp.min(jnp.stack(gaps), axis=0)
 
     original, moe.route = moe.route, spy
     try:
-        with jax.disable_jit():
-            decoder.forward(params, tokens, positions, segments, MODEL)
+        return jax.device_get(run(params, batch.tokens, batch.positions, batch.segments, batch.targets))
     finally:
         moe.route = original
-    return np.min(smallest, axis=0)
 
 
 def test_log_probs_and_experts_equal_a_teacher_forced_forward(rollout, params):
@@ -110,12 +115,7 @@ def test_log_probs_and_experts_equal_a_teacher_forced_forward(rollout, params):
         whole = np.concatenate([s.prompt_ids, s.token_ids])
         items.append(PackItem(whole, np.ones(len(whole), np.float32)))
     batch = pack_batch(items, 64, 64)
-    arrays = batch.tokens, batch.positions, batch.segments
-    hidden, _, auxiliary = decoder.forward(params, *(jnp.asarray(a) for a in arrays), MODEL)
-    logp = jax.nn.log_softmax(decoder.logits(params, hidden))
-    logp = np.asarray(jnp.take_along_axis(logp, jnp.asarray(batch.targets)[..., None], axis=-1)[..., 0])
-    margins = router_margin(params, *arrays)
-    experts = np.asarray(auxiliary.experts).transpose(1, 2, 0, 3)
+    logp, experts, margins = teacher_forced(params, batch)
     worst, compared, ties = 0.0, 0, 0
     for s, forced, margin, (row, start, length) in zip(
         samples, unpack(logp, batch), unpack(margins, batch), batch.slots, strict=True
@@ -236,6 +236,85 @@ def law_of(logits, **changes):
     return engines.SlotParams(**fields)
 
 
+def test_a_prompt_in_pieces_may_end_in_more_padding_than_a_slot_has_rows(sampler, params):
+    engine, ids = sampler.engine, np.arange(1, 15, dtype=np.int32)
+    state = engine.init_decode_state()
+    whole = engine.prefill(params=params, padded_tokens=np.pad(ids, (0, 2)), true_length=14)
+    pieces = None
+    for start in range(0, 14, 4):
+        piece = ids[start : start + 4]
+        padded = np.pad(piece, (0, 16 - len(piece)))
+        pieces = engine.prefill(
+            params=params, existing_prefix=pieces, padded_tokens=padded, true_length=len(piece)
+        )  # 64 rows of cache, the engine's slots have 58
+    state = engine.insert(pieces, engine.insert(whole, state, 0), 1)
+    _, out = engine.decode(params, state, sampler.steps)
+    assert pieces.cache.rows > engine.rows
+    assert np.array_equal(out.tokens[0], out.tokens[1])
+    with pytest.raises(ValueError, match="14 \\+ 44 prompt tokens fill the 58 cache rows of a slot"):
+        engine.prefill(params=params, existing_prefix=pieces, padded_tokens=np.zeros(44, np.int32), true_length=44)
+
+
+def kept_by_hand(scores, top_p, top_k):
+    """Returns (scores with what the law forbids at -inf, how near the running sum comes to top_p), in float64."""
+    order = np.argsort(-scores, kind="stable")[: top_k or None]
+    probs = np.exp(scores[order] - scores[order].max())
+    before = np.cumsum(probs / probs.sum()) - probs / probs.sum()
+    result = np.full(scores.shape, -np.inf)
+    chosen = order[before < top_p] if top_p < 1 else order
+    result[chosen] = scores[chosen]
+    return result, float(np.abs(before - top_p).min())
+
+
+def test_requests_with_laws_of_their_own_share_the_slots(rollout, sampler, params):
+    laws = [
+        SamplingLaw(0.7, 0.9, 0, 9, (WORDS.eos_id,)),
+        SamplingLaw(1.5, 0.8, 12, 30, (WORDS.eos_id,)),
+        SamplingLaw(0.0, 1.0, 0, 12, (WORDS.eos_id,)),
+        SamplingLaw(1.0, 1.0, 0, LONGEST, (WORDS.eos_id,)),
+    ]
+    mixed = [dataclasses.replace(r, law=law) for r, law in zip(requests(groups=4), laws, strict=True)]
+    samples = sampler.generate(mixed, params)
+    alone = {(s.request_id, s.sample_index): s for s in rollout[0]}
+    rows = [np.concatenate([s.prompt_ids, s.token_ids]) for s in samples]
+    items = [PackItem(row, np.ones(len(row), np.float32)) for row in rows]
+    batch = pack_batch(items, 64, len(items))
+    hidden, _, _ = decoder.forward(params, *map(jnp.asarray, (batch.tokens, batch.positions, batch.segments)), MODEL)
+    logits = np.asarray(decoder.logits(params, hidden), np.float64)
+    compared, near = 0, 0
+    for s, (row, start, _) in zip(samples, batch.slots, strict=True):
+        law = laws[s.request_id]
+        assert len(s.token_ids) == law.max_new_tokens or s.finish_reason == "stop"
+        if law.temperature == 1.0:
+            twin = alone[s.request_id, s.sample_index]
+            assert np.array_equal(s.token_ids, twin.token_ids)
+            assert np.array_equal(s.behaviour_logps, twin.behaviour_logps)
+            continue
+        first = start + len(s.prompt_ids) - 1
+        for place, (token, behaviour) in enumerate(zip(s.token_ids, s.behaviour_logps, strict=True)):
+            if law.temperature == 0:
+                assert behaviour == 0.0 and logits[row, first + place, token] > logits[row, first + place].max() - 1e-4
+                continue
+            scores, gap = kept_by_hand(logits[row, first + place] / law.temperature, law.top_p, law.top_k)
+            if law.top_p < 1 and gap < 1e-5:
+                near += 1
+                continue
+            assert scores[token] - np.logaddexp.reduce(scores) == pytest.approx(behaviour, abs=3e-5)
+            compared += 1
+    print(f"{compared} log-probs of filtered laws, {near} left out at the edge of a nucleus")
+    assert compared > 150
+    assert near <= 5
+    assert len({tuple(s.token_ids) for s in samples if s.request_id == 2}) == 1  # greedy
+
+
+def test_a_dispatch_that_takes_too_long_is_an_error_that_names_the_requests(sampler, params, monkeypatch):
+    monkeypatch.setattr(sampler, "deadline_s", -1.0)
+    with pytest.raises(TimeoutError, match=r"no progress for -1 s; requests in flight: \[0, 1\]"):
+        sampler.generate(requests(groups=3), params)
+    monkeypatch.undo()
+    assert len(sampler.generate(requests(groups=1), params)) == SAMPLES
+
+
 def test_nucleus_and_top_k_keep_what_a_hand_computation_keeps():
     probs = np.asarray([[0.5, 0.05, 0.3, 0.15]])
     scores = jnp.log(jnp.asarray(probs))
@@ -249,6 +328,20 @@ def test_nucleus_and_top_k_keep_what_a_hand_computation_keeps():
     assert kept(0.81, 0) == [0, 2, 3]
     assert kept(1.0, 3) == [0, 2, 3]
     assert kept(0.01, 0) == [0]
+
+
+def test_top_k_comes_first_and_the_nucleus_is_of_what_it_leaves():
+    scores = jnp.log(jnp.asarray([[0.5, 0.05, 0.3, 0.15]]))
+    out = engines.filtered(scores, jnp.asarray([0.6]), jnp.asarray([2]))  # 0.625 and 0.375 once the two best are left
+    assert np.flatnonzero(np.isfinite(out[0])).tolist() == [0]
+    assert np.array_equal(engines.filtered(scores, jnp.asarray([1.0]), jnp.asarray([9])), scores)
+
+
+def test_a_slot_without_a_filter_keeps_its_whole_vocabulary_beside_one_that_has_a_filter():
+    scores = jnp.asarray(np.random.default_rng(0).normal(0, 6, (2, 5000)), jnp.float32)
+    out = engines.filtered(scores, jnp.asarray([1.0, 0.9]), jnp.asarray([0, 0]))
+    assert np.array_equal(out[0], scores[0])
+    assert 1 <= np.isfinite(out[1]).sum() < 2500
 
 
 def test_behaviour_log_prob_is_of_the_law_that_was_sampled_from():

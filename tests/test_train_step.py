@@ -107,6 +107,17 @@ def test_weight_decay_touches_matrices_only(params):
     assert not decayed.dense.attention.kv_a_norm
 
 
+def test_weight_decay_alone_shrinks_matrices_by_rate_times_decay(params):
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5)
+    transform = optimizer.make(config, 1)
+    grads = jax.tree.map(jnp.zeros_like, params)
+    updates = jax.jit(lambda g, p: transform.update(g, transform.init(p), p)[0])(grads, params)
+    np.testing.assert_allclose(updates.sparse.ffw.gate, -0.05 * params.sparse.ffw.gate, rtol=1e-6)
+    np.testing.assert_allclose(updates.embedding, -0.05 * params.embedding, rtol=1e-6)
+    for still in (updates.final_norm, updates.dense.ffw_norm, updates.sparse.ffw.bias):
+        assert not np.asarray(still).any()
+
+
 def test_schedules_have_the_values_computed_by_hand():
     cosine = optimizer.learning_rate(OptimizerConfig(learning_rate=1.0, schedule="cosine", warmup_updates=4), 14)
     np.testing.assert_allclose([cosine(u) for u in (0, 2, 4)], [0.25, 0.625, 1.0], rtol=1e-6)
@@ -162,6 +173,37 @@ def test_an_unfinished_checkpoint_is_not_seen(tmp_path, params):
     (tmp_path / "c" / "2.orbax-checkpoint-tmp-1").mkdir()
     again = checkpoint.CheckpointStore(tmp_path / "c")
     assert again.latest() == 1
+
+
+def test_a_save_that_fails_leaves_the_older_checkpoint_and_the_store_usable(tmp_path, params, mesh):
+    store = checkpoint.CheckpointStore(tmp_path / "c")
+    store.save(1, {"params": params}, {"update": 1})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        store.save(2, {"params": params}, {"update": object()})
+    again = checkpoint.CheckpointStore(tmp_path / "c")
+    assert again.latest() == 1
+    target = sharding.abstract(decoder.specs(MODEL), jnp.float32, mesh)
+    assert tree.digest(again.restore(1, {"params": target})["params"]) == tree.digest(params)
+    again.save(2, {"params": params}, {"update": 2})
+    assert again.record(2) == {"update": 2}
+
+
+def test_a_seed_that_is_no_unsigned_32_bit_number_is_refused():
+    for seed in (-1, 2**32):
+        for draw in (lambda s: rng.key(s, "a", "init"), lambda s: rng.sample_keys(s, "a", [0], [0], "sample")):
+            with pytest.raises(ValueError, match=f"config.seed={seed} must be between 0 and 4294967295"):
+                draw(seed)
+    assert rng.sample_keys(2**32 - 1, "a", [0], [0], "sample").shape == (1, 2)
+
+
+def test_a_position_gives_each_slot_the_key_it_has_alone():
+    keys = rng.sample_keys(0, "a", np.arange(5), np.zeros(5), "sample")
+    positions = jnp.asarray([0, 3, 3, 7, 1])
+    together = jax.random.key_data(rng.at_position(jnp.asarray(keys), positions))
+    for slot in range(5):
+        alone = jax.random.key_data(rng.at_position(jnp.asarray(keys[slot : slot + 1]), positions[slot : slot + 1]))
+        assert np.array_equal(alone[0], together[slot])
+    assert len({tuple(key) for key in np.asarray(together).tolist()}) == 5
 
 
 def test_keys_depend_on_every_part_and_on_nothing_else():

@@ -26,17 +26,20 @@ def _keys(seed, draws, samples, stage_hash, purpose):
 
 
 def sample_keys(seed: int, stage: str, draws: np.ndarray, samples: np.ndarray, purpose: str) -> np.ndarray:
-    """Returns the key of each (draw, sample) pair, uint32 [N, 2]; the position is folded in on the device."""
+    """Returns the key of each (draw, sample) pair, uint32 [N, 2]; the position is folded in on the device.
+
+    Raises ValueError for a seed outside 0..2^32 - 1.
+    """
     size = 1 << max(4, (len(draws) - 1).bit_length())  # few shapes, so few compilations
     padded = np.zeros((2, size), np.uint32)
     padded[0, : len(draws)], padded[1, : len(samples)] = draws, samples
-    keys = _keys(np.uint32(seed), padded[0], padded[1], _stage_hash(stage), PURPOSES.index(purpose))
+    keys = _keys(_checked(seed), padded[0], padded[1], _stage_hash(stage), PURPOSES.index(purpose))
     return np.asarray(keys)[: len(draws)]
 
 
 def key(seed: int, stage: str, purpose: str) -> jax.Array:
-    """Returns a stage-wide key, for initial weights and the like."""
-    root = jax.random.key(seed, impl="threefry2x32")
+    """Returns a stage-wide key, for initial weights and the like. Raises ValueError as `sample_keys`."""
+    root = jax.random.key(_checked(seed), impl="threefry2x32")
     return jax.random.fold_in(jax.random.fold_in(root, _stage_hash(stage)), PURPOSES.index(purpose))
 
 
@@ -48,3 +51,9 @@ def at_position(key_data: jax.Array, position: jax.Array) -> jax.Array:
 
 def _stage_hash(stage: str) -> int:
     return zlib.crc32(stage.encode())
+
+
+def _checked(seed: int) -> np.uint32:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"config.seed={seed} must be between 0 and {2**32 - 1}")
+    return np.uint32(seed)

@@ -9,8 +9,19 @@ import numpy as np
 
 
 def cast(tree: Any, dtype) -> Any:
-    """Returns the tree with its floating-point leaves in `dtype`; others are left alone."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    """Returns the tree with its floating-point leaves in `dtype`; others are left alone.
+
+    So are the fields that a node's class names in KEEPS_DTYPE, such as the selection bias of a router.
+    """
+
+    def leaf(x):
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    def node(x):
+        kept = {name: getattr(x, name) for name in getattr(type(x), "KEEPS_DTYPE", ())}
+        return jax.tree.map(leaf, x).replace(**kept) if kept else leaf(x)
+
+    return jax.tree.map(node, tree, is_leaf=lambda x: hasattr(type(x), "KEEPS_DTYPE"))
 
 
 def global_norm(tree: Any) -> jax.Array:

@@ -5,6 +5,7 @@ its `expert` group, computes its own experts on them and scatters the sums back,
 """
 
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ WIDE_BLOCK, NARROW_BLOCK = 64, 8  # rows a group is padded to in the blocked for
 @struct.dataclass
 class MoE:
     """Weights of one mixture-of-experts layer, layers stacked in front."""
+
+    KEEPS_DTYPE: ClassVar = ("bias",)  # a bias of 14 in bfloat16 would round scores between 0 and 1 away
 
     router: jax.Array  # [D, E]
     bias: jax.Array  # [E] float32: selection only, never in the gradient

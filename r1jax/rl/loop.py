@@ -124,9 +124,11 @@ class PolicyTraining:
             self.reference = self._compute(self.state.params)
         else:
             target = self.trainer.restore_target()
-            compute = jnp.dtype(self.config.model.compute_dtype)
+            shapes = jax.eval_shape(self._compute, target.params)
             reference = jax.tree.map(
-                lambda s: jax.ShapeDtypeStruct(s.shape, compute, sharding=s.sharding), target.params
+                lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+                shapes,
+                self.trainer.param_shardings,
             )
             wanted = {"params": target.params, "optimizer": target.optimizer, "reference": reference}
             items = self.store.restore(number, wanted)

@@ -72,14 +72,17 @@ class StepOutput:
 
 
 def filtered(scores_SV: jax.Array, top_p_S: jax.Array, top_k_S: jax.Array) -> jax.Array:
-    """Returns scores with everything outside the nucleus and the k best set to -inf; the best always stays."""
+    """Returns scores with all but the k best, and of these all but the nucleus, set to -inf; the best always stays.
+
+    A rounded running sum reaches 1 before the last token does, so top_p = 1 is told apart: it drops nothing.
+    """
     order = jnp.argsort(-scores_SV, axis=-1)
-    ranked = jnp.take_along_axis(scores_SV, order, axis=-1)
-    probs = jax.nn.softmax(ranked, axis=-1)
-    rank = jnp.arange(scores_SV.shape[-1])
     k = jnp.where(top_k_S > 0, top_k_S, scores_SV.shape[-1])
-    keep = (rank < k[:, None]) & (jnp.cumsum(probs, axis=-1) - probs < top_p_S[:, None])
-    keep = keep.at[:, 0].set(True)
+    best = jnp.arange(scores_SV.shape[-1]) < k[:, None]
+    ranked = jnp.where(best, jnp.take_along_axis(scores_SV, order, axis=-1), -jnp.inf)
+    probs = jax.nn.softmax(ranked, axis=-1)
+    nucleus = (jnp.cumsum(probs, axis=-1) - probs < top_p_S[:, None]) | (top_p_S[:, None] >= 1)
+    keep = (best & nucleus).at[:, 0].set(True)
     return jnp.where(jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1), scores_SV, -jnp.inf)
 
 
@@ -169,7 +172,7 @@ def _prefill(params, tokens, length, config: ModelConfig, dtype, existing: Prefi
 
 def _insert(prefix: Prefix, state: DecodeState, slots: jax.Array, slot_params: SlotParams) -> DecodeState:
     """Returns the state with the prefix forked into `slots`; numbers outside 0..S-1 are dropped."""
-    rows = prefix.cache.rows
+    rows = min(prefix.cache.rows, state.cache.rows)  # a prefix of several pieces may end in more padding than fits
 
     def copy(cache, new):
         return cache.at[:, slots, :rows].set(new[:, :, :rows].astype(cache.dtype), mode="drop")
@@ -301,6 +304,11 @@ class Engine(jetstream.Engine):
         tokens = np.asarray(padded_tokens, np.int32)
         if not 0 < int(true_length) <= tokens.shape[0]:
             raise ValueError(f"Engine.prefill: true_length={true_length} with {tokens.shape[0]} padded tokens")
+        before = 0 if existing_prefix is None else int(existing_prefix.length)
+        if before + int(true_length) >= self.rows:
+            raise ValueError(
+                f"Engine.prefill: {before} + {true_length} prompt tokens fill the {self.rows} cache rows of a slot"
+            )
         with use_mesh(self._mesh):
             return self._prefill(params, tokens, np.int32(true_length), existing_prefix)
 
