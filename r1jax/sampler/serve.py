@@ -5,12 +5,14 @@ sampling parameters per request. It serves the same engine for manual use and ev
 with the sampling law that the engine gives to slots by default (greedy).
 """
 
+import atexit
 import contextlib
 import functools
 import queue
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -190,6 +192,16 @@ class _Channel:
         return self._inner.__aiter__()
 
 
+_RUNNING: "weakref.WeakSet[SafeDriverMethods]" = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Ends the threads before the interpreter does: one that then comes back from a device call aborts the process."""
+    for driver in list(_RUNNING):
+        driver.stop()
+
+
 class SafeDriverMethods:
     """What `SafeDriver` changes of JetStream 0.2.2's Driver.
 
@@ -199,6 +211,7 @@ class SafeDriverMethods:
     * Token prompts are used as they are when the tokenizer has no bos or the request has a session_cache.
     * max_prefill_length may be any length.
     * The parameters can be replaced while it runs.
+    * A process that ends without stop() stops it first.
     """
 
     def __init__(self, engine: Any, params: Any, metrics_collector: Any = None):
@@ -216,6 +229,7 @@ class SafeDriverMethods:
             interleaved_mode=True,
             metrics_collector=metrics_collector,
         )
+        _RUNNING.add(self)
 
     def __enter__(self) -> Self:
         return self
@@ -296,6 +310,7 @@ class SafeDriverMethods:
                 with contextlib.suppress(queue.Full):
                     waiting.put_nowait(None)
             time.sleep(0.005)
+        _RUNNING.discard(self)
 
     def _close(self, error: Exception) -> None:
         with self._lock:
