@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from r1jax import config as configs
-from r1jax.checkpoints import hf, hf_export, tokenizer
+from r1jax.checkpoints import hf, hf_config, hf_export, tokenizer
 from r1jax.core import sharding, tree
 from r1jax.data import templates
 from r1jax.models import decoder
@@ -88,7 +88,7 @@ def stored(folder: pathlib.Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("kind", MODELS)
 def test_import_of_an_export_is_bit_equal_with_the_same_config(tmp_path, kind):
     params = save(tmp_path / "out", MODELS[kind])
-    read = hf.model_config(tmp_path / "out", MODELS[kind])
+    read = hf_config.model_config(tmp_path / "out", MODELS[kind])
     assert tree.digest(hf.load(tmp_path / "out", read, MESH, jnp.float32)) == tree.digest(params)
     unused = {} if read.n_routed_experts else {"num_experts_per_tok": 2, "moe_intermediate_size": 8}
     unused |= {} if kind != "deepseek_dense" else {"routed_scaling_factor": 2.5}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from r1jax.checkpoints import hf
+from r1jax.checkpoints import hf, hf_config, hf_names
 from r1jax.core import sharding
 from r1jax.models import decoder
 from r1jax.schema import MeshConfig, ModelConfig, RopeScaling, replace
@@ -132,18 +132,18 @@ def write(folder: pathlib.Path, config: dict, tensors: dict[str, np.ndarray] | N
 
 
 def load(folder: pathlib.Path, dtype=jnp.float32, **changes) -> tuple[decoder.Params, ModelConfig]:
-    config = replace(hf.model_config(folder, ModelConfig()), **changes)
+    config = replace(hf_config.model_config(folder, ModelConfig()), **changes)
     return hf.load(folder, config, sharding.make_mesh(MeshConfig()), dtype), config
 
 
 def leaves_of(params: decoder.Params) -> dict[str, np.ndarray]:
-    return {hf.leaf_path(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    return {hf_names.leaf_path(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def exported(params: decoder.Params, config: ModelConfig, interleaved: bool = True) -> dict[str, np.ndarray]:
     """Returns the tensors that the table's inverse transforms make of the parameters."""
     leaves, result = leaves_of(params), {}
-    for entry in hf.name_table(config, interleaved):
+    for entry in hf_names.name_table(config, interleaved):
         for place in np.ndindex(leaves[entry.path].shape[: entry.stacked]):
             result[entry.tensor_name(place)] = entry.transform.to_hf(leaves[entry.path][place])
     return result
@@ -156,7 +156,7 @@ def test_model_config_takes_the_shape_from_the_folder_and_runtime_fields_from_th
     defaults = ModelConfig(
         n_routed_experts=8, compute_dtype="bfloat16", scan_layers=False, remat=True, scalar_head=True, checkpoint="here"
     )
-    config = hf.model_config(write(tmp_path, LLAMA), defaults)
+    config = hf_config.model_config(write(tmp_path, LLAMA), defaults)
     assert config == ModelConfig(
         family="llama",
         vocab_size=11,
@@ -178,7 +178,7 @@ def test_model_config_takes_the_shape_from_the_folder_and_runtime_fields_from_th
 
 
 def test_model_config_reads_every_deepseek_field(tmp_path):
-    config = hf.model_config(write(tmp_path, DEEPSEEK), ModelConfig())
+    config = hf_config.model_config(write(tmp_path, DEEPSEEK), ModelConfig())
     assert (config.q_lora_rank, config.kv_lora_rank, config.v_head_dim) == (6, 5, 7)
     assert (config.qk_nope_head_dim, config.qk_rope_head_dim) == (3, 4)
     assert (config.num_dense_layers, config.num_moe_layers) == (1, 2)
@@ -188,16 +188,18 @@ def test_model_config_reads_every_deepseek_field(tmp_path):
 
 
 def test_model_config_reads_null_q_lora_rank_as_a_plain_query_projection(tmp_path):
-    assert hf.model_config(write(tmp_path, DEEPSEEK | {"q_lora_rank": None}), ModelConfig()).q_lora_rank == 0
+    assert hf_config.model_config(write(tmp_path, DEEPSEEK | {"q_lora_rank": None}), ModelConfig()).q_lora_rank == 0
 
 
 def test_model_config_reads_null_head_dim_and_kv_heads_as_the_usual_ones(tmp_path):
-    config = hf.model_config(write(tmp_path, LLAMA | {"head_dim": None, "num_key_value_heads": None}), ModelConfig())
+    config = hf_config.model_config(
+        write(tmp_path, LLAMA | {"head_dim": None, "num_key_value_heads": None}), ModelConfig()
+    )
     assert (config.head_dim, config.num_key_value_heads) == (4, 4)
 
 
 def test_model_config_gives_qwen2_its_query_key_and_value_biases(tmp_path):
-    assert hf.model_config(write(tmp_path, QWEN2), ModelConfig()).attention_bias
+    assert hf_config.model_config(write(tmp_path, QWEN2), ModelConfig()).attention_bias
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0, "original_max_position_embeddings": 8192}
@@ -213,19 +215,21 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0, "origi
     ids=["type", "rope_type", "rope_parameters"],
 )
 def test_model_config_reads_all_three_ways_to_write_rope_scaling(tmp_path, fields):
-    config = hf.model_config(write(tmp_path, LLAMA | fields), ModelConfig())
+    config = hf_config.model_config(write(tmp_path, LLAMA | fields), ModelConfig())
     assert config.rope_theta == 7e5
     assert config.rope_scaling == RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=2.0)
 
 
 def test_model_config_derives_the_yarn_factor_from_the_lengths_when_it_is_not_stated(tmp_path):
     scaling = {"rope_type": "yarn", "original_max_position_embeddings": 128}
-    config = hf.model_config(write(tmp_path, QWEN2 | {"rope_scaling": scaling}), ModelConfig())
+    config = hf_config.model_config(write(tmp_path, QWEN2 | {"rope_scaling": scaling}), ModelConfig())
     assert config.rope_scaling.factor == 4.0
 
 
 def test_model_config_leaves_frequencies_alone_without_scaling(tmp_path):
-    config = hf.model_config(write(tmp_path, LLAMA | {"rope_parameters": {"rope_type": "default"}}), ModelConfig())
+    config = hf_config.model_config(
+        write(tmp_path, LLAMA | {"rope_parameters": {"rope_type": "default"}}), ModelConfig()
+    )
     assert config.rope_scaling == RopeScaling()
 
 
@@ -254,27 +258,27 @@ def test_model_config_leaves_frequencies_alone_without_scaling(tmp_path):
 )
 def test_model_config_refuses_what_the_decoder_does_not_compute_in_one_line(tmp_path, base, fields, words):
     with pytest.raises(ValueError) as error:
-        hf.model_config(write(tmp_path, base | fields), ModelConfig())
+        hf_config.model_config(write(tmp_path, base | fields), ModelConfig())
     assert words in str(error.value)
     assert "config.json" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_model_config_accepts_a_sliding_window_that_no_layer_uses(tmp_path):
     fields = {"use_sliding_window": True, "max_window_layers": 2}
-    assert hf.model_config(write(tmp_path, QWEN2 | fields), ModelConfig()).num_hidden_layers == 2
+    assert hf_config.model_config(write(tmp_path, QWEN2 | fields), ModelConfig()).num_hidden_layers == 2
 
 
 @pytest.mark.parametrize(("text", "words"), [("{", "is not JSON"), ("[]", "an object is needed")])
 def test_model_config_names_a_file_that_is_no_json_object(tmp_path, text, words):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=words) as error:
-        hf.model_config(tmp_path, ModelConfig())
+        hf_config.model_config(tmp_path, ModelConfig())
     assert str(tmp_path / "config.json") in str(error.value)
 
 
 def test_model_config_says_that_a_folder_has_no_config(tmp_path):
     with pytest.raises(ValueError, match="has no config.json"):
-        hf.model_config(tmp_path, ModelConfig())
+        hf_config.model_config(tmp_path, ModelConfig())
 
 
 # Weights
@@ -383,11 +387,11 @@ def test_load_skips_rotary_buffers_prediction_layers_and_a_tied_head(tmp_path):
 SHARDED = """
 import pathlib, sys
 import jax.numpy as jnp, numpy as np, jax
-from r1jax.checkpoints import hf
+from r1jax.checkpoints import hf, hf_config, hf_names
 from r1jax.core import sharding
 from r1jax.schema import MeshConfig, ModelConfig
 folder = pathlib.Path(sys.argv[1])
-config = hf.model_config(folder, ModelConfig())
+config = hf_config.model_config(folder, ModelConfig())
 one = hf.load(folder, config, sharding.make_mesh(MeshConfig()), jnp.float32)
 mesh = sharding.make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
 many = hf.load(folder, config, mesh, jnp.float32)

@@ -18,7 +18,7 @@ except ImportError:
         raise
     pytest.skip("no torch and transformers; pip install '.[parity]'", allow_module_level=True)
 
-from r1jax.checkpoints import hf, tokenizer
+from r1jax.checkpoints import hf, hf_config, tokenizer
 from r1jax.core import sharding
 from r1jax.models import cache, decoder
 from r1jax.schema import MeshConfig, ModelConfig, replace
@@ -118,7 +118,7 @@ NAMES = (
 
 
 def imported(folder, **changes) -> tuple[decoder.Params, ModelConfig]:
-    config = replace(hf.model_config(folder, ModelConfig()), **changes)
+    config = replace(hf_config.model_config(folder, ModelConfig()), **changes)
     return hf.load(folder, config, sharding.make_mesh(MeshConfig()), jnp.float32), config
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from r1jax import config as configs
 from r1jax import launch
-from r1jax.checkpoints import hf, hf_export, tokenizer
+from r1jax.checkpoints import hf, hf_config, hf_export, hf_names, tokenizer
 from r1jax.core import sharding, tree
 from r1jax.data import tasks
 from r1jax.models import decoder
@@ -42,7 +42,7 @@ def random_params(model):
 
     def leaf(path, spec):
         value = 0.1 * draw.normal(size=spec.shape)
-        name = hf.leaf_path(path)
+        name = hf_names.leaf_path(path)
         value = value + 1.0 if name.endswith("norm") else np.abs(value) if name.endswith("ffw.bias") else value
         return jnp.asarray(value, jnp.float32)
 
@@ -100,7 +100,7 @@ def test_transformers_gives_the_samplers_greedy_tokens(exported, mesh):
 
 def test_import_of_an_export_is_bit_equal(exported, mesh):
     _, model, params, folder, _ = exported
-    shape = hf.model_config(folder, model)
+    shape = hf_config.model_config(folder, model)
     assert decoder.specs(shape).embedding.shape == decoder.specs(model).embedding.shape
     assert tree.digest(hf.load(folder, shape, mesh, jnp.float32)) == tree.digest(params)
 
@@ -121,7 +121,7 @@ def test_scaled_rope_and_the_other_families_give_the_same_logits(tmp_path, mesh)
     for name, model in models.items():
         params = random_params(model)
         hf_export.save(tmp_path / name, params, model, tokenizer.tiny(), "float32")
-        assert hf.model_config(tmp_path / name, model).rope_scaling == model.rope_scaling
+        assert hf_config.model_config(tmp_path / name, model).rope_scaling == model.rope_scaling
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
         hidden, _, _ = decoder.forward(params, tokens, np.arange(80)[None], np.ones_like(tokens), model)
         with torch.no_grad():

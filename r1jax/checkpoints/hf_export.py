@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from r1jax.checkpoints import hf
+from r1jax.checkpoints import hf, hf_names
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import sharding
 from r1jax.models import decoder
@@ -35,7 +35,7 @@ class Tensor:
     """One tensor of the folder: its name, where it stands in our leaf, shape and stored type (float32, bfloat16)."""
 
     name: str
-    entry: hf.Entry
+    entry: hf_names.Entry
     place: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -155,7 +155,7 @@ def _rope_scaling(c: ModelConfig) -> dict[str, Any] | None:
 
 def _specs(c: ModelConfig) -> dict[str, sharding.ParamSpec]:
     leaves = jax.tree_util.tree_leaves_with_path(decoder.specs(c), is_leaf=sharding.is_spec)
-    return {hf.leaf_path(path): spec for path, spec in leaves}
+    return {hf_names.leaf_path(path): spec for path, spec in leaves}
 
 
 def stored_dtypes(c: ModelConfig, dtype: str) -> dict[str, np.dtype]:
@@ -166,7 +166,7 @@ def stored_dtypes(c: ModelConfig, dtype: str) -> dict[str, np.dtype]:
 def tensors(c: ModelConfig, dtype: str) -> list[Tensor]:
     """Returns every tensor of the folder in the order of the name table, from the specs alone."""
     specs, kinds, found = _specs(c), stored_dtypes(c, dtype), []
-    for entry in hf.name_table(c):
+    for entry in hf_names.name_table(c):
         spec = specs[entry.path]
         shape = entry.hf_shape(spec)
         for place in np.ndindex(*spec.shape[: entry.stacked]):
@@ -175,7 +175,7 @@ def tensors(c: ModelConfig, dtype: str) -> list[Tensor]:
 
 
 def _write_weights(folder: Path, params: decoder.Params, found: Sequence[Tensor], shard_bytes: int) -> None:
-    leaves = {hf.leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    leaves = {hf_names.leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     shards: list[list[Tensor]] = [[]]
     size = 0
     for tensor in found:

@@ -109,9 +109,9 @@ def prepare(config: Config) -> tuple[Config, tokenizers.Tokenizer, Mesh]:
     mesh = sharding.make_mesh(config.mesh)
     folder = config.model.checkpoint
     if folder and is_hugging_face(folder):
-        from r1jax.checkpoints import hf
+        from r1jax.checkpoints import hf_config
 
-        shape = hf.model_config(folder, config.model)
+        shape = hf_config.model_config(folder, config.model)
         return replace(config, model=shape), tokenizers.from_folder(folder), mesh
     tokenizer = tokenizers.tiny()
     if config.model.vocab_size != tokenizer.vocab_size:

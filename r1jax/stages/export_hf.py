@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.checkpoints import hf, hf_export
+from r1jax.checkpoints import hf, hf_config, hf_export, hf_names
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.config import flatten, override
 from r1jax.core import tree
@@ -101,11 +101,11 @@ def verify(folder: Path, params: decoder.Params, model: ModelConfig, mesh: Mesh,
     bit-equal after rounding to `dtype`, or config.json describes a model that computes something else.
     """
     model = replace(model, compute_dtype="float32")
-    shape = hf.model_config(folder, model)
+    shape = hf_config.model_config(folder, model)
     back = hf.load(folder, shape, mesh, jnp.float32)
     kinds = hf_export.stored_dtypes(model, dtype)
     for (path, before), after in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(back), strict=True):
-        name = hf.leaf_path(path)
+        name = hf_names.leaf_path(path)
         kept = np.asarray(before).astype(kinds[name]).astype(np.float32)
         if not np.array_equal(kept.view(np.uint32), np.asarray(after).view(np.uint32)):
             raise ValueError(f"export_hf: {name} reads back differently; nothing was kept")
