@@ -39,9 +39,9 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a decoder: DeepSeek-V3 (MLA, mixture of experts) or a dense GQA student."""
+    """Shape of a decoder: DeepSeek-V3 or V2 (MLA, mixture of experts) or a dense GQA student."""
 
-    family: Literal["deepseek_v3", "llama", "qwen2"] = "deepseek_v3"
+    family: Literal["deepseek_v3", "deepseek_v2", "llama", "qwen2", "qwen3"] = "deepseek_v3"
     vocab_size: int = 128
     hidden_size: int = 96
     intermediate_size: int = 256  # width of a dense SwiGLU layer
@@ -65,7 +65,12 @@ class ModelConfig:
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     router_bias_update_rate: float = 0.0  # gamma of the V3 report; 0 in RL (design decision)
+    aux_loss_alpha: float = 0.0  # sequence-wise balance loss; V3 trained with 1e-4, config.json's 0.001 is not read
+    num_nextn_predict_layers: int = 0  # depth of multi-token prediction: 0 or 1
+    mtp_loss_weight: float = 0.0  # lambda; V3 pretraining 0.3, then 0.1; not stated for SFT and RL, so 0
+    mtp_hidden: Literal["post_norm", "pre_norm"] = "post_norm"  # which hidden state feeds it: the paper does not say
     attention_bias: bool = False  # QKV bias (Qwen2)
+    qk_norm: bool = False  # RMS norm of each query and key head (Qwen3)
     tie_word_embeddings: bool = False
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -96,15 +101,29 @@ class ModelConfig:
                 0 < self.topk_group <= self.n_group,
                 f"ModelConfig.topk_group={self.topk_group} must be between 1 and n_group={self.n_group}",
             )
+            _require(
+                not self.router_bias_update_rate or self.scoring_func == "sigmoid",
+                f"ModelConfig.router_bias_update_rate={self.router_bias_update_rate} needs scoring_func=sigmoid: "
+                "softmax routers have no selection bias",
+            )
             kept = self.n_routed_experts // self.n_group * self.topk_group
             _require(
                 self.num_experts_per_tok <= kept,
                 f"ModelConfig.num_experts_per_tok={self.num_experts_per_tok} exceeds the {kept} experts of the kept groups",
             )
 
+        _require(
+            self.num_nextn_predict_layers in (0, 1),
+            f"ModelConfig.num_nextn_predict_layers={self.num_nextn_predict_layers} must be 0 or 1",
+        )
+        _require(
+            not self.mtp_loss_weight or self.num_nextn_predict_layers > 0,
+            f"ModelConfig.mtp_loss_weight={self.mtp_loss_weight} needs num_nextn_predict_layers=1",
+        )
+
     @property
     def is_mla(self) -> bool:
-        return self.family == "deepseek_v3"
+        return self.family.startswith("deepseek")
 
     @property
     def num_moe_layers(self) -> int:
@@ -322,7 +341,7 @@ class GateConfig:
 class ExportConfig:
     """How export_hf writes."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "fp8"] = "float32"  # fp8: DeepSeek's published layout, deepseek_v3 only
     verify: bool = True  # read the folder back and compare weights and logits
 
 

@@ -3,7 +3,10 @@
 Needs torch and transformers (`pip install .[parity]`): skipped without them, an error when CI=true.
 """
 
+import copy
+import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 
 try:
+    import safetensors.torch
     import torch
     import transformers
 except ImportError:
@@ -23,10 +27,10 @@ from r1jax.core import sharding
 from r1jax.models import cache, decoder
 from r1jax.schema import MeshConfig, ModelConfig, replace
 
-LENGTH = 200
+LENGTH = 301
 TOLERANCE = 5e-5  # of the largest logit: float32 sums in another order come to 6e-6; a wrong layout to more than 0.01
 
-COMMON = dict(vocab_size=67, hidden_size=64, intermediate_size=96, num_hidden_layers=3, max_position_embeddings=256)
+COMMON = dict(vocab_size=67, hidden_size=64, intermediate_size=96, num_hidden_layers=3, max_position_embeddings=512)
 GROUPED = COMMON | dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
 LATENT = COMMON | dict(
     num_attention_heads=4,
@@ -65,6 +69,10 @@ YARN = dict(
     mscale=1.0,
     mscale_all_dim=1.0,
 )
+LATENT_V2 = LATENT | dict(q_lora_rank=None, routed_scaling_factor=1.0, norm_topk_prob=False)
+LATENT_V2.pop("num_nextn_predict_layers")
+# Moonlight-16B: the V3 router without groups, no query low rank, more than one shared expert.
+MOONLIGHT = LATENT | dict(q_lora_rank=None, n_group=1, topk_group=1, routed_scaling_factor=2.446)
 PLAIN_YARN = {name: value for name, value in YARN.items() if "mscale" not in name}
 
 
@@ -77,6 +85,15 @@ def build(name: str) -> transformers.PreTrainedModel:
         "llama3_scaling": lambda: transformers.LlamaConfig(**GROUPED, rope_parameters=LLAMA3),
         "qwen2": lambda: transformers.Qwen2Config(**GROUPED),
         "qwen2_yarn": lambda: transformers.Qwen2Config(**GROUPED, rope_parameters=PLAIN_YARN),
+        "qwen3": lambda: transformers.Qwen3Config(**GROUPED, head_dim=24),
+        "v2_lite": lambda: transformers.DeepseekV2Config(
+            **LATENT_V2 | {"n_group": 1, "topk_group": 1},
+            rope_parameters=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        ),
+        "v2_grouped": lambda: transformers.DeepseekV2Config(
+            **LATENT_V2 | {"q_lora_rank": 48, "routed_scaling_factor": 16.0}, topk_method="group_limited_greedy"
+        ),
+        "moonlight": lambda: transformers.DeepseekV3Config(**MOONLIGHT),
         "deepseek": lambda: transformers.DeepseekV3Config(**LATENT),
         "deepseek_yarn": lambda: transformers.DeepseekV3Config(**LATENT, rope_parameters=YARN),
         "deepseek_uneven_mscale": lambda: transformers.DeepseekV3Config(
@@ -109,6 +126,10 @@ NAMES = (
     "llama3_scaling",
     "qwen2",
     "qwen2_yarn",
+    "qwen3",
+    "v2_lite",
+    "v2_grouped",
+    "moonlight",
     "deepseek",
     "deepseek_yarn",
     "deepseek_uneven_mscale",
@@ -150,6 +171,118 @@ def test_logits_equal_transformers_at_every_position(tmp_path, name):
     assert errors.max() < TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["qwen3", "llama3_scaling", "v2_lite", "deepseek_yarn"])
+def test_packed_and_padded_documents_equal_transformers_on_each_alone(tmp_path, name):
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    params, config = imported(tmp_path)
+    lengths = (90, 41, 7)
+    tokens = np.random.default_rng(4).integers(0, 67, (1, 150)).astype(np.int32)
+    segments = np.repeat([1, 2, 3, 0], (*lengths, 12))[None].astype(np.int32)
+    positions = np.concatenate([np.arange(n) for n in (*lengths, 12)])[None].astype(np.int32)
+
+    @jax.jit
+    def run(params):
+        return decoder.logits(params, decoder.forward(params, tokens, positions, segments, config)[0])
+
+    ours, start = np.asarray(run(params))[0], 0
+    for length in lengths:
+        theirs = their_logits(model, tokens[:, start : start + length])[0]
+        assert np.abs(ours[start : start + length] - theirs).max() < TOLERANCE * np.abs(theirs).max()
+        start += length
+
+
+def negative_biases(model: transformers.PreTrainedModel) -> None:
+    """Makes every biased score negative, and far lower in the groups of high numbers."""
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.mlp.gate.e_score_correction_bias.copy_(torch.linspace(-1.5, -6.0, 8))
+
+
+def test_negative_biased_scores_give_the_experts_of_transformers_and_not_those_of_a_zero_mask(tmp_path, monkeypatch):
+    model = build("deepseek")
+    negative_biases(model)
+    model.save_pretrained(tmp_path)
+    params, config = imported(tmp_path)
+    tokens = np.random.default_rng(5).integers(0, 67, (1, 64)).astype(np.int32)
+    ours, theirs = our_logits(params, tokens, config), their_logits(model, tokens)
+    assert np.abs(ours - theirs).max() < TOLERANCE * np.abs(theirs).max()
+    fill = torch.Tensor.masked_fill
+
+    def zero_fill(scores, mask, value):  # as in the checkpoint's own modeling file, and in transformers before 5
+        return fill(scores, mask, 0.0 if scores.shape[-1] == 8 and value == float("-inf") else value)
+
+    monkeypatch.setattr(torch.Tensor, "masked_fill", zero_fill)
+    zero = their_logits(model, tokens)
+    assert np.abs(ours - zero).max() > 100 * TOLERANCE * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("state", ["post_norm", "pre_norm"])
+def test_the_prediction_module_equals_one_built_from_transformers_layers(tmp_path, state):
+    model = build("deepseek_yarn")
+    folder = save_with_prediction_layer(model, tmp_path)
+    params, config = imported(folder, mtp_hidden=state)
+    assert config.num_nextn_predict_layers == 1
+    tokens = np.random.default_rng(6).integers(0, 67, (1, 80)).astype(np.int32)
+    positions = np.arange(80, dtype=np.int32)[None]
+
+    @jax.jit
+    def run(params):
+        ones = jnp.ones_like(tokens)
+        hidden, _, auxiliary = decoder.forward(params, tokens, positions, ones, config)
+        further, _ = decoder.predict_further(params, hidden, auxiliary, tokens, positions, ones, config)
+        return decoder.logits(params, further)
+
+    ours, theirs = np.asarray(run(params))[0, :79], their_prediction(model, folder, tokens, state)
+    assert np.abs(ours - theirs).max() < TOLERANCE * np.abs(theirs).max()
+
+
+def save_with_prediction_layer(model, folder):
+    """Returns the model's folder with a fourth layer as DeepSeek stores it, every weight random."""
+    model.config.num_nextn_predict_layers = 1
+    model.save_pretrained(folder)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    draw = torch.Generator().manual_seed(7)
+    added = {
+        name.replace("layers.2.", "layers.3."): torch.randn(value.shape, generator=draw) * value.std() + value.mean()
+        for name, value in tensors.items()
+        if name.startswith("model.layers.2.")
+    }
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        added[f"model.layers.3.{name}.weight"] = 1 + 0.2 * torch.randn(64, generator=draw)
+    added["model.layers.3.eh_proj.weight"] = 0.1 * torch.randn(64, 128, generator=draw)
+    added["model.layers.3.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    added["model.layers.3.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    safetensors.torch.save_file(tensors | added, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def their_prediction(model, folder, tokens: np.ndarray, state: str) -> np.ndarray:
+    """Returns the logits [T - 1, V] of V3 report eq. 21-23, run by transformers' own layer, norms and rotary table."""
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    seen, ids = {}, torch.from_numpy(tokens).long()
+    hook = model.model.norm.register_forward_hook(lambda module, given, made: seen.update(pre=given[0], post=made))
+    their_logits(model, tokens)
+    hook.remove()
+    deeper = folder / "as_a_fourth_layer"
+    deeper.mkdir(exist_ok=True)
+    fields = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 4}
+    (deeper / "config.json").write_text(json.dumps(fields))
+    shutil.copy(folder / "model.safetensors", deeper)
+    head = transformers.AutoModelForCausalLM.from_pretrained(deeper, dtype=torch.float32).eval()
+    head.model.layers = torch.nn.ModuleList([head.model.layers[3]])
+    head.model.config.num_hidden_layers = 1
+    norms = {name: copy.deepcopy(head.model.norm) for name in ("enorm", "hnorm", "shared_head.norm")}
+    with torch.no_grad():
+        for name, norm in norms.items():
+            norm.weight.copy_(stored[f"model.layers.3.{name}.weight"])
+        head.model.norm = norms["shared_head.norm"]
+        embedded = norms["enorm"](head.model.embed_tokens(ids[:, 1:]))
+        hidden = norms["hnorm"](seen[state.split("_")[0]][:, :-1])
+        joined = torch.cat([embedded, hidden], dim=-1) @ stored["model.layers.3.eh_proj.weight"].T
+        return head(inputs_embeds=joined, use_cache=False).logits[0].numpy()
+
+
 def test_a_wrong_rotary_layout_shows_after_position_zero(tmp_path):
     model = build("deepseek_yarn")
     model.save_pretrained(tmp_path)
@@ -177,6 +310,11 @@ def test_a_checkpoint_in_shards_gives_the_same_logits(tmp_path):
 
 PROMPTS = (
     "The capital of France is",
+    "import numpy as np\n\nx = np.",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "1, 1, 2, 3, 5, 8,",
+    "Photosynthesis is the process by which plants",
+    "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n",
     "def add(a, b):\n    return",
     "Water boils at 100 degrees Celsius, and it freezes at",
     "Question: What is 12 + 30?\nAnswer:",
@@ -246,7 +384,7 @@ def greedy(params: decoder.Params, rows: list[list[int]], config: ModelConfig) -
 
 def test_smollm2_greedy_tokens_through_the_cache_equal_transformers(smollm2):
     params, config, ours, model = smollm2
-    rows = [ours.encode(prompt) for prompt in PROMPTS[::2]]
+    rows = [ours.encode(prompt) for prompt in PROMPTS]
     found = greedy(params, rows, config)
     for row, tokens in zip(rows, found, strict=True):
         # Token by token, transformers' choice after our tokens so far: equal everywhere is equal greedy decoding.

@@ -33,7 +33,7 @@ class LatentAttention:
 
 @struct.dataclass
 class GroupedAttention:
-    """GQA weights; biases are None unless the family has them (Qwen2)."""
+    """GQA weights; biases (Qwen2) and head norms (Qwen3) are None unless the family has them."""
 
     query: jax.Array  # [D, N, H]
     key: jax.Array  # [D, K, H]
@@ -42,6 +42,8 @@ class GroupedAttention:
     query_bias: jax.Array | None = None  # [N, H]
     key_bias: jax.Array | None = None  # [K, H]
     value_bias: jax.Array | None = None  # [K, H]
+    query_norm: jax.Array | None = None  # [H]
+    key_norm: jax.Array | None = None  # [H]
 
 
 def latent_specs(c: ModelConfig, layers: int) -> LatentAttention:
@@ -81,6 +83,8 @@ def grouped_specs(c: ModelConfig, layers: int) -> GroupedAttention:
         query_bias=bias(n),
         key_bias=bias(k),
         value_bias=bias(k),
+        query_norm=norm_spec(h, layers) if c.qk_norm else None,
+        key_norm=norm_spec(h, layers) if c.qk_norm else None,
     )
 
 
@@ -92,6 +96,7 @@ class Context:
     sin: jax.Array
     mask: jax.Array  # [B, T, S] bool: query may see key
     write_positions: jax.Array | None  # [B, T] cache row of each new token, the scratch row for padding
+    segments: jax.Array  # [B, T] document of each token, 0 is padding
 
 
 def build_context(positions: jax.Array, segments: jax.Array, config: ModelConfig, cache: kv.Cache | None, window: int):
@@ -100,9 +105,9 @@ def build_context(positions: jax.Array, segments: jax.Array, config: ModelConfig
     if cache is None:
         causal = jnp.arange(positions.shape[1])[:, None] >= jnp.arange(positions.shape[1])
         same = segments[:, :, None] == segments[:, None, :]
-        return Context(cos, sin, causal & same, None)
+        return Context(cos, sin, causal & same, None, segments)
     mask = jnp.arange(window)[None, None, :] <= positions[:, :, None]
-    return Context(cos, sin, mask, jnp.where(segments > 0, positions, cache.rows))
+    return Context(cos, sin, mask, jnp.where(segments > 0, positions, cache.rows), segments)
 
 
 def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
@@ -163,6 +168,8 @@ def grouped_attention(p: GroupedAttention, x_BTD, context: Context, c: ModelConf
     v = jnp.einsum("BTD,DKH->BTKH", x_BTD, p.value)
     if p.query_bias is not None:
         q, k, v = q + p.query_bias, k + p.key_bias, v + p.value_bias
+    if p.query_norm is not None:
+        q, k = rms_norm(q, p.query_norm, c.rms_norm_eps), rms_norm(k, p.key_norm, c.rms_norm_eps)
     q = rope.rotate(constrain(q, "batch", None, "heads", None), context.cos, context.sin)
     k = rope.rotate(constrain(k, "batch", None, "heads", None), context.cos, context.sin)
     if cache is not None:

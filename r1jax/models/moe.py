@@ -47,19 +47,23 @@ def moe_specs(c: ModelConfig, layers: int) -> MoE:
     )
 
 
+def _scores(router: jax.Array, x_BTD: jax.Array, c: ModelConfig) -> jax.Array:
+    """Returns the affinity of each token to each expert, float32 [B, T, E]."""
+    logits = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router.astype(jnp.float32))
+    return jax.nn.sigmoid(logits) if c.scoring_func == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+
+
 def route(router: jax.Array, bias: jax.Array, x_BTD: jax.Array, c: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Returns (experts int32 [B, T, k], weights float32 [B, T, k]). Source: V3 report eq. 12-16.
 
     The bias decides the choice only; weights are the unbiased scores. Experts of dropped groups are masked with -inf
-    (Hugging Face's 0.0 lets a forbidden expert win when all kept ones are negative).
+    (Hugging Face's 0.0 lets a forbidden expert win when all kept ones are negative). Softmax scores (DeepSeek-V2) have
+    no bias, and a group is as good as its best expert instead of its two best.
     """
-    logits = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router.astype(jnp.float32))
+    scores = _scores(router, x_BTD, c)
+    choice = jax.lax.stop_gradient(scores)
     if c.scoring_func == "sigmoid":
-        scores = jax.nn.sigmoid(logits)
-        choice = jax.lax.stop_gradient(scores) + jax.lax.stop_gradient(bias)
-    else:
-        scores = jax.nn.softmax(logits, axis=-1)
-        choice = jax.lax.stop_gradient(scores)
+        choice = choice + jax.lax.stop_gradient(bias)
     if c.n_group > 1:
         grouped = choice.reshape(*choice.shape[:-1], c.n_group, -1)
         best = 2 if c.scoring_func == "sigmoid" else 1
@@ -205,6 +209,26 @@ def moe(p: MoE, x_BTD: jax.Array, c: ModelConfig) -> tuple[jax.Array, jax.Array]
     if p.shared is not None:
         out = out + swiglu(p.shared, x_BTD)
     return out, experts
+
+
+def sequence_balance(router: jax.Array, x_BTD: jax.Array, segments_BT: jax.Array, c: ModelConfig) -> jax.Array:
+    """Returns the balance loss of each token's sequence, sum_i f_i P_i, float32 [B, T]; 0 at padding.
+
+    Over the T tokens of one sequence (the tokens of one segment of a row): f_i = E / (k T) * how many rank expert i
+    among their k best by the scores without bias, P_i = the mean of their normalised scores. It is 1 under perfect
+    balance. The gradient passes P alone. Source: V3 report eq. 17-20.
+    """
+    scores = _scores(router, x_BTD, c)
+    shares = scores / scores.sum(axis=-1, keepdims=True)
+    best = jax.lax.top_k(jax.lax.stop_gradient(scores), c.num_experts_per_tok)[1]
+    chosen = jax.nn.one_hot(best, c.n_routed_experts, dtype=jnp.float32).sum(axis=-2)
+    bound = segments_BT.shape[1] + 1  # a row of T tokens has at most T segments, numbered from 1
+    per_segment = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=bound))
+    tokens = jnp.maximum(per_segment(jnp.ones_like(shares[..., 0]), segments_BT), 1)
+    chosen, shares = per_segment(chosen, segments_BT), per_segment(shares, segments_BT)
+    scale = c.n_routed_experts / c.num_experts_per_tok
+    loss = scale * jnp.sum(chosen * shares, axis=-1) / jnp.square(tokens)
+    return jnp.where(segments_BT > 0, jnp.take_along_axis(loss, segments_BT, axis=1), 0)
 
 
 def load(experts_LBTK: jax.Array, valid_BT: jax.Array, n_experts: int) -> jax.Array:

@@ -56,7 +56,10 @@ def token_weights(lengths: Sequence[int], config: GRPOConfig, max_new_tokens: in
 
 
 def make_loss(model: ModelConfig, chunk_tokens: int = 0) -> step.Loss:
-    """Returns the GRPO loss of a micro-batch: sum of weight * (k3 KL * beta - surrogate), and its statistics."""
+    """Returns the GRPO loss of a micro-batch: sum of weight * (k3 KL * beta - surrogate), and its statistics.
+
+    With a multi-token prediction module in training, its loss moves that module alone.
+    """
 
     def loss(params: decoder.Params, micro: dict[str, jax.Array], arguments: LossArguments):
         hidden, _, auxiliary = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], model)
@@ -79,7 +82,10 @@ def make_loss(model: ModelConfig, chunk_tokens: int = 0) -> step.Loss:
             "max_logprob_difference": jnp.max(jnp.abs(difference)),
             "max_ratio": jnp.max(jnp.where(mask > 0, ratio, 0)),
         }
-        return total, stats | step.expert_statistics(auxiliary, micro, model)
+        extra, told = step.auxiliary_loss(
+            params, hidden, auxiliary, micro, mask * micro["weight"], model, head_alone=True
+        )
+        return total + extra, stats | told
 
     return loss
 

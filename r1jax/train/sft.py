@@ -14,13 +14,17 @@ from r1jax.train import step
 
 
 def make_loss(model: ModelConfig) -> step.Loss:
-    """Returns the loss: minus the sum of weight * log p, weight 1 / (all trained tokens of the update)."""
+    """Returns the loss: minus the sum of weight * log p, weight 1 / (all trained tokens of the update).
+
+    The balance and multi-token prediction losses of the model's config are added.
+    """
 
     def loss(params: decoder.Params, micro: dict[str, jax.Array], inverse_tokens: jax.Array):
         hidden, _, auxiliary = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], model)
         logp, _ = token_logprobs(hidden, decoder.unembedding(params), micro["targets"])
-        total = -jnp.sum(logp * micro["loss_mask"]) * inverse_tokens
-        return total, step.expert_statistics(auxiliary, micro, model)
+        weights = micro["loss_mask"] * inverse_tokens
+        extra, stats = step.auxiliary_loss(params, hidden, auxiliary, micro, weights, model)
+        return extra - jnp.sum(logp * micro["loss_mask"]) * inverse_tokens, stats
 
     return loss
 

@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from r1jax.core import sharding, tree
 from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PackedBatch
-from r1jax.models import decoder, moe
+from r1jax.kernels.fused_logprob import token_logprobs
+from r1jax.models import decoder, moe, mtp
 from r1jax.schema import ModelConfig, OptimizerConfig, PackConfig
 from r1jax.train import optimizer as optimizers
 
@@ -151,18 +152,66 @@ class Trainer:
         norm = tree.global_norm(grads)
         updates, opt_state = self.transform.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        experts_load = stats.pop("expert_load", None)
-        if experts_load is not None and self.model.router_bias_update_rate:
-            bias = moe.updated_bias(params.sparse.ffw.bias, experts_load, self.model.router_bias_update_rate)
-            params = params.replace(sparse=params.sparse.replace(ffw=params.sparse.ffw.replace(bias=bias)))
+        experts_load, mtp_load = stats.pop("expert_load", None), stats.pop("mtp_expert_load", None)
+        if self.model.router_bias_update_rate:
+            params = _balanced(params, experts_load, mtp_load, self.model.router_bias_update_rate)
         stats |= {"loss": loss, "grad_norm": norm, "learning_rate": self.rate(state.update)}
         if experts_load is not None:
             stats["max_expert_share"] = (experts_load / jnp.maximum(experts_load.sum(-1, keepdims=True), 1)).max()
         return TrainState(params, opt_state, state.update + 1), stats
 
 
-def expert_statistics(auxiliary: decoder.Auxiliary, micro: dict[str, jax.Array], model: ModelConfig) -> dict:
-    """Returns {"expert_load": [L, E]} of a mixture of experts, else nothing."""
-    if auxiliary.experts is None:
-        return {}
-    return {"expert_load": moe.load(auxiliary.experts, micro["segments"] > 0, model.n_routed_experts)}
+def _balanced(params: decoder.Params, load, mtp_load, rate: float) -> decoder.Params:
+    """Returns the parameters with the selection biases moved against the loads, where there are any."""
+
+    def moved(stack, counts):
+        bias = moe.updated_bias(stack.ffw.bias, counts, rate)
+        return stack.replace(ffw=stack.ffw.replace(bias=bias))
+
+    if load is not None:
+        params = params.replace(sparse=moved(params.sparse, load))
+    if mtp_load is not None:
+        params = params.replace(mtp=params.mtp.replace(block=moved(params.mtp.block, mtp_load)))
+    return params
+
+
+def auxiliary_loss(
+    params: decoder.Params,
+    hidden: jax.Array,
+    auxiliary: decoder.Auxiliary,
+    micro: dict[str, jax.Array],
+    weights: jax.Array,
+    model: ModelConfig,
+    head_alone: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns (alpha * balance loss + lambda * multi-token prediction loss, statistics), both 0 unless configured.
+
+    `weights` [R, T] are the main loss's weights of each position's target. A sequence's balance loss counts by the
+    weights of its tokens; the prediction of token i + 2 counts as much as the main loss's prediction of that token, so
+    the sum runs over the same normaliser (V3 report eq. 24-25). With `head_alone` the prediction loss trains the
+    module and leaves the main model, embedding and output matrix as they are: in RL they follow the reward.
+    """
+    total, stats = jnp.zeros((), jnp.float32), {}
+    valid = micro["segments"] > 0
+    if auxiliary.experts is not None:
+        stats["expert_load"] = moe.load(auxiliary.experts, valid, model.n_routed_experts)
+    if auxiliary.balance is not None:
+        stats["balance"] = jnp.sum(auxiliary.balance * weights)
+        total += model.aux_loss_alpha * stats["balance"]
+    if not model.mtp_loss_weight:
+        return total, stats
+    if head_alone:
+        kept = jax.lax.stop_gradient(params.replace(mtp=None))
+        params, hidden, auxiliary = kept.replace(mtp=params.mtp), *jax.lax.stop_gradient((hidden, auxiliary))
+    further, routing = decoder.predict_further(
+        params, hidden, auxiliary, micro["tokens"], micro["positions"], micro["segments"], model
+    )
+    targets = mtp.following(micro["targets"], micro["segments"])
+    logp, _ = token_logprobs(further, decoder.unembedding(params), targets)
+    stats["mtp"] = -jnp.sum(logp * mtp.following(weights, micro["segments"]))
+    total += model.mtp_loss_weight * stats["mtp"]
+    if routing.experts is not None:
+        stats["mtp_expert_load"] = moe.load(routing.experts, valid, model.n_routed_experts)
+    if routing.balance is not None:
+        total += model.aux_loss_alpha * jnp.sum(routing.balance * weights)
+    return total, stats

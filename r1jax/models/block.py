@@ -1,0 +1,84 @@
+"""One decoder layer, attention then feed-forward, and stacks of them."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from r1jax.core.sharding import constrain
+from r1jax.models import attention, moe
+from r1jax.models.layers import SwiGLU, norm_spec, rms_norm, swiglu, swiglu_specs
+from r1jax.schema import ModelConfig
+
+
+@struct.dataclass
+class Block:
+    """One stack of equal layers, `[L, ...]` leaves."""
+
+    attention_norm: jax.Array
+    attention: attention.LatentAttention | attention.GroupedAttention
+    ffw_norm: jax.Array
+    ffw: SwiGLU | moe.MoE
+
+
+@struct.dataclass
+class Routing:
+    """What the mixture-of-experts layers of a stack tell; None where there are none, or where it is not asked for."""
+
+    experts: jax.Array | None = None  # int32 [L, B, T, k] chosen experts, in layer order
+    balance: jax.Array | None = (
+        None  # float32 [B, T] sequence-wise balance loss of each token's sequence, layers summed
+    )
+
+
+def specs(c: ModelConfig, layers: int, sparse: bool) -> Block | None:
+    """Returns the ParamSpecs of a stack of `layers` layers, None of an empty one."""
+    if layers == 0:
+        return None
+    attend = attention.latent_specs if c.is_mla else attention.grouped_specs
+    ffw = moe.moe_specs(c, layers) if sparse else swiglu_specs(c, c.intermediate_size, layers)
+    return Block(norm_spec(c.hidden_size, layers), attend(c, layers), norm_spec(c.hidden_size, layers), ffw)
+
+
+def run_stack(stack: Block | None, x, kv, context: attention.Context, c: ModelConfig, first: int, window: int):
+    """Returns (x [B, T, D], cache, Routing) after one stack, scanned or unrolled; `first` is its first cache layer."""
+    if stack is None:
+        return x, kv, Routing()
+
+    def body(carry, layer_and_index):
+        layer, index = layer_and_index
+        x, kv, routing = _block(layer, *carry, context, c, index, window)
+        return (x, kv), routing
+
+    if c.remat:
+        body = jax.checkpoint(body)
+    layers = stack.attention_norm.shape[0]
+    if c.scan_layers:
+        (x, kv), told = jax.lax.scan(body, (x, kv), (stack, jnp.arange(first, first + layers)))
+    else:
+        by_layer = []
+        for offset in range(layers):
+            layer = jax.tree.map(lambda leaf, i=offset: leaf[i], stack)
+            (x, kv), routing = body((x, kv), (layer, first + offset))
+            by_layer.append(routing)
+        told = jax.tree.map(lambda *leaves: jnp.stack(leaves), *by_layer)
+    return x, kv, told.replace(balance=None if told.balance is None else told.balance.sum(axis=0))
+
+
+def _block(p: Block, x, kv, context: attention.Context, c: ModelConfig, layer, window: int):
+    """Returns (x, cache, Routing) after one layer."""
+    attend = attention.latent_attention if c.is_mla else attention.grouped_attention
+    with jax.named_scope("attention"):
+        normed = rms_norm(x, p.attention_norm, c.rms_norm_eps)
+        out, kv = attend(p.attention, normed, context, c, kv, layer, window)
+        x = constrain(x + out, "batch", None, None)
+    with jax.named_scope("ffw"):
+        normed = rms_norm(x, p.ffw_norm, c.rms_norm_eps)
+        routing = Routing()
+        if isinstance(p.ffw, moe.MoE):
+            out, experts = moe.moe(p.ffw, normed, c)
+            wanted = c.aux_loss_alpha > 0 and kv is None
+            balance = moe.sequence_balance(p.ffw.router, normed, context.segments, c) if wanted else None
+            routing = Routing(experts, balance)
+        else:
+            out = swiglu(p.ffw, normed)
+        return constrain(x + out, "batch", None, None), kv, routing

@@ -1,0 +1,77 @@
+"""Multi-token prediction, depth 1: one more layer that predicts the token after next (V3 report, section 2.2).
+
+Position i joins the main model's hidden state with the embedding of token i + 1 and predicts token i + 2; embedding and
+output matrix are the main model's. The report's eq. 21 prints the hidden state first; released weights hold the
+embedding's half first, which is what runs here.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from r1jax.core.sharding import ParamSpec, constrain, normal
+from r1jax.models import attention, block
+from r1jax.models.layers import norm_spec, rms_norm
+from r1jax.schema import ModelConfig
+
+
+@struct.dataclass
+class MTP:
+    """Weights of the prediction module, with a leading dimension of 1 like a stack's."""
+
+    embedding_norm: jax.Array  # [1, D]
+    hidden_norm: jax.Array  # [1, D]
+    projection: jax.Array  # [1, 2 * D, D], the embedding's rows first
+    block: block.Block
+    final_norm: jax.Array  # [1, D]
+
+
+def specs(c: ModelConfig) -> MTP | None:
+    """Returns the module's ParamSpecs, None for a model without one."""
+    depth = c.num_nextn_predict_layers
+    if not depth:
+        return None
+    width = c.hidden_size
+    return MTP(
+        embedding_norm=norm_spec(width, depth),
+        hidden_norm=norm_spec(width, depth),
+        projection=ParamSpec((depth, 2 * width, width), (None, None, "embed"), normal(c.initializer_range)),
+        block=block.specs(c, depth, sparse=c.num_moe_layers > 0),
+        final_norm=norm_spec(width, depth),
+    )
+
+
+def following(values: jax.Array, segments: jax.Array, fill=0) -> jax.Array:
+    """Returns [B, T] with each position's value replaced by the next one's, `fill` where another document begins."""
+    shifted = jnp.pad(values[:, 1:], ((0, 0), (0, 1)), constant_values=fill)
+    return jnp.where(_continues(segments), shifted, fill)
+
+
+def _continues(segments: jax.Array) -> jax.Array:
+    """Returns, bool [B, T], whether the next position belongs to the same document; padding has none."""
+    same = segments[:, 1:] == segments[:, :-1]
+    return jnp.pad(same, ((0, 0), (0, 1))) & (segments > 0)
+
+
+def forward(
+    p: MTP,
+    embedding: jax.Array,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    c: ModelConfig,
+) -> tuple[jax.Array, block.Routing]:
+    """Returns (hidden states [B, T, D] whose logits predict token i + 2, routing).
+
+    `embedding` is the main model's [V, D], `hidden` [B, T, D] its output after or before the final norm
+    (c.mtp_hidden). The last position of a document has no next token: its result means nothing and reaches no other.
+    """
+    following_tokens = following(tokens, segments)
+    embedded = embedding[following_tokens].astype(hidden.dtype)
+    embedded = rms_norm(embedded, p.embedding_norm[0], c.rms_norm_eps)
+    joined = jnp.concatenate([embedded, rms_norm(hidden, p.hidden_norm[0], c.rms_norm_eps)], axis=-1)
+    x = constrain(jnp.einsum("BTC,CD->BTD", joined, p.projection[0]), "batch", None, None)
+    context = attention.build_context(positions, segments, c, None, 0)
+    x, _, routing = block.run_stack(p.block, x, None, context, c, 0, 0)
+    return rms_norm(x, p.final_norm[0], c.rms_norm_eps), routing
