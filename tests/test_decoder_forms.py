@@ -46,8 +46,20 @@ QWEN2 = ModelConfig(
     tie_word_embeddings=True,
     initializer_range=0.2,
 )
-CONFIGS = {"deepseek_v3": DEEPSEEK, "qwen2": QWEN2}
+V2 = replace(
+    DEEPSEEK,
+    family="deepseek_v2",
+    scoring_func="softmax",
+    norm_topk_prob=False,
+    q_lora_rank=0,
+    n_group=1,
+    topk_group=1,
+    rope_scaling=RopeScaling(),
+)
+QWEN3 = replace(QWEN2, family="qwen3", attention_bias=False, qk_norm=True)
+CONFIGS = {"deepseek_v3": DEEPSEEK, "deepseek_v2": V2, "qwen2": QWEN2, "qwen3": QWEN3}
 families = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+both_attentions = pytest.mark.parametrize("config", [DEEPSEEK, QWEN2], ids=["latent", "grouped"])
 
 
 @functools.cache
@@ -173,7 +185,26 @@ def test_unrolled_layers_equal_scanned_layers(config):
     assert_close(whole(tokens, replace(config, scan_layers=False)), whole(tokens, config))
 
 
-@families
+@both_attentions
+def test_a_scalar_head_reads_the_hidden_states_and_leaves_the_logits_as_they_are(config):
+    headed, tokens = replace(config, scalar_head=True), draw_tokens(1, 8)
+    params = weights(headed)
+    positions, segments = np.arange(8, dtype=np.int32)[None], np.ones_like(tokens)
+
+    def values(params):
+        return decoder.scalars(params, decoder.forward(params, tokens, positions, segments, headed)[0])
+
+    hidden = np.asarray(jax.jit(lambda p: decoder.forward(p, tokens, positions, segments, headed)[0])(params))
+    found, gradient = jax.jit(jax.value_and_grad(lambda p: values(p)[0, -1]))(params)
+    np.testing.assert_allclose(found, hidden[0, -1] @ np.asarray(params.scalar_head), rtol=1e-5)
+    np.testing.assert_allclose(gradient.scalar_head, hidden[0, -1], rtol=1e-5)
+    assert float(jnp.abs(gradient.embedding).max()) > 0
+    assert_close(whole(tokens, headed), whole(tokens, config))
+    with pytest.raises(ValueError, match="no scalar head; set config.model.scalar_head=true"):
+        decoder.scalars(weights(config), hidden)
+
+
+@both_attentions
 def test_recomputing_blocks_changes_no_gradient(config):
     tokens = draw_tokens(1, 8)
     positions, segments = np.arange(8, dtype=np.int32)[None], np.ones_like(tokens)

@@ -12,10 +12,15 @@ from r1jax.schema import Config, ModelConfig
 
 
 def active_parameters(model: ModelConfig) -> int:
-    """Returns the parameters one token uses: all but the experts that are not chosen."""
-    total = tree.count(sharding.abstract(decoder.specs(model), "float32"))
+    """Returns the parameters one token uses: without experts that are not chosen, and without an idle prediction module."""
+    specs, layers = decoder.specs(model), model.num_moe_layers
+    if not model.mtp_loss_weight:
+        specs = specs.replace(mtp=None)
+    elif layers:
+        layers += model.num_nextn_predict_layers
+    total = tree.count(sharding.abstract(specs, "float32"))
     expert = 3 * model.hidden_size * model.moe_intermediate_size
-    return total - max(model.n_routed_experts - model.num_experts_per_tok, 0) * expert * model.num_moe_layers
+    return total - max(model.n_routed_experts - model.num_experts_per_tok, 0) * expert * layers
 
 
 def of_policy_training(rows: Sequence[dict], config: Config) -> float:
