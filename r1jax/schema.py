@@ -82,6 +82,12 @@ class ModelConfig:
     scan_layers: bool = True  # False unrolls the depth: quicker to run when shallow, slower to compile when deep
     remat: bool = False  # recompute each block in the backward pass
     moe_implementation: Literal["auto", "dense", "blocked", "ragged"] = "auto"
+    moe_dispatch: Literal["auto", "gathered", "routed"] = (
+        "auto"  # tokens to all of an expert group, or where routed (TPU)
+    )
+    moe_buffer_factor: float = (
+        1.5  # rows a device takes at once, of an even share; a fuller device takes several rounds
+    )
     checkpoint: str = (
         ""  # folder with the starting weights: Hugging Face or one of our stages; "" is the stage's default
     )
@@ -140,15 +146,16 @@ class ModelConfig:
 class MeshConfig:
     """Sizes of the mesh axes; their product is the number of devices used."""
 
-    data: int = 1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
-    context: int = 1
+    slice: int = 1  # TPU slices joined by the data-centre network: data parallel
+    data: int = 1  # data parallel within a slice
+    fsdp: int = 1  # data parallel with sharded weights and optimiser state
+    expert: int = 1  # data parallel for the dense layers; experts lie over fsdp and expert together
+    tensor: int = 1  # heads, feed-forward width and vocabulary
+    context: int = 1  # tokens of a row; attention passes keys around a ring
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.data, self.fsdp, self.expert, self.tensor, self.context)
+        return (self.slice, self.data, self.fsdp, self.expert, self.tensor, self.context)
 
 
 @dataclass(frozen=True)
@@ -166,6 +173,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # global gradient norm; 0 turns clipping off
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    offload: bool = False  # moments wait in host memory between updates
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # master weights; bfloat16 freezes at small rates
 
 
@@ -176,6 +184,7 @@ class DataConfig:
     path: str = ""  # JSONL with id, task, prompt, answer; "" generates the tiny world
     template: Literal["auto", "tiny", "r1_zero", "chat", "plain"] = "auto"
     instruction: str = ""  # text put before every prompt
+    think_prefill: bool = False  # end every prompt in `<think>\n`, as R1's chat format does; graded with the response
     max_rows: int = 0  # 0 reads all
     holdout_fraction: float = 0.1  # of a JSONL file, by hash of the id, kept for evaluation
 
@@ -236,6 +245,7 @@ class GRPOConfig:
     kl_coef: float = 0.001  # beta, k3 estimator in the loss
     kl_coef_schedule: Schedule = ()
     reference_refresh_updates: int = 400  # 0 never refreshes
+    offload_reference: bool = False  # the reference waits in host memory between uses
     aggregation: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum"] = "seq_mean_token_mean"
     length_divisor: int = 0  # seq_mean_token_sum divides by this constant (Dr. GRPO); 0 is max_new_tokens
     advantage_epsilon: float = 1e-6  # added to the population standard deviation of a group
@@ -292,6 +302,13 @@ class SFTConfig:
 
     epochs: int = 2
     examples_per_update: int = 128
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Where a student's examples come from (P2 B.4.3)."""
+
+    examples: str = ""  # JSONL with prompt, response and perhaps id; "" is stage 3 of the working folder
 
 
 @dataclass(frozen=True)
@@ -364,6 +381,7 @@ class Config:
     evaluation: EvalConfig = EvalConfig()
     pretrain: PretrainConfig = PretrainConfig()
     sft: SFTConfig = SFTConfig()
+    distill: DistillConfig = DistillConfig()
     coldstart: ColdStartConfig = ColdStartConfig()
     rejection: RejectionConfig = RejectionConfig()
     scenarios: ScenarioConfig = ScenarioConfig()

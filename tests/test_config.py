@@ -109,13 +109,13 @@ def test_override_that_breaks_a_cross_field_check_says_both_fields():
         (
             "grade",
             [("mesh.zzz", "1")],
-            "MeshConfig has no field 'zzz' (in config.mesh.zzz); it has: data, fsdp, expert, tensor, context",
+            "MeshConfig has no field 'zzz' (in config.mesh.zzz); it has: slice, data, fsdp, expert, tensor, context",
         ),
         ("grade", [("seed.x", "1")], "config.seed.x: 'seed' is 0, which has no fields of its own"),
         (
             "grade",
             [("mesh", "1")],
-            "config.mesh=1: expected one of its fields (data, fsdp, expert, tensor, context) to be set, "
+            "config.mesh=1: expected one of its fields (slice, data, fsdp, expert, tensor, context) to be set, "
             "not MeshConfig as a whole",
         ),
         ("grade", [("optimizer.kind", "sgd")], "config.optimizer.kind=sgd: expected Literal['adamw']"),

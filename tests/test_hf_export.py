@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from r1jax import config as configs
-from r1jax.checkpoints import hf, hf_config, hf_export, tokenizer
+from r1jax.checkpoints import fp8, hf, hf_config, hf_export, hf_names, tensor_file, tokenizer
+from r1jax.checkpoints.tensor_file import TensorFile, Writer
 from r1jax.core import sharding, tree
 from r1jax.data import templates
 from r1jax.models import decoder
@@ -49,6 +50,7 @@ LATENT = ModelConfig(
     routed_scaling_factor=2.5,
     rope_scaling=RopeScaling("yarn", 40.0, 4096, mscale=1.0, mscale_all_dim=1.0),
 )
+SOFTMAX = replace(LATENT, family="deepseek_v2", scoring_func="softmax", norm_topk_prob=False, n_group=1, topk_group=1)
 MODELS = {
     "llama": DENSE,
     "llama_tied": replace(
@@ -56,7 +58,13 @@ MODELS = {
     ),
     "qwen2": replace(DENSE, family="qwen2", attention_bias=True, rope_theta=1e6),
     "qwen2_yarn": replace(DENSE, family="qwen2", attention_bias=True, rope_scaling=RopeScaling("yarn", 4.0, 64)),
+    "qwen2_tied": replace(DENSE, family="qwen2", attention_bias=True, tie_word_embeddings=True),
+    "qwen3": replace(DENSE, family="qwen3", qk_norm=True),
     "deepseek_v3": LATENT,
+    "deepseek_v3_mtp": replace(LATENT, num_nextn_predict_layers=1),
+    "deepseek_v3_tied_mtp": replace(LATENT, num_nextn_predict_layers=1, tie_word_embeddings=True),
+    "deepseek_v2": SOFTMAX,
+    "deepseek_v2_groups": replace(SOFTMAX, n_group=2, topk_group=1, q_lora_rank=0),
     "deepseek_plain_query": replace(LATENT, q_lora_rank=0, norm_topk_prob=False, rope_scaling=RopeScaling()),
     "deepseek_dense": replace(
         LATENT, n_routed_experts=0, n_shared_experts=0, n_group=1, first_k_dense_replace=3, rope_scaling=RopeScaling()
@@ -66,9 +74,14 @@ MESH = sharding.make_mesh(MeshConfig())
 
 
 def random_params(model: ModelConfig) -> decoder.Params:
-    """Returns parameters that are all random, biases and norms too."""
+    """Returns parameters that are all random, biases and norms too; a softmax router has no bias."""
     draw = np.random.default_rng(0)
-    return sharding.map_specs(lambda s: jnp.asarray(draw.normal(size=s.shape), jnp.float32), decoder.specs(model))
+
+    def leaf(spec: sharding.ParamSpec) -> jnp.ndarray:
+        is_absent = model.scoring_func == "softmax" and spec.dtype is not None
+        return jnp.asarray(np.zeros(spec.shape) if is_absent else draw.normal(size=spec.shape), jnp.float32)
+
+    return sharding.map_specs(leaf, decoder.specs(model))
 
 
 def save(folder: pathlib.Path, model: ModelConfig, dtype: str = "float32", **more) -> decoder.Params:
@@ -97,10 +110,11 @@ def test_import_of_an_export_is_bit_equal_with_the_same_config(tmp_path, kind):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen2", "deepseek_v3"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_export_of_an_import_holds_the_same_tensors_bit_for_bit(tmp_path, kind, dtype):
     model, draw = MODELS[kind], np.random.default_rng(1)
     given = {t.name: draw.normal(size=t.shape).astype(t.dtype) for t in hf_export.tensors(model, dtype)}
+    given |= {name: given[original] for name, original in hf_names.copies(model).items()}
     (tmp_path / "in").mkdir()
     save_file(given, tmp_path / "in" / hf.SINGLE_FILE)
     fields = hf_export.config_fields(model, tokenizer.tiny(), dtype)
@@ -145,16 +159,6 @@ def test_shards_stay_below_the_limit_and_the_index_names_every_tensor(tmp_path):
     assert seen == index["weight_map"].keys() == whole.keys()
 
 
-def test_every_tensor_begins_at_a_multiple_of_its_width(tmp_path):
-    save(tmp_path / "out", replace(LATENT, n_routed_experts=4, kv_lora_rank=5), "bfloat16")
-    raw = (tmp_path / "out" / hf.SINGLE_FILE).read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    entries = [value for name, value in json.loads(raw[8 : 8 + length]).items() if name != "__metadata__"]
-    assert length % 8 == 0 and {value["dtype"] for value in entries} == {"F32", "BF16"}
-    assert all(value["data_offsets"][0] % (4 if value["dtype"] == "F32" else 2) == 0 for value in entries)
-    assert len(raw) == 8 + length + max(value["data_offsets"][1] for value in entries)
-
-
 def test_host_holds_no_more_than_a_few_tensors_at_a_time(tmp_path):
     model = replace(DENSE, hidden_size=256, intermediate_size=512, num_hidden_layers=12, head_dim=64)
     params = random_params(model)
@@ -186,11 +190,16 @@ def test_tokenizer_token_ids_and_card_are_in_the_folder(tmp_path):
     ("model", "dtype", "words"),
     [
         (replace(DENSE, scalar_head=True), "float32", "scalar head"),
-        (replace(LATENT, scoring_func="softmax"), "float32", "scoring_func=softmax"),
+        (replace(LATENT, scoring_func="softmax"), "float32", "scoring_func=softmax is not what deepseek_v3 computes"),
         (replace(DENSE, attention_bias=True), "float32", "attention_bias=True is not what llama computes"),
         (replace(DENSE, family="qwen2"), "float32", "attention_bias=False is not what qwen2 computes"),
         (replace(DENSE, vocab_size=50), "float32", "the tokenizer has 196 tokens, the model 50"),
-        (DENSE, "float16", "dtype 'float16' is not written; float32 and bfloat16 are"),
+        (replace(DENSE, family="qwen3"), "float32", "qk_norm=False is not what qwen3 computes"),
+        (replace(DENSE, qk_norm=True), "float32", "qk_norm=True is not what llama computes"),
+        (replace(SOFTMAX, norm_topk_prob=True), "float32", "norm_topk_prob=True is not what deepseek_v2 computes"),
+        (replace(SOFTMAX, scoring_func="sigmoid"), "float32", "scoring_func=sigmoid is not what deepseek_v2 computes"),
+        (DENSE, "fp8", "fp8 is a layout of deepseek_v3, not of llama"),
+        (DENSE, "float16", "dtype 'float16' is not written; float32, bfloat16, fp8 are"),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused_in_one_line_before_anything_is_written(tmp_path, model, dtype, words):
@@ -272,16 +281,18 @@ def test_stage_in_bfloat16_reports_how_far_rounding_moves_the_logits(student, tm
 
 
 def test_stage_keeps_nothing_when_a_weight_reads_back_differently(student, tmp_path, monkeypatch):
-    honest = hf_export._value
+    honest = Writer.put
 
-    def flipped(leaf, tensor):
-        value = honest(leaf, tensor).copy()
-        if tensor.name == "model.layers.1.mlp.up_proj.weight":
+    def flipped(self: Writer, name: str, value: np.ndarray) -> None:
+        if name == "model.layers.1.mlp.up_proj.weight":
+            value = value.copy()
             value[5, 5] = np.nextafter(value[5, 5], np.float32(9))
-        return value
+        honest(self, name, value)
 
-    monkeypatch.setattr(hf_export, "_value", flipped)
-    with pytest.raises(ValueError, match=r"dense\.ffw\.up reads back differently; nothing was kept"):
+    monkeypatch.setattr(Writer, "put", flipped)
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight reads back differently; nothing was kept"
+    ):
         export(student, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     assert export(student, tmp_path / "out", ("export.verify", "false")).keys() == {"parameters", "tensors", "files"}
@@ -345,3 +356,137 @@ def test_chat_template_renders_a_question_as_training_did(kind):
 def test_chat_template_of_the_base_is_kept_when_training_used_it():
     own = tokenizer.Tokenizer(tokenizer.tiny().backend, tokenizer.tiny().config, "<{{ messages }}>")
     assert export_hf.chat_template(Config(data=DataConfig(path="rows.jsonl")), own) == "<{{ messages }}>"
+
+
+# FP8
+
+PREDICTING = MODELS["deepseek_v3_mtp"]
+BLOCK = (4, 3)  # the widths of LATENT are no multiples of it
+
+
+def fp8_folder(folder: pathlib.Path, params: decoder.Params) -> dict[str, np.ndarray]:
+    """Exports in FP8 and returns the tensors of the folder."""
+    hf_export.save(folder, params, PREDICTING, tokenizer.tiny(), "fp8", shard_bytes=9000, block=BLOCK)
+    with hf.TensorFiles(folder) as files:
+        return {name: files.read(name) for name in files}
+
+
+def test_fp8_export_is_the_published_layout_and_says_so_in_config_json(tmp_path):
+    tensors = fp8_folder(tmp_path / "out", random_params(PREDICTING))
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert fields["quantization_config"] == {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [4, 3],
+    }
+    assert fields["torch_dtype"] == "bfloat16" and fields["num_nextn_predict_layers"] == 1
+    assert {name: (tensor_file.NAMES[value.dtype], value.shape) for name, value in tensors.items()} == {
+        name: (tensor.dtype, tensor.shape) for name, tensor in hf.wanted(PREDICTING, BLOCK).items()
+    }
+    assert tensors["model.layers.3.eh_proj.weight"].dtype == ml_dtypes.bfloat16
+    head = tensors["model.layers.3.shared_head.head.weight"]
+    assert head.tobytes() == tensors["lm_head.weight"].tobytes()
+    index = json.loads((tmp_path / "out" / hf.INDEX_FILE).read_text())["weight_map"]
+    assert len(set(index.values())) > 2
+    assert all(index[name] == index[name.removesuffix(fp8.SCALE)] for name in index)  # a matrix with its factors
+
+
+def test_fp8_export_of_an_fp8_import_is_bit_equal_and_so_is_its_import(tmp_path):
+    first = fp8_folder(tmp_path / "first", random_params(PREDICTING))
+    config = hf_config.model_config(tmp_path / "first", PREDICTING)
+    read = hf.load(tmp_path / "first", config, MESH, jnp.float32)
+    second = fp8_folder(tmp_path / "second", read)
+    assert {name: value.tobytes() for name, value in second.items()} == {k: v.tobytes() for k, v in first.items()}
+    assert tree.digest(hf.load(tmp_path / "second", config, MESH, jnp.float32)) == tree.digest(read)
+
+
+def test_fp8_import_is_what_the_export_quantised_multiplied_out(tmp_path):
+    params = random_params(PREDICTING)
+    fp8_folder(tmp_path / "out", params)
+    read = hf_export.Leaves(hf.load(tmp_path / "out", PREDICTING, MESH, jnp.float32))
+    before, changed = hf_export.Leaves(params), 0
+    for tensor in hf_export.tensors(PREDICTING, "fp8", BLOCK):
+        if not tensor.is_scale:
+            kept = hf_export.read_back(tensor, before.value(tensor), BLOCK)
+            np.testing.assert_array_equal(read.value(tensor), kept, err_msg=tensor.name)
+            changed += not np.array_equal(kept, before.value(tensor))
+    assert changed > 60
+
+
+def test_weights_are_fetched_in_pieces_of_any_size_with_the_same_result(tmp_path, monkeypatch):
+    params = random_params(PREDICTING)
+    whole = fp8_folder(tmp_path / "whole", params)
+    monkeypatch.setattr(hf_export, "_PIECE_BYTES", 300)
+    pieces = fp8_folder(tmp_path / "pieces", params)
+    assert {name: value.tobytes() for name, value in whole.items()} == {k: v.tobytes() for k, v in pieces.items()}
+
+
+def test_fp8_of_weights_that_are_not_finite_is_refused_by_name_and_leaves_nothing(tmp_path):
+    params = random_params(PREDICTING)
+    params = params.replace(
+        dense=params.dense.replace(ffw=params.dense.ffw.replace(up=params.dense.ffw.up.at[0].set(jnp.nan)))
+    )
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj\.weight holds values that are not finite"):
+        fp8_folder(tmp_path / "out", params)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stage_in_fp8_reports_how_far_quantising_moves_the_logits(tmp_path):
+    config = configs.load("r1_zero:tiny")
+    params = common.load_asset(stage0_base.asset_path("tiny"), config.model, MESH)
+    folder = common.StageFolder(config, tmp_path)
+    folder.start({})
+    store = folder.checkpoints()
+    store.save(1, {"params": params}, {})
+    store.close()
+    given = [("checkpoint", str(folder.path)), ("output", str(tmp_path / "out")), ("export.dtype", "fp8")]
+    figures = export_hf.run(configs.load("export_hf", given), tmp_path)
+    assert 0 < figures["logit_difference"] < 0.5  # some random token finds other experts
+    with TensorFile(tmp_path / "out" / hf.SINGLE_FILE) as file:
+        assert figures["tensors"] == len(file.tensors)
+        assert {"F8_E4M3", "F32", "BF16"} == {stored.dtype for stored in file.tensors.values()}
+
+
+def test_stage_refuses_fp8_of_a_student_before_it_loads_the_weights(student, tmp_path):
+    with pytest.raises(ValueError, match="fp8 is a layout of deepseek_v3, not of llama; choose float32 or bfloat16"):
+        export(student, tmp_path / "out", ("export.dtype", "fp8"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# Interrupted
+
+
+def test_an_export_that_is_interrupted_between_two_tensors_leaves_nothing(tmp_path, monkeypatch):
+    honest, written = Writer.put, []
+
+    def interrupted(self: Writer, name: str, value: np.ndarray) -> None:
+        written.append(name)
+        if len(written) == 9:
+            raise KeyboardInterrupt
+        honest(self, name, value)
+
+    monkeypatch.setattr(Writer, "put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path / "out", DENSE, shard_bytes=2000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_selection_bias_that_a_softmax_family_has_no_tensor_for_is_refused(tmp_path):
+    params = random_params(SOFTMAX)
+    ffw = params.sparse.ffw
+    params = params.replace(sparse=params.sparse.replace(ffw=ffw.replace(bias=ffw.bias.at[0, 1].set(0.5))))
+    with pytest.raises(ValueError, match=r"sparse\.ffw\.bias is not zero, and deepseek_v2 has no tensor for it"):
+        hf_export.save(tmp_path / "out", params, SOFTMAX, tokenizer.tiny(), "float32")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [("deepseek_v2", "greedy"), ("deepseek_v2_groups", "group_limited_greedy")]
+)
+def test_config_json_of_deepseek_v2_names_the_way_experts_are_picked(tmp_path, kind, method):
+    save(tmp_path / "out", MODELS[kind])
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (fields["topk_method"], fields["scoring_func"], fields["norm_topk_prob"]) == (method, "softmax", False)
+    assert fields["architectures"] == ["DeepseekV2ForCausalLM"]
+    assert not [name for name in stored(tmp_path / "out") if "bias" in name]

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from r1jax.checkpoints import hf, hf_config, hf_names
+from r1jax.checkpoints import fp8, hf, hf_config, hf_names
+from r1jax.checkpoints.tensor_file import TensorFile, Writer
 from r1jax.core import sharding
 from r1jax.models import decoder
 from r1jax.schema import MeshConfig, ModelConfig, RopeScaling, replace
@@ -68,7 +69,23 @@ DEEPSEEK = LLAMA | {
         "mscale_all_dim": 1.0,
     },
 }
-CONFIGS = {"llama": LLAMA, "llama_tied": LLAMA | {"tie_word_embeddings": True}, "qwen2": QWEN2, "deepseek_v3": DEEPSEEK}
+QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 6, "use_sliding_window": False}
+DEEPSEEK_V2 = DEEPSEEK | {
+    "model_type": "deepseek_v2",
+    "scoring_func": "softmax",
+    "topk_method": "group_limited_greedy",
+    "norm_topk_prob": False,
+}
+CONFIGS = {
+    "llama": LLAMA,
+    "llama_tied": LLAMA | {"tie_word_embeddings": True},
+    "qwen2": QWEN2,
+    "qwen2_tied": QWEN2 | {"tie_word_embeddings": True},
+    "qwen3": QWEN3,
+    "deepseek_v3": DEEPSEEK,
+    "deepseek_v3_mtp": DEEPSEEK,
+    "deepseek_v2": DEEPSEEK_V2,
+}
 
 # name: shape, written out by hand from the published checkpoints' layout
 LLAMA_LAYER = {
@@ -87,6 +104,14 @@ QWEN2_LAYER = LLAMA_LAYER | {
     "self_attn.k_proj.bias": (8,),
     "self_attn.v_proj.bias": (8,),
 }
+QWEN3_LAYER = LLAMA_LAYER | {
+    "self_attn.q_proj.weight": (24, 16),
+    "self_attn.k_proj.weight": (12, 16),
+    "self_attn.v_proj.weight": (12, 16),
+    "self_attn.o_proj.weight": (16, 24),
+    "self_attn.q_norm.weight": (6,),
+    "self_attn.k_norm.weight": (6,),
+}
 LATENT_ATTENTION = {
     "input_layernorm.weight": (16,),
     "post_attention_layernorm.weight": (16,),
@@ -103,24 +128,40 @@ for _part in ("gate", "up", "down"):
     for _expert in range(4):
         MIXTURE[f"mlp.experts.{_expert}.{_part}_proj.weight"] = (16, 8) if _part == "down" else (8, 16)
     MIXTURE[f"mlp.shared_experts.{_part}_proj.weight"] = (16, 16)
+MTP_LAYER = LATENT_ATTENTION | MIXTURE
+MTP_LAYER |= {
+    "enorm.weight": (16,),
+    "hnorm.weight": (16,),
+    "eh_proj.weight": (16, 32),
+    "shared_head.norm.weight": (16,),
+}
+SOFTMAX_MIXTURE = {name: shape for name, shape in MIXTURE.items() if "bias" not in name}
 DENSE = {name: shape for name, shape in LLAMA_LAYER.items() if name.startswith("mlp")}
 LAYERS = {
     "llama": [LLAMA_LAYER] * 2,
     "llama_tied": [LLAMA_LAYER] * 2,
     "qwen2": [QWEN2_LAYER] * 2,
+    "qwen2_tied": [QWEN2_LAYER] * 2,
+    "qwen3": [QWEN3_LAYER] * 2,
     "deepseek_v3": [LATENT_ATTENTION | DENSE, LATENT_ATTENTION | MIXTURE, LATENT_ATTENTION | MIXTURE],
+    "deepseek_v2": [LATENT_ATTENTION | DENSE, *[LATENT_ATTENTION | SOFTMAX_MIXTURE] * 2],
 }
+LAYERS["deepseek_v3_mtp"] = [*LAYERS["deepseek_v3"], MTP_LAYER]
 
 
 def tensors_of(kind: str) -> dict[str, np.ndarray]:
     """Returns random tensors with the names and shapes of a checkpoint."""
     shapes = {"model.embed_tokens.weight": (11, 16), "model.norm.weight": (16,)}
-    if kind != "llama_tied":
+    if not kind.endswith("_tied"):
         shapes["lm_head.weight"] = (11, 16)
     for index, layer in enumerate(LAYERS[kind]):
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
     draw = np.random.default_rng(0)
-    return {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    tensors = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    if kind == "deepseek_v3_mtp":
+        tensors["model.layers.3.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+        tensors["model.layers.3.shared_head.head.weight"] = tensors["lm_head.weight"]
+    return tensors
 
 
 def write(folder: pathlib.Path, config: dict, tensors: dict[str, np.ndarray] | None = None) -> pathlib.Path:
@@ -146,7 +187,7 @@ def exported(params: decoder.Params, config: ModelConfig, interleaved: bool = Tr
     for entry in hf_names.name_table(config, interleaved):
         for place in np.ndindex(leaves[entry.path].shape[: entry.stacked]):
             result[entry.tensor_name(place)] = entry.transform.to_hf(leaves[entry.path][place])
-    return result
+    return result | {name: result[original] for name, original in hf_names.copies(config).items()}
 
 
 # config.json
@@ -202,6 +243,29 @@ def test_model_config_gives_qwen2_its_query_key_and_value_biases(tmp_path):
     assert hf_config.model_config(write(tmp_path, QWEN2), ModelConfig()).attention_bias
 
 
+def test_model_config_gives_qwen3_its_head_norms(tmp_path):
+    config = hf_config.model_config(write(tmp_path, QWEN3), ModelConfig())
+    assert (config.qk_norm, config.attention_bias, config.head_dim) == (True, False, 6)
+
+
+def test_model_config_of_deepseek_v2_has_groups_only_where_they_limit_the_choice(tmp_path):
+    limited = hf_config.model_config(write(tmp_path, DEEPSEEK_V2), ModelConfig())
+    greedy = hf_config.model_config(write(tmp_path, DEEPSEEK_V2 | {"topk_method": "greedy"}), ModelConfig())
+    assert (limited.n_group, limited.topk_group, greedy.n_group, greedy.topk_group) == (2, 1, 1, 1)
+    assert limited.scoring_func == greedy.scoring_func == "softmax"
+    assert not limited.norm_topk_prob
+
+
+def test_model_config_counts_a_prediction_layer_only_where_the_weights_hold_it(tmp_path):
+    whole, without = tensors_of("deepseek_v3_mtp"), tensors_of("deepseek_v3")
+    folders = [write(tmp_path / name, DEEPSEEK, tensors) for name, tensors in (("with", whole), ("without", without))]
+    for name, tensors in (("sharded", whole), ("sharded without", without)):
+        folders.append(write(tmp_path / name, DEEPSEEK))
+        split_in_two(folders[-1], tensors)
+    found = [hf_config.model_config(folder, ModelConfig()).num_nextn_predict_layers for folder in folders]
+    assert found == [1, 0, 1, 0]
+
+
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0, "original_max_position_embeddings": 8192}
 
 
@@ -236,8 +300,12 @@ def test_model_config_leaves_frequencies_alone_without_scaling(tmp_path):
 @pytest.mark.parametrize(
     ("base", "fields", "words"),
     [
-        (LLAMA, {"model_type": "mistral"}, "'mistral' is not known; known are deepseek_v3, llama, qwen2"),
-        (LLAMA, {"model_type": None}, "known are deepseek_v3, llama, qwen2"),
+        (
+            LLAMA,
+            {"model_type": "mistral"},
+            "'mistral' is not known; known are deepseek_v3, deepseek_v2, llama, qwen2, qwen3",
+        ),
+        (LLAMA, {"model_type": None}, "known are deepseek_v3, deepseek_v2, llama, qwen2, qwen3"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         (LLAMA, {"attention_bias": True}, "attention_bias=True is not supported"),
         (LLAMA, {"mlp_bias": True}, "mlp_bias=True is not supported"),
@@ -254,6 +322,9 @@ def test_model_config_leaves_frequencies_alone_without_scaling(tmp_path):
         (DEEPSEEK, {"topk_method": "greedy"}, "topk_method='greedy'"),
         (DEEPSEEK, {"moe_layer_freq": 2}, "moe_layer_freq=2"),
         (DEEPSEEK, {"kv_lora_rank": None}, "has no kv_lora_rank"),
+        (DEEPSEEK_V2, {"norm_topk_prob": True}, "norm_topk_prob=True is not supported"),
+        (DEEPSEEK_V2, {"topk_method": "noaux_tc"}, "topk_method='noaux_tc'"),
+        (QWEN3, {"attention_bias": True}, "attention_bias=True is not supported"),
     ],
 )
 def test_model_config_refuses_what_the_decoder_does_not_compute_in_one_line(tmp_path, base, fields, words):
@@ -379,7 +450,7 @@ def test_load_skips_rotary_buffers_prediction_layers_and_a_tied_head(tmp_path):
         "lm_head.weight": np.ones((11, 16), np.float32),
     }
     folder = write(tmp_path, DEEPSEEK | {"tie_word_embeddings": True}, tensors_of("deepseek_v3") | extra)
-    params, config = load(folder)
+    params, config = load(folder, num_nextn_predict_layers=0)
     assert params.unembedding is None
     assert not exported(params, config).keys() & extra.keys()
 
@@ -387,17 +458,22 @@ def test_load_skips_rotary_buffers_prediction_layers_and_a_tied_head(tmp_path):
 SHARDED = """
 import pathlib, sys
 import jax.numpy as jnp, numpy as np, jax
-from r1jax.checkpoints import hf, hf_config, hf_names
+from r1jax.checkpoints import hf, hf_config, tensor_file
 from r1jax.core import sharding
 from r1jax.schema import MeshConfig, ModelConfig
 folder = pathlib.Path(sys.argv[1])
 config = hf_config.model_config(folder, ModelConfig())
 one = hf.load(folder, config, sharding.make_mesh(MeshConfig()), jnp.float32)
-mesh = sharding.make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+mesh, seen, honest = sharding.make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2)), [], tensor_file.TensorFile.read
+tensor_file.TensorFile.read = lambda file, name, rows=slice(None): seen.append(name) or honest(file, name, rows)
 many = hf.load(folder, config, mesh, jnp.float32)
-for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(many), strict=True):
+split = 0
+for path, spec in hf.leaf_specs(config).items():
+    a, b = (eval(f"params.{path}", {"params": params}) for params in (one, many))
     assert np.array_equal(a, b), path
-print(many.sparse.ffw.gate.addressable_shards[0].data.shape, tuple(many.embedding.sharding.spec))
+    assert b.sharding == sharding.sharding(mesh, spec.axes, spec.shape), path
+    split += b.addressable_shards[0].data.shape != b.shape
+print(split, len(seen), len(set(seen)))
 """
 
 
@@ -407,8 +483,9 @@ def test_load_places_each_leaf_with_its_sharding_over_eight_devices(tmp_path):
     command = [sys.executable, "-c", SHARDED, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    # [L, E, D, F] = [2, 4, 16, 8]: experts over `expert`, embed over `fsdp`, ffw over `tensor`; 11 rows do not split
-    assert done.stdout.strip() == "(2, 2, 8, 4) (None, 'fsdp')"
+    split, reads, tensors = map(int, done.stdout.split())
+    assert split > 10
+    assert reads == tensors == len(tensors_of("deepseek_v3"))  # once for all devices
 
 
 # Refusals
@@ -444,30 +521,13 @@ def test_load_refuses_layers_beyond_the_config_of_a_dense_family(tmp_path):
     assert "model.layers.2.mlp.up_proj.weight is not in the model" in message
 
 
-@pytest.mark.parametrize("sign", ["scale", "dtype"])
-def test_load_refuses_fp8_with_a_remedy(tmp_path, sign):
-    tensors, name = tensors_of("deepseek_v3"), "model.layers.0.mlp.up_proj.weight"
-    if sign == "scale":
-        tensors[name + "_scale_inv"] = np.ones((1, 1), np.float32)
-        message = refused(write(tmp_path, DEEPSEEK, tensors))
-    else:
-        folder = write(tmp_path, DEEPSEEK, tensors)
-        path = folder / hf.SINGLE_FILE
-        raw_fp8(path, name, tensors[name].shape)
-        message = refused(folder)
-    assert "FP8 checkpoints are not read yet; convert the weights to bfloat16" in message
-
-
-def raw_fp8(path: pathlib.Path, name: str, shape: tuple[int, ...]) -> None:
-    """Writes a safetensors file with one FP8 tensor, byte by byte."""
-    size = int(np.prod(shape))
-    header = json.dumps({name: {"dtype": "F8_E4M3", "shape": list(shape), "data_offsets": [0, size]}}).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
-
-
-def test_load_refuses_integer_weights(tmp_path):
-    tensors = tensors_of("llama") | {"model.norm.weight": np.ones(16, np.int32)}
-    assert "model.norm.weight is I32" in refused(write(tmp_path, LLAMA, tensors))
+@pytest.mark.parametrize("stored", [np.int32, ml_dtypes.float8_e5m2])
+def test_load_refuses_other_types(tmp_path, stored):
+    tensors, name = tensors_of("llama"), "model.layers.1.mlp.up_proj.weight"
+    kind = {np.int32: "I32", ml_dtypes.float8_e5m2: "F8_E5M2"}[stored]
+    assert f"{name} is {kind}; it must be float32" in refused(
+        write(tmp_path, LLAMA, tensors | {name: tensors[name].astype(stored)})
+    )
 
 
 def test_load_names_a_truncated_file(tmp_path):
@@ -493,3 +553,164 @@ def test_load_refuses_an_index_without_a_weight_map(tmp_path):
     folder = write(tmp_path, LLAMA)
     (folder / hf.INDEX_FILE).write_text("{}")
     assert "has no weight_map" in refused(folder)
+
+
+def test_load_names_the_family_whose_tensors_the_folder_lacks(tmp_path):
+    message = refused(write(tmp_path, QWEN2, tensors_of("llama")))
+    assert "does not fit the model of its config.json (qwen2)" in message
+    assert "model.layers.0.self_attn.q_proj.bias is missing" in message
+
+
+# One file, repeated tensors, prediction layers
+
+
+def test_load_reads_one_file_by_its_path(tmp_path):
+    folder = write(tmp_path, LLAMA, tensors_of("llama"))
+    whole, config = load(folder)
+    (folder / hf.SINGLE_FILE).rename(folder / "weights.safetensors")
+    params = hf.load(folder / "weights.safetensors", config, sharding.make_mesh(MeshConfig()), jnp.float32)
+    for path, leaf in leaves_of(params).items():
+        np.testing.assert_array_equal(leaf, leaves_of(whole)[path], err_msg=path)
+
+
+def test_load_uses_the_file_that_the_index_names_for_a_tensor_in_two_of_them(tmp_path):
+    tensors, name = tensors_of("llama"), "model.norm.weight"
+    for right in (0, 1):
+        folder = write(tmp_path / str(right), LLAMA)
+        files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+        save_file(tensors | {name: tensors[name] * (right == 0)}, folder / files[0])
+        save_file({name: tensors[name] * (right == 1)}, folder / files[1])
+        weight_map = dict.fromkeys(tensors, files[0]) | {name: files[right], "unused": files[1]}
+        (folder / hf.INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+        np.testing.assert_array_equal(load(folder)[0].final_norm, tensors[name])
+
+
+def test_load_needs_no_copies_but_refuses_copies_that_differ(tmp_path):
+    tensors = tensors_of("deepseek_v3_mtp")
+    copy, original = "model.layers.3.shared_head.head.weight", "lm_head.weight"
+    whole = leaves_of(load(write(tmp_path / "whole", DEEPSEEK, tensors))[0])
+    without = {name: value for name, value in tensors.items() if name != copy}
+    for path, leaf in leaves_of(load(write(tmp_path / "without", DEEPSEEK, without))[0]).items():
+        np.testing.assert_array_equal(leaf, whole[path], err_msg=path)
+    changed = tensors | {copy: np.where(np.arange(16) == 9, 0, tensors[copy]).astype(np.float32)}
+    message = refused(write(tmp_path / "changed", DEEPSEEK, changed))
+    assert f"{copy} differs from {original}" in message
+
+
+def test_load_compares_copies_piece_by_piece_and_by_value(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "_COMPARED_BYTES", 8 * 16 * 4)  # 4 of 11 rows
+    tensors = tensors_of("deepseek_v3_mtp")
+    tensors |= {name: tensors[name].astype(np.float16) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    copy = "model.layers.3.embed_tokens.weight"
+    tensors["model.layers.3.shared_head.head.weight"] = tensors["lm_head.weight"].astype(np.float32)
+    tensors[copy] = tensors["model.embed_tokens.weight"].astype(np.float32)
+    load(write(tmp_path / "equal", DEEPSEEK, tensors))
+    tensors[copy] = tensors[copy].copy()
+    tensors[copy][10, 15] += 1
+    assert f"{copy} differs from model.embed_tokens.weight" in refused(write(tmp_path / "changed", DEEPSEEK, tensors))
+
+
+def test_load_reports_a_prediction_layer_that_is_not_whole(tmp_path):
+    tensors = tensors_of("deepseek_v3_mtp")
+    del tensors["model.layers.3.hnorm.weight"]
+    assert "model.layers.3.hnorm.weight is missing" in refused(write(tmp_path, DEEPSEEK, tensors))
+
+
+def test_load_reads_each_tensor_once_and_once_more_to_compare_copies(tmp_path, monkeypatch):
+    folder = write(tmp_path, DEEPSEEK, tensors_of("deepseek_v3_mtp"))
+    config, seen = hf_config.model_config(folder, ModelConfig()), []
+    honest = TensorFile.read
+    monkeypatch.setattr(
+        TensorFile, "read", lambda file, name, rows=slice(None): seen.append(name) or honest(file, name, rows)
+    )
+    hf.load(folder, config, sharding.make_mesh(MeshConfig()), jnp.float32)
+    copies = hf_names.copies(config)
+    twice = [*copies, *copies.values()]  # compared once, and the originals are also weights
+    assert sorted(seen) == sorted([*twice, *(name for name in tensors_of("deepseek_v3_mtp") if name not in copies)])
+
+
+# FP8
+
+BLOCK = (4, 3)
+QUANTISED = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK)}}
+KEY = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"  # 9 x 16: 3 x 6 blocks, the last ones cut off
+
+
+def in_fp8(kind: str = "deepseek_v3_mtp") -> dict[str, np.ndarray]:
+    """Returns a checkpoint whose matrices are FP8 with random factors."""
+    draw, result = np.random.default_rng(3), {}
+    for name, value in tensors_of(kind).items():
+        result[name] = value
+        if fp8.is_quantised(name):
+            result[name] = value.astype(ml_dtypes.float8_e4m3fn)
+            shape = [-(-size // cut) for size, cut in zip(value.shape, BLOCK, strict=True)]
+            result[name + "_scale_inv"] = draw.uniform(0.5, 2, shape).astype(np.float32)
+    return result
+
+
+def write_fp8(folder: pathlib.Path, tensors: dict[str, np.ndarray], config: dict = DEEPSEEK) -> pathlib.Path:
+    """Writes an FP8 checkpoint in two files, the factors in another one than their matrices."""
+    write(folder, config | QUANTISED)
+    weight_map = {name: f"model-0000{1 + name.endswith('_inv')}-of-00002.safetensors" for name in tensors}
+    for file in set(weight_map.values()):
+        here = {name: value for name, value in tensors.items() if weight_map[name] == file}
+        with Writer(folder / file, [(name, value.dtype, value.shape) for name, value in here.items()]) as writer:
+            for name, value in here.items():
+                writer.put(name, value)
+    (folder / hf.INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3_mtp", "qwen3"])
+def test_load_multiplies_fp8_out_in_float32_before_it_moves_rows(tmp_path, kind):
+    tensors = in_fp8(kind)
+    back = exported(*load(write_fp8(tmp_path, tensors, CONFIGS[kind])))
+    for name, value in back.items():
+        expected = tensors[name].astype(np.float32)
+        if name + "_scale_inv" in tensors:
+            for row, column in np.ndindex(expected.shape):
+                expected[row, column] *= tensors[name + "_scale_inv"][row // BLOCK[0], column // BLOCK[1]]
+        np.testing.assert_array_equal(value, expected, err_msg=name)
+
+
+def test_load_of_fp8_rounds_once_to_the_asked_dtype(tmp_path):
+    folder = write_fp8(tmp_path, in_fp8())
+    wide, small = load(folder)[0], load(folder, jnp.bfloat16)[0]
+    expected = np.asarray(wide.sparse.ffw.down).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(np.asarray(small.sparse.ffw.down), expected)
+
+
+def test_load_reads_matrices_that_an_fp8_checkpoint_left_wide(tmp_path):
+    tensors = in_fp8()
+    tensors[KEY] = tensors[KEY].astype(np.float32)
+    del tensors[KEY + "_scale_inv"]
+    back = exported(*load(write_fp8(tmp_path, tensors)))
+    np.testing.assert_array_equal(back[KEY], tensors[KEY])
+
+
+def test_load_reports_wrong_factors_with_the_other_problems(tmp_path):
+    tensors = in_fp8()
+    del tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
+    tensors[KEY + "_scale_inv"] = np.ones((2, 6), np.float32)
+    tensors["model.norm.weight_scale_inv"] = np.ones((1, 1), np.float32)
+    tensors["model.layers.0.mlp.gate_proj.weight"] = tensors["model.layers.0.mlp.gate_proj.weight"].astype(np.float32)
+    message = refused(write_fp8(tmp_path, tensors))
+    assert "model.layers.0.mlp.up_proj.weight_scale_inv is missing" in message
+    assert "model.norm.weight_scale_inv is not in the model" in message
+    assert "model.layers.0.mlp.gate_proj.weight_scale_inv is not in the model" in message
+    assert f"{KEY}_scale_inv is (2, 6), the model needs (3, 6)" in message
+
+
+def test_load_refuses_fp8_where_the_layout_has_none_and_without_a_block_size(tmp_path):
+    tensors = in_fp8()
+    norm = tensors | {"model.norm.weight": np.ones(16, ml_dtypes.float8_e4m3fn)}
+    assert "model.norm.weight is F8_E4M3; it must be float32" in refused(write_fp8(tmp_path / "norm", norm))
+    folder = write_fp8(tmp_path / "bare", tensors)
+    (folder / "config.json").write_text(json.dumps(DEEPSEEK))
+    message = refused(folder)
+    assert "is FP8, but config.json has no quantization_config" in message and "weight_block_size" in message
+
+
+def test_load_refuses_another_quantisation_before_it_reads_a_weight(tmp_path):
+    folder = write(tmp_path, LLAMA | {"quantization_config": {"quant_method": "awq"}}, tensors_of("llama"))
+    assert "quant_method='awq' is not read, only 'fp8' is" in refused(folder)

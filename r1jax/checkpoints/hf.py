@@ -3,60 +3,100 @@
 import itertools
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
 
-from r1jax.checkpoints.hf_config import Fields, read_json
-from r1jax.checkpoints.hf_names import Array, Entry, leaf_path, name_table
+from r1jax.checkpoints import fp8, hf_names
+from r1jax.checkpoints.hf_config import INDEX_FILE, SINGLE_FILE, Fields, read_json
+from r1jax.checkpoints.hf_names import Array, Entry, leaf_path
+from r1jax.checkpoints.tensor_file import TYPES, TensorFile
 from r1jax.core import sharding
 from r1jax.core.checkpoint import shape_problems
 from r1jax.core.sharding import ParamSpec
 from r1jax.models import decoder
 from r1jax.schema import ModelConfig
 
-INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-READABLE = ("F64", "F32", "F16", "BF16")
 MOST_PROBLEMS = 6  # tensors named in one error line
+_COMPARED_BYTES = 1 << 26  # of each of two tensors that must be equal, at once
+_ALIGNMENT = 64  # bytes; XLA's CPU backend takes such an array over without a copy
+
+Ranges = tuple[range, ...]  # of each dimension of a leaf, what one device holds
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A tensor that a model is made of: its shape, and its type in the published checkpoints."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors writes it
 
 
 class TensorFiles:
-    """The safetensors files of a folder; tensors are read when asked for."""
+    """The tensors of a folder's safetensors files, or of one file; they are read when asked for."""
 
-    def __init__(self, folder: Path):
-        self._file_of = {}
-        for path in _weight_files(folder):
-            try:
-                file = safe_open(path, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} is cut short or no safetensors file ({error}); copy it again") from None
-            self._file_of |= dict.fromkeys(file.keys(), file)
+    def __init__(self, path: str | Path):
+        self._file_of: dict[str, TensorFile] = {}
+        self._files: list[TensorFile] = []
+        paths, weight_map = ([Path(path)], {}) if Path(path).is_file() else weight_files(Path(path))
+        try:
+            for path in paths:
+                file = TensorFile(path)
+                self._files.append(file)
+                for name in file.tensors:
+                    if name not in self._file_of or weight_map.get(name) == path.name:
+                        self._file_of[name] = file
+        except ValueError:
+            self.close()
+            raise
+
+    def __enter__(self) -> "TensorFiles":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
     def dtype(self, name: str) -> str:
         """Returns the stored type as safetensors writes it, such as BF16."""
-        return self._file_of[name].get_slice(name).get_dtype()
+        return self._file_of[name].tensors[name].dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file_of[name].get_slice(name).get_shape())
+        return self._file_of[name].tensors[name].shape
 
-    def read(self, name: str) -> Array:
-        """Returns one tensor on the host; bfloat16 as the type that JAX's ml_dtypes adds to NumPy."""
-        return self._file_of[name].get_tensor(name)
+    def read(self, name: str, rows: slice = slice(None)) -> Array:
+        """Returns one tensor on the host, or `rows` of its leading dimension, as it is stored."""
+        return self._file_of[name].read(name, rows)
+
+    def weights(self, name: str, block: tuple[int, int] | None) -> Array:
+        """Returns one tensor on the host; one in FP8 as float32, by the factors of its blocks."""
+        value = self.read(name)
+        if value.dtype != fp8.TYPE:
+            return value
+        return fp8.dequantise(value, self.read(name + fp8.SCALE), block)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Returns the folder's weight files, and the file of each tensor as far as an index says so."""
+    weight_map: dict[str, str] = {}
     if (folder / INDEX_FILE).exists():
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict):
+        if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{folder / INDEX_FILE} has no weight_map; copy it again")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+        files = [folder / str(name) for name in sorted(set(map(str, weight_map.values())))]
     elif (folder / SINGLE_FILE).exists():
         files = [folder / SINGLE_FILE]
     else:
@@ -66,49 +106,92 @@ def _weight_files(folder: Path) -> list[Path]:
     absent = [path.name for path in files if not path.exists()]
     if absent:
         raise ValueError(f"{folder} lacks {len(absent)} of {len(files)} weight files, first {absent[0]}; copy it again")
-    return files
+    return files, weight_map
+
+
+def wanted(c: ModelConfig, block: tuple[int, int] | None = None, interleaved: bool = True) -> dict[str, Wanted]:
+    """Returns every tensor that a checkpoint of the model holds, from the ParamSpecs: {name: shape and type}.
+
+    With a `block`, matrices are in FP8 and have their factors beside them; otherwise all are BF16. The selection bias
+    is F32. Tensors that repeat another one (hf_names.copies) are among them.
+    """
+    specs = leaf_specs(c)
+    found: dict[str, Wanted] = {}
+    for entry in hf_names.name_table(c, interleaved):
+        spec = specs[entry.path]
+        shape, kind = entry.hf_shape(spec), "F32" if spec.dtype else "BF16"
+        for place in itertools.product(*map(range, spec.shape[: entry.stacked])):
+            name = entry.tensor_name(place)
+            if block and fp8.is_quantised(name):
+                found[name] = Wanted(shape, "F8_E4M3")
+                found[name + fp8.SCALE] = Wanted(fp8.scale_shape(shape, block), "F32")
+            else:
+                found[name] = Wanted(shape, kind)
+    return found | {name: found[original] for name, original in hf_names.copies(c).items()}
+
+
+def leaf_specs(c: ModelConfig) -> dict[str, ParamSpec]:
+    """Returns {leaf path: spec} of decoder.Params, in the order of its leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(decoder.specs(c), is_leaf=sharding.is_spec)
+    return {leaf_path(path): spec for path, spec in leaves}
 
 
 def load(folder: str | Path, config: ModelConfig, mesh: Mesh, dtype: Any) -> decoder.Params:
-    """Returns the folder's weights as `dtype`, each leaf placed with its spec's sharding.
+    """Returns the weights as `dtype`, each leaf placed with its spec's sharding.
 
-    Leaves are built one after the other, and of each only what this process's devices hold, so the host holds at most
-    one stacked leaf. Rotary buffers, multi-token prediction layers and the head of a tied model are skipped. A scalar
-    head, which checkpoints do not have, starts at zero. Raises ValueError when files are missing or cut short, tensors
-    do not fit the config, or the weights are FP8.
+    `folder` is a Hugging Face folder, or one safetensors file beside its config.json. FP8 in blocks is multiplied out
+    in float32. Leaves are built one after the other, and of each only what this process's devices hold; beside that
+    the host holds one tensor. Rotary buffers, prediction layers that the config leaves out and the head of a tied
+    model are skipped; repeated tensors are compared with what they repeat. A scalar head and a softmax router's bias,
+    which checkpoints do not have, are zero. Raises ValueError when files are missing or cut short, tensors do not fit
+    the config, or a type is not read.
     """
-    folder = Path(folder)
-    fields, files = Fields(folder / "config.json"), TensorFiles(folder)
-    specs = decoder.specs(config)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(specs, is_leaf=sharding.is_spec)
-    table = {entry.path: entry for entry in name_table(config, bool(fields.get("rope_interleave", True)))}
-    spec_of = {leaf_path(path): spec for path, spec in leaves}
-    _check(folder, files, [(table[path], spec) for path, spec in spec_of.items() if path in table], fields, config)
-
-    def place(path: str, spec: ParamSpec) -> jax.Array:
-        target, kind = sharding.sharding(mesh, spec.axes, spec.shape), np.dtype(spec.dtype or dtype)
-        parts: dict[tuple, Array] = {}
-
-        def part(index: tuple[slice, ...]) -> Array:
-            ranges = tuple(range(*cut.indices(size)) for cut, size in zip(index, spec.shape, strict=True))
-            if ranges not in parts:
-                entry = table.get(path)
-                parts[ranges] = _part(files, entry, ranges, kind) if entry else np.zeros([len(r) for r in ranges], kind)
-            return parts[ranges]
-
-        return jax.make_array_from_callback(spec.shape, target, part).block_until_ready()
-
-    return jax.tree.unflatten(structure, [place(path, spec) for path, spec in spec_of.items()])
+    source = Path(folder)
+    fields = Fields((source.parent if source.is_file() else source) / "config.json")
+    interleaved, block = bool(fields.get("rope_interleave", True)), fp8.block_size(fields)
+    table = {entry.path: entry for entry in hf_names.name_table(config, interleaved)}
+    with TensorFiles(source) as files:
+        _check(source, files, fields, config, block)
+        leaves = []
+        for path, spec in leaf_specs(config).items():
+            target, kind = sharding.sharding(mesh, spec.axes, spec.shape), np.dtype(spec.dtype or dtype)
+            leaves.append(_leaf(files, table.get(path), spec.shape, target, kind, block))
+    return jax.tree.unflatten(jax.tree.structure(decoder.specs(config), is_leaf=sharding.is_spec), leaves)
 
 
-def _part(files: TensorFiles, entry: Entry, ranges: tuple[range, ...], dtype: np.dtype) -> Array:
-    """Returns the part of one leaf that `ranges` cut out, read tensor by tensor."""
-    lead, rest = ranges[: entry.stacked], tuple(slice(r.start, r.stop) for r in ranges[entry.stacked :])
-    result = np.empty([len(r) for r in ranges], dtype)
-    for place in itertools.product(*lead):
-        tensor = entry.transform.to_ours(files.read(entry.tensor_name(place)))
-        result[tuple(i - r.start for i, r in zip(place, lead, strict=True))] = tensor[rest].astype(dtype)
-    return result
+def _leaf(files: TensorFiles, entry: Entry | None, shape, target: jax.sharding.Sharding, kind, block) -> jax.Array:
+    """Returns one leaf, read tensor by tensor into the parts that this process's devices hold; zeros without an entry."""
+
+    def ranges(index: tuple[slice, ...]) -> Ranges:
+        return tuple(range(*cut.indices(size)) for cut, size in zip(index, shape, strict=True))
+
+    held = {ranges(index) for index in target.addressable_devices_indices_map(shape).values()}
+    parts = {cuts: _empty([len(cut) for cut in cuts], kind) for cuts in held}
+    if entry is None:
+        for part in parts.values():
+            part[...] = 0
+    else:
+        _fill(files, entry, parts, block)
+    return jax.make_array_from_callback(shape, target, lambda index: parts[ranges(index)]).block_until_ready()
+
+
+def _empty(shape: list[int], kind: np.dtype) -> Array:
+    size = int(np.prod(shape)) * kind.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(kind).reshape(shape)
+
+
+def _fill(files: TensorFiles, entry: Entry, parts: dict[Ranges, Array], block: tuple[int, int] | None) -> None:
+    """Copies every tensor of a leaf that some part needs into all of the parts that hold a piece of it."""
+    lead = entry.stacked
+    places = sorted({place for ranges in parts for place in itertools.product(*ranges[:lead])})
+    for place in places:
+        tensor = entry.transform.to_ours(files.weights(entry.tensor_name(place), block))
+        for ranges, part in parts.items():
+            if all(i in r for i, r in zip(place, ranges, strict=False)):
+                inner = tuple(slice(r.start, r.stop) for r in ranges[lead:])
+                part[tuple(i - r.start for i, r in zip(place, ranges, strict=False))] = tensor[inner]
 
 
 def _skipped(name: str, fields: Fields, config: ModelConfig) -> bool:
@@ -119,26 +202,46 @@ def _skipped(name: str, fields: Fields, config: ModelConfig) -> bool:
     if layer is None or config.family != "deepseek_v3":
         return False
     extra = fields.get("num_nextn_predict_layers", fields.get("num_mtp_layers", 1))
-    return config.num_hidden_layers <= int(layer[1]) < config.num_hidden_layers + extra
+    layers = config.num_hidden_layers
+    return layers + config.num_nextn_predict_layers <= int(layer[1]) < layers + extra
 
 
-def _check(folder: Path, files: TensorFiles, pairs: list, fields: Fields, config: ModelConfig) -> None:
-    """Raises ValueError when the stored tensors are not exactly those that the leaves are made of."""
+def _check(source: Path, files: TensorFiles, fields: Fields, config: ModelConfig, block) -> None:
+    """Raises ValueError when the stored tensors are not exactly those that the model is made of."""
     stored = {name: files.shape(name) for name in files if not _skipped(name, fields, config)}
-    if any(name.endswith("weight_scale_inv") or files.dtype(name).startswith("F8") for name in stored):
+    small = {name: None for name in stored if files.dtype(name) == "F8_E4M3"}
+    if small and block is None:
         raise ValueError(
-            f"{folder}: FP8 checkpoints are not read yet; convert the weights to bfloat16 first "
-            "(DeepSeek's inference/fp8_cast_bf16.py does)"
+            f"{source}: {next(iter(small))} is FP8, but config.json has no quantization_config, which must "
+            "state weight_block_size"
         )
-    wanted = {}
-    for entry, spec in pairs:
-        shape = entry.hf_shape(spec)
-        for place in itertools.product(*(range(size) for size in spec.shape[: entry.stacked])):
-            wanted[entry.tensor_name(place)] = shape
-    if problems := shape_problems(stored, wanted, MOST_PROBLEMS):
-        raise ValueError(f"{folder} does not fit the model: {problems}")
-    odd = [name for name in stored if files.dtype(name) not in READABLE]
-    if odd:
-        raise ValueError(
-            f"{folder}: {odd[0]} is {files.dtype(odd[0])}; the weights must be float32, float16 or bfloat16"
-        )
+    repeats = hf_names.copies(config)
+    expected = wanted(config, block, bool(fields.get("rope_interleave", True)))
+    shapes = {}
+    for name, tensor in expected.items():
+        original = name.removesuffix(fp8.SCALE)
+        if (name in repeats and name not in stored) or (original != name and original not in small):
+            continue  # a copy may be left out, and a matrix that is not in FP8 has no factors
+        shapes[name] = tensor.shape
+    if problems := shape_problems(stored, shapes, MOST_PROBLEMS):
+        raise ValueError(f"{source} does not fit the model of its config.json ({config.family}): {problems}")
+    for name in stored:
+        kind, may_be_small = files.dtype(name), expected[name].dtype == "F8_E4M3"
+        if kind not in TYPES or (kind == "F8_E4M3" and not may_be_small):
+            raise ValueError(
+                f"{source}: {name} is {kind}; it must be float32, float16 or bfloat16"
+                + (", or FP8 as F8_E4M3 in blocks" if may_be_small else "")
+            )
+    for name, original in repeats.items():
+        if name in stored:
+            _compare(source, files, name, original)
+
+
+def _compare(source: Path, files: TensorFiles, name: str, original: str) -> None:
+    """Raises ValueError when two tensors of one shape differ in any value."""
+    shape = files.shape(name)
+    step = max(_COMPARED_BYTES // max(8 * int(np.prod(shape[1:])), 1), 1)
+    for start in range(0, shape[0], step):
+        one, other = (files.read(tensor, slice(start, start + step)) for tensor in (name, original))
+        if one.tobytes() != other.tobytes() and not np.array_equal(one.astype("f8"), other.astype("f8")):
+            raise ValueError(f"{source}: {name} differs from {original}, which the model uses in its place")

@@ -24,6 +24,8 @@ RUNTIME_FIELDS = (
     "scan_layers",
     "remat",
     "moe_implementation",
+    "moe_dispatch",
+    "moe_buffer_factor",
     "checkpoint",
 )
 
@@ -156,7 +158,7 @@ def _prediction_layers(fields: Fields) -> int:
     stated = fields.get("num_nextn_predict_layers", 0)
     index, single = (fields.path.parent / name for name in (INDEX_FILE, SINGLE_FILE))
     if index.exists():
-        names = read_json(index).get("weight_map", {})
+        names = read_json(index).get("weight_map") or {}
     elif single.exists():
         try:
             with safe_open(single, framework="numpy") as file:

@@ -1,38 +1,44 @@
 """Hugging Face folders from our parameters: the importer's name table the other way, streamed tensor by tensor.
 
 Which tensor goes to which file follows from the model's specs, so every file is written in one pass under its final
-name, and the host holds one tensor at a time.
+name, and the host holds one tensor at a time, or 64 MiB of small ones.
 """
 
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from r1jax.checkpoints import hf, hf_names
+from r1jax.checkpoints import fp8, hf, hf_names
+from r1jax.checkpoints.tensor_file import Writer
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import sharding
 from r1jax.models import decoder
 from r1jax.schema import ModelConfig
 
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
 }
-TYPE_NAMES = {"float32": "F32", "bfloat16": "BF16"}  # as the header of a safetensors file writes them
+DTYPES = ("float32", "bfloat16", "fp8")
 EVALUATION_SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}  # P2 D.1
+_PIECE_BYTES = 1 << 26  # of a leaf, fetched from the devices at once; a larger tensor comes alone
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of the folder: its name, where it stands in our leaf, shape and stored type (float32, bfloat16)."""
+    """One tensor of the folder: its name, where it stands in our leaf, shape and stored type.
+
+    The factors of an FP8 matrix stand at the matrix's place and follow it.
+    """
 
     name: str
     entry: hf_names.Entry
@@ -44,6 +50,10 @@ class Tensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def is_scale(self) -> bool:
+        return self.name.endswith(fp8.SCALE)
+
 
 def save(
     folder: Path,
@@ -54,12 +64,14 @@ def save(
     card: str = "",
     shard_bytes: int = 5_000_000_000,
     check: Callable[[Path], Any] = lambda folder: None,
+    block: tuple[int, int] = fp8.BLOCK,
 ) -> None:
     """Writes weights, config.json, generation_config.json, tokenizer and README.md under a temporary name; renames it.
 
     `card` is the text of README.md. A file holds at most `shard_bytes` of weights (a larger tensor stands alone); with
     several files there is an index. `check` is called with the temporary folder before it gets its name; when it, or
-    anything else, raises, nothing stays. Raises ValueError when the folder exists or the family cannot hold the model.
+    anything else, raises, nothing stays. `block` is that of FP8. Raises ValueError when the folder exists or the
+    family cannot hold the model.
     """
     folder = Path(folder)
     refuse_existing(folder)
@@ -68,8 +80,8 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _write_weights(temporary, params, tensors(c, dtype), shard_bytes)
-        _write_json(temporary / "config.json", config_fields(c, tokenizer, dtype))
+        write_weights(temporary, tensors(c, dtype, block), Leaves(params).value, shard_bytes, block)
+        _write_json(temporary / "config.json", config_fields(c, tokenizer, dtype, block))
         _write_json(temporary / "generation_config.json", _token_ids(tokenizer) | EVALUATION_SAMPLING)
         tokenizer.save(temporary)
         (temporary / "README.md").write_text(card or f"# {folder.name}\n\nTrained with r1jax.\n", encoding="utf-8")
@@ -86,23 +98,41 @@ def refuse_existing(folder: Path) -> None:
         raise ValueError(f"{folder} exists already; name another --config.output or remove it")
 
 
+def check_dtype(c: ModelConfig, dtype: str) -> None:
+    """Raises ValueError for a type that the family is not written in."""
+    if dtype not in DTYPES:
+        raise ValueError(f"export: dtype {dtype!r} is not written; {', '.join(DTYPES)} are")
+    if dtype == "fp8" and c.family != "deepseek_v3":
+        raise ValueError(f"export: fp8 is a layout of deepseek_v3, not of {c.family}; choose float32 or bfloat16")
+
+
 def _check(params: decoder.Params, c: ModelConfig, tokenizer: Tokenizer, dtype: str) -> None:
     """Raises ValueError for what the format or the family's published code cannot express."""
-    if dtype not in TYPE_NAMES:
-        raise ValueError(f"export: dtype {dtype!r} is not written; {' and '.join(TYPE_NAMES)} are")
+    check_dtype(c, dtype)
     if jax.process_count() > 1:
         raise ValueError(f"export: one process is needed, not {jax.process_count()}; run export_hf on a single host")
     if c.scalar_head:
         raise ValueError("export: a scalar head has no place in these formats; export the policy instead")
-    if c.is_mla and c.scoring_func != "sigmoid":
-        raise ValueError(f"export: {c.family} has sigmoid router scores only, not model.scoring_func={c.scoring_func}")
-    if c.attention_bias != (c.family == "qwen2"):
-        raise ValueError(f"export: model.attention_bias={c.attention_bias} is not what {c.family} computes")
+    only: dict[str, Any] = {"attention_bias": c.family == "qwen2", "qk_norm": c.family == "qwen3"}
+    if c.is_mla:
+        only["scoring_func"] = "softmax" if c.family == "deepseek_v2" else "sigmoid"
+    if c.family == "deepseek_v2" and c.n_routed_experts:
+        only["norm_topk_prob"] = False
+    if c.family != "deepseek_v3":
+        only["num_nextn_predict_layers"] = 0
+    for name, value in only.items():
+        if getattr(c, name) != value:
+            raise ValueError(
+                f"export: model.{name}={getattr(c, name)} is not what {c.family} computes, which is {name}={value}"
+            )
     if tokenizer.vocab_size > c.vocab_size:
         raise ValueError(f"export: the tokenizer has {tokenizer.vocab_size} tokens, the model {c.vocab_size}")
-    for (path, spec), leaf in zip(_specs(c).items(), jax.tree.leaves(params), strict=True):
+    stored = {entry.path for entry in hf_names.name_table(c)}
+    for (path, spec), leaf in zip(hf.leaf_specs(c).items(), jax.tree.leaves(params), strict=True):
         if tuple(leaf.shape) != tuple(spec.shape):
             raise ValueError(f"export: {path} is {tuple(leaf.shape)}, but the config says {tuple(spec.shape)}")
+        if path not in stored and np.any(jax.device_get(leaf)):
+            raise ValueError(f"export: {path} is not zero, and {c.family} has no tensor for it")
 
 
 # config.json
@@ -112,28 +142,44 @@ def _token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
 
 
-def config_fields(c: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+def config_fields(
+    c: ModelConfig, tokenizer: Tokenizer, dtype: str, block: tuple[int, int] = fp8.BLOCK
+) -> dict[str, Any]:
     """Returns config.json of a model: the fields transformers reads for its family."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     names += ("num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings", "tie_word_embeddings")
     fields = {name: getattr(c, name) for name in (*names, "initializer_range")}
     fields |= {"model_type": c.family, "architectures": [ARCHITECTURES[c.family]], "hidden_act": "silu"}
-    fields |= {"torch_dtype": dtype, "use_cache": True, "attention_dropout": 0.0}
+    fields |= {"torch_dtype": "bfloat16" if dtype == "fp8" else dtype, "use_cache": True, "attention_dropout": 0.0}
     fields |= _token_ids(tokenizer)
     fields["rope_scaling"] = _rope_scaling(c)
-    if c.is_mla:
-        names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        names += ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group")
-        names += ("topk_group", "scoring_func", "norm_topk_prob", "routed_scaling_factor")
-        fields |= {name: getattr(c, name) for name in names}
-        fields |= {"q_lora_rank": c.q_lora_rank or None, "topk_method": "noaux_tc", "moe_layer_freq": 1}
-        fields |= {"attention_bias": False, "rope_interleave": True, "num_key_value_heads": c.num_attention_heads}
-        fields |= {"num_nextn_predict_layers": 0, "head_dim": c.qk_rope_head_dim}
-        fields |= {"first_k_dense_replace": c.num_dense_layers}
-    else:
-        fields |= {"head_dim": c.head_dim}
-        fields |= {"attention_bias": False, "mlp_bias": False} if c.family == "llama" else {"use_sliding_window": False}
-    return fields
+    if dtype == "fp8":
+        quantisation = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+        fields["quantization_config"] = quantisation | {"weight_block_size": list(block)}
+    return fields | (_latent_fields(c) if c.is_mla else _grouped_fields(c))
+
+
+def _latent_fields(c: ModelConfig) -> dict[str, Any]:
+    names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    names += ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group")
+    names += ("topk_group", "scoring_func", "norm_topk_prob", "routed_scaling_factor")
+    fields = {name: getattr(c, name) for name in names}
+    fields |= {"q_lora_rank": c.q_lora_rank or None, "moe_layer_freq": 1, "attention_bias": False}
+    fields |= {"num_key_value_heads": c.num_attention_heads, "head_dim": c.qk_rope_head_dim}
+    fields["first_k_dense_replace"] = c.num_dense_layers
+    if c.family == "deepseek_v2":
+        return fields | {"topk_method": "greedy" if c.n_group == 1 else "group_limited_greedy"}
+    fields |= {"topk_method": "noaux_tc", "rope_interleave": True}
+    return fields | {"num_nextn_predict_layers": c.num_nextn_predict_layers}
+
+
+def _grouped_fields(c: ModelConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = {"head_dim": c.head_dim}
+    if c.family == "llama":
+        return fields | {"attention_bias": False, "mlp_bias": False}
+    if c.family == "qwen3":
+        fields["attention_bias"] = False
+    return fields | {"use_sliding_window": False}
 
 
 def _rope_scaling(c: ModelConfig) -> dict[str, Any] | None:
@@ -153,73 +199,118 @@ def _rope_scaling(c: ModelConfig) -> dict[str, Any] | None:
 # Weights
 
 
-def _specs(c: ModelConfig) -> dict[str, sharding.ParamSpec]:
-    leaves = jax.tree_util.tree_leaves_with_path(decoder.specs(c), is_leaf=sharding.is_spec)
-    return {hf_names.leaf_path(path): spec for path, spec in leaves}
+def tensors(c: ModelConfig, dtype: str, block: tuple[int, int] = fp8.BLOCK) -> list[Tensor]:
+    """Returns every tensor of the folder in the order of the name table, from the specs alone.
 
-
-def stored_dtypes(c: ModelConfig, dtype: str) -> dict[str, np.dtype]:
-    """Returns {leaf path: type on disk}: `dtype`, and float32 for the router's selection bias."""
-    return {path: np.dtype(spec.dtype or dtype) for path, spec in _specs(c).items()}
-
-
-def tensors(c: ModelConfig, dtype: str) -> list[Tensor]:
-    """Returns every tensor of the folder in the order of the name table, from the specs alone."""
-    specs, kinds, found = _specs(c), stored_dtypes(c, dtype), []
+    The router's selection bias is float32. With `fp8` the matrices of attention and feed-forward are FP8, each followed
+    by its float32 factors, and the rest is bfloat16. Tensors that repeat another one are last.
+    """
+    specs, found = hf.leaf_specs(c), {}
+    wide = np.dtype("bfloat16" if dtype == "fp8" else dtype)
     for entry in hf_names.name_table(c):
         spec = specs[entry.path]
-        shape = entry.hf_shape(spec)
+        shape, kind = entry.hf_shape(spec), np.dtype(spec.dtype or wide)
         for place in np.ndindex(*spec.shape[: entry.stacked]):
-            found.append(Tensor(entry.tensor_name(place), entry, place, shape, kinds[entry.path]))
-    return found
+            name = entry.tensor_name(place)
+            if dtype == "fp8" and fp8.is_quantised(name):
+                scales = name + fp8.SCALE
+                found[name] = Tensor(name, entry, place, shape, fp8.TYPE)
+                found[scales] = Tensor(scales, entry, place, fp8.scale_shape(shape, block), np.dtype(np.float32))
+            else:
+                found[name] = Tensor(name, entry, place, shape, kind)
+    for name, original in hf_names.copies(c).items():
+        found[name] = replace(found[original], name=name)
+    return list(found.values())
 
 
-def _write_weights(folder: Path, params: decoder.Params, found: Sequence[Tensor], shard_bytes: int) -> None:
-    leaves = {hf_names.leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+class Leaves:
+    """Tensors of parameters on the host. Small ones are fetched many at a time: a transfer costs more than they do."""
+
+    def __init__(self, params: decoder.Params):
+        self._leaves = {hf_names.leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+        self._key: tuple = ()
+        self._piece = np.zeros(0)
+
+    def value(self, tensor: Tensor) -> np.ndarray:
+        """Returns a tensor in the layout of the folder and in the type of its leaf; for factors, their matrix."""
+        leaf, stacked = self._leaves[tensor.entry.path], tensor.entry.stacked
+        depth = 0  # leading dimensions that choose a piece
+        while depth < stacked and math.prod(leaf.shape[depth:]) * leaf.dtype.itemsize > _PIECE_BYTES:
+            depth += 1
+        key = (tensor.entry.path, *tensor.place[:depth])
+        if key != self._key:
+            self._piece, self._key = np.zeros(0), key
+            self._piece = np.asarray(jax.device_get(leaf[tensor.place[:depth]] if depth else leaf))
+        return tensor.entry.transform.to_hf(self._piece[tensor.place[depth:]])
+
+
+def stored(tensor: Tensor, value: np.ndarray, block: tuple[int, int] = fp8.BLOCK) -> dict[str, np.ndarray]:
+    """Returns {name: array} of a tensor as it is written; of an FP8 matrix also its factors.
+
+    Raises ValueError when a value that becomes FP8 is not finite.
+    """
+    if tensor.dtype != fp8.TYPE:
+        return {tensor.name: value.astype(tensor.dtype, order="C")}
+    values, scales = fp8.quantise(np.asarray(value, np.float32), block)
+    if not np.isfinite(scales).all():
+        raise ValueError(f"export: {tensor.name} holds values that are not finite; FP8 cannot be made of them")
+    return {tensor.name: values, tensor.name + fp8.SCALE: scales}
+
+
+def read_back(tensor: Tensor, value: np.ndarray, block: tuple[int, int] = fp8.BLOCK) -> np.ndarray:
+    """Returns what an importer must read as float32 where `value` was written."""
+    parts = stored(tensor, value, block)
+    if tensor.dtype == fp8.TYPE:
+        return fp8.dequantise(*parts.values(), block)
+    return parts[tensor.name].astype(np.float32)
+
+
+def write_weights(
+    folder: Path,
+    found: Sequence[Tensor],
+    value: Callable[[Tensor], np.ndarray],
+    shard_bytes: int,
+    block: tuple[int, int] = fp8.BLOCK,
+) -> None:
+    """Writes the tensors, whose values `value` returns, to files of at most `shard_bytes`, with an index if several."""
+    shards = _shards(found, shard_bytes)
+    count, weight_map = len(shards), {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else hf.SINGLE_FILE
+        weight_map |= {tensor.name: file for tensor in shard}
+        with Writer(folder / file, [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]) as writer:
+            for tensor in shard:
+                if not tensor.is_scale:
+                    for name, array in stored(tensor, value(tensor), block).items():
+                        writer.put(name, array)
+    if count > 1:
+        total = sum(tensor.nbytes for tensor in found)
+        _write_json(folder / hf.INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _shards(found: Sequence[Tensor], shard_bytes: int) -> list[list[Tensor]]:
+    """Returns the tensors by file; a matrix and its factors share one."""
     shards: list[list[Tensor]] = [[]]
     size = 0
-    for tensor in found:
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
+    for unit in _units(found):
+        nbytes = sum(tensor.nbytes for tensor in unit)
+        if shards[-1] and size + nbytes > shard_bytes:
             shards.append([])
             size = 0
-        shards[-1].append(tensor)
-        size += tensor.nbytes
-    if len(shards) == 1:
-        _write_file(folder / hf.SINGLE_FILE, leaves, shards[0])
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / file, leaves, shard)
-        weight_map |= {tensor.name: file for tensor in shard}
-    total = sum(tensor.nbytes for tensor in found)
-    _write_json(folder / hf.INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        shards[-1].extend(unit)
+        size += nbytes
+    return shards
 
 
-def _write_file(path: Path, leaves: dict[str, jax.Array], shard: Sequence[Tensor]) -> None:
-    """Writes one safetensors file: header length (8 bytes, little endian), JSON header, the tensors back to back."""
-    shard = sorted(shard, key=lambda tensor: -tensor.dtype.itemsize)  # wide types first, so that all are aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in shard:
-        begin, end = end, end + tensor.nbytes
-        header[tensor.name] = {
-            "dtype": TYPE_NAMES[tensor.dtype.name],
-            "shape": tensor.shape,
-            "data_offsets": (begin, end),
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in shard:
-            file.write(_value(leaves[tensor.entry.path], tensor).reshape(-1).view(np.uint8))
-
-
-def _value(leaf: jax.Array, tensor: Tensor) -> np.ndarray:
-    """Returns one tensor on the host as it is stored, contiguous."""
-    part = np.asarray(jax.device_get(leaf[tensor.place] if tensor.place else leaf))
-    return np.ascontiguousarray(tensor.entry.transform.to_hf(part.astype(tensor.dtype)))
+def _units(found: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    unit: list[Tensor] = []
+    for tensor in found:
+        if unit and not tensor.is_scale:
+            yield unit
+            unit = []
+        unit.append(tensor)
+    if unit:
+        yield unit
 
 
 def _write_json(path: Path, value: dict) -> None:

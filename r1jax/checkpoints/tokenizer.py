@@ -1,32 +1,78 @@
-"""Tokenizers: a Hugging Face tokenizer.json through the `tokenizers` library, and the tiny world's own word list."""
+"""Tokenizers: a Hugging Face folder's tokenizer.json or sentencepiece model, and the tiny world's own word list."""
 
 import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import tokenizers
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from r1jax.checkpoints import chat
+from r1jax.checkpoints import sentencepiece_model as spm
 from r1jax.data import tasks
 
 
-def _token_text(value) -> str | None:
+class Backend(Protocol):
+    """What turns text into ids and back; special tokens spelled out in the text are one id each."""
+
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token_to_id(self, token: str) -> int | None: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+class JsonBackend:
+    """A tokenizer.json, through the `tokenizers` library."""
+
+    def __init__(self, inner: tokenizers.Tokenizer):
+        self._inner = inner
+
+    @property
+    def vocab_size(self) -> int:
+        return self._inner.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._inner.decode(list(ids), skip_special_tokens=False)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._inner.token_to_id(token)
+
+    def save(self, folder: Path) -> None:
+        self._inner.save(str(folder / "tokenizer.json"))
+
+
+def _token_text(value: Any) -> str | None:
     """Returns a special token's text from tokenizer_config.json, where it is a string or an object with `content`."""
-    return value.get("content") if isinstance(value, dict) else value
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
 
 
 class Tokenizer:
     """Text to ids and back, with the special tokens and the chat template of a checkpoint."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, special: dict, chat_template: str = "", source: str = ""):
+    def __init__(self, backend: Backend, special: dict, chat_template: str = "", source: str = ""):
+        """`special` is tokenizer_config.json. Without a pad_token, padding is the end token. ValueError without an end."""
         self.backend, self.chat_template, self.source = backend, chat_template, source
         self.config = special
         self.bos_id = self._special_id("bos_token")
-        self.eos_id = self._special_id("eos_token")
-        if self.eos_id is None:
-            raise ValueError(f"tokenizer {source}: no eos_token; add it to tokenizer_config.json")
+        eos = self._special_id("eos_token")
+        if eos is None:
+            given = _token_text(self.config.get("eos_token"))
+            what = "" if given is None else f" in the vocabulary (eos_token={given!r})"
+            raise ValueError(
+                f"tokenizer {source}: no eos_token{what}; name the token that ends a response as eos_token in "
+                "tokenizer_config.json (pad_token may be left out: padding is then the end token)"
+            )
+        self.eos_id = eos
         pad = self._special_id("pad_token")
         self.pad_id = self.eos_id if pad is None else pad
 
@@ -36,79 +82,136 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self.backend.get_vocab_size(with_added_tokens=True)
+        return self.backend.vocab_size
 
     def encode(self, text: str) -> list[int]:
         """Returns ids without any special token that the text does not spell out."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, special tokens included except pad and eos."""
-        return self.backend.decode(
-            [int(i) for i in ids if i not in (self.eos_id, self.pad_id)], skip_special_tokens=False
-        )
+        return self.backend.decode([int(i) for i in ids if i not in (self.eos_id, self.pad_id)])
 
     def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
         return [self.decode(row) for row in rows]
 
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Returns the chat template applied to messages, rendered in a sandbox. Raises ValueError without a template."""
+        """Returns the chat template applied to messages, rendered in a sandbox.
+
+        Raises ValueError without a template, and in one line for whatever goes wrong inside it.
+        """
         if not self.chat_template:
             raise ValueError(f"tokenizer {self.source}: no chat template; set --config.data.template=r1_zero or plain")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-
-        def refuse(message):
-            raise TemplateError(message)
-
-        environment.globals["raise_exception"] = refuse
-        tokens = {name: _token_text(self.config.get(name)) or "" for name in ("bos_token", "eos_token")}
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        tokens = {name: _token_text(self.config.get(name)) or "" for name in names}
         try:
-            template = environment.from_string(self.chat_template)
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
-        except TemplateError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"tokenizer {self.source}: the chat template failed: {reason}") from None
+            return chat.render(
+                self.chat_template, dict(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
+            )
+        except ValueError as error:
+            raise ValueError(f"tokenizer {self.source}: the chat template failed: {error}") from None
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json."""
-        self.backend.save(str(folder / "tokenizer.json"))
+        """Writes the tokenizer's own file and tokenizer_config.json, from which `from_folder` and transformers read it."""
+        self.backend.save(folder)
         config = dict(self.config)
         if self.chat_template:
             config["chat_template"] = self.chat_template
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8"
+        )
 
 
 def from_folder(folder: str | Path) -> Tokenizer:
-    """Returns the tokenizer of a Hugging Face folder. Raises ValueError when its files are missing or malformed."""
+    """Returns the tokenizer of a Hugging Face folder: its tokenizer.json, else the sentencepiece model tokenizer.model.
+
+    Raises ValueError when its files are missing or malformed, or name no end token.
+    """
     folder = Path(folder)
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        raise ValueError(f"tokenizer: no tokenizer.json in {folder}; save the tokenizer in its fast format there")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:
-        raise ValueError(f"tokenizer: {path} is not a tokenizer.json: {error}") from None
-    config, config_path = {}, folder / "tokenizer_config.json"
-    if config_path.exists():
-        try:
-            config = json.loads(config_path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"tokenizer: {config_path} is not JSON: {error}") from None
-    template = config.pop("chat_template", "") or ""
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text()
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
+    if not (folder / "tokenizer.json").exists() and not (folder / spm.FILE).exists():
+        raise ValueError(
+            f"tokenizer: no tokenizer.json and no {spm.FILE} in {folder}; copy the tokenizer's files there"
+        )
+    config = _read_json(folder / "tokenizer_config.json")
+    for name, value in _read_json(folder / "special_tokens_map.json").items():
+        config[name] = value if config.get(name) is None else config[name]
+    template = _chat_template(folder, config.pop("chat_template", None))
+    if (folder / "tokenizer.json").exists():
+        return Tokenizer(_json_backend(folder / "tokenizer.json"), config, template, str(folder))
+    backend = _sentencepiece_backend(folder, config)
+    # What the model names itself is written into the config, so that a saved folder states it.
+    given = {name: value for name, value in config.items() if value is not None}
+    config = backend.own_tokens() | {"tokenizer_class": "LlamaTokenizer"} | given
     return Tokenizer(backend, config, template, str(folder))
+
+
+def _chat_template(folder: Path, stated: Any) -> str:
+    """Returns the template of chat_template.jinja, else the one stated in tokenizer_config.json, "" without either."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if isinstance(stated, list):  # several with names
+        named = {entry.get("name"): entry.get("template") for entry in stated if isinstance(entry, dict)}
+        stated = named.get("default")
+    if not isinstance(stated, str | None):
+        raise ValueError(f"tokenizer: {folder / 'tokenizer_config.json'}: chat_template must be text")
+    return stated or ""
+
+
+def _read_json(path: Path) -> dict:
+    """Returns a JSON object, or an empty one where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"tokenizer: {path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"tokenizer: {path} holds a {type(value).__name__}, an object is needed")
+    return value
+
+
+def _json_backend(path: Path) -> JsonBackend:
+    try:
+        return JsonBackend(tokenizers.Tokenizer.from_file(str(path)))
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"tokenizer: {path} is not a tokenizer.json: {' '.join(str(error).split())}") from None
+
+
+def _sentencepiece_backend(folder: Path, config: dict) -> spm.SentencePieceBackend:
+    """Returns the backend of tokenizer.model; tokens beyond it go into `config` as transformers writes them.
+
+    added_tokens.json and added_tokens_decoder give their ids; add_prefix_space and legacy (both as transformers
+    defaults them: true, false) say where a leading space goes.
+    """
+    decoder = dict(config.get("added_tokens_decoder") or {})
+    for token, index in _read_json(folder / "added_tokens.json").items():
+        decoder.setdefault(str(index), {"content": token, "special": True})
+    if decoder:
+        config["added_tokens_decoder"] = decoder
+    try:
+        added = {str(_token_text(token)): int(index) for index, token in decoder.items()}
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"tokenizer: {folder}: added tokens must be given as numbers and texts, not {decoder}"
+        ) from None
+    extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    named = [config.get(f"{name}_token") for name in ("bos", "eos", "pad", "unk")]
+    named += extra.values() if isinstance(extra, dict) else extra
+    prefix = "never" if config.get("add_prefix_space") is False else "always" if config.get("legacy") else "first"
+    try:
+        content = (folder / spm.FILE).read_bytes()
+        return spm.SentencePieceBackend(content, added, [_token_text(token) for token in named if token], prefix)
+    except ValueError as error:
+        raise ValueError(f"tokenizer: {folder / spm.FILE} is {error}") from None
 
 
 @functools.lru_cache
 def tiny() -> Tokenizer:
     """Returns the tiny world's tokenizer: one token a word, words separated by spaces."""
     vocabulary = {word: index for index, word in enumerate(tasks.vocabulary())}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(list(tasks.SPECIAL_TOKENS))
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(list(tasks.SPECIAL_TOKENS))
     special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     special["tokenizer_class"] = "PreTrainedTokenizerFast"
-    return Tokenizer(backend, special, source="tiny world")
+    return Tokenizer(JsonBackend(inner), special, source="tiny world")

@@ -15,22 +15,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from r1jax.schema import MeshConfig
 
-AXES = ("data", "fsdp", "expert", "tensor", "context")
-BATCH_AXES = ("data", "fsdp", "expert")  # tokens are spread over these; experts over `expert`
+AXES = ("slice", "data", "fsdp", "expert", "tensor", "context")
+BATCH_AXES = ("slice", "data", "fsdp", "expert")  # rows are spread over these, the tokens of a row over `context`
 
-# Logical axis -> mesh axes. A logical axis that is absent here is replicated.
-RULES: dict[str, tuple[str, ...]] = {
+Rules = dict[str, tuple[str, ...]]  # logical axis -> mesh axes; a logical axis that is absent is replicated
+
+# Experts lie over fsdp and expert together, so that tokens travel to experts and expert weights never move.
+TRAIN: Rules = {
     "batch": BATCH_AXES,
     "slots": BATCH_AXES,
+    "sequence": ("context",),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "ffw": ("tensor",),
-    "experts": ("expert",),
+    "experts": ("fsdp", "expert"),
+}
+# A decode step reads every weight for a handful of tokens: gathering fsdp's parts each time would cost more than holding
+# the dense weights whole. One token a slot leaves nothing to divide along a row, so `context` takes slots too.
+DECODE: Rules = {
+    **TRAIN,
+    "batch": (*BATCH_AXES, "context"),
+    "slots": (*BATCH_AXES, "context"),
+    "sequence": (),
+    "embed": (),
 }
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -70,7 +83,10 @@ def map_specs(function: Callable[[ParamSpec], Any], specs: Any) -> Any:
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """Returns a mesh over the first devices. Raises ValueError when there are too few."""
+    """Returns a mesh over the first devices. Raises ValueError when there are too few.
+
+    On TPUs neighbours on a mesh axis are neighbours in the machine, and the `slice` axis alone crosses between slices.
+    """
     devices = jax.devices() if devices is None else devices
     needed = math.prod(config.shape)
     if needed > len(devices):
@@ -78,33 +94,62 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
             f"mesh: {dict(zip(AXES, config.shape, strict=True))} needs {needed} devices, {len(devices)} are here; "
             "make config.mesh smaller"
         )
-    return Mesh(np.asarray(devices[:needed]).reshape(config.shape), AXES)
+    if devices[0].platform != "tpu" or needed < len(devices):
+        return Mesh(np.asarray(devices[:needed]).reshape(config.shape), AXES)
+    if config.slice == 1:
+        placed = mesh_utils.create_device_mesh(config.shape, devices, allow_split_physical_axes=True)
+    else:
+        inner, outer = (1, *config.shape[1:]), (config.slice, *[1] * (len(AXES) - 1))
+        placed = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES)
 
 
-def partition(axes: tuple[str | None, ...], shape: tuple[int, ...] | None = None, mesh: Mesh | None = None):
-    """Returns the PartitionSpec of logical axes; an axis that does not divide its dimension is replicated."""
+def partition(
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...] | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+):
+    """Returns the PartitionSpec of logical axes under `rules` (default: those in force).
+
+    Mesh axes of size 1 are left out. Where the rest do not divide a dimension, the leading ones are left out until they
+    do: rows too few for all of (data, fsdp) are spread over fsdp alone.
+    """
+    rules = current_rules() if rules is None else rules
     entries = []
     for index, axis in enumerate(axes):
-        names = RULES.get(axis, ()) if axis else ()
-        if names and shape is not None and mesh is not None:
-            size = math.prod(mesh.shape[name] for name in names)
-            if shape[index] % size:
-                names = ()
+        names = rules.get(axis, ()) if axis else ()
+        if shape is not None and mesh is not None:
+            names = tuple(name for name in names if mesh.shape[name] > 1)
+            while names and shape[index] % math.prod(mesh.shape[name] for name in names):
+                names = names[1:]
         entries.append(names if len(names) > 1 else names[0] if names else None)
     return PartitionSpec(*entries)
 
 
-def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...] | None = None) -> NamedSharding:
-    return NamedSharding(mesh, partition(axes, shape, mesh))
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns the mesh axes of one entry of a PartitionSpec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def sharding(
+    mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...] | None = None, rules: Rules | None = None
+) -> NamedSharding:
+    return NamedSharding(mesh, partition(axes, shape, mesh, rules))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def spec_shardings(specs: Any, mesh: Mesh) -> Any:
-    """Returns the NamedSharding of every spec."""
-    return map_specs(lambda spec: sharding(mesh, spec.axes, spec.shape), specs)
+def spec_shardings(specs: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
+    """Returns the NamedSharding of every spec under `rules` (default: those in force)."""
+    return map_specs(lambda spec: sharding(mesh, spec.axes, spec.shape, rules), specs)
+
+
+def on_host(shardings: Any) -> Any:
+    """Returns the shardings with their arrays kept in the host's memory instead of the device's."""
+    return jax.tree.map(lambda place: place.with_memory_kind("pinned_host"), shardings)
 
 
 def abstract(specs: Any, dtype, mesh: Mesh | None = None) -> Any:
@@ -135,18 +180,22 @@ _active = threading.local()
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh):
-    """Makes `mesh` the one that `constrain` and `current_mesh` see while programs are traced."""
-    previous = getattr(_active, "mesh", None)
-    _active.mesh = mesh
+def use_mesh(mesh: Mesh, rules: Rules = TRAIN):
+    """Makes `mesh` and `rules` those that `constrain` and others see while programs are traced."""
+    previous = current_mesh(), current_rules()
+    _active.mesh, _active.rules = mesh, rules
     try:
         yield mesh
     finally:
-        _active.mesh = previous
+        _active.mesh, _active.rules = previous
 
 
 def current_mesh() -> Mesh | None:
     return getattr(_active, "mesh", None)
+
+
+def current_rules() -> Rules:
+    return getattr(_active, "rules", TRAIN)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -1,4 +1,6 @@
-"""How a question becomes the text a model sees."""
+"""How a question becomes the text a model sees, and which part of the assistant's turn that text already holds."""
+
+import re
 
 # Says what the paper's Table 1 asks of a base model, in our words; nothing about how to reason.
 R1_ZERO = (
@@ -7,19 +9,49 @@ R1_ZERO = (
     "answer between <answer> and </answer>, like this: <think> reasoning </think> <answer> answer </answer>.\n"
     "User: {question}\nAssistant:"
 )
+THINK = "<think>\n"  # how R1's chat format opens the assistant's turn
+_OPENED = re.compile(r"<think>\s*\Z")
 
 
-def render(question: str, template: str, instruction: str = "", chat=None) -> str:
+def render(question: str, template: str, instruction: str = "", chat=None, think_prefill: bool = False) -> str:
     """Returns the prompt text of a question under a template: tiny, plain, r1_zero or chat.
 
-    `chat` renders a list of messages with the tokenizer's own template. Raises ValueError for an unknown template.
+    `chat` renders a list of messages with the tokenizer's own template. With `think_prefill` the text ends in
+    `<think>\\n`, once, whether or not the template itself ends so. Raises ValueError for an unknown template.
     """
     if instruction:
         question = f"{instruction}\n{question}"
     if template in ("tiny", "plain"):
-        return question
-    if template == "r1_zero":
-        return R1_ZERO.format(question=question)
-    if template == "chat":
-        return chat([{"role": "user", "content": question}])
-    raise ValueError(f"no template named {template!r}; known: tiny, plain, r1_zero, chat")
+        text = question
+    elif template == "r1_zero":
+        text = R1_ZERO.format(question=question)
+    elif template == "chat":
+        text = chat([{"role": "user", "content": question}])
+    else:
+        raise ValueError(f"no template named {template!r}; known: tiny, plain, r1_zero, chat")
+    if not think_prefill:
+        return text
+    opened = prefill(text)
+    return text if opened.endswith("\n") else text + ("\n" if opened else THINK)
+
+
+def prefill(text: str) -> str:
+    """Returns the `<think>` with the white space after it that ends a prompt, or "" where none does."""
+    found = _OPENED.search(text)
+    return found[0] if found else ""
+
+
+def split_turn(text: str, turn: str) -> tuple[str, str]:
+    """Returns (prompt, response) that together read as the prompt `text` and then the whole assistant turn `turn`.
+
+    Where the prompt has opened the thinking, the turn's own `<think>` is left out; a turn without one gets the prompt
+    without its opening.
+    """
+    opened = prefill(text)
+    if not opened:
+        return text, turn
+    if turn.startswith(opened):
+        return text, turn[len(opened) :]
+    if turn.lstrip().startswith("<think>"):
+        return text, turn.lstrip().removeprefix("<think>").lstrip()
+    return text.removesuffix(opened), turn

@@ -17,10 +17,14 @@ from r1jax.schema import ModelConfig
 class Scorer:
     """Scores batches [M, R, T]; one program for any number of filled micro-batches."""
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, chunk_tokens: int = 0):
+    def __init__(self, model: ModelConfig, mesh: Mesh, chunk_tokens: int = 0, offloaded: bool = False):
+        """With `offloaded` the weights lie in host memory and are brought over for each batch."""
         self.mesh = mesh
+        placed = sharding.spec_shardings(decoder.specs(model), mesh)
 
         def score(params, batch, filled, temperature):
+            params = jax.device_put(params, placed) if offloaded else params
+
             def one(index, out):
                 micro = jax.tree.map(lambda x: x[index], batch)
                 hidden, _, _ = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], model)
@@ -36,7 +40,7 @@ class Scorer:
     def __call__(self, params: Any, batch: dict[str, np.ndarray], filled: int, temperature: float) -> np.ndarray:
         """Returns log p(target), float32 [M, R, T], of softmax(logits / temperature); 0 in micro-batches not filled."""
         fields = ("tokens", "targets", "positions", "segments")
-        place = sharding.sharding(self.mesh, (None, "batch", None), batch["tokens"].shape)
+        place = sharding.sharding(self.mesh, (None, "batch", "sequence"), batch["tokens"].shape)
         arrays = {name: jax.device_put(batch[name], place) for name in fields}
         with use_mesh(self.mesh):
             return np.asarray(self._score(params, arrays, np.int32(filled), np.float32(temperature)))

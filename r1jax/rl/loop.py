@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.core import runtime, tree
+from r1jax.core import runtime, sharding, tree
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.core.metrics import MetricsLog
 from r1jax.models import decoder
@@ -82,11 +82,13 @@ class PolicyTraining:
         self.prompts = rollout.PromptPhases(prompts, later, config)
         model = config.model
         self.trainer = step.Trainer(model, config.optimizer, mesh, losses.make_loss(model), config.grpo.updates)
-        self.scorer = Scorer(model, mesh)
+        self.scorer = Scorer(model, mesh, offloaded=config.grpo.offload_reference)
+        placed = self.trainer.param_shardings
+        self.reference_shardings = sharding.on_host(placed) if config.grpo.offload_reference else placed
         self.sampler = RolloutSampler(Engine(model, config.sampler, mesh, (tokenizer.eos_id,), tokenizer))
         self._compute = jax.jit(
             lambda p: jax.tree.map(jnp.copy, tree.cast(p, jnp.dtype(model.compute_dtype))),
-            out_shardings=self.trainer.param_shardings,
+            out_shardings=self.reference_shardings,
         )
         self.state, self.reference, self.cursor = self.trainer.init(params), None, Cursor()
         self.store = CheckpointStore(folder / "checkpoints", config.checkpointing.keep)
@@ -128,7 +130,7 @@ class PolicyTraining:
             reference = jax.tree.map(
                 lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
                 shapes,
-                self.trainer.param_shardings,
+                self.reference_shardings,
             )
             wanted = {"params": target.params, "optimizer": target.optimizer, "reference": reference}
             items = self.store.restore(number, wanted)
@@ -139,7 +141,7 @@ class PolicyTraining:
     def warm_up(self) -> None:
         """Compiles every program once, on data that leaves no trace, and freezes their number."""
         self.phase("warm_up")
-        self.sampler.warm_up(self._compute(self.state.params))
+        self.sampler.warm_up(self.sampler.engine.load_params(self.state.params))
         size = self.config.pack
         shape = (rollout.micro_batches(self.config), size.rows_per_micro_batch, size.row_tokens)
         names = ("tokens", "targets", "positions", "segments")
@@ -171,7 +173,7 @@ class PolicyTraining:
             prompts, draws, grpo.group_size, self.law(start), config.seed, config.stage, "sample"
         )
         self.phase("rollout")
-        weights = self._compute(self.state.params)
+        weights = self.sampler.engine.load_params(self.state.params)
         samples = self.timer.run("rollout", self.sampler.generate, requests, weights, start)
         self.phase("grading")
         texts = self.tokenizer.decode_batch([sample.token_ids for sample in samples])

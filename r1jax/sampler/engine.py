@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
-from r1jax.core import rng, sharding
+from r1jax.core import rng, sharding, tree
 from r1jax.core.sharding import use_mesh
 from r1jax.models import decoder
 from r1jax.models.cache import Cache, CacheSpec
@@ -229,6 +229,11 @@ class Engine(jetstream.Engine):
 
         # Outputs lie the same way whoever made them, so that one compilation serves every order of calls.
         everywhere, state = sharding.replicated(self._mesh), self._state_shardings()
+        placed = sharding.spec_shardings(decoder.specs(model), self._mesh, sharding.DECODE)
+        self._place = jax.jit(
+            lambda params: jax.tree.map(jnp.copy, tree.cast(params, jnp.dtype(model.compute_dtype))),
+            out_shardings=placed,
+        )
         self._decode = jax.jit(decode, static_argnums=(2, 3), donate_argnums=1, out_shardings=(state, everywhere))
         self._prefill = jax.jit(prefill, out_shardings=everywhere)
         self._insert = jax.jit(insert, donate_argnums=1, out_shardings=state)
@@ -243,7 +248,7 @@ class Engine(jetstream.Engine):
 
     def decode(self, params: Any, state: DecodeState, steps: int, window: int | None = None):
         """Returns (state, StepOutput) of `steps` steps in one dispatch, reading `window` cache rows (default all)."""
-        with use_mesh(self._mesh):
+        with use_mesh(self._mesh, sharding.DECODE):
             return self._decode(params, state, steps, window or self.rows)
 
     def window_for(self, rows: int) -> int:
@@ -267,7 +272,7 @@ class Engine(jetstream.Engine):
         slot_params = jax.tree.map(
             lambda x: np.concatenate([x, np.zeros((padding, *x.shape[1:]), x.dtype)]), slot_params
         )
-        with use_mesh(self._mesh):
+        with use_mesh(self._mesh, sharding.DECODE):
             return self._insert(prefix, state, wide, slot_params)
 
     def default_slot_params(self, count: int) -> SlotParams:
@@ -286,6 +291,7 @@ class Engine(jetstream.Engine):
     def compilations(self) -> dict[str, int]:
         """Returns how many programs each operation has compiled."""
         return {
+            "place": self._place._cache_size(),
             "prefill": self._prefill._cache_size(),
             "insert": self._insert._cache_size(),
             "decode": self._decode._cache_size(),
@@ -294,8 +300,8 @@ class Engine(jetstream.Engine):
     # JetStream's Engine API
 
     def load_params(self, params: Any = None) -> Any:
-        """Returns `params` placed for the engine's mesh."""
-        return jax.device_put(params, sharding.spec_shardings(decoder.specs(self.model), self._mesh))
+        """Returns a copy of `params` in the compute dtype, sharded as decoding wants them: one program, wherever they lie."""
+        return self._place(params)
 
     def prefill(
         self, *, params, existing_prefix=None, padded_tokens, true_length, sampler=None, request_id=None
@@ -309,7 +315,7 @@ class Engine(jetstream.Engine):
             raise ValueError(
                 f"Engine.prefill: {before} + {true_length} prompt tokens fill the {self.rows} cache rows of a slot"
             )
-        with use_mesh(self._mesh):
+        with use_mesh(self._mesh, sharding.DECODE):
             return self._prefill(params, tokens, np.int32(true_length), existing_prefix)
 
     def insert(self, prefix, decode_state, slot, request_id=None, *, slot_params=None) -> DecodeState:
@@ -345,7 +351,7 @@ class Engine(jetstream.Engine):
 
         def place(leaf):
             axes = spec.axes if leaf.shape == spec.shape else ("slots", *([None] * (leaf.ndim - 1)))
-            return sharding.sharding(self._mesh, axes, leaf.shape)
+            return sharding.sharding(self._mesh, axes, leaf.shape, sharding.DECODE)
 
         return jax.tree.map(place, jax.eval_shape(self._empty_state))
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -25,7 +24,7 @@ from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import Config, replace
-from r1jax.stages import common, lineage, prompts
+from r1jax.stages import common, lineage, prompts, template_check
 
 COLUMNS = (
     "checkpoint",
@@ -59,6 +58,7 @@ def run(config: Config, workdir: Path) -> dict:
     config = replace(config, model=replace(config.model, checkpoint=config.checkpoint))
     config, tokenizer, mesh = common.prepare(config)
     held_out = prompts.encode(prompts.load(config)[1], config, tokenizer)
+    template_check.check(config, tokenizer, held_out)
     params = common.load_weights(config, mesh, config.checkpoint, lambda: None)
     figures, responses = evaluate(config, tokenizer, mesh, held_out, params)
     folder = Path(workdir) / config.stage
@@ -143,7 +143,7 @@ def evaluate(
         held_out = held_out[: settings.max_problems]
     config = replace(config, stage="evaluate")
     sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, (tokenizer.eos_id,), tokenizer))
-    params = tree.cast(params, jnp.dtype(config.model.compute_dtype))
+    params = sampler.engine.load_params(params)
     law = SamplingLaw(settings.temperature, settings.top_p, 0, config.sampler.max_new_tokens, (tokenizer.eos_id,))
     with RewardPool(config.reward) as pool:
         ask = functools.partial(respond, config, tokenizer, sampler, pool)

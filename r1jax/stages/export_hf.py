@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.checkpoints import hf, hf_config, hf_export, hf_names
+from r1jax.checkpoints import hf, hf_config, hf_export
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.config import flatten, override
 from r1jax.core import tree
@@ -18,9 +18,11 @@ from r1jax.models import decoder
 from r1jax.schema import Config, ModelConfig, replace
 from r1jax.stages import common, lineage, prompts
 
-RUN_FIELDS = ("model.", "data.path", "data.template")  # of the run's config.json: what an export must agree with
-PATHS = ("model.checkpoint", "data.path", "coldstart.teacher", "inputs", "checkpoint", "output")
+# Of the run's config.json: what an export must agree with.
+RUN_FIELDS = ("model.", "data.path", "data.template", "data.think_prefill")
+PATHS = ("model.checkpoint", "data.path", "distill.examples", "coldstart.teacher", "inputs", "checkpoint", "output")
 QUESTION = "(messages | selectattr('role', 'equalto', 'user') | list | last)['content']"
+ASKED = "{% if add_generation_prompt and messages[-1]['role'] != 'tool' %}"  # a turn goes on after a tool's output
 
 
 def run(config: Config, workdir: Path) -> dict[str, float]:
@@ -37,18 +39,23 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
         raise ValueError(f"{source} is a Hugging Face folder already, or no stage's folder; give a stage's folder")
     fields = run_fields(source)
     own, tokenizer, mesh = common.prepare(stage_config(source, fields, config))
+    hf_export.check_dtype(own.model, config.export.dtype)
     tokenizer = Tokenizer(tokenizer.backend, tokenizer.config, chat_template(own, tokenizer), tokenizer.source)
     params = common.load_weights(own, mesh, str(source), lambda: None)
     figures, kind = {"parameters": tree.count(params)}, config.export.dtype
 
     def check(folder: Path) -> None:
-        figures["tensors"] = len(list(hf.TensorFiles(folder)))
+        with hf.TensorFiles(folder) as files:
+            figures["tensors"] = len(list(files))
         figures["files"] = len(list(folder.glob("*.safetensors")))
         if config.export.verify:
             figures["logit_difference"] = verify(folder, params, own.model, mesh, kind)
 
     hf_export.save(target, params, own.model, tokenizer, kind, card(source, fields, target.name), check=check)
-    checked = "read back and compared" if config.export.verify else "not read back"
+    checked = "not read back"
+    if config.export.verify:
+        moved = figures["logit_difference"]
+        checked = f"read back and compared, logits moved by {moved:.2g} of the largest"
     print(f"{target}: {figures['parameters']:,} parameters as {kind}, {checked}", file=sys.stderr)
     return figures
 
@@ -84,12 +91,17 @@ def stage_config(folder: Path, fields: dict, config: Config) -> Config:
 def chat_template(config: Config, tokenizer: Tokenizer) -> str:
     """Returns the Jinja template that renders a question as the run's training did.
 
-    The tokenizer's own for `chat`; for the other templates one that asks the last user message.
+    The tokenizer's own for `chat`; for the other templates one that asks the last user message. With
+    config.data.think_prefill its generation prompt ends in `<think>` and a line break.
     """
-    kind = prompts.template(config, tokenizer)
+    kind, opened = prompts.template(config, tokenizer), config.data.think_prefill
     if kind == "chat":
-        return tokenizer.chat_template
-    before, after = templates.render("\0", kind).split("\0")
+        if not opened:
+            return tokenizer.chat_template
+        shut, open_ = (templates.render("1", kind, "", tokenizer.render_chat, prefilled) for prefilled in (False, True))
+        missing = json.dumps(open_.removeprefix(shut), ensure_ascii=False)
+        return tokenizer.chat_template + (f"{ASKED}{{{{ {missing} }}}}{{% endif %}}" if open_ != shut else "")
+    before, after = templates.render("\0", kind, think_prefill=opened).split("\0")
     parts = [json.dumps(before, ensure_ascii=False), QUESTION, json.dumps(after, ensure_ascii=False)]
     return "{{ " + " + ".join(part for part in parts if part != '""') + " }}"
 
@@ -97,18 +109,20 @@ def chat_template(config: Config, tokenizer: Tokenizer) -> str:
 def verify(folder: Path, params: decoder.Params, model: ModelConfig, mesh: Mesh, dtype: str) -> float:
     """Returns max |logit before - after| on random tokens, as a fraction of the largest logit; 0 for float32.
 
-    Reads the folder back with a second copy of the weights on the devices. Raises ValueError when a weight is not
-    bit-equal after rounding to `dtype`, or config.json describes a model that computes something else.
+    Reads the folder back with a second copy of the weights on the devices. Raises ValueError when a weight does not
+    have the bits of the one here after rounding to `dtype` (`fp8`: quantised and multiplied out again), or when
+    config.json describes a model that computes something else.
     """
     model = replace(model, compute_dtype="float32")
     shape = hf_config.model_config(folder, model)
     back = hf.load(folder, shape, mesh, jnp.float32)
-    kinds = hf_export.stored_dtypes(model, dtype)
-    for (path, before), after in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(back), strict=True):
-        name = hf_names.leaf_path(path)
-        kept = np.asarray(before).astype(kinds[name]).astype(np.float32)
-        if not np.array_equal(kept.view(np.uint32), np.asarray(after).view(np.uint32)):
-            raise ValueError(f"export_hf: {name} reads back differently; nothing was kept")
+    before, after = hf_export.Leaves(params), hf_export.Leaves(back)
+    for tensor in hf_export.tensors(model, dtype):
+        if tensor.is_scale:
+            continue
+        kept = hf_export.read_back(tensor, before.value(tensor))
+        if not np.array_equal(kept.view(np.uint32), after.value(tensor).view(np.uint32)):
+            raise ValueError(f"export_hf: {tensor.name} reads back differently; nothing was kept")
     reread, same_weights, original = (_logits(*pair) for pair in ((back, shape), (back, model), (params, model)))
     if not np.array_equal(reread, same_weights):
         raise ValueError("export_hf: config.json, read back, computes other logits; nothing was kept")
@@ -119,8 +133,13 @@ def _logits(params: decoder.Params, model: ModelConfig) -> np.ndarray:
     """Returns the logits [2, 24, V] of two rows of random tokens."""
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, 24)).astype(np.int32)
     places = np.tile(np.arange(24, dtype=np.int32), (2, 1))
-    hidden, _, _ = decoder.forward(params, tokens, places, np.ones_like(tokens), model)
-    return np.asarray(decoder.logits(params, hidden))
+
+    @jax.jit
+    def run(params: decoder.Params) -> jax.Array:
+        hidden, _, _ = decoder.forward(params, tokens, places, np.ones_like(tokens), model)
+        return decoder.logits(params, hidden)
+
+    return np.asarray(run(params))
 
 
 def card(source: Path, fields: dict, name: str) -> str:

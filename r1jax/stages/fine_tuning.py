@@ -1,7 +1,8 @@
 """What every SFT stage does: examples once, fine-tune resumably, evaluate start and end."""
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -9,13 +10,13 @@ from jax.sharding import Mesh
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import checkpoint, tree
 from r1jax.core.metrics import MetricsLog
-from r1jax.data import jsonl
+from r1jax.data import jsonl, templates
 from r1jax.data.hashing import hash64
 from r1jax.data.packing import PackItem
 from r1jax.data.prompts import keyed_permutation
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config
-from r1jax.stages import common, compute, evaluate, lineage, prompts
+from r1jax.stages import common, compute, evaluate, lineage, prompts, template_check
 from r1jax.stages.progress import Progress
 from r1jax.train import sft, step, supervised
 
@@ -26,16 +27,23 @@ COUNTS = "examples_counts.json"
 Collect = Callable[[Config, Tokenizer, Mesh, list[EncodedPrompt], Path], tuple[list[dict], dict[str, float]]]
 
 
-def run(config: Config, workdir: Path, sources: tuple[str, ...], collect: Collect) -> dict:
-    """Collects examples from the results of the stages `sources`, fine-tunes, evaluates and returns the figures."""
+def run(
+    config: Config, workdir: Path, sources: tuple[str, ...], collect: Collect, files: Mapping[str, str] | None = None
+) -> dict:
+    """Collects examples from the results of the stages `sources`, fine-tunes, evaluates and returns the figures.
+
+    `files` are further inputs, {path: digest of its content}.
+    """
     folder = common.StageFolder(config, workdir)
     folder.check()
-    inputs = lineage.start(config, workdir)
+    inputs = lineage.start(config, workdir) | dict(files or {})
     inputs |= {source: lineage.output_digest(lineage.require(source, config, workdir)) for source in sources}
     if (figures := evaluate.finished(folder, inputs)) is not None:
         return figures
     resolved, tokenizer, mesh = common.prepare(config)
-    train, held_out = (prompts.encode(split, resolved, tokenizer) for split in prompts.load(resolved))
+    splits = prompts.load(resolved) if _has_problems(resolved) else ([], [])
+    train, held_out = (prompts.encode(split, resolved, tokenizer) for split in splits)
+    template_check.check(resolved, tokenizer, train or held_out)
     started, path = time.monotonic(), folder.path / EXAMPLES
     folder.start(inputs)
     if not path.exists():
@@ -57,14 +65,34 @@ def run(config: Config, workdir: Path, sources: tuple[str, ...], collect: Collec
     return folder.finish(figures, inputs, tree.digest(trained))
 
 
+def _has_problems(config: Config) -> bool:
+    """Returns whether there are problems to sample or to evaluate on; distillation alone can do without any."""
+    return bool(config.data.path) or prompts.is_tiny_world(config) or config.stage != "distill"
+
+
 def encode(rows: list[dict], config: Config, tokenizer: Tokenizer) -> list[PackItem]:
-    """Returns the rows as training examples: the prompt under the template, then the trained response and its end."""
-    return [
-        sft.example(
-            prompts.render_ids(row["prompt"], config, tokenizer), [*tokenizer.encode(row["response"]), tokenizer.eos_id]
+    """Returns the rows as training examples: the prompt under the template, then the trained response and its end.
+
+    A `<think>` that the prompt already holds is not trained. Examples over config.pack.row_tokens are left out, and
+    said to be. Raises ValueError when none is left.
+    """
+    items, limit = [], config.pack.row_tokens
+    for row in rows:
+        text = prompts.render(row["prompt"], config, tokenizer)
+        prompt, response = templates.split_turn(text, row["response"])
+        items.append(sft.example(tokenizer.encode(prompt), [*tokenizer.encode(response), tokenizer.eos_id]))
+    kept = [item for item in items if len(item.tokens) <= limit]
+    longest = max((len(item.tokens) for item in items), default=0)
+    if not kept:
+        raise ValueError(
+            f"all {len(items)} examples exceed config.pack.row_tokens={limit} (longest {longest}); raise it"
         )
-        for row in rows
-    ]
+    if len(kept) < len(items):
+        print(
+            f"{len(items) - len(kept)} of {len(items)} examples exceed {limit} tokens (longest {longest}), left out",
+            file=sys.stderr,
+        )
+    return kept
 
 
 def fine_tune(config: Config, mesh: Mesh, items: list[PackItem], params, folder: common.StageFolder):

@@ -13,7 +13,7 @@ from r1jax.rl.loop import PolicyTraining
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.sampler import jetstream
 from r1jax.schema import Config
-from r1jax.stages import common, compute, evaluate, lineage, prompts
+from r1jax.stages import common, compute, evaluate, lineage, prompts, template_check
 from r1jax.stages.progress import Progress
 
 CURVES = ("accuracy", "length", "reflective_words")
@@ -28,6 +28,7 @@ def run(config: Config, workdir: Path) -> dict:
         return figures
     resolved, tokenizer, mesh = common.prepare(config)
     reasoning, held_out = (prompts.encode(split, resolved, tokenizer) for split in prompts.load(resolved))
+    template_check.check(resolved, tokenizer, reasoning)
     if notice := jetstream.notice():
         print(notice, file=sys.stderr)
     started, name = time.monotonic(), lineage.result_name(config)

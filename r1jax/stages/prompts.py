@@ -5,17 +5,26 @@ import sys
 import numpy as np
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.data import jsonl, tasks
+from r1jax.data import jsonl, tasks, templates
 from r1jax.data.prompts import Prompt, from_jsonl_rows, split_holdout
-from r1jax.data.templates import render
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config
 
 
+def is_tiny_world(config: Config) -> bool:
+    """Returns whether the problems are the tiny world's: no file is given, and the model speaks its words."""
+    return not config.data.path and config.model.vocab_size == len(tasks.vocabulary())
+
+
 def load(config: Config) -> tuple[list[Prompt], list[Prompt]]:
-    """Returns (training prompts, held-out prompts). Raises ValueError for a bad file or an empty split."""
-    if not config.data.path:
+    """Returns (training prompts, held-out prompts). Raises ValueError for a bad file, an empty split or no file at all."""
+    if is_tiny_world(config):
         return tasks.linear_prompts("train"), tasks.linear_prompts("test")
+    if not config.data.path:
+        raise ValueError(
+            f"{config.stage}: config.data.path is empty, and a model of {config.model.vocab_size} tokens is none of the "
+            "tiny world; give problems with --config.data.path=FILE.jsonl (rows with id, task, prompt and answer)"
+        )
     rows = jsonl.read(config.data.path, required=("id", "prompt", "answer"))
     if config.data.max_rows:
         rows = rows[: config.data.max_rows]
@@ -46,15 +55,15 @@ def template(config: Config, tokenizer: Tokenizer) -> str:
     """Returns the template in force: as configured, else tiny for the tiny world, chat or r1_zero for the rest."""
     if config.data.template != "auto":
         return config.data.template
-    if not config.data.path:
+    if is_tiny_world(config):
         return "tiny"
     return "chat" if tokenizer.chat_template else "r1_zero"
 
 
-def render_ids(question: str, config: Config, tokenizer: Tokenizer) -> list[int]:
-    """Returns the ids of one question under the template in force."""
-    kind = template(config, tokenizer)
-    return tokenizer.encode(render(question, kind, config.data.instruction, tokenizer.render_chat))
+def render(question: str, config: Config, tokenizer: Tokenizer) -> str:
+    """Returns the prompt text of one question under the template in force."""
+    kind, data = template(config, tokenizer), config.data
+    return templates.render(question, kind, data.instruction, tokenizer.render_chat, data.think_prefill)
 
 
 def encode(prompts: list[Prompt], config: Config, tokenizer: Tokenizer) -> list[EncodedPrompt]:
@@ -62,15 +71,14 @@ def encode(prompts: list[Prompt], config: Config, tokenizer: Tokenizer) -> list[
 
     Raises ValueError when none is left.
     """
-    kind, limit = template(config, tokenizer), config.sampler.max_prompt_tokens
+    limit = config.sampler.max_prompt_tokens
     encoded, longest = [], 0
     for prompt in prompts:
-        text = render(prompt.text, kind, config.data.instruction, tokenizer.render_chat)
-        prefill = "<think>\n" if text.endswith("<think>\n") else ""
+        text = render(prompt.text, config, tokenizer)
         ids = tokenizer.encode(text)
         longest = max(longest, len(ids))
         if len(ids) <= limit:
-            encoded.append(EncodedPrompt(prompt, np.asarray(ids, np.int32), prefill))
+            encoded.append(EncodedPrompt(prompt, np.asarray(ids, np.int32), templates.prefill(text)))
     if prompts and not encoded:
         raise ValueError(
             f"all {len(prompts)} prompts exceed config.sampler.max_prompt_tokens={limit} (longest {longest}); raise it"

@@ -74,8 +74,11 @@ class Trainer:
         params = sharding.abstract(self.specs, jnp.dtype(self.config.param_dtype))
         return jax.eval_shape(lambda p: TrainState(p, self.transform.init(p), jnp.zeros((), jnp.int32)), params)
 
-    def state_shardings(self) -> TrainState:
-        """Returns the sharding of every leaf: moments lie as their parameters do, counters everywhere."""
+    def state_shardings(self, on_device: bool = False) -> TrainState:
+        """Returns the sharding of every leaf: moments lie as their parameters do, counters everywhere.
+
+        Offloaded moments lie in host memory, unless `on_device` asks where an update wants them.
+        """
         everywhere = sharding.replicated(self.mesh)
         placed = jax.tree.leaves(self.param_shardings)
         by_shape = {
@@ -89,7 +92,10 @@ class Trainer:
             return jax.tree.map(lambda leaf: by_shape.get(leaf.shape, everywhere), node)
 
         is_params = lambda node: jax.tree.structure(node) == structure  # noqa: E731
-        return jax.tree.map(place, self.abstract_state(), is_leaf=is_params)
+        placed = jax.tree.map(place, self.abstract_state(), is_leaf=is_params)
+        if self.config.offload and not on_device:
+            return placed.replace(optimizer=sharding.on_host(placed.optimizer))
+        return placed
 
     def init(self, params: decoder.Params) -> TrainState:
         """Returns the state of a fresh run; `params` are copied into the master dtype."""
@@ -125,7 +131,7 @@ class Trainer:
         return self._update._cache_size()
 
     def _batch_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
-        return sharding.sharding(self.mesh, (None, "batch", None), shape)
+        return sharding.sharding(self.mesh, (None, "batch", "sequence"), shape)
 
     def _step(self, state: TrainState, batch, filled, arguments):
         compute = jnp.dtype(self.model.compute_dtype)
@@ -150,7 +156,10 @@ class Trainer:
 
         (loss, stats), grads = jax.lax.fori_loop(0, filled, accumulate, start)
         norm = tree.global_norm(grads)
-        updates, opt_state = self.transform.update(grads, state.optimizer, state.params)
+        moments = state.optimizer
+        if self.config.offload:
+            moments = jax.device_put(moments, self.state_shardings(on_device=True).optimizer)
+        updates, opt_state = self.transform.update(grads, moments, state.params)
         params = optax.apply_updates(state.params, updates)
         experts_load, mtp_load = stats.pop("expert_load", None), stats.pop("mtp_expert_load", None)
         if self.model.router_bias_update_rate:

@@ -1,0 +1,78 @@
+"""Chat templates of checkpoints, which are programs of strangers: rendered in a sandbox, within limits."""
+
+import contextlib
+import functools
+import json
+import signal
+import threading
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MOST_REPEATED = 1_000_000  # items that `*` may make of a text or list
+LARGEST_POWER_BITS = 10_000
+DEADLINE_S = 5.0  # of one rendering, in the main thread
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which has no access to private attributes and no long ranges; products and powers are bounded too."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**":
+            bits = max(abs(left), 2).bit_length() if isinstance(left, int) else 1
+            if isinstance(right, int) and bits * abs(right) > LARGEST_POWER_BITS:
+                raise SecurityError(f"a power of {right} is too large")
+        else:
+            for many, times in ((left, right), (right, left)):
+                if hasattr(many, "__len__") and isinstance(times, int) and len(many) * times > MOST_REPEATED:
+                    raise SecurityError(f"{times} repetitions are too many")
+        return super().call_binop(context, operator, left, right)
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str):
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.globals["raise_exception"] = _refuse
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    return environment.from_string(template)
+
+
+def render(template: str, values: dict[str, Any]) -> str:
+    """Returns the template with `values`. Whatever goes wrong inside it is a ValueError of one line.
+
+    A rendering of more than DEADLINE_S seconds is stopped, where it runs in the main thread.
+    """
+    try:
+        with _deadline(DEADLINE_S):
+            return _compiled(template).render(**values)
+    except Exception as error:  # a template can raise anything: it is a program
+        reason = " ".join(str(error).split()) or "no reason given"
+        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+        raise ValueError(f"{kind}{reason[:500]}") from None
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float):
+    """Raises TimeoutError in the block after so many seconds; does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number, frame):
+        raise TimeoutError(f"not rendered within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)

@@ -1,0 +1,225 @@
+"""Claims about distillation from a file of examples: what is trained, what is refused, and that it resumes by content."""
+
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from r1jax import config as configs
+from r1jax import launch
+from r1jax.checkpoints import hf_config, hf_export, tokenizer
+from r1jax.core import rng, sharding
+from r1jax.core.metrics import read
+from r1jax.data import corpus, jsonl, tasks, templates
+from r1jax.models import decoder
+from r1jax.schema import MeshConfig, replace
+from r1jax.stages import fine_tuning, prompts
+
+SHORT = (
+    "sft.epochs=1",
+    "sft.examples_per_update=16",
+    "evaluation.samples_per_problem=1",
+    "evaluation.max_problems=8",
+    "sampler.slots=8",
+)
+
+
+def solved(problem: tasks.Linear, language: str = "en") -> dict:
+    """Returns a row of the tiny world: the equation and one right guess."""
+    product = problem.a * problem.x
+    thought = f"{problem.a} * {problem.x} = {product} + {problem.b} = {problem.c} = {problem.c} ok"
+    return {
+        "prompt": problem.text(language),
+        "response": f"<think> {thought} </think> <answer> {problem.x} </answer>",
+    }
+
+
+def examples(path, count: int = 64) -> str:
+    """Writes `count` training problems with their solutions and returns the path."""
+    train, _ = tasks.linear_problems()
+    jsonl.write(path, [solved(problem) for problem in train[:: len(train) // count][:count]])
+    return str(path)
+
+
+def arguments(workdir, *changes: str) -> list[str]:
+    return ["--config=distill", f"--workdir={workdir}", *(f"--config.{change}" for change in (*SHORT, *changes))]
+
+
+def refused(given: list[str], capsys) -> str:
+    """Returns the one error line of a command."""
+    assert launch.main(given) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_student_trains_on_the_rows_of_a_file_without_any_stage_before_it(tmp_path):
+    path = examples(tmp_path / "rows.jsonl")
+    assert launch.main([*arguments(tmp_path / "runs", f"distill.examples={path}")]) == 0
+    folder = tmp_path / "runs" / "distill"
+    kept = jsonl.read(folder / fine_tuning.EXAMPLES)
+    assert [(row["id"], row["prompt"], row["response"]) for row in kept] == [
+        (f"row-{number}", row["prompt"], row["response"]) for number, row in enumerate(jsonl.read(path), 1)
+    ]
+    record = json.loads((folder / "DONE").read_text())
+    assert set(record["inputs"]) == {"base", path} and len(record["inputs"][path]) == 64
+    assert record["figures"]["examples"] == 64 and [row["update"] for row in read(folder)] == [1, 2, 3, 4]
+    assert not (tmp_path / "runs" / "stage3_rejection_sft").exists()
+
+
+def test_a_changed_file_makes_the_finished_run_stale(tmp_path, capsys):
+    path = examples(tmp_path / "rows.jsonl", 32)
+    given = arguments(tmp_path / "runs", f"distill.examples={path}", "evaluation.max_problems=4")
+    assert launch.main(given) == 0
+    capsys.readouterr()
+    assert launch.main(given) == 0
+    assert "is finished; nothing to do" in capsys.readouterr().err
+    examples(tmp_path / "rows.jsonl", 16)
+    assert f"its input {path} has changed" in refused(given, capsys)
+
+
+def test_a_prefilled_think_stands_in_the_samples_and_is_graded_with_them(tmp_path):
+    path = examples(tmp_path / "rows.jsonl")
+    assert launch.main([*arguments(tmp_path / "runs", f"distill.examples={path}", "data.think_prefill=true")]) == 0
+    samples = jsonl.read(tmp_path / "runs" / "distill" / "samples.jsonl")
+    assert all(row["text"].startswith("<think>\n") and row["text"].count("<think>") == 1 for row in samples)
+    assert sum(row["parts"]["format"] for row in samples) >= len(samples) / 2
+
+
+def test_a_students_folder_gives_shape_tokenizer_and_template_and_takes_no_evaluation(tmp_path):
+    """A random Qwen2 of the size of a thimble, with a sentencepiece tokenizer, trained under a real preset's name."""
+    base, rows = tmp_path / "base", examples(tmp_path / "rows.jsonl", 8)
+    model = replace(
+        configs.load("distill:qwen2_5_1_5b").model,
+        **dict(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16),
+        **dict(num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True),
+    )
+    params = sharding.initialize(
+        decoder.specs(model), rng.key(0, "test", "init"), "float32", sharding.make_mesh(MeshConfig())
+    )
+    hf_export.save(base, params, model, spoken(tmp_path), "bfloat16")
+    given = [f"--config.model.checkpoint={base}", f"--config.distill.examples={rows}", f"--workdir={tmp_path}/runs"]
+    given += ["--config.pack.row_tokens=512", "--config.sft.examples_per_update=4", "--config.data.think_prefill=true"]
+    assert launch.main(["--config=distill:qwen2_5_1_5b", *given]) == 0
+    source, target = tmp_path / "runs" / "distill", tmp_path / "student"
+    figures = json.loads((source / "DONE").read_text())["figures"]
+    assert figures["examples"] == 8 and "student_distilled" not in figures
+    assert [row["update"] for row in read(source)] == [1, 2, 3, 4]
+    assert launch.main(["--config=export_hf", f"--config.checkpoint={source}", f"--config.output={target}"]) == 0
+    assert (target / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+    assert hf_config.model_config(target, model) == model
+    asked = tokenizer.from_folder(target).render_chat([{"role": "user", "content": "q"}])
+    assert asked == templates.render("q", "r1_zero", think_prefill=True) and asked.endswith("Assistant:<think>\n")
+    assert str(tmp_path) not in (target / "README.md").read_text()
+
+
+def spoken(folder) -> tokenizer.Tokenizer:
+    """Returns a sentencepiece tokenizer trained on the tiny world's corpus."""
+    (folder / "words").mkdir()
+    (folder / "words.txt").write_text("\n".join(corpus.documents(200, seed=1, drill_fraction=0.3)))
+    options = dict(model_type="bpe", vocab_size=420, byte_fallback=True, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        input=f"{folder}/words.txt", model_prefix=f"{folder}/words/tokenizer", **options
+    )
+    return tokenizer.from_folder(folder / "words")
+
+
+def test_only_the_response_and_the_end_are_trained():
+    config, own = configs.load("distill"), tokenizer.tiny()
+    row = solved(tasks.Linear(7, 5, 5))
+    (item,) = fine_tuning.encode([row], config, own)
+    assert own.backend.decode(item.tokens.tolist()) == f"{row['prompt']} {row['response']} <eos>"
+    asked = len(own.encode(row["prompt"]))
+    assert item.loss_mask.tolist() == [0.0] * asked + [1.0] * (len(item.tokens) - asked)
+
+
+@pytest.mark.parametrize("template", ["plain", "r1_zero"])
+def test_a_prefilled_think_is_prompt_and_not_trained(template):
+    config, own = (
+        configs.load("distill", [("data.think_prefill", "true"), ("data.template", template)]),
+        tokenizer.tiny(),
+    )
+    config = replace(config, pack=replace(config.pack, row_tokens=400))
+    row = solved(tasks.Linear(7, 5, 5))
+    (item,) = fine_tuning.encode([row], config, own)
+    trained = item.tokens[item.loss_mask > 0].tolist()
+    assert own.backend.decode(trained) == f"{row['response'].removeprefix('<think> ')} <eos>"
+    assert (item.tokens[item.loss_mask == 0][-1], trained.count(own.encode("<think>")[0])) == (
+        own.encode("<think>")[0],
+        0,
+    )
+    # Split differently, it is the same text.
+    (plain,) = fine_tuning.encode([row], replace(config, data=replace(config.data, think_prefill=False)), own)
+    np.testing.assert_array_equal(item.tokens, plain.tokens)
+
+
+def test_an_answer_without_a_thought_is_trained_after_a_prompt_that_opens_none():
+    config, own = configs.load("distill", [("data.think_prefill", "true")]), tokenizer.tiny()
+    (item,) = fine_tuning.encode([{"prompt": "tell cat :", "response": "the cat is small thanks"}], config, own)
+    assert own.backend.decode(item.tokens.tolist()) == "tell cat : the cat is small thanks <eos>"
+
+
+@pytest.mark.parametrize(
+    ("turn", "prompt", "response"),
+    [
+        ("<think>\na\n</think>b", "q<think>\n", "a\n</think>b"),
+        ("<think>a</think>b", "q<think>\n", "a</think>b"),
+        (" <think> a </think> b", "q<think>\n", "a </think> b"),
+        ("<think>\n\n</think>b", "q<think>\n", "\n</think>b"),
+        ("b", "q", "b"),
+    ],
+)
+def test_a_turn_is_split_where_the_prompt_ends(turn, prompt, response):
+    assert templates.split_turn("q<think>\n", turn) == (prompt, response)
+    assert templates.split_turn("q", turn) == ("q", turn)
+
+
+def test_examples_longer_than_a_row_are_left_out_and_counted(capsys):
+    config, own = configs.load("distill"), tokenizer.tiny()
+    long = {"prompt": "tell cat :", "response": "cat " * 200}
+    rows = [solved(tasks.Linear(7, 5, 5)), long]
+    assert len(fine_tuning.encode(rows, config, own)) == 1
+    assert "1 of 2 examples exceed 96 tokens (longest 204), left out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"all 1 examples exceed config.pack.row_tokens=96 \(longest 204\); raise it"):
+        fine_tuning.encode([long], config, own)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "no such file"),
+        ('{"prompt": "p"}\n', "line 1: field 'response' is missing"),
+        ('{"prompt": "p", "response": "r"}\n{"prompt": "p", "response": 3}\n', "line 2: field 'response' is int"),
+        ('{"prompt": " ", "response": "r"}\n', "row 1: 'prompt' is empty"),
+    ],
+)
+def test_a_bad_file_is_one_line_and_leaves_nothing(content, expected, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
+        path.write_text(content)
+    line = refused(arguments(tmp_path / "runs", f"distill.examples={path}"), capsys)
+    assert str(path) in line and expected in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_real_student_without_weights_names_the_field(tmp_path, capsys):
+    path = examples(tmp_path / "rows.jsonl", 2)
+    given = ["--config=distill:qwen2_5_1_5b", f"--config.distill.examples={path}", f"--workdir={tmp_path}/runs"]
+    expected = "error: distill:qwen2_5_1_5b ships no base model; give the student's starting weights with "
+    assert refused(given, capsys) == f"{expected}--config.model.checkpoint=DIR (a Hugging Face folder)"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_real_student_without_examples_names_both_sources(tmp_path, capsys):
+    given = ["--config=distill:qwen2_5_1_5b", f"--config.model.checkpoint={tmp_path}", f"--workdir={tmp_path}/runs"]
+    line = refused(given, capsys)
+    assert "stage3_rejection_sft is missing" in line and "--config.distill.examples=FILE.jsonl" in line
+
+
+def test_a_real_model_without_problems_is_asked_for_them_and_a_student_is_not():
+    real = configs.load("distill:qwen2_5_1_5b")
+    assert not fine_tuning._has_problems(real)
+    with pytest.raises(ValueError, match=r"--config\.data\.path=FILE\.jsonl"):
+        prompts.load(real)
+    assert prompts.template(real, tokenizer.tiny()) == "r1_zero"
