@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 
 
-def _chunk_logprobs(hidden_CD, unembedding_DV, targets_C, temperature):
-    logits = jnp.einsum("CD,DV->CV", hidden_CD, unembedding_DV, preferred_element_type=jnp.float32)
+def _score(hidden, unembedding_DV, targets, temperature):
+    """Returns (log p(target), entropy) of [..., D] hidden states; no operation mixes parts of a divided vocabulary."""
+    logits = jnp.einsum("...D,DV->...V", hidden, unembedding_DV, preferred_element_type=jnp.float32)
     logits = logits.astype(jnp.float32) / temperature
     norm = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, targets_C[:, None], axis=-1)[:, 0]
-    probs_logits = jnp.sum(jnp.exp(logits - norm[:, None]) * logits, axis=-1)
+    at_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
+    picked = jnp.sum(jnp.where(at_target, logits, 0), axis=-1)
+    probs_logits = jnp.sum(jnp.exp(logits - norm[..., None]) * logits, axis=-1)
     return picked - norm, jax.lax.stop_gradient(norm - probs_logits)
 
 
@@ -30,12 +32,11 @@ def token_logprobs(
     """
     batch, length, width = hidden.shape
     if not chunk_tokens or chunk_tokens >= batch * length:
-        logp, entropy = _chunk_logprobs(hidden.reshape(-1, width), unembedding, targets.reshape(-1), temperature)
-        return logp.reshape(batch, length), entropy.reshape(batch, length)
+        return _score(hidden, unembedding, targets, temperature)
     total = batch * length
     padding = -total % chunk_tokens
     flat = jnp.pad(hidden.reshape(total, width), ((0, padding), (0, 0))).reshape(-1, chunk_tokens, width)
     goal = jnp.pad(targets.reshape(total), (0, padding)).reshape(-1, chunk_tokens)
-    score = jax.checkpoint(functools.partial(_chunk_logprobs, temperature=temperature))
+    score = jax.checkpoint(functools.partial(_score, temperature=temperature))
     logp, entropy = jax.lax.map(lambda xs: score(xs[0], unembedding, xs[1]), (flat, goal))
     return logp.reshape(-1)[:total].reshape(batch, length), entropy.reshape(-1)[:total].reshape(batch, length)

@@ -1,12 +1,14 @@
 """One GRPO update and one rollout of a tiny policy under a mesh; prints figures as JSON.
 
-The meshes are those of MESHES that fit the visible devices; set XLA_FLAGS=--xla_force_host_platform_device_count=4.
+The meshes are those of MESHES; set XLA_FLAGS=--xla_force_host_platform_device_count=8.
 """
 
 import json
+import re
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from r1jax import config as configs
@@ -14,6 +16,7 @@ from r1jax.checkpoints import tokenizer
 from r1jax.core import rng, runtime, sharding, tree
 from r1jax.data import tasks
 from r1jax.data.packing import PackItem, pack_batch
+from r1jax.kernels.fused_logprob import token_logprobs
 from r1jax.models import decoder
 from r1jax.rl import losses
 from r1jax.sampler.engine import Engine
@@ -24,10 +27,16 @@ from r1jax.train import step
 
 MESHES = {
     "one": MeshConfig(),
-    "data2_expert2": MeshConfig(data=2, expert=2),
-    "fsdp2_tensor2": MeshConfig(fsdp=2, tensor=2),
+    "slice2_data4": MeshConfig(slice=2, data=4),
+    "fsdp8": MeshConfig(fsdp=8),
+    "data2_expert4": MeshConfig(data=2, expert=4),
+    "fsdp2_expert2_tensor2": MeshConfig(fsdp=2, expert=2, tensor=2),
+    "expert2_context4": MeshConfig(expert=2, context=4),
+    "fsdp2_tensor2_context2": MeshConfig(fsdp=2, tensor=2, context=2),
+    "slice2_expert2_context2": MeshConfig(slice=2, expert=2, context=2),
 }
-PACK = PackConfig(row_tokens=48, rows_per_micro_batch=4)
+ROUTED = ("fsdp8", "data2_expert4", "fsdp2_expert2_tensor2", "expert2_context4")  # also with tokens sent to experts
+PACK = PackConfig(row_tokens=48, rows_per_micro_batch=8)
 WORDS = tokenizer.tiny()
 
 
@@ -45,7 +54,7 @@ def batch():
             "reference_logp": generator.normal(-5, 0.3, length).astype(np.float32),
         }
         items.append(PackItem(generator.integers(4, 190, length).astype(np.int32), mask, values))
-    packed = pack_batch(items, PACK.row_tokens, 8)
+    packed = pack_batch(items, PACK.row_tokens, 16)
     return step.batch_arrays(packed, PACK, 2, losses.FIELDS), step.filled_micro_batches(packed, PACK)
 
 
@@ -70,10 +79,61 @@ def run(model, mesh_config):
         )
         for draw, prompt in enumerate(tasks.linear_prompts("train")[:4])
     ]
-    tokens = [sample.token_ids.tolist() for sample in rollout.generate(requests, params)]
+    placed = rollout.engine.load_params(params)
+    tokens = [sample.token_ids.tolist() for sample in rollout.generate(requests, placed)]
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(state.params))]
     start = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(params))]
     return figures, tokens, [a - b for a, b in zip(leaves, start, strict=True)], tree.count(params)
+
+
+CONTEXT_TOKENS = 4096
+
+
+def context_parallel(model):
+    """Returns how a row of 4,096 tokens over four devices differs from one device: hidden states, loss and gradients."""
+    generator = np.random.default_rng(1)
+    tokens = generator.integers(4, 190, (1, CONTEXT_TOKENS)).astype(np.int32)
+    lengths = (1700, 2300, 96)  # a document over three devices, one over three more, and padding
+    segments = np.repeat([1, 2, 0], lengths)[None].astype(np.int32)
+    positions = np.concatenate([np.arange(n) for n in lengths])[None].astype(np.int32)
+    targets, mask = np.roll(tokens, -1, axis=1), (segments > 0).astype(np.float32)
+
+    def loss(params):
+        hidden, _, _ = decoder.forward(params, tokens, positions, segments, model)
+        logp, _ = token_logprobs(hidden, decoder.unembedding(params), targets)
+        return -np.float32(1 / 4000) * jnp.sum(logp * mask), hidden
+
+    found = []
+    for config in (MeshConfig(), MeshConfig(context=4)):
+        mesh = sharding.make_mesh(config)
+        params = sharding.initialize(decoder.specs(model), rng.key(0, "mesh", "init"), "float32", mesh)
+        run = sharding.with_mesh(mesh, jax.jit(jax.value_and_grad(loss, has_aux=True)))
+        (value, hidden), grads = jax.device_get(run(params))
+        found.append((float(value), hidden[segments > 0], jax.tree.leaves(grads)))
+    (loss_1, hidden_1, grads_1), (loss_4, hidden_4, grads_4) = found
+    return {
+        "loss": [loss_1, loss_4],
+        "hidden": float(np.abs(hidden_1 - hidden_4).max() / np.abs(hidden_1).max()),
+        "gradient": max(
+            float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-6)) for a, b in zip(grads_1, grads_4, strict=True)
+        ),
+        "smallest_gradient": min(float(np.abs(a).max()) for a in grads_1 if a.ndim > 2),
+    }
+
+
+def vocabulary_shapes():
+    """Returns the shapes, per device, of all float arrays that mention the vocabulary in a compiled divided log-prob."""
+    mesh = sharding.make_mesh(MeshConfig(tensor=4))
+    place = [sharding.sharding(mesh, axes) for axes in ((None, None, None), (None, "vocab"), (None, None))]
+    shapes = [
+        jax.ShapeDtypeStruct(s, d) for s, d in (((2, 8, 16), "float32"), ((16, 4444), "float32"), ((2, 8), "int32"))
+    ]
+
+    def loss(hidden, unembedding, targets):
+        return token_logprobs(hidden, unembedding, targets)[0].sum()
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1)), in_shardings=place).lower(*shapes).compile()
+    return sorted(set(re.findall(r"f32\[([0-9,]*(?:4444|1111)[0-9,]*)\]", compiled.as_text())))
 
 
 def main():
@@ -85,9 +145,13 @@ def main():
     )
     report = {}
     for name, model in {"moe": moe, "dense": dense}.items():
+        runs = [(mesh_name, model, mesh) for mesh_name, mesh in MESHES.items()]
+        if name == "moe":
+            sent = replace(model, moe_dispatch="routed", moe_buffer_factor=0.4)  # more than one round
+            runs += [(f"{mesh_name}_routed", sent, MESHES[mesh_name]) for mesh_name in ROUTED]
         single = None
-        for mesh_name, mesh in MESHES.items():
-            figures, tokens, moved, _ = run(model, mesh)
+        for mesh_name, own, mesh in runs:
+            figures, tokens, moved, _ = run(own, mesh)
             single = single or (figures, tokens, moved)
             largest = max(float(np.abs(a).max()) for a in single[2])
             difference = max(float(np.abs(a - b).max()) for a, b in zip(moved, single[2], strict=True))
@@ -98,6 +162,8 @@ def main():
                 "largest_move": largest,
                 "difference": difference,
             }
+        report[f"{name}/context"] = context_parallel(replace(model, num_hidden_layers=2))
+    report["vocabulary_shapes"] = vocabulary_shapes()
     json.dump(report, sys.stdout)
 
 

@@ -1,5 +1,6 @@
 """Claims about the RL loop: schedules by rollout, reference refresh, mini-batches, journal, one program set."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -248,6 +249,18 @@ def test_stopped_in_the_middle_of_a_rollout_in_bfloat16_a_run_goes_on_from_the_j
     assert vars(resumed.cursor) == vars(whole.cursor)
     rows = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "stopped")]
     assert rows[0] == rows[1]
+
+
+def test_moments_and_reference_kept_in_host_memory_change_no_bit(watched, tmp_path):
+    training = watched[0]
+    offloaded = build(tmp_path, grpo__offload_reference=True, optimizer__offload=True)
+    offloaded.run()
+    moments = [leaf for leaf in jax.tree.leaves(offloaded.state.optimizer) if leaf.ndim]
+    kept = [*moments, *jax.tree.leaves(offloaded.reference)]
+    assert {leaf.sharding.memory_kind for leaf in kept} == {"pinned_host"}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(offloaded.state.params)} == {"device"}
+    assert tree.digest(offloaded.state) == tree.digest(training.state)
+    assert tree.digest(offloaded.reference) == tree.digest(training.reference)
 
 
 def test_running_a_finished_folder_again_changes_nothing(finished):

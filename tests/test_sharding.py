@@ -1,4 +1,4 @@
-"""Claims about meshes: an update and a rollout on four devices are those of one device."""
+"""Claims about meshes: an update, a rollout and a long row on eight devices are those of one device."""
 
 import json
 import os
@@ -18,42 +18,78 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 FIGURES = ("loss", "grad_norm", "kl", "entropy", "clip_fraction", "tokens", "max_ratio")
 
 
+MESHES = (
+    "slice2_data4",
+    "fsdp8",
+    "data2_expert4",
+    "fsdp2_expert2_tensor2",
+    "expert2_context4",
+    "fsdp2_tensor2_context2",
+    "slice2_expert2_context2",
+)
+RUNS = [f"{model}/{mesh}" for model in ("moe", "dense") for mesh in MESHES]
+RUNS += [f"moe/{mesh}_routed" for mesh in ("fsdp8", "data2_expert4", "fsdp2_expert2_tensor2", "expert2_context4")]
+
+
 @pytest.fixture(scope="module")
 def report():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, str(ROOT / "tests" / "sharding_driver.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("model", ["moe", "dense"])
-@pytest.mark.parametrize("mesh", ["data2_expert2", "fsdp2_tensor2"])
-def test_update_on_four_devices_equals_one_within_rounding(report, model, mesh):
-    one, four = report[f"{model}/one"], report[f"{model}/{mesh}"]
+@pytest.mark.parametrize("run", RUNS)
+def test_update_on_eight_devices_equals_one_within_rounding(report, run):
+    one, found = report[f"{run.split('/')[0]}/one"], report[run]
     for name in FIGURES:
-        assert four["figures"][name] == pytest.approx(one["figures"][name], rel=2e-5, abs=1e-6), name
-    if model == "moe":
-        assert four["figures"]["max_expert_share"] == pytest.approx(one["figures"]["max_expert_share"], rel=1e-6)
-    print(f"{model}/{mesh}: largest difference {four['difference']:.1e} of a largest move of {one['largest_move']:.1e}")
+        assert found["figures"][name] == pytest.approx(one["figures"][name], rel=2e-5, abs=1e-6), name
+    if run.startswith("moe"):
+        assert found["figures"]["max_expert_share"] == pytest.approx(one["figures"]["max_expert_share"], rel=1e-6)
+    print(f"{run}: largest difference {found['difference']:.1e} of a largest move of {one['largest_move']:.1e}")
     assert one["largest_move"] > 1e-5
-    assert four["difference"] <= 2 * np.finfo(np.float32).eps  # the weights themselves reach 1, where one ulp is eps
+    assert found["difference"] <= 2 * np.finfo(np.float32).eps  # the weights themselves reach 1, where one ulp is eps
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_rollout_on_eight_devices_gives_the_tokens_of_one(report, run):
+    assert report[run]["samples"] == 24
+    assert report[run]["same_tokens"] == 24
 
 
 @pytest.mark.parametrize("model", ["moe", "dense"])
-@pytest.mark.parametrize("mesh", ["data2_expert2", "fsdp2_tensor2"])
-def test_rollout_on_four_devices_gives_the_tokens_of_one(report, model, mesh):
-    found = report[f"{model}/{mesh}"]
-    assert found["samples"] == 24
-    assert found["same_tokens"] == 24
+def test_a_row_of_4096_tokens_around_a_ring_of_four_equals_one_device(report, model):
+    found = report[f"{model}/context"]
+    print(f"{model}: hidden {found['hidden']:.1e}, gradient {found['gradient']:.1e} of the largest value")
+    assert found["loss"][1] == pytest.approx(found["loss"][0], rel=1e-6)
+    assert found["hidden"] < 1e-5
+    assert found["gradient"] < 1e-4  # sums over 4,000 tokens in another order
+    assert found["smallest_gradient"] > 1e-6
 
 
-def test_an_axis_that_does_not_divide_its_dimension_is_replicated():
-    mesh = jax.sharding.AbstractMesh((1, 2, 4, 3, 1), sharding.AXES)
-    axes = ("experts", "embed", "ffw")
-    assert sharding.partition(axes, (8, 6, 9), mesh) == PartitionSpec("expert", "fsdp", "tensor")
-    assert sharding.partition(axes, (6, 7, 8), mesh) == PartitionSpec(None, None, None)
-    assert sharding.partition(("batch", None), (8, 5), mesh) == PartitionSpec(("data", "fsdp", "expert"), None)
+def test_a_divided_vocabulary_is_never_put_together(report):
+    shapes = report["vocabulary_shapes"]
+    assert any("1111" in shape for shape in shapes)
+    assert not any("4444" in shape for shape in shapes)
+
+
+def test_mesh_axes_that_do_not_divide_a_dimension_are_left_out_from_the_front():
+    mesh = jax.sharding.AbstractMesh((1, 3, 2, 4, 5, 1), sharding.AXES)
+    axes = ("experts", "ffw")
+    assert sharding.partition(axes, (16, 10), mesh) == PartitionSpec(("fsdp", "expert"), "tensor")
+    assert sharding.partition(axes, (12, 8), mesh) == PartitionSpec("expert", None)  # 12 by 4, not by 8
+    assert sharding.partition(("embed",), (7,), mesh) == PartitionSpec(None)
+    assert sharding.partition(("batch", None), (24, 5), mesh) == PartitionSpec(("data", "fsdp", "expert"), None)
+    assert sharding.partition(("batch", None), (8, 5), mesh) == PartitionSpec(("fsdp", "expert"), None)
+
+
+def test_decoding_holds_dense_weights_whole_and_gives_the_context_axis_slots():
+    mesh = jax.sharding.AbstractMesh((1, 1, 2, 2, 1, 2), sharding.AXES)
+    rules = sharding.DECODE
+    assert sharding.partition(("embed", "heads"), (8, 8), mesh, rules) == PartitionSpec(None, None)
+    assert sharding.partition(("slots",), (8,), mesh, rules) == PartitionSpec(("fsdp", "expert", "context"))
+    assert sharding.partition(("experts",), (8,), mesh, rules) == PartitionSpec(("fsdp", "expert"))
 
 
 def test_a_mesh_larger_than_the_machine_is_refused_by_its_axes():

@@ -10,12 +10,13 @@ from flax import struct
 
 from r1jax.core.sharding import ParamSpec, constrain, normal, zeros
 from r1jax.models import cache as kv
-from r1jax.models import rope
+from r1jax.models import ring, rope
 from r1jax.models.layers import norm_spec, rms_norm
 from r1jax.schema import ModelConfig
 
 # Up to this many new tokens per slot the latent cache is attended to directly (absorbed); above, keys are expanded.
 ABSORBED_MAX_QUERIES = 4
+ROWS, HEADS = ("batch", "sequence", None), ("batch", "sequence", "heads", None)  # axes of a latent, of keys and values
 
 
 @struct.dataclass
@@ -53,14 +54,12 @@ def latent_specs(c: ModelConfig, layers: int) -> LatentAttention:
     return LatentAttention(
         q_a=ParamSpec((layers, c.hidden_size, c.q_lora_rank), (None, "embed", None), init) if low_rank else None,
         q_a_norm=norm_spec(c.q_lora_rank, layers) if low_rank else None,
-        q_b=ParamSpec(
-            (layers, query_in, c.num_attention_heads, qk), (None, None if low_rank else "embed", "heads", None), init
-        ),
+        q_b=ParamSpec((layers, query_in, c.num_attention_heads, qk), (None, "embed", "heads", None), init),
         kv_a=ParamSpec((layers, c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim), (None, "embed", None), init),
         kv_a_norm=norm_spec(c.kv_lora_rank, layers),
         kv_b=ParamSpec(
             (layers, c.kv_lora_rank, c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim),
-            (None, None, "heads", None),
+            (None, "embed", "heads", None),
             init,
         ),
         out=ParamSpec(
@@ -121,7 +120,7 @@ def latent_attention(p: LatentAttention, x_BTD, context: Context, c: ModelConfig
         x_q = rms_norm(jnp.einsum("BTD,DR->BTR", x_BTD, p.q_a), p.q_a_norm, c.rms_norm_eps)
     else:
         x_q = x_BTD
-    q_BTNH = constrain(jnp.einsum("BTR,RNH->BTNH", x_q, p.q_b), "batch", None, "heads", None)
+    q_BTNH = constrain(jnp.einsum("BTR,RNH->BTNH", x_q, p.q_b), "batch", "sequence", "heads", None)
     q_nope, q_rope = q_BTNH[..., : c.qk_nope_head_dim], q_BTNH[..., c.qk_nope_head_dim :]
     q_rope = rope.rotate(q_rope, context.cos, context.sin)
     latent = jnp.einsum("BTD,DR->BTR", x_BTD, p.kv_a)
@@ -133,19 +132,33 @@ def latent_attention(p: LatentAttention, x_BTD, context: Context, c: ModelConfig
         cache = cache.replace(keys=kv.write(cache.keys, layer, latent, context.write_positions))
         latent = kv.read(cache.keys, layer, window).astype(x_BTD.dtype)
         absorbed = x_BTD.shape[1] <= ABSORBED_MAX_QUERIES
-    attend = _absorbed if absorbed else _expanded
-    o_BTNV = attend(p.kv_b, q_nope, q_rope, latent, context.mask, c)
+    if cache is None and ring.devices(x_BTD.shape[1]) > 1:
+        q = jnp.concatenate([q_nope, q_rope], axis=-1)[:, :, :, None]
+        expand = lambda latent, kv_b: _expand(kv_b, latent, c)  # noqa: E731
+        o_BTNV = ring.attend(
+            q, latent, ROWS, expand, p.kv_b, (None, "heads", None), context.segments, rope.softmax_scale(c)
+        )[:, :, :, 0]
+    else:
+        attend = _absorbed if absorbed else _expanded
+        o_BTNV = attend(p.kv_b, q_nope, q_rope, latent, context.mask, c)
     return jnp.einsum("BTNV,NVD->BTD", o_BTNV.astype(x_BTD.dtype), p.out), cache
+
+
+def _expand(kv_b, latent_BSR, c: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Returns keys [B, S, N, nope + rope] and values [B, S, N, v] of a latent."""
+    c_kv, k_rope = latent_BSR[..., : c.kv_lora_rank], latent_BSR[..., c.kv_lora_rank :]
+    expanded = jnp.einsum("BSR,RNH->BSNH", c_kv, kv_b)
+    k_nope, v_BSNV = expanded[..., : c.qk_nope_head_dim], expanded[..., c.qk_nope_head_dim :]
+    k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], c.qk_rope_head_dim))
+    return jnp.concatenate([k_nope, k_rope], axis=-1), v_BSNV
 
 
 def _expanded(kv_b, q_nope, q_rope, latent_BSR, mask, c: ModelConfig) -> jax.Array:
     """Returns attention outputs [B, T, N, v] with keys and values expanded from the latent."""
-    c_kv, k_rope = latent_BSR[..., : c.kv_lora_rank], latent_BSR[..., c.kv_lora_rank :]
-    expanded = constrain(jnp.einsum("BSR,RNH->BSNH", c_kv, kv_b), "batch", None, "heads", None)
-    k_nope, v_BSNV = expanded[..., : c.qk_nope_head_dim], expanded[..., c.qk_nope_head_dim :]
-    k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], c.qk_rope_head_dim))
     q = jnp.concatenate([q_nope, q_rope], axis=-1)
-    k = jnp.concatenate([k_nope, k_rope], axis=-1)
+    k, v_BSNV = _expand(kv_b, latent_BSR, c)
+    k = constrain(k, "batch", "sequence", "heads", None)
+    v_BSNV = constrain(v_BSNV, "batch", "sequence", "heads", None)
     scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32)
     probs = _softmax(scores * rope.softmax_scale(c), mask[:, None])
     return jnp.einsum("BNTS,BSNV->BTNV", probs.astype(v_BSNV.dtype), v_BSNV)
@@ -170,8 +183,8 @@ def grouped_attention(p: GroupedAttention, x_BTD, context: Context, c: ModelConf
         q, k, v = q + p.query_bias, k + p.key_bias, v + p.value_bias
     if p.query_norm is not None:
         q, k = rms_norm(q, p.query_norm, c.rms_norm_eps), rms_norm(k, p.key_norm, c.rms_norm_eps)
-    q = rope.rotate(constrain(q, "batch", None, "heads", None), context.cos, context.sin)
-    k = rope.rotate(constrain(k, "batch", None, "heads", None), context.cos, context.sin)
+    q = rope.rotate(constrain(q, "batch", "sequence", "heads", None), context.cos, context.sin)
+    k = rope.rotate(constrain(k, "batch", "sequence", "heads", None), context.cos, context.sin)
     if cache is not None:
         keys = kv.write(cache.keys, layer, k, context.write_positions)
         values = kv.write(cache.values, layer, v, context.write_positions)
@@ -181,7 +194,11 @@ def grouped_attention(p: GroupedAttention, x_BTD, context: Context, c: ModelConf
     batch, queries = q.shape[:2]
     groups = c.num_attention_heads // c.num_key_value_heads
     q = q.reshape(batch, queries, c.num_key_value_heads, groups, c.head_dim)  # [B, T, K, N / K, H]
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    probs = _softmax(scores * rope.softmax_scale(c), context.mask[:, None, None]).astype(v.dtype)
-    o = jnp.einsum("BKGTS,BSKH->BTKGH", probs, v).reshape(batch, queries, c.num_attention_heads, c.head_dim)
+    if cache is None and ring.devices(queries) > 1:
+        o = ring.attend(q, (k, v), (HEADS, HEADS), lambda kv, _: kv, (), (), context.segments, rope.softmax_scale(c))
+    else:
+        scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+        probs = _softmax(scores * rope.softmax_scale(c), context.mask[:, None, None]).astype(v.dtype)
+        o = jnp.einsum("BKGTS,BSKH->BTKGH", probs, v)
+    o = o.reshape(batch, queries, c.num_attention_heads, c.head_dim)
     return jnp.einsum("BTNH,NHD->BTD", o.astype(x_BTD.dtype), p.out), cache

@@ -70,7 +70,7 @@ def _block(p: Block, x, kv, context: attention.Context, c: ModelConfig, layer, w
     with jax.named_scope("attention"):
         normed = rms_norm(x, p.attention_norm, c.rms_norm_eps)
         out, kv = attend(p.attention, normed, context, c, kv, layer, window)
-        x = constrain(x + out, "batch", None, None)
+        x = constrain(x + out, "batch", "sequence", None)
     with jax.named_scope("ffw"):
         normed = rms_norm(x, p.ffw_norm, c.rms_norm_eps)
         routing = Routing()
@@ -81,4 +81,4 @@ def _block(p: Block, x, kv, context: attention.Context, c: ModelConfig, layer, w
             routing = Routing(experts, balance)
         else:
             out = swiglu(p.ffw, normed)
-        return constrain(x + out, "batch", None, None), kv, routing
+        return constrain(x + out, "batch", "sequence", None), kv, routing

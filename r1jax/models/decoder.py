@@ -7,7 +7,7 @@ from flax import struct
 from r1jax.core.sharding import ParamSpec, constrain, normal
 from r1jax.models import attention, block, cache, mtp
 from r1jax.models.block import Block
-from r1jax.models.layers import norm_spec, rms_norm
+from r1jax.models.layers import embed, norm_spec, rms_norm
 from r1jax.models.mtp import MTP
 from r1jax.schema import ModelConfig
 
@@ -36,22 +36,22 @@ class Auxiliary:
 
 def specs(c: ModelConfig) -> Params:
     """Returns the tree of ParamSpecs: the single source of shapes, axes, initial values and names."""
-    init, embed = normal(c.initializer_range), c.hidden_size
+    init, width = normal(c.initializer_range), c.hidden_size
     tied = c.tie_word_embeddings
     return Params(
-        embedding=ParamSpec((c.vocab_size, embed), ("vocab", "embed"), init),
+        embedding=ParamSpec((c.vocab_size, width), ("vocab", "embed"), init),
         dense=block.specs(c, c.num_dense_layers, sparse=False),
         sparse=block.specs(c, c.num_moe_layers, sparse=True),
-        final_norm=norm_spec(embed),
-        unembedding=None if tied else ParamSpec((embed, c.vocab_size), ("embed", "vocab"), init),
-        scalar_head=ParamSpec((embed,), (None,), init) if c.scalar_head else None,
+        final_norm=norm_spec(width),
+        unembedding=None if tied else ParamSpec((width, c.vocab_size), ("embed", "vocab"), init),
+        scalar_head=ParamSpec((width,), (None,), init) if c.scalar_head else None,
         mtp=mtp.specs(c),
     )
 
 
 def unembedding(params: Params) -> jax.Array:
-    """Returns the output matrix, [D, V]."""
-    return params.embedding.T if params.unembedding is None else params.unembedding
+    """Returns the output matrix, [D, V], whole in D on every device."""
+    return constrain(params.embedding.T if params.unembedding is None else params.unembedding, None, "vocab")
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
@@ -83,7 +83,7 @@ def forward(
     0..position of the first `window` cache rows (default all); tokens of segment 0 leave no trace.
     """
     window = kv.rows if kv is not None and window is None else window or 0
-    x = constrain(params.embedding[tokens].astype(jnp.dtype(c.compute_dtype)), "batch", None, None)
+    x = embed(params.embedding, tokens).astype(jnp.dtype(c.compute_dtype))
     context = attention.build_context(positions, segments, c, kv, window)
     x, kv, _ = block.run_stack(params.dense, x, kv, context, c, 0, window)
     x, kv, routing = block.run_stack(params.sparse, x, kv, context, c, c.num_dense_layers, window)

@@ -19,6 +19,14 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (wide * weight.astype(jnp.float32)).astype(x.dtype)
 
 
+def embed(table_VD: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Returns the rows of tokens [B, T], [B, T, D].
+
+    The table is made whole in D first: rows cut over the axes that also divide the batch cannot be looked up in place.
+    """
+    return constrain(constrain(table_VD, "vocab", None)[tokens], "batch", "sequence", None)
+
+
 def norm_spec(width: int, layers: int | None = None) -> ParamSpec:
     if layers is None:
         return ParamSpec((width,), (None,), ones)
@@ -48,5 +56,5 @@ def swiglu(params: SwiGLU, x_BTD: jax.Array) -> jax.Array:
     """Returns the feed-forward output, [B, T, D]."""
     gate = jnp.einsum("BTD,DF->BTF", x_BTD, params.gate)
     up = jnp.einsum("BTD,DF->BTF", x_BTD, params.up)
-    hidden = constrain(jax.nn.silu(gate) * up, "batch", None, "ffw")
+    hidden = constrain(jax.nn.silu(gate) * up, "batch", "sequence", "ffw")
     return jnp.einsum("BTF,FD->BTD", hidden, params.down)

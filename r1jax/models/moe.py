@@ -1,19 +1,24 @@
 """Mixture of experts: sigmoid router with a selection bias, group-limited top-k, dropless expert computation.
 
-The router runs in float32 outside; routing to experts is a shard_map over the mesh: every device gathers the tokens of
-its `expert` group, computes its own experts on them and scatters the sums back, so expert weights never move.
+The router runs in float32 outside; the rest is a shard_map over the mesh. Experts lie over a group of devices that each
+hold other tokens, and tokens travel to them, so expert weights never move. On TPUs every token goes only where it was
+routed (`dispatch`); elsewhere every device gathers the tokens of its group and scatters the sums back. Both give every
+token all its experts, however uneven the load.
 """
 
 import functools
+import math
+from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh
 
 from r1jax.core import sharding
 from r1jax.core.sharding import ParamSpec, normal, zeros
+from r1jax.models import dispatch
 from r1jax.models.layers import SwiGLU, swiglu, swiglu_specs
 from r1jax.schema import ModelConfig
 
@@ -40,9 +45,9 @@ def moe_specs(c: ModelConfig, layers: int) -> MoE:
     return MoE(
         router=ParamSpec((layers, d, e), (None, None, None), init),
         bias=ParamSpec((layers, e), (None, None), zeros, jnp.float32),
-        gate=ParamSpec((layers, e, d, f), (None, "experts", "embed", "ffw"), init),
-        up=ParamSpec((layers, e, d, f), (None, "experts", "embed", "ffw"), init),
-        down=ParamSpec((layers, e, f, d), (None, "experts", "ffw", "embed"), init),
+        gate=ParamSpec((layers, e, d, f), (None, "experts", None, "ffw"), init),
+        up=ParamSpec((layers, e, d, f), (None, "experts", None, "ffw"), init),
+        down=ParamSpec((layers, e, f, d), (None, "experts", "ffw", None), init),
         shared=swiglu_specs(c, f * c.n_shared_experts, layers) if c.n_shared_experts else None,
     )
 
@@ -128,14 +133,16 @@ def _places(experts_N: jax.Array, first: jax.Array, count: int, block: int):
     return place, assignment, sizes, padded
 
 
-def _grouped(x_ND, experts_NK, weights_NK, gate, up, down, first, *, kind: str) -> jax.Array:
-    """Returns the weighted sum with rows sorted by expert: `ragged` products, or `blocked`, one batched product."""
-    k = experts_NK.shape[1]
+def _run_experts(rows_ND, experts_N, gate, up, down, first, *, kind: str) -> jax.Array:
+    """Returns each row's output of its expert, [N, D], 0 for an expert that is not among first..first + count - 1.
+
+    Rows are sorted by expert; `ragged` takes grouped products, `blocked` pads groups to blocks and takes one batched one.
+    """
     count, block = gate.shape[0], 1
     if kind == "blocked":
-        block = WIDE_BLOCK if experts_NK.size >= WIDE_BLOCK * count else NARROW_BLOCK
-    place, assignment, sizes, padded = _places(experts_NK.reshape(-1), first, count, block)
-    rows = _permute(jnp.repeat(x_ND, k, axis=0), assignment, place)
+        block = WIDE_BLOCK if experts_N.size >= WIDE_BLOCK * count else NARROW_BLOCK
+    place, assignment, sizes, padded = _places(experts_N, first, count, block)
+    rows = _permute(rows_ND, assignment, place)
     if kind == "ragged":
         hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
         out = jax.lax.ragged_dot(hidden, down, sizes)
@@ -147,62 +154,104 @@ def _grouped(x_ND, experts_NK, weights_NK, gate, up, down, first, *, kind: str) 
         hidden = jax.nn.silu(jnp.einsum("GMD,GDF->GMF", rows, gate[owner]))
         hidden = hidden * jnp.einsum("GMD,GDF->GMF", rows, up[owner])
         out = jnp.einsum("GMF,GFD->GMD", hidden, down[owner]).reshape(blocks * block, -1)
-    back = _permute(out, place, assignment).reshape(-1, k, x_ND.shape[1])
-    return jnp.einsum("NKD,NK->ND", back, weights_NK.astype(back.dtype))
+    return _permute(out, place, assignment)
+
+
+def _grouped(x_ND, experts_NK, weights_NK, gate, up, down, first, *, kind: str) -> jax.Array:
+    """Returns the weighted sum over each token's experts that are here."""
+    k = experts_NK.shape[1]
+    rows = _run_experts(jnp.repeat(x_ND, k, axis=0), experts_NK.reshape(-1), gate, up, down, first, kind=kind)
+    return jnp.einsum("NKD,NK->ND", rows.reshape(-1, k, x_ND.shape[1]), weights_NK.astype(rows.dtype))
+
+
+def _platform() -> str:
+    """Returns the kind of machine that the program being traced is for."""
+    mesh = sharding.current_mesh()
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def implementation(c: ModelConfig) -> str:
     """Returns how experts are computed: as configured, or by platform (a CPU has no grouped matrix product)."""
     if c.moe_implementation != "auto":
         return c.moe_implementation
-    if jax.default_backend() != "cpu":
-        return "ragged"
-    return "blocked"
+    return "blocked" if _platform() == "cpu" else "ragged"
 
 
-def _experts_on_device(x_BTD, experts_BTK, weights_BTK, gate, up, down, *, kind: str, shards: dict[str, int]):
-    """Returns this device's tokens' expert sums; runs inside shard_map."""
-    if shards["expert"] > 1:
-        gather = functools.partial(jax.lax.all_gather, axis_name="expert", axis=0, tiled=True)
-        x_all, experts, weights = gather(x_BTD), gather(experts_BTK), gather(weights_BTK)
-        first = jax.lax.axis_index("expert") * gate.shape[0]
-    else:
-        x_all, experts, weights, first = x_BTD, experts_BTK, weights_BTK, 0
-    flat = x_all.reshape(-1, x_all.shape[-1])
-    experts, weights = (a.reshape(flat.shape[0], -1) for a in (experts, weights))
+@dataclass(frozen=True)
+class _Axes:
+    """Mesh axes of one mixture layer. `shared` hold parts of the experts and other tokens each; `copies` parts of the
+    experts and the same tokens; `width` parts of every expert's inner width."""
+
+    mesh: Mesh | None
+    shared: tuple[str, ...]
+    copies: tuple[str, ...]
+    width: tuple[str, ...]
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return tuple(name for name in sharding.AXES if name in (*self.shared, *self.copies))
+
+
+def _gathered(x_BTD, experts_BTK, weights_BTK, gate, up, down, *, kind: str, axes: _Axes):
+    """Returns this device's tokens' expert sums with the whole group's tokens at hand; runs inside shard_map."""
+    if axes.shared:
+        gather = functools.partial(jax.lax.all_gather, axis_name=axes.shared, axis=0, tiled=True)
+        x_BTD, experts_BTK, weights_BTK = gather(x_BTD), gather(experts_BTK), gather(weights_BTK)
+    first = jax.lax.axis_index(axes.experts) * gate.shape[0] if axes.experts else 0
+    flat = x_BTD.reshape(-1, x_BTD.shape[-1])
+    experts, weights = (a.reshape(flat.shape[0], -1) for a in (experts_BTK, weights_BTK))
     if kind == "dense":
         local = jnp.arange(gate.shape[0]) + first
         gates_NE = jnp.einsum("NKE,NK->NE", (experts[..., None] == local).astype(weights.dtype), weights)
         out = _dense(flat, gates_NE, gate, up, down)
     else:
         out = _grouped(flat, experts, weights, gate, up, down, first, kind=kind)
-    out = out.reshape(x_all.shape)
-    if shards["tensor"] > 1:
-        out = jax.lax.psum(out, "tensor")
-    if shards["expert"] > 1:
-        out = jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)
+    out = out.reshape(x_BTD.shape)
+    if summed := (*axes.copies, *axes.width):
+        out = jax.lax.psum(out, summed)
+    if axes.shared:
+        out = jax.lax.psum_scatter(out, axes.shared, scatter_dimension=0, tiled=True)
     return out
+
+
+def _dispatched(x_BTD, experts_BTK, weights_BTK, gate, up, down, *, kind: str, axes: _Axes, factor: float):
+    """Returns the same as `_gathered` with each token sent to its experts' devices alone; runs inside shard_map."""
+    k, flat = experts_BTK.shape[-1], x_BTD.reshape(-1, x_BTD.shape[-1])
+    n_experts = gate.shape[0] * math.prod(axes.mesh.shape[name] for name in axes.shared)
+    place, assignment, counts, _ = _places(experts_BTK.reshape(-1), 0, n_experts, 1)
+    rows = _permute(jnp.repeat(flat, k, axis=0), assignment, place)
+    capacity = max(
+        dispatch.ROW_MULTIPLE, math.ceil(factor * rows.shape[0] / dispatch.ROW_MULTIPLE) * dispatch.ROW_MULTIPLE
+    )
+
+    def run(rows, experts, weights):
+        return _run_experts(rows, experts, *weights, 0, kind="ragged" if kind == "ragged" else "blocked")
+
+    out = dispatch.exchange_and_run(rows, counts, (gate, up, down), run, axes.mesh, axes.shared, capacity)
+    out = _permute(out, place, assignment).reshape(-1, k, flat.shape[1])
+    out = jnp.einsum("NKD,NK->ND", out, weights_BTK.reshape(-1, k).astype(out.dtype)).reshape(x_BTD.shape)
+    return jax.lax.psum(out, axes.width) if axes.width else out
 
 
 def moe(p: MoE, x_BTD: jax.Array, c: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Returns (output [B, T, D], chosen experts int32 [B, T, k])."""
     experts, weights = route(p.router, p.bias, x_BTD, c)
-    mesh = sharding.current_mesh()
-    kind = implementation(c)
-    if mesh is None:
-        shards = dict.fromkeys(sharding.AXES, 1)
-        out = _experts_on_device(x_BTD, experts, weights, p.gate, p.up, p.down, kind=kind, shards=shards)
+    mesh, kind = sharding.current_mesh(), implementation(c)
+    if mesh is None or mesh.size == 1:
+        axes = _Axes(mesh, (), (), ())
+        out = _gathered(x_BTD, experts, weights, p.gate, p.up, p.down, kind=kind, axes=axes)
     else:
-        tokens = sharding.partition(("batch", None, None), x_BTD.shape, mesh)
-        divided = tokens[0] is not None  # too few rows to spread: every device computes all of them
-        shards = dict(mesh.shape)
+        tokens = sharding.partition(("batch", "sequence", None), x_BTD.shape, mesh)
         wide = sharding.partition(("experts", None, "ffw"), p.gate.shape, mesh)
         deep = sharding.partition(("experts", "ffw", None), p.down.shape, mesh)
-        shards["tensor"] = shards["tensor"] if wide[2] else 1
-        shards["expert"] = shards["expert"] if wide[0] else 1
-        if not divided and shards["expert"] > 1:
-            wide, deep, shards["expert"] = PartitionSpec(None, None, wide[2]), PartitionSpec(None, wide[2], None), 1
-        body = functools.partial(_experts_on_device, kind=kind, shards=shards)
+        rows, parts = sharding.mesh_axes(tokens[0]), sharding.mesh_axes(wide[0])
+        shared = tuple(name for name in parts if name in rows)
+        axes = _Axes(mesh, shared, tuple(name for name in parts if name not in rows), sharding.mesh_axes(wide[2]))
+        routed = c.moe_dispatch == "routed" or (c.moe_dispatch == "auto" and _platform() == "tpu")
+        if routed and axes.shared and not axes.copies:
+            body = functools.partial(_dispatched, kind=kind, axes=axes, factor=c.moe_buffer_factor)
+        else:
+            body = functools.partial(_gathered, kind=kind, axes=axes)
         out = jax.shard_map(
             body, mesh=mesh, in_specs=(tokens, tokens, tokens, wide, wide, deep), out_specs=tokens, check_vma=False
         )(x_BTD, experts, weights, p.gate, p.up, p.down)
