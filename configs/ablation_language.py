@@ -1,4 +1,4 @@
-"""Ablation: reasoning RL with and without the language consistency reward, from the same cold start.
+"""Ablation: the language consistency reward on and off, in R1-Zero from the base and in stage 2 from the cold start.
 
 Hardware: two CPU cores; it runs the stages before it first when the working folder has none.
 Command: python -m r1jax.launch --config=ablation_language --workdir=runs
@@ -11,6 +11,9 @@ PRESETS = ("tiny",)
 
 
 def config(preset: str) -> Config:
-    """Returns the two variants of stage 2."""
-    variants = ("with stage2_reasoning_rl", "without stage2_reasoning_rl reward.language=0")
+    """Returns two variants of R1-Zero and two of stage 2."""
+    variants = (
+        *("zero_without r1_zero", "zero_with r1_zero reward.language=1"),
+        *("stage2_without stage2_reasoning_rl reward.language=0", "stage2_with stage2_reasoning_rl"),
+    )
     return replace(r1.config(preset), stage="ablation", output="language", variants=variants)

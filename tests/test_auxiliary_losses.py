@@ -172,5 +172,7 @@ def test_an_update_moves_the_prediction_layers_selection_bias_by_its_own_load():
     assert pack.row_tokens == micro["tokens"].shape[-1]
     state, stats = trainer.update(trainer.init(weights(MODEL)), micro, 1, np.float32(0.1))
     for bias in (state.params.mtp.block.ffw.bias, state.params.sparse.ffw.bias):
-        assert set(np.round(np.abs(np.asarray(bias, np.float64)).reshape(-1), 6).tolist()) <= {0.0, 0.01} and np.any(bias)
+        assert set(np.round(np.abs(np.asarray(bias, np.float64)).reshape(-1), 6).tolist()) <= {0.0, 0.01} and np.any(
+            bias
+        )
     assert float(stats["mtp"]) > 0

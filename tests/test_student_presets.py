@@ -172,3 +172,8 @@ def test_a_checkpoints_own_config_json_wins_over_the_preset(tmp_path):
     assert (model.max_position_embeddings, model.vocab_size) == (4096, 512)
     # How a run computes is not the checkpoint's to say.
     assert (model.compute_dtype, model.remat, model.checkpoint) == ("float32", True, str(tmp_path))
+    file = tmp_path / "model.safetensors"  # one file beside its config.json stands for the folder
+    file.write_bytes((8).to_bytes(8, "little") + b"{}      ")
+    given[0] = ("model.checkpoint", str(file))
+    alone, words, _ = common.prepare(configs.load("evaluate:qwen2_5_1_5b", given))
+    assert alone.model == replace(model, checkpoint=str(file)) and words.eos_id == tokenizer.tiny().eos_id

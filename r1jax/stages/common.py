@@ -102,7 +102,7 @@ class StageFolder:
 def prepare(config: Config) -> tuple[Config, tokenizers.Tokenizer, Mesh]:
     """Returns (config with the checkpoint's own model shape, tokenizer, mesh) and sets JAX up.
 
-    A Hugging Face folder in config.model.checkpoint overrides the preset's shape; without one, or with one of our own
+    A Hugging Face folder, or file, in config.model.checkpoint overrides the preset's shape; without one, or with one of our own
     runs, the tiny world's tokenizer applies.
     """
     runtime.setup()
@@ -111,8 +111,9 @@ def prepare(config: Config) -> tuple[Config, tokenizers.Tokenizer, Mesh]:
     if folder and is_hugging_face(folder):
         from r1jax.checkpoints import hf_config
 
-        shape = hf_config.model_config(folder, config.model)
-        return replace(config, model=shape), tokenizers.from_folder(folder), mesh
+        beside = Path(folder).parent if Path(folder).is_file() else Path(folder)
+        shape = hf_config.model_config(beside, config.model)
+        return replace(config, model=shape), tokenizers.from_folder(beside), mesh
     tokenizer = tokenizers.tiny()
     if config.model.vocab_size != tokenizer.vocab_size:
         raise ValueError(
@@ -123,8 +124,13 @@ def prepare(config: Config) -> tuple[Config, tokenizers.Tokenizer, Mesh]:
 
 
 def is_hugging_face(folder: str | Path) -> bool:
-    """Returns whether a folder is a Hugging Face checkpoint. Raises ValueError when there is no such folder."""
+    """Returns whether a folder is a Hugging Face checkpoint, or a safetensors file of one beside its config.json.
+
+    Raises ValueError when there is no such folder.
+    """
     path = Path(folder)
+    if path.suffix == ".safetensors" and path.is_file():
+        path = path.parent
     if not path.is_dir():
         raise ValueError(f"no such checkpoint folder: {folder}; give a Hugging Face folder or a stage's folder")
     if (path / "checkpoints").is_dir():
