@@ -42,7 +42,9 @@ def sample(
     law = SamplingLaw(temperature, 1.0, 0, config.sampler.max_new_tokens, (tokenizer.eos_id,))
     with RewardPool(config.reward) as pool:
         asked = [train[i] for i in order]
-        return evaluate.respond(config, tokenizer, sampler, pool, asked, sampler.engine.load_params(params), law, samples, "sample")
+        return evaluate.respond(
+            config, tokenizer, sampler, pool, asked, sampler.engine.load_params(params), law, samples, "sample"
+        )
 
 
 def basic_checks(min_language_consistency: float) -> list[Check]:
