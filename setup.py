@@ -12,6 +12,9 @@ BESIDE = {"r1jax.kernels": "kernels", "r1jax.configs": "configs"}
 # which none of the three uses: after these, `pip install --no-deps google-jetstream==0.2.2` completes the light install.
 JETSTREAM_LIGHT = ["protobuf>=4.25", "grpcio>=1.60", "shortuuid", "prometheus-client", "tiktoken"]
 
+# The TPU compiler, which also runs without a TPU; jax[tpu] pins a version of its own, so none is pinned here.
+LIBTPU = "libtpu>=0.0.42; sys_platform == 'linux' and platform_machine == 'x86_64'"
+
 
 def inside() -> list[str]:
     """Returns r1jax and its subpackages: the folders that hold Python files."""
@@ -50,10 +53,10 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.7"],
-        "plan": ["libtpu"],
+        "plan": [LIBTPU],
         "jetstream": ["google-jetstream==0.2.2"],
         "jetstream-light": JETSTREAM_LIGHT,
-        "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.9", "setuptools>=68", "wheel>=0.40"],
+        "test": ["hypothesis>=6.100", LIBTPU, "pytest>=8.0", "ruff>=0.9", "setuptools>=68", "wheel>=0.40"],
         "parity": ["gguf", "torch==2.13.0", "transformers>=4.51"],
     },
 )

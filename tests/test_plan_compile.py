@@ -1,0 +1,158 @@
+"""Claims about programs compiled for TPUs by libtpu, without a TPU: memory, collectives, errors.
+
+Needs libtpu (`pip install '.[test]'` on x86 Linux): skipped without it, an error when CI=true.
+"""
+
+import importlib.util
+import os
+import pathlib
+import sys
+
+import pytest
+
+from r1jax.plan.compile import GIB, compile_program
+
+if importlib.util.find_spec("libtpu") is None:
+    if os.environ.get("CI", "").lower() == "true":
+        raise ImportError("no libtpu; pip install '.[test]'")
+    pytest.skip("no libtpu; pip install '.[plan]'", allow_module_level=True)
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DRIVER = ROOT / "tests" / "plan_driver.py"
+SMALL = {"rows": 256, "inner": 1024, "columns": 512}
+LARGE = {"data": 2, "fsdp": 32, "expert": 8}
+TINY = {"preset": "tiny", "model": {"num_hidden_layers": 2}}
+ROWS = {"rows": 8, "row_tokens": 64}
+SIZES = {  # preset, slices, topology, mesh, rows and tokens of a micro-batch
+    "moonlight_16b": ("moonlight_16b", 1, "v5p:4x4x4", {"fsdp": 8, "expert": 8}, 64, 8192),
+    "v3_671b": ("v3_671b", 1, "v5p:8x8x8", LARGE, 512, 4096),
+    "v3_671b_context": ("v3_671b", 1, "v5p:8x8x8", {"fsdp": 32, "expert": 8, "context": 2}, 256, 8192),
+    "v3_671b_slices": ("v3_671b", 2, "v5p:8x8x8", {"slice": 2, **LARGE}, 1024, 4096),
+}
+
+
+def plan(builder, topology="v5p:2x2x1", **arguments):
+    options = {name: arguments.pop(name) for name in ("mode", "slices", "deadline_s") if name in arguments}
+    return compile_program(topology, f"{DRIVER}:{builder}", arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def product():
+    return plan("product", **SMALL)
+
+
+def test_memory_of_a_product_is_its_arrays_and_a_gather_is_seen_with_its_axis(product):
+    divided, whole = product, plan("product", **SMALL, gather=True)
+    part, x, y = 256 * 512 * 4, 256 * 1024 * 4, 256 * 512 * 4
+    for found in (divided, whole):
+        assert found.memory.arguments == part + x
+        assert found.memory.aliased == part
+        assert found.memory.outputs - found.memory.aliased - y in range(0, 1024)  # the table of results
+        assert found.rematerialized == ()
+    assert {key.split()[0] for key in divided.by_axes()} == {"all-reduce"}
+    assert divided.gathered == ()
+    (gather,) = whole.gathered
+    assert (gather.kind, gather.axes, gather.bytes) == ("all-gather", ("fsdp",), 1024 * 512 * 4)
+
+
+def test_fast_mode_reads_the_memory_of_a_full_compilation(product):
+    fast, full = product.memory, plan("product", **SMALL, mode="full").memory
+    assert abs(fast.temporaries - full.temporaries) < 65536  # the executable rounds up to 64 KiB
+    rest = [(memory.arguments, memory.outputs, memory.aliased) for memory in (fast, full)]
+    assert rest[0] == rest[1]
+
+
+def test_a_sharding_that_only_replication_can_change_is_reported_with_both():
+    found = plan("reordered", topology="v5p:2x2x2").rematerialized
+    assert len(found) == 1
+    assert "{devices=[8,1]<=[2,2,2]T(1,0,2)}" in found[0]
+
+
+def test_a_program_that_does_not_fit_says_needed_and_available():
+    found = plan("product", topology="v5e:2x2", rows=2**22, inner=1024, columns=512)
+    assert found.memory.arguments == 2**22 * 1024 * 4 + 256 * 512 * 4
+    assert not found.fits
+    with pytest.raises(
+        ValueError, match=r"plan: product needs 24\.\d GiB of HBM a device on v5e:2x2, 15\.8 GiB are"
+    ) as error:
+        found.require_fit()
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "topology, message",
+    [
+        ("v5p:3x3x3", "plan: topology 'v5p:3x3x3' is not one: .*not divisible by.*give one such as v5p:4x4x4"),
+        ("v5p:2x2x1", "plan: reordered: mesh: .*needs 8 devices, 4 are here; make config.mesh smaller"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_clear_line(topology, message):
+    with pytest.raises(ValueError, match=message) as error:
+        plan("reordered", topology)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_compiler_that_dies_is_an_error_with_its_last_words(tmp_path):
+    builder = tmp_path / "dying.py"
+    builder.write_text("import os, sys\ndef die(devices):\n    print('last words', flush=True)\n    os._exit(134)\n")
+    with pytest.raises(ValueError, match="^plan: the compiler's process ended: last words$"):
+        compile_program("v5p:2x2x1", f"{builder}:die")
+
+
+def test_a_deadline_ends_the_compiler():
+    with pytest.raises(TimeoutError, match="plan: the compiler did not lay out memory in 0.3 s"):
+        plan("product", **SMALL, deadline_s=0.3)
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)  # Python's own sign for a module that cannot be imported
+    with pytest.raises(ValueError, match=r"libtpu is not installed.*pip install 'r1jax\[plan\]'"):
+        compile_program("v5p:2x2x1", "anything:at_all")
+
+
+@pytest.mark.parametrize("builder", ["update", "decode"])
+def test_tokens_of_the_tiny_model_travel_to_experts_and_weights_stay(builder):
+    shape = ROWS if builder == "update" else {}
+    found = plan(builder, **TINY, mesh={"fsdp": 2, "expert": 2}, **shape)
+    assert found.memory.total < GIB
+    assert found.rematerialized == ()
+    assert found.gathered == ()
+    travels = [one for one in found.collectives if one.kind == "ragged-all-to-all"]
+    assert travels
+    assert {one.axes for one in travels} == {("fsdp", "expert")}
+
+
+def test_expert_weights_that_are_gathered_are_found_in_the_compiled_update():
+    found = plan("update", **TINY, **ROWS, mesh={"fsdp": 2, "expert": 2}, rules={"experts": ["expert"]})
+    wide = [one for one in found.gathered if one.kind == "all-gather"]
+    assert {one.axes for one in wide} == {("fsdp",)}
+    assert {tuple(sorted(shape.dims)) for one in wide for shape in one.shapes} == {(1, 4, 64, 96)}
+
+
+def test_gradients_of_two_slices_are_summed_between_them():
+    found = plan("update", slices=2, **TINY, **ROWS, mesh={"slice": 2, "fsdp": 2, "expert": 2})
+    between = [one for one in found.collectives if "slice" in one.axes]
+    assert {one.kind for one in between} == {"all-reduce"}
+    assert {one.group_size for one in between} == {2}
+    assert found.gathered == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+def test_update_and_decode_fit_their_chips_and_expert_weights_stay(size, results):
+    preset, slices, topology, mesh, rows, row_tokens = SIZES[size]
+    common = dict(slices=slices, preset=preset, mesh=mesh)
+    plans = {
+        "update": plan("update", topology, **common, rows=rows, row_tokens=row_tokens),
+        "decode": plan("decode", topology, **common),
+    }
+    results(
+        f"plan_{size}",
+        {"rows": rows, "row_tokens": row_tokens, **{name: found.figures() for name, found in plans.items()}},
+    )
+    for name, found in plans.items():
+        print(f"{size} {name}: {found.memory.total / GIB:.1f} GiB of {found.available / GIB:.1f}; {found.by_axes()}")
+    for found in plans.values():
+        found.require_fit()
+        assert found.rematerialized == ()
+        assert found.gathered == ()
