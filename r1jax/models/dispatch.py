@@ -87,8 +87,8 @@ def exchange_and_run(
     counts_PE = jax.lax.all_gather(counts, axes)
     me = jax.lax.axis_index(axes)
     loads = counts_PE.reshape(counts_PE.shape[0], counts_PE.shape[0], -1).sum(axis=(0, 2))
-    # All devices of the mesh take the same number of rounds: their programs stay in step.
-    rounds = jax.lax.pmax(-(-loads.max() // capacity), mesh.axis_names)
+    # All devices of a slice take the same number of rounds: their programs stay in step.
+    rounds = jax.lax.pmax(-(-loads.max() // capacity), [name for name in mesh.axis_names if name != "slice"])
 
     def one_round(rows, weights, index, counts_PE, me):
         plan = _plan(counts_PE, me, index, capacity)

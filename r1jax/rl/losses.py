@@ -79,6 +79,7 @@ def make_loss(model: ModelConfig, chunk_tokens: int = 0) -> step.Loss:
             "kl": jnp.sum(mask * kl),
             "entropy": jnp.sum(mask * entropy),
             "clip_fraction": jnp.sum(mask * clipped),
+            "importance_ratio": jnp.sum(mask * ratio),  # to the weights that drew the tokens
             "max_logprob_difference": jnp.max(jnp.abs(difference)),
             "max_ratio": jnp.max(jnp.where(mask > 0, ratio, 0)),
         }
@@ -90,4 +91,4 @@ def make_loss(model: ModelConfig, chunk_tokens: int = 0) -> step.Loss:
     return loss
 
 
-TOKEN_MEANS = ("kl", "entropy", "clip_fraction")  # statistics to divide by `tokens`
+TOKEN_MEANS = ("kl", "entropy", "clip_fraction", "importance_ratio")  # statistics to divide by `tokens`
