@@ -22,6 +22,10 @@ class Arguments:
     json: pathlib.Path | None
     sweep: tuple[str, ...]  # FIELD=v1,v2 axes
     sweep_index: int | None
+    coordinator: str | None  # HOST:PORT of process 0 of several, or auto
+    num_processes: int | None
+    process_id: int | None
+    heartbeat_s: float | None
     dry_run: bool
     debug: bool
     help: bool
@@ -50,6 +54,10 @@ def parse(argv: list[str]) -> Arguments:
         json=_path("json", values.json) if values.json is not None else None,
         sweep=tuple(values.sweep),
         sweep_index=values.sweep_index,
+        coordinator=values.coordinator,
+        num_processes=values.num_processes,
+        process_id=values.process_id,
+        heartbeat_s=values.heartbeat_s,
         dry_run=values.dry_run,
         debug=values.debug,
         help=values.help or values.h or values.helpfull or values.helpshort,
@@ -66,6 +74,17 @@ def _define() -> absl_flags.FlagValues:
         "sweep", [], "FIELD=v1,v2: one run a value; repeat the flag for a product.", **shared
     )
     absl_flags.DEFINE_integer("sweep_index", None, "Run only this point of the sweep, from 0.", **shared)
+    absl_flags.DEFINE_string(
+        "coordinator",
+        None,
+        "HOST:PORT of process 0 when several processes share a run; auto lets JAX find it.",
+        **shared,
+    )
+    absl_flags.DEFINE_integer("num_processes", None, "How many processes share the run.", lower_bound=1, **shared)
+    absl_flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", lower_bound=0, **shared)
+    absl_flags.DEFINE_float(
+        "heartbeat_s", None, "A process silent for so many seconds is lost (default 30).", lower_bound=1, **shared
+    )
     absl_flags.DEFINE_boolean("dry_run", False, "Print every resolved field and run nothing.", **shared)
     absl_flags.DEFINE_boolean("debug", False, "Show the traceback of a user error.", **shared)
     for name in ("help", "helpfull", "helpshort"):

@@ -1,6 +1,7 @@
 """Run one config, or a sweep over it: `python -m r1jax.launch --config=NAME[:PRESET] [--config.FIELD=VALUE ...]`.
 
-Exit codes: 0 done, 1 an unexpected failure or a failed point of a sweep, 2 something the user can mend, 130 interrupted.
+Exit codes: 0 done, 1 an unexpected failure or a failed point of a sweep, 2 something the user can mend, 3 another process
+of the run was lost, 130 interrupted.
 """
 
 import importlib
@@ -10,9 +11,13 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from r1jax import config, flags, sweep
+from r1jax import config, flags, schema, sweep
 
 _USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+# What several processes can share; every other stage runs in one.
+_SHARED = ("quickstart", "r1_zero", "stage2_reasoning_rl", "stage4_all_scenarios", "student_rl", "evaluate")
 
 
 def stage_function(name: str) -> Callable:
@@ -30,14 +35,30 @@ def execute(arguments: flags.Arguments) -> int:
         return 0
     resolved = config.load(arguments.spec, arguments.overrides)
     if arguments.sweep:
+        if arguments.coordinator or arguments.num_processes:
+            raise ValueError("--sweep runs its points in processes of one machine; give it without --coordinator")
         return sweep.run(arguments, resolved)
-    if arguments.dry_run:
-        print(config.dump(resolved), end="")
-        figures = config.flatten(resolved)
-    else:
-        figures = stage_function(resolved.stage)(resolved, arguments.workdir)
+    if not arguments.dry_run:
+        return _run(resolved, arguments)
+    print(config.dump(resolved), end="")
     if arguments.json is not None:
+        config.write_json(arguments.json, config.flatten(resolved))
+    return 0
+
+
+def _run(resolved: schema.Config, arguments: flags.Arguments) -> int:
+    """Runs the stage, together with the other processes when there are any, and returns the exit code."""
+    from r1jax.core import distributed  # brings numpy, which the command line does without
+
+    run = stage_function(resolved.stage)
+    heartbeat_s = distributed.HEARTBEAT_S if arguments.heartbeat_s is None else arguments.heartbeat_s
+    distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id, heartbeat_s)
+    if resolved.stage not in _SHARED:
+        distributed.require_one(resolved.stage)
+    figures = run(resolved, arguments.workdir)
+    if arguments.json is not None and distributed.is_writer():
         config.write_json(arguments.json, figures)
+    distributed.stop()
     return 0
 
 
@@ -49,13 +70,32 @@ def main(argv: list[str]) -> int:
     try:
         return execute(flags.parse(argv))
     except _USER_ERRORS as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _failed(error, 2, f"error: {_one_line(error)}", debug)
+    except KeyboardInterrupt as error:
+        return _failed(error, 130, "interrupted", debug=False)
+    except Exception as error:
+        from r1jax.core import distributed
+
+        if isinstance(error, distributed.PeerLost):
+            return _failed(error, distributed.LOST_EXIT, f"error: {_one_line(error)}", debug)
+        _failed(error, 1, "", debug=False)
+        raise
+
+
+def _failed(error: BaseException, code: int, message: str, debug: bool) -> int:
+    """Prints why, tells the other processes of the run, and returns the exit code.
+
+    With other processes it does not return: it ends this one, and where one of them was lost it says that instead.
+    """
+    from r1jax.core import distributed
+
+    distributed.await_verdict(error)
+    if debug or (not message and distributed.process_count() > 1):
+        traceback.print_exception(error)
+    if message:
+        print(message, file=sys.stderr)
+    distributed.fail(error, code)
+    return code
 
 
 def _one_line(error: Exception) -> str:

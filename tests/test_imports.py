@@ -12,7 +12,7 @@ BELOW = {  # part of r1jax: the parts it may import; itself and schema always
     "config": {"configs"},
     "flags": {"config"},
     "sweep": {"config", "flags"},
-    "launch": {"flags", "config", "sweep", "stages"},
+    "launch": {"flags", "config", "sweep", "stages", "core"},  # of core, what starts several processes
     "core": set(),
     "kernels": set(),
     "data": set(),

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from r1jax.core import distributed
+
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save, and warns of items that are not asked for
 
 
@@ -22,11 +24,14 @@ class CheckpointStore:
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
-        """Returns the number of the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
+        """Returns the number of the newest complete checkpoint, or None: what process 0 finds."""
+        return distributed.decide(self._manager.latest_step, name="the newest checkpoint")
 
     def save(self, number: int, items: dict[str, Any], record: dict[str, Any]) -> None:
-        """Writes the items (pytrees of arrays) and the record; returns when they are on disk."""
+        """Writes the items (pytrees of arrays) and the record; returns when they are on disk.
+
+        Every process writes its part of arrays that are divided between them.
+        """
         arguments = {name: ocp.args.StandardSave(value) for name, value in items.items()}
         arguments["record"] = ocp.args.JsonSave(record)
         self._manager.save(number, args=ocp.args.Composite(**arguments))
@@ -81,7 +86,9 @@ def shape_problems(stored: dict[str, tuple], wanted: dict[str, tuple], most: int
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON under a temporary name and renames it."""
+    """Writes JSON under a temporary name and renames it; only in the process that writes the run's files."""
+    if not distributed.is_writer():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=1, sort_keys=True))

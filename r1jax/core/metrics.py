@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
 
+from r1jax.core import distributed
+
 METRICS_FILE = "metrics.jsonl"  # deterministic values only
 TIMING_FILE = "timing.jsonl"  # wall-clock values
 TENSORBOARD_FOLDER = "tensorboard"
@@ -57,14 +59,20 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and timing.jsonl in a folder; a row is on disk when `write` returns."""
+    """Appends to metrics.jsonl and timing.jsonl in a folder; a row is on disk when `write` returns.
+
+    Of several processes only process 0 touches the files; in the others nothing happens.
+    """
 
     def __init__(self, folder: Path, tensorboard: bool = True):
         """Opens the files of a folder, which is made if missing; a last line that a crash cut off is removed."""
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._tensorboard, self._writer, self._purge_step = tensorboard, None, None
         self._files: dict[str, object] = {}
+        self._writing = distributed.is_writer()
+        if not self._writing:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, TIMING_FILE):
             path = self.folder / name
             data = path.read_bytes() if path.exists() else b""
@@ -86,6 +94,8 @@ class MetricsLog:
         Raises ValueError, and writes nothing, when a value is not a number or is named `update`.
         """
         lines = {METRICS_FILE: _encode(update, row), TIMING_FILE: _encode(update, timing)}
+        if not self._writing:
+            return
         for name, line in lines.items():
             file = self._files[name]
             file.write(line)
@@ -114,6 +124,8 @@ class MetricsLog:
 
         TensorBoard is told to forget those steps. Raises ValueError with file and line for a damaged row before the last.
         """
+        if not self._writing:
+            return
         kept = {
             name: [row for row in _rows(self.folder / name) if row["update"] <= update]
             for name in (METRICS_FILE, TIMING_FILE)

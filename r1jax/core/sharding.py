@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from r1jax.core import distributed
 from r1jax.schema import MeshConfig
 
 AXES = ("slice", "data", "fsdp", "expert", "tensor", "context")
@@ -93,6 +94,11 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         raise ValueError(
             f"mesh: {dict(zip(AXES, config.shape, strict=True))} needs {needed} devices, {len(devices)} are here; "
             "make config.mesh smaller"
+        )
+    if distributed.process_count() > 1 and needed != len(devices):
+        raise ValueError(
+            f"mesh: {dict(zip(AXES, config.shape, strict=True))} uses {needed} devices, the "
+            f"{distributed.process_count()} processes hold {len(devices)}; make config.mesh use all"
         )
     if devices[0].platform != "tpu" or needed < len(devices):
         return Mesh(np.asarray(devices[:needed]).reshape(config.shape), AXES)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from r1jax.core import distributed
+
 
 def cast(tree: Any, dtype) -> Any:
     """Returns the tree with its floating-point leaves in `dtype`; others are left alone.
@@ -39,7 +41,7 @@ def digest(tree: Any) -> str:
     """Returns a SHA-256 over names, shapes, dtypes and bytes of all leaves: equal digests mean bit-equal trees."""
     sha = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(jax.device_get(leaf))
+        array = distributed.to_host(leaf)
         sha.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode())
         sha.update(np.ascontiguousarray(array).tobytes())
     return sha.hexdigest()

@@ -92,6 +92,11 @@ class RewardPool:
         self._checked = score_function is None
         self._pool: ProcessPool | None = None
 
+    @property
+    def batch_deadline_s(self) -> float:
+        """Seconds after which `score` returns whatever is not graded by then as unscorable."""
+        return self._config.batch_deadline_s
+
     def __enter__(self) -> "RewardPool":
         return self
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from r1jax.core import distributed
 from r1jax.sampler.sample import RolloutSample
 
 
@@ -29,6 +30,8 @@ class Journal:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
+        if not distributed.is_writer():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob("*.tmp"):
             leftover.unlink()
@@ -37,7 +40,14 @@ class Journal:
         return self.folder / f"rollout_{start:08d}.npz"
 
     def write(self, start: int, rollout: Rollout) -> Rollout:
-        """Stores the rollout under a temporary name, renames it and returns it."""
+        """Stores the rollout under a temporary name, renames it and returns it.
+
+        With several processes process 0 writes, and all return when it has.
+        """
+        distributed.decide(self._store, start, rollout, name=f"the journal of rollout {start}")
+        return rollout
+
+    def _store(self, start: int, rollout: Rollout) -> None:
         samples = rollout.samples
         lengths = np.asarray([(len(s.prompt_ids), len(s.token_ids)) for s in samples], np.int32)
         fields = dict(
@@ -59,11 +69,10 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._path(start))
-        return rollout
 
     def read(self, start: int) -> Rollout | None:
         """Returns the rollout that starts at an update, or None when it was not finished."""
-        if not self._path(start).exists():
+        if not distributed.decide(self._path(start).exists, name=f"the journal of rollout {start}"):
             return None
         with np.load(self._path(start)) as file:
             f = {name: file[name] for name in file.files}
@@ -89,6 +98,8 @@ class Journal:
 
     def prune(self, before: int) -> None:
         """Removes rollouts that start before an update."""
+        if not distributed.is_writer():
+            return
         for path in self.folder.glob("rollout_*.npz"):
             if int(path.stem.split("_")[1]) < before:
                 path.unlink()

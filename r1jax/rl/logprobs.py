@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.core import sharding
+from r1jax.core import distributed, sharding
 from r1jax.core.sharding import use_mesh
 from r1jax.kernels.fused_logprob import token_logprobs
 from r1jax.models import decoder
@@ -41,7 +41,7 @@ class Scorer:
         """Returns log p(target), float32 [M, R, T], of softmax(logits / temperature); 0 in micro-batches not filled."""
         fields = ("tokens", "targets", "positions", "segments")
         place = sharding.sharding(self.mesh, (None, "batch", "sequence"), batch["tokens"].shape)
-        arrays = {name: jax.device_put(batch[name], place) for name in fields}
+        arrays = {name: distributed.place(batch[name], place) for name in fields}
         with use_mesh(self.mesh):
             return np.asarray(self._score(params, arrays, np.int32(filled), np.float32(temperature)))
 

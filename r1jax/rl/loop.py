@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.core import runtime, sharding, tree
+from r1jax.core import distributed, runtime, sharding, tree
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.core.metrics import MetricsLog
 from r1jax.models import decoder
@@ -265,7 +265,8 @@ class PolicyTraining:
 
     def phase(self, name: str) -> None:
         """Notes what the run is doing, for people and scripts that watch it from outside."""
-        self.phase_file.write_text(f"{name} {self.cursor.update}\n")
+        if distributed.is_writer():
+            self.phase_file.write_text(f"{name} {self.cursor.update}\n")
 
     def close(self) -> None:
         self.phase("done")

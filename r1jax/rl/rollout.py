@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from r1jax.core import rng
+from r1jax.core import distributed, rng
 from r1jax.data.hashing import hash64
 from r1jax.data.packing import PackedBatch, PackItem, pack_batch
 from r1jax.data.prompts import Prompt, PromptStream, keyed_permutation
@@ -76,7 +76,28 @@ def requests_for(
 def grade(
     samples: Sequence[RolloutSample], prompts: Sequence[EncodedPrompt], texts: Sequence[str], pool: RewardPool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (parts float32 [N, P] in the order of PART_NAMES, scorable bool [N]) of samples and their prompts."""
+    """Returns (parts float32 [N, P] in the order of PART_NAMES, scorable bool [N]) of samples and their prompts.
+
+    With several processes each grades the samples of its own prompts, draw % processes, and all get all scores.
+    """
+    processes, own = distributed.process_count(), distributed.process_index()
+    mine = [i for i, sample in enumerate(samples) if sample.request_id % processes == own]
+    parts, scorable = _grade([(samples[i], prompts[i], texts[i]) for i in mine], pool)
+    if processes == 1:
+        return parts, scorable
+    name, deadline_s = "the scores of a rollout", pool.batch_deadline_s + distributed.DEADLINE_S
+    found = distributed.gather([mine, parts, scorable], name, deadline_s)
+    if found is not None:
+        parts, scorable = np.zeros((len(samples), len(PART_NAMES)), np.float32), np.zeros(len(samples), bool)
+        for places, some_parts, some_scorable in found:
+            parts[places], scorable[places] = some_parts, some_scorable
+    return tuple(distributed.broadcast([parts, scorable], name, deadline_s))
+
+
+def _grade(
+    graded: Sequence[tuple[RolloutSample, EncodedPrompt, str]], pool: RewardPool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `grade`'s result for (sample, prompt, text) of this process."""
     requests = [
         RewardRequest(
             id=f"{p.prompt.id}/{sample.request_id}/{sample.sample_index}",
@@ -88,11 +109,11 @@ def grade(
             language=p.prompt.language,
             truncated=sample.truncated,
         )
-        for sample, p, text in zip(samples, prompts, texts, strict=True)
+        for sample, p, text in graded
     ]
     scores = pool.score(requests)
     parts = np.asarray([[score.parts.get(name, 0.0) for name in PART_NAMES] for score in scores], np.float32)
-    return parts, np.asarray([score.scorable for score in scores])
+    return parts.reshape(len(scores), len(PART_NAMES)), np.asarray([score.scorable for score in scores], bool)
 
 
 def mini_batches(rollout: Rollout, start: int, config: Config) -> list[np.ndarray]:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,12 +52,23 @@ class _Running:
 
 
 class RolloutSampler:
-    """Drives an engine over prefill, insert and decode. An exception reaches the caller; nothing runs in threads."""
+    """Drives an engine over prefill, insert and decode. An exception reaches the caller; nothing runs in threads.
 
-    def __init__(self, engine: Engine, steps_per_dispatch: int | None = None):
+    What it does next depends on the requests and on outputs that every process of a run receives, never on time: so all
+    processes fill the same slots. `stalled(waited_s)` alone sees a clock, and it can only end the run.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        steps_per_dispatch: int | None = None,
+        stalled: Callable[[float], bool] | None = None,
+    ):
+        """`stalled` tells whether a dispatch has taken too long; without it, config.sampler.stall_deadline_s does."""
         self.engine = engine
         self.steps = steps_per_dispatch or engine.sampler.steps_per_dispatch
         self.deadline_s = engine.sampler.stall_deadline_s
+        self._stalled = stalled or (lambda waited_s: waited_s > self.deadline_s)
         self.statistics = Statistics()
         self._state = None
 
@@ -166,10 +177,10 @@ class RolloutSampler:
 
     def _fetch(self, out: StepOutput, running: dict[int, _Running]) -> StepOutput:
         """Returns the output on the host. Raises TimeoutError when the device does not answer before the deadline."""
-        limit = time.monotonic() + self.deadline_s
+        started = time.monotonic()
         pause = 1e-4
         while not out.status.is_ready():
-            if time.monotonic() > limit:
+            if self._stalled(time.monotonic() - started):
                 ids = sorted({r.group.request.request_id for r in running.values()})[:8]
                 raise TimeoutError(f"decode made no progress for {self.deadline_s:.0f} s; requests in flight: {ids}")
             time.sleep(pause)

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from r1jax.checkpoints import tokenizer as tokenizers
 from r1jax.config import config_hash, flatten
-from r1jax.core import checkpoint, runtime, sharding
+from r1jax.core import checkpoint, distributed, runtime, sharding
 from r1jax.models import decoder
 from r1jax.schema import Config, GateConfig, ModelConfig, replace
 
@@ -46,6 +46,9 @@ class StageFolder:
 
         Raises ValueError, naming what changed, when what is here, finished or not, was made from other inputs.
         """
+        return distributed.decide(self._finished, inputs, name=f"what is in {self.path}")
+
+    def _finished(self, inputs: dict[str, str]) -> dict | None:
         marker = self.path / (DONE if (self.path / DONE).exists() else INPUTS)
         if not marker.exists() or not self._holds_work():
             return None
@@ -60,6 +63,9 @@ class StageFolder:
 
     def check(self) -> None:
         """Raises ValueError when this folder holds work of another config."""
+        distributed.decide(self._check, name=f"what is in {self.path}")
+
+    def _check(self) -> None:
         path = self.path / "config.json"
         if not path.exists() or not self._holds_work():
             return
@@ -72,10 +78,22 @@ class StageFolder:
                 )
 
     def start(self, inputs: dict[str, str]) -> None:
-        """Makes the folder and writes config.json and the digests of the inputs; ValueError as in `check`."""
+        """Makes the folder and writes config.json and the digests of the inputs; ValueError as in `check`.
+
+        So too when one of several processes does not see what process 0 wrote there.
+        """
         self.check()
         checkpoint.write_json(self.path / "config.json", self._fields())
         checkpoint.write_json(self.path / INPUTS, {"inputs": inputs})
+        distributed.barrier(f"{self.path}/{INPUTS}")
+        seen = distributed.gather((self.path / INPUTS).exists(), f"{self.path}/{INPUTS} in every process")
+        distributed.decide(self._require_shared, seen, name=f"{self.path}/{INPUTS} in every process")
+
+    def _require_shared(self, seen: list[bool]) -> None:
+        if not all(seen):
+            raise ValueError(
+                f"{self.path / INPUTS} is not seen by process {seen.index(False)}; give a --workdir that all processes share"
+            )
 
     def _fields(self) -> dict:
         return json.loads(json.dumps(flatten(self.config), default=str))
@@ -93,7 +111,9 @@ class StageFolder:
         """Writes the DONE marker, with the digests of inputs and output, and returns the figures as they read back."""
         record = {"config_hash": self.hash, "inputs": inputs, "output": output, "figures": figures}
         checkpoint.write_json(self.path / DONE, record)
-        return json.loads((self.path / DONE).read_text())["figures"]
+        return distributed.decide(
+            lambda: json.loads((self.path / DONE).read_text())["figures"], name=f"{self.path}/{DONE}"
+        )
 
     def checkpoints(self) -> checkpoint.CheckpointStore:
         return checkpoint.CheckpointStore(self.path / "checkpoints", self.config.checkpointing.keep)
@@ -201,7 +221,7 @@ def load_asset(path: Path, model: ModelConfig, mesh: Mesh) -> decoder.Params:
             raise ValueError(f"{path} does not fit the model: {problems}")
         leaves = [file.get_tensor(name) for name in wanted]
     params = jax.tree.unflatten(jax.tree.structure(target), leaves)
-    return jax.device_put(params, sharding.spec_shardings(specs, mesh))
+    return jax.tree.map(distributed.place, params, sharding.spec_shardings(specs, mesh))
 
 
 def asset_metadata(path: Path) -> dict[str, str]:

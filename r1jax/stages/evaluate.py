@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import checkpoint, tree
+from r1jax.core import checkpoint, distributed, tree
 from r1jax.data import jsonl
 from r1jax.evals.benchmarks import Response, consensus, summarize
 from r1jax.report import table
@@ -87,10 +87,9 @@ def of_weights(
     key = hashlib.sha256(
         repr((config.evaluation, drawn, config.seed, config.data, tree.digest(params))).encode()
     ).hexdigest()
-    if path.exists() and (samples is None or samples.exists()):
-        record = json.loads(path.read_text())
-        if record["key"] == key:
-            return record["figures"]
+    measured = distributed.decide(_measured, path, key, samples, name=str(path))
+    if measured is not None:
+        return measured
     figures, responses = evaluate(config, tokenizer, mesh, held_out, params)
     if samples is not None:
         write_samples(samples, responses)
@@ -98,11 +97,20 @@ def of_weights(
     return figures
 
 
+def _measured(path: Path, key: str, samples: Path | None) -> dict | None:
+    """Returns the figures in a file of `of_weights` when they belong to the key and the samples are there too."""
+    if not path.exists() or (samples is not None and not samples.exists()):
+        return None
+    record = json.loads(path.read_text())
+    return record["figures"] if record["key"] == key else None
+
+
 def finished(folder: common.StageFolder, inputs: dict[str, str]) -> dict | None:
     """Returns the figures of a stage that is done with these inputs, after printing them, else None."""
     figures = folder.finished(inputs)
     if figures is not None:
-        print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
+        if distributed.is_writer():
+            print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
         print_checkpoints(figures)
     return figures
 
@@ -197,8 +205,9 @@ def respond(
 
 
 def write_samples(path: Path, responses: Sequence[Response]) -> None:
-    """Writes responses as JSON lines."""
-    jsonl.write(path, [vars(response) for response in responses])
+    """Writes responses as JSON lines; only in the process that writes the run's files."""
+    if distributed.is_writer():
+        jsonl.write(path, [vars(response) for response in responses])
 
 
 def print_checkpoints(figures: dict) -> None:
@@ -212,7 +221,9 @@ def is_evaluation(value: Any) -> bool:
 
 
 def print_figures(rows: list[dict]) -> None:
-    """Prints the main table, and the faithfulness table where there are equations."""
+    """Prints the main table, and the faithfulness table where there are equations; of several processes, process 0 does."""
+    if not distributed.is_writer():
+        return
     table.render(rows, COLUMNS, "held-out problems")
     print_faithfulness(rows)
 

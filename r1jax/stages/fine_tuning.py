@@ -8,7 +8,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import checkpoint, tree
+from r1jax.core import checkpoint, distributed, tree
 from r1jax.core.metrics import MetricsLog
 from r1jax.data import jsonl, templates
 from r1jax.data.hashing import hash64
@@ -34,6 +34,7 @@ def run(
 
     `files` are further inputs, {path: digest of its content}.
     """
+    distributed.require_one(config.stage)
     folder = common.StageFolder(config, workdir)
     folder.check()
     inputs = lineage.start(config, workdir) | dict(files or {})

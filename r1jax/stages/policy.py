@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import checkpoint, tree
+from r1jax.core import checkpoint, distributed, tree
 from r1jax.core.metrics import read, read_timing
 from r1jax.evals.behaviour import TINY_REFLECTIVE_WORDS, reflective_count
 from r1jax.report import curves, html
@@ -29,7 +29,7 @@ def run(config: Config, workdir: Path) -> dict:
     resolved, tokenizer, mesh = common.prepare(config)
     reasoning, held_out = (prompts.encode(split, resolved, tokenizer) for split in prompts.load(resolved))
     template_check.check(resolved, tokenizer, reasoning)
-    if notice := jetstream.notice():
+    if (notice := jetstream.notice()) and distributed.is_writer():
         print(notice, file=sys.stderr)
     started, name = time.monotonic(), lineage.result_name(config)
     params = lineage.start_weights(resolved, mesh, workdir)
@@ -47,18 +47,20 @@ def run(config: Config, workdir: Path) -> dict:
         )
         folder.start(inputs)
         trained = training.run()
-    write_curves(folder.path)
+    if distributed.is_writer():
+        write_curves(folder.path)
     figures = {"seconds": round(time.monotonic() - started, 1), "updates": resolved.grpo.updates}
     figures["programs"] = training.programs.counts()
-    figures["compute"] = compute.of_policy_training(read(folder.path), resolved)
-    figures["split"] = time_split(folder.path)
+    figures["compute"] = distributed.decide(lambda: compute.of_policy_training(read(folder.path), resolved))
+    figures["split"] = distributed.decide(time_split, folder.path)
     figures |= evaluate.before_and_after(resolved, tokenizer, mesh, held_out, trained, workdir, folder.path)
     if held_out:
         figures["ratios"] = ratios(figures[lineage.BASE], figures[name])
     checkpoint.write_json(folder.path / "figures.json", figures)
     measured = {key: value for key, value in figures.items() if evaluate.is_evaluation(value)}
     run_summary = {"checkpoints": measured, "wall_s": figures["seconds"]}
-    html.write_run(folder.path / "report.html", run_summary, html.collect(Path(workdir), {config.stage: name}))
+    if distributed.is_writer():
+        html.write_run(folder.path / "report.html", run_summary, html.collect(Path(workdir), {config.stage: name}))
     return folder.finish(figures, inputs, tree.digest(trained))
 
 

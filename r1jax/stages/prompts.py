@@ -5,6 +5,7 @@ import sys
 import numpy as np
 
 from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.core import distributed
 from r1jax.data import jsonl, tasks, templates
 from r1jax.data.prompts import Prompt, from_jsonl_rows, split_holdout
 from r1jax.rl.rollout import EncodedPrompt
@@ -83,7 +84,7 @@ def encode(prompts: list[Prompt], config: Config, tokenizer: Tokenizer) -> list[
         raise ValueError(
             f"all {len(prompts)} prompts exceed config.sampler.max_prompt_tokens={limit} (longest {longest}); raise it"
         )
-    if len(encoded) < len(prompts):
+    if len(encoded) < len(prompts) and distributed.is_writer():
         print(
             f"{len(prompts) - len(encoded)} of {len(prompts)} prompts exceed {limit} tokens, left out", file=sys.stderr
         )

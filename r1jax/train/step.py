@@ -15,7 +15,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
-from r1jax.core import sharding, tree
+from r1jax.core import distributed, sharding, tree
 from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PackedBatch
 from r1jax.kernels.fused_logprob import token_logprobs
@@ -117,11 +117,12 @@ class Trainer:
 
     def state(self, params: decoder.Params, optimizer: Any, update: int) -> TrainState:
         """Returns the state after `update` updates from restored parts."""
-        return jax.device_put(TrainState(params, optimizer, np.int32(update)), self.state_shardings())
+        count = distributed.place(np.int32(update), sharding.replicated(self.mesh))
+        return jax.device_put(TrainState(params, optimizer, count), self.state_shardings())
 
     def update(self, state: TrainState, batch: dict[str, np.ndarray], filled: int, arguments: Any):
         """Returns (new state, statistics as device scalars). The given state is donated."""
-        batch = {name: jax.device_put(array, self._batch_sharding(array.shape)) for name, array in batch.items()}
+        batch = {name: distributed.place(array, self._batch_sharding(array.shape)) for name, array in batch.items()}
         with use_mesh(self.mesh):
             return self._update(state, batch, np.int32(filled), arguments)
 

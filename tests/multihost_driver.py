@@ -1,0 +1,133 @@
+"""One process of a very small RL run that several share: multihost_driver.py SETTINGS, a JSON object.
+
+{folder, preset, fields, processes, index, port, mesh {axis: size}, updates, checkpoint_every, heartbeat_s, delays, slow_s, weights}. With
+`delays`, a list of (call number, seconds), this process sleeps at those of its calls into rollout, grading, journal,
+packing, update and checkpoint. With `slow_s` every update takes so much longer. Prints what the run left, as JSON;
+process 0 also writes the weights to the file `weights`.
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+import numpy as np
+
+from r1jax.core import distributed
+
+
+def interrupted(function, pause):
+    def pausing(*arguments, **keywords):
+        pause()
+        return function(*arguments, **keywords)
+
+    return pausing
+
+
+class Pauses:
+    """Sleeps at the given numbers of its calls."""
+
+    def __init__(self, delays):
+        self.delays, self.calls, self.slept_s = {int(call): seconds for call, seconds in delays}, 0, 0.0
+
+    def __call__(self) -> None:
+        seconds = self.delays.get(self.calls, 0.0)
+        self.calls, self.slept_s = self.calls + 1, self.slept_s + seconds
+        time.sleep(seconds)
+
+
+def build(settings: dict):
+    import jax
+
+    from r1jax import config as configs
+    from r1jax.checkpoints import tokenizer
+    from r1jax.core import runtime, sharding
+    from r1jax.data import tasks
+    from r1jax.models import decoder
+    from r1jax.rl.loop import PolicyTraining
+    from r1jax.schema import MeshConfig
+    from r1jax.stages import policy, prompts
+
+    runtime.setup()
+    fields = settings["fields"] | {
+        "grpo.updates": settings["updates"],
+        "checkpointing.every_updates": settings["checkpoint_every"],
+    }
+    config = configs.load(f"r1_zero:{settings['preset']}", [(name, str(value)) for name, value in fields.items()])
+    words, mesh = tokenizer.tiny(), sharding.make_mesh(MeshConfig(**settings["mesh"]))
+    train = prompts.encode(tasks.linear_prompts("train")[:60], config, words)
+    specs, random = (
+        decoder.specs(config.model),
+        np.random.default_rng(0),
+    )  # drawn on the host: one program less to compile
+    drawn = sharding.map_specs(lambda spec: 0.05 * random.standard_normal(spec.shape, np.float32), specs)
+    params = jax.tree.map(distributed.place, drawn, sharding.spec_shardings(specs, mesh))
+    return PolicyTraining(
+        config, words, mesh, train, params, pathlib.Path(settings["folder"]), describe=policy.describe
+    )
+
+
+def run(settings: dict) -> dict:
+    from r1jax.core import tree
+    from r1jax.rewards.pool import RewardPool
+
+    training, pauses, graded = build(settings), Pauses(settings["delays"]), []
+    score = RewardPool.score
+
+    def noting(pool, requests):
+        graded.extend(int(request.id.split("/")[-2]) for request in requests)
+        pauses()
+        return score(pool, requests)
+
+    RewardPool.score = noting
+    engine, journal, store = training.sampler.engine, training.journal, training.store
+    for owner, name in (
+        (engine, "decode"),
+        (journal, "write"),
+        (training, "pack"),
+        (training, "update"),
+        (store, "save"),
+    ):
+        setattr(owner, name, interrupted(getattr(owner, name), pauses))
+    training.update = interrupted(training.update, lambda: time.sleep(settings["slow_s"]))
+    training.run()
+    if settings["weights"]:
+        leaves = tree_leaves(training.state.params)
+        if distributed.is_writer():
+            np.savez(settings["weights"], *leaves)
+    return {
+        "params": tree.digest(training.state.params),
+        "optimizer": tree.digest(training.state.optimizer),
+        "reference": tree.digest(training.reference),
+        "cursor": vars(training.cursor),
+        "programs": training.programs.counts(),
+        "graded": sorted(set(graded)),
+        "calls": pauses.calls,
+        "slept_s": pauses.slept_s,
+    }
+
+
+def tree_leaves(params) -> list[np.ndarray]:
+    import jax
+
+    return [distributed.to_host(leaf) for leaf in jax.tree.leaves(params)]
+
+
+def main(settings: dict) -> None:
+    started = time.monotonic()
+    if settings["processes"] > 1:
+        address = f"127.0.0.1:{settings['port']}"
+        distributed.start(address, settings["processes"], settings["index"], settings["heartbeat_s"])
+    try:
+        found = run(settings)
+        distributed.stop()
+    except Exception as error:
+        distributed.await_verdict(error)
+        print(f"error: {error}", file=sys.stderr)
+        distributed.fail(error, 1)
+        raise
+    print(json.dumps(found | {"seconds": round(time.monotonic() - started, 1)}))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
