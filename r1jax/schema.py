@@ -245,6 +245,7 @@ class GRPOConfig:
     kl_coef: float = 0.001  # beta, k3 estimator in the loss
     kl_coef_schedule: Schedule = ()
     reference_refresh_updates: int = 400  # 0 never refreshes
+    rollouts_ahead: int = 0  # disaggregated: rollouts drawn while earlier ones are trained on; the bound on staleness
     offload_reference: bool = False  # the reference waits in host memory between uses
     aggregation: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum"] = "seq_mean_token_mean"
     length_divisor: int = 0  # seq_mean_token_sum divides by this constant (Dr. GRPO); 0 is max_new_tokens
@@ -371,6 +372,10 @@ class Config:
     seed: int = 0
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
+    mode: Literal["colocated", "disaggregated"] = (
+        "colocated"  # RL: trainer and sampler share devices, or have their own
+    )
+    sampler_mesh: MeshConfig = MeshConfig()  # disaggregated: the sampler's, on the devices after those of `mesh`
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     sampler: SamplerConfig = SamplerConfig()
@@ -399,6 +404,13 @@ class Config:
     output: str = ""  # grade: the JSONL to write
     extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"  # grade: where the answer stands
     rebuild_base: bool = False  # quickstart, r1_zero: pretrain the tiny base instead of using the shipped one
+
+    def __post_init__(self):
+        _require(
+            self.mode == "disaggregated" or not self.grpo.rollouts_ahead,
+            f"Config.grpo.rollouts_ahead={self.grpo.rollouts_ahead} needs mode=disaggregated: one set of devices cannot "
+            "sample and train at once",
+        )
 
 
 def replace(config, **changes):

@@ -61,9 +61,9 @@ def watched(tmp_path_factory):
     training, digests, kept, batches = build(folder), {}, {}, []
     roll_out, write, update = training.roll_out, training.journal.write, training.update
 
-    def watch_roll_out(start, pool):
+    def watch_roll_out(start, *more):
         digests[start] = tree.digest(training._compute(training.state.params)), tree.digest(training.reference)
-        return roll_out(start, pool)
+        return roll_out(start, *more)
 
     def watch_update(arrays, filled, start):
         batches.append(arrays)
@@ -206,7 +206,7 @@ def test_journal_gives_back_the_same_bits(tmp_path, experts):
 def test_a_rollout_in_the_journal_is_used_instead_of_a_new_one(watched, tmp_path):
     _, folder, _, kept, _ = watched
     training = build(tmp_path)
-    training.roll_out = lambda start, pool: pytest.fail(f"rollout {start} was sampled again")
+    training.roll_out = lambda start, *more: pytest.fail(f"rollout {start} was sampled again")
     for start, scored in kept.items():
         training.journal.write(start, scored)
     training.run()
@@ -241,7 +241,7 @@ def test_stopped_in_the_middle_of_a_rollout_in_bfloat16_a_run_goes_on_from_the_j
 
     resumed, sampled = build(tmp_path / "stopped", **more), []
     roll_out = resumed.roll_out
-    resumed.roll_out = lambda start, pool: sampled.append(start) or roll_out(start, pool)
+    resumed.roll_out = lambda start, *more: sampled.append(start) or roll_out(start, *more)
     resumed.run()
     assert sampled == [6]  # the checkpoint of update 4 stands inside the rollout of update 3
     assert tree.digest(resumed.state) == tree.digest(whole.state)

@@ -165,7 +165,7 @@ def test_behaviour_log_probs_are_those_of_the_logits_over_0_7(trained):
     training.cursor.update = training.cursor.rollout_start = 2
     training.cursor.draw = 32
     with RewardPool(training.config.reward) as pool:
-        samples = training.roll_out(2, pool).samples
+        samples = training.next_rollout(2, pool).samples
     assert len(samples) == 128
     tokens = np.zeros((len(samples), 40), np.int32)
     for row, sample in zip(tokens, samples, strict=True):

@@ -83,7 +83,7 @@ def map_specs(function: Callable[[ParamSpec], Any], specs: Any) -> Any:
     return jax.tree.map(function, specs, is_leaf=is_spec)
 
 
-def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: list | None = None, field: str = "mesh") -> Mesh:
     """Returns a mesh over the first devices. Raises ValueError when there are too few.
 
     On TPUs neighbours on a mesh axis are neighbours in the machine, and the `slice` axis alone crosses between slices.
@@ -92,8 +92,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     needed = math.prod(config.shape)
     if needed > len(devices):
         raise ValueError(
-            f"mesh: {dict(zip(AXES, config.shape, strict=True))} needs {needed} devices, {len(devices)} are here; "
-            "make config.mesh smaller"
+            f"{field}: {dict(zip(AXES, config.shape, strict=True))} needs {needed} devices, {len(devices)} are here; "
+            f"make config.{field} smaller"
         )
     if distributed.process_count() > 1 and needed != len(devices):
         raise ValueError(

@@ -70,6 +70,10 @@ class Journal:
             os.fsync(file.fileno())
         temporary.replace(self._path(start))
 
+    def holds(self, start: int) -> bool:
+        """Returns whether the rollout that starts at an update is there."""
+        return self._path(start).exists()
+
     def read(self, start: int) -> Rollout | None:
         """Returns the rollout that starts at an update, or None when it was not finished."""
         if not distributed.decide(self._path(start).exists, name=f"the journal of rollout {start}"):

@@ -48,9 +48,11 @@ class Timer:
     def run(self, name: str, function: Callable, *arguments):
         started = time.perf_counter()
         result = function(*arguments)
-        name += "_s"
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        self.add(name, time.perf_counter() - started)
         return result
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds[name + "_s"] = self.seconds.get(name + "_s", 0.0) + seconds
 
     def take(self) -> dict[str, float]:
         seconds, self.seconds = self.seconds, {}
@@ -104,7 +106,8 @@ class PolicyTraining:
             while self.cursor.update < self.config.grpo.updates:
                 start = self.cursor.rollout_start
                 self.refresh_reference(start)
-                scored = self.journal.read(start) or self.journal.write(start, self.roll_out(start, pool))
+                scored = self.journal.read(start) or self.journal.write(start, self.next_rollout(start, pool))
+                self.look_ahead(scored, start, pool)
                 advantages, summary = self.judge(scored, start)
                 batches = rollout.mini_batches(scored, start, self.config)
                 for chosen in batches[self.cursor.update - start :]:
@@ -141,7 +144,7 @@ class PolicyTraining:
     def warm_up(self) -> None:
         """Compiles every program once, on data that leaves no trace, and freezes their number."""
         self.phase("warm_up")
-        self.sampler.warm_up(self.sampler.engine.load_params(self.state.params))
+        self.sampler.warm_up(self.sampler_weights())
         size = self.config.pack
         shape = (rollout.micro_batches(self.config), size.rows_per_micro_batch, size.row_tokens)
         names = ("tokens", "targets", "positions", "segments")
@@ -163,18 +166,31 @@ class PolicyTraining:
             self.reference = self._compute(self.state.params)
             self.cursor.reference_update = start
 
-    def roll_out(self, start: int, pool: RewardPool) -> Rollout:
-        """Returns the scored samples of the rollout that starts at an update."""
+    def next_rollout(self, start: int, pool: RewardPool) -> Rollout:
+        """Returns the scored samples of the rollout that starts at an update, drawn with the weights of now."""
+        return self.roll_out(start, pool, self.cursor.draw, self.sampler_weights(), start)
+
+    def look_ahead(self, scored: Rollout, start: int, pool: RewardPool) -> None:
+        """Is called before a rollout is trained on; here it does nothing."""
+
+    def sampler_weights(self) -> decoder.Params:
+        """Returns the policy as the sampler takes it."""
+        return self.sampler.engine.load_params(self.state.params)
+
+    def roll_out(self, start: int, pool: RewardPool, draw: int, weights: decoder.Params, version: int) -> Rollout:
+        """Returns the scored samples of the rollout that starts at an update, its first prompt being number `draw`.
+
+        `version` is the number of updates that `weights` have seen.
+        """
         grpo, config = self.config.grpo, self.config
         updates = schedules.updates_in_rollout(start, grpo.updates, grpo.updates_per_rollout)
-        draws = range(self.cursor.draw, self.cursor.draw + updates * grpo.prompts_per_update)
+        draws = range(draw, draw + updates * grpo.prompts_per_update)
         prompts = [self.prompts[draw] for draw in draws]
         requests = rollout.requests_for(
             prompts, draws, grpo.group_size, self.law(start), config.seed, config.stage, "sample"
         )
         self.phase("rollout")
-        weights = self.sampler.engine.load_params(self.state.params)
-        samples = self.timer.run("rollout", self.sampler.generate, requests, weights, start)
+        samples = self.timer.run("rollout", self.sampler.generate, requests, weights, version)
         self.phase("grading")
         texts = self.tokenizer.decode_batch([sample.token_ids for sample in samples])
         repeated = [prompt for prompt in prompts for _ in range(grpo.group_size)]
@@ -230,7 +246,7 @@ class PolicyTraining:
         """Writes the metrics row of the update just made, and what it took apart from it."""
         tokens = max(stats["tokens"], 1.0)
         row = summary | {name: value / tokens if name in losses.TOKEN_MEANS else value for name, value in stats.items()}
-        if self.cursor.update - 1 > self.cursor.rollout_start:
+        if self.cursor.update - 1 > self.cursor.rollout_start or row.get("staleness"):
             # Only the first update of a rollout runs the very weights that sampled it.
             row["max_policy_shift"] = row.pop("max_logprob_difference")
         timing = self.timer.take()

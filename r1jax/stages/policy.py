@@ -4,11 +4,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+from jax.sharding import Mesh
+
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import checkpoint, distributed, tree
+from r1jax.core import checkpoint, distributed, sharding, tree
 from r1jax.core.metrics import read, read_timing
 from r1jax.evals.behaviour import TINY_REFLECTIVE_WORDS, reflective_count
 from r1jax.report import curves, html
+from r1jax.rl.disaggregated import DisaggregatedTraining
 from r1jax.rl.loop import PolicyTraining
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.sampler import jetstream
@@ -34,7 +38,7 @@ def run(config: Config, workdir: Path) -> dict:
     started, name = time.monotonic(), lineage.result_name(config)
     params = lineage.start_weights(resolved, mesh, workdir)
     with Progress(name, resolved.grpo.updates) as progress:
-        training = PolicyTraining(
+        training = make_training(
             resolved,
             tokenizer,
             mesh,
@@ -62,6 +66,15 @@ def run(config: Config, workdir: Path) -> dict:
     if distributed.is_writer():
         html.write_run(folder.path / "report.html", run_summary, html.collect(Path(workdir), {config.stage: name}))
     return folder.finish(figures, inputs, tree.digest(trained))
+
+
+def make_training(config: Config, tokenizer: Tokenizer, mesh: Mesh, *arguments) -> PolicyTraining:
+    """Returns the loop of config.mode; ValueError when the sampler's devices are not there."""
+    if config.mode == "colocated":
+        return PolicyTraining(config, tokenizer, mesh, *arguments)
+    distributed.require_one("config.mode=disaggregated")
+    sampler_mesh = sharding.make_mesh(config.sampler_mesh, jax.devices()[mesh.size :], "sampler_mesh")
+    return DisaggregatedTraining(config, tokenizer, mesh, *arguments, sampler_mesh=sampler_mesh)
 
 
 def later(config: Config, tokenizer: Tokenizer, reasoning: list[EncodedPrompt]):
