@@ -256,3 +256,13 @@ def test_dry_run_of_a_sweep_names_its_points(capsys, tmp_path):
     assert launch.main(arguments) == 0
     assert capsys.readouterr().out.endswith("point 0: seed=0\npoint 1: seed=1\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_installed_tpu_compiler_is_no_noise_where_there_is_no_tpu():
+    if any(pathlib.Path("/dev").glob("accel*")) or any(pathlib.Path("/dev/vfio").glob("*")):
+        pytest.skip("this machine has a TPU")
+    program = "from r1jax.core import runtime\nruntime.setup()\nimport jax\nprint(jax.default_backend())"
+    environment = {name: value for name, value in ENV.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "TPU" not in done.stderr and "InitGoogle" not in done.stderr
