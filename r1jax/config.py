@@ -249,8 +249,13 @@ def _text(value) -> str:
 
 
 def config_hash(config) -> str:
-    """Returns the sha256 (hex) of every key and value; equal for equal configs, in any process."""
-    return hashlib.sha256(json.dumps(flatten(config), sort_keys=True).encode()).hexdigest()
+    """Returns the sha256 (hex) of every key and value that is not the default; equal for equal configs, in any process.
+
+    A field added later, at its default, leaves the hash as it was.
+    """
+    defaults = flatten(type(config)())
+    chosen = {key: value for key, value in flatten(config).items() if key not in defaults or value != defaults[key]}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
 def sweep(config: schema.Config, axes: Sequence[str], fixed: Iterable[tuple[str, str]] = ()) -> list[Point]:

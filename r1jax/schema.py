@@ -118,6 +118,7 @@ class ModelConfig:
                 f"ModelConfig.num_experts_per_tok={self.num_experts_per_tok} exceeds the {kept} experts of the kept groups",
             )
 
+        _require(self.moe_buffer_factor > 0, f"ModelConfig.moe_buffer_factor={self.moe_buffer_factor} must be above 0")
         _require(
             self.num_nextn_predict_layers in (0, 1),
             f"ModelConfig.num_nextn_predict_layers={self.num_nextn_predict_layers} must be 0 or 1",
@@ -152,6 +153,11 @@ class MeshConfig:
     expert: int = 1  # data parallel for the dense layers; experts lie over fsdp and expert together
     tensor: int = 1  # heads, feed-forward width and vocabulary
     context: int = 1  # tokens of a row; attention passes keys around a ring
+
+    def __post_init__(self):
+        for axis in dataclasses.fields(self):
+            size = getattr(self, axis.name)
+            _require(size >= 1, f"MeshConfig.{axis.name}={size} must be at least 1")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -255,6 +261,7 @@ class GRPOConfig:
     def __post_init__(self):
         for name in ("group_size", "prompts_per_update", "updates_per_rollout", "updates"):
             _require(getattr(self, name) > 0, f"GRPOConfig.{name}={getattr(self, name)} must be at least 1")
+        _require(self.rollouts_ahead >= 0, f"GRPOConfig.rollouts_ahead={self.rollouts_ahead} must be 0 or more")
         _require(self.clip_ratio > 0, f"GRPOConfig.clip_ratio={self.clip_ratio} must be above 0")
         _require_rising(self.kl_coef_schedule, "GRPOConfig.kl_coef_schedule")
 

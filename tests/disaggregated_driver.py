@@ -6,6 +6,7 @@ Usage: python tests/disaggregated_driver.py FOLDER, with XLA_FLAGS=--xla_force_h
 import json
 import pathlib
 import sys
+import threading
 import time
 
 import jax
@@ -82,6 +83,25 @@ def run(folder: pathlib.Path, **more) -> dict:
     }
 
 
+def fail(folder: pathlib.Path) -> dict:
+    """Returns the error of a run whose third update fails while rollouts are under way, and the threads left of it."""
+    training = build(folder, mode="disaggregated", grpo__rollouts_ahead=2)
+    update = training.update
+
+    def failing(*arguments):
+        if training.cursor.update == 2:
+            raise RuntimeError("the third update")
+        return update(*arguments)
+
+    training.update = failing
+    try:
+        training.run()
+    except RuntimeError as error:
+        threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("rollout")]
+        return {"error": str(error), "threads": threads}
+    return {}
+
+
 def main() -> None:
     runtime.setup()
     folder = pathlib.Path(sys.argv[1])
@@ -92,6 +112,7 @@ def main() -> None:
         "ahead_1_again": run(folder / "again", mode="disaggregated", grpo__rollouts_ahead=1),
         "ahead_2": run(folder / "ahead_2", mode="disaggregated", grpo__rollouts_ahead=2),
     }
+    report["failed"] = fail(folder / "failed")
     json.dump(report, sys.stdout)
 
 

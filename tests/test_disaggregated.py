@@ -76,10 +76,29 @@ def test_the_next_rollout_is_drawn_while_this_one_is_trained_on(report):
 
 
 def test_no_program_is_compiled_twice(report):
-    for run in report.values():
+    for name, run in report.items():
+        if name == "failed":
+            continue
         counts = run["programs"]
         placed = counts.pop("place")  # the colocated engine's own move of the weights; else a copy between devices
         assert placed in (0, 1) and set(counts.values()) == {1}, counts
+
+
+def test_an_error_in_an_update_ends_the_rollouts_under_way(report):
+    assert report["failed"] == {"error": "the third update", "threads": []}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("grpo.rollouts_ahead", "-1", "rollouts_ahead=-1 must be 0 or more"),
+        ("sampler_mesh.data", "0", "MeshConfig.data=0 must be at least 1"),
+        ("model.moe_buffer_factor", "0", "moe_buffer_factor=0.0 must be above 0"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(field, value, said):
+    with pytest.raises(ValueError, match=said):
+        configs.load("r1_zero:tiny", [("mode", "disaggregated"), (field, value)])
 
 
 def test_running_ahead_needs_devices_of_its_own():

@@ -88,7 +88,7 @@ def exchange_and_run(
     me = jax.lax.axis_index(axes)
     loads = counts_PE.reshape(counts_PE.shape[0], counts_PE.shape[0], -1).sum(axis=(0, 2))
     # All devices of a slice take the same number of rounds: their programs stay in step.
-    rounds = jax.lax.pmax(-(-loads.max() // capacity), [name for name in mesh.axis_names if name != "slice"])
+    rounds = jax.lax.pmax(-(-loads.max() // capacity), tuple(name for name in mesh.axis_names if name != "slice"))
 
     def one_round(rows, weights, index, counts_PE, me):
         plan = _plan(counts_PE, me, index, capacity)

@@ -204,14 +204,14 @@ def _read(folder: pathlib.Path, topology: str, builder: str, mode: str) -> Plan:
     """Returns the plan that an ended process left. Raises ValueError with its error when there is none."""
     lowered, ended = _json(folder / "lowered.json"), _json(folder / "ended.json")
     assignment = _dumped(folder, ".after_optimizations-buffer-assignment.txt")
+    module = _dumped(folder, ".after_optimizations_before_buffer_assignment.txt")
     error = ended.get("error", "")
-    if assignment is None or (error and "Ran out of memory on HBM" not in error):
+    if assignment is None or module is None or (error and "Ran out of memory on HBM" not in error):
         if not error:
             lines = (folder / "output.txt").read_text(errors="replace").strip().splitlines()
             error = f"the compiler's process ended: {lines[-1] if lines else 'without a word'}"
         raise ValueError(f"plan: {error}")
-    text = _dumped(folder, ".after_optimizations_before_buffer_assignment.txt").read_text()
-    found = hlo.collectives(text, lowered["mesh"])
+    found = hlo.collectives(module.read_text(), lowered["mesh"])
     log = folder / "logs" / "tpu_driver.WARNING"
     warnings = log.read_text(errors="replace") if log.exists() else ""
     warnings += (folder / "output.txt").read_text(errors="replace")

@@ -5,10 +5,10 @@ was begun. How old they are is fixed by the schedule, not by who is faster: `grp
 needs no other form: its ratio is taken to the log-probabilities the tokens were drawn with, whatever the weights were.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as Late
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,6 @@ class DisaggregatedTraining(PolicyTraining):
             lambda p: jax.tree.map(jnp.copy, tree.cast(p, jnp.dtype(model.compute_dtype))),
             out_shardings=self.trainer.param_shardings,
         )
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="rollout")
         self._ahead: dict[int, Future] = {}  # by the update at which the rollout starts
         self._frontier: tuple[int, int] | None = None  # (update, draw) of the first rollout that was not begun
 
@@ -55,14 +54,9 @@ class DisaggregatedTraining(PolicyTraining):
         begun = self._ahead.pop(start, None)
         if begun is None:
             return super().next_rollout(start, pool)
-        since, deadline = time.perf_counter(), self.config.sampler.stall_deadline_s
-        try:
-            scored = begun.result(timeout=deadline)
-        except Late:
-            raise TimeoutError(
-                f"{self.config.stage}: the rollout of update {start} was not done in {deadline} s"
-            ) from None
-        self.timer.add("rollout_wait", time.perf_counter() - since)
+        since = time.perf_counter()
+        scored = begun.result()  # its dispatches and its grading have deadlines of their own
+        self.timer.add(rollout_wait_s=time.perf_counter() - since)
         return scored
 
     def look_ahead(self, scored: Rollout, start: int, pool: RewardPool) -> None:
@@ -89,6 +83,12 @@ class DisaggregatedTraining(PolicyTraining):
             raise RuntimeError(f"rollout {start}: its weights are {staleness} updates old, at most {bound} are allowed")
         return advantages, summary | {"staleness": float(staleness)}
 
-    def close(self) -> None:
-        self._worker.shutdown(wait=False, cancel_futures=True)
-        super().close()
+    @contextlib.contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Ends the rollouts that are under way or queued when the loop is left, so that the process can end too."""
+        with ThreadPoolExecutor(1, thread_name_prefix="rollout") as self._worker:
+            try:
+                yield
+            finally:
+                self.sampler.cancelled.set()
+                self._worker.shutdown(cancel_futures=True)

@@ -1,8 +1,10 @@
 """The RL loop: prompts, rollout, rewards, advantages on whole groups, packed mini-batches, updates, metrics, checkpoint."""
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +41,28 @@ class Cursor:
     reference_update: int = 0  # rollout start at which the reference was last replaced
 
 
-@dataclass
 class Timer:
-    """Seconds by phase since the last `take`."""
+    """Seconds by phase, and other sums, since the last `take`; threads may share it."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    def __init__(self):
+        self._sums: dict[str, float] = {}
+        self._lock = threading.Lock()
 
     def run(self, name: str, function: Callable, *arguments):
         started = time.perf_counter()
         result = function(*arguments)
-        self.add(name, time.perf_counter() - started)
+        self.add(**{f"{name}_s": time.perf_counter() - started})
         return result
 
-    def add(self, name: str, seconds: float) -> None:
-        self.seconds[name + "_s"] = self.seconds.get(name + "_s", 0.0) + seconds
+    def add(self, **values: float) -> None:
+        with self._lock:
+            for name, value in values.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
 
     def take(self) -> dict[str, float]:
-        seconds, self.seconds = self.seconds, {}
-        return seconds
+        with self._lock:
+            sums, self._sums = self._sums, {}
+        return sums
 
 
 class PolicyTraining:
@@ -102,7 +108,7 @@ class PolicyTraining:
         """Trains to the last update, resuming from the newest checkpoint, and returns the float32 weights."""
         self.resume()
         self.warm_up()
-        with RewardPool(self.config.reward) as pool:
+        with RewardPool(self.config.reward) as pool, self.ahead():
             while self.cursor.update < self.config.grpo.updates:
                 start = self.cursor.rollout_start
                 self.refresh_reference(start)
@@ -121,6 +127,10 @@ class PolicyTraining:
                     self.checkpoint()
         self.close()
         return self.state.params
+
+    def ahead(self) -> contextlib.AbstractContextManager:
+        """Returns the context in which rollouts run ahead; leaving it, however, ends them. Here there are none."""
+        return contextlib.nullcontext()
 
     def resume(self) -> None:
         """Loads the newest checkpoint, if there is one, and drops metrics rows after it."""
@@ -190,7 +200,12 @@ class PolicyTraining:
             prompts, draws, grpo.group_size, self.law(start), config.seed, config.stage, "sample"
         )
         self.phase("rollout")
-        samples = self.timer.run("rollout", self.sampler.generate, requests, weights, version)
+        begun = time.perf_counter()
+        samples = self.sampler.generate(requests, weights, version)
+        seconds, statistics = time.perf_counter() - begun, self.sampler.statistics
+        self.timer.add(
+            rollout_s=seconds, rollout_tokens=statistics.tokens, rollout_occupied_s=seconds * statistics.occupancy
+        )
         self.phase("grading")
         texts = self.tokenizer.decode_batch([sample.token_ids for sample in samples])
         repeated = [prompt for prompt in prompts for _ in range(grpo.group_size)]
@@ -251,8 +266,8 @@ class PolicyTraining:
             row["max_policy_shift"] = row.pop("max_logprob_difference")
         timing = self.timer.take()
         if "rollout_s" in timing:
-            timing["rollout_tokens_per_s"] = self.sampler.statistics.tokens / timing["rollout_s"]
-            timing["slot_occupancy"] = self.sampler.statistics.occupancy
+            timing["rollout_tokens_per_s"] = timing.pop("rollout_tokens") / timing["rollout_s"]
+            timing["slot_occupancy"] = timing.pop("rollout_occupied_s") / timing["rollout_s"]
         self.log.write(self.cursor.update, row, timing)
         self.on_update(self.cursor.update, row, timing)
 

@@ -1,5 +1,6 @@
 """The synchronous rollout scheduler: one prefill per group, forked into slots; freed slots are refilled at once."""
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,7 @@ class RolloutSampler:
         self.engine = engine
         self.steps = steps_per_dispatch or engine.sampler.steps_per_dispatch
         self.deadline_s = engine.sampler.stall_deadline_s
+        self.cancelled = threading.Event()  # set from another thread: the run ends before its next dispatch
         self._stalled = stalled or (lambda waited_s: waited_s > self.deadline_s)
         self.statistics = Statistics()
         self._state = None
@@ -113,6 +115,8 @@ class RolloutSampler:
         running: dict[int, _Running] = {}
         group: _Group | None = None
         while queue or group or running:
+            if self.cancelled.is_set():
+                raise RuntimeError("the rollout was cancelled")
             while free and (group or queue):
                 if group is None:
                     group = self._prefill(queue.popleft(), params)

@@ -69,9 +69,9 @@ class StageFolder:
         path = self.path / "config.json"
         if not path.exists() or not self._holds_work():
             return
-        old, fields = json.loads(path.read_text()), self._fields()
+        old, fields, defaults = json.loads(path.read_text()), self._fields(), _json_fields(Config())
         for name in (name for name in fields if not name.startswith("gate.")):
-            if old.get(name) != fields[name]:
+            if old.get(name, defaults[name]) != fields[name]:  # a field that is newer than the run had its default
                 raise ValueError(
                     f"{self.path} holds a run with another config ({name}: {old.get(name)!r} there, {fields[name]!r} now); "
                     "choose another --workdir or remove that folder"
@@ -96,7 +96,7 @@ class StageFolder:
             )
 
     def _fields(self) -> dict:
-        return json.loads(json.dumps(flatten(self.config), default=str))
+        return _json_fields(self.config)
 
     def _holds_work(self) -> bool:
         kept = (
@@ -117,6 +117,10 @@ class StageFolder:
 
     def checkpoints(self) -> checkpoint.CheckpointStore:
         return checkpoint.CheckpointStore(self.path / "checkpoints", self.config.checkpointing.keep)
+
+
+def _json_fields(config: Config) -> dict:
+    return json.loads(json.dumps(flatten(config), default=str))
 
 
 def prepare(config: Config) -> tuple[Config, tokenizers.Tokenizer, Mesh]:
