@@ -33,6 +33,19 @@ _LATENT = dict(
     **_REAL,
 )
 
+# What the two 16B mixtures share.
+_SMALL_MIXTURE = dict(
+    hidden_size=2048,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    first_k_dense_replace=1,
+    n_routed_experts=64,
+    n_shared_experts=2,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1408,
+)
+
 _MODELS = {
     "tiny": ModelConfig(
         family="deepseek_v3",
@@ -155,17 +168,9 @@ _MODELS = {
     # DeepSeek-V2-Lite: the 16B shape of the DeepSeek-V3 repository's inference configs, positions of its config.json.
     "v2_lite_16b": ModelConfig(
         **_LATENT,
+        **_SMALL_MIXTURE,
         family="deepseek_v2",
-        hidden_size=2048,
         intermediate_size=10944,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        first_k_dense_replace=1,
-        n_routed_experts=64,
-        n_shared_experts=2,
-        num_experts_per_tok=6,
-        moe_intermediate_size=1408,
         scoring_func="softmax",
         norm_topk_prob=False,
         rope_scaling=RopeScaling(
@@ -176,17 +181,9 @@ _MODELS = {
     # Moonlight-16B-A3B's config.json (DeepSeek-V3 architecture).
     "moonlight_16b": ModelConfig(
         **_LATENT | dict(vocab_size=163840),
+        **_SMALL_MIXTURE,
         family="deepseek_v3",
-        hidden_size=2048,
         intermediate_size=11264,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        first_k_dense_replace=1,
-        n_routed_experts=64,
-        n_shared_experts=2,
-        num_experts_per_tok=6,
-        moe_intermediate_size=1408,
         routed_scaling_factor=2.446,
         rms_norm_eps=1e-5,
         rope_theta=50000.0,
@@ -226,6 +223,9 @@ _MESHES = {
     "qwen2_5_14b": MeshConfig(fsdp=8),
     "qwen2_5_32b": MeshConfig(fsdp=16),
     "llama3_3_70b": MeshConfig(fsdp=32),
+    "v2_lite_16b": MeshConfig(fsdp=2, expert=4),
+    "moonlight_16b": MeshConfig(fsdp=2, expert=4),
+    "v3_671b": MeshConfig(data=2, fsdp=32, expert=8),
 }
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 
 import jax
+import small
 
 from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
@@ -20,20 +21,13 @@ from r1jax.stages import policy, prompts
 
 WORDS = tokenizer.tiny()
 FIELDS = {
-    "model.hidden_size": 32,
-    "model.intermediate_size": 32,
-    "model.moe_intermediate_size": 16,
-    "model.num_hidden_layers": 2,
+    **small.RL_FIELDS,
     "grpo.updates": 8,
     "grpo.updates_per_rollout": 2,
     "grpo.prompts_per_update": 2,
     "grpo.group_size": 4,
-    "grpo.reference_refresh_updates": 4,
-    "optimizer.learning_rate": 1e-2,
     "sampler.slots": 8,
     "sampler.max_new_tokens": 16,
-    "sampler.windows": (),
-    "pack.row_tokens": 32,
     "pack.rows_per_micro_batch": 4,
     "checkpointing.every_updates": 100,
     "mesh.data": 2,

@@ -10,6 +10,8 @@ import pathlib
 import sys
 import time
 
+import small
+
 from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
 from r1jax.core import checkpoint, rng, runtime, sharding, tree
@@ -23,20 +25,14 @@ from r1jax.train.step import Trainer
 
 UPDATES, PER_ROLLOUT, CHECKPOINT_EVERY, REFRESH = 24, 3, 2, 4
 FIELDS = {
-    "model.hidden_size": 32,
-    "model.intermediate_size": 32,
-    "model.num_hidden_layers": 2,
-    "model.moe_intermediate_size": 16,
+    **small.RL_FIELDS,
     "grpo.updates": UPDATES,
     "grpo.updates_per_rollout": PER_ROLLOUT,
     "grpo.prompts_per_update": 4,
     "grpo.group_size": 4,
     "grpo.reference_refresh_updates": REFRESH,
-    "optimizer.learning_rate": 1e-2,
     "sampler.slots": 16,
     "sampler.max_new_tokens": 24,
-    "sampler.windows": (),
-    "pack.row_tokens": 32,
     "pack.rows_per_micro_batch": 8,
     "checkpointing.every_updates": CHECKPOINT_EVERY,
     "reward.language": 1.0,  # random text earns some of it, so that groups have a signal

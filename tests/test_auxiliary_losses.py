@@ -6,28 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from r1jax.core import sharding
 from r1jax.models import decoder, moe
 from r1jax.rl import losses
-from r1jax.schema import MeshConfig, ModelConfig, OptimizerConfig, PackConfig, replace
+from r1jax.schema import MeshConfig, ModelConfig, OptimizerConfig, replace
 from r1jax.train import sft, step
 
-MODEL = ModelConfig(
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=16,
-    num_hidden_layers=2,
-    kv_lora_rank=8,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
+MODEL = replace(
+    small.MIXTURE,
     n_routed_experts=8,
     n_shared_experts=1,
     num_experts_per_tok=2,
-    moe_intermediate_size=8,
-    scan_layers=False,
-    initializer_range=0.3,
     num_nextn_predict_layers=1,
     mtp_loss_weight=0.3,
 )
@@ -167,9 +158,7 @@ def test_an_update_moves_the_prediction_layers_selection_bias_by_its_own_load():
     model = replace(MODEL, router_bias_update_rate=0.01)
     mesh = sharding.make_mesh(MeshConfig())
     trainer = step.Trainer(model, OptimizerConfig(learning_rate=1e-3), mesh, sft.make_loss(model), 1)
-    pack = PackConfig(row_tokens=20, rows_per_micro_batch=1)
     micro = {name: value[None] for name, value in micro_batch().items()}
-    assert pack.row_tokens == micro["tokens"].shape[-1]
     state, stats = trainer.update(trainer.init(weights(MODEL)), micro, 1, np.float32(0.1))
     for bias in (state.params.mtp.block.ffw.bias, state.params.sparse.ffw.bias):
         assert set(np.round(np.abs(np.asarray(bias, np.float64)).reshape(-1), 6).tolist()) <= {0.0, 0.01} and np.any(

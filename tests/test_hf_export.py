@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import small
 from safetensors.numpy import load_file, save_file
 
 from r1jax import config as configs
@@ -248,13 +249,8 @@ def student(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs")
     config = configs.load("distill:tiny")
     params = common.load_asset(stage0_base.asset_path("tiny_dense"), config.model, MESH)
-    folder = common.StageFolder(config, workdir)
-    folder.start({})
-    store = folder.checkpoints()
-    store.save(3, {"params": params}, {})
-    store.close()
-    folder.finish({"student_distilled": {"pass@1": 0.125, "samples": 10.0}}, {}, "")
-    return folder.path, config, params
+    figures = {"student_distilled": {"pass@1": 0.125, "samples": 10.0}}
+    return small.finished_stage(config, workdir, params, figures), config, params
 
 
 def export(student, output: pathlib.Path, *more) -> dict:
@@ -435,12 +431,8 @@ def test_fp8_of_weights_that_are_not_finite_is_refused_by_name_and_leaves_nothin
 def test_stage_in_fp8_reports_how_far_quantising_moves_the_logits(tmp_path):
     config = configs.load("r1_zero:tiny")
     params = common.load_asset(stage0_base.asset_path("tiny"), config.model, MESH)
-    folder = common.StageFolder(config, tmp_path)
-    folder.start({})
-    store = folder.checkpoints()
-    store.save(1, {"params": params}, {})
-    store.close()
-    given = [("checkpoint", str(folder.path)), ("output", str(tmp_path / "out")), ("export.dtype", "fp8")]
+    folder = small.finished_stage(config, tmp_path, params, {})
+    given = [("checkpoint", str(folder)), ("output", str(tmp_path / "out")), ("export.dtype", "fp8")]
     figures = export_hf.run(configs.load("export_hf", given), tmp_path)
     assert 0 < figures["logit_difference"] < 0.5  # some random token finds other experts
     with TensorFile(tmp_path / "out" / hf.SINGLE_FILE) as file:

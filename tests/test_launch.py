@@ -261,6 +261,7 @@ def test_dry_run_of_a_sweep_names_its_points(capsys, tmp_path):
 def test_an_installed_tpu_compiler_is_no_noise_where_there_is_no_tpu():
     if any(pathlib.Path("/dev").glob("accel*")) or any(pathlib.Path("/dev/vfio").glob("*")):
         pytest.skip("this machine has a TPU")
+    pytest.importorskip("libtpu")
     program = "from r1jax.core import runtime\nruntime.setup()\nimport jax\nprint(jax.default_backend())"
     environment = {name: value for name, value in ENV.items() if name != "JAX_PLATFORMS"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)

@@ -4,28 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from r1jax.core import sharding, tree
 from r1jax.models import decoder, moe
-from r1jax.schema import MeshConfig, ModelConfig, OptimizerConfig, PackConfig, replace
+from r1jax.schema import MeshConfig, OptimizerConfig, PackConfig, replace
 from r1jax.train import sft, step
 
-MODEL = ModelConfig(
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=16,
-    num_hidden_layers=2,
-    kv_lora_rank=8,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
+MODEL = replace(
+    small.MIXTURE,
     n_routed_experts=16,
     num_experts_per_tok=4,
     n_group=4,
     topk_group=2,
     routed_scaling_factor=2.5,
-    moe_intermediate_size=8,
-    scan_layers=False,
+    initializer_range=0.02,
 )
 NEAR_TIE = 1e-5
 

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+import small
 
 from r1jax.core import distributed
 from r1jax.core.metrics import read
@@ -22,20 +23,14 @@ DEADLINE_S = 600.0
 HEARTBEAT_S = 8.0
 STOP_WITHIN_S = HEARTBEAT_S + 22.0  # a busy machine is slow to hear and to say it
 FIELDS = {
-    "model.hidden_size": 32,
-    "model.intermediate_size": 32,
+    **small.RL_FIELDS,
     "model.num_attention_heads": 2,
     "model.num_key_value_heads": 2,
-    "model.moe_intermediate_size": 16,
     "grpo.updates_per_rollout": 2,
     "grpo.prompts_per_update": 4,
     "grpo.group_size": 4,
-    "grpo.reference_refresh_updates": 4,
-    "optimizer.learning_rate": 1e-2,
     "sampler.slots": 16,
     "sampler.max_new_tokens": 24,
-    "sampler.windows": (),
-    "pack.row_tokens": 32,
     "pack.rows_per_micro_batch": 8,
     "checkpointing.keep": 20,
     "reward.language": 1.0,  # random text earns some of it, so that groups have a signal

@@ -1,26 +1,14 @@
-"""The decoder on imported weights gives the logits of transformers: small random models of every family, and SmolLM2.
-
-Needs torch and transformers (`pip install .[parity]`): skipped without them, an error when CI=true.
-"""
+"""The decoder on imported weights gives the logits of transformers: small random models of every family, and SmolLM2."""
 
 import copy
 import json
-import os
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-try:
-    import safetensors.torch
-    import torch
-    import transformers
-except ImportError:
-    if os.environ.get("CI", "").lower() == "true":
-        raise
-    pytest.skip("no torch and transformers; pip install '.[parity]'", allow_module_level=True)
+from parity import safetensors, their_logits, torch, transformers
 
 from r1jax.checkpoints import hf, hf_config, tokenizer
 from r1jax.core import sharding
@@ -152,11 +140,6 @@ def our_logits(params: decoder.Params, tokens: np.ndarray, config: ModelConfig) 
         return decoder.logits(params, hidden)
 
     return np.asarray(run(params, tokens, positions))
-
-
-def their_logits(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.from_numpy(tokens).long()).logits.float().numpy()
 
 
 @pytest.mark.parametrize("name", NAMES)

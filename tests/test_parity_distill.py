@@ -1,11 +1,10 @@
 """Must-show: a student trained from a file, exported, answers the same through transformers' own generate."""
 
-import importlib.util
 import json
-import os
 
 import numpy as np
 import pytest
+from parity import torch, transformers
 
 from r1jax import config as configs
 from r1jax import launch
@@ -17,12 +16,6 @@ from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.stages import common, evaluate, prompts
-
-if os.environ.get("CI", "").lower() != "true" and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
-    pytest.skip("parity with transformers needs the extra 'parity'", allow_module_level=True)
-
-import torch
-import transformers
 
 PROBLEMS = 32  # held-out problems compared; the figures of the run are over these
 

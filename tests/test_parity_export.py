@@ -1,13 +1,13 @@
 """Claims about exported folders, checked by transformers: same logits, same tokens as the sampler, same tokenizer."""
 
-import importlib.util
 import json
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
+from parity import their_logits, torch, transformers
 
 from r1jax import config as configs
 from r1jax import launch
@@ -21,12 +21,6 @@ from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import MeshConfig, RopeScaling, replace
 from r1jax.stages import common, stage0_base
 
-if os.environ.get("CI", "").lower() != "true" and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
-    pytest.skip("parity with transformers needs the extra 'parity'", allow_module_level=True)
-
-import torch
-import transformers
-
 PRESETS = {"tiny": transformers.DeepseekV3ForCausalLM, "tiny_dense": transformers.LlamaForCausalLM}
 PROMPTS = tasks.linear_prompts("test")[::40][:10]
 
@@ -37,7 +31,7 @@ def mesh():
 
 
 def random_params(model):
-    """Returns parameters that are all random, biases too; the router's bias is positive, as transformers masks with 0."""
+    """Returns parameters that are all random, biases too; the router's is positive, so that how dropped groups are masked plays no part."""
     draw = np.random.default_rng(0)
 
     def leaf(path, spec):
@@ -67,8 +61,7 @@ def test_transformers_loads_the_export_as_its_own_family_with_the_same_logits(ex
     places = np.tile(np.arange(60, dtype=np.int32), (2, 1))
     hidden, _, _ = decoder.forward(params, tokens, places, np.ones_like(tokens), model)
     ours = np.asarray(decoder.logits(params, hidden))
-    with torch.no_grad():
-        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    expected = their_logits(theirs, tokens)
     assert np.abs(ours - expected).max() < 5e-5 * np.abs(expected).max()
 
 
@@ -124,8 +117,7 @@ def test_scaled_rope_and_the_other_families_give_the_same_logits(tmp_path, mesh)
         assert hf_config.model_config(tmp_path / name, model).rope_scaling == model.rope_scaling
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
         hidden, _, _ = decoder.forward(params, tokens, np.arange(80)[None], np.ones_like(tokens), model)
-        with torch.no_grad():
-            expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+        expected = their_logits(theirs, tokens)
         ours = np.asarray(decoder.logits(params, hidden))
         assert np.abs(ours - expected).max() < 5e-5 * np.abs(expected).max(), name
 
@@ -133,12 +125,8 @@ def test_scaled_rope_and_the_other_families_give_the_same_logits(tmp_path, mesh)
 def test_export_of_a_stage_is_verified_and_leaves_the_shared_tokenizer_alone(tmp_path, mesh):
     config = configs.load("student_rl:tiny")
     params = common.load_asset(stage0_base.asset_path("tiny_dense"), config.model, mesh)
-    folder = common.StageFolder(config, tmp_path)
-    folder.start({})
-    store = folder.checkpoints()
-    store.save(1, {"params": params}, {})
-    store.close()
-    given = [f"--config.checkpoint={folder.path}", f"--config.output={tmp_path / 'out'}", f"--workdir={tmp_path}"]
+    folder = small.finished_stage(config, tmp_path, params, {})
+    given = [f"--config.checkpoint={folder}", f"--config.output={tmp_path / 'out'}", f"--workdir={tmp_path}"]
     assert launch.main(["--config=export_hf", *given, f"--json={tmp_path / 'figures.json'}"]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (figures["parameters"], figures["logit_difference"]) == (tree.count(params), 0.0)

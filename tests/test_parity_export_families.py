@@ -1,22 +1,10 @@
-"""Exports of DeepSeek-V2, Qwen3 and of a model with a prediction layer have the same logits in transformers.
-
-Needs torch and transformers (`pip install .[parity]`): skipped without them, an error when CI=true.
-"""
-
-import os
+"""Exports of DeepSeek-V2, Qwen3 and of a model with a prediction layer have the same logits in transformers."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-try:
-    import torch
-    import transformers
-except ImportError:
-    if os.environ.get("CI", "").lower() == "true":
-        raise
-    pytest.skip("no torch and transformers; pip install '.[parity]'", allow_module_level=True)
+from parity import their_logits, transformers
 
 from r1jax.checkpoints import hf_export, hf_names, tokenizer
 from r1jax.core import sharding
@@ -93,8 +81,7 @@ def test_transformers_loads_the_export_as_its_own_family_with_the_same_logits(tm
     tokens = np.random.default_rng(1).integers(0, 200, (2, 70)).astype(np.int32)
     places = np.tile(np.arange(70, dtype=np.int32), (2, 1))
     ours = np.asarray(decoder.logits(params, decoder.forward(params, tokens, places, np.ones_like(tokens), model)[0]))
-    with torch.no_grad():
-        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.float().numpy()
+    expected = their_logits(theirs, tokens)
     error = np.abs(ours - expected).max() / np.abs(expected).max()
     print(f"{name}: largest difference {error:.2e} of the largest logit")
     assert error < TOLERANCE

@@ -1,25 +1,13 @@
-"""FP8 checkpoints give transformers' logits on weights that plain NumPy multiplied out.
-
-Needs torch and transformers (`pip install .[parity]`): skipped without them, an error when CI=true.
-"""
+"""FP8 checkpoints give transformers' logits on weights that plain NumPy multiplied out."""
 
 import json
-import os
 import pathlib
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-
-try:
-    import torch
-    import transformers
-except ImportError:
-    if os.environ.get("CI", "").lower() == "true":
-        raise
-    pytest.skip("no torch and transformers; pip install '.[parity]'", allow_module_level=True)
-
+from parity import their_logits, torch, transformers
 from safetensors.torch import load_file, save_file
 
 from r1jax.checkpoints import hf, hf_config
@@ -122,8 +110,7 @@ def reference(folder: pathlib.Path, root: pathlib.Path, tile_of) -> np.ndarray:
             wide[name] = value
     save_file(wide, root / "wide" / hf.SINGLE_FILE, metadata={"format": "pt"})
     model = transformers.AutoModelForCausalLM.from_pretrained(root / "wide", dtype=torch.float32).eval()
-    with torch.no_grad():
-        return model(torch.from_numpy(tokens()).long()).logits.float().numpy()
+    return their_logits(model, tokens())
 
 
 def tokens() -> np.ndarray:

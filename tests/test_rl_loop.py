@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import small
 
 from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
@@ -19,22 +20,15 @@ from r1jax.stages import policy, prompts
 
 WORDS = tokenizer.tiny()
 FIELDS = {
-    "model.hidden_size": 32,
-    "model.intermediate_size": 32,
-    "model.num_hidden_layers": 2,
-    "model.moe_intermediate_size": 16,
+    **small.RL_FIELDS,
     "grpo.updates": 8,
     "grpo.updates_per_rollout": 3,
     "grpo.prompts_per_update": 2,
     "grpo.group_size": 4,
-    "grpo.reference_refresh_updates": 4,
     "grpo.kl_coef_schedule": "((0, 0.5), (4, 0.25))",
-    "optimizer.learning_rate": 1e-2,
     "sampler.slots": 8,
     "sampler.max_new_tokens": 20,
     "sampler.max_new_tokens_schedule": "((0, 10), (2, 20))",
-    "sampler.windows": (),
-    "pack.row_tokens": 32,
     "pack.rows_per_micro_batch": 4,
     "checkpointing.every_updates": 100,
     "reward.language": 1.0,

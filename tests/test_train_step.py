@@ -4,27 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from r1jax.core import checkpoint, rng, sharding, tree
 from r1jax.data.packing import pack_batch
 from r1jax.models import decoder, moe
-from r1jax.schema import MeshConfig, ModelConfig, OptimizerConfig, PackConfig, replace
+from r1jax.schema import MeshConfig, OptimizerConfig, PackConfig, replace
 from r1jax.train import optimizer, sft, step
 
-MODEL = ModelConfig(
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=16,
-    num_hidden_layers=2,
-    kv_lora_rank=8,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
-    n_routed_experts=4,
-    moe_intermediate_size=8,
-    initializer_range=0.3,
-    scan_layers=False,
-)
+MODEL = small.MIXTURE
 SMOOTH = OptimizerConfig(learning_rate=1e-2, eps=1e-2)
 
 

@@ -1,6 +1,7 @@
 """Small helpers on pytrees of arrays."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,11 @@ def cast(tree: Any, dtype) -> Any:
         return jax.tree.map(leaf, x).replace(**kept) if kept else leaf(x)
 
     return jax.tree.map(node, tree, is_leaf=lambda x: hasattr(type(x), "KEEPS_DTYPE"))
+
+
+def copier(dtype, shardings: Any) -> Callable[[Any], Any]:
+    """Returns the program that copies a tree as `cast` does, placed by `shardings`."""
+    return jax.jit(lambda tree: jax.tree.map(jnp.copy, cast(tree, jnp.dtype(dtype))), out_shardings=shardings)
 
 
 def global_norm(tree: Any) -> jax.Array:

@@ -7,47 +7,35 @@ needs no other form: its ratio is taken to the log-probabilities the tokens were
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.core import sharding, tree
-from r1jax.models import decoder
+from r1jax.core import tree
 from r1jax.rewards.pool import RewardPool
 from r1jax.rl import schedules
 from r1jax.rl.journal import Rollout
 from r1jax.rl.loop import PolicyTraining
-from r1jax.sampler.engine import Engine
-from r1jax.sampler.scheduler import RolloutSampler
 
 
 class DisaggregatedTraining(PolicyTraining):
     """The loop of `PolicyTraining` with the sampler on `sampler_mesh`, whose devices the trainer's mesh does not use."""
 
     def __init__(self, *arguments, sampler_mesh: Mesh, **more):
-        super().__init__(*arguments, **more)
-        model, config = self.config.model, self.config
+        super().__init__(*arguments, sampler_mesh=sampler_mesh, **more)
         shared = set(self.mesh.devices.flat) & set(sampler_mesh.devices.flat)
         if shared:
             raise ValueError(f"disaggregated: {len(shared)} devices are in config.mesh and in config.sampler_mesh")
-        self.sampler = RolloutSampler(
-            Engine(model, config.sampler, sampler_mesh, (self.tokenizer.eos_id,), self.tokenizer)
-        )
-        self._there = sharding.spec_shardings(decoder.specs(model), sampler_mesh, sharding.DECODE)
-        self._snapshot: Callable = jax.jit(
-            lambda p: jax.tree.map(jnp.copy, tree.cast(p, jnp.dtype(model.compute_dtype))),
-            out_shardings=self.trainer.param_shardings,
-        )
+        self._snapshot = tree.copier(self.config.model.compute_dtype, self.trainer.param_shardings)
         self._ahead: dict[int, Future] = {}  # by the update at which the rollout starts
         self._frontier: tuple[int, int] | None = None  # (update, draw) of the first rollout that was not begun
 
     def sampler_weights(self):
         """Returns the policy in the compute dtype on the sampler's devices; the copy runs beside what follows."""
-        return jax.device_put(self._snapshot(self.state.params), self._there)
+        return jax.device_put(self._snapshot(self.state.params), self.sampler.engine.param_shardings)
 
     def next_rollout(self, start: int, pool: RewardPool) -> Rollout:
         """Returns the rollout that starts at an update: the one begun earlier, else (first, or resumed) a new one."""

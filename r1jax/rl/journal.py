@@ -72,11 +72,11 @@ class Journal:
 
     def holds(self, start: int) -> bool:
         """Returns whether the rollout that starts at an update is there."""
-        return self._path(start).exists()
+        return distributed.decide(self._path(start).exists, name=f"the journal of rollout {start}")
 
     def read(self, start: int) -> Rollout | None:
         """Returns the rollout that starts at an update, or None when it was not finished."""
-        if not distributed.decide(self._path(start).exists, name=f"the journal of rollout {start}"):
+        if not self.holds(start):
             return None
         with np.load(self._path(start)) as file:
             f = {name: file[name] for name in file.files}

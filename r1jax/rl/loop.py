@@ -79,10 +79,12 @@ class PolicyTraining:
         on_update: Callable[[int, dict[str, float], dict[str, float]], None] = lambda update, row, timing: None,
         describe: Callable[[list[str]], dict[str, float]] = lambda texts: {},
         later: tuple[int, Sequence[Sequence[EncodedPrompt]], Sequence[float]] | None = None,
+        sampler_mesh: Mesh | None = None,
     ):
         """`tokenizer` gives eos_id and decode_batch; `describe` adds figures about a rollout's texts to its metrics.
 
-        `later` is (update, sources, weights): the mixture of prompts from that update on, in place of `prompts`.
+        `later` is (update, sources, weights): the mixture of prompts from that update on, in place of `prompts`. The
+        sampler lies on `sampler_mesh`, by default on `mesh`.
         """
         self.config, self.tokenizer, self.mesh, self.folder, self.on_update = config, tokenizer, mesh, folder, on_update
         self.describe = describe
@@ -93,11 +95,10 @@ class PolicyTraining:
         self.scorer = Scorer(model, mesh, offloaded=config.grpo.offload_reference)
         placed = self.trainer.param_shardings
         self.reference_shardings = sharding.on_host(placed) if config.grpo.offload_reference else placed
-        self.sampler = RolloutSampler(Engine(model, config.sampler, mesh, (tokenizer.eos_id,), tokenizer))
-        self._compute = jax.jit(
-            lambda p: jax.tree.map(jnp.copy, tree.cast(p, jnp.dtype(model.compute_dtype))),
-            out_shardings=self.reference_shardings,
+        self.sampler = RolloutSampler(
+            Engine(model, config.sampler, sampler_mesh or mesh, (tokenizer.eos_id,), tokenizer)
         )
+        self._compute = tree.copier(model.compute_dtype, self.reference_shardings)
         self.state, self.reference, self.cursor = self.trainer.init(params), None, Cursor()
         self.store = CheckpointStore(folder / "checkpoints", config.checkpointing.keep)
         self.journal, self.log, self.timer = Journal(folder / "journal"), MetricsLog(folder), Timer()

@@ -229,11 +229,8 @@ class Engine(jetstream.Engine):
 
         # Outputs lie the same way whoever made them, so that one compilation serves every order of calls.
         everywhere, state = sharding.replicated(self._mesh), self._state_shardings()
-        placed = sharding.spec_shardings(decoder.specs(model), self._mesh, sharding.DECODE)
-        self._place = jax.jit(
-            lambda params: jax.tree.map(jnp.copy, tree.cast(params, jnp.dtype(model.compute_dtype))),
-            out_shardings=placed,
-        )
+        self.param_shardings = sharding.spec_shardings(decoder.specs(model), self._mesh, sharding.DECODE)
+        self._place = tree.copier(model.compute_dtype, self.param_shardings)
         self._decode = jax.jit(decode, static_argnums=(2, 3), donate_argnums=1, out_shardings=(state, everywhere))
         self._prefill = jax.jit(prefill, out_shardings=everywhere)
         self._insert = jax.jit(insert, donate_argnums=1, out_shardings=state)
