@@ -58,7 +58,7 @@ def released(shared_data, tmp_path_factory) -> pathlib.Path:
 def test_import_wants_exactly_the_91991_published_tensors(published, released):
     config = hf_config.model_config(released, ModelConfig())
     block = fp8.block_size(hf_config.Fields(released / "config.json"))
-    found = {name: (tensor.dtype, tensor.shape) for name, tensor in hf.wanted(config, block).items()}
+    found = {name: (NAMES[tensor.dtype], tensor.shape) for name, tensor in hf.tensors(config, block=block).items()}
     assert len(published) == 91_991
     assert found == published
 

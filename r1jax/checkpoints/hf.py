@@ -1,9 +1,10 @@
 """Weights of a Hugging Face folder as decoder.Params, streamed tensor by tensor into their shardings."""
 
 import itertools
+import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,25 @@ Ranges = tuple[range, ...]  # of each dimension of a leaf, what one device holds
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A tensor that a model is made of: its shape, and its type in the published checkpoints."""
+class Tensor:
+    """One tensor of a folder: its name, where it stands in our leaf, shape and stored type.
 
+    The factors of an FP8 matrix stand at the matrix's place and follow it.
+    """
+
+    name: str
+    entry: Entry
+    place: tuple[int, ...]
     shape: tuple[int, ...]
-    dtype: str  # as safetensors writes it
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_scale(self) -> bool:
+        return self.name.endswith(fp8.SCALE)
 
 
 class TensorFiles:
@@ -109,25 +124,29 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return files, weight_map
 
 
-def wanted(c: ModelConfig, block: tuple[int, int] | None = None, interleaved: bool = True) -> dict[str, Wanted]:
-    """Returns every tensor that a checkpoint of the model holds, from the ParamSpecs: {name: shape and type}.
+def tensors(
+    c: ModelConfig, dtype: Any = "bfloat16", block: tuple[int, int] | None = None, interleaved: bool = True
+) -> dict[str, Tensor]:
+    """Returns every tensor of a checkpoint of the model by name, in the order of the name table, from the specs alone.
 
-    With a `block`, matrices are in FP8 and have their factors beside them; otherwise all are BF16. The selection bias
-    is F32. Tensors that repeat another one (hf_names.copies) are among them.
+    They are of `dtype`, but the selection bias is float32. With a `block`, matrices of attention and feed-forward are
+    FP8, each followed by its float32 factors. Tensors that repeat another one (hf_names.copies) are last.
     """
-    specs = leaf_specs(c)
-    found: dict[str, Wanted] = {}
+    specs, found = leaf_specs(c), {}
     for entry in hf_names.name_table(c, interleaved):
         spec = specs[entry.path]
-        shape, kind = entry.hf_shape(spec), "F32" if spec.dtype else "BF16"
-        for place in itertools.product(*map(range, spec.shape[: entry.stacked])):
+        shape, kind = entry.hf_shape(spec), np.dtype(spec.dtype or dtype)
+        for place in np.ndindex(*spec.shape[: entry.stacked]):
             name = entry.tensor_name(place)
             if block and fp8.is_quantised(name):
-                found[name] = Wanted(shape, "F8_E4M3")
-                found[name + fp8.SCALE] = Wanted(fp8.scale_shape(shape, block), "F32")
+                scales = name + fp8.SCALE
+                found[name] = Tensor(name, entry, place, shape, fp8.TYPE)
+                found[scales] = Tensor(scales, entry, place, fp8.scale_shape(shape, block), np.dtype(np.float32))
             else:
-                found[name] = Wanted(shape, kind)
-    return found | {name: found[original] for name, original in hf_names.copies(c).items()}
+                found[name] = Tensor(name, entry, place, shape, kind)
+    for name, original in hf_names.copies(c).items():
+        found[name] = replace(found[original], name=name)
+    return found
 
 
 def leaf_specs(c: ModelConfig) -> dict[str, ParamSpec]:
@@ -216,7 +235,7 @@ def _check(source: Path, files: TensorFiles, fields: Fields, config: ModelConfig
             "state weight_block_size"
         )
     repeats = hf_names.copies(config)
-    expected = wanted(config, block, bool(fields.get("rope_interleave", True)))
+    expected = tensors(config, block=block, interleaved=bool(fields.get("rope_interleave", True)))
     shapes = {}
     for name, tensor in expected.items():
         original = name.removesuffix(fp8.SCALE)
@@ -226,7 +245,7 @@ def _check(source: Path, files: TensorFiles, fields: Fields, config: ModelConfig
     if problems := shape_problems(stored, shapes, MOST_PROBLEMS):
         raise ValueError(f"{source} does not fit the model of its config.json ({config.family}): {problems}")
     for name in stored:
-        kind, may_be_small = files.dtype(name), expected[name].dtype == "F8_E4M3"
+        kind, may_be_small = files.dtype(name), expected[name].dtype == fp8.TYPE
         if kind not in TYPES or (kind == "F8_E4M3" and not may_be_small):
             raise ValueError(
                 f"{source}: {name} is {kind}; it must be float32, float16 or bfloat16"

@@ -8,7 +8,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 
 from r1jax.checkpoints import fp8, hf, hf_names
+from r1jax.checkpoints.hf import Tensor
 from r1jax.checkpoints.tensor_file import Writer
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.models import decoder
@@ -31,28 +31,6 @@ ARCHITECTURES = {
 DTYPES = ("float32", "bfloat16", "fp8")
 EVALUATION_SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}  # P2 D.1
 _PIECE_BYTES = 1 << 26  # of a leaf, fetched from the devices at once; a larger tensor comes alone
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of the folder: its name, where it stands in our leaf, shape and stored type.
-
-    The factors of an FP8 matrix stand at the matrix's place and follow it.
-    """
-
-    name: str
-    entry: hf_names.Entry
-    place: tuple[int, ...]
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def is_scale(self) -> bool:
-        return self.name.endswith(fp8.SCALE)
 
 
 def save(
@@ -200,27 +178,9 @@ def _rope_scaling(c: ModelConfig) -> dict[str, Any] | None:
 
 
 def tensors(c: ModelConfig, dtype: str, block: tuple[int, int] = fp8.BLOCK) -> list[Tensor]:
-    """Returns every tensor of the folder in the order of the name table, from the specs alone.
-
-    The router's selection bias is float32. With `fp8` the matrices of attention and feed-forward are FP8, each followed
-    by its float32 factors, and the rest is bfloat16. Tensors that repeat another one are last.
-    """
-    specs, found = hf.leaf_specs(c), {}
-    wide = np.dtype("bfloat16" if dtype == "fp8" else dtype)
-    for entry in hf_names.name_table(c):
-        spec = specs[entry.path]
-        shape, kind = entry.hf_shape(spec), np.dtype(spec.dtype or wide)
-        for place in np.ndindex(*spec.shape[: entry.stacked]):
-            name = entry.tensor_name(place)
-            if dtype == "fp8" and fp8.is_quantised(name):
-                scales = name + fp8.SCALE
-                found[name] = Tensor(name, entry, place, shape, fp8.TYPE)
-                found[scales] = Tensor(scales, entry, place, fp8.scale_shape(shape, block), np.dtype(np.float32))
-            else:
-                found[name] = Tensor(name, entry, place, shape, kind)
-    for name, original in hf_names.copies(c).items():
-        found[name] = replace(found[original], name=name)
-    return list(found.values())
+    """Returns every tensor of the folder; with `fp8` what is not in FP8 is bfloat16."""
+    small = dtype == "fp8"
+    return list(hf.tensors(c, "bfloat16" if small else dtype, block if small else None).values())
 
 
 class Leaves:

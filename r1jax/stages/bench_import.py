@@ -50,7 +50,7 @@ def synthesise(folder: Path, model: ModelConfig) -> None:
     folder.mkdir(parents=True)
     tensors = hf_export.tensors(model, "bfloat16")
 
-    def value(tensor: hf_export.Tensor) -> np.ndarray:
+    def value(tensor: hf.Tensor) -> np.ndarray:
         draw = np.random.default_rng(zlib.crc32(tensor.name.encode()))
         return draw.random(tensor.shape, np.float32) - np.float32(0.5)
 

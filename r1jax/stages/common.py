@@ -69,7 +69,7 @@ class StageFolder:
         path = self.path / "config.json"
         if not path.exists() or not self._holds_work():
             return
-        old, fields, defaults = json.loads(path.read_text()), self._fields(), _json_fields(Config())
+        old, fields, defaults = json.loads(path.read_text()), self._fields(), json_fields(Config())
         for name in (name for name in fields if not name.startswith("gate.")):
             if old.get(name, defaults[name]) != fields[name]:  # a field that is newer than the run had its default
                 raise ValueError(
@@ -96,7 +96,7 @@ class StageFolder:
             )
 
     def _fields(self) -> dict:
-        return _json_fields(self.config)
+        return json_fields(self.config)
 
     def _holds_work(self) -> bool:
         kept = (
@@ -119,7 +119,8 @@ class StageFolder:
         return checkpoint.CheckpointStore(self.path / "checkpoints", self.config.checkpointing.keep)
 
 
-def _json_fields(config: Config) -> dict:
+def json_fields(config: Config) -> dict:
+    """Returns the flat fields of a config as its config.json holds them."""
     return json.loads(json.dumps(flatten(config), default=str))
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from r1jax.checkpoints import hf, hf_config, hf_export
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.config import flatten, override
+from r1jax.config import override
 from r1jax.core import tree
 from r1jax.data import templates
 from r1jax.models import decoder
@@ -156,7 +156,7 @@ def card(source: Path, fields: dict, name: str) -> str:
         if shown:
             lines += ["", "## Held-out figures", "", "| figure | value |", "|---|---|"]
             lines += [f"| {key} | {value:.4g} |" for key, value in shown]
-    defaults = json.loads(json.dumps(flatten(Config()), default=str))
+    defaults = common.json_fields(Config())
     chosen = [(key, value) for key, value in fields.items() if key not in PATHS and value != defaults.get(key)]
     lines += ["", "## Settings", "", "Fields that differ from r1jax's defaults.", "", "| field | value |", "|---|---|"]
     lines += [f"| {key} | {_one_line(value)} |" for key, value in chosen]
