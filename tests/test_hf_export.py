@@ -378,7 +378,8 @@ def test_fp8_export_is_the_published_layout_and_says_so_in_config_json(tmp_path)
     }
     assert fields["torch_dtype"] == "bfloat16" and fields["num_nextn_predict_layers"] == 1
     assert {name: (tensor_file.NAMES[value.dtype], value.shape) for name, value in tensors.items()} == {
-        name: (tensor_file.NAMES[tensor.dtype], tensor.shape) for name, tensor in hf.tensors(PREDICTING, block=BLOCK).items()
+        name: (tensor_file.NAMES[tensor.dtype], tensor.shape)
+        for name, tensor in hf.tensors(PREDICTING, block=BLOCK).items()
     }
     assert tensors["model.layers.3.eh_proj.weight"].dtype == ml_dtypes.bfloat16
     head = tensors["model.layers.3.shared_head.head.weight"]
