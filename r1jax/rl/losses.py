@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from r1jax.kernels.fused_logprob import token_logprobs
 from r1jax.models import decoder
+from r1jax.models.logprobs import token_logprobs
 from r1jax.schema import GRPOConfig, ModelConfig
 from r1jax.train import step
 
@@ -77,7 +77,7 @@ def make_loss(model: ModelConfig, chunk_tokens: int = 0) -> step.Loss:
             "tokens": jnp.sum(mask),
             "packed_tokens": jnp.sum(micro["segments"] > 0).astype(jnp.float32),  # prompts included
             "kl": jnp.sum(mask * kl),
-            "entropy": jnp.sum(mask * entropy),
+            "entropy": jnp.sum(mask * jax.lax.stop_gradient(entropy)),
             "clip_fraction": jnp.sum(mask * clipped),
             "importance_ratio": jnp.sum(mask * ratio),  # to the weights that drew the tokens
             "max_logprob_difference": jnp.max(jnp.abs(difference)),
