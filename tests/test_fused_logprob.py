@@ -1,6 +1,7 @@
 """Claims about tiled log-probabilities: equal to the formula in float64, on any tiles and meshes, and without logits."""
 
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -15,6 +16,8 @@ import pytest
 from fused_logprob_driver import RUNS
 
 from r1jax.kernels.fused_logprob import WHOLE_LOGITS, Tile, tile_of, token_logprobs
+from r1jax.plan.compile import compile_program
+from r1jax.stages import bench_loss
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-5  # of values near 1 in float32, and of the largest gradient
@@ -189,3 +192,18 @@ def test_a_divided_vocabulary_is_never_put_together(report):
     assert report["tensor4/both"]["widths"] == [15]
     assert report["fsdp2_tensor2_context2/both"]["widths"] == [30]
     assert report["fsdp8_rows_do_not_divide/both"]["widths"] == [60]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu; pip install 'r1jax[plan]'")
+def test_temporaries_on_a_tpu_are_a_tenth_of_those_with_logits():
+    whole, tiled = (
+        compile_program(
+            bench_loss.TOPOLOGY, f"{bench_loss.MODULE}:program", {"form": form, **vars(bench_loss.V3)}
+        ).memory
+        for form in bench_loss.FORMS
+    )
+    print(f"temporaries {tiled.temporaries / 2**20:.0f} of {whole.temporaries / 2**20:.0f} MiB")
+    assert whole.temporaries > 4 * 8192 * 129280 * 0.9
+    assert tiled.temporaries <= 0.1 * whole.temporaries
+    assert tiled.outputs == whole.outputs  # both gradients, in bfloat16
+    assert tiled.outputs >= 2 * 7168 * (8192 + 129280)
