@@ -20,6 +20,8 @@ class Rollout:
     samples: list[RolloutSample]
     parts: np.ndarray  # float32 [N, P] reward terms
     scorable: np.ndarray  # bool [N]
+    draws: int  # prompts drawn for it, dropped ones included
+    old_logps: list[np.ndarray] | None = None  # float32 [length] each: the trainer's own, before its first update
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -53,6 +55,7 @@ class Journal:
         fields = dict(
             parts=rollout.parts,
             scorable=rollout.scorable,
+            draws=np.int64(rollout.draws),
             lengths=lengths,
             ids=np.asarray([(s.request_id, s.sample_index, s.weight_version) for s in samples], np.int64),
             reasons=np.asarray([s.finish_reason for s in samples]),
@@ -63,6 +66,8 @@ class Journal:
         )
         if samples[0].routed_experts is not None:
             fields["experts"] = np.concatenate([s.routed_experts for s in samples])
+        if rollout.old_logps is not None:
+            fields["old_logps"] = np.concatenate(rollout.old_logps)
         temporary = self._path(start).with_suffix(".tmp")
         with open(temporary, "wb") as file:
             np.savez(file, **fields)
@@ -98,7 +103,8 @@ class Journal:
                     routed_experts=f["experts"][both - prompt_length - length : both] if "experts" in f else None,
                 )
             )
-        return Rollout(samples, f["parts"], f["scorable"])
+        old = np.split(f["old_logps"], token_ends[:-1]) if "old_logps" in f else None
+        return Rollout(samples, f["parts"], f["scorable"], int(f["draws"]), old)
 
     def prune(self, before: int) -> None:
         """Removes rollouts that start before an update."""

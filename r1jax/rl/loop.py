@@ -1,6 +1,7 @@
 """The RL loop: prompts, rollout, rewards, advantages on whole groups, packed mini-batches, updates, metrics, checkpoint."""
 
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,14 +17,14 @@ from jax.sharding import Mesh
 from r1jax.core import distributed, runtime, sharding, tree
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.core.metrics import MetricsLog
+from r1jax.data.packing import PackedBatch, unpack
 from r1jax.models import decoder
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import RewardPool
 from r1jax.rl import losses, rollout, schedules
-from r1jax.rl.advantages import group_advantages
 from r1jax.rl.journal import Journal, Rollout
 from r1jax.rl.logprobs import Scorer
-from r1jax.rl.rollout import EncodedPrompt
+from r1jax.rl.rollout import EncodedPrompt, Judgement
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
@@ -91,7 +92,9 @@ class PolicyTraining:
         _check_row(config, prompts)
         self.prompts = rollout.PromptPhases(prompts, later, config)
         model = config.model
-        self.trainer = step.Trainer(model, config.optimizer, mesh, losses.make_loss(model), config.grpo.updates)
+        self.trainer = step.Trainer(
+            model, config.optimizer, mesh, losses.make_loss(model, config.grpo), config.grpo.updates
+        )
         self.scorer = Scorer(model, mesh, offloaded=config.grpo.offload_reference)
         placed = self.trainer.param_shardings
         self.reference_shardings = sharding.on_host(placed) if config.grpo.offload_reference else placed
@@ -115,16 +118,17 @@ class PolicyTraining:
                 self.refresh_reference(start)
                 scored = self.journal.read(start) or self.journal.write(start, self.next_rollout(start, pool))
                 self.look_ahead(scored, start, pool)
-                advantages, summary = self.judge(scored, start)
+                scored = self.with_old_logps(scored, start)
+                judged, summary = self.judge(scored, start)
                 batches = rollout.mini_batches(scored, start, self.config)
                 for chosen in batches[self.cursor.update - start :]:
-                    arrays, filled = self.pack(scored, chosen, advantages, start)
+                    arrays, filled = self.pack(scored, chosen, judged, start)
                     stats = self.update(arrays, filled, start)
                     last = self.cursor.update == start + len(batches)
                     self.record(stats, summary)
                     if last:
                         self.cursor.rollout_start = self.cursor.update
-                        self.cursor.draw += len(scored) // self.config.grpo.group_size
+                        self.cursor.draw += scored.draws
                     self.checkpoint()
         self.close()
         return self.state.params
@@ -137,7 +141,7 @@ class PolicyTraining:
         """Loads the newest checkpoint, if there is one, and drops metrics rows after it."""
         number = self.store.latest()
         if number is None:
-            self.reference = self._compute(self.state.params)
+            self.reference = self._compute(self.state.params) if self.config.grpo.uses_reference else None
         else:
             target = self.trainer.restore_target()
             shapes = jax.eval_shape(self._compute, target.params)
@@ -146,11 +150,15 @@ class PolicyTraining:
                 shapes,
                 self.reference_shardings,
             )
-            wanted = {"params": target.params, "optimizer": target.optimizer, "reference": reference}
-            items = self.store.restore(number, wanted)
-            self.cursor, self.reference = Cursor(**self.store.record(number)), items["reference"]
+            items = self.store.restore(number, self.items(target, reference))
+            self.cursor, self.reference = Cursor(**self.store.record(number)), items.get("reference")
             self.state = self.trainer.state(items["params"], items["optimizer"], self.cursor.update)
         self.log.truncate(self.cursor.update)
+
+    def items(self, state: step.TrainState, reference: decoder.Params | None) -> dict[str, Any]:
+        """Returns what a checkpoint holds; the reference only where the loss has a KL term."""
+        kept = {"reference": reference} if self.config.grpo.uses_reference else {}
+        return {"params": state.params, "optimizer": state.optimizer} | kept
 
     def warm_up(self) -> None:
         """Compiles every program once, on data that leaves no trace, and freezes their number."""
@@ -160,8 +168,9 @@ class PolicyTraining:
         shape = (rollout.micro_batches(self.config), size.rows_per_micro_batch, size.row_tokens)
         names = ("tokens", "targets", "positions", "segments")
         arrays = {name: np.zeros(shape, np.int32) for name in names}
-        arrays |= {name: np.zeros(shape, np.float32) for name in ("loss_mask", *losses.FIELDS)}
-        self.scorer(self.reference, arrays, 1, 1.0)
+        arrays |= {name: np.zeros(shape, np.float32) for name in ("loss_mask", *losses.fields(self.config.grpo))}
+        if self.config.grpo.uses_reference or self.config.grpo.old_logp == "recomputed":
+            self.scorer(self._compute(self.state.params), arrays, 1, 1.0)
         spare = jax.tree.map(jnp.copy, self.state)
         jax.block_until_ready(self.trainer.update(spare, arrays, 1, self.arguments(0)))
         self.programs.add("update", lambda: self.trainer.compilations)
@@ -172,7 +181,7 @@ class PolicyTraining:
 
     def refresh_reference(self, start: int) -> None:
         """Replaces the reference by the policy at the first rollout at or after each multiple of the interval."""
-        every = self.config.grpo.reference_refresh_updates
+        every = self.config.grpo.reference_refresh_updates if self.config.grpo.uses_reference else 0
         if start == self.cursor.update and schedules.reference_refresh_due(start, self.cursor.reference_update, every):
             self.reference = self._compute(self.state.params)
             self.cursor.reference_update = start
@@ -191,15 +200,29 @@ class PolicyTraining:
     def roll_out(self, start: int, pool: RewardPool, draw: int, weights: decoder.Params, version: int) -> Rollout:
         """Returns the scored samples of the rollout that starts at an update, its first prompt being number `draw`.
 
-        `version` is the number of updates that `weights` have seen.
+        `version` is the number of updates that `weights` have seen. With dynamic sampling, prompts whose rewards tie are
+        replaced by further ones, in a bounded number of rounds; what is then missing are tied groups again.
         """
-        grpo, config = self.config.grpo, self.config
+        grpo = self.config.grpo
         updates = schedules.updates_in_rollout(start, grpo.updates, grpo.updates_per_rollout)
-        draws = range(draw, draw + updates * grpo.prompts_per_update)
+        wanted, drawn, parts = updates * grpo.prompts_per_update, 0, []
+        for _ in range(1 + grpo.dynamic_sampling_rounds):
+            missing = wanted - sum(int(rollout.signals(part, self.config).sum()) for part in parts)
+            if missing <= 0:
+                break
+            parts.append(
+                self.sample_and_grade(range(draw + drawn, draw + drawn + missing), start, pool, weights, version)
+            )
+            drawn += missing
+        return parts[0] if len(parts) == 1 else rollout.keep_groups(parts, wanted, self.config)
+
+    def sample_and_grade(
+        self, draws: range, start: int, pool: RewardPool, weights: decoder.Params, version: int
+    ) -> Rollout:
+        """Returns the scored samples of the prompts with the numbers `draws`."""
+        config, group = self.config, self.config.grpo.group_size
         prompts = [self.prompts[draw] for draw in draws]
-        requests = rollout.requests_for(
-            prompts, draws, grpo.group_size, self.law(start), config.seed, config.stage, "sample"
-        )
+        requests = rollout.requests_for(prompts, draws, group, self.law(start), config.seed, config.stage, "sample")
         self.phase("rollout")
         begun = time.perf_counter()
         samples = self.sampler.generate(requests, weights, version)
@@ -209,41 +232,55 @@ class PolicyTraining:
         )
         self.phase("grading")
         texts = self.tokenizer.decode_batch([sample.token_ids for sample in samples])
-        repeated = [prompt for prompt in prompts for _ in range(grpo.group_size)]
+        repeated = [prompt for prompt in prompts for _ in range(group)]
         parts, scorable = self.timer.run("rewards", rollout.grade, samples, repeated, texts, pool)
-        return Rollout(samples, parts, scorable)
+        return Rollout(samples, parts, scorable, len(draws))
 
-    def judge(self, scored: Rollout, start: int) -> tuple[np.ndarray, dict[str, float]]:
-        """Returns (advantages [N], summary of the rollout for its metrics rows)."""
-        grpo = self.config.grpo
-        weights = np.asarray([getattr(self.config.reward, name) for name in PART_NAMES], np.float32)
-        advantages, rewards, signal = group_advantages(
-            scored.parts, weights, scored.scorable, grpo.group_size, grpo.advantage_epsilon
-        )
+    def with_old_logps(self, scored: Rollout, start: int) -> Rollout:
+        """Returns the rollout with the log-probs of the policy before its first update, where the loss asks for them."""
+        if self.config.grpo.old_logp == "rollout" or scored.old_logps is not None:
+            return scored
+        policy, longest = self._compute(self.state.params), self.law(start).max_new_tokens
+        judged, old = rollout.judge(scored, self.config, longest), [np.empty(0)] * len(scored)
+        for chosen in rollout.mini_batches(scored, start, self.config):
+            packed = rollout.pack_mini_batch(scored, chosen, judged, self.config, longest)
+            logps = self.timer.run("old_logp", self.score, policy, packed, start)
+            for index, values in zip(chosen, unpack(logps.reshape(packed.tokens.shape), packed), strict=True):
+                old[index] = values[-len(scored.samples[index].token_ids) :]
+        return self.journal.write(start, dataclasses.replace(scored, old_logps=old))
+
+    def judge(self, scored: Rollout, start: int) -> tuple[Judgement, dict[str, float]]:
+        """Returns (what the scores come to, summary of the rollout for its metrics rows)."""
+        judged = rollout.judge(scored, self.config, self.law(start).max_new_tokens)
         texts = self.tokenizer.decode_batch([sample.token_ids for sample in scored.samples])
         counted = np.flatnonzero(scored.scorable)
         summary = {name: _mean(scored.parts[counted, i]) for i, name in enumerate(PART_NAMES)}
         summary |= {
-            "reward": _mean(np.asarray(rewards)[counted]),
+            "reward": _mean(judged.rewards[counted]),
             "unscorable": float(len(scored) - len(counted)),
-            "zero_variance_groups": float(1 - np.asarray(signal).mean()),
+            "zero_variance_groups": float(1 - judged.signal.mean()),
             "length": _mean([len(sample.token_ids) for sample in scored.samples]),
             "truncated": _mean([sample.truncated for sample in scored.samples]),
         }
-        return np.asarray(advantages), summary | self.describe(texts)
+        if self.config.grpo.dynamic_sampling_rounds:
+            summary["prompts_drawn"] = float(scored.draws)
+        return judged, summary | self.describe(texts)
 
-    def pack(self, scored: Rollout, chosen: np.ndarray, advantages: np.ndarray, start: int) -> tuple[dict, int]:
+    def pack(self, scored: Rollout, chosen: np.ndarray, judged: Judgement, start: int) -> tuple[dict, int]:
         """Returns (arrays [M, R, T], filled micro-batches) of one mini-batch, scored under the reference."""
         self.phase("pack")
-        law = self.law(start)
-        packed = rollout.pack_mini_batch(scored, chosen, advantages, self.config, law.max_new_tokens)
-        fields = tuple(name for name in losses.FIELDS if name != "reference_logp")
+        packed = rollout.pack_mini_batch(scored, chosen, judged, self.config, self.law(start).max_new_tokens)
+        fields = tuple(name for name in losses.fields(self.config.grpo) if name != "reference_logp")
         arrays = step.batch_arrays(packed, self.config.pack, rollout.micro_batches(self.config), fields)
+        if self.config.grpo.uses_reference:
+            arrays["reference_logp"] = self.timer.run("reference", self.score, self.reference, packed, start)
+        return arrays, step.filled_micro_batches(packed, self.config.pack)
+
+    def score(self, weights: decoder.Params, packed: PackedBatch, start: int) -> np.ndarray:
+        """Returns the log-probs of a packed mini-batch under `weights`, float32 [M, R, T]."""
+        arrays = step.batch_arrays(packed, self.config.pack, rollout.micro_batches(self.config), ())
         filled = step.filled_micro_batches(packed, self.config.pack)
-        arrays["reference_logp"] = self.timer.run(
-            "reference", self.scorer, self.reference, arrays, filled, law.temperature or 1.0
-        )
-        return arrays, filled
+        return self.scorer(weights, arrays, filled, self.law(start).temperature or 1.0)
 
     def update(self, arrays: dict, filled: int, start: int) -> dict[str, float]:
         """Makes one policy update and returns its statistics."""
@@ -278,7 +315,7 @@ class PolicyTraining:
         if update % every and update != self.config.grpo.updates:
             return
         self.phase("checkpoint")
-        items = {"params": self.state.params, "optimizer": self.state.optimizer, "reference": self.reference}
+        items = self.items(self.state, self.reference)
         self.timer.run("checkpoint", self.store.save, update, items, vars(self.cursor))
         self.journal.prune(self.cursor.rollout_start)
 
@@ -292,8 +329,7 @@ class PolicyTraining:
         """Returns the loss arguments of the rollout that starts at an update."""
         grpo = self.config.grpo
         beta = schedules.value_at(grpo.kl_coef_schedule, start, grpo.kl_coef)
-        values = (grpo.clip_ratio, beta, self.config.sampler.temperature or 1.0)
-        return losses.LossArguments(*(np.float32(value) for value in values))
+        return losses.arguments(grpo, beta, self.config.sampler.temperature)
 
     def phase(self, name: str) -> None:
         """Notes what the run is doing, for people and scripts that watch it from outside."""

@@ -12,6 +12,7 @@ from r1jax.core import checkpoint, distributed, sharding, tree
 from r1jax.core.metrics import read, read_timing
 from r1jax.evals.behaviour import TINY_REFLECTIVE_WORDS, reflective_count
 from r1jax.report import curves, html
+from r1jax.rl import losses
 from r1jax.rl.disaggregated import DisaggregatedTraining
 from r1jax.rl.loop import PolicyTraining
 from r1jax.rl.rollout import EncodedPrompt
@@ -35,6 +36,8 @@ def run(config: Config, workdir: Path) -> dict:
     template_check.check(resolved, tokenizer, reasoning)
     if (notice := jetstream.notice()) and distributed.is_writer():
         print(notice, file=sys.stderr)
+    if config.grpo.kl_estimator == "k1" and config.grpo.uses_reference and distributed.is_writer():
+        print(f"warning: {losses.K1_WARNING}", file=sys.stderr)
     started, name = time.monotonic(), lineage.result_name(config)
     params = lineage.start_weights(resolved, mesh, workdir)
     with Progress(name, resolved.grpo.updates) as progress:
