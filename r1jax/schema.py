@@ -264,7 +264,9 @@ class GRPOConfig:
         "keep"  # keep: scored as they are (accuracy 0, format 0); mask: not trained on; drop: nor in the statistics
     )
     preset: Literal[LOSS_PRESETS] = "r1_paper"  # sets the fields below, kl_coef, clip_ratio and the three above
-    advantage: Literal["group_std", "mean", "batch_std", "leave_one_out", "per_reward"] = "group_std"
+    advantage: Literal["group_std", "mean", "batch_std", "leave_one_out", "per_reward", "gae"] = (
+        "group_std"  # gae: PPO with a critic (config.ppo)
+    )
     advantage_ddof: int = 0  # 0: population standard deviation; 1: sample's
     advantage_guard: Literal["add", "max"] = "add"  # std + epsilon, or max(std, epsilon)
     singleton: Literal["zero", "reward"] = "zero"  # advantage of the only scorable sample of a group
@@ -279,6 +281,7 @@ class GRPOConfig:
     sapo_temperatures: tuple[float, float] = (1.0, 1.05)  # where A > 0, where A <= 0 (arXiv 2511.20347)
     log_ratio_clamp: float = 0.0  # bound of |log ratio|; 0 is off
     kl_estimator: Literal["k1", "k2", "k3", "k3_clamped", "k3_weighted", "k3_straight_through"] = "k3"
+    kl_placement: Literal["loss", "reward"] = "loss"  # reward: beta * k1 of its tokens off a sample's reward
     entropy_coef: float = 0.0  # bonus, weighted as the objective is
     old_logp: Literal["rollout", "recomputed"] = (
         "rollout"  # the ratio is to the sampler's log-probs, or to those of the trainer before its first update
@@ -327,6 +330,22 @@ class GRPOConfig:
     def uses_reference(self) -> bool:
         """Whether any update has a KL term."""
         return self.kl_coef > 0 or any(value > 0 for _, value in self.kl_coef_schedule)
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """What PPO adds to GRPOConfig (grpo.advantage=gae): a critic of the policy's shape and its advantages (P2 A.3)."""
+
+    gae_lambda: float = 1.0  # P2 A.3: 0.95 clearly below GRPO, 1.0 nearly level
+    gamma: float = 1.0
+    value_clip: float = 0.2  # a value moves by at most this from its old one before its error stops counting; 0 is off
+    critic_learning_rate: float = 0.0  # 0 is optimizer.learning_rate
+
+    def __post_init__(self):
+        for name in ("gae_lambda", "gamma"):
+            _require(0 <= getattr(self, name) <= 1, f"PPOConfig.{name}={getattr(self, name)} must be in [0, 1]")
+        for name in ("value_clip", "critic_learning_rate"):
+            _require(getattr(self, name) >= 0, f"PPOConfig.{name}={getattr(self, name)} must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -474,12 +493,17 @@ class Config:
     output: str = ""  # grade: the JSONL to write
     extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"  # grade: where the answer stands
     rebuild_base: bool = False  # quickstart, r1_zero: pretrain the tiny base instead of using the shipped one
+    ppo: PPOConfig = PPOConfig()
 
     def __post_init__(self):
         _require(
             self.mode == "disaggregated" or not self.grpo.rollouts_ahead,
             f"Config.grpo.rollouts_ahead={self.grpo.rollouts_ahead} needs mode=disaggregated: one set of devices cannot "
             "sample and train at once",
+        )
+        _require(
+            self.mode == "colocated" or self.grpo.advantage != "gae",
+            f"Config.mode={self.mode} does not run PPO (grpo.advantage=gae); use colocated",
         )
 
 

@@ -66,12 +66,14 @@ LOOP_FIELDS = {  # of `rl_training`
 }
 
 
-def rl_training(folder: pathlib.Path, seed: int = 0, **more) -> PolicyTraining:
+def rl_training(
+    folder: pathlib.Path, seed: int = 0, name="r1_zero:tiny", kind=PolicyTraining, **more
+) -> PolicyTraining:
     """Returns an RL run of eight small updates that is ready to start; `a__b` in `more` overrides field a.b."""
-    fields = {**LOOP_FIELDS, "seed": seed, **{name.replace("__", "."): value for name, value in more.items()}}
-    config = configs.load("r1_zero:tiny", [(name, str(value)) for name, value in fields.items()])
+    fields = {**LOOP_FIELDS, "seed": seed, **{field.replace("__", "."): value for field, value in more.items()}}
+    config = configs.load(name, [(field, str(value)) for field, value in fields.items()])
     mesh = sharding.make_mesh(MeshConfig())
     words = tokenizer.tiny()
     train = prompts.encode(tasks.linear_prompts("train")[:30], config, words)
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
-    return PolicyTraining(config, words, mesh, train, params, folder, describe=policy.describe)
+    return kind(config, words, mesh, train, params, folder, describe=policy.describe)

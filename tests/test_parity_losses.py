@@ -240,6 +240,27 @@ def test_tunix_default_and_options_are_what_tunix_computes(batch, algo_core, nam
     agree((float(value), np.asarray(gradient)), (float(wanted), np.asarray(slope)))
 
 
+def test_gae_and_the_value_loss_are_tunix(algo_core, monkeypatch):
+    from r1jax.rl import ppo
+
+    generator, mask = np.random.default_rng(7), (np.arange(6) < np.asarray([6, 2, 4])[:, None]).astype(np.float32)
+    rewards, values, old = generator.normal(size=(3, 3, 6)).astype(np.float32) * mask
+    advantages, returns = algo_core.compute_gae_advantages(rewards, values, mask, 0.98, 0.9)
+    lengths = mask.sum(axis=1).astype(int)
+    plain = [ppo.gae(rewards[i, :n], values[i, :n], 0.98, 0.9) for i, n in enumerate(lengths)]
+    for i, (n, white) in enumerate(zip(lengths, ppo.whitened(plain, np.ones(3, bool)), strict=True)):
+        np.testing.assert_allclose(white, advantages[i, :n], rtol=2e-4, atol=1e-5)
+        np.testing.assert_allclose(plain[i] + values[i, :n], returns[i, :n], rtol=1e-5, atol=1e-6)
+    example = types.SimpleNamespace(
+        prompt_ids=mask[:, :2], completion_ids=mask, completion_mask=mask, old_values=old, returns=returns
+    )
+    predicted = np.concatenate([np.zeros((3, 1), np.float32), values, np.zeros((3, 1), np.float32)], axis=1)
+    monkeypatch.setattr(algo_core.common, "compute_score", lambda *_, **__: predicted)
+    theirs, _ = algo_core.ppo_value_loss_fn(None, example, 0.2, 0, 1)
+    mine = ppo.value_loss(predicted[:, 1:-1], old, returns, 0.2)
+    assert float((mine * mask).sum() / mask.sum()) == pytest.approx(float(theirs), rel=1e-5)
+
+
 def test_tunix_advantages_are_those_of_the_preset(algo_core):
     from r1jax.rl.advantages import group_advantages
 

@@ -144,13 +144,13 @@ def test_dropped_samples_leave_the_statistics_and_masked_ones_do_not():
         assert judged.trained.tolist() == [True, truncated == "keep", True, True]
 
 
-def test_the_journal_keeps_old_log_probs_and_the_number_of_draws(tmp_path):
+def test_the_journal_keeps_the_trainers_values_and_the_number_of_draws(tmp_path):
     scored = made([4, 7], [[1, 0], [0, 0]])
-    scored.__dict__.update(draws=5, old_logps=[np.full(2, i, np.float32) for i in range(4)])
+    scored.__dict__.update(draws=5, values={"old_logp": [np.full(2, i, np.float32) for i in range(4)]})
     Journal(tmp_path).write(0, scored)
     found = Journal(tmp_path).read(0)
     assert found.draws == 5
-    assert jax.tree.all(jax.tree.map(np.array_equal, found.old_logps, scored.old_logps))
+    assert jax.tree.all(jax.tree.map(np.array_equal, found.values, scored.values))
 
 
 def test_resampling_with_rollouts_ahead_is_refused():

@@ -4,7 +4,7 @@ Deadlines and dropped samples are decisions of one moment; with the journal a re
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,8 @@ class Rollout:
     parts: np.ndarray  # float32 [N, P] reward terms
     scorable: np.ndarray  # bool [N]
     draws: int  # prompts drawn for it, dropped ones included
-    old_logps: list[np.ndarray] | None = None  # float32 [length] each: the trainer's own, before its first update
+    values: dict[str, list[np.ndarray]] = field(default_factory=dict)  # name -> float32 [length] a sample: what the
+    # trainer says of its tokens before the first update
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -66,8 +67,7 @@ class Journal:
         )
         if samples[0].routed_experts is not None:
             fields["experts"] = np.concatenate([s.routed_experts for s in samples])
-        if rollout.old_logps is not None:
-            fields["old_logps"] = np.concatenate(rollout.old_logps)
+        fields |= {f"value_{name}": np.concatenate(arrays) for name, arrays in rollout.values.items()}
         temporary = self._path(start).with_suffix(".tmp")
         with open(temporary, "wb") as file:
             np.savez(file, **fields)
@@ -103,8 +103,9 @@ class Journal:
                     routed_experts=f["experts"][both - prompt_length - length : both] if "experts" in f else None,
                 )
             )
-        old = np.split(f["old_logps"], token_ends[:-1]) if "old_logps" in f else None
-        return Rollout(samples, f["parts"], f["scorable"], int(f["draws"]), old)
+        named = {name.removeprefix("value_"): array for name, array in f.items() if name.startswith("value_")}
+        values = {name: np.split(array, token_ends[:-1]) for name, array in named.items()}
+        return Rollout(samples, f["parts"], f["scorable"], int(f["draws"]), values)
 
     def prune(self, before: int) -> None:
         """Removes rollouts that start before an update."""

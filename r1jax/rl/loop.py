@@ -118,7 +118,7 @@ class PolicyTraining:
                 self.refresh_reference(start)
                 scored = self.journal.read(start) or self.journal.write(start, self.next_rollout(start, pool))
                 self.look_ahead(scored, start, pool)
-                scored = self.with_old_logps(scored, start)
+                scored = self.with_values(scored, start)
                 judged, summary = self.judge(scored, start)
                 batches = rollout.mini_batches(scored, start, self.config)
                 for chosen in batches[self.cursor.update - start :]:
@@ -143,22 +143,29 @@ class PolicyTraining:
         if number is None:
             self.reference = self._compute(self.state.params) if self.config.grpo.uses_reference else None
         else:
-            target = self.trainer.restore_target()
-            shapes = jax.eval_shape(self._compute, target.params)
-            reference = jax.tree.map(
-                lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-                shapes,
-                self.reference_shardings,
-            )
-            items = self.store.restore(number, self.items(target, reference))
-            self.cursor, self.reference = Cursor(**self.store.record(number)), items.get("reference")
-            self.state = self.trainer.state(items["params"], items["optimizer"], self.cursor.update)
+            self.cursor = Cursor(**self.store.record(number))
+            self.take(self.store.restore(number, self.targets()))
         self.log.truncate(self.cursor.update)
 
-    def items(self, state: step.TrainState, reference: decoder.Params | None) -> dict[str, Any]:
+    def items(self) -> dict[str, Any]:
         """Returns what a checkpoint holds; the reference only where the loss has a KL term."""
-        kept = {"reference": reference} if self.config.grpo.uses_reference else {}
-        return {"params": state.params, "optimizer": state.optimizer} | kept
+        kept = {"reference": self.reference} if self.config.grpo.uses_reference else {}
+        return {"params": self.state.params, "optimizer": self.state.optimizer} | kept
+
+    def targets(self) -> dict[str, Any]:
+        """Returns the shapes and shardings of `items`."""
+        target = self.trainer.restore_target()
+        found = {"params": target.params, "optimizer": target.optimizer}
+        if self.config.grpo.uses_reference:
+            shapes = jax.eval_shape(self._compute, target.params)
+            place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)  # noqa: E731
+            found["reference"] = jax.tree.map(place, shapes, self.reference_shardings)
+        return found
+
+    def take(self, items: dict[str, Any]) -> None:
+        """Takes over restored `items`; the cursor is set."""
+        self.reference = items.get("reference")
+        self.state = self.trainer.state(items["params"], items["optimizer"], self.cursor.update)
 
     def warm_up(self) -> None:
         """Compiles every program once, on data that leaves no trace, and freezes their number."""
@@ -168,16 +175,24 @@ class PolicyTraining:
         shape = (rollout.micro_batches(self.config), size.rows_per_micro_batch, size.row_tokens)
         names = ("tokens", "targets", "positions", "segments")
         arrays = {name: np.zeros(shape, np.int32) for name in names}
-        arrays |= {name: np.zeros(shape, np.float32) for name in ("loss_mask", *losses.fields(self.config.grpo))}
-        if self.config.grpo.uses_reference or self.config.grpo.old_logp == "recomputed":
+        arrays |= {name: np.zeros(shape, np.float32) for name in ("loss_mask", *self.batch_fields())}
+        self.warm_up_training(arrays)
+        for name in self.sampler.engine.compilations():
+            self.programs.add(name, lambda name=name: self.sampler.engine.compilations()[name])
+        self.programs.freeze()
+
+    def warm_up_training(self, arrays: dict[str, np.ndarray]) -> None:
+        """Compiles what is run on a batch."""
+        if self.config.grpo.uses_reference or self.value_scorers():
             self.scorer(self._compute(self.state.params), arrays, 1, 1.0)
         spare = jax.tree.map(jnp.copy, self.state)
         jax.block_until_ready(self.trainer.update(spare, arrays, 1, self.arguments(0)))
         self.programs.add("update", lambda: self.trainer.compilations)
         self.programs.add("reference", lambda: self.scorer.compilations)
-        for name in self.sampler.engine.compilations():
-            self.programs.add(name, lambda name=name: self.sampler.engine.compilations()[name])
-        self.programs.freeze()
+
+    def batch_fields(self) -> tuple[str, ...]:
+        """Returns the names of the per-token values of a batch."""
+        return losses.fields(self.config.grpo)
 
     def refresh_reference(self, start: int) -> None:
         """Replaces the reference by the policy at the first rollout at or after each multiple of the interval."""
@@ -236,22 +251,34 @@ class PolicyTraining:
         parts, scorable = self.timer.run("rewards", rollout.grade, samples, repeated, texts, pool)
         return Rollout(samples, parts, scorable, len(draws))
 
-    def with_old_logps(self, scored: Rollout, start: int) -> Rollout:
-        """Returns the rollout with the log-probs of the policy before its first update, where the loss asks for them."""
-        if self.config.grpo.old_logp == "rollout" or scored.old_logps is not None:
+    def with_values(self, scored: Rollout, start: int) -> Rollout:
+        """Returns the rollout with what the trainer says of its tokens before the first update, where that is needed."""
+        scorers = self.value_scorers()
+        if set(scorers) <= set(scored.values):
             return scored
-        policy, longest = self._compute(self.state.params), self.law(start).max_new_tokens
-        judged, old = rollout.judge(scored, self.config, longest), [np.empty(0)] * len(scored)
+        longest = self.law(start).max_new_tokens
+        blank = Judgement(*np.zeros((2, len(scored)), np.float32), *np.ones((3, len(scored)), bool))
+        values = {name: [np.empty(0)] * len(scored) for name in scorers}
         for chosen in rollout.mini_batches(scored, start, self.config):
-            packed = rollout.pack_mini_batch(scored, chosen, judged, self.config, longest)
-            logps = self.timer.run("old_logp", self.score, policy, packed, start)
-            for index, values in zip(chosen, unpack(logps.reshape(packed.tokens.shape), packed), strict=True):
-                old[index] = values[-len(scored.samples[index].token_ids) :]
-        return self.journal.write(start, dataclasses.replace(scored, old_logps=old))
+            packed = rollout.pack_mini_batch(scored, chosen, blank, self.config, longest)
+            for name, (scorer, weights) in scorers.items():
+                found = self.timer.run("reference", self.score, scorer, weights, packed, start)
+                for index, row in zip(chosen, unpack(found.reshape(packed.tokens.shape), packed), strict=True):
+                    values[name][index] = row[-len(scored.samples[index].token_ids) :]
+        return self.journal.write(start, dataclasses.replace(scored, values=values))
+
+    def value_scorers(self) -> dict[str, tuple[Scorer, decoder.Params]]:
+        """Returns the scorer and weights of each value that `with_values` adds, by name."""
+        found = {}
+        if self.config.grpo.old_logp == "recomputed":
+            found["old_logp"] = self.scorer, self._compute(self.state.params)
+        if self.config.grpo.uses_reference and self.config.grpo.kl_placement == "reward":
+            found["reference_logp"] = self.scorer, self.reference
+        return found
 
     def judge(self, scored: Rollout, start: int) -> tuple[Judgement, dict[str, float]]:
         """Returns (what the scores come to, summary of the rollout for its metrics rows)."""
-        judged = rollout.judge(scored, self.config, self.law(start).max_new_tokens)
+        judged = rollout.judge(scored, self.config, self.law(start).max_new_tokens, self.kl_coef(start))
         texts = self.tokenizer.decode_batch([sample.token_ids for sample in scored.samples])
         counted = np.flatnonzero(scored.scorable)
         summary = {name: _mean(scored.parts[counted, i]) for i, name in enumerate(PART_NAMES)}
@@ -270,17 +297,19 @@ class PolicyTraining:
         """Returns (arrays [M, R, T], filled micro-batches) of one mini-batch, scored under the reference."""
         self.phase("pack")
         packed = rollout.pack_mini_batch(scored, chosen, judged, self.config, self.law(start).max_new_tokens)
-        fields = tuple(name for name in losses.fields(self.config.grpo) if name != "reference_logp")
+        fields = tuple(name for name in self.batch_fields() if name in packed.values)
         arrays = step.batch_arrays(packed, self.config.pack, rollout.micro_batches(self.config), fields)
-        if self.config.grpo.uses_reference:
-            arrays["reference_logp"] = self.timer.run("reference", self.score, self.reference, packed, start)
+        if "reference_logp" in self.batch_fields() and "reference_logp" not in packed.values:
+            arrays["reference_logp"] = self.timer.run(
+                "reference", self.score, self.scorer, self.reference, packed, start
+            )
         return arrays, step.filled_micro_batches(packed, self.config.pack)
 
-    def score(self, weights: decoder.Params, packed: PackedBatch, start: int) -> np.ndarray:
-        """Returns the log-probs of a packed mini-batch under `weights`, float32 [M, R, T]."""
+    def score(self, scorer: Scorer, weights: decoder.Params, packed: PackedBatch, start: int) -> np.ndarray:
+        """Returns what a scorer says of a packed mini-batch under `weights`, float32 [M, R, T]."""
         arrays = step.batch_arrays(packed, self.config.pack, rollout.micro_batches(self.config), ())
         filled = step.filled_micro_batches(packed, self.config.pack)
-        return self.scorer(weights, arrays, filled, self.law(start).temperature or 1.0)
+        return scorer(weights, arrays, filled, self.law(start).temperature or 1.0)
 
     def update(self, arrays: dict, filled: int, start: int) -> dict[str, float]:
         """Makes one policy update and returns its statistics."""
@@ -315,8 +344,7 @@ class PolicyTraining:
         if update % every and update != self.config.grpo.updates:
             return
         self.phase("checkpoint")
-        items = self.items(self.state, self.reference)
-        self.timer.run("checkpoint", self.store.save, update, items, vars(self.cursor))
+        self.timer.run("checkpoint", self.store.save, update, self.items(), vars(self.cursor))
         self.journal.prune(self.cursor.rollout_start)
 
     def law(self, start: int) -> SamplingLaw:
@@ -327,9 +355,11 @@ class PolicyTraining:
 
     def arguments(self, start: int) -> losses.LossArguments:
         """Returns the loss arguments of the rollout that starts at an update."""
-        grpo = self.config.grpo
-        beta = schedules.value_at(grpo.kl_coef_schedule, start, grpo.kl_coef)
-        return losses.arguments(grpo, beta, self.config.sampler.temperature)
+        return losses.arguments(self.config.grpo, self.kl_coef(start), self.config.sampler.temperature)
+
+    def kl_coef(self, start: int) -> float:
+        """Returns beta of the rollout that starts at an update."""
+        return schedules.value_at(self.config.grpo.kl_coef_schedule, start, self.config.grpo.kl_coef)
 
     def phase(self, name: str) -> None:
         """Notes what the run is doing, for people and scripts that watch it from outside."""

@@ -168,7 +168,8 @@ def policy_loss(
     """Returns (sum over tokens of weight * loss, statistics) from the policy's log-probs and entropies [rows, tokens].
 
     `batch` has loss_mask, segments and `fields(config)`, [rows, tokens] each. The loss of a token is
-    beta * KL - mismatch weight * surrogate - entropy_coef * entropy; the KL term is not weighted for the mismatch.
+    beta * KL - mismatch weight * surrogate - entropy_coef * entropy; the KL term is not weighted for the mismatch, and
+    stands here unless kl_placement says reward.
     Statistics are sums over the trained tokens, to be divided by `tokens`, and maxima (`max_...`).
     """
     mask, segments, advantage = batch["loss_mask"], batch["segments"], batch["advantage"]
@@ -188,7 +189,7 @@ def policy_loss(
     if config.mismatch != "none":
         weight = mismatch_weights(old, batch["behaviour_logp"], mask, segments, config)
         value, stats["mismatch_weight"] = value * weight, jnp.sum(mask * weight)
-    per_token = given.kl_coef * kl - value
+    per_token = given.kl_coef * kl - value if config.kl_placement == "loss" else -value
     if config.entropy_coef:
         per_token -= config.entropy_coef * entropy
     total = jnp.sum(mask * batch["weight"] * jnp.where(mask > 0, per_token, 0))

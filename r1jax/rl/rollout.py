@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -33,11 +33,12 @@ class EncodedPrompt:
 class Judgement:
     """What a rollout's scores come to; arrays over its samples in group order."""
 
-    advantages: np.ndarray  # float32 [N]
+    advantages: np.ndarray | list[np.ndarray]  # float32 [N]; or a sample's own array, one for each of its tokens
     rewards: np.ndarray  # float32 [N], the weighted sums, length penalty included
     trained: np.ndarray  # bool [N]: its tokens are in the loss
     counted: np.ndarray  # bool [N]: the means of the loss count it
     signal: np.ndarray  # bool [groups]: whether rewards differ
+    values: dict[str, list[np.ndarray]] = field(default_factory=dict)  # further float32 values of every token, by name
 
 
 class PromptPhases:
@@ -137,8 +138,11 @@ def mini_batches(rollout: Rollout, start: int, config: Config) -> list[np.ndarra
     return [order[i : i + size] for i in range(0, len(rollout), size)]
 
 
-def judge(rollout: Rollout, config: Config, max_new_tokens: int) -> Judgement:
-    """Returns rewards, advantages over whole groups, and which samples are trained on and counted."""
+def judge(rollout: Rollout, config: Config, max_new_tokens: int, kl_coef: float = 0.0) -> Judgement:
+    """Returns rewards, advantages over whole groups, and which samples are trained on and counted.
+
+    Where a KL term stands in the reward, kl_coef * sum of log(policy / reference) over its tokens is taken off a sample's.
+    """
     grpo = config.grpo
     truncated = np.asarray([sample.truncated for sample in rollout.samples], bool)
     parts, weights = rollout.parts, np.asarray([getattr(config.reward, name) for name in PART_NAMES], np.float32)
@@ -146,8 +150,12 @@ def judge(rollout: Rollout, config: Config, max_new_tokens: int) -> Judgement:
         lengths = [len(sample.token_ids) for sample in rollout.samples]
         penalty = losses.overlong_penalty(lengths, grpo, max_new_tokens)
         parts, weights = np.concatenate([parts, penalty[:, None]], axis=1), np.append(weights, np.float32(1))
+    if kl_coef and grpo.kl_placement == "reward" and grpo.advantage != "gae":
+        kl = np.asarray([(kl_coef * row).sum() for row in token_kl(rollout)], np.float32)
+        parts, weights = np.concatenate([parts, -kl[:, None]], axis=1), np.append(weights, np.float32(1))
     scorable = rollout.scorable & ~truncated if grpo.truncated == "drop" else rollout.scorable
-    options = dict(kind=grpo.advantage, ddof=grpo.advantage_ddof, guard=grpo.advantage_guard, singleton=grpo.singleton)
+    kind = "mean" if grpo.advantage == "gae" else grpo.advantage  # those of a critic are not of groups
+    options = dict(kind=kind, ddof=grpo.advantage_ddof, guard=grpo.advantage_guard, singleton=grpo.singleton)
     found = group_advantages(parts, weights, scorable, grpo.group_size, grpo.advantage_epsilon, **options)
     advantages, rewards, signal = (np.asarray(array) for array in found)
     trained = rollout.scorable if grpo.truncated == "keep" else rollout.scorable & ~truncated
@@ -155,6 +163,12 @@ def judge(rollout: Rollout, config: Config, max_new_tokens: int) -> Judgement:
     if grpo.denominator == "signal":
         counted = trained & np.repeat(signal, grpo.group_size)
     return Judgement(advantages, rewards, trained, counted, signal)
+
+
+def token_kl(rollout: Rollout) -> list[np.ndarray]:
+    """Returns log(policy / reference) of every token of each sample, the k1 estimate of their KL divergence in nats."""
+    pairs = zip(rollout.samples, rollout.values["reference_logp"], strict=True)
+    return [sample.behaviour_logps - reference for sample, reference in pairs]
 
 
 def signals(rollout: Rollout, config: Config) -> np.ndarray:
@@ -198,12 +212,11 @@ def pack_mini_batch(
             return row
 
         values = dict(
-            advantage=np.full(prompt + length, judged.advantages[index], np.float32),
+            advantage=after_prompt(judged.advantages[index]),
             behaviour_logp=after_prompt(sample.behaviour_logps),
             weight=np.full(prompt + length, weight, np.float32),
         )
-        if rollout.old_logps is not None:
-            values["old_logp"] = after_prompt(rollout.old_logps[index])
+        values |= {name: after_prompt(arrays[index]) for name, arrays in (rollout.values | judged.values).items()}
         mask = after_prompt(float(judged.trained[index]))
         items.append(PackItem(np.concatenate([sample.prompt_ids, sample.token_ids]), mask, values))
     rows = micro_batches(config) * config.pack.rows_per_micro_batch

@@ -15,6 +15,7 @@ from r1jax.report import curves, html
 from r1jax.rl import losses
 from r1jax.rl.disaggregated import DisaggregatedTraining
 from r1jax.rl.loop import PolicyTraining
+from r1jax.rl.ppo import PPOTraining
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.sampler import jetstream
 from r1jax.schema import Config
@@ -72,7 +73,9 @@ def run(config: Config, workdir: Path) -> dict:
 
 
 def make_training(config: Config, tokenizer: Tokenizer, mesh: Mesh, *arguments) -> PolicyTraining:
-    """Returns the loop of config.mode; ValueError when the sampler's devices are not there."""
+    """Returns the loop of config.mode, or PPO's where advantages come from a critic; ValueError when the sampler's devices are not there."""
+    if config.grpo.advantage == "gae":
+        return PPOTraining(config, tokenizer, mesh, *arguments)
     if config.mode == "colocated":
         return PolicyTraining(config, tokenizer, mesh, *arguments)
     distributed.require_one("config.mode=disaggregated")
