@@ -1,6 +1,7 @@
 """The RL loop: prompts, rollout, rewards, advantages on whole groups, packed mini-batches, updates, metrics, checkpoint."""
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from r1jax.core.metrics import MetricsLog
 from r1jax.models import decoder
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import RewardPool
-from r1jax.rl import losses, rollout, schedules
+from r1jax.rl import losses, notices, rollout, schedules
 from r1jax.rl.advantages import group_advantages
 from r1jax.rl.journal import Journal, Rollout
 from r1jax.rl.logprobs import Scorer
@@ -28,7 +29,7 @@ from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import Config
-from r1jax.train import step
+from r1jax.train import guard, step
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Cursor:
     rollout_start: int = 0  # update at which the current rollout started
     draw: int = 0  # prompts drawn before the current rollout
     reference_update: int = 0  # rollout start at which the reference was last replaced
+    skipped: int = 0  # updates skipped in a row until now
 
 
 class Timer:
@@ -102,6 +104,7 @@ class PolicyTraining:
         self.state, self.reference, self.cursor = self.trainer.init(params), None, Cursor()
         self.store = CheckpointStore(folder / "checkpoints", config.checkpointing.keep)
         self.journal, self.log, self.timer = Journal(folder / "journal"), MetricsLog(folder), Timer()
+        self.skipped = guard.SkippedUpdates(config.stage, config.optimizer.max_skipped_updates)
         self.programs = runtime.ProgramSet()
         self.phase_file = folder / "phase"
 
@@ -150,6 +153,7 @@ class PolicyTraining:
             items = self.store.restore(number, wanted)
             self.cursor, self.reference = Cursor(**self.store.record(number)), items["reference"]
             self.state = self.trainer.state(items["params"], items["optimizer"], self.cursor.update)
+            self.skipped.in_a_row = self.cursor.skipped
         self.log.truncate(self.cursor.update)
 
     def warm_up(self) -> None:
@@ -220,6 +224,8 @@ class PolicyTraining:
         advantages, rewards, signal = group_advantages(
             scored.parts, weights, scored.scorable, grpo.group_size, grpo.advantage_epsilon
         )
+        for line in notices.of_rollout(scored, np.asarray(signal), grpo, float(self.arguments(start).kl_coef)):
+            self.say(f"update {start + 1}: {line}")
         texts = self.tokenizer.decode_batch([sample.token_ids for sample in scored.samples])
         counted = np.flatnonzero(scored.scorable)
         summary = {name: _mean(scored.parts[counted, i]) for i, name in enumerate(PART_NAMES)}
@@ -259,7 +265,10 @@ class PolicyTraining:
         return stats
 
     def record(self, stats: dict[str, float], summary: dict[str, float]) -> None:
-        """Writes the metrics row of the update just made, and what it took apart from it."""
+        """Writes the metrics row of the update just made, and what it took apart from it.
+
+        Raises ValueError when too many updates in a row were skipped.
+        """
         tokens = max(stats["tokens"], 1.0)
         row = summary | {name: value / tokens if name in losses.TOKEN_MEANS else value for name, value in stats.items()}
         if self.cursor.update - 1 > self.cursor.rollout_start or row.get("staleness"):
@@ -269,8 +278,11 @@ class PolicyTraining:
         if "rollout_s" in timing:
             timing["rollout_tokens_per_s"] = timing.pop("rollout_tokens") / timing["rollout_s"]
             timing["slot_occupancy"] = timing.pop("rollout_occupied_s") / timing["rollout_s"]
+        row = guard.recorded(row)
         self.log.write(self.cursor.update, row, timing)
         self.on_update(self.cursor.update, row, timing)
+        self.skipped.note(self.cursor.update, stats)
+        self.cursor.skipped = self.skipped.in_a_row
 
     def checkpoint(self) -> None:
         """Saves everything when it is due, then drops rollouts that no resume can need."""
@@ -294,6 +306,11 @@ class PolicyTraining:
         beta = schedules.value_at(grpo.kl_coef_schedule, start, grpo.kl_coef)
         values = (grpo.clip_ratio, beta, self.config.sampler.temperature or 1.0)
         return losses.LossArguments(*(np.float32(value) for value in values))
+
+    def say(self, line: str) -> None:
+        """Prints a line about this run; of several processes, process 0 does."""
+        if distributed.is_writer():
+            print(f"{self.config.stage} {line}", file=sys.stderr, flush=True)
 
     def phase(self, name: str) -> None:
         """Notes what the run is doing, for people and scripts that watch it from outside."""
