@@ -95,6 +95,9 @@ class ModelConfig:
     checkpoint: str = (
         ""  # folder with the starting weights: Hugging Face or one of our stages; "" is the stage's default
     )
+    remat_policy: Literal["nothing", "dots_no_batch", "dots"] = (
+        "nothing"  # what a recomputed block keeps: nothing, its products with weights, or those of attention too
+    )
 
     def __post_init__(self):
         _require(
@@ -122,6 +125,10 @@ class ModelConfig:
                 f"ModelConfig.num_experts_per_tok={self.num_experts_per_tok} exceeds the {kept} experts of the kept groups",
             )
 
+        _require(
+            self.remat or self.remat_policy == "nothing",
+            f"ModelConfig.remat_policy={self.remat_policy} needs remat=true: without it every activation is kept",
+        )
         _require(self.moe_buffer_factor > 0, f"ModelConfig.moe_buffer_factor={self.moe_buffer_factor} must be above 0")
         _require(
             self.num_nextn_predict_layers in (0, 1),
@@ -170,9 +177,9 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a schedule in updates. RL betas and clip are not given in the R1 paper: design decision."""
+    """Optimiser with a schedule in updates. RL betas and clip are not given in the R1 paper: design decision."""
 
-    kind: Literal["adamw"] = "adamw"
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: matrices inside the layers; AdamW takes all other parameters
     learning_rate: float = 3e-6  # R1 RL, P2 section 3.2.1
     schedule: Literal["constant", "cosine"] = "constant"
     final_fraction: float = 0.1  # cosine ends at learning_rate * final_fraction
@@ -185,6 +192,17 @@ class OptimizerConfig:
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     offload: bool = False  # moments wait in host memory between updates
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # master weights; bfloat16 freezes at small rates
+    max_skipped_updates: int = 10  # a run ends after so many updates in a row without a finite gradient; 0: never
+    muon_momentum: float = 0.95  # Muon's mu
+    muon_update_rms: float = 0.2  # root mean square of Muon's updates over the rate: about AdamW's (arXiv 2502.16982)
+
+    def __post_init__(self):
+        _require(
+            self.max_skipped_updates >= 0,
+            f"OptimizerConfig.max_skipped_updates={self.max_skipped_updates} must be 0 (no limit) or more",
+        )
+        _require(0 <= self.muon_momentum < 1, f"OptimizerConfig.muon_momentum={self.muon_momentum} must be in [0, 1)")
+        _require(self.muon_update_rms > 0, f"OptimizerConfig.muon_update_rms={self.muon_update_rms} must be above 0")
 
 
 @dataclass(frozen=True)

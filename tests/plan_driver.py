@@ -39,11 +39,18 @@ def expert_weights(model, mesh, rules) -> dict:
 
 
 def update(
-    devices, preset: str, mesh: dict, rows: int, row_tokens: int, model: dict | None = None, rules: dict | None = None
+    devices,
+    preset: str,
+    mesh: dict,
+    rows: int,
+    row_tokens: int,
+    model: dict | None = None,
+    rules: dict | None = None,
+    optimizer: dict | None = None,
 ):
     """Returns the GRPO update of one micro-batch of `rows` rows; `rules` change those it is traced under, not where weights lie."""
     mesh, model = sharding.make_mesh(MeshConfig(**mesh), devices), _model(preset, model or {})
-    trainer = step.Trainer(model, OptimizerConfig(), mesh, losses.make_loss(model, GRPOConfig()), total_updates=100)
+    trainer = step.Trainer(model, OptimizerConfig(**optimizer or {}), mesh, losses.make_loss(model, GRPOConfig()), 100)
     shape = (1, rows, row_tokens)
     place = sharding.sharding(mesh, (None, "batch", "sequence"), shape)
     dtypes = BATCH | dict.fromkeys(losses.fields(GRPOConfig()), "float32")

@@ -71,6 +71,30 @@ def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     return rows
 
 
+def spread(packed: list[list[int]], lengths: Sequence[int], rows: int, shards: int) -> list[list[int]]:
+    """Returns the rows in an order that gives every device about the same number of tokens in every micro-batch.
+
+    A micro-batch is `rows` neighbouring rows, of which each of `shards` devices takes a run of rows / shards. The rows of
+    a micro-batch go, fullest first, to the device with the fewest tokens that has a place; where a micro-batch has too
+    few, empty rows stand between. No row changes its micro-batch, and with one shard nothing changes at all.
+    """
+    if shards == 1:
+        return packed
+    tokens = [sum(lengths[index] for index in row) for row in packed]
+    out: list[list[int]] = []
+    for first in range(0, len(packed), rows):
+        devices: list[list[list[int]]] = [[] for _ in range(shards)]
+        loads = [0] * shards
+        for number in sorted(range(first, min(first + rows, len(packed))), key=lambda number: -tokens[number]):
+            open_ones = [d for d in range(shards) if len(devices[d]) < rows // shards]
+            device = min(open_ones, key=lambda d: (loads[d], len(devices[d])))
+            devices[device].append(packed[number])
+            loads[device] += tokens[number]
+        for device in devices:
+            out += device + [[]] * (rows // shards - len(device))
+    return out
+
+
 def rows_needed(lengths: Sequence[int], row_tokens: int) -> int:
     """Returns how many rows `pack` fills; ValueError as there."""
     return len(pack(lengths, row_tokens))

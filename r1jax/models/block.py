@@ -9,6 +9,14 @@ from r1jax.models import attention, moe
 from r1jax.models.layers import SwiGLU, norm_spec, rms_norm, swiglu, swiglu_specs
 from r1jax.schema import ModelConfig
 
+# What the backward pass of a recomputed block finds, by ModelConfig.remat_policy. Attention's products have batch
+# dimensions, those with weights have none; an expert's have its number.
+_KEPT = {
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+}
+
 
 @struct.dataclass
 class Block:
@@ -50,7 +58,7 @@ def run_stack(stack: Block | None, x, kv, context: attention.Context, c: ModelCo
         return (x, kv), routing
 
     if c.remat:
-        body = jax.checkpoint(body)
+        body = jax.checkpoint(body, policy=_KEPT[c.remat_policy])
     layers = stack.attention_norm.shape[0]
     if c.scan_layers:
         (x, kv), told = jax.lax.scan(body, (x, kv), (stack, jnp.arange(first, first + layers)))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from r1jax.data.packing import PackedBatch, unpack
 from r1jax.models import decoder
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import RewardPool
-from r1jax.rl import losses, rollout, schedules
+from r1jax.rl import losses, notices, rollout, schedules
 from r1jax.rl.journal import Journal, Rollout
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.rollout import EncodedPrompt, Judgement
@@ -29,7 +30,7 @@ from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import Config
-from r1jax.train import step
+from r1jax.train import guard, step
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Cursor:
     rollout_start: int = 0  # update at which the current rollout started
     draw: int = 0  # prompts drawn before the current rollout
     reference_update: int = 0  # rollout start at which the reference was last replaced
+    skipped: int = 0  # updates skipped in a row until now
 
 
 class Timer:
@@ -105,6 +107,7 @@ class PolicyTraining:
         self.state, self.reference, self.cursor = self.trainer.init(params), None, Cursor()
         self.store = CheckpointStore(folder / "checkpoints", config.checkpointing.keep)
         self.journal, self.log, self.timer = Journal(folder / "journal"), MetricsLog(folder), Timer()
+        self.skipped = guard.SkippedUpdates(config.stage, config.optimizer.max_skipped_updates)
         self.programs = runtime.ProgramSet()
         self.phase_file = folder / "phase"
 
@@ -145,6 +148,7 @@ class PolicyTraining:
         else:
             self.cursor = Cursor(**self.store.record(number))
             self.take(self.store.restore(number, self.targets()))
+            self.skipped.in_a_row = self.cursor.skipped
         self.log.truncate(self.cursor.update)
 
     def items(self) -> dict[str, Any]:
@@ -278,7 +282,10 @@ class PolicyTraining:
 
     def judge(self, scored: Rollout, start: int) -> tuple[Judgement, dict[str, float]]:
         """Returns (what the scores come to, summary of the rollout for its metrics rows)."""
-        judged = rollout.judge(scored, self.config, self.law(start).max_new_tokens, self.kl_coef(start))
+        beta = self.kl_coef(start)
+        judged = rollout.judge(scored, self.config, self.law(start).max_new_tokens, beta)
+        for line in notices.of_rollout(scored, judged, self.config.grpo, beta):
+            self.say(f"update {start + 1}: {line}")
         texts = self.tokenizer.decode_batch([sample.token_ids for sample in scored.samples])
         counted = np.flatnonzero(scored.scorable)
         summary = {name: _mean(scored.parts[counted, i]) for i, name in enumerate(PART_NAMES)}
@@ -325,7 +332,10 @@ class PolicyTraining:
         return stats
 
     def record(self, stats: dict[str, float], summary: dict[str, float]) -> None:
-        """Writes the metrics row of the update just made, and what it took apart from it."""
+        """Writes the metrics row of the update just made, and what it took apart from it.
+
+        Raises ValueError when too many updates in a row were skipped.
+        """
         tokens = max(stats["tokens"], 1.0)
         row = summary | {name: value / tokens if name in losses.TOKEN_MEANS else value for name, value in stats.items()}
         if self.cursor.update - 1 > self.cursor.rollout_start or row.get("staleness"):
@@ -335,8 +345,11 @@ class PolicyTraining:
         if "rollout_s" in timing:
             timing["rollout_tokens_per_s"] = timing.pop("rollout_tokens") / timing["rollout_s"]
             timing["slot_occupancy"] = timing.pop("rollout_occupied_s") / timing["rollout_s"]
+        row = guard.recorded(row)
         self.log.write(self.cursor.update, row, timing)
         self.on_update(self.cursor.update, row, timing)
+        self.skipped.note(self.cursor.update, stats)
+        self.cursor.skipped = self.skipped.in_a_row
 
     def checkpoint(self) -> None:
         """Saves everything when it is due, then drops rollouts that no resume can need."""
@@ -360,6 +373,11 @@ class PolicyTraining:
     def kl_coef(self, start: int) -> float:
         """Returns beta of the rollout that starts at an update."""
         return schedules.value_at(self.config.grpo.kl_coef_schedule, start, self.config.grpo.kl_coef)
+
+    def say(self, line: str) -> None:
+        """Prints a line about this run; of several processes, process 0 does."""
+        if distributed.is_writer():
+            print(f"{self.config.stage} {line}", file=sys.stderr, flush=True)
 
     def phase(self, name: str) -> None:
         """Notes what the run is doing, for people and scripts that watch it from outside."""

@@ -21,7 +21,7 @@ from r1jax.rl.logprobs import Scorer
 from r1jax.rl.loop import PolicyTraining
 from r1jax.rl.rollout import Judgement
 from r1jax.schema import ModelConfig, replace
-from r1jax.train import step
+from r1jax.train import guard, step
 
 CRITIC_FIELDS = ("value", "return")  # per-token values of the critic's batch beside `weight`
 
@@ -142,7 +142,8 @@ class PPOTraining(PolicyTraining):
 
         told = self.timer.run("update", run)
         self.programs.check()
-        return stats | _critic_figures(told, max(stats["tokens"], 1.0))
+        skipped = max(stats[guard.SKIPPED], told[guard.SKIPPED])
+        return stats | _critic_figures(told, max(stats["tokens"], 1.0)) | {guard.SKIPPED: skipped}
 
     def _split(self, arrays: dict) -> tuple[dict, dict]:
         """Returns the policy's and the critic's arrays of a batch."""

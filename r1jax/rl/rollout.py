@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from r1jax.core import distributed, rng
+from r1jax.core import distributed, rng, sharding
 from r1jax.data.hashing import hash64
-from r1jax.data.packing import PackedBatch, PackItem, pack_batch
+from r1jax.data.packing import PackedBatch, PackItem, pack, pack_batch, spread
 from r1jax.data.prompts import Prompt, PromptStream, keyed_permutation
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import RewardPool
@@ -219,8 +219,10 @@ def pack_mini_batch(
         values |= {name: after_prompt(arrays[index]) for name, arrays in (rollout.values | judged.values).items()}
         mask = after_prompt(float(judged.trained[index]))
         items.append(PackItem(np.concatenate([sample.prompt_ids, sample.token_ids]), mask, values))
-    rows = micro_batches(config) * config.pack.rows_per_micro_batch
-    return pack_batch(items, config.pack.row_tokens, rows)
+    size, lengths = config.pack, [len(item.tokens) for item in items]
+    shards = sharding.row_shards(size.rows_per_micro_batch, config.mesh)
+    rows = spread(pack(lengths, size.row_tokens), lengths, size.rows_per_micro_batch, shards)
+    return pack_batch(items, size.row_tokens, micro_batches(config) * size.rows_per_micro_batch, rows)
 
 
 def micro_batches(config: Config) -> int:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax.data.packing import PackItem, pack_batch, rows_needed
+from r1jax.data.packing import PackItem, pack, pack_batch, rows_needed, spread
 from r1jax.kernels.fused_logprob import token_logprobs
 from r1jax.models import decoder
 from r1jax.schema import ModelConfig, PackConfig
@@ -43,10 +43,20 @@ def rows_of(items: Sequence[PackItem], pack: PackConfig) -> int:
 
 
 def make_batch(
-    items: Sequence[PackItem], pack: PackConfig, micro_batches: int, rows: list[list[int]] | None = None
+    items: Sequence[PackItem],
+    size: PackConfig,
+    micro_batches: int,
+    rows: list[list[int]] | None = None,
+    shards: int = 1,
 ) -> tuple[dict, int, np.float32]:
-    """Returns (arrays [M, R, T], filled micro-batches, 1 / trained tokens) of one update; `rows` as in pack_batch."""
-    packed = pack_batch(items, pack.row_tokens, micro_batches * pack.rows_per_micro_batch, rows)
-    arrays = step.batch_arrays(packed, pack, micro_batches, ())
+    """Returns (arrays [M, R, T], filled micro-batches, 1 / trained tokens) of one update.
+
+    `rows` are the items of each row, where that is settled; `shards` is what `sharding.row_shards` gives.
+    """
+    lengths = [len(item.tokens) for item in items]
+    rows = pack(lengths, size.row_tokens) if rows is None else rows
+    rows = spread(rows, lengths, size.rows_per_micro_batch, shards)
+    packed = pack_batch(items, size.row_tokens, micro_batches * size.rows_per_micro_batch, rows)
+    arrays = step.batch_arrays(packed, size, micro_batches, ())
     inverse = np.float32(1.0 / max(float(packed.loss_mask.sum()), 1.0))
-    return arrays, step.filled_micro_batches(packed, pack), inverse
+    return arrays, step.filled_micro_batches(packed, size), inverse
