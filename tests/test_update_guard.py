@@ -161,7 +161,7 @@ def run(folder, changes, **fields):
         return optax.apply_updates(state.params, updates)
 
     def changed(start, pool):
-        return changes.get(start, lambda scored: scored)(next_rollout(start, pool))
+        return changes.get(start, lambda scored: scored)(ended(next_rollout(start, pool)))
 
     def watched(arrays, filled, start):
         before = jax.device_get(training.state.params)
@@ -181,6 +181,11 @@ def run(folder, changes, **fields):
     return training, printed.getvalue().splitlines(), error, seen
 
 
+def ended(scored, reason="stop"):
+    samples = [dataclasses.replace(sample, finish_reason=reason) for sample in scored.samples]
+    return Rollout(samples, scored.parts, scored.scorable)
+
+
 def zero_rewards(scored):
     return Rollout(scored.samples, np.zeros_like(scored.parts), scored.scorable)
 
@@ -190,14 +195,7 @@ def unscorable(scored):
 
 
 def cut_off(scored):
-    samples = [dataclasses.replace(sample, finish_reason="length") for sample in scored.samples]
-    return zero_rewards(Rollout(samples, scored.parts, scored.scorable))
-
-
-def broken(scored):
-    first = scored.samples[0]
-    nan = dataclasses.replace(first, behaviour_logps=np.full_like(first.behaviour_logps, np.nan))
-    return Rollout([nan, *scored.samples[1:]], scored.parts, scored.scorable)
+    return zero_rewards(ended(scored, "length"))
 
 
 def signal(scored):
@@ -205,6 +203,12 @@ def signal(scored):
     parts = np.zeros_like(scored.parts)
     parts[::2, 0] = 1
     return Rollout(scored.samples, parts, scored.scorable)
+
+
+def broken(scored):
+    first, rest = scored.samples[0], scored.samples[1:]
+    nan = dataclasses.replace(first, behaviour_logps=np.full_like(first.behaviour_logps, np.nan))
+    return signal(Rollout([nan, *rest], scored.parts, scored.scorable))
 
 
 @pytest.fixture(scope="module")
