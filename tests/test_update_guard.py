@@ -162,7 +162,7 @@ def run(folder, changes, **fields):
         return optax.apply_updates(state.params, updates)
 
     def changed(start, pool):
-        return changes.get(start, lambda scored: scored)(next_rollout(start, pool))
+        return changes.get(start, lambda scored: scored)(ended(next_rollout(start, pool)))
 
     def watched(arrays, filled, start):
         before = jax.device_get(training.state.params)
@@ -182,6 +182,11 @@ def run(folder, changes, **fields):
     return training, printed.getvalue().splitlines(), error, seen
 
 
+def ended(scored, reason="stop"):
+    samples = [dataclasses.replace(sample, finish_reason=reason) for sample in scored.samples]
+    return replace(scored, samples=samples)
+
+
 def zero_rewards(scored):
     return replace(scored, parts=np.zeros_like(scored.parts))
 
@@ -191,14 +196,7 @@ def unscorable(scored):
 
 
 def cut_off(scored):
-    samples = [dataclasses.replace(sample, finish_reason="length") for sample in scored.samples]
-    return zero_rewards(replace(scored, samples=samples))
-
-
-def broken(scored):
-    first = scored.samples[0]
-    nan = dataclasses.replace(first, behaviour_logps=np.full_like(first.behaviour_logps, np.nan))
-    return replace(scored, samples=[nan, *scored.samples[1:]])
+    return zero_rewards(ended(scored, "length"))
 
 
 def signal(scored):
@@ -206,6 +204,12 @@ def signal(scored):
     parts = np.zeros_like(scored.parts)
     parts[::2, 0] = 1
     return replace(scored, parts=parts)
+
+
+def broken(scored):
+    first, rest = scored.samples[0], scored.samples[1:]
+    nan = dataclasses.replace(first, behaviour_logps=np.full_like(first.behaviour_logps, np.nan))
+    return signal(replace(scored, samples=[nan, *rest]))
 
 
 @pytest.fixture(scope="module")
