@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from r1jax.data.packing import PackItem, pack_batch, rows_needed
-from r1jax.kernels.fused_logprob import token_logprobs
 from r1jax.models import decoder
+from r1jax.models.logprobs import token_logprobs
 from r1jax.schema import ModelConfig, PackConfig
 from r1jax.train import step
 
