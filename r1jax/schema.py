@@ -95,6 +95,9 @@ class ModelConfig:
     checkpoint: str = (
         ""  # folder with the starting weights: Hugging Face or one of our stages; "" is the stage's default
     )
+    attention_block: int = (
+        0  # GQA without a cache: tokens of a block of keys, those of other samples skipped; 0: all at once
+    )
 
     def __post_init__(self):
         _require(
