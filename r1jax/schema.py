@@ -98,6 +98,9 @@ class ModelConfig:
     remat_policy: Literal["nothing", "dots_no_batch", "dots"] = (
         "nothing"  # what a recomputed block keeps: nothing, its products with weights, or those of attention too
     )
+    attention_block: int = (
+        0  # GQA without a cache: tokens of a block of keys, those of other samples skipped; 0: all at once
+    )
 
     def __post_init__(self):
         _require(

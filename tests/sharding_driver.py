@@ -16,8 +16,8 @@ from r1jax.checkpoints import tokenizer
 from r1jax.core import rng, runtime, sharding, tree
 from r1jax.data import tasks
 from r1jax.data.packing import PackItem, pack_batch
-from r1jax.kernels.fused_logprob import token_logprobs
 from r1jax.models import decoder
+from r1jax.models.logprobs import token_logprobs
 from r1jax.rl import losses
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import RolloutRequest, SamplingLaw

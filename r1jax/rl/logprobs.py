@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from r1jax.core import distributed, sharding
 from r1jax.core.sharding import use_mesh
-from r1jax.kernels.fused_logprob import token_logprobs
 from r1jax.models import decoder
+from r1jax.models.logprobs import token_logprobs
 from r1jax.schema import ModelConfig
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from r1jax.kernels.fused_logprob import token_logprobs
 from r1jax.models import decoder
+from r1jax.models.logprobs import scored_logprobs
 from r1jax.schema import GRPOConfig, ModelConfig
 from r1jax.train import step
 
@@ -246,17 +246,17 @@ def overlong_penalty(lengths: Sequence[int], config: GRPOConfig, max_new_tokens:
     return -np.clip(over / buffer, 0, 1).astype(np.float32)
 
 
-def make_loss(model: ModelConfig, config: GRPOConfig, chunk_tokens: int = 0) -> step.Loss:
+def make_loss(model: ModelConfig, config: GRPOConfig, chunk_tokens: int = 0, trained_chunk: int = 0) -> step.Loss:
     """Returns the loss of a micro-batch, `policy_loss` of the model's log-probs, and its statistics.
 
-    With a multi-token prediction module in training, its loss moves that module alone.
+    With a multi-token prediction module in training, its loss moves that module alone. Chunks as in `scored_logprobs`.
     """
 
     def loss(params: decoder.Params, micro: dict[str, jax.Array], given: LossArguments):
         hidden, _, auxiliary = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], model)
-        logp, entropy = token_logprobs(
-            hidden, decoder.unembedding(params), micro["targets"], given.temperature, chunk_tokens
-        )
+        matrix, mask = decoder.unembedding(params), micro["loss_mask"]
+        chunks = dict(chunk_tokens=chunk_tokens, trained_chunk=trained_chunk)
+        logp, entropy = scored_logprobs(hidden, matrix, micro["targets"], mask, given.temperature, **chunks)
         total, stats = policy_loss(logp, entropy, micro, given, config)
         stats["packed_tokens"] = jnp.sum(micro["segments"] > 0).astype(jnp.float32)  # prompts included
         weights = micro["loss_mask"] * micro["weight"]

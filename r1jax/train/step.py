@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding
 from r1jax.core import distributed, sharding, tree
 from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PackedBatch
-from r1jax.kernels.fused_logprob import token_logprobs
 from r1jax.models import decoder, moe, mtp
+from r1jax.models.logprobs import token_logprobs
 from r1jax.schema import ModelConfig, OptimizerConfig, PackConfig
 from r1jax.train import guard
 from r1jax.train import optimizer as optimizers
