@@ -257,12 +257,21 @@ class GRPOConfig:
     length_divisor: int = 0  # seq_mean_token_sum divides by this constant (Dr. GRPO); 0 is max_new_tokens
     advantage_epsilon: float = 1e-6  # added to the population standard deviation of a group
     truncated: Literal["keep", "mask"] = "keep"  # keep: scored as they are (accuracy 0, format 0)
+    routing_replay: bool = False  # update and reference send every token to the experts of its rollout
+    replay_check_every: int = 0  # rollouts from one measurement of the mismatch without replay to the next; 0: never
 
     def __post_init__(self):
         for name in ("group_size", "prompts_per_update", "updates_per_rollout", "updates"):
             _require(getattr(self, name) > 0, f"GRPOConfig.{name}={getattr(self, name)} must be at least 1")
         _require(self.rollouts_ahead >= 0, f"GRPOConfig.rollouts_ahead={self.rollouts_ahead} must be 0 or more")
         _require(self.clip_ratio > 0, f"GRPOConfig.clip_ratio={self.clip_ratio} must be above 0")
+        _require(
+            self.replay_check_every >= 0, f"GRPOConfig.replay_check_every={self.replay_check_every} must be 0 or more"
+        )
+        _require(
+            self.routing_replay or not self.replay_check_every,
+            f"GRPOConfig.replay_check_every={self.replay_check_every} needs routing_replay=true",
+        )
         _require_rising(self.kl_coef_schedule, "GRPOConfig.kl_coef_schedule")
 
 
@@ -417,6 +426,21 @@ class Config:
             self.mode == "disaggregated" or not self.grpo.rollouts_ahead,
             f"Config.grpo.rollouts_ahead={self.grpo.rollouts_ahead} needs mode=disaggregated: one set of devices cannot "
             "sample and train at once",
+        )
+        if self.grpo.routing_replay:
+            _require(
+                self.sampler.record_routed_experts,
+                "Config.grpo.routing_replay=true needs sampler.record_routed_experts=true",
+            )
+            if not self.model.checkpoint:  # whose shape is read later
+                self.require_mixture()
+
+    def require_mixture(self) -> None:
+        """Raises ValueError when routing replay is asked of a model without routers."""
+        _require(
+            not self.grpo.routing_replay or self.model.num_moe_layers > 0,
+            "Config.grpo.routing_replay=true needs a model with mixture-of-experts layers "
+            f"(model.n_routed_experts={self.model.n_routed_experts}); set it to false",
         )
 
 

@@ -9,6 +9,7 @@ from flax import struct
 
 from r1jax.kernels.fused_logprob import token_logprobs
 from r1jax.models import decoder
+from r1jax.rl.logprobs import replayed_experts
 from r1jax.schema import GRPOConfig, ModelConfig
 from r1jax.train import step
 
@@ -62,7 +63,10 @@ def make_loss(model: ModelConfig, chunk_tokens: int = 0) -> step.Loss:
     """
 
     def loss(params: decoder.Params, micro: dict[str, jax.Array], arguments: LossArguments):
-        hidden, _, auxiliary = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], model)
+        experts = replayed_experts(micro)
+        hidden, _, auxiliary = decoder.forward(
+            params, micro["tokens"], micro["positions"], micro["segments"], model, experts=experts
+        )
         logp, entropy = token_logprobs(
             hidden, decoder.unembedding(params), micro["targets"], arguments.temperature, chunk_tokens
         )
@@ -81,8 +85,11 @@ def make_loss(model: ModelConfig, chunk_tokens: int = 0) -> step.Loss:
             "clip_fraction": jnp.sum(mask * clipped),
             "importance_ratio": jnp.sum(mask * ratio),  # to the weights that drew the tokens
             "max_logprob_difference": jnp.max(jnp.abs(difference)),
+            "mean_logprob_difference": jnp.sum(mask * jnp.abs(difference)),
             "max_ratio": jnp.max(jnp.where(mask > 0, ratio, 0)),
         }
+        if experts is not None:
+            stats["routing_disagreement"] = jnp.sum(mask * jnp.mean(auxiliary.differs, axis=0))
         extra, told = step.auxiliary_loss(
             params, hidden, auxiliary, micro, mask * micro["weight"], model, head_alone=True
         )
@@ -91,4 +98,11 @@ def make_loss(model: ModelConfig, chunk_tokens: int = 0) -> step.Loss:
     return loss
 
 
-TOKEN_MEANS = ("kl", "entropy", "clip_fraction", "importance_ratio")  # statistics to divide by `tokens`
+TOKEN_MEANS = (  # statistics to divide by `tokens`
+    "kl",
+    "entropy",
+    "clip_fraction",
+    "importance_ratio",
+    "mean_logprob_difference",
+    "routing_disagreement",
+)

@@ -15,6 +15,7 @@ from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.rl import schedules
 from r1jax.rl.journal import Rollout
+from r1jax.rl.logprobs import ROUTED
 from r1jax.rl.losses import token_weights
 from r1jax.sampler.sample import RolloutRequest, RolloutSample, SamplingLaw
 from r1jax.schema import Config
@@ -129,7 +130,10 @@ def mini_batches(rollout: Rollout, start: int, config: Config) -> list[np.ndarra
 def pack_mini_batch(
     rollout: Rollout, chosen: np.ndarray, advantages: np.ndarray, config: Config, max_new_tokens: int
 ) -> PackedBatch:
-    """Returns the chosen samples packed, with advantage, behaviour log-prob and aggregation weight of every token."""
+    """Returns the chosen samples packed, with advantage, behaviour log-prob and aggregation weight of every token.
+
+    With grpo.routing_replay also the experts each token was sent to. Raises ValueError when a sample has no such record.
+    """
     samples = [rollout.samples[i] for i in chosen]
     masked = [config.grpo.truncated == "mask" and sample.truncated for sample in samples]
     weights = token_weights([len(sample.token_ids) for sample in samples], config.grpo, max_new_tokens)
@@ -145,9 +149,19 @@ def pack_mini_batch(
             behaviour_logp=behaviour,
             weight=np.full(prompt + length, weight, np.float32),
         )
-        items.append(PackItem(np.concatenate([sample.prompt_ids, sample.token_ids]), mask, values))
+        inputs = {ROUTED: _record(sample)} if config.grpo.routing_replay else {}
+        items.append(PackItem(np.concatenate([sample.prompt_ids, sample.token_ids]), mask, values, inputs))
     rows = micro_batches(config) * config.pack.rows_per_micro_batch
     return pack_batch(items, config.pack.row_tokens, rows)
+
+
+def _record(sample: RolloutSample) -> np.ndarray:
+    if sample.routed_experts is None:
+        raise ValueError(
+            f"grpo.routing_replay=true: sample {sample.request_id}/{sample.sample_index} was journalled without the "
+            "experts of its tokens; finish its rollout with grpo.routing_replay=false"
+        )
+    return sample.routed_experts
 
 
 def micro_batches(config: Config) -> int:
