@@ -310,6 +310,8 @@ class GRPOConfig:
     mismatch: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
     mismatch_threshold: float = 2.0  # largest trainer / sampler probability that is not cut
     off_policy_threshold: float = 0.0  # samples of A < 0 further from the policy than this (nats a token) are masked
+    routing_replay: bool = False  # update and reference send every token to the experts of its rollout
+    replay_check_every: int = 0  # rollouts from one measurement of the mismatch without replay to the next; 0: never
     dynamic_sampling_rounds: int = 0  # more prompts drawn, this often at most, in place of groups whose rewards tie
     overlong_buffer_fraction: float = 0.0  # last part of max_new_tokens over which the reward falls by 1 (DAPO)
 
@@ -318,7 +320,7 @@ class GRPOConfig:
             _require(getattr(self, name) > 0, f"GRPOConfig.{name}={getattr(self, name)} must be at least 1")
         for name in (
             *("rollouts_ahead", "clip_ratio_high", "ratio_cap", "log_ratio_clamp", "kl_coef", "length_divisor"),
-            *("off_policy_threshold", "dynamic_sampling_rounds", "advantage_epsilon"),
+            *("off_policy_threshold", "dynamic_sampling_rounds", "advantage_epsilon", "replay_check_every"),
         ):
             _require(getattr(self, name) >= 0, f"GRPOConfig.{name}={getattr(self, name)} must be 0 or more")
         for name in ("clip_ratio", "mismatch_threshold"):
@@ -339,6 +341,10 @@ class GRPOConfig:
         _require(
             self.mismatch == "none" or self.old_logp == "recomputed",
             f"GRPOConfig.mismatch={self.mismatch} needs old_logp=recomputed: the sampler's own log-probs have no mismatch",
+        )
+        _require(
+            self.routing_replay or not self.replay_check_every,
+            f"GRPOConfig.replay_check_every={self.replay_check_every} needs routing_replay=true",
         )
         _require(
             not (self.dynamic_sampling_rounds and self.rollouts_ahead),
@@ -525,6 +531,25 @@ class Config:
         _require(
             self.mode == "colocated" or self.grpo.advantage != "gae",
             f"Config.mode={self.mode} does not run PPO (grpo.advantage=gae); use colocated",
+        )
+        _require(
+            not (self.grpo.routing_replay and self.grpo.advantage == "gae"),
+            "Config.grpo.routing_replay=true does not go with PPO (grpo.advantage=gae): a critic has routers of its own",
+        )
+        if self.grpo.routing_replay:
+            _require(
+                self.sampler.record_routed_experts,
+                "Config.grpo.routing_replay=true needs sampler.record_routed_experts=true",
+            )
+            if not self.model.checkpoint:  # whose shape is read later
+                self.require_mixture()
+
+    def require_mixture(self) -> None:
+        """Raises ValueError when routing replay is asked of a model without routers."""
+        _require(
+            not self.grpo.routing_replay or self.model.num_moe_layers > 0,
+            "Config.grpo.routing_replay=true needs a model with mixture-of-experts layers "
+            f"(model.n_routed_experts={self.model.n_routed_experts}); set it to false",
         )
 
 

@@ -14,6 +14,13 @@ from r1jax.models import decoder
 from r1jax.models.logprobs import token_logprobs
 from r1jax.schema import ModelConfig
 
+ROUTED = "routed_experts"  # in a batch with routing replay: int16 [.., R, T, Lm, k], -1 at padding
+
+
+def replayed_experts(micro: dict[str, jax.Array]) -> jax.Array | None:
+    """Returns the experts recorded in a micro-batch as `decoder.forward` takes them, [Lm, R, T, k]; None without."""
+    return jnp.moveaxis(micro[ROUTED], -2, 0) if ROUTED in micro else None
+
 
 def log_probs(params: decoder.Params, hidden: jax.Array, micro: dict, temperature: jax.Array) -> jax.Array:
     """Returns log p(target) of softmax(logits / temperature), float32 [R, T]."""
@@ -41,7 +48,12 @@ class Scorer:
 
             def one(index, out):
                 micro = jax.tree.map(lambda x: x[index], batch)
-                hidden, _, _ = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], model)
+                hidden, _, _ = decoder.forward(
+                    params,
+                    *(micro[name] for name in ("tokens", "positions", "segments")),
+                    model,
+                    experts=replayed_experts(micro),
+                )
                 return out.at[index].set(read(params, hidden, micro, temperature))
 
             return jax.lax.fori_loop(0, filled, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
@@ -49,8 +61,11 @@ class Scorer:
         self._score = jax.jit(score, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, params: Any, batch: dict[str, np.ndarray], filled: int, temperature: float) -> np.ndarray:
-        """Returns what `read` does, float32 [M, R, T]; 0 in micro-batches not filled."""
-        fields = ("tokens", "targets", "positions", "segments")
+        """Returns what `read` does, float32 [M, R, T]; 0 in micro-batches not filled.
+
+        Tokens go to the experts recorded in the batch, where it holds any.
+        """
+        fields = [name for name in ("tokens", "targets", "positions", "segments", ROUTED) if name in batch]
         place = sharding.sharding(self.mesh, (None, "batch", "sequence"), batch["tokens"].shape)
         arrays = {name: distributed.place(batch[name], place) for name in fields}
         with use_mesh(self.mesh):

@@ -24,7 +24,7 @@ from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import RewardPool
 from r1jax.rl import losses, notices, rollout, schedules
 from r1jax.rl.journal import Journal, Rollout
-from r1jax.rl.logprobs import Scorer
+from r1jax.rl.logprobs import ROUTED, Scorer
 from r1jax.rl.rollout import EncodedPrompt, Judgement
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import SamplingLaw
@@ -91,6 +91,7 @@ class PolicyTraining:
         """
         self.config, self.tokenizer, self.mesh, self.folder, self.on_update = config, tokenizer, mesh, folder, on_update
         self.describe = describe
+        config.require_mixture()
         _check_row(config, prompts)
         self.prompts = rollout.PromptPhases(prompts, later, config)
         model = config.model
@@ -126,9 +127,10 @@ class PolicyTraining:
                 batches = rollout.mini_batches(scored, start, self.config)
                 for chosen in batches[self.cursor.update - start :]:
                     arrays, filled = self.pack(scored, chosen, judged, start)
+                    mismatch = self.check_replay(arrays, filled, start)
                     stats = self.update(arrays, filled, start)
                     last = self.cursor.update == start + len(batches)
-                    self.record(stats, summary)
+                    self.record(stats, summary | mismatch)
                     if last:
                         self.cursor.rollout_start = self.cursor.update
                         self.cursor.draw += scored.draws
@@ -180,6 +182,9 @@ class PolicyTraining:
         names = ("tokens", "targets", "positions", "segments")
         arrays = {name: np.zeros(shape, np.int32) for name in names}
         arrays |= {name: np.zeros(shape, np.float32) for name in ("loss_mask", *self.batch_fields())}
+        if self.config.grpo.routing_replay:
+            model = self.config.model
+            arrays[ROUTED] = np.full((*shape, model.num_moe_layers, model.num_experts_per_tok), -1, np.int16)
         self.warm_up_training(arrays)
         for name in self.sampler.engine.compilations():
             self.programs.add(name, lambda name=name: self.sampler.engine.compilations()[name])
@@ -187,7 +192,7 @@ class PolicyTraining:
 
     def warm_up_training(self, arrays: dict[str, np.ndarray]) -> None:
         """Compiles what is run on a batch."""
-        if self.config.grpo.uses_reference or self.value_scorers():
+        if self.config.grpo.uses_reference or self.config.grpo.replay_check_every or self.value_scorers():
             self.scorer(self._compute(self.state.params), arrays, 1, 1.0)
         spare = jax.tree.map(jnp.copy, self.state)
         jax.block_until_ready(self.trainer.update(spare, arrays, 1, self.arguments(0)))
@@ -318,6 +323,17 @@ class PolicyTraining:
         filled = step.filled_micro_batches(packed, self.config.pack)
         return scorer(weights, arrays, filled, self.law(start).temperature or 1.0)
 
+    def check_replay(self, arrays: dict, filled: int, start: int) -> dict[str, float]:
+        """Returns the mismatch of sampler and trainer if the live routers chose; {} unless a check is due."""
+        grpo = self.config.grpo
+        rollouts, every = start // grpo.updates_per_rollout, grpo.replay_check_every
+        if not every or rollouts % every or self.cursor.update != start:
+            return {}
+        live = arrays | {ROUTED: np.full_like(arrays[ROUTED], -1)}
+        logp = self.scorer(self._compute(self.state.params), live, filled, self.law(start).temperature or 1.0)
+        found = np.abs(logp - arrays["behaviour_logp"])[arrays["loss_mask"] > 0]
+        return {"mean_logprob_difference_without_replay": _mean(found)}
+
     def update(self, arrays: dict, filled: int, start: int) -> dict[str, float]:
         """Makes one policy update and returns its statistics."""
         self.phase("update")
@@ -341,6 +357,7 @@ class PolicyTraining:
         if self.cursor.update - 1 > self.cursor.rollout_start or row.get("staleness"):
             # Only the first update of a rollout runs the very weights that sampled it.
             row["max_policy_shift"] = row.pop("max_logprob_difference")
+            row["mean_policy_shift"] = row.pop("mean_logprob_difference")
         timing = self.timer.take()
         if "rollout_s" in timing:
             timing["rollout_tokens_per_s"] = timing.pop("rollout_tokens") / timing["rollout_s"]

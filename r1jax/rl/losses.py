@@ -13,6 +13,7 @@ from flax import struct
 
 from r1jax.models import decoder
 from r1jax.models.logprobs import scored_logprobs
+from r1jax.rl.logprobs import replayed_experts
 from r1jax.schema import GRPOConfig, ModelConfig
 from r1jax.train import step
 
@@ -202,12 +203,14 @@ def policy_loss(
         "clip_fraction": jnp.sum(mask * clipped),
         "importance_ratio": jnp.sum(mask * ratio),  # to the weights that drew the tokens
         "max_logprob_difference": jnp.max(jnp.abs(to_sampler)),
+        "mean_logprob_difference": jnp.sum(mask * jnp.abs(to_sampler)),
         "max_ratio": jnp.max(jnp.where(mask > 0, ratio, 0)),
     }
 
 
 TOKEN_MEANS = (  # statistics to divide by `tokens`
     *("kl", "entropy", "clip_fraction", "importance_ratio", "mismatch_weight", "off_policy_kept"),
+    *("mean_logprob_difference", "routing_disagreement"),
 )
 
 
@@ -253,11 +256,16 @@ def make_loss(model: ModelConfig, config: GRPOConfig, chunk_tokens: int = 0, tra
     """
 
     def loss(params: decoder.Params, micro: dict[str, jax.Array], given: LossArguments):
-        hidden, _, auxiliary = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], model)
+        experts = replayed_experts(micro)
+        hidden, _, auxiliary = decoder.forward(
+            params, micro["tokens"], micro["positions"], micro["segments"], model, experts=experts
+        )
         matrix, mask = decoder.unembedding(params), micro["loss_mask"]
         chunks = dict(chunk_tokens=chunk_tokens, trained_chunk=trained_chunk)
         logp, entropy = scored_logprobs(hidden, matrix, micro["targets"], mask, given.temperature, **chunks)
         total, stats = policy_loss(logp, entropy, micro, given, config)
+        if experts is not None:
+            stats["routing_disagreement"] = jnp.sum(mask * jnp.mean(auxiliary.differs, axis=0))
         stats["packed_tokens"] = jnp.sum(micro["segments"] > 0).astype(jnp.float32)  # prompts included
         weights = micro["loss_mask"] * micro["weight"]
         extra, told = step.auxiliary_loss(params, hidden, auxiliary, micro, weights, model, head_alone=True)

@@ -16,6 +16,7 @@ from r1jax.rewards.score import RewardRequest
 from r1jax.rl import losses, schedules
 from r1jax.rl.advantages import group_advantages
 from r1jax.rl.journal import Rollout
+from r1jax.rl.logprobs import ROUTED
 from r1jax.sampler.sample import RolloutRequest, RolloutSample, SamplingLaw
 from r1jax.schema import Config, replace
 
@@ -198,7 +199,10 @@ def keep_groups(parts: Sequence[Rollout], wanted: int, config: Config) -> Rollou
 def pack_mini_batch(
     rollout: Rollout, chosen: np.ndarray, judged: Judgement, config: Config, max_new_tokens: int
 ) -> PackedBatch:
-    """Returns the chosen samples packed, with the values of every response token that the loss takes."""
+    """Returns the chosen samples packed, with the values of every response token that the loss takes.
+
+    With grpo.routing_replay also the experts each token was sent to. Raises ValueError when a sample has no such record.
+    """
     samples = [rollout.samples[i] for i in chosen]
     lengths = [len(sample.token_ids) for sample in samples]
     weights = losses.token_weights(lengths, config.grpo, max_new_tokens, judged.counted[chosen])
@@ -218,11 +222,21 @@ def pack_mini_batch(
         )
         values |= {name: after_prompt(arrays[index]) for name, arrays in (rollout.values | judged.values).items()}
         mask = after_prompt(float(judged.trained[index]))
-        items.append(PackItem(np.concatenate([sample.prompt_ids, sample.token_ids]), mask, values))
+        inputs = {ROUTED: _record(sample)} if config.grpo.routing_replay else {}
+        items.append(PackItem(np.concatenate([sample.prompt_ids, sample.token_ids]), mask, values, inputs))
     size, lengths = config.pack, [len(item.tokens) for item in items]
     shards = sharding.row_shards(size.rows_per_micro_batch, config.mesh)
     rows = spread(pack(lengths, size.row_tokens), lengths, size.rows_per_micro_batch, shards)
     return pack_batch(items, size.row_tokens, micro_batches(config) * size.rows_per_micro_batch, rows)
+
+
+def _record(sample: RolloutSample) -> np.ndarray:
+    if sample.routed_experts is None:
+        raise ValueError(
+            f"grpo.routing_replay=true: sample {sample.request_id}/{sample.sample_index} was journalled without the "
+            "experts of its tokens; finish its rollout with grpo.routing_replay=false"
+        )
+    return sample.routed_experts
 
 
 def micro_batches(config: Config) -> int:
