@@ -23,6 +23,7 @@ RUNTIME_FIELDS = (
     "compute_dtype",
     "scan_layers",
     "remat",
+    "remat_policy",
     "moe_implementation",
     "moe_dispatch",
     "moe_buffer_factor",

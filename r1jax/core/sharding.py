@@ -8,7 +8,7 @@ import contextlib
 import functools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,11 +126,22 @@ def partition(
     for index, axis in enumerate(axes):
         names = rules.get(axis, ()) if axis else ()
         if shape is not None and mesh is not None:
-            names = tuple(name for name in names if mesh.shape[name] > 1)
-            while names and shape[index] % math.prod(mesh.shape[name] for name in names):
-                names = names[1:]
+            names = _dividing(names, shape[index], mesh.shape)
         entries.append(names if len(names) > 1 else names[0] if names else None)
     return PartitionSpec(*entries)
+
+
+def _dividing(names: tuple[str, ...], size: int, axes: Mapping[str, int]) -> tuple[str, ...]:
+    names = tuple(name for name in names if axes[name] > 1)
+    while names and size % math.prod(axes[name] for name in names):
+        names = names[1:]
+    return names
+
+
+def row_shards(rows: int, mesh: MeshConfig) -> int:
+    """Returns into how many equal runs of neighbours a training mesh divides the rows of a micro-batch."""
+    axes = dict(zip(AXES, mesh.shape, strict=True))
+    return math.prod(axes[name] for name in _dividing(TRAIN["batch"], rows, axes))
 
 
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

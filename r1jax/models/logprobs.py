@@ -3,7 +3,7 @@
 import jax
 
 from r1jax.core import sharding
-from r1jax.kernels import fused_logprob
+from r1jax.kernels import fused_logprob, trained_logprob
 
 
 def token_logprobs(
@@ -22,6 +22,26 @@ def token_logprobs(
     return fused_logprob.token_logprobs(
         hidden, unembedding, targets, temperature, chunk_tokens, chunk_vocab, _layout(targets.shape, unembedding.shape)
     )
+
+
+def scored_logprobs(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    temperature: jax.Array | float = 1.0,
+    chunk_tokens: int = 0,
+    trained_chunk: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (log p(target), entropy), float32 [B, T] in nats; what stands where mask [B, T] is 0 means nothing.
+
+    With trained_chunk > 0, on a mesh of one device, the positions where mask > 0 alone are scored, that many at a time
+    (`trained_logprob.trained_logprobs`). Otherwise all are, as `token_logprobs` does.
+    """
+    layout = _layout(targets.shape, unembedding.shape)
+    if trained_chunk and layout is None:
+        return trained_logprob.trained_logprobs(hidden, unembedding, targets, mask, temperature, trained_chunk)
+    return token_logprobs(hidden, unembedding, targets, temperature, chunk_tokens)
 
 
 def _layout(rows: tuple[int, ...], matrix: tuple[int, ...]) -> fused_logprob.Layout | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import checkpoint, distributed, tree
+from r1jax.core import checkpoint, distributed, sharding, tree
 from r1jax.core.metrics import MetricsLog
 from r1jax.data import jsonl, templates
 from r1jax.data.hashing import hash64
@@ -110,8 +110,10 @@ def fine_tune(config: Config, mesh: Mesh, items: list[PackItem], params, folder:
     micro_batches = max(sft.rows_of([items[i] for i in chosen], config.pack) for chosen in flat)
     micro_batches = -(-micro_batches // config.pack.rows_per_micro_batch)
 
+    shards = sharding.row_shards(config.pack.rows_per_micro_batch, config.mesh)
+
     def batch_at(update: int):
-        return sft.make_batch([items[i] for i in flat[update]], config.pack, micro_batches)
+        return sft.make_batch([items[i] for i in flat[update]], config.pack, micro_batches, shards=shards)
 
     store, log = folder.checkpoints(), MetricsLog(folder.path)
     with Progress(lineage.result_name(config), updates) as progress:
@@ -125,6 +127,7 @@ def fine_tune(config: Config, mesh: Mesh, items: list[PackItem], params, folder:
             config.checkpointing.every_updates,
             lambda update, loss: progress.update(update, loss=loss),
             log_every=1,
+            name=lineage.result_name(config),
         )
     store.close()
     log.close()

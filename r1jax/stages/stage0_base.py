@@ -59,6 +59,7 @@ def pretrain(config: Config, workdir: Path) -> dict:
             log,
             config.checkpointing.every_updates,
             lambda update, loss: progress.update(update, loss=loss),
+            name=config.stage,
         )
     store.close()
     log.close()
@@ -88,7 +89,8 @@ def batch_at(update: int, rows: list[list[int]], items: list[PackItem], config: 
         packed.append(list(range(len(chosen), len(chosen) + len(row))))
         chosen += row
     micro_batches = -(-size // config.pack.rows_per_micro_batch)
-    return sft.make_batch([items[i] for i in chosen], config.pack, micro_batches, packed)
+    shards = sharding.row_shards(config.pack.rows_per_micro_batch, config.mesh)
+    return sft.make_batch([items[i] for i in chosen], config.pack, micro_batches, packed, shards)
 
 
 _orders: dict[tuple[int, int, int], np.ndarray] = {}

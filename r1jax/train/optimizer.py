@@ -1,4 +1,7 @@
-"""AdamW through optax, with the recipe's schedules and moments in float32 or bfloat16."""
+"""AdamW and Muon through optax, with the recipe's schedules and moments in float32 or bfloat16."""
+
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +48,90 @@ def _decays(params) -> object:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+# Axes that a weight matrix sums over and makes, from the back; those before them (layers, experts) count matrices.
+_DOWN, _TO_HEADS, _FROM_HEADS = ((-2,), (-1,)), ((-3,), (-2, -1)), ((-3, -2), (-1,))
+_MATRICES = {
+    **dict.fromkeys(("gate", "up", "down", "q_a", "kv_a", "projection"), _DOWN),
+    **dict.fromkeys(("query", "key", "value", "q_b", "kv_b"), _TO_HEADS),
+    "out": _FROM_HEADS,
+}
+
+
+def matrix_axes(path: tuple) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Returns (input axes, output axes) of the matrices that Muon updates in the leaf at a path, None where AdamW does.
+
+    Muon takes the matrices inside the layers. Embedding, output matrix, router, heads, norms and biases are AdamW's.
+    """
+    return _MATRICES.get(getattr(path[-1], "name", "")) if path else None
+
+
+# Coefficients of Muon's five steps, given one by one so that optax loops over them instead of writing them out.
+_NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
+
+
+def _scale_by_muon(momentum: float, update_rms: float, dtype) -> optax.GradientTransformation:
+    """Returns optax's Muon over every matrix of every leaf, scaled to one root mean square for all shapes.
+
+    The update of an m x n matrix is U * update_rms * sqrt(max(m, n)), U the orthogonalised Nesterov momentum
+    (arXiv 2502.16982, eq. 4). The layer axis is mapped and not merged with the experts', so divided experts stay divided.
+    """
+    init = optax.contrib.scale_by_muon(_NEWTON_SCHULZ, beta=momentum, mu_dtype=dtype).init
+
+    def one(path, grad, mu, state):
+        inputs, outputs = matrix_axes(path)
+        axes = optax.contrib.MuonDimensionNumbers(inputs, outputs)
+        muon = optax.contrib.scale_by_muon(_NEWTON_SCHULZ, beta=momentum, mu_dtype=dtype, weight_dimension_numbers=axes)
+        after = optax.contrib.MuonState(None, 0, None)
+        step = jax.vmap(lambda g, m: muon.update(g, state._replace(mu=m)), out_axes=(0, after))
+        update, state = step(grad, mu)
+        size = max(math.prod(grad.shape[axis] for axis in axes) for axes in (inputs, outputs))
+        return update * (update_rms * math.sqrt(size)), state
+
+    def update(grads, state, params=None):
+        del params
+        found = jax.tree_util.tree_map_with_path(lambda path, g, m: one(path, g, m, state), grads, state.mu)
+        is_pair = lambda node: type(node) is tuple  # noqa: E731
+        updates = jax.tree.map(lambda pair: pair[0], found, is_leaf=is_pair)
+        mu = jax.tree.map(lambda pair: pair[1].mu, found, is_leaf=is_pair)
+        return updates, state._replace(mu=mu, count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
 def make(config: OptimizerConfig, total_updates: int) -> optax.GradientTransformation:
-    """Returns the optimiser: global-norm clip, AdamW, schedule. Master weights keep the dtype of the parameters."""
-    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    """Returns the optimiser: global-norm clip, AdamW or Muon, weight decay, schedule.
+
+    Master weights keep the dtype of the parameters. With Muon all of that holds for the parameters it leaves to AdamW too.
+    """
+    dtype = jnp.dtype(config.moment_dtype)
+    scale = _store_moments(optax.scale_by_adam(config.beta1, config.beta2, config.eps), dtype)
+    if config.kind == "muon":
+        muon = _scale_by_muon(config.muon_momentum, config.muon_update_rms, dtype)
+        scale = optax.partition({"muon": muon, "adamw": scale}, _owners)
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    parts.append(_store_moments(adam, jnp.dtype(config.moment_dtype)))
+    parts.append(scale)
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=_decays))
     parts.append(optax.scale_by_learning_rate(learning_rate(config, total_updates)))
     return optax.chain(*parts)
+
+
+def _owners(params) -> Any:
+    """Returns which transformation takes each leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if matrix_axes(path) else "adamw", params)
+
+
+def is_masked(node) -> bool:
+    """Returns whether a node of an optimiser's state stands for a parameter that it does not hold."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def kept_unless(moved: jax.Array, new: Any, old: Any) -> Any:
+    """Returns the optimiser's state `new` where the scalar `moved` is true, else `old` with the schedule's new count."""
+
+    def chosen(after, before):
+        if isinstance(after, optax.ScaleByScheduleState):
+            return after
+        return jnp.where(moved, after, before)
+
+    return jax.tree.map(chosen, new, old, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))

@@ -6,22 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax.data.packing import PackItem, pack_batch, rows_needed
+from r1jax.data.packing import PackItem, pack, pack_batch, rows_needed, spread
 from r1jax.models import decoder
-from r1jax.models.logprobs import token_logprobs
+from r1jax.models.logprobs import scored_logprobs
 from r1jax.schema import ModelConfig, PackConfig
 from r1jax.train import step
 
 
-def make_loss(model: ModelConfig) -> step.Loss:
+def make_loss(model: ModelConfig, trained_chunk: int = 0) -> step.Loss:
     """Returns the loss: minus the sum of weight * log p, weight 1 / (all trained tokens of the update).
 
-    The balance and multi-token prediction losses of the model's config are added.
+    The balance and multi-token prediction losses of the model's config are added. `trained_chunk` as in `scored_logprobs`.
     """
 
     def loss(params: decoder.Params, micro: dict[str, jax.Array], inverse_tokens: jax.Array):
         hidden, _, auxiliary = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], model)
-        logp, _ = token_logprobs(hidden, decoder.unembedding(params), micro["targets"])
+        matrix, mask = decoder.unembedding(params), micro["loss_mask"]
+        logp, _ = scored_logprobs(hidden, matrix, micro["targets"], mask, trained_chunk=trained_chunk)
         weights = micro["loss_mask"] * inverse_tokens
         extra, stats = step.auxiliary_loss(params, hidden, auxiliary, micro, weights, model)
         return extra - jnp.sum(logp * micro["loss_mask"]) * inverse_tokens, stats
@@ -43,10 +44,20 @@ def rows_of(items: Sequence[PackItem], pack: PackConfig) -> int:
 
 
 def make_batch(
-    items: Sequence[PackItem], pack: PackConfig, micro_batches: int, rows: list[list[int]] | None = None
+    items: Sequence[PackItem],
+    size: PackConfig,
+    micro_batches: int,
+    rows: list[list[int]] | None = None,
+    shards: int = 1,
 ) -> tuple[dict, int, np.float32]:
-    """Returns (arrays [M, R, T], filled micro-batches, 1 / trained tokens) of one update; `rows` as in pack_batch."""
-    packed = pack_batch(items, pack.row_tokens, micro_batches * pack.rows_per_micro_batch, rows)
-    arrays = step.batch_arrays(packed, pack, micro_batches, ())
+    """Returns (arrays [M, R, T], filled micro-batches, 1 / trained tokens) of one update.
+
+    `rows` are the items of each row, where that is settled; `shards` is what `sharding.row_shards` gives.
+    """
+    lengths = [len(item.tokens) for item in items]
+    rows = pack(lengths, size.row_tokens) if rows is None else rows
+    rows = spread(rows, lengths, size.rows_per_micro_batch, shards)
+    packed = pack_batch(items, size.row_tokens, micro_batches * size.rows_per_micro_batch, rows)
+    arrays = step.batch_arrays(packed, size, micro_batches, ())
     inverse = np.float32(1.0 / max(float(packed.loss_mask.sum()), 1.0))
-    return arrays, step.filled_micro_batches(packed, pack), inverse
+    return arrays, step.filled_micro_batches(packed, size), inverse

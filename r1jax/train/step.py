@@ -2,7 +2,8 @@
 
 A batch is `[M, R, T]`: M micro-batches of R packed rows. Only the first `filled` are run, so one program serves any
 fill. A loss returns a sum, not a mean: each token's weight is set when the batch is packed, and so neither
-packing nor micro-batching nor the mesh changes the result.
+packing nor micro-batching nor the mesh changes the result. An update whose loss or gradient norm is not finite leaves
+weights, moments and router bias as they were.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from r1jax.data.packing import PackedBatch
 from r1jax.models import decoder, moe, mtp
 from r1jax.models.logprobs import token_logprobs
 from r1jax.schema import ModelConfig, OptimizerConfig, PackConfig
+from r1jax.train import guard
 from r1jax.train import optimizer as optimizers
 
 # (params in compute dtype, micro-batch of [R, T] arrays, arguments) -> (loss sum, statistics)
@@ -37,11 +39,14 @@ class TrainState:
 
 
 def batch_arrays(batch: PackedBatch, pack: PackConfig, micro_batches: int, fields: tuple[str, ...]) -> dict:
-    """Returns the batch as arrays [M, R, T] by name: tokens, targets, positions, segments, loss_mask and `fields`."""
+    """Returns the batch as arrays [M, R, T] by name: tokens, targets, positions, segments, loss_mask and `fields`.
+
+    What the batch holds as inputs goes with them, [M, R, T, ...].
+    """
     shape = (micro_batches, pack.rows_per_micro_batch, pack.row_tokens)
     named = {name: getattr(batch, name) for name in ("tokens", "targets", "positions", "segments", "loss_mask")}
-    named |= {name: batch.values[name] for name in fields}
-    return {name: np.ascontiguousarray(array.reshape(shape)) for name, array in named.items()}
+    named |= {name: batch.values[name] for name in fields} | batch.inputs
+    return {name: np.ascontiguousarray(array.reshape(*shape, *array.shape[2:])) for name, array in named.items()}
 
 
 def filled_micro_batches(batch: PackedBatch, pack: PackConfig) -> int:
@@ -75,23 +80,22 @@ class Trainer:
         return jax.eval_shape(lambda p: TrainState(p, self.transform.init(p), jnp.zeros((), jnp.int32)), params)
 
     def state_shardings(self, on_device: bool = False) -> TrainState:
-        """Returns the sharding of every leaf: moments lie as their parameters do, counters everywhere.
+        """Returns the sharding of every leaf: moments lie as their parameters do, all else everywhere.
 
         Offloaded moments lie in host memory, unless `on_device` asks where an update wants them.
         """
         everywhere = sharding.replicated(self.mesh)
-        placed = jax.tree.leaves(self.param_shardings)
-        by_shape = {
-            leaf.shape: place for leaf, place in zip(jax.tree.leaves(self.abstract_state().params), placed, strict=True)
-        }
-        structure = jax.tree.structure(self.abstract_state().params)
+        structure = jax.tree.structure(self.param_shardings)
+
+        def is_params(node) -> bool:
+            return jax.tree.structure(node, is_leaf=optimizers.is_masked) == structure
 
         def place(node):
-            if jax.tree.structure(node) == structure:
-                return self.param_shardings
-            return jax.tree.map(lambda leaf: by_shape.get(leaf.shape, everywhere), node)
+            if not is_params(node):
+                return everywhere
+            kept = lambda leaf, place: leaf if optimizers.is_masked(leaf) else place  # noqa: E731
+            return jax.tree.map(kept, node, self.param_shardings, is_leaf=optimizers.is_masked)
 
-        is_params = lambda node: jax.tree.structure(node) == structure  # noqa: E731
         placed = jax.tree.map(place, self.abstract_state(), is_leaf=is_params)
         if self.config.offload and not on_device:
             return placed.replace(optimizer=sharding.on_host(placed.optimizer))
@@ -121,7 +125,11 @@ class Trainer:
         return jax.device_put(TrainState(params, optimizer, count), self.state_shardings())
 
     def update(self, state: TrainState, batch: dict[str, np.ndarray], filled: int, arguments: Any):
-        """Returns (new state, statistics as device scalars). The given state is donated."""
+        """Returns (new state, statistics as device scalars). The given state is donated.
+
+        `skipped_updates` is 1 when loss or gradient norm is not finite: the state is then the given one, but for
+        `update` and the schedule's count, which go on.
+        """
         batch = {name: distributed.place(array, self._batch_sharding(array.shape)) for name, array in batch.items()}
         with use_mesh(self.mesh):
             return self._update(state, batch, np.int32(filled), arguments)
@@ -134,7 +142,11 @@ class Trainer:
     def _batch_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
         return sharding.sharding(self.mesh, (None, "batch", "sequence"), shape)
 
-    def _step(self, state: TrainState, batch, filled, arguments):
+    def gradients(self, params: decoder.Params, batch: dict[str, jax.Array], filled: jax.Array, arguments: Any):
+        """Returns (loss, statistics, gradients) summed over the first `filled` micro-batches; to be traced under jit.
+
+        Statistics named max_... are maxima instead. Gradients are summed in float32.
+        """
         compute = jnp.dtype(self.model.compute_dtype)
 
         def objective(params, micro):
@@ -142,12 +154,12 @@ class Trainer:
 
         gradient = jax.value_and_grad(objective, has_aux=True)
         first = jax.tree.map(lambda x: x[0], batch)
-        shapes = jax.eval_shape(gradient, state.params, first)
+        shapes = jax.eval_shape(gradient, params, first)
         start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         start = (start[0], jax.tree.map(lambda g: g.astype(jnp.float32), start[1]))
 
         def accumulate(index, total):
-            (loss, stats), grads = gradient(state.params, jax.tree.map(lambda x: x[index], batch))
+            (loss, stats), grads = gradient(params, jax.tree.map(lambda x: x[index], batch))
             (old_loss, old_stats), old_grads = total
             stats = {
                 name: jnp.maximum(old_stats[name], value) if name.startswith("max_") else old_stats[name] + value
@@ -156,6 +168,10 @@ class Trainer:
             return (old_loss + loss, stats), jax.tree.map(lambda a, b: a + b.astype(a.dtype), old_grads, grads)
 
         (loss, stats), grads = jax.lax.fori_loop(0, filled, accumulate, start)
+        return loss, stats, grads
+
+    def _step(self, state: TrainState, batch, filled, arguments):
+        loss, stats, grads = self.gradients(state.params, batch, filled, arguments)
         norm = tree.global_norm(grads)
         moments = state.optimizer
         if self.config.offload:
@@ -165,7 +181,12 @@ class Trainer:
         experts_load, mtp_load = stats.pop("expert_load", None), stats.pop("mtp_expert_load", None)
         if self.model.router_bias_update_rate:
             params = _balanced(params, experts_load, mtp_load, self.model.router_bias_update_rate)
+        # Chosen element by element, which the compiler does in place where the state is donated.
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), params, state.params)
+        opt_state = optimizers.kept_unless(finite, opt_state, moments)
         stats |= {"loss": loss, "grad_norm": norm, "learning_rate": self.rate(state.update)}
+        stats[guard.SKIPPED] = 1 - finite.astype(jnp.float32)
         if experts_load is not None:
             stats["max_expert_share"] = (experts_load / jnp.maximum(experts_load.sum(-1, keepdims=True), 1)).max()
         return TrainState(params, opt_state, state.update + 1), stats

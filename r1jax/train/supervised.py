@@ -9,6 +9,7 @@ import numpy as np
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.core.metrics import MetricsLog
 from r1jax.models import decoder
+from r1jax.train import guard
 from r1jax.train.step import Trainer, TrainState
 
 Batch = tuple[dict[str, np.ndarray], int, Any]  # arrays [M, R, T], filled micro-batches, arguments of the loss
@@ -24,21 +25,35 @@ def fit(
     checkpoint_every: int,
     on_update: Callable[[int, float], None] = lambda update, loss: None,
     log_every: int = 10,
+    name: str = "training",
 ) -> tuple[decoder.Params, float]:
-    """Returns (weights after the last update, its loss), going on from the newest checkpoint in `store`."""
+    """Returns (weights after the last update, its loss), going on from the newest checkpoint in `store`.
+
+    The loss is the newest that is finite. Statistics are fetched, and skipped updates named, every `log_every` updates
+    and before a checkpoint. Raises ValueError when too many updates in a row were skipped.
+    """
     state, first, loss = resume(trainer, params, store)
+    in_a_row = store.record(first).get("skipped", 0) if first else 0
+    skipped = guard.SkippedUpdates(name, trainer.config.max_skipped_updates, in_a_row)
     log.truncate(first)
+    waiting: list[dict] = []  # statistics of the updates since the last fetch, on the device
     for update in range(first, updates):
         state, stats = trainer.update(state, *batch_at(update))
+        waiting.append({name: stats[name] for name in ("loss", "grad_norm", guard.SKIPPED)})
         done, last = update + 1, update + 1 == updates
-        if done % log_every == 0 or last:
-            stats = {name: float(value) for name, value in jax.device_get(stats).items()}
-            loss = stats["loss"]
-            log.write(done, stats, {})
-            on_update(done, loss)
-        if done % checkpoint_every == 0 or last:
+        logged, saved = done % log_every == 0 or last, done % checkpoint_every == 0 or last
+        if logged:
+            row = {name: float(value) for name, value in jax.device_get(stats).items()}
+            log.write(done, guard.recorded(row), {})
+            on_update(done, row["loss"])
+        if logged or saved:
+            fetched, waiting = jax.device_get(waiting), []
+            for number, found in enumerate(fetched, done - len(fetched) + 1):
+                skipped.note(number, found)
+                loss = loss if found[guard.SKIPPED] else float(found["loss"])
+        if saved:
             items = {"params": state.params, "optimizer": state.optimizer}
-            store.save(done, items, {"update": done, "loss": loss})
+            store.save(done, items, {"update": done, "loss": loss, "skipped": skipped.in_a_row})
     return state.params, loss
 
 

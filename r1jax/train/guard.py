@@ -1,0 +1,48 @@
+"""What a run says and does about updates that were skipped because their loss or gradient norm is not finite."""
+
+import math
+import sys
+from collections.abc import Mapping
+
+from r1jax.core import distributed
+
+SKIPPED = "skipped_updates"  # a statistic of every update: 1 where weights and moments were left as they were
+_LOSS = "look at the batch's rewards and log-probabilities and at the weights the run started from"
+_NORM = "look at optimizer.learning_rate, model.compute_dtype and the scale of the rewards"
+
+
+class SkippedUpdates:
+    """Counts the updates skipped in a row, says each one on stderr, and ends a run in which none succeeds."""
+
+    def __init__(self, run: str, limit: int, in_a_row: int = 0):
+        """`run` begins each line; `limit` in a row end the run, 0 never does."""
+        self.run, self.limit, self.in_a_row = run, limit, in_a_row
+
+    def note(self, update: int, stats: Mapping[str, float]) -> None:
+        """Takes the statistics of an update (numbered from 1): `loss`, `grad_norm` and SKIPPED.
+
+        Raises ValueError when it is the `limit`-th skipped in a row.
+        """
+        if not stats[SKIPPED]:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        what, look = ("gradient norm", _NORM) if math.isfinite(stats["loss"]) else ("loss", _LOSS)
+        if distributed.is_writer():
+            found = f"loss {stats['loss']:.4g}, gradient norm {stats['grad_norm']:.4g}"
+            print(
+                f"{self.run} update {update}: skipped, its {what} is not finite ({found}); "
+                f"weights and moments stay as they were; {look}",
+                file=sys.stderr,
+                flush=True,
+            )
+        if self.limit and self.in_a_row >= self.limit:
+            raise ValueError(
+                f"{self.run}: the last {self.in_a_row} updates, up to {update}, were skipped, the {what} is not finite; "
+                f"{look}; the newest checkpoint holds finite weights (optimizer.max_skipped_updates={self.limit})"
+            )
+
+
+def recorded(row: Mapping[str, float]) -> dict[str, float]:
+    """Returns a metrics row as it is written: that of a skipped update without the figures that are not finite."""
+    return {name: value for name, value in row.items() if not row.get(SKIPPED) or math.isfinite(value)}
