@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 WHOLE_LOGITS = 2**24  # up to this many logits a device (64 MiB of float32) they are computed at once
 TILE_TOKENS = 1024
@@ -29,7 +29,8 @@ class Layout:
 
     mesh: Mesh
     rows: PartitionSpec  # mesh axes of [B, T]
-    vocab: tuple[str, ...] = ()  # mesh axes of V, which they divide evenly
+    vocab: tuple[str, ...] = ()  # of V, which they divide evenly
+    embed: tuple[str, ...] = ()  # of the unembedding's D, which they divide evenly; hidden states have D whole
 
     @property
     def row_axes(self) -> tuple[str, ...]:
@@ -98,8 +99,9 @@ def token_logprobs(
     chunk_vocab logits exist at once on a device, forward and backward; a chunk of 0 is chosen (`tile_of`). Both results
     have gradients with respect to hidden and unembedding; temperature has none where logits are tiled. Products take
     their inputs as they are (bfloat16 or float32) and sum in float32; the unembedding's gradient is summed in float32
-    and rounded once. With `layout` the arrays are divided over its mesh: the vocabulary is never put together, and only
-    sums for each token and gradients travel. Raises ValueError for a negative chunk.
+    and rounded once. With `layout` the arrays are divided over its mesh: the vocabulary is never put together, columns
+    whose D is divided are gathered a tile at a time, and sums for each token and gradients travel. Raises ValueError for
+    a negative chunk.
     """
     (batch, length), vocab = targets.shape, unembedding.shape[1]
     tokens = batch * length
@@ -107,6 +109,9 @@ def token_logprobs(
         tokens, vocab = tokens // layout.parts(layout.row_axes), vocab // layout.parts(layout.vocab)
     tile = tile_of(tokens, vocab, chunk_tokens, chunk_vocab)
     if tile is None:
+        if layout is not None:
+            place = NamedSharding(layout.mesh, PartitionSpec(None, layout.vocab or None))
+            unembedding = jax.lax.with_sharding_constraint(unembedding, place)
         return _score(hidden, unembedding, targets, temperature)
     return _tiled(tile, layout, hidden, unembedding, targets, jnp.asarray(temperature, jnp.float32))
 
@@ -151,7 +156,30 @@ _tiled.defvjp(_forward, _backward)
 
 def _specs(layout: Layout) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec, PartitionSpec]:
     """Returns the places of [B, T], [B, T, D], [D, V] and a scalar."""
-    return layout.rows, PartitionSpec(*layout.rows, None), PartitionSpec(None, layout.vocab or None), PartitionSpec()
+    matrix = PartitionSpec(layout.embed or None, layout.vocab or None)
+    return layout.rows, PartitionSpec(*layout.rows, None), matrix, PartitionSpec()
+
+
+def _columns(unembedding, start, size: int, layout):
+    """Returns columns of this device's part of the vocabulary, whole in D."""
+    part = _part(unembedding, start, size, axis=1)
+    if layout is None or not layout.embed:
+        return part
+    return jax.lax.all_gather(part, layout.embed, axis=0, tiled=True)
+
+
+def _summed(d_w, layout):
+    """Returns this device's part in D of columns' gradient, summed over the devices that hold other tokens."""
+    if layout is None:
+        return d_w
+    if divided := tuple(name for name in layout.embed if name in layout.row_axes):
+        assert divided == layout.embed, f"{layout.rows} divide tokens over a part of {layout.embed} only"
+        d_w = jax.lax.psum_scatter(d_w, divided, scatter_dimension=0, tiled=True)
+    elif layout.embed:
+        size = d_w.shape[0] // layout.parts(layout.embed)
+        d_w = _part(d_w, jax.lax.axis_index(layout.embed) * size, size)
+    rest = tuple(name for name in layout.row_axes if name not in layout.embed)
+    return jax.lax.psum(d_w, rest) if rest else d_w
 
 
 def _forward_part(tile, layout, hidden, unembedding, targets, temperature):
@@ -159,7 +187,7 @@ def _forward_part(tile, layout, hidden, unembedding, targets, temperature):
     flat_ND, targets_N = hidden.reshape(-1, hidden.shape[-1]), _local_targets(targets, unembedding, layout)
 
     def columns(start, size, sums):
-        w_DV = _part(unembedding, start, size, axis=1)
+        w_DV = _columns(unembedding, start, size, layout)
 
         def some_tokens(first, count, sums):
             top, total, weighted, picked = (_part(value, first, count) for value in sums)
@@ -206,11 +234,10 @@ def _backward_part(tile, layout, hidden, unembedding, targets, temperature, top,
     per_token = [
         value.reshape(-1, 1) for value in (top, log_sum, entropy, d_logp / temperature, d_entropy / temperature)
     ]
-    row_axes = layout.row_axes if layout is not None else ()
 
     def columns(start, size, gradients):
         d_flat, d_unembedding = gradients
-        w_DV = _part(unembedding, start, size, axis=1)
+        w_DV = _columns(unembedding, start, size, layout)
 
         def some_tokens(first, count, gradients):
             d_flat, d_w = gradients
@@ -228,9 +255,7 @@ def _backward_part(tile, layout, hidden, unembedding, targets, temperature, top,
 
         start_w = jnp.zeros((w_DV.shape[0], size), jnp.float32)
         d_flat, d_w = _over(flat_ND.shape[0], tile.tokens, some_tokens, (d_flat, start_w))
-        if row_axes:
-            d_w = jax.lax.psum(d_w, row_axes)
-        return d_flat, _put(d_unembedding, d_w.astype(unembedding.dtype), start, axis=1)
+        return d_flat, _put(d_unembedding, _summed(d_w, layout).astype(unembedding.dtype), start, axis=1)
 
     empty = jnp.zeros(flat_ND.shape, jnp.float32), jnp.zeros_like(unembedding)
     d_flat, d_unembedding = _over(unembedding.shape[1], tile.vocab, columns, empty)

@@ -15,9 +15,10 @@ from r1jax.core import sharding
 from r1jax.models.logprobs import token_logprobs
 from r1jax.schema import MeshConfig
 
-MESHES = {  # rows of 8 tokens, 4 of them; 60 words
+MESHES = {  # rows of 8 tokens, 4 of them; 60 words of width 16
     "tensor4": (MeshConfig(tensor=4), 60),
     "fsdp2_tensor2_context2": (MeshConfig(fsdp=2, tensor=2, context=2), 60),
+    "data2_fsdp2_expert2": (MeshConfig(data=2, fsdp=2, expert=2), 60),
     "slice2_data2_context2": (MeshConfig(slice=2, data=2, context=2), 60),
     "fsdp8_rows_do_not_divide": (MeshConfig(fsdp=8), 60),
     "tensor4_vocabulary_does_not_divide": (MeshConfig(tensor=4), 59),
@@ -29,11 +30,11 @@ RUNS = [f"{mesh}/both" for mesh in MESHES] + ["tensor4/tokens", "tensor4/vocab"]
 def run(config, vocab, chunks):
     """Returns (logp, entropy, gradients of hidden and unembedding) and the compiled program's text."""
     generator = np.random.default_rng(0)
-    hidden, matrix = generator.normal(size=(4, 8, 12)) * 2, generator.normal(size=(12, vocab))
+    hidden, matrix = generator.normal(size=(4, 8, 16)) * 2, generator.normal(size=(16, vocab))
     targets = generator.integers(0, vocab, (4, 8)).astype(np.int32)
     weights = generator.normal(size=(2, 4, 8)).astype(np.float32)
     mesh = sharding.make_mesh(config)
-    axes = (("batch", "sequence", None), (None, "vocab"), ("batch", "sequence"))
+    axes = (("batch", "sequence", None), ("embed", "vocab"), ("batch", "sequence"))
     arrays = (hidden.astype(np.float32), matrix.astype(np.float32), targets)
     placed = [jax.device_put(a, sharding.sharding(mesh, names, a.shape)) for a, names in zip(arrays, axes, strict=True)]
 

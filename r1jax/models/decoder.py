@@ -51,13 +51,14 @@ def specs(c: ModelConfig) -> Params:
 
 
 def unembedding(params: Params) -> jax.Array:
-    """Returns the output matrix, [D, V], whole in D on every device."""
-    return constrain(params.embedding.T if params.unembedding is None else params.unembedding, None, "vocab")
+    """Returns the output matrix, [D, V], lying as its parameter does."""
+    return params.embedding.T if params.unembedding is None else params.unembedding
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
     """Returns float32 logits [..., V] of final hidden states [..., D]."""
-    out = jnp.einsum("...D,DV->...V", hidden, unembedding(params), preferred_element_type=jnp.float32)
+    matrix = constrain(unembedding(params), None, "vocab")  # whole in D: no sums of whole logits between devices
+    out = jnp.einsum("...D,DV->...V", hidden, matrix, preferred_element_type=jnp.float32)
     return out.astype(jnp.float32)
 
 

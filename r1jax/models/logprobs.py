@@ -16,7 +16,8 @@ def token_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (log p(target), entropy), float32 [B, T] in nats, as `fused_logprob.token_logprobs` does.
 
-    Rows, tokens and vocabulary lie where the logical axes batch, sequence and vocab lie on the mesh being traced under.
+    Rows, tokens and the output matrix lie where the logical axes batch, sequence, embed and vocab lie on the mesh being
+    traced under.
     The entropy has a gradient: a loss that only reports it stops it.
     """
     return fused_logprob.token_logprobs(
@@ -48,5 +49,5 @@ def _layout(rows: tuple[int, ...], matrix: tuple[int, ...]) -> fused_logprob.Lay
     mesh = sharding.current_mesh()
     if mesh is None or mesh.size == 1:
         return None
-    vocab = sharding.partition((None, "vocab"), matrix, mesh)[1]
-    return fused_logprob.Layout(mesh, sharding.partition(("batch", "sequence"), rows, mesh), sharding.mesh_axes(vocab))
+    embed, vocab = map(sharding.mesh_axes, sharding.partition(("embed", "vocab"), matrix, mesh))
+    return fused_logprob.Layout(mesh, sharding.partition(("batch", "sequence"), rows, mesh), vocab, embed)
