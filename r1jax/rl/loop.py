@@ -5,7 +5,8 @@ import dataclasses
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,13 +126,12 @@ class PolicyTraining:
                 scored = self.with_values(scored, start)
                 judged, summary = self.judge(scored, start)
                 batches = rollout.mini_batches(scored, start, self.config)
-                for chosen in batches[self.cursor.update - start :]:
-                    arrays, filled = self.pack(scored, chosen, judged, start)
+                for packed in self.packed(scored, batches[self.cursor.update - start :], judged, start):
+                    arrays, filled = self.score_batch(packed, start)
                     mismatch = self.check_replay(arrays, filled, start)
                     stats = self.update(arrays, filled, start)
-                    last = self.cursor.update == start + len(batches)
                     self.record(stats, summary | mismatch)
-                    if last:
+                    if self.cursor.update == start + len(batches):
                         self.cursor.rollout_start = self.cursor.update
                         self.cursor.draw += scored.draws
                     self.checkpoint()
@@ -246,18 +246,24 @@ class PolicyTraining:
         """Returns the scored samples of the prompts with the numbers `draws`."""
         config, group = self.config, self.config.grpo.group_size
         prompts = [self.prompts[draw] for draw in draws]
+        grader, timer = (
+            rollout.Grader(dict(zip(draws, prompts, strict=True)), pool, self.tokenizer.decode_batch),
+            Timer(),
+        )
         requests = rollout.requests_for(prompts, draws, group, self.law(start), config.seed, config.stage, "sample")
         self.phase("rollout")
         begun = time.perf_counter()
-        samples = self.sampler.generate(requests, weights, version)
-        seconds, statistics = time.perf_counter() - begun, self.sampler.statistics
+        samples = self.sampler.generate(requests, weights, version, lambda done: timer.run("rewards", grader.add, done))
+        graded_s = timer.take().get("rewards_s", 0.0)
+        seconds, statistics = time.perf_counter() - begun - graded_s, self.sampler.statistics
         self.timer.add(
-            rollout_s=seconds, rollout_tokens=statistics.tokens, rollout_occupied_s=seconds * statistics.occupancy
+            rollout_s=seconds,
+            rollout_tokens=statistics.tokens,
+            rollout_occupied_s=seconds * statistics.occupancy,
+            rewards_s=graded_s,
         )
         self.phase("grading")
-        texts = self.tokenizer.decode_batch([sample.token_ids for sample in samples])
-        repeated = [prompt for prompt in prompts for _ in range(group)]
-        parts, scorable = self.timer.run("rewards", rollout.grade, samples, repeated, texts, pool)
+        parts, scorable = self.timer.run("rewards", grader.scores, samples)
         return Rollout(samples, parts, scorable, len(draws))
 
     def with_values(self, scored: Rollout, start: int) -> Rollout:
@@ -305,10 +311,22 @@ class PolicyTraining:
             summary["prompts_drawn"] = float(scored.draws)
         return judged, summary | self.describe(texts)
 
-    def pack(self, scored: Rollout, chosen: np.ndarray, judged: Judgement, start: int) -> tuple[dict, int]:
+    def packed(
+        self, scored: Rollout, batches: list[np.ndarray], judged: Judgement, start: int
+    ) -> Iterator[PackedBatch]:
+        """Yields the mini-batches packed; the next one is packed in a thread while the device updates on this one."""
+        longest = self.law(start).max_new_tokens
+        with ThreadPoolExecutor(1, thread_name_prefix="pack") as worker:
+            pack = lambda chosen: rollout.pack_mini_batch(scored, chosen, judged, self.config, longest)  # noqa: E731
+            following = worker.submit(pack, batches[0])
+            for number in range(1, len(batches) + 1):
+                packed = following.result()
+                following = worker.submit(pack, batches[number]) if number < len(batches) else None
+                yield packed
+
+    def score_batch(self, packed: PackedBatch, start: int) -> tuple[dict, int]:
         """Returns (arrays [M, R, T], filled micro-batches) of one mini-batch, scored under the reference."""
         self.phase("pack")
-        packed = rollout.pack_mini_batch(scored, chosen, judged, self.config, self.law(start).max_new_tokens)
         fields = tuple(name for name in self.batch_fields() if name in packed.values)
         arrays = step.batch_arrays(packed, self.config.pack, rollout.micro_batches(self.config), fields)
         if "reference_logp" in self.batch_fields() and "reference_logp" not in packed.values:
