@@ -1,13 +1,75 @@
-"""Token log-probabilities from hidden states and the unembedding; the place where fused versions slot in.
+"""Token log-probabilities and entropies from hidden states and the unembedding, without logits in memory.
 
-The vocabulary is never held for all tokens at once: tokens are scored in chunks whose logits are recomputed in the
-backward pass.
+Logits exist one tile at a time: some tokens by some columns of the vocabulary. The forward pass keeps running sums of the
+softmax for each token; the backward pass computes every tile again from what it saved of each token (its largest logit,
+the logarithm of its sum, its entropy), so neither pass holds [B, T, V]. Source of the running sums: Milakov and
+Gimelshein, arXiv 1805.02867.
 """
 
 import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+WHOLE_LOGITS = 2**24  # up to this many logits a device (64 MiB of float32) they are computed at once
+TILE_TOKENS = 1024
+TILE_LOGITS = 2**21  # of a tile: 8 MiB of float32, 2,048 columns of 1,024 tokens
+LANES, SUBLANES = 128, 8  # sides of a TPU's tile of registers
+LOWEST = -1e30  # below any logit
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where arrays lie on a mesh: every device works on its own tokens and its own part of the vocabulary."""
+
+    mesh: Mesh
+    rows: PartitionSpec  # mesh axes of [B, T]
+    vocab: tuple[str, ...] = ()  # of V, which they divide evenly
+    embed: tuple[str, ...] = ()  # of the unembedding's D, which they divide evenly; hidden states have D whole
+
+    @property
+    def row_axes(self) -> tuple[str, ...]:
+        entries = ((entry,) if isinstance(entry, str) else entry for entry in self.rows if entry is not None)
+        return tuple(name for entry in entries for name in entry)
+
+    def parts(self, axes: tuple[str, ...]) -> int:
+        """Returns how many parts these mesh axes make."""
+        return math.prod(self.mesh.shape[name] for name in axes)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The size of a tile of logits."""
+
+    tokens: int
+    vocab: int
+
+
+def tile_of(tokens: int, vocab: int, chunk_tokens: int = 0, chunk_vocab: int = 0) -> Tile | None:
+    """Returns the tile for a device's tokens and vocabulary; None to compute all logits at once.
+
+    A chunk of 0 is chosen: all at once up to WHOLE_LOGITS, else tiles of about TILE_LOGITS, even in size, with a multiple
+    of 128 columns. Raises ValueError for a negative chunk.
+    """
+    for name, chunk in (("chunk_tokens", chunk_tokens), ("chunk_vocab", chunk_vocab)):
+        if chunk < 0:
+            raise ValueError(f"token_logprobs: {name}={chunk} is negative; give a size, or 0 to have one chosen")
+    if not chunk_tokens and not chunk_vocab and tokens * vocab <= WHOLE_LOGITS:
+        return None
+    chunk_tokens = chunk_tokens or _even(tokens, min(TILE_TOKENS, max(TILE_LOGITS // (chunk_vocab or 1), 1)), SUBLANES)
+    chunk_tokens = min(chunk_tokens, tokens)
+    return Tile(chunk_tokens, min(chunk_vocab or _even(vocab, max(TILE_LOGITS // chunk_tokens, 1), LANES), vocab))
+
+
+def _even(total: int, most: int, multiple: int) -> int:
+    """Returns the size of the fewest parts of `total` with at most about `most`, rounded up to a multiple."""
+    size = -(-total // -(-total // most))
+    return -(-size // multiple) * multiple
 
 
 def _score(hidden, unembedding_DV, targets, temperature):
@@ -18,25 +80,221 @@ def _score(hidden, unembedding_DV, targets, temperature):
     at_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
     picked = jnp.sum(jnp.where(at_target, logits, 0), axis=-1)
     probs_logits = jnp.sum(jnp.exp(logits - norm[..., None]) * logits, axis=-1)
-    return picked - norm, jax.lax.stop_gradient(norm - probs_logits)
+    return picked - norm, norm - probs_logits
 
 
-@functools.partial(jax.jit, static_argnames=("chunk_tokens",), inline=True)
+@functools.partial(jax.jit, static_argnames=("chunk_tokens", "chunk_vocab", "layout"), inline=True)
 def token_logprobs(
-    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, temperature=1.0, chunk_tokens: int = 0
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    temperature: jax.Array | float = 1.0,
+    chunk_tokens: int = 0,
+    chunk_vocab: int = 0,
+    layout: Layout | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (log p(target), entropy), float32 [B, T] in nats, of softmax(hidden @ unembedding / temperature).
 
-    hidden is [B, T, D], unembedding [D, V], targets int32 [B, T]. With chunk_tokens > 0 at most that many tokens' logits
-    exist at once (B * T is padded to whole chunks); 0 scores all at once. The entropy carries no gradient.
+    hidden is [B, T, D], unembedding [D, V], targets int32 [B, T], temperature a scalar. At most chunk_tokens *
+    chunk_vocab logits exist at once on a device, forward and backward; a chunk of 0 is chosen (`tile_of`). Both results
+    have gradients with respect to hidden and unembedding; temperature has none where logits are tiled. Products take
+    their inputs as they are (bfloat16 or float32) and sum in float32; the unembedding's gradient is summed in float32
+    and rounded once. With `layout` the arrays are divided over its mesh: the vocabulary is never put together, columns
+    whose D is divided are gathered a tile at a time, and sums for each token and gradients travel. Raises ValueError for
+    a negative chunk.
     """
-    batch, length, width = hidden.shape
-    if not chunk_tokens or chunk_tokens >= batch * length:
+    (batch, length), vocab = targets.shape, unembedding.shape[1]
+    tokens = batch * length
+    if layout is not None:
+        tokens, vocab = tokens // layout.parts(layout.row_axes), vocab // layout.parts(layout.vocab)
+    tile = tile_of(tokens, vocab, chunk_tokens, chunk_vocab)
+    if tile is None:
+        if layout is not None:
+            place = NamedSharding(layout.mesh, PartitionSpec(None, layout.vocab or None))
+            unembedding = jax.lax.with_sharding_constraint(unembedding, place)
         return _score(hidden, unembedding, targets, temperature)
-    total = batch * length
-    padding = -total % chunk_tokens
-    flat = jnp.pad(hidden.reshape(total, width), ((0, padding), (0, 0))).reshape(-1, chunk_tokens, width)
-    goal = jnp.pad(targets.reshape(total), (0, padding)).reshape(-1, chunk_tokens)
-    score = jax.checkpoint(functools.partial(_score, temperature=temperature))
-    logp, entropy = jax.lax.map(lambda xs: score(xs[0], unembedding, xs[1]), (flat, goal))
-    return logp.reshape(-1)[:total].reshape(batch, length), entropy.reshape(-1)[:total].reshape(batch, length)
+    return _tiled(tile, layout, hidden, unembedding, targets, jnp.asarray(temperature, jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _tiled(tile, layout, hidden, unembedding, targets, temperature):
+    return _forward(tile, layout, hidden, unembedding, targets, temperature)[0]
+
+
+def _forward(tile, layout, hidden, unembedding, targets, temperature):
+    function = functools.partial(_forward_part, tile, layout)
+    if layout is not None:
+        rows, states, matrix, scalar = _specs(layout)
+        function = jax.shard_map(
+            function,
+            mesh=layout.mesh,
+            in_specs=(states, matrix, rows, scalar),
+            out_specs=(rows,) * 4,
+            check_vma=False,
+        )
+    logp, entropy, top, log_sum = function(hidden, unembedding, targets, temperature)
+    return (logp, entropy), (hidden, unembedding, targets, temperature, top, log_sum, entropy)
+
+
+def _backward(tile, layout, saved, gradients):
+    function = functools.partial(_backward_part, tile, layout)
+    if layout is not None:
+        rows, states, matrix, scalar = _specs(layout)
+        function = jax.shard_map(
+            function,
+            mesh=layout.mesh,
+            in_specs=(states, matrix, rows, scalar, *(rows,) * 5),
+            out_specs=(states, matrix),
+            check_vma=False,
+        )
+    d_hidden, d_unembedding = function(*saved, *gradients)
+    return d_hidden, d_unembedding, None, jnp.zeros_like(saved[3])
+
+
+_tiled.defvjp(_forward, _backward)
+
+
+def _specs(layout: Layout) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec, PartitionSpec]:
+    """Returns the places of [B, T], [B, T, D], [D, V] and a scalar."""
+    matrix = PartitionSpec(layout.embed or None, layout.vocab or None)
+    return layout.rows, PartitionSpec(*layout.rows, None), matrix, PartitionSpec()
+
+
+def _columns(unembedding, start, size: int, layout):
+    """Returns columns of this device's part of the vocabulary, whole in D."""
+    part = _part(unembedding, start, size, axis=1)
+    if layout is None or not layout.embed:
+        return part
+    return jax.lax.all_gather(part, layout.embed, axis=0, tiled=True)
+
+
+def _summed(d_w, layout):
+    """Returns this device's part in D of columns' gradient, summed over the devices that hold other tokens."""
+    if layout is None:
+        return d_w
+    if divided := tuple(name for name in layout.embed if name in layout.row_axes):
+        assert divided == layout.embed, f"{layout.rows} divide tokens over a part of {layout.embed} only"
+        d_w = jax.lax.psum_scatter(d_w, divided, scatter_dimension=0, tiled=True)
+    elif layout.embed:
+        size = d_w.shape[0] // layout.parts(layout.embed)
+        d_w = _part(d_w, jax.lax.axis_index(layout.embed) * size, size)
+    rest = tuple(name for name in layout.row_axes if name not in layout.embed)
+    return jax.lax.psum(d_w, rest) if rest else d_w
+
+
+def _forward_part(tile, layout, hidden, unembedding, targets, temperature):
+    """Returns log p(target), entropy, largest logit and log of the sum of exp(logit - largest) of a device's tokens."""
+    flat_ND, targets_N = hidden.reshape(-1, hidden.shape[-1]), _local_targets(targets, unembedding, layout)
+
+    def columns(start, size, sums):
+        w_DV = _columns(unembedding, start, size, layout)
+
+        def some_tokens(first, count, sums):
+            top, total, weighted, picked = (_part(value, first, count) for value in sums)
+            logits = _logits(_part(flat_ND, first, count), w_DV, temperature)
+            higher = jnp.maximum(top, logits.max(axis=-1))
+            below = logits - higher[:, None]
+            exps = jnp.exp(below)
+            total, weighted = _moved(total, weighted, top - higher)
+            at_target = _at_target(start, logits.shape, _part(targets_N, first, count))
+            found = (
+                higher,
+                total + exps.sum(axis=-1),
+                weighted + (exps * below).sum(axis=-1),
+                picked + jnp.where(at_target, logits, 0).sum(axis=-1),
+            )
+            return tuple(_put(value, new, first) for value, new in zip(sums, found, strict=True))
+
+        return _over(flat_ND.shape[0], tile.tokens, some_tokens, sums)
+
+    zeros = jnp.zeros(flat_ND.shape[0], jnp.float32)
+    top, total, weighted, picked = _over(
+        unembedding.shape[1], tile.vocab, columns, (zeros + LOWEST, zeros, zeros, zeros)
+    )
+    if layout is not None and layout.vocab:
+        highest = jax.lax.pmax(top, layout.vocab)
+        total, weighted, picked = jax.lax.psum((*_moved(total, weighted, top - highest), picked), layout.vocab)
+        top = highest
+    log_sum = jnp.log(total)
+    found = (picked - top) - log_sum, log_sum - weighted / total, top, log_sum
+    return tuple(value.reshape(targets.shape) for value in found)
+
+
+def _moved(total, weighted, shift):
+    """Returns sum e^x and sum e^x x when all x grow by `shift`, at most 0."""
+    return total * jnp.exp(shift), (weighted + shift * total) * jnp.exp(shift)
+
+
+def _backward_part(tile, layout, hidden, unembedding, targets, temperature, top, log_sum, entropy, d_logp, d_entropy):
+    """Returns the gradients of a device's hidden states and its part of the unembedding.
+
+    With p the softmax and H its entropy, d log p_t / d logit_j = [j = t] - p_j and dH / d logit_j = -p_j (log p_j + H).
+    """
+    flat_ND, targets_N = hidden.reshape(-1, hidden.shape[-1]), _local_targets(targets, unembedding, layout)
+    per_token = [
+        value.reshape(-1, 1) for value in (top, log_sum, entropy, d_logp / temperature, d_entropy / temperature)
+    ]
+
+    def columns(start, size, gradients):
+        d_flat, d_unembedding = gradients
+        w_DV = _columns(unembedding, start, size, layout)
+
+        def some_tokens(first, count, gradients):
+            d_flat, d_w = gradients
+            top, log_sum, entropy, d_logp, d_entropy = (_part(value, first, count) for value in per_token)
+            states = _part(flat_ND, first, count)
+            log_probs = (_logits(states, w_DV, temperature) - top) - log_sum
+            at_target = _at_target(start, log_probs.shape, _part(targets_N, first, count))
+            d_logits = jnp.where(at_target, d_logp, 0) - jnp.exp(log_probs) * (
+                d_logp + d_entropy * (log_probs + entropy)
+            )
+            d_logits = d_logits.astype(hidden.dtype)
+            d_states = jnp.einsum("NV,DV->ND", d_logits, w_DV, preferred_element_type=jnp.float32)
+            d_w += jnp.einsum("ND,NV->DV", states, d_logits, preferred_element_type=jnp.float32)
+            return _put(d_flat, _part(d_flat, first, count) + d_states, first), d_w
+
+        start_w = jnp.zeros((w_DV.shape[0], size), jnp.float32)
+        d_flat, d_w = _over(flat_ND.shape[0], tile.tokens, some_tokens, (d_flat, start_w))
+        return d_flat, _put(d_unembedding, _summed(d_w, layout).astype(unembedding.dtype), start, axis=1)
+
+    empty = jnp.zeros(flat_ND.shape, jnp.float32), jnp.zeros_like(unembedding)
+    d_flat, d_unembedding = _over(unembedding.shape[1], tile.vocab, columns, empty)
+    if layout is not None and layout.vocab:
+        d_flat = jax.lax.psum(d_flat, layout.vocab)
+    return d_flat.astype(hidden.dtype).reshape(hidden.shape), d_unembedding
+
+
+def _local_targets(targets, unembedding, layout):
+    """Returns the column of each token's target in this device's part of the vocabulary, [N]; outside it where elsewhere."""
+    flat = targets.reshape(-1)
+    if layout is None or not layout.vocab:
+        return flat
+    return flat - jax.lax.axis_index(layout.vocab) * unembedding.shape[1]
+
+
+def _logits(states_ND, w_DV, temperature):
+    return (
+        jnp.einsum("ND,DV->NV", states_ND, w_DV, preferred_element_type=jnp.float32).astype(jnp.float32) / temperature
+    )
+
+
+def _at_target(start, shape, targets_N):
+    return start + jax.lax.broadcasted_iota(jnp.int32, shape, 1) == targets_N[:, None]
+
+
+def _over(total: int, size: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
+    """Returns the carry after body(start, size, carry) over parts of `total`; the last may be shorter."""
+    whole, rest = divmod(total, size)
+    if whole == 1:
+        carry = body(0, size, carry)
+    elif whole:
+        carry = jax.lax.fori_loop(0, whole, lambda index, carry: body(index * size, size, carry), carry)
+    return body(whole * size, rest, carry) if rest else carry
+
+
+def _part(array, start, size: int, axis: int = 0):
+    return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
+
+
+def _put(array, part, start, axis: int = 0):
+    return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install the test extras into .venv, then ruff and the tests.
 # Usage: bash launch/test.sh [--parity] [--slow] [arguments of pytest]      (VENV and PYTHON choose the environment)
-#   --parity   also installs torch and transformers, which the parity tests compare with
+#   --parity   also installs torch, transformers, TRL and Tunix, which the parity tests compare with
 #   --slow     also runs the tests marked slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,7 +1,8 @@
 # Sourced by quickstart.sh and test.sh, from the root of a checkout: makes the virtual environment and installs into it.
 #
 # VENV (default .venv) is its folder; PYTHON (default python3, 3.11 or newer) makes it.
-# install NAME EXTRAS   installs the checkout with EXTRAS and JetStream without tensorflow, once per state of setup.py.
+# install NAME EXTRAS   installs the checkout with EXTRAS and JetStream without tensorflow, once per state of setup.py; with
+#                       the extra parity also Tunix, whose losses need none of its dependencies.
 
 VENV=${VENV:-.venv}
 PYTHON=${PYTHON:-python3}
@@ -24,5 +25,6 @@ install() {
   echo "installing r1jax[$2] into $VENV"
   "$VENV/bin/python" -m pip install --quiet --editable ".[$2]"
   "$VENV/bin/python" -m pip install --quiet --no-deps google-jetstream==0.2.2
+  case "$2" in *parity*) "$VENV/bin/python" -m pip install --quiet --no-deps google-tunix==0.1.7 ;; esac
   echo "$wanted" >"$stamp"
 }

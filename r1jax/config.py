@@ -86,6 +86,7 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> schema.Config:
 def override(config: schema.Config, overrides: Iterable[tuple[str, str]]) -> schema.Config:
     """Returns `config` with every (dotted key, text) applied at once, so that cross-field checks see the final values.
 
+    `grpo.preset` sets the fields of the loss (configs/_losses.py), which the other overrides may change again.
     Raises ValueError for an unknown field, a value of another type, or a combination that a config class refuses.
     """
     changes: dict = {}
@@ -97,6 +98,8 @@ def override(config: schema.Config, overrides: Iterable[tuple[str, str]]) -> sch
         *parents, leaf = key.split(".")
         inner = functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, changes)
         inner[leaf] = parse(text, annotation, f"config.{key}")
+    if preset := changes.get("grpo", {}).get("preset"):
+        changes["grpo"] = importlib.import_module("r1jax.configs._losses").PRESETS[preset] | changes["grpo"]
     return _replace(config, changes)
 
 

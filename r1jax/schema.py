@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Schedule = tuple[tuple[int, float], ...]
+LOSS_PRESETS = (  # GRPOConfig.preset; their values: configs/_losses.py
+    *("r1_paper", "deepseekmath", "dapo", "dr_grpo", "gspo", "cispo", "rloo"),
+    *("trl_default", "verl_default", "tunix_default"),
+)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -93,6 +97,9 @@ class ModelConfig:
     )
     remat_policy: Literal["nothing", "dots_no_batch", "dots"] = (
         "nothing"  # what a recomputed block keeps: nothing, its products with weights, or those of attention too
+    )
+    attention_block: int = (
+        0  # GQA without a cache: tokens of a block of keys, those of other samples skipped; 0: all at once
     )
 
     def __post_init__(self):
@@ -259,7 +266,7 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    """Group-relative policy optimisation, preset r1_paper (P2 eq. 1-3, section 3.2.1)."""
+    """Group-relative policy optimisation; the defaults are preset r1_paper (P2 eq. 1-3, section 3.2.1)."""
 
     group_size: int = 16  # G: samples per prompt
     prompts_per_update: int = 32  # 32 x 16 = 512 outputs per mini-batch
@@ -271,17 +278,101 @@ class GRPOConfig:
     reference_refresh_updates: int = 400  # 0 never refreshes
     rollouts_ahead: int = 0  # disaggregated: rollouts drawn while earlier ones are trained on; the bound on staleness
     offload_reference: bool = False  # the reference waits in host memory between uses
-    aggregation: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum"] = "seq_mean_token_mean"
+    aggregation: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum", "token_sum"] = "seq_mean_token_mean"
     length_divisor: int = 0  # seq_mean_token_sum divides by this constant (Dr. GRPO); 0 is max_new_tokens
-    advantage_epsilon: float = 1e-6  # added to the population standard deviation of a group
-    truncated: Literal["keep", "mask"] = "keep"  # keep: scored as they are (accuracy 0, format 0)
+    advantage_epsilon: float = 1e-6  # added to the standard deviation of a group
+    truncated: Literal["keep", "mask", "drop"] = (
+        "keep"  # keep: scored as they are (accuracy 0, format 0); mask: not trained on; drop: nor in the statistics
+    )
+    preset: Literal[LOSS_PRESETS] = "r1_paper"  # sets the fields below, kl_coef, clip_ratio and the three above
+    advantage: Literal["group_std", "mean", "batch_std", "leave_one_out", "per_reward", "gae"] = (
+        "group_std"  # gae: PPO with a critic (config.ppo)
+    )
+    advantage_ddof: int = 0  # 0: population standard deviation; 1: sample's
+    advantage_guard: Literal["add", "max"] = "add"  # std + epsilon, or max(std, epsilon)
+    singleton: Literal["zero", "reward"] = "zero"  # advantage of the only scorable sample of a group
+    denominator: Literal["all", "trained", "signal"] = (
+        "all"  # samples that a mean counts: all, the trained ones, those of groups whose rewards differ
+    )
+    ratio: Literal["token", "sequence", "sequence_token"] = "token"
+    surrogate: Literal["clip", "cispo", "sapo"] = "clip"
+    clip_ratio_high: float = 0.0  # epsilon of the upper bound; 0 is clip_ratio
+    dual_clip: float = 0.0  # where A < 0 the objective is at least dual_clip * A; 0 is off
+    ratio_cap: float = 0.0  # two-sided clipping: bound of the unclipped ratio; 0 is off
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05)  # where A > 0, where A <= 0 (arXiv 2511.20347)
+    log_ratio_clamp: float = 0.0  # bound of |log ratio|; 0 is off
+    kl_estimator: Literal["k1", "k2", "k3", "k3_clamped", "k3_weighted", "k3_straight_through"] = "k3"
+    kl_placement: Literal["loss", "reward"] = "loss"  # reward: beta * k1 of its tokens off a sample's reward
+    entropy_coef: float = 0.0  # bonus, weighted as the objective is
+    old_logp: Literal["rollout", "recomputed"] = (
+        "rollout"  # the ratio is to the sampler's log-probs, or to those of the trainer before its first update
+    )
+    mismatch: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
+    mismatch_threshold: float = 2.0  # largest trainer / sampler probability that is not cut
+    off_policy_threshold: float = 0.0  # samples of A < 0 further from the policy than this (nats a token) are masked
+    routing_replay: bool = False  # update and reference send every token to the experts of its rollout
+    replay_check_every: int = 0  # rollouts from one measurement of the mismatch without replay to the next; 0: never
+    dynamic_sampling_rounds: int = 0  # more prompts drawn, this often at most, in place of groups whose rewards tie
+    overlong_buffer_fraction: float = 0.0  # last part of max_new_tokens over which the reward falls by 1 (DAPO)
 
     def __post_init__(self):
         for name in ("group_size", "prompts_per_update", "updates_per_rollout", "updates"):
             _require(getattr(self, name) > 0, f"GRPOConfig.{name}={getattr(self, name)} must be at least 1")
-        _require(self.rollouts_ahead >= 0, f"GRPOConfig.rollouts_ahead={self.rollouts_ahead} must be 0 or more")
-        _require(self.clip_ratio > 0, f"GRPOConfig.clip_ratio={self.clip_ratio} must be above 0")
+        for name in (
+            *("rollouts_ahead", "clip_ratio_high", "ratio_cap", "log_ratio_clamp", "kl_coef", "length_divisor"),
+            *("off_policy_threshold", "dynamic_sampling_rounds", "advantage_epsilon", "replay_check_every"),
+        ):
+            _require(getattr(self, name) >= 0, f"GRPOConfig.{name}={getattr(self, name)} must be 0 or more")
+        for name in ("clip_ratio", "mismatch_threshold"):
+            _require(getattr(self, name) > 0, f"GRPOConfig.{name}={getattr(self, name)} must be above 0")
+        _require(
+            not self.dual_clip or self.dual_clip > 1,
+            f"GRPOConfig.dual_clip={self.dual_clip} must be above 1, or 0 for off",
+        )
+        _require(self.advantage_ddof in (0, 1), f"GRPOConfig.advantage_ddof={self.advantage_ddof} must be 0 or 1")
+        _require(
+            min(self.sapo_temperatures) > 0,
+            f"GRPOConfig.sapo_temperatures={self.sapo_temperatures} must be above 0",
+        )
+        _require(
+            0 <= self.overlong_buffer_fraction <= 1,
+            f"GRPOConfig.overlong_buffer_fraction={self.overlong_buffer_fraction} must be in [0, 1]",
+        )
+        _require(
+            self.mismatch == "none" or self.old_logp == "recomputed",
+            f"GRPOConfig.mismatch={self.mismatch} needs old_logp=recomputed: the sampler's own log-probs have no mismatch",
+        )
+        _require(
+            self.routing_replay or not self.replay_check_every,
+            f"GRPOConfig.replay_check_every={self.replay_check_every} needs routing_replay=true",
+        )
+        _require(
+            not (self.dynamic_sampling_rounds and self.rollouts_ahead),
+            f"GRPOConfig.dynamic_sampling_rounds={self.dynamic_sampling_rounds} needs rollouts_ahead=0: which prompts "
+            "the next rollout takes is known only when this one is drawn",
+        )
         _require_rising(self.kl_coef_schedule, "GRPOConfig.kl_coef_schedule")
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether any update has a KL term."""
+        return self.kl_coef > 0 or any(value > 0 for _, value in self.kl_coef_schedule)
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """What PPO adds to GRPOConfig (grpo.advantage=gae): a critic of the policy's shape and its advantages (P2 A.3)."""
+
+    gae_lambda: float = 1.0  # P2 A.3: 0.95 clearly below GRPO, 1.0 nearly level
+    gamma: float = 1.0
+    value_clip: float = 0.2  # a value moves by at most this from its old one before its error stops counting; 0 is off
+    critic_learning_rate: float = 0.0  # 0 is optimizer.learning_rate
+
+    def __post_init__(self):
+        for name in ("gae_lambda", "gamma"):
+            _require(0 <= getattr(self, name) <= 1, f"PPOConfig.{name}={getattr(self, name)} must be in [0, 1]")
+        for name in ("value_clip", "critic_learning_rate"):
+            _require(getattr(self, name) >= 0, f"PPOConfig.{name}={getattr(self, name)} must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -429,12 +520,36 @@ class Config:
     output: str = ""  # grade: the JSONL to write
     extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"  # grade: where the answer stands
     rebuild_base: bool = False  # quickstart, r1_zero: pretrain the tiny base instead of using the shipped one
+    ppo: PPOConfig = PPOConfig()
 
     def __post_init__(self):
         _require(
             self.mode == "disaggregated" or not self.grpo.rollouts_ahead,
             f"Config.grpo.rollouts_ahead={self.grpo.rollouts_ahead} needs mode=disaggregated: one set of devices cannot "
             "sample and train at once",
+        )
+        _require(
+            self.mode == "colocated" or self.grpo.advantage != "gae",
+            f"Config.mode={self.mode} does not run PPO (grpo.advantage=gae); use colocated",
+        )
+        _require(
+            not (self.grpo.routing_replay and self.grpo.advantage == "gae"),
+            "Config.grpo.routing_replay=true does not go with PPO (grpo.advantage=gae): a critic has routers of its own",
+        )
+        if self.grpo.routing_replay:
+            _require(
+                self.sampler.record_routed_experts,
+                "Config.grpo.routing_replay=true needs sampler.record_routed_experts=true",
+            )
+            if not self.model.checkpoint:  # whose shape is read later
+                self.require_mixture()
+
+    def require_mixture(self) -> None:
+        """Raises ValueError when routing replay is asked of a model without routers."""
+        _require(
+            not self.grpo.routing_replay or self.model.num_moe_layers > 0,
+            "Config.grpo.routing_replay=true needs a model with mixture-of-experts layers "
+            f"(model.n_routed_experts={self.model.n_routed_experts}); set it to false",
         )
 
 

@@ -11,7 +11,7 @@ from r1jax.models.moe import MoE
 from r1jax.plan.compile import Program
 from r1jax.rl import losses
 from r1jax.sampler.engine import Engine
-from r1jax.schema import MeshConfig, OptimizerConfig, replace
+from r1jax.schema import GRPOConfig, MeshConfig, OptimizerConfig, replace
 from r1jax.train import step
 
 BATCH = {"tokens": "int32", "targets": "int32", "positions": "int32", "segments": "int32", "loss_mask": "float32"}
@@ -50,14 +50,14 @@ def update(
 ):
     """Returns the GRPO update of one micro-batch of `rows` rows; `rules` change those it is traced under, not where weights lie."""
     mesh, model = sharding.make_mesh(MeshConfig(**mesh), devices), _model(preset, model or {})
-    trainer = step.Trainer(model, OptimizerConfig(**optimizer or {}), mesh, losses.make_loss(model), total_updates=100)
+    trainer = step.Trainer(model, OptimizerConfig(**optimizer or {}), mesh, losses.make_loss(model, GRPOConfig()), 100)
     shape = (1, rows, row_tokens)
     place = sharding.sharding(mesh, (None, "batch", "sequence"), shape)
-    dtypes = BATCH | dict.fromkeys(losses.FIELDS, "float32")
+    dtypes = BATCH | dict.fromkeys(losses.fields(GRPOConfig()), "float32")
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
     everywhere = sharding.replicated(mesh)
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)  # noqa: E731
-    arguments = losses.LossArguments(*[scalar("float32")] * 3)
+    arguments = losses.LossArguments(*[scalar("float32")] * 4)
     changed = {axis: tuple(names) for axis, names in (rules or {}).items()}
     with sharding.use_mesh(mesh, {**sharding.TRAIN, **changed}):
         lowered = trainer._update.lower(trainer.restore_target(), batch, scalar("int32"), arguments)

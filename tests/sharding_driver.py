@@ -16,13 +16,13 @@ from r1jax.checkpoints import tokenizer
 from r1jax.core import rng, runtime, sharding, tree
 from r1jax.data import tasks
 from r1jax.data.packing import PackItem, pack_batch
-from r1jax.kernels.fused_logprob import token_logprobs
 from r1jax.models import decoder
+from r1jax.models.logprobs import token_logprobs
 from r1jax.rl import losses
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import RolloutRequest, SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.schema import MeshConfig, OptimizerConfig, PackConfig, SamplerConfig, replace
+from r1jax.schema import GRPOConfig, MeshConfig, OptimizerConfig, PackConfig, SamplerConfig, replace
 from r1jax.train import step
 
 MESHES = {
@@ -55,16 +55,16 @@ def batch():
         }
         items.append(PackItem(generator.integers(4, 190, length).astype(np.int32), mask, values))
     packed = pack_batch(items, PACK.row_tokens, 16)
-    return step.batch_arrays(packed, PACK, 2, losses.FIELDS), step.filled_micro_batches(packed, PACK)
+    return step.batch_arrays(packed, PACK, 2, losses.fields(GRPOConfig())), step.filled_micro_batches(packed, PACK)
 
 
 def run(model, mesh_config):
     mesh = sharding.make_mesh(mesh_config)
     params = sharding.initialize(decoder.specs(model), rng.key(0, "mesh", "init"), "float32", mesh)
     optimizer = OptimizerConfig(learning_rate=1e-3, eps=1e-3)  # a large eps: an update in proportion to the gradient
-    trainer = step.Trainer(model, optimizer, mesh, losses.make_loss(model), 10)
+    trainer = step.Trainer(model, optimizer, mesh, losses.make_loss(model, GRPOConfig()), 10)
     arrays, filled = batch()
-    arguments = losses.LossArguments(*(np.float32(value) for value in (10.0, 0.01, 1.0)))
+    arguments = losses.arguments(GRPOConfig(), 0.01, 1.0)
     state, stats = trainer.update(trainer.init(params), arrays, filled, arguments)
     figures = {name: np.asarray(value).tolist() for name, value in jax.device_get(stats).items()}
     sampler = SamplerConfig(slots=8, steps_per_dispatch=4, max_prompt_tokens=16, max_new_tokens=12)

@@ -2,9 +2,14 @@
 
 import pathlib
 
+from r1jax import config as configs
+from r1jax.checkpoints import tokenizer
+from r1jax.core import rng, sharding
+from r1jax.data import tasks
 from r1jax.models import decoder
-from r1jax.schema import Config, ModelConfig
-from r1jax.stages import common
+from r1jax.rl.loop import PolicyTraining
+from r1jax.schema import Config, MeshConfig, ModelConfig
+from r1jax.stages import common, policy, prompts
 
 # A mixture of experts of a few thousand parameters.
 MIXTURE = ModelConfig(
@@ -43,3 +48,32 @@ def finished_stage(config: Config, workdir: pathlib.Path, params: decoder.Params
     store.close()
     folder.finish(figures, {}, "")
     return folder.path
+
+
+LOOP_FIELDS = {  # of `rl_training`
+    **RL_FIELDS,
+    "grpo.updates": 8,
+    "grpo.updates_per_rollout": 3,
+    "grpo.prompts_per_update": 2,
+    "grpo.group_size": 4,
+    "grpo.kl_coef_schedule": "((0, 0.5), (4, 0.25))",
+    "sampler.slots": 8,
+    "sampler.max_new_tokens": 20,
+    "sampler.max_new_tokens_schedule": "((0, 10), (2, 20))",
+    "pack.rows_per_micro_batch": 4,
+    "checkpointing.every_updates": 100,
+    "reward.language": 1.0,
+}
+
+
+def rl_training(
+    folder: pathlib.Path, seed: int = 0, name="r1_zero:tiny", kind=PolicyTraining, **more
+) -> PolicyTraining:
+    """Returns an RL run of eight small updates that is ready to start; `a__b` in `more` overrides field a.b."""
+    fields = {**LOOP_FIELDS, "seed": seed, **{field.replace("__", "."): value for field, value in more.items()}}
+    config = configs.load(name, [(field, str(value)) for field, value in fields.items()])
+    mesh = sharding.make_mesh(MeshConfig())
+    words = tokenizer.tiny()
+    train = prompts.encode(tasks.linear_prompts("train")[:30], config, words)
+    params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
+    return kind(config, words, mesh, train, params, folder, describe=policy.describe)

@@ -11,7 +11,7 @@ import small
 from r1jax.core import sharding
 from r1jax.models import decoder, moe
 from r1jax.rl import losses
-from r1jax.schema import MeshConfig, ModelConfig, OptimizerConfig, replace
+from r1jax.schema import GRPOConfig, MeshConfig, ModelConfig, OptimizerConfig, replace
 from r1jax.train import sft, step
 
 MODEL = replace(
@@ -141,10 +141,10 @@ def test_in_rl_the_prediction_loss_trains_its_module_alone():
     micro = micro_batch()
     tokens = micro["loss_mask"]
     micro |= dict(advantage=tokens, behaviour_logp=-tokens, reference_logp=-tokens, weight=0.1 * tokens)
-    arguments = losses.LossArguments(np.float32(10.0), np.float32(0.001), np.float32(1.0))
+    arguments = losses.arguments(GRPOConfig(), 0.001, 1.0)
 
     def gradient(model):
-        loss = losses.make_loss(model)
+        loss = losses.make_loss(model, GRPOConfig())
         return jax.jit(jax.grad(lambda p: loss(p, micro, arguments)[0]))(weights(MODEL))
 
     without, with_it = gradient(replace(MODEL, mtp_loss_weight=0.0)), gradient(MODEL)

@@ -118,7 +118,7 @@ def test_override_that_breaks_a_cross_field_check_says_both_fields():
             "config.mesh=1: expected one of its fields (slice, data, fsdp, expert, tensor, context) to be set, "
             "not MeshConfig as a whole",
         ),
-        ("grade", [("optimizer.kind", "sgd")], "config.optimizer.kind=sgd: expected Literal['adamw']"),
+        ("grade", [("optimizer.kind", "sgd")], "config.optimizer.kind=sgd: expected Literal['adamw', 'muon']"),
         ("grade", [("seed", "1.5")], "config.seed=1.5: expected int"),
         ("grade", [("rebuild_base", "maybe")], "config.rebuild_base=maybe: expected bool (true or false)"),
         ("grade", [("sampler.windows", "1,x")], "config.sampler.windows=1,x: expected tuple[int, ...]"),

@@ -20,11 +20,11 @@ BELOW = {  # part of r1jax: the parts it may import; itself and schema always
     "models": {"kernels", "core"},
     "checkpoints": {"models", "core", "data"},  # the tiny world's words are its tokenizer
     "sampler": {"models", "core"},
-    "train": {"data", "models", "kernels", "core"},  # the loss calls kernels.fused_logprob
+    "train": {"data", "models", "core"},  # of kernels only what models place on the mesh
     "rewards": {"data"},  # the tiny world's rules
     "evals": {"sampler", "rewards", "data", "core"},
     "plan": {"core"},
-    "rl": {"sampler", "rewards", "data", "train", "models", "kernels", "core"},
+    "rl": {"sampler", "rewards", "data", "train", "models", "core"},
     "stages": {
         *("rl", "train", "sampler", "data", "rewards", "evals", "checkpoints", "report", "plan", "models", "core"),
         "config",  # a stage writes its flattened config and its hash

@@ -11,7 +11,7 @@ from r1jax import config, flags
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STAGES = (
     *("stage0_base", "r1_zero", "stage1_coldstart", "stage2_reasoning_rl", "stage3_rejection_sft"),
-    *("stage4_all_scenarios", "distill", "student_rl", "r1"),
+    *("stage4_all_scenarios", "distill", "student_rl", "ppo_baseline", "r1"),
 )
 NAMES = sorted(
     {path.stem for path in (ROOT / "launch").glob("*.py")} & ({entry.name for entry in config.entries()} | set(STAGES))

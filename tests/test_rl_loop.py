@@ -3,45 +3,20 @@
 import jax
 import numpy as np
 import pytest
-import small
+from small import rl_training as build
 
 from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
-from r1jax.core import rng, sharding, tree
+from r1jax.core import tree
 from r1jax.core.metrics import read
 from r1jax.data import tasks
-from r1jax.models import decoder
 from r1jax.rl import rollout as rollouts
 from r1jax.rl.journal import Journal, Rollout
-from r1jax.rl.loop import PolicyTraining
 from r1jax.sampler.sample import RolloutSample
-from r1jax.schema import MeshConfig, ScenarioConfig, replace
+from r1jax.schema import ScenarioConfig, replace
 from r1jax.stages import policy, prompts
 
 WORDS = tokenizer.tiny()
-FIELDS = {
-    **small.RL_FIELDS,
-    "grpo.updates": 8,
-    "grpo.updates_per_rollout": 3,
-    "grpo.prompts_per_update": 2,
-    "grpo.group_size": 4,
-    "grpo.kl_coef_schedule": "((0, 0.5), (4, 0.25))",
-    "sampler.slots": 8,
-    "sampler.max_new_tokens": 20,
-    "sampler.max_new_tokens_schedule": "((0, 10), (2, 20))",
-    "pack.rows_per_micro_batch": 4,
-    "checkpointing.every_updates": 100,
-    "reward.language": 1.0,
-}
-
-
-def build(folder, seed=0, **more):
-    fields = {**FIELDS, "seed": seed, **{name.replace("__", "."): value for name, value in more.items()}}
-    config = configs.load("r1_zero:tiny", [(name, str(value)) for name, value in fields.items()])
-    mesh = sharding.make_mesh(MeshConfig())
-    train = prompts.encode(tasks.linear_prompts("train")[:30], config, WORDS)
-    params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
-    return PolicyTraining(config, WORDS, mesh, train, params, folder, describe=policy.describe)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +112,7 @@ def test_rollout_without_a_scorable_sample_moves_nothing_and_a_program_compiled_
     training.resume()
     training.warm_up()
     before = tree.digest(training.state.params)
-    scored = Rollout(kept[0].samples, kept[0].parts, np.zeros(len(kept[0]), bool))
+    scored = Rollout(kept[0].samples, kept[0].parts, np.zeros(len(kept[0]), bool), 2)
     advantages, summary = training.judge(scored, 0)
     arrays, filled = training.pack(scored, rollouts.mini_batches(scored, 0, training.config)[0], advantages, 0)
     training.record(training.update(arrays, filled, 0), summary)
@@ -184,7 +159,7 @@ def sample(draw, index, length=5, experts=False):
 def test_journal_gives_back_the_same_bits(tmp_path, experts):
     samples = [sample(draw, index, 1 + draw + index, experts) for draw in range(3) for index in range(2)]
     parts = np.random.default_rng(0).random((6, 3)).astype(np.float32)
-    written = Rollout(samples, parts, np.asarray([True, False] * 3))
+    written = Rollout(samples, parts, np.asarray([True, False] * 3), 2)
     journal = Journal(tmp_path)
     journal.write(9, written)
     found = journal.read(9)
@@ -269,7 +244,7 @@ def test_running_a_finished_folder_again_changes_nothing(finished):
 
 def test_mini_batches_cover_every_sample_once_and_mix_groups():
     config = configs.load("r1_zero:tiny", [("grpo.prompts_per_update", "4"), ("grpo.group_size", "8")])
-    scored = Rollout([sample(d, i) for d in range(8) for i in range(8)], np.zeros((64, 3)), np.ones(64, bool))
+    scored = Rollout([sample(d, i) for d in range(8) for i in range(8)], np.zeros((64, 3)), np.ones(64, bool), 8)
     first, second = rollouts.mini_batches(scored, 0, config)
     assert sorted([*first, *second]) == list(range(64))
     assert len({index // 8 for index in first}) > 4  # outputs, not questions, are shuffled
@@ -278,8 +253,9 @@ def test_mini_batches_cover_every_sample_once_and_mix_groups():
 
 def test_unscorable_and_masked_samples_are_not_trained_on():
     config = configs.load("r1_zero:tiny", [("grpo.truncated", "mask"), ("pack.row_tokens", "128")])
-    scored = Rollout([sample(0, i) for i in range(4)], np.zeros((4, 3)), np.asarray([True, True, False, True]))
-    packed = rollouts.pack_mini_batch(scored, np.arange(4), np.ones(4), config, 88)
+    scored = Rollout([sample(0, i) for i in range(4)], np.zeros((4, 3)), np.asarray([True, True, False, True]), 1)
+    judged = rollouts.judge(scored, replace(config, grpo=replace(config.grpo, group_size=4)), 88)
+    packed = rollouts.pack_mini_batch(scored, np.arange(4), judged, config, 88)
     trained = [float(packed.loss_mask[row, begin : begin + length].sum()) for row, begin, length in packed.slots]
     assert trained == [5.0, 0.0, 0.0, 0.0]  # 1 and 3 are truncated, 2 is unscorable
 

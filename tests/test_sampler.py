@@ -85,14 +85,14 @@ def teacher_forced(params, batch):
         ranked = -jnp.sort(-scores, axis=-1)
         return ranked[..., kept - 1] - ranked[..., kept] if kept < scores.shape[-1] else jnp.inf
 
-    def spy(router, bias, x, c):
+    def spy(router, bias, x, c, forced):
         scores = jax.nn.sigmoid(x @ router) + bias
         grouped = scores.reshape(*scores.shape[:-1], c.n_group, -1)
         group = jnp.sort(grouped, axis=-1)[..., -2:].sum(-1)
         least = -jnp.sort(-group, axis=-1)[..., c.topk_group - 1]
         masked = jnp.where((group >= least[..., None])[..., None], grouped, -jnp.inf).reshape(scores.shape)
         gaps.append(jnp.minimum(gap(group, c.topk_group), gap(masked, c.num_experts_per_tok)))
-        return original(router, bias, x, c)
+        return original(router, bias, x, c, forced)
 
     @jax.jit
     def run(params, tokens, positions, segments, targets):

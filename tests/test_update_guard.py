@@ -25,6 +25,7 @@ from r1jax.rl import losses, notices
 from r1jax.rl.advantages import group_advantages
 from r1jax.rl.journal import Rollout
 from r1jax.rl.loop import PolicyTraining
+from r1jax.rl.rollout import Judgement
 from r1jax.schema import GRPOConfig, MeshConfig, OptimizerConfig, PackConfig, replace
 from r1jax.stages import policy, prompts
 from r1jax.train import guard, sft, step, supervised
@@ -34,7 +35,7 @@ WORDS = tokenizer.tiny()
 ONE_LAYER = replace(small.MIXTURE, num_hidden_layers=1, first_k_dense_replace=0, moe_implementation="dense")
 MODEL = replace(ONE_LAYER, router_bias_update_rate=0.01)
 PACK = PackConfig(row_tokens=16, rows_per_micro_batch=2)
-ARGUMENTS = losses.LossArguments(*(np.float32(value) for value in (10.0, 0.1, 1.0)))
+ARGUMENTS = losses.arguments(GRPOConfig(), 0.1, 1.0)
 OPTIMIZERS = {
     kind: OptimizerConfig(kind=kind, learning_rate=1e-2, schedule="cosine", weight_decay=0.1, moment_dtype=dtype)
     for kind, dtype in (("adamw", "bfloat16"), ("muon", "float32"))
@@ -45,11 +46,11 @@ def grpo_batch():
     generator = np.random.default_rng(0)
     items = []
     for length in (16, 3, 9, 7, 12):
-        values = {name: generator.normal(size=length).astype(np.float32) for name in losses.FIELDS}
+        values = {name: generator.normal(size=length).astype(np.float32) for name in losses.fields(GRPOConfig())}
         values["weight"] = np.full(length, 1 / 40, np.float32)
         items.append(PackItem(generator.integers(1, 32, length).astype(np.int32), np.ones(length, np.float32), values))
     packed = pack_batch(items, PACK.row_tokens, 4)
-    return step.batch_arrays(packed, PACK, 2, losses.FIELDS), step.filled_micro_batches(packed, PACK)
+    return step.batch_arrays(packed, PACK, 2, losses.fields(GRPOConfig())), step.filled_micro_batches(packed, PACK)
 
 
 def gradient_overflows(params, micro, arguments):
@@ -64,7 +65,7 @@ def gradient_is_nan(params, micro, arguments):
 @functools.cache
 def make(kind, loss=None):
     mesh = sharding.make_mesh(MeshConfig())
-    trainer = step.Trainer(MODEL, OPTIMIZERS[kind], mesh, loss or losses.make_loss(MODEL), 20)
+    trainer = step.Trainer(MODEL, OPTIMIZERS[kind], mesh, loss or losses.make_loss(MODEL, GRPOConfig()), 20)
     return trainer, sharding.initialize(decoder.specs(MODEL), rng.key(0, "guard", "init"), "float32", mesh)
 
 
@@ -183,15 +184,15 @@ def run(folder, changes, **fields):
 
 def ended(scored, reason="stop"):
     samples = [dataclasses.replace(sample, finish_reason=reason) for sample in scored.samples]
-    return Rollout(samples, scored.parts, scored.scorable)
+    return replace(scored, samples=samples)
 
 
 def zero_rewards(scored):
-    return Rollout(scored.samples, np.zeros_like(scored.parts), scored.scorable)
+    return replace(scored, parts=np.zeros_like(scored.parts))
 
 
 def unscorable(scored):
-    return Rollout(scored.samples, scored.parts, np.zeros(len(scored), bool))
+    return replace(scored, scorable=np.zeros(len(scored), bool))
 
 
 def cut_off(scored):
@@ -202,13 +203,13 @@ def signal(scored):
     """Returns the rollout with rewards that differ in every group."""
     parts = np.zeros_like(scored.parts)
     parts[::2, 0] = 1
-    return Rollout(scored.samples, parts, scored.scorable)
+    return replace(scored, parts=parts)
 
 
 def broken(scored):
     first, rest = scored.samples[0], scored.samples[1:]
     nan = dataclasses.replace(first, behaviour_logps=np.full_like(first.behaviour_logps, np.nan))
-    return signal(Rollout([nan, *rest], scored.parts, scored.scorable))
+    return signal(replace(scored, samples=[nan, *rest]))
 
 
 @pytest.fixture(scope="module")
@@ -251,9 +252,9 @@ def test_a_broken_update_is_skipped_said_once_and_leaves_finite_weights_and_rows
 def test_rollouts_without_a_signal_are_said_once_each(eventful):
     _, _, lines, _, _ = eventful
     assert [line for line in lines if "skipped" not in line and "update" in line] == [
-        "r1_zero update 2: no group has a signal (2 of 2 tie); nothing trains, kl_coef is 0",
+        "r1_zero update 2: no group has a signal (2 of 2 tie); nothing trains, the loss has no KL term",
         "r1_zero update 3: no sample is scorable (0 of 8); nothing trains: look at the prompts' answers and graders",
-        "r1_zero update 6: no group has a signal (2 of 2 tie); nothing trains, kl_coef is 0",
+        "r1_zero update 6: no group has a signal (2 of 2 tie); nothing trains, the loss has no KL term",
         "r1_zero update 6: every sample was cut off (8 of 8): raise sampler.max_new_tokens",
     ]
 
@@ -294,8 +295,10 @@ def test_a_rollout_with_a_signal_says_nothing():
     class Sample:
         truncated = False
 
-    scored = Rollout([Sample()] * 4, np.zeros((4, 3)), np.asarray([True, True, False, True]))
-    assert notices.of_rollout(scored, np.asarray([True, False]), GRPOConfig(group_size=2), 0.0) == []
+    scorable = np.asarray([True, True, False, True])
+    scored = Rollout([Sample()] * 4, np.zeros((4, 3)), scorable, 2)
+    judged = Judgement(np.zeros(4), np.zeros(4), scorable, scorable, np.asarray([True, False]))
+    assert notices.of_rollout(scored, judged, GRPOConfig(group_size=2), 0.0) == []
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

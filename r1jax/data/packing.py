@@ -2,8 +2,9 @@
 
 Position t of a row predicts token t + 1 of the same sample. What belongs to a token (whether it counts, its advantage,
 the log-prob it was drawn with) is therefore stored one position earlier, where it is predicted; the last position of a
-sample predicts nothing. Nothing crosses from one sample into the next: segments number the samples of a row from 1, 0
-is padding, and positions restart at 0.
+sample predicts nothing. What belongs to a token as an input (`inputs`: the experts it was sent to) stays at the token's
+own position. Nothing crosses from one sample into the next: segments number the samples of a row from 1, 0 is padding,
+and positions restart at 0.
 """
 
 from bisect import bisect_left, insort
@@ -17,13 +18,14 @@ import numpy as np
 class PackItem:
     """One sample of n tokens; every array is aligned to the token itself (entry i belongs to token i).
 
-    What stands at token 0 is dropped by packing: nothing predicts the first token. Raises ValueError when a
-    length differs or there is no token.
+    What stands at token 0 is dropped by packing: nothing predicts the first token. `inputs` alone are kept whole.
+    Raises ValueError when a length differs or there is no token.
     """
 
     tokens: np.ndarray  # [n] int32
     loss_mask: np.ndarray  # [n] float32; 1 where the token is a target that counts
     values: Mapping[str, np.ndarray] = field(default_factory=dict)  # name -> [n] float32
+    inputs: Mapping[str, np.ndarray] = field(default_factory=dict)  # name -> [n, ...] integers, not below 0
 
     def __post_init__(self):
         shape = np.shape(self.tokens)
@@ -32,6 +34,9 @@ class PackItem:
         for name, array in (("loss_mask", self.loss_mask), *self.values.items()):
             if np.shape(array) != shape:
                 raise ValueError(f"PackItem: {name} of shape {np.shape(array)}, needs that of tokens {shape}")
+        for name, array in self.inputs.items():
+            if np.shape(array)[:1] != shape:
+                raise ValueError(f"PackItem: {name} of shape {np.shape(array)}, needs one entry of {shape[0]} a token")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +50,7 @@ class PackedBatch:
     loss_mask: np.ndarray  # [R, T] float32, of the target
     values: dict[str, np.ndarray]  # name -> [R, T] float32, of the target
     slots: list[tuple[int, int, int]]  # item -> (row, start, length)
+    inputs: dict[str, np.ndarray] = field(default_factory=dict)  # name -> [R, T, ...] of the token, -1 at padding
 
 
 def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
@@ -126,11 +132,12 @@ def _slots(packed: list[list[int]], lengths: Sequence[int]) -> tuple[list[tuple[
 def pack_batch(
     items: Sequence[PackItem], row_tokens: int, rows: int, packed: list[list[int]] | None = None
 ) -> PackedBatch:
-    """Returns the items in exactly `rows` rows of `row_tokens` tokens, the rest padding (0 everywhere).
+    """Returns the items in exactly `rows` rows of `row_tokens` tokens, the rest padding (0 everywhere, -1 in `inputs`).
 
     `packed` gives the items of each row when that is settled already; by default `pack` decides.
 
-    Raises ValueError when an item is longer than a row, more rows are needed, or items differ in the names of values.
+    Raises ValueError when an item is longer than a row, more rows are needed, or items differ in the names of values
+    or inputs.
     """
     lengths = [len(item.tokens) for item in items]
     packed = pack(lengths, row_tokens) if packed is None else _settled(packed, lengths, row_tokens)
@@ -142,6 +149,10 @@ def pack_batch(
     for index, item in enumerate(items):
         if item.values.keys() != set(names):
             raise ValueError(f"pack_batch: sample {index} has values {sorted(item.values)}, needs {sorted(names)}")
+        if item.inputs.keys() != items[0].inputs.keys():
+            raise ValueError(
+                f"pack_batch: sample {index} has inputs {sorted(item.inputs)}, needs {sorted(items[0].inputs)}"
+            )
     slots, numbers = _slots(packed, lengths)
     size = np.asarray(lengths, np.int64)
     ends = np.cumsum(size)
@@ -149,10 +160,10 @@ def pack_batch(
     first = np.asarray([row * row_tokens + start for row, start, _ in slots], np.int64)
     where = np.repeat(first, size) + within  # place of each token in the flat rows
 
-    def scatter(flat: np.ndarray, dtype) -> np.ndarray:
-        out = np.zeros(rows * row_tokens, dtype)
+    def scatter(flat: np.ndarray, dtype, fill: int = 0) -> np.ndarray:
+        out = np.full((rows * row_tokens, *flat.shape[1:]), fill, dtype)
         out[where] = flat
-        return out.reshape(rows, row_tokens)
+        return out.reshape(rows, row_tokens, *flat.shape[1:])
 
     def join(arrays: list[np.ndarray], dtype) -> np.ndarray:
         return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype, copy=False)
@@ -166,6 +177,9 @@ def pack_batch(
     tokens = join([item.tokens for item in items], np.int32)
     mask = join([item.loss_mask for item in items], np.float32)
     values = {name: join([item.values[name] for item in items], np.float32) for name in names}
+    inputs = {
+        name: np.concatenate([item.inputs[name] for item in items]) for name in (items[0].inputs if items else ())
+    }
     return PackedBatch(
         tokens=scatter(tokens, np.int32),
         targets=scatter(predicted(tokens), np.int32),
@@ -174,6 +188,7 @@ def pack_batch(
         loss_mask=scatter(predicted(mask), np.float32),
         values={name: scatter(predicted(flat), np.float32) for name, flat in values.items()},
         slots=slots,
+        inputs={name: scatter(flat, flat.dtype, fill=-1) for name, flat in inputs.items()},
     )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from r1jax.core.sharding import ParamSpec, constrain, normal, zeros
+from r1jax.kernels.packed_attention import packed_attention
 from r1jax.models import cache as kv
 from r1jax.models import ring, rope
 from r1jax.models.layers import norm_spec, rms_norm
@@ -196,6 +197,8 @@ def grouped_attention(p: GroupedAttention, x_BTD, context: Context, c: ModelConf
     q = q.reshape(batch, queries, c.num_key_value_heads, groups, c.head_dim)  # [B, T, K, N / K, H]
     if cache is None and ring.devices(queries) > 1:
         o = ring.attend(q, (k, v), (HEADS, HEADS), lambda kv, _: kv, (), (), context.segments, rope.softmax_scale(c))
+    elif cache is None and c.attention_block:
+        o = packed_attention(q, k, v, context.segments, rope.softmax_scale(c), c.attention_block)
     else:
         scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
         probs = _softmax(scores * rope.softmax_scale(c), context.mask[:, None, None]).astype(v.dtype)

@@ -32,10 +32,11 @@ class Block:
 class Routing:
     """What the mixture-of-experts layers of a stack tell; None where there are none, or where it is not asked for."""
 
-    experts: jax.Array | None = None  # int32 [L, B, T, k] chosen experts, in layer order
+    experts: jax.Array | None = None  # int32 [L, B, T, k] experts used, in layer order
     balance: jax.Array | None = (
         None  # float32 [B, T] sequence-wise balance loss of each token's sequence, layers summed
     )
+    differs: jax.Array | None = None  # bool [L, B, T] whether forced experts are not those the router would choose
 
 
 def specs(c: ModelConfig, layers: int, sparse: bool) -> Block | None:
@@ -47,32 +48,37 @@ def specs(c: ModelConfig, layers: int, sparse: bool) -> Block | None:
     return Block(norm_spec(c.hidden_size, layers), attend(c, layers), norm_spec(c.hidden_size, layers), ffw)
 
 
-def run_stack(stack: Block | None, x, kv, context: attention.Context, c: ModelConfig, first: int, window: int):
-    """Returns (x [B, T, D], cache, Routing) after one stack, scanned or unrolled; `first` is its first cache layer."""
+def run_stack(
+    stack: Block | None, x, kv, context: attention.Context, c: ModelConfig, first: int, window: int, forced=None
+):
+    """Returns (x [B, T, D], cache, Routing) after one stack, scanned or unrolled; `first` is its first cache layer.
+
+    `forced` int [L, B, T, k] gives each layer of the stack its experts, as in `moe.route`.
+    """
     if stack is None:
         return x, kv, Routing()
 
-    def body(carry, layer_and_index):
-        layer, index = layer_and_index
-        x, kv, routing = _block(layer, *carry, context, c, index, window)
+    def body(carry, inputs):
+        layer, index, forced = inputs
+        x, kv, routing = _block(layer, *carry, context, c, index, window, forced)
         return (x, kv), routing
 
     if c.remat:
         body = jax.checkpoint(body, policy=_KEPT[c.remat_policy])
     layers = stack.attention_norm.shape[0]
     if c.scan_layers:
-        (x, kv), told = jax.lax.scan(body, (x, kv), (stack, jnp.arange(first, first + layers)))
+        (x, kv), told = jax.lax.scan(body, (x, kv), (stack, jnp.arange(first, first + layers), forced))
     else:
         by_layer = []
         for offset in range(layers):
-            layer = jax.tree.map(lambda leaf, i=offset: leaf[i], stack)
-            (x, kv), routing = body((x, kv), (layer, first + offset))
+            layer, own = jax.tree.map(lambda leaf, i=offset: leaf[i], (stack, forced))
+            (x, kv), routing = body((x, kv), (layer, first + offset, own))
             by_layer.append(routing)
         told = jax.tree.map(lambda *leaves: jnp.stack(leaves), *by_layer)
     return x, kv, told.replace(balance=None if told.balance is None else told.balance.sum(axis=0))
 
 
-def _block(p: Block, x, kv, context: attention.Context, c: ModelConfig, layer, window: int):
+def _block(p: Block, x, kv, context: attention.Context, c: ModelConfig, layer, window: int, forced):
     """Returns (x, cache, Routing) after one layer."""
     attend = attention.latent_attention if c.is_mla else attention.grouped_attention
     with jax.named_scope("attention"):
@@ -83,10 +89,10 @@ def _block(p: Block, x, kv, context: attention.Context, c: ModelConfig, layer, w
         normed = rms_norm(x, p.ffw_norm, c.rms_norm_eps)
         routing = Routing()
         if isinstance(p.ffw, moe.MoE):
-            out, experts = moe.moe(p.ffw, normed, c)
+            out, experts, differs = moe.moe(p.ffw, normed, c, forced)
             wanted = c.aux_loss_alpha > 0 and kv is None
             balance = moe.sequence_balance(p.ffw.router, normed, context.segments, c) if wanted else None
-            routing = Routing(experts, balance)
+            routing = Routing(experts, balance, differs)
         else:
             out = swiglu(p.ffw, normed)
         return constrain(x + out, "batch", "sequence", None), kv, routing

@@ -29,9 +29,10 @@ class Params:
 class Auxiliary:
     """What a forward pass tells beside the hidden states."""
 
-    experts: jax.Array | None  # int32 [Lm, B, T, k] chosen experts of the mixture-of-experts layers, in layer order
+    experts: jax.Array | None  # int32 [Lm, B, T, k] experts used by the mixture-of-experts layers, in layer order
     balance: jax.Array | None  # float32 [B, T] balance loss of each token's sequence, None unless trained with
     before_norm: jax.Array  # [B, T, D] hidden states before the final norm
+    differs: jax.Array | None = None  # bool [Lm, B, T] forced experts are not those of the router; None if not forced
 
 
 def specs(c: ModelConfig) -> Params:
@@ -50,13 +51,14 @@ def specs(c: ModelConfig) -> Params:
 
 
 def unembedding(params: Params) -> jax.Array:
-    """Returns the output matrix, [D, V], whole in D on every device."""
-    return constrain(params.embedding.T if params.unembedding is None else params.unembedding, None, "vocab")
+    """Returns the output matrix, [D, V], lying as its parameter does."""
+    return params.embedding.T if params.unembedding is None else params.unembedding
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
     """Returns float32 logits [..., V] of final hidden states [..., D]."""
-    out = jnp.einsum("...D,DV->...V", hidden, unembedding(params), preferred_element_type=jnp.float32)
+    matrix = constrain(unembedding(params), None, "vocab")  # whole in D: no sums of whole logits between devices
+    out = jnp.einsum("...D,DV->...V", hidden, matrix, preferred_element_type=jnp.float32)
     return out.astype(jnp.float32)
 
 
@@ -75,19 +77,24 @@ def forward(
     c: ModelConfig,
     kv: cache.Cache | None = None,
     window: int | None = None,
+    experts: jax.Array | None = None,
 ) -> tuple[jax.Array, cache.Cache | None, Auxiliary]:
     """Returns (final hidden states [B, T, D] after the last norm, cache, auxiliary).
 
     tokens, positions, segments are int32 [B, T]; segment 0 is padding. Without a cache, tokens see earlier tokens of the
     same segment in the row. With one, row b is slot b: its T new tokens are stored at `positions` and see rows
     0..position of the first `window` cache rows (default all); tokens of segment 0 leave no trace.
+
+    `experts` int [Lm, B, T, k] takes the place of the routers' choices: entry m is for layer num_dense_layers + m, and a
+    token with an id below 0 in a layer is routed there by the live router. A prediction module always routes by itself.
     """
     window = kv.rows if kv is not None and window is None else window or 0
     x = embed(params.embedding, tokens).astype(jnp.dtype(c.compute_dtype))
     context = attention.build_context(positions, segments, c, kv, window)
     x, kv, _ = block.run_stack(params.dense, x, kv, context, c, 0, window)
-    x, kv, routing = block.run_stack(params.sparse, x, kv, context, c, c.num_dense_layers, window)
-    return rms_norm(x, params.final_norm, c.rms_norm_eps), kv, Auxiliary(routing.experts, routing.balance, x)
+    x, kv, routing = block.run_stack(params.sparse, x, kv, context, c, c.num_dense_layers, window, experts)
+    told = Auxiliary(routing.experts, routing.balance, x, routing.differs)
+    return rms_norm(x, params.final_norm, c.rms_norm_eps), kv, told
 
 
 def predict_further(

@@ -58,8 +58,13 @@ def _scores(router: jax.Array, x_BTD: jax.Array, c: ModelConfig) -> jax.Array:
     return jax.nn.sigmoid(logits) if c.scoring_func == "sigmoid" else jax.nn.softmax(logits, axis=-1)
 
 
-def route(router: jax.Array, bias: jax.Array, x_BTD: jax.Array, c: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def route(
+    router: jax.Array, bias: jax.Array, x_BTD: jax.Array, c: ModelConfig, forced: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Returns (experts int32 [B, T, k], weights float32 [B, T, k]). Source: V3 report eq. 12-16.
+
+    `forced` [B, T, k] takes the place of the choice, token by token; a token with an id below 0 keeps the router's own.
+    Weights are always this router's scores of the experts taken, so that its gradient passes.
 
     The bias decides the choice only; weights are the unbiased scores. Experts of dropped groups are masked with -inf
     (Hugging Face's 0.0 lets a forbidden expert win when all kept ones are negative). Softmax scores (DeepSeek-V2) have
@@ -77,6 +82,8 @@ def route(router: jax.Array, bias: jax.Array, x_BTD: jax.Array, c: ModelConfig) 
         is_kept = jax.nn.one_hot(kept, c.n_group, dtype=bool).any(axis=-2)
         choice = jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
     experts = jax.lax.top_k(choice, c.num_experts_per_tok)[1]
+    if forced is not None:
+        experts = jnp.where(jnp.all(forced >= 0, axis=-1, keepdims=True), forced.astype(experts.dtype), experts)
     picked = jax.nn.one_hot(experts, c.n_routed_experts, dtype=scores.dtype)
     weights = jnp.einsum("BTKE,BTE->BTK", picked, scores)
     if c.norm_topk_prob:
@@ -233,9 +240,18 @@ def _dispatched(x_BTD, experts_BTK, weights_BTK, gate, up, down, *, kind: str, a
     return jax.lax.psum(out, axes.width) if axes.width else out
 
 
-def moe(p: MoE, x_BTD: jax.Array, c: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Returns (output [B, T, D], chosen experts int32 [B, T, k])."""
-    experts, weights = route(p.router, p.bias, x_BTD, c)
+def moe(
+    p: MoE, x_BTD: jax.Array, c: ModelConfig, forced: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Returns (output [B, T, D], experts used int32 [B, T, k], whether they differ from the router's own, bool [B, T]).
+
+    `forced` as in `route`. Experts differ as sets, their order does not count; None when nothing is forced.
+    """
+    experts, weights = route(p.router, p.bias, x_BTD, c, forced)
+    differs = None
+    if forced is not None:
+        own, _ = route(p.router, p.bias, x_BTD, c)
+        differs = jnp.any(jnp.sort(own, axis=-1) != jnp.sort(experts, axis=-1), axis=-1)
     mesh, kind = sharding.current_mesh(), implementation(c)
     if mesh is None or mesh.size == 1:
         axes = _Axes(mesh, (), (), ())
@@ -257,7 +273,7 @@ def moe(p: MoE, x_BTD: jax.Array, c: ModelConfig) -> tuple[jax.Array, jax.Array]
         )(x_BTD, experts, weights, p.gate, p.up, p.down)
     if p.shared is not None:
         out = out + swiglu(p.shared, x_BTD)
-    return out, experts
+    return out, experts, differs
 
 
 def sequence_balance(router: jax.Array, x_BTD: jax.Array, segments_BT: jax.Array, c: ModelConfig) -> jax.Array:

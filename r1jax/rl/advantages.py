@@ -1,4 +1,4 @@
-"""Group-relative advantages, on whole groups and before a rollout is split into mini-batches."""
+"""Advantages of whole groups, computed before a rollout is split into mini-batches."""
 
 import functools
 
@@ -8,29 +8,105 @@ import jax.numpy as jnp
 ROUNDING = 1e-6  # relative; a float32 sum of a few terms is off by a few 6e-8
 
 
-@functools.partial(jax.jit, static_argnames=("group_size",))
+@functools.partial(jax.jit, static_argnames=("group_size", "kind", "ddof", "guard", "singleton"))
 def group_advantages(
-    parts: jax.Array, weights: jax.Array, scorable: jax.Array, group_size: int, epsilon: float | jax.Array = 1e-6
+    parts: jax.Array,
+    weights: jax.Array,
+    scorable: jax.Array,
+    group_size: int,
+    epsilon: float | jax.Array = 1e-6,
+    *,
+    kind: str = "group_std",
+    ddof: int = 0,
+    guard: str = "add",
+    singleton: str = "zero",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (advantages [N], rewards [N], whether each group has a signal [N / G]).
 
     parts is float32 [N, P], the reward terms of samples in group order, weights [P]; scorable bool [N]. A sample's reward
-    is the weighted sum; its advantage (r - mean) / (population std + epsilon) over the scorable samples of its group.
-    Groups whose scorable rewards tie, and unscorable samples, get 0; rewards that differ by less than the rounding of
-    their sums tie (0.2 + 0.025 and 0.225 are one reward). Source: DeepSeek-R1, eq. 3.
+    is the weighted sum; statistics are over the scorable samples of its group. `kind`:
+
+    - group_std: (r - mean) / std of the group (DeepSeek-R1, eq. 3)
+    - mean: r - mean (Dr. GRPO, arXiv 2503.20783, section 3.2)
+    - batch_std: (r - mean of the group) / std of all scorable rewards (TRL's scale_rewards="batch")
+    - leave_one_out: r - mean of the group's others (RLOO, arXiv 2402.14740, eq. 8)
+    - per_reward: each term as in group_std, summed by weight, then normalised over all samples (GDPO, arXiv 2601.05242)
+
+    `ddof` 0 takes the population's standard deviation, 1 the sample's; `guard` is std + epsilon (add) or
+    max(std, epsilon). Groups whose scorable rewards tie, and unscorable samples, get 0; rewards that differ by less than
+    the rounding of their sums tie (0.2 + 0.025 and 0.225 are one reward). A group with one scorable sample gets 0, or
+    with singleton="reward" its reward, as in verl (mean 0 and deviation 1 for it), where that is not 0.
+    Raises ValueError when the samples do not split into groups.
     """
     if parts.shape[0] % group_size:
         raise ValueError(f"group_advantages: {parts.shape[0]} samples do not split into groups of {group_size=}")
     rewards = parts @ weights
     grouped = rewards.reshape(-1, group_size)
     counted = scorable.reshape(-1, group_size)
-    number = jnp.maximum(counted.sum(axis=1, keepdims=True), 1)
-    mean = jnp.sum(jnp.where(counted, grouped, 0), axis=1, keepdims=True) / number
-    centred = jnp.where(counted, grouped - mean, 0)
-    std = jnp.sqrt(jnp.sum(jnp.square(centred), axis=1, keepdims=True) / number)
-    low = jnp.min(jnp.where(counted, grouped, jnp.inf), axis=1, keepdims=True)
-    high = jnp.max(jnp.where(counted, grouped, -jnp.inf), axis=1, keepdims=True)
     size = jnp.where(counted, (jnp.abs(parts) @ jnp.abs(weights)).reshape(grouped.shape), 0)
-    signal = high - low > ROUNDING * jnp.max(size, axis=1, keepdims=True)
-    advantages = jnp.where(signal, centred / (std + epsilon), 0)
+    signal = _differ(grouped, counted, size)
+    number = jnp.maximum(counted.sum(axis=1, keepdims=True), 1)
+    if kind == "per_reward":
+        advantages = _per_reward(parts, weights, counted, epsilon, ddof, guard)
+        signal = jax.vmap(_differ, in_axes=(1, None, 1))(*_by_term(parts, weights, counted)).any(axis=0)
+    elif kind == "leave_one_out":
+        advantages = _centred(grouped, counted) * number / jnp.maximum(number - 1, 1)
+    elif kind == "mean":
+        advantages = _centred(grouped, counted)
+    else:
+        over = _flat(grouped), _flat(counted)
+        std = _deviation(*(over if kind == "batch_std" else (grouped, counted)), ddof)
+        advantages = _centred(grouped, counted) / _guarded(std, epsilon, guard)
+    advantages = jnp.where(signal, advantages, 0)
+    if singleton == "reward":
+        alone = counted & (counted.sum(axis=1, keepdims=True) == 1)
+        advantages, signal = (
+            jnp.where(alone, grouped, advantages),
+            signal | (alone & (grouped != 0)).any(axis=1, keepdims=True),
+        )
     return advantages.reshape(-1), rewards, signal[:, 0]
+
+
+def _flat(array: jax.Array) -> jax.Array:
+    return array.reshape(1, -1)
+
+
+def _centred(values: jax.Array, counted: jax.Array) -> jax.Array:
+    """Returns values less the mean of those counted in their row, 0 where not counted."""
+    number = jnp.maximum(counted.sum(axis=1, keepdims=True), 1)
+    mean = jnp.sum(jnp.where(counted, values, 0), axis=1, keepdims=True) / number
+    return jnp.where(counted, values - mean, 0)
+
+
+def _deviation(values: jax.Array, counted: jax.Array, ddof: int) -> jax.Array:
+    """Returns the standard deviation [rows, 1] of the counted values."""
+    number = jnp.maximum(counted.sum(axis=1, keepdims=True) - ddof, 1)
+    return jnp.sqrt(jnp.sum(jnp.square(_centred(values, counted)), axis=1, keepdims=True) / number)
+
+
+def _guarded(std: jax.Array, epsilon, guard: str) -> jax.Array:
+    return std + epsilon if guard == "add" else jnp.maximum(std, epsilon)
+
+
+def _differ(values: jax.Array, counted: jax.Array, size: jax.Array) -> jax.Array:
+    """Returns whether the counted values of each row differ by more than the rounding of sums of `size`, [rows, 1]."""
+    low = jnp.min(jnp.where(counted, values, jnp.inf), axis=1, keepdims=True)
+    high = jnp.max(jnp.where(counted, values, -jnp.inf), axis=1, keepdims=True)
+    return high - low > ROUNDING * jnp.max(size, axis=1, keepdims=True)
+
+
+def _by_term(parts: jax.Array, weights: jax.Array, counted: jax.Array):
+    """Returns (terms [groups, P, G] that weigh something, counted, their sizes)."""
+    terms = jnp.where(weights != 0, parts, 0).reshape(*counted.shape, -1).swapaxes(1, 2)
+    return terms, counted, jnp.where(counted[:, None], jnp.abs(terms), 0)
+
+
+def _per_reward(parts, weights, counted, epsilon, ddof: int, guard: str) -> jax.Array:
+    def one(term):
+        normal = _centred(term, counted) / _guarded(_deviation(term, counted, ddof), epsilon, guard)
+        return jnp.where(_differ(term, counted, jnp.where(counted, jnp.abs(term), 0)), normal, 0)
+
+    terms = parts.reshape(*counted.shape, -1)
+    total = jnp.einsum("NGP,P->NG", jax.vmap(one, in_axes=2, out_axes=2)(terms), weights)
+    flat, over = _flat(total), _flat(counted)
+    return (_centred(flat, over) / _guarded(_deviation(flat, over, ddof), epsilon, guard)).reshape(total.shape)

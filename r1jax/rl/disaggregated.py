@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from r1jax.core import tree
@@ -19,6 +18,7 @@ from r1jax.rewards.pool import RewardPool
 from r1jax.rl import schedules
 from r1jax.rl.journal import Rollout
 from r1jax.rl.loop import PolicyTraining
+from r1jax.rl.rollout import Judgement
 
 
 class DisaggregatedTraining(PolicyTraining):
@@ -51,7 +51,7 @@ class DisaggregatedTraining(PolicyTraining):
         """Begins the rollouts that may run while this one is trained on."""
         grpo = self.config.grpo
         following = start + schedules.updates_in_rollout(start, grpo.updates, grpo.updates_per_rollout)
-        draw = self.cursor.draw + len(scored) // grpo.group_size
+        draw = self.cursor.draw + scored.draws
         if self._frontier is None or self._frontier[0] < following:
             self._frontier = following, draw
         limit = start + grpo.rollouts_ahead * grpo.updates_per_rollout
@@ -62,14 +62,14 @@ class DisaggregatedTraining(PolicyTraining):
                 self._ahead[first] = self._worker.submit(self.roll_out, *arguments)
             self._frontier = first + updates, self._frontier[1] + updates * grpo.prompts_per_update
 
-    def judge(self, scored: Rollout, start: int) -> tuple[np.ndarray, dict[str, float]]:
+    def judge(self, scored: Rollout, start: int) -> tuple[Judgement, dict[str, float]]:
         """Adds `staleness`, the updates between the weights that drew the rollout and its first update."""
-        advantages, summary = super().judge(scored, start)
+        judged, summary = super().judge(scored, start)
         staleness = start - min(sample.weight_version for sample in scored.samples)
         bound = self.config.grpo.rollouts_ahead * self.config.grpo.updates_per_rollout
         if not 0 <= staleness <= bound:
             raise RuntimeError(f"rollout {start}: its weights are {staleness} updates old, at most {bound} are allowed")
-        return advantages, summary | {"staleness": float(staleness)}
+        return judged, summary | {"staleness": float(staleness)}
 
     @contextlib.contextmanager
     def ahead(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ Deadlines and dropped samples are decisions of one moment; with the journal a re
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,9 @@ class Rollout:
     samples: list[RolloutSample]
     parts: np.ndarray  # float32 [N, P] reward terms
     scorable: np.ndarray  # bool [N]
+    draws: int  # prompts drawn for it, dropped ones included
+    values: dict[str, list[np.ndarray]] = field(default_factory=dict)  # name -> float32 [length] a sample: what the
+    # trainer says of its tokens before the first update
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -53,6 +56,7 @@ class Journal:
         fields = dict(
             parts=rollout.parts,
             scorable=rollout.scorable,
+            draws=np.int64(rollout.draws),
             lengths=lengths,
             ids=np.asarray([(s.request_id, s.sample_index, s.weight_version) for s in samples], np.int64),
             reasons=np.asarray([s.finish_reason for s in samples]),
@@ -63,6 +67,7 @@ class Journal:
         )
         if samples[0].routed_experts is not None:
             fields["experts"] = np.concatenate([s.routed_experts for s in samples])
+        fields |= {f"value_{name}": np.concatenate(arrays) for name, arrays in rollout.values.items()}
         temporary = self._path(start).with_suffix(".tmp")
         with open(temporary, "wb") as file:
             np.savez(file, **fields)
@@ -98,7 +103,9 @@ class Journal:
                     routed_experts=f["experts"][both - prompt_length - length : both] if "experts" in f else None,
                 )
             )
-        return Rollout(samples, f["parts"], f["scorable"])
+        named = {name.removeprefix("value_"): array for name, array in f.items() if name.startswith("value_")}
+        values = {name: np.split(array, token_ends[:-1]) for name, array in named.items()}
+        return Rollout(samples, f["parts"], f["scorable"], int(f["draws"]), values)
 
     def prune(self, before: int) -> None:
         """Removes rollouts that start before an update."""

@@ -1,5 +1,6 @@
-"""Log-probabilities of whole packed batches under fixed weights: the reference's side of the KL term."""
+"""What fixed weights say of whole packed batches: the log-probs of a reference or an old policy, values of a critic."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,16 +10,36 @@ from jax.sharding import Mesh
 
 from r1jax.core import distributed, sharding
 from r1jax.core.sharding import use_mesh
-from r1jax.kernels.fused_logprob import token_logprobs
 from r1jax.models import decoder
+from r1jax.models.logprobs import token_logprobs
 from r1jax.schema import ModelConfig
+
+ROUTED = "routed_experts"  # in a batch with routing replay: int16 [.., R, T, Lm, k], -1 at padding
+
+
+def replayed_experts(micro: dict[str, jax.Array]) -> jax.Array | None:
+    """Returns the experts recorded in a micro-batch as `decoder.forward` takes them, [Lm, R, T, k]; None without."""
+    return jnp.moveaxis(micro[ROUTED], -2, 0) if ROUTED in micro else None
+
+
+def log_probs(params: decoder.Params, hidden: jax.Array, micro: dict, temperature: jax.Array) -> jax.Array:
+    """Returns log p(target) of softmax(logits / temperature), float32 [R, T]."""
+    return token_logprobs(hidden, decoder.unembedding(params), micro["targets"], temperature)[0]
+
+
+def values(params: decoder.Params, hidden: jax.Array, micro: dict, temperature: jax.Array) -> jax.Array:
+    """Returns the scalar head's value before each target is drawn, float32 [R, T]."""
+    return decoder.scalars(params, hidden)
 
 
 class Scorer:
     """Scores batches [M, R, T]; one program for any number of filled micro-batches."""
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, chunk_tokens: int = 0, offloaded: bool = False):
-        """With `offloaded` the weights lie in host memory and are brought over for each batch."""
+    def __init__(self, model: ModelConfig, mesh: Mesh, offloaded: bool = False, read: Callable = log_probs):
+        """`read` takes (params, hidden [R, T, D], micro-batch, temperature) and returns [R, T].
+
+        With `offloaded` the weights lie in host memory and are brought over for each batch.
+        """
         self.mesh = mesh
         placed = sharding.spec_shardings(decoder.specs(model), mesh)
 
@@ -27,19 +48,24 @@ class Scorer:
 
             def one(index, out):
                 micro = jax.tree.map(lambda x: x[index], batch)
-                hidden, _, _ = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], model)
-                logp, _ = token_logprobs(
-                    hidden, decoder.unembedding(params), micro["targets"], temperature, chunk_tokens
+                hidden, _, _ = decoder.forward(
+                    params,
+                    *(micro[name] for name in ("tokens", "positions", "segments")),
+                    model,
+                    experts=replayed_experts(micro),
                 )
-                return out.at[index].set(logp)
+                return out.at[index].set(read(params, hidden, micro, temperature))
 
             return jax.lax.fori_loop(0, filled, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
 
         self._score = jax.jit(score, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, params: Any, batch: dict[str, np.ndarray], filled: int, temperature: float) -> np.ndarray:
-        """Returns log p(target), float32 [M, R, T], of softmax(logits / temperature); 0 in micro-batches not filled."""
-        fields = ("tokens", "targets", "positions", "segments")
+        """Returns what `read` does, float32 [M, R, T]; 0 in micro-batches not filled.
+
+        Tokens go to the experts recorded in the batch, where it holds any.
+        """
+        fields = [name for name in ("tokens", "targets", "positions", "segments", ROUTED) if name in batch]
         place = sharding.sharding(self.mesh, (None, "batch", "sequence"), batch["tokens"].shape)
         arrays = {name: distributed.place(batch[name], place) for name in fields}
         with use_mesh(self.mesh):

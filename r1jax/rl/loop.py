@@ -1,6 +1,7 @@
 """The RL loop: prompts, rollout, rewards, advantages on whole groups, packed mini-batches, updates, metrics, checkpoint."""
 
 import contextlib
+import dataclasses
 import sys
 import threading
 import time
@@ -17,14 +18,14 @@ from jax.sharding import Mesh
 from r1jax.core import distributed, runtime, sharding, tree
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.core.metrics import MetricsLog
+from r1jax.data.packing import PackedBatch, unpack
 from r1jax.models import decoder
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import RewardPool
 from r1jax.rl import losses, notices, rollout, schedules
-from r1jax.rl.advantages import group_advantages
 from r1jax.rl.journal import Journal, Rollout
-from r1jax.rl.logprobs import Scorer
-from r1jax.rl.rollout import EncodedPrompt
+from r1jax.rl.logprobs import ROUTED, Scorer
+from r1jax.rl.rollout import EncodedPrompt, Judgement
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
@@ -90,10 +91,13 @@ class PolicyTraining:
         """
         self.config, self.tokenizer, self.mesh, self.folder, self.on_update = config, tokenizer, mesh, folder, on_update
         self.describe = describe
+        config.require_mixture()
         _check_row(config, prompts)
         self.prompts = rollout.PromptPhases(prompts, later, config)
         model = config.model
-        self.trainer = step.Trainer(model, config.optimizer, mesh, losses.make_loss(model), config.grpo.updates)
+        self.trainer = step.Trainer(
+            model, config.optimizer, mesh, losses.make_loss(model, config.grpo), config.grpo.updates
+        )
         self.scorer = Scorer(model, mesh, offloaded=config.grpo.offload_reference)
         placed = self.trainer.param_shardings
         self.reference_shardings = sharding.on_host(placed) if config.grpo.offload_reference else placed
@@ -118,16 +122,18 @@ class PolicyTraining:
                 self.refresh_reference(start)
                 scored = self.journal.read(start) or self.journal.write(start, self.next_rollout(start, pool))
                 self.look_ahead(scored, start, pool)
-                advantages, summary = self.judge(scored, start)
+                scored = self.with_values(scored, start)
+                judged, summary = self.judge(scored, start)
                 batches = rollout.mini_batches(scored, start, self.config)
                 for chosen in batches[self.cursor.update - start :]:
-                    arrays, filled = self.pack(scored, chosen, advantages, start)
+                    arrays, filled = self.pack(scored, chosen, judged, start)
+                    mismatch = self.check_replay(arrays, filled, start)
                     stats = self.update(arrays, filled, start)
                     last = self.cursor.update == start + len(batches)
-                    self.record(stats, summary)
+                    self.record(stats, summary | mismatch)
                     if last:
                         self.cursor.rollout_start = self.cursor.update
-                        self.cursor.draw += len(scored) // self.config.grpo.group_size
+                        self.cursor.draw += scored.draws
                     self.checkpoint()
         self.close()
         return self.state.params
@@ -140,21 +146,32 @@ class PolicyTraining:
         """Loads the newest checkpoint, if there is one, and drops metrics rows after it."""
         number = self.store.latest()
         if number is None:
-            self.reference = self._compute(self.state.params)
+            self.reference = self._compute(self.state.params) if self.config.grpo.uses_reference else None
         else:
-            target = self.trainer.restore_target()
-            shapes = jax.eval_shape(self._compute, target.params)
-            reference = jax.tree.map(
-                lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-                shapes,
-                self.reference_shardings,
-            )
-            wanted = {"params": target.params, "optimizer": target.optimizer, "reference": reference}
-            items = self.store.restore(number, wanted)
-            self.cursor, self.reference = Cursor(**self.store.record(number)), items["reference"]
-            self.state = self.trainer.state(items["params"], items["optimizer"], self.cursor.update)
+            self.cursor = Cursor(**self.store.record(number))
+            self.take(self.store.restore(number, self.targets()))
             self.skipped.in_a_row = self.cursor.skipped
         self.log.truncate(self.cursor.update)
+
+    def items(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds; the reference only where the loss has a KL term."""
+        kept = {"reference": self.reference} if self.config.grpo.uses_reference else {}
+        return {"params": self.state.params, "optimizer": self.state.optimizer} | kept
+
+    def targets(self) -> dict[str, Any]:
+        """Returns the shapes and shardings of `items`."""
+        target = self.trainer.restore_target()
+        found = {"params": target.params, "optimizer": target.optimizer}
+        if self.config.grpo.uses_reference:
+            shapes = jax.eval_shape(self._compute, target.params)
+            place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)  # noqa: E731
+            found["reference"] = jax.tree.map(place, shapes, self.reference_shardings)
+        return found
+
+    def take(self, items: dict[str, Any]) -> None:
+        """Takes over restored `items`; the cursor is set."""
+        self.reference = items.get("reference")
+        self.state = self.trainer.state(items["params"], items["optimizer"], self.cursor.update)
 
     def warm_up(self) -> None:
         """Compiles every program once, on data that leaves no trace, and freezes their number."""
@@ -164,19 +181,31 @@ class PolicyTraining:
         shape = (rollout.micro_batches(self.config), size.rows_per_micro_batch, size.row_tokens)
         names = ("tokens", "targets", "positions", "segments")
         arrays = {name: np.zeros(shape, np.int32) for name in names}
-        arrays |= {name: np.zeros(shape, np.float32) for name in ("loss_mask", *losses.FIELDS)}
-        self.scorer(self.reference, arrays, 1, 1.0)
-        spare = jax.tree.map(jnp.copy, self.state)
-        jax.block_until_ready(self.trainer.update(spare, arrays, 1, self.arguments(0)))
-        self.programs.add("update", lambda: self.trainer.compilations)
-        self.programs.add("reference", lambda: self.scorer.compilations)
+        arrays |= {name: np.zeros(shape, np.float32) for name in ("loss_mask", *self.batch_fields())}
+        if self.config.grpo.routing_replay:
+            model = self.config.model
+            arrays[ROUTED] = np.full((*shape, model.num_moe_layers, model.num_experts_per_tok), -1, np.int16)
+        self.warm_up_training(arrays)
         for name in self.sampler.engine.compilations():
             self.programs.add(name, lambda name=name: self.sampler.engine.compilations()[name])
         self.programs.freeze()
 
+    def warm_up_training(self, arrays: dict[str, np.ndarray]) -> None:
+        """Compiles what is run on a batch."""
+        if self.config.grpo.uses_reference or self.config.grpo.replay_check_every or self.value_scorers():
+            self.scorer(self._compute(self.state.params), arrays, 1, 1.0)
+        spare = jax.tree.map(jnp.copy, self.state)
+        jax.block_until_ready(self.trainer.update(spare, arrays, 1, self.arguments(0)))
+        self.programs.add("update", lambda: self.trainer.compilations)
+        self.programs.add("reference", lambda: self.scorer.compilations)
+
+    def batch_fields(self) -> tuple[str, ...]:
+        """Returns the names of the per-token values of a batch."""
+        return losses.fields(self.config.grpo)
+
     def refresh_reference(self, start: int) -> None:
         """Replaces the reference by the policy at the first rollout at or after each multiple of the interval."""
-        every = self.config.grpo.reference_refresh_updates
+        every = self.config.grpo.reference_refresh_updates if self.config.grpo.uses_reference else 0
         if start == self.cursor.update and schedules.reference_refresh_due(start, self.cursor.reference_update, every):
             self.reference = self._compute(self.state.params)
             self.cursor.reference_update = start
@@ -195,15 +224,29 @@ class PolicyTraining:
     def roll_out(self, start: int, pool: RewardPool, draw: int, weights: decoder.Params, version: int) -> Rollout:
         """Returns the scored samples of the rollout that starts at an update, its first prompt being number `draw`.
 
-        `version` is the number of updates that `weights` have seen.
+        `version` is the number of updates that `weights` have seen. With dynamic sampling, prompts whose rewards tie are
+        replaced by further ones, in a bounded number of rounds; what is then missing are tied groups again.
         """
-        grpo, config = self.config.grpo, self.config
+        grpo = self.config.grpo
         updates = schedules.updates_in_rollout(start, grpo.updates, grpo.updates_per_rollout)
-        draws = range(draw, draw + updates * grpo.prompts_per_update)
+        wanted, drawn, parts = updates * grpo.prompts_per_update, 0, []
+        for _ in range(1 + grpo.dynamic_sampling_rounds):
+            missing = wanted - sum(int(rollout.signals(part, self.config).sum()) for part in parts)
+            if missing <= 0:
+                break
+            parts.append(
+                self.sample_and_grade(range(draw + drawn, draw + drawn + missing), start, pool, weights, version)
+            )
+            drawn += missing
+        return parts[0] if len(parts) == 1 else rollout.keep_groups(parts, wanted, self.config)
+
+    def sample_and_grade(
+        self, draws: range, start: int, pool: RewardPool, weights: decoder.Params, version: int
+    ) -> Rollout:
+        """Returns the scored samples of the prompts with the numbers `draws`."""
+        config, group = self.config, self.config.grpo.group_size
         prompts = [self.prompts[draw] for draw in draws]
-        requests = rollout.requests_for(
-            prompts, draws, grpo.group_size, self.law(start), config.seed, config.stage, "sample"
-        )
+        requests = rollout.requests_for(prompts, draws, group, self.law(start), config.seed, config.stage, "sample")
         self.phase("rollout")
         begun = time.perf_counter()
         samples = self.sampler.generate(requests, weights, version)
@@ -213,43 +256,83 @@ class PolicyTraining:
         )
         self.phase("grading")
         texts = self.tokenizer.decode_batch([sample.token_ids for sample in samples])
-        repeated = [prompt for prompt in prompts for _ in range(grpo.group_size)]
+        repeated = [prompt for prompt in prompts for _ in range(group)]
         parts, scorable = self.timer.run("rewards", rollout.grade, samples, repeated, texts, pool)
-        return Rollout(samples, parts, scorable)
+        return Rollout(samples, parts, scorable, len(draws))
 
-    def judge(self, scored: Rollout, start: int) -> tuple[np.ndarray, dict[str, float]]:
-        """Returns (advantages [N], summary of the rollout for its metrics rows)."""
-        grpo = self.config.grpo
-        weights = np.asarray([getattr(self.config.reward, name) for name in PART_NAMES], np.float32)
-        advantages, rewards, signal = group_advantages(
-            scored.parts, weights, scored.scorable, grpo.group_size, grpo.advantage_epsilon
-        )
-        for line in notices.of_rollout(scored, np.asarray(signal), grpo, float(self.arguments(start).kl_coef)):
+    def with_values(self, scored: Rollout, start: int) -> Rollout:
+        """Returns the rollout with what the trainer says of its tokens before the first update, where that is needed."""
+        scorers = self.value_scorers()
+        if set(scorers) <= set(scored.values):
+            return scored
+        longest = self.law(start).max_new_tokens
+        blank = Judgement(*np.zeros((2, len(scored)), np.float32), *np.ones((3, len(scored)), bool))
+        values = {name: [np.empty(0)] * len(scored) for name in scorers}
+        for chosen in rollout.mini_batches(scored, start, self.config):
+            packed = rollout.pack_mini_batch(scored, chosen, blank, self.config, longest)
+            for name, (scorer, weights) in scorers.items():
+                found = self.timer.run("reference", self.score, scorer, weights, packed, start)
+                for index, row in zip(chosen, unpack(found.reshape(packed.tokens.shape), packed), strict=True):
+                    values[name][index] = row[-len(scored.samples[index].token_ids) :]
+        return self.journal.write(start, dataclasses.replace(scored, values=values))
+
+    def value_scorers(self) -> dict[str, tuple[Scorer, decoder.Params]]:
+        """Returns the scorer and weights of each value that `with_values` adds, by name."""
+        found = {}
+        if self.config.grpo.old_logp == "recomputed":
+            found["old_logp"] = self.scorer, self._compute(self.state.params)
+        if self.config.grpo.uses_reference and self.config.grpo.kl_placement == "reward":
+            found["reference_logp"] = self.scorer, self.reference
+        return found
+
+    def judge(self, scored: Rollout, start: int) -> tuple[Judgement, dict[str, float]]:
+        """Returns (what the scores come to, summary of the rollout for its metrics rows)."""
+        beta = self.kl_coef(start)
+        judged = rollout.judge(scored, self.config, self.law(start).max_new_tokens, beta)
+        for line in notices.of_rollout(scored, judged, self.config.grpo, beta):
             self.say(f"update {start + 1}: {line}")
         texts = self.tokenizer.decode_batch([sample.token_ids for sample in scored.samples])
         counted = np.flatnonzero(scored.scorable)
         summary = {name: _mean(scored.parts[counted, i]) for i, name in enumerate(PART_NAMES)}
         summary |= {
-            "reward": _mean(np.asarray(rewards)[counted]),
+            "reward": _mean(judged.rewards[counted]),
             "unscorable": float(len(scored) - len(counted)),
-            "zero_variance_groups": float(1 - np.asarray(signal).mean()),
+            "zero_variance_groups": float(1 - judged.signal.mean()),
             "length": _mean([len(sample.token_ids) for sample in scored.samples]),
             "truncated": _mean([sample.truncated for sample in scored.samples]),
         }
-        return np.asarray(advantages), summary | self.describe(texts)
+        if self.config.grpo.dynamic_sampling_rounds:
+            summary["prompts_drawn"] = float(scored.draws)
+        return judged, summary | self.describe(texts)
 
-    def pack(self, scored: Rollout, chosen: np.ndarray, advantages: np.ndarray, start: int) -> tuple[dict, int]:
+    def pack(self, scored: Rollout, chosen: np.ndarray, judged: Judgement, start: int) -> tuple[dict, int]:
         """Returns (arrays [M, R, T], filled micro-batches) of one mini-batch, scored under the reference."""
         self.phase("pack")
-        law = self.law(start)
-        packed = rollout.pack_mini_batch(scored, chosen, advantages, self.config, law.max_new_tokens)
-        fields = tuple(name for name in losses.FIELDS if name != "reference_logp")
+        packed = rollout.pack_mini_batch(scored, chosen, judged, self.config, self.law(start).max_new_tokens)
+        fields = tuple(name for name in self.batch_fields() if name in packed.values)
         arrays = step.batch_arrays(packed, self.config.pack, rollout.micro_batches(self.config), fields)
+        if "reference_logp" in self.batch_fields() and "reference_logp" not in packed.values:
+            arrays["reference_logp"] = self.timer.run(
+                "reference", self.score, self.scorer, self.reference, packed, start
+            )
+        return arrays, step.filled_micro_batches(packed, self.config.pack)
+
+    def score(self, scorer: Scorer, weights: decoder.Params, packed: PackedBatch, start: int) -> np.ndarray:
+        """Returns what a scorer says of a packed mini-batch under `weights`, float32 [M, R, T]."""
+        arrays = step.batch_arrays(packed, self.config.pack, rollout.micro_batches(self.config), ())
         filled = step.filled_micro_batches(packed, self.config.pack)
-        arrays["reference_logp"] = self.timer.run(
-            "reference", self.scorer, self.reference, arrays, filled, law.temperature or 1.0
-        )
-        return arrays, filled
+        return scorer(weights, arrays, filled, self.law(start).temperature or 1.0)
+
+    def check_replay(self, arrays: dict, filled: int, start: int) -> dict[str, float]:
+        """Returns the mismatch of sampler and trainer if the live routers chose; {} unless a check is due."""
+        grpo = self.config.grpo
+        rollouts, every = start // grpo.updates_per_rollout, grpo.replay_check_every
+        if not every or rollouts % every or self.cursor.update != start:
+            return {}
+        live = arrays | {ROUTED: np.full_like(arrays[ROUTED], -1)}
+        logp = self.scorer(self._compute(self.state.params), live, filled, self.law(start).temperature or 1.0)
+        found = np.abs(logp - arrays["behaviour_logp"])[arrays["loss_mask"] > 0]
+        return {"mean_logprob_difference_without_replay": _mean(found)}
 
     def update(self, arrays: dict, filled: int, start: int) -> dict[str, float]:
         """Makes one policy update and returns its statistics."""
@@ -274,6 +357,7 @@ class PolicyTraining:
         if self.cursor.update - 1 > self.cursor.rollout_start or row.get("staleness"):
             # Only the first update of a rollout runs the very weights that sampled it.
             row["max_policy_shift"] = row.pop("max_logprob_difference")
+            row["mean_policy_shift"] = row.pop("mean_logprob_difference")
         timing = self.timer.take()
         if "rollout_s" in timing:
             timing["rollout_tokens_per_s"] = timing.pop("rollout_tokens") / timing["rollout_s"]
@@ -290,8 +374,7 @@ class PolicyTraining:
         if update % every and update != self.config.grpo.updates:
             return
         self.phase("checkpoint")
-        items = {"params": self.state.params, "optimizer": self.state.optimizer, "reference": self.reference}
-        self.timer.run("checkpoint", self.store.save, update, items, vars(self.cursor))
+        self.timer.run("checkpoint", self.store.save, update, self.items(), vars(self.cursor))
         self.journal.prune(self.cursor.rollout_start)
 
     def law(self, start: int) -> SamplingLaw:
@@ -302,10 +385,11 @@ class PolicyTraining:
 
     def arguments(self, start: int) -> losses.LossArguments:
         """Returns the loss arguments of the rollout that starts at an update."""
-        grpo = self.config.grpo
-        beta = schedules.value_at(grpo.kl_coef_schedule, start, grpo.kl_coef)
-        values = (grpo.clip_ratio, beta, self.config.sampler.temperature or 1.0)
-        return losses.LossArguments(*(np.float32(value) for value in values))
+        return losses.arguments(self.config.grpo, self.kl_coef(start), self.config.sampler.temperature)
+
+    def kl_coef(self, start: int) -> float:
+        """Returns beta of the rollout that starts at an update."""
+        return schedules.value_at(self.config.grpo.kl_coef_schedule, start, self.config.grpo.kl_coef)
 
     def say(self, line: str) -> None:
         """Prints a line about this run; of several processes, process 0 does."""

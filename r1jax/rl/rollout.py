@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,11 +13,12 @@ from r1jax.data.prompts import Prompt, PromptStream, keyed_permutation
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
-from r1jax.rl import schedules
+from r1jax.rl import losses, schedules
+from r1jax.rl.advantages import group_advantages
 from r1jax.rl.journal import Rollout
-from r1jax.rl.losses import token_weights
+from r1jax.rl.logprobs import ROUTED
 from r1jax.sampler.sample import RolloutRequest, RolloutSample, SamplingLaw
-from r1jax.schema import Config
+from r1jax.schema import Config, replace
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,18 @@ class EncodedPrompt:
     prompt: Prompt
     ids: np.ndarray
     prefill: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """What a rollout's scores come to; arrays over its samples in group order."""
+
+    advantages: np.ndarray | list[np.ndarray]  # float32 [N]; or a sample's own array, one for each of its tokens
+    rewards: np.ndarray  # float32 [N], the weighted sums, length penalty included
+    trained: np.ndarray  # bool [N]: its tokens are in the loss
+    counted: np.ndarray  # bool [N]: the means of the loss count it
+    signal: np.ndarray  # bool [groups]: whether rewards differ
+    values: dict[str, list[np.ndarray]] = field(default_factory=dict)  # further float32 values of every token, by name
 
 
 class PromptPhases:
@@ -126,30 +139,104 @@ def mini_batches(rollout: Rollout, start: int, config: Config) -> list[np.ndarra
     return [order[i : i + size] for i in range(0, len(rollout), size)]
 
 
+def judge(rollout: Rollout, config: Config, max_new_tokens: int, kl_coef: float = 0.0) -> Judgement:
+    """Returns rewards, advantages over whole groups, and which samples are trained on and counted.
+
+    Where a KL term stands in the reward, kl_coef * sum of log(policy / reference) over its tokens is taken off a sample's.
+    """
+    grpo = config.grpo
+    truncated = np.asarray([sample.truncated for sample in rollout.samples], bool)
+    parts, weights = rollout.parts, np.asarray([getattr(config.reward, name) for name in PART_NAMES], np.float32)
+    if grpo.overlong_buffer_fraction:
+        lengths = [len(sample.token_ids) for sample in rollout.samples]
+        penalty = losses.overlong_penalty(lengths, grpo, max_new_tokens)
+        parts, weights = np.concatenate([parts, penalty[:, None]], axis=1), np.append(weights, np.float32(1))
+    if kl_coef and grpo.kl_placement == "reward" and grpo.advantage != "gae":
+        kl = np.asarray([(kl_coef * row).sum() for row in token_kl(rollout)], np.float32)
+        parts, weights = np.concatenate([parts, -kl[:, None]], axis=1), np.append(weights, np.float32(1))
+    scorable = rollout.scorable & ~truncated if grpo.truncated == "drop" else rollout.scorable
+    kind = "mean" if grpo.advantage == "gae" else grpo.advantage  # those of a critic are not of groups
+    options = dict(kind=kind, ddof=grpo.advantage_ddof, guard=grpo.advantage_guard, singleton=grpo.singleton)
+    found = group_advantages(parts, weights, scorable, grpo.group_size, grpo.advantage_epsilon, **options)
+    advantages, rewards, signal = (np.asarray(array) for array in found)
+    trained = rollout.scorable if grpo.truncated == "keep" else rollout.scorable & ~truncated
+    counted = np.ones(len(rollout), bool) if grpo.denominator == "all" else trained
+    if grpo.denominator == "signal":
+        counted = trained & np.repeat(signal, grpo.group_size)
+    return Judgement(advantages, rewards, trained, counted, signal)
+
+
+def token_kl(rollout: Rollout) -> list[np.ndarray]:
+    """Returns log(policy / reference) of every token of each sample, the k1 estimate of their KL divergence in nats."""
+    pairs = zip(rollout.samples, rollout.values["reference_logp"], strict=True)
+    return [sample.behaviour_logps - reference for sample, reference in pairs]
+
+
+def signals(rollout: Rollout, config: Config) -> np.ndarray:
+    """Returns whether the rewards of each group differ, bool [groups]; a length penalty does not count."""
+    plain = replace(config, grpo=replace(config.grpo, overlong_buffer_fraction=0.0, singleton="zero"))
+    return judge(rollout, plain, config.sampler.max_new_tokens).signal
+
+
+def keep_groups(parts: Sequence[Rollout], wanted: int, config: Config) -> Rollout:
+    """Returns `wanted` groups of several rollouts as one: those with a signal, then tied ones, each in order of draw.
+
+    Source: DAPO, section 3.2 (arXiv 2503.14476), here with a bound on what is drawn.
+    """
+    size = config.grpo.group_size
+    signal = np.concatenate([signals(part, config) for part in parts])
+    kept = np.sort(np.argsort(~signal, kind="stable")[:wanted])
+    chosen = (kept[:, None] * size + np.arange(size)).reshape(-1)
+    samples = [sample for part in parts for sample in part.samples]
+    return Rollout(
+        [samples[i] for i in chosen],
+        np.concatenate([part.parts for part in parts])[chosen],
+        np.concatenate([part.scorable for part in parts])[chosen],
+        sum(part.draws for part in parts),
+    )
+
+
 def pack_mini_batch(
-    rollout: Rollout, chosen: np.ndarray, advantages: np.ndarray, config: Config, max_new_tokens: int
+    rollout: Rollout, chosen: np.ndarray, judged: Judgement, config: Config, max_new_tokens: int
 ) -> PackedBatch:
-    """Returns the chosen samples packed, with advantage, behaviour log-prob and aggregation weight of every token."""
+    """Returns the chosen samples packed, with the values of every response token that the loss takes.
+
+    With grpo.routing_replay also the experts each token was sent to. Raises ValueError when a sample has no such record.
+    """
     samples = [rollout.samples[i] for i in chosen]
-    masked = [config.grpo.truncated == "mask" and sample.truncated for sample in samples]
-    weights = token_weights([len(sample.token_ids) for sample in samples], config.grpo, max_new_tokens)
+    lengths = [len(sample.token_ids) for sample in samples]
+    weights = losses.token_weights(lengths, config.grpo, max_new_tokens, judged.counted[chosen])
     items = []
-    for index, sample, weight, drop in zip(chosen, samples, weights, masked, strict=True):
+    for index, sample, weight in zip(chosen, samples, weights, strict=True):
         prompt, length = len(sample.prompt_ids), len(sample.token_ids)
-        mask = np.zeros(prompt + length, np.float32)
-        mask[prompt:] = 0.0 if drop or not rollout.scorable[index] else 1.0
-        behaviour = np.zeros(prompt + length, np.float32)
-        behaviour[prompt:] = sample.behaviour_logps
+
+        def after_prompt(values, prompt=prompt, length=length):
+            row = np.zeros(prompt + length, np.float32)
+            row[prompt:] = values
+            return row
+
         values = dict(
-            advantage=np.full(prompt + length, advantages[index], np.float32),
-            behaviour_logp=behaviour,
+            advantage=after_prompt(judged.advantages[index]),
+            behaviour_logp=after_prompt(sample.behaviour_logps),
             weight=np.full(prompt + length, weight, np.float32),
         )
-        items.append(PackItem(np.concatenate([sample.prompt_ids, sample.token_ids]), mask, values))
+        values |= {name: after_prompt(arrays[index]) for name, arrays in (rollout.values | judged.values).items()}
+        mask = after_prompt(float(judged.trained[index]))
+        inputs = {ROUTED: _record(sample)} if config.grpo.routing_replay else {}
+        items.append(PackItem(np.concatenate([sample.prompt_ids, sample.token_ids]), mask, values, inputs))
     size, lengths = config.pack, [len(item.tokens) for item in items]
     shards = sharding.row_shards(size.rows_per_micro_batch, config.mesh)
     rows = spread(pack(lengths, size.row_tokens), lengths, size.rows_per_micro_batch, shards)
     return pack_batch(items, size.row_tokens, micro_batches(config) * size.rows_per_micro_batch, rows)
+
+
+def _record(sample: RolloutSample) -> np.ndarray:
+    if sample.routed_experts is None:
+        raise ValueError(
+            f"grpo.routing_replay=true: sample {sample.request_id}/{sample.sample_index} was journalled without the "
+            "experts of its tokens; finish its rollout with grpo.routing_replay=false"
+        )
+    return sample.routed_experts
 
 
 def micro_batches(config: Config) -> int:

@@ -24,10 +24,13 @@ def active_parameters(model: ModelConfig) -> int:
 
 
 def of_policy_training(rows: Sequence[dict], config: Config) -> float:
-    """Returns the FLOPs of an RL run from its metrics rows: per parameter 2 for a sampled token, 2 for one scored by the
-    reference and 6 for one trained on (prompts included in both)."""
+    """Returns the FLOPs of an RL run from its metrics rows: per parameter 2 for a sampled token, 6 for one trained on and
+    2 for one scored by the reference, or by the policy before its updates (prompts included in all but the first). A
+    critic scores and is trained on the same tokens."""
     sampled, packed = (sum(row[name] for row in rows) for name in ("tokens", "packed_tokens"))
-    return active_parameters(config.model) * (2.0 * sampled + 8.0 * packed)
+    scored = config.grpo.uses_reference + (config.grpo.old_logp == "recomputed")
+    critic = 8.0 if config.grpo.advantage == "gae" else 0.0
+    return active_parameters(config.model) * (2.0 * sampled + (6.0 + 2.0 * scored + critic) * packed)
 
 
 def of_fine_tuning(tokens: int, model: ModelConfig) -> float:

@@ -12,8 +12,10 @@ from r1jax.core import checkpoint, distributed, sharding, tree
 from r1jax.core.metrics import read, read_timing
 from r1jax.evals.behaviour import TINY_REFLECTIVE_WORDS, reflective_count
 from r1jax.report import curves, html
+from r1jax.rl import losses
 from r1jax.rl.disaggregated import DisaggregatedTraining
 from r1jax.rl.loop import PolicyTraining
+from r1jax.rl.ppo import PPOTraining
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.sampler import jetstream
 from r1jax.schema import Config
@@ -35,6 +37,8 @@ def run(config: Config, workdir: Path) -> dict:
     template_check.check(resolved, tokenizer, reasoning)
     if (notice := jetstream.notice()) and distributed.is_writer():
         print(notice, file=sys.stderr)
+    if config.grpo.kl_estimator == "k1" and config.grpo.uses_reference and distributed.is_writer():
+        print(f"warning: {losses.K1_WARNING}", file=sys.stderr)
     started, name = time.monotonic(), lineage.result_name(config)
     params = lineage.start_weights(resolved, mesh, workdir)
     with Progress(name, resolved.grpo.updates) as progress:
@@ -69,7 +73,9 @@ def run(config: Config, workdir: Path) -> dict:
 
 
 def make_training(config: Config, tokenizer: Tokenizer, mesh: Mesh, *arguments) -> PolicyTraining:
-    """Returns the loop of config.mode; ValueError when the sampler's devices are not there."""
+    """Returns the loop of config.mode, or PPO's where advantages come from a critic; ValueError when the sampler's devices are not there."""
+    if config.grpo.advantage == "gae":
+        return PPOTraining(config, tokenizer, mesh, *arguments)
     if config.mode == "colocated":
         return PolicyTraining(config, tokenizer, mesh, *arguments)
     distributed.require_one("config.mode=disaggregated")

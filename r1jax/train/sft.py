@@ -7,21 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from r1jax.data.packing import PackItem, pack, pack_batch, rows_needed, spread
-from r1jax.kernels.fused_logprob import token_logprobs
 from r1jax.models import decoder
+from r1jax.models.logprobs import scored_logprobs
 from r1jax.schema import ModelConfig, PackConfig
 from r1jax.train import step
 
 
-def make_loss(model: ModelConfig) -> step.Loss:
+def make_loss(model: ModelConfig, trained_chunk: int = 0) -> step.Loss:
     """Returns the loss: minus the sum of weight * log p, weight 1 / (all trained tokens of the update).
 
-    The balance and multi-token prediction losses of the model's config are added.
+    The balance and multi-token prediction losses of the model's config are added. `trained_chunk` as in `scored_logprobs`.
     """
 
     def loss(params: decoder.Params, micro: dict[str, jax.Array], inverse_tokens: jax.Array):
         hidden, _, auxiliary = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], model)
-        logp, _ = token_logprobs(hidden, decoder.unembedding(params), micro["targets"])
+        matrix, mask = decoder.unembedding(params), micro["loss_mask"]
+        logp, _ = scored_logprobs(hidden, matrix, micro["targets"], mask, trained_chunk=trained_chunk)
         weights = micro["loss_mask"] * inverse_tokens
         extra, stats = step.auxiliary_loss(params, hidden, auxiliary, micro, weights, model)
         return extra - jnp.sum(logp * micro["loss_mask"]) * inverse_tokens, stats

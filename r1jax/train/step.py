@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding
 from r1jax.core import distributed, sharding, tree
 from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PackedBatch
-from r1jax.kernels.fused_logprob import token_logprobs
 from r1jax.models import decoder, moe, mtp
+from r1jax.models.logprobs import token_logprobs
 from r1jax.schema import ModelConfig, OptimizerConfig, PackConfig
 from r1jax.train import guard
 from r1jax.train import optimizer as optimizers
@@ -39,11 +39,14 @@ class TrainState:
 
 
 def batch_arrays(batch: PackedBatch, pack: PackConfig, micro_batches: int, fields: tuple[str, ...]) -> dict:
-    """Returns the batch as arrays [M, R, T] by name: tokens, targets, positions, segments, loss_mask and `fields`."""
+    """Returns the batch as arrays [M, R, T] by name: tokens, targets, positions, segments, loss_mask and `fields`.
+
+    What the batch holds as inputs goes with them, [M, R, T, ...].
+    """
     shape = (micro_batches, pack.rows_per_micro_batch, pack.row_tokens)
     named = {name: getattr(batch, name) for name in ("tokens", "targets", "positions", "segments", "loss_mask")}
-    named |= {name: batch.values[name] for name in fields}
-    return {name: np.ascontiguousarray(array.reshape(shape)) for name, array in named.items()}
+    named |= {name: batch.values[name] for name in fields} | batch.inputs
+    return {name: np.ascontiguousarray(array.reshape(*shape, *array.shape[2:])) for name, array in named.items()}
 
 
 def filled_micro_batches(batch: PackedBatch, pack: PackConfig) -> int:

@@ -1,0 +1,53 @@
+"""Log-probabilities of tokens under the model, on the mesh in force: the one way from hidden states to a loss."""
+
+import jax
+
+from r1jax.core import sharding
+from r1jax.kernels import fused_logprob, trained_logprob
+
+
+def token_logprobs(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    temperature: jax.Array | float = 1.0,
+    chunk_tokens: int = 0,
+    chunk_vocab: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (log p(target), entropy), float32 [B, T] in nats, as `fused_logprob.token_logprobs` does.
+
+    Rows, tokens and the output matrix lie where the logical axes batch, sequence, embed and vocab lie on the mesh being
+    traced under.
+    The entropy has a gradient: a loss that only reports it stops it.
+    """
+    return fused_logprob.token_logprobs(
+        hidden, unembedding, targets, temperature, chunk_tokens, chunk_vocab, _layout(targets.shape, unembedding.shape)
+    )
+
+
+def scored_logprobs(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    temperature: jax.Array | float = 1.0,
+    chunk_tokens: int = 0,
+    trained_chunk: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (log p(target), entropy), float32 [B, T] in nats; what stands where mask [B, T] is 0 means nothing.
+
+    With trained_chunk > 0, on a mesh of one device, the positions where mask > 0 alone are scored, that many at a time
+    (`trained_logprob.trained_logprobs`). Otherwise all are, as `token_logprobs` does.
+    """
+    layout = _layout(targets.shape, unembedding.shape)
+    if trained_chunk and layout is None:
+        return trained_logprob.trained_logprobs(hidden, unembedding, targets, mask, temperature, trained_chunk)
+    return token_logprobs(hidden, unembedding, targets, temperature, chunk_tokens)
+
+
+def _layout(rows: tuple[int, ...], matrix: tuple[int, ...]) -> fused_logprob.Layout | None:
+    mesh = sharding.current_mesh()
+    if mesh is None or mesh.size == 1:
+        return None
+    embed, vocab = map(sharding.mesh_axes, sharding.partition(("embed", "vocab"), matrix, mesh))
+    return fused_logprob.Layout(mesh, sharding.partition(("batch", "sequence"), rows, mesh), vocab, embed)

@@ -1,0 +1,165 @@
+"""PPO, the baseline that GRPO is measured against: a critic as large as the policy, GAE, per-token KL in the reward.
+
+Source: arXiv 1707.06347; DeepSeek-R1, appendix A.3. The loop, the sampler, the rewards and the policy's update are those of
+`PolicyTraining`: only where advantages come from differs.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from scipy.signal import lfilter
+
+from r1jax.core import tree
+from r1jax.models import decoder
+from r1jax.rl import logprobs, rollout
+from r1jax.rl.journal import Rollout
+from r1jax.rl.logprobs import Scorer
+from r1jax.rl.loop import PolicyTraining
+from r1jax.rl.rollout import Judgement
+from r1jax.schema import ModelConfig, replace
+from r1jax.train import guard, step
+
+CRITIC_FIELDS = ("value", "return")  # per-token values of the critic's batch beside `weight`
+
+
+def gae(rewards: np.ndarray, values: np.ndarray, gamma: float, gae_lambda: float) -> np.ndarray:
+    """Returns the advantages of one sample's tokens, float64 [length]: sum_l (gamma lambda)^l delta_(t + l).
+
+    delta_t = r_t + gamma V_(t + 1) - V_t, where V after the last token is 0. Source: arXiv 1506.02438, eq. 16.
+    """
+    delta = rewards + gamma * np.append(values[1:], 0.0) - values
+    return lfilter([1.0], [1.0, -gamma * gae_lambda], delta[::-1])[::-1]
+
+
+def whitened(advantages: Sequence[np.ndarray], trained: np.ndarray) -> list[np.ndarray]:
+    """Returns the advantages with mean 0 and variance 1 over the tokens of the trained samples, float32; others 0."""
+    every = np.concatenate([row for row, kept in zip(advantages, trained, strict=True) if kept] or [np.zeros(1)])
+    scale = np.sqrt(every.var(ddof=min(1, every.size - 1)) + 1e-8)
+    return [
+        (kept * (row - every.mean()) / scale).astype(np.float32) for row, kept in zip(advantages, trained, strict=True)
+    ]
+
+
+@struct.dataclass
+class ValueArguments:
+    """What may change without compiling again; float32 scalars."""
+
+    value_clip: jax.Array
+
+
+def value_loss(values, old_values, returns, value_clip) -> jax.Array:
+    """Returns half the larger squared error of the value and of the value held within value_clip of its old one.
+
+    Source: the value clipping of arXiv 2005.12729 (appendix), as in TRL, verl and Tunix.
+    """
+    held = old_values + jnp.clip(values - old_values, -value_clip, value_clip)
+    return jnp.maximum(jnp.square(values - returns), jnp.square(held - returns)) / 2
+
+
+def make_value_loss(model: ModelConfig) -> step.Loss:
+    """Returns the critic's loss of a micro-batch, weight * `value_loss` over the trained tokens, and its statistics."""
+
+    def loss(params: decoder.Params, micro: dict[str, jax.Array], given: ValueArguments):
+        hidden, _, _ = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], model)
+        values, mask = decoder.scalars(params, hidden), micro["loss_mask"]
+        error = value_loss(values, micro["value"], micro["return"], given.value_clip)
+        rest = micro["return"] - values
+        named = dict(value_loss=error, value=values, returned=micro["return"], rest=rest)
+        named |= dict(squared_return=jnp.square(micro["return"]), squared_rest=jnp.square(rest))
+        stats = {name: jnp.sum(mask * array) for name, array in named.items()}
+        return jnp.sum(mask * micro["weight"] * error), stats
+
+    return loss
+
+
+class PPOTraining(PolicyTraining):
+    """The loop of `PolicyTraining` with advantages from a critic, which is trained beside the policy."""
+
+    def __init__(self, config, tokenizer, mesh, prompts, params: decoder.Params, *arguments, **more):
+        super().__init__(config, tokenizer, mesh, prompts, params, *arguments, **more)
+        model = replace(config.model, scalar_head=True)
+        rate = config.ppo.critic_learning_rate or config.optimizer.learning_rate
+        optimizer = replace(config.optimizer, learning_rate=rate)
+        self.critic = step.Trainer(model, optimizer, mesh, make_value_loss(model), config.grpo.updates)
+        head = np.zeros(model.hidden_size, np.float32)  # a critic that begins with the policy's weights and says 0
+        self.critic_state = self.critic.init(params.replace(scalar_head=head))
+        self.value_scorer = Scorer(model, mesh, read=logprobs.values)
+        self._critic_compute = tree.copier(model.compute_dtype, self.critic.param_shardings)
+
+    def items(self):
+        critic = {"critic": self.critic_state.params, "critic_optimizer": self.critic_state.optimizer}
+        return super().items() | critic
+
+    def targets(self):
+        target = self.critic.restore_target()
+        return super().targets() | {"critic": target.params, "critic_optimizer": target.optimizer}
+
+    def take(self, items) -> None:
+        super().take(items)
+        self.critic_state = self.critic.state(items["critic"], items["critic_optimizer"], self.cursor.update)
+
+    def batch_fields(self):
+        return (*super().batch_fields(), *CRITIC_FIELDS)
+
+    def value_scorers(self):
+        return super().value_scorers() | {"value": (self.value_scorer, self._critic_compute(self.critic_state.params))}
+
+    def warm_up_training(self, arrays) -> None:
+        policy, critic = self._split(arrays)
+        super().warm_up_training(policy)
+        self.value_scorer(self._critic_compute(self.critic_state.params), arrays, 1, 1.0)
+        spare = jax.tree.map(jnp.copy, self.critic_state)
+        jax.block_until_ready(self.critic.update(spare, critic, 1, self._value_arguments()))
+        self.programs.add("critic", lambda: self.critic.compilations)
+        self.programs.add("values", lambda: self.value_scorer.compilations)
+
+    def judge(self, scored: Rollout, start: int) -> tuple[Judgement, dict[str, float]]:
+        """Returns advantages by GAE, whitened over the rollout, and the returns the critic learns; rewards as in GRPO."""
+        judged, summary = super().judge(scored, start)
+        ppo, beta = self.config.ppo, self.kl_coef(start)
+        penalties = rollout.token_kl(scored) if beta and self.config.grpo.kl_placement == "reward" else None
+        advantages, returns = [], []
+        for index, values in enumerate(scored.values["value"]):
+            rewards = np.zeros(len(values)) if penalties is None else -beta * penalties[index].astype(np.float64)
+            rewards[-1] += judged.rewards[index]
+            advantages.append(gae(rewards, values, ppo.gamma, ppo.gae_lambda))
+            returns.append((advantages[-1] + values).astype(np.float32))
+        white = whitened(advantages, judged.trained)
+        return dataclasses.replace(judged, advantages=white, values={"return": returns}), summary
+
+    def update(self, arrays: dict, filled: int, start: int) -> dict[str, float]:
+        """Makes one update of the policy and one of the critic and returns the statistics of both."""
+        policy, critic = self._split(arrays)
+        stats = super().update(policy, filled, start)
+
+        def run():
+            self.critic_state, told = self.critic.update(self.critic_state, critic, filled, self._value_arguments())
+            return {name: float(value) for name, value in jax.device_get(told).items()}
+
+        told = self.timer.run("update", run)
+        self.programs.check()
+        skipped = max(stats[guard.SKIPPED], told[guard.SKIPPED])
+        return stats | _critic_figures(told, max(stats["tokens"], 1.0)) | {guard.SKIPPED: skipped}
+
+    def _split(self, arrays: dict) -> tuple[dict, dict]:
+        """Returns the policy's and the critic's arrays of a batch."""
+        policy = {name: array for name, array in arrays.items() if name not in CRITIC_FIELDS}
+        shared = ("tokens", "targets", "positions", "segments", "loss_mask", "weight")
+        return policy, {name: arrays[name] for name in (*shared, *CRITIC_FIELDS)}
+
+    def _value_arguments(self) -> ValueArguments:
+        return ValueArguments(np.float32(self.config.ppo.value_clip or np.inf))
+
+
+def _critic_figures(sums: dict[str, float], tokens: float) -> dict[str, float]:
+    """Returns the critic's metrics; explained_variance is 1 - Var(return - value) / Var(return), 0 without variance."""
+    mean = {name: sums[name] / tokens for name in ("value_loss", "value", "returned", "rest")}
+    spread, rest = (sums[f"squared_{name}"] / tokens for name in ("return", "rest"))
+    spread, rest = spread - mean["returned"] ** 2, rest - mean["rest"] ** 2
+    explained = 1 - rest / spread if spread > 1e-8 else 0.0
+    figures = {"value_loss": mean["value_loss"], "value": mean["value"], "explained_variance": explained}
+    return figures | {"critic_grad_norm": sums["grad_norm"]}

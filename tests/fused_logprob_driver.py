@@ -1,0 +1,72 @@
+"""Tiled log-probabilities on meshes of eight devices against one device; prints figures as JSON.
+
+Set XLA_FLAGS=--xla_force_host_platform_device_count=8.
+"""
+
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r1jax.core import sharding
+from r1jax.models.logprobs import token_logprobs
+from r1jax.schema import MeshConfig
+
+MESHES = {  # rows of 8 tokens, 4 of them; 60 words of width 16
+    "tensor4": (MeshConfig(tensor=4), 60),
+    "fsdp2_tensor2_context2": (MeshConfig(fsdp=2, tensor=2, context=2), 60),
+    "data2_fsdp2_expert2": (MeshConfig(data=2, fsdp=2, expert=2), 60),
+    "slice2_data2_context2": (MeshConfig(slice=2, data=2, context=2), 60),
+    "fsdp8_rows_do_not_divide": (MeshConfig(fsdp=8), 60),
+    "tensor4_vocabulary_does_not_divide": (MeshConfig(tensor=4), 59),
+}
+CHUNKS = {"tokens": (3, 0), "vocab": (0, 7), "both": (3, 7)}
+RUNS = [f"{mesh}/both" for mesh in MESHES] + ["tensor4/tokens", "tensor4/vocab"]
+
+
+def run(config, vocab, chunks):
+    """Returns (logp, entropy, gradients of hidden and unembedding) and the compiled program's text."""
+    generator = np.random.default_rng(0)
+    hidden, matrix = generator.normal(size=(4, 8, 16)) * 2, generator.normal(size=(16, vocab))
+    targets = generator.integers(0, vocab, (4, 8)).astype(np.int32)
+    weights = generator.normal(size=(2, 4, 8)).astype(np.float32)
+    mesh = sharding.make_mesh(config)
+    axes = (("batch", "sequence", None), ("embed", "vocab"), ("batch", "sequence"))
+    arrays = (hidden.astype(np.float32), matrix.astype(np.float32), targets)
+    placed = [jax.device_put(a, sharding.sharding(mesh, names, a.shape)) for a, names in zip(arrays, axes, strict=True)]
+
+    def total(hidden, matrix, targets):
+        logp, entropy = token_logprobs(hidden, matrix, targets, 0.7, *chunks)
+        return jnp.sum(weights[0] * logp + weights[1] * entropy), (logp, entropy)
+
+    compiled = sharding.with_mesh(mesh, jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True)).lower)(*placed)
+    compiled = compiled.compile()
+    (_, values), gradients = jax.device_get(compiled(*placed))
+    return [*values, *gradients], compiled.as_text()
+
+
+def relative(a, b):
+    """Returns the largest difference of two arrays, relative to the largest value or 1."""
+    return float(np.abs(a - b).max() / max(1.0, np.abs(a).max()))
+
+
+def main():
+    report, single = {}, {vocab: run(MeshConfig(), vocab, CHUNKS["both"])[0] for vocab in (59, 60)}
+    for name in RUNS:
+        mesh, kind = name.split("/")
+        config, vocab = MESHES[mesh]
+        found, text = run(config, vocab, CHUNKS[kind])
+        floats = {int(n) for dims in re.findall(r"f32\[([\d,]+)\]", text) for n in dims.split(",")}
+        report[name] = {
+            "difference": max(relative(a, b) for a, b in zip(single[vocab], found, strict=True)),
+            "smallest": min(float(np.abs(a).max()) for a in found),
+            "widths": sorted(floats & {15, 30, 59, 60}),
+        }
+    json.dump(report, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

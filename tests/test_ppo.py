@@ -1,0 +1,139 @@
+"""Claims about PPO: advantages and value loss against float64 by hand, a critic that learns, exact resume."""
+
+import numpy as np
+import pytest
+from small import rl_training
+
+from r1jax import config as configs
+from r1jax.core import tree
+from r1jax.core.metrics import read
+from r1jax.rl import ppo, rollout
+from r1jax.rl.journal import Rollout
+from r1jax.rl.ppo import PPOTraining
+from r1jax.sampler.sample import RolloutSample
+
+
+def by_definition(rewards, values, gamma, gae_lambda):
+    """arXiv 1506.02438, eq. 16, term by term."""
+    after = [*values[1:], 0.0]
+    delta = [r + gamma * n - v for r, v, n in zip(rewards, values, after, strict=True)]
+    return [
+        sum((gamma * gae_lambda) ** (later - t) * delta[later] for later in range(t, len(delta)))
+        for t in range(len(delta))
+    ]
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 1.0), (1.0, 0.95), (0.9, 0.0), (0.97, 0.5)])
+def test_gae_equals_its_definition(length, gamma, gae_lambda):
+    generator = np.random.default_rng(length)
+    rewards, values = generator.normal(size=length), generator.normal(size=length)
+    expected = by_definition(rewards, values, gamma, gae_lambda)
+    np.testing.assert_allclose(ppo.gae(rewards, values, gamma, gae_lambda), expected, rtol=1e-12)
+
+
+def test_gae_by_hand_and_at_lambda_one_the_reward_to_come_less_the_value():
+    rewards, values = np.asarray([0.0, 0.0, 1.0]), np.asarray([0.5, 0.25, 0.75])
+    # delta = (-0.25, 0.5, 0.25); A_3 = 0.25, A_2 = 0.5 + 0.5 * 0.25, A_1 = -0.25 + 0.5 * 0.625
+    np.testing.assert_allclose(ppo.gae(rewards, values, 1.0, 0.5), [0.0625, 0.625, 0.25])
+    np.testing.assert_allclose(ppo.gae(rewards, values, 1.0, 1.0), 1 - values)
+
+
+def test_advantages_are_whitened_over_the_tokens_that_are_trained_alone():
+    rows = [np.asarray([1.0, 3.0]), np.asarray([100.0]), np.asarray([5.0])]
+    white = ppo.whitened(rows, np.asarray([True, False, True]))
+    np.testing.assert_allclose(np.concatenate(white), [-1, 0, 0, 1], atol=1e-6)  # mean 3, sample deviation 2
+    assert not np.concatenate(ppo.whitened(rows, np.zeros(3, bool))).any()
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "returned", "expected"),
+    [(1.0, 1.0, 3.0, 2.0), (2.0, 1.0, 3.0, 1.62), (0.0, 1.0, 3.0, 4.5), (5.0, 1.0, 3.0, 2.0)],
+)
+def test_value_loss_takes_the_larger_of_the_two_errors(value, old, returned, expected):
+    assert float(ppo.value_loss(value, old, returned, 0.2)) == pytest.approx(expected)
+
+
+MORE = {
+    "grpo__updates": 4,
+    "grpo__updates_per_rollout": 2,
+    "grpo__kl_coef_schedule": "()",
+    "grpo__kl_coef": 0.1,
+    "checkpointing__every_updates": 1,
+}
+
+
+def ppo_training(folder, **more):
+    return rl_training(folder, name="ppo_baseline:tiny", kind=PPOTraining, **MORE, **more)
+
+
+class Stopped(Exception):
+    """What a test raises in the middle of a run."""
+
+
+def test_policy_and_critic_move_and_a_stopped_run_ends_in_the_same_bits(tmp_path):
+    whole = ppo_training(tmp_path / "whole")
+    before = tree.digest(whole.critic_state.params), tree.digest(whole.state.params)
+    whole.run()
+    after = tree.digest(whole.critic_state.params), tree.digest(whole.state.params)
+    assert before[0] != after[0] and before[1] != after[1]
+    stopped = ppo_training(tmp_path / "stopped")
+    update = stopped.update
+
+    def stop_at_the_second(arrays, filled, start):
+        if stopped.cursor.update == 1:
+            raise Stopped
+        return update(arrays, filled, start)
+
+    stopped.update = stop_at_the_second
+    with pytest.raises(Stopped):
+        stopped.run()
+    resumed = ppo_training(tmp_path / "stopped")
+    resumed.run()
+    assert (tree.digest(resumed.critic_state.params), tree.digest(resumed.state.params)) == after
+    rows = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "stopped")]
+    assert rows[0] == rows[1]
+    assert all(np.isfinite(value) for row in read(tmp_path / "whole") for value in row.values())
+    assert whole.programs.counts() == resumed.programs.counts()
+    assert {whole.programs.counts()[name] for name in ("update", "critic", "values", "reference")} == {1}
+
+
+def scored(kl):
+    """Returns two samples of one group, right and wrong; `kl` is log(policy / reference) of each token."""
+    samples = [
+        RolloutSample(
+            request_id=0,
+            sample_index=index,
+            prompt_ids=np.asarray([1], np.int32),
+            token_ids=np.asarray([3, 4], np.int32),
+            logps=np.zeros(2, np.float32),
+            behaviour_logps=np.full(2, -1, np.float32),
+            finish_reason="stop",
+            weight_version=0,
+        )
+        for index in range(2)
+    ]
+    parts = np.asarray([[1, 0, 0], [0, 0, 0]], np.float32)
+    reference = [sample.behaviour_logps - np.float32(kl) for sample in samples]
+    values = {"reference_logp": reference, "value": [np.zeros(2, np.float32)] * 2}
+    return Rollout(samples, parts, np.ones(2, bool), 1, values)
+
+
+def test_a_kl_term_in_the_reward_is_taken_off_token_by_token_with_a_critic(tmp_path):
+    training = ppo_training(tmp_path, grpo__group_size=2, reward__format=0.0, reward__language=0.0)
+    judged, _ = training.judge(scored(kl=0.5), 0)
+    # returns at lambda 1: the reward to come, 0.1 * 0.5 off for every token
+    np.testing.assert_allclose(judged.values["return"], [[0.9, 0.95], [-0.1, -0.05]], rtol=1e-6)
+    assert judged.advantages[0].mean() > 0 > judged.advantages[1].mean()
+
+
+def test_a_kl_term_in_the_reward_is_taken_off_as_a_sum_without_a_critic():
+    fields = [("grpo.group_size", "2"), ("grpo.kl_placement", "reward"), ("reward.format", "0")]
+    config = configs.load("r1_zero:tiny", fields)
+    judged = rollout.judge(scored(kl=0.5), config, 10, kl_coef=0.1)
+    np.testing.assert_allclose(judged.rewards, [0.9, -0.1], rtol=1e-6)
+
+
+def test_ppo_on_separate_devices_is_refused():
+    with pytest.raises(ValueError, match="mode=disaggregated does not run PPO"):
+        configs.load("ppo_baseline:tiny", [("mode", "disaggregated")])

@@ -1,0 +1,159 @@
+"""Claims about RL runs under the named losses: they run, resume to the same bits, and draw again within a bound."""
+
+import jax
+import numpy as np
+import pytest
+from small import rl_training
+
+from r1jax import config as configs
+from r1jax.core import tree
+from r1jax.core.metrics import read
+from r1jax.rl import rollout as rollouts
+from r1jax.rl.journal import Journal, Rollout
+from r1jax.sampler.sample import RolloutSample
+
+SHORT = {"grpo__updates": 4, "grpo__updates_per_rollout": 2, "grpo__kl_coef_schedule": "()"}
+
+
+@pytest.mark.parametrize("preset", ["dapo", "gspo"])
+def test_a_run_under_a_preset_moves_the_policy_and_keeps_every_number_finite(tmp_path, preset):
+    training = rl_training(tmp_path, **SHORT, grpo__preset=preset)
+    before = tree.digest(training.state.params)
+    training.run()
+    rows = read(tmp_path)
+    assert tree.digest(training.state.params) != before
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+    assert any(row["grad_norm"] > 0 for row in rows)
+    assert "kl" not in rows[0] and training.reference is None  # neither has a KL term: no reference is kept or run
+    assert training.programs.counts()["update"] == 1
+
+
+class Stopped(Exception):
+    """What a test raises in the middle of a run."""
+
+
+def test_log_probs_of_the_policy_before_its_updates_survive_a_stop_between_them(tmp_path):
+    more = SHORT | {"grpo__preset": "trl_default", "grpo__kl_coef": 0.1, "checkpointing__every_updates": 1}
+    whole = rl_training(tmp_path / "whole", **more)
+    whole.run()
+    stopped = rl_training(tmp_path / "stopped", **more)
+    update = stopped.update
+
+    def stop_at_the_second(arrays, filled, start):
+        if stopped.cursor.update == 1:
+            raise Stopped
+        return update(arrays, filled, start)
+
+    stopped.update = stop_at_the_second
+    with pytest.raises(Stopped):
+        stopped.run()
+    resumed = rl_training(tmp_path / "stopped", **more)
+    resumed.run()
+    assert tree.digest(resumed.state) == tree.digest(whole.state)
+    rows = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "stopped")]
+    assert rows[0] == rows[1]
+    first, second = read(tmp_path / "whole")[:2]
+    assert first["importance_ratio"] == pytest.approx(1, abs=1e-4)  # the old policy is the trainer's own
+    assert abs(second["importance_ratio"] - 1) > 1e-4
+
+
+def test_in_bfloat16_the_ratio_to_the_trainers_own_log_probs_starts_at_one_and_the_samplers_does_not(tmp_path):
+    more = SHORT | {"grpo__updates": 1, "grpo__updates_per_rollout": 1, "model__compute_dtype": "bfloat16"}
+    rows = {}
+    for name in ("rollout", "recomputed"):
+        rl_training(tmp_path / name, **more, grpo__old_logp=name).run()
+        rows[name] = read(tmp_path / name)[0]
+    assert rows["recomputed"]["max_ratio"] == pytest.approx(1, abs=1e-6)
+    assert rows["rollout"]["max_ratio"] > 1 + 1e-4
+    assert rows["recomputed"]["max_logprob_difference"] == pytest.approx(rows["rollout"]["max_logprob_difference"])
+
+
+CONFIG = configs.load("r1_zero:tiny", [("grpo.group_size", "2"), ("grpo.dynamic_sampling_rounds", "2")])
+
+
+def made(draws, accuracies):
+    """Returns a rollout of groups of two with the given accuracies, by draw."""
+    samples = [
+        RolloutSample(
+            request_id=draw,
+            sample_index=index,
+            prompt_ids=np.asarray([1, 2], np.int32),
+            token_ids=np.asarray([3, draw], np.int32),
+            logps=np.zeros(2, np.float32),
+            behaviour_logps=np.zeros(2, np.float32),
+            finish_reason="stop",
+            weight_version=0,
+        )
+        for draw in draws
+        for index in range(2)
+    ]
+    parts = np.zeros((len(samples), 3), np.float32)
+    parts[:, 0] = np.reshape(accuracies, -1)
+    return Rollout(samples, parts, np.ones(len(samples), bool), len(draws))
+
+
+def test_groups_that_tie_give_way_to_later_draws_and_fill_up_what_is_missing():
+    tied, mixed = [1, 1], [1, 0]
+    parts = [made(range(5, 8), [tied, mixed, tied]), made(range(8, 10), [tied, mixed])]
+    kept = rollouts.keep_groups(parts, 3, CONFIG)
+    assert [sample.request_id for sample in kept.samples] == [5, 5, 6, 6, 9, 9]
+    assert rollouts.signals(kept, CONFIG).tolist() == [False, True, True]
+    assert kept.draws == 5
+
+
+def test_a_run_draws_again_within_its_bound_and_never_the_same_prompt_twice(tmp_path):
+    more = SHORT | {
+        "grpo__dynamic_sampling_rounds": 2,
+        "grpo__updates": 2,
+        "reward__language": 0.0,
+        "reward__format": 0.0,
+    }
+    training = rl_training(tmp_path, **more)
+    drawn, grade = [], training.sample_and_grade
+
+    def watch(draws, *rest):
+        drawn.append(draws)
+        return grade(draws, *rest)
+
+    training.sample_and_grade = watch
+    training.run()
+    row = read(tmp_path)[0]
+    numbers = [draw for draws in drawn for draw in draws]
+    assert numbers == list(range(len(numbers)))
+    assert row["prompts_drawn"] == len(numbers) == training.cursor.draw
+    assert len(drawn) <= 3
+    assert len(drawn) == 3 or row["zero_variance_groups"] == 0
+    assert row["prompts_drawn"] > 4  # an untrained model is never right, so that all groups tie
+
+
+def test_the_length_penalty_of_dapo_reaches_the_advantages_and_is_in_tokens(tmp_path):
+    config = configs.load("r1_zero:tiny", [("grpo.preset", "dapo"), ("grpo.group_size", "2"), ("reward.format", "0")])
+    scored = made([0], [[1, 1]])
+    scored.samples[1].__dict__["token_ids"] = np.zeros(10, np.int32)
+    judged = rollouts.judge(scored, config, 10)
+    assert judged.rewards.tolist() == [1.0, 0.0] and judged.advantages[0] > 0 > judged.advantages[1]
+
+
+def test_dropped_samples_leave_the_statistics_and_masked_ones_do_not():
+    scored = made([0, 1], [[1, 0], [1, 0]])
+    scored.samples[1].__dict__["finish_reason"] = "length"
+    for truncated, expected in (("keep", 1.0), ("mask", 1.0), ("drop", 0.0)):
+        config = configs.load("r1_zero:tiny", [("grpo.group_size", "2"), ("grpo.truncated", truncated)])
+        judged = rollouts.judge(scored, config, 10)
+        assert judged.advantages[0] == pytest.approx(expected, rel=1e-4)
+        assert judged.trained.tolist() == [True, truncated == "keep", True, True]
+
+
+def test_the_journal_keeps_the_trainers_values_and_the_number_of_draws(tmp_path):
+    scored = made([4, 7], [[1, 0], [0, 0]])
+    scored.__dict__.update(draws=5, values={"old_logp": [np.full(2, i, np.float32) for i in range(4)]})
+    Journal(tmp_path).write(0, scored)
+    found = Journal(tmp_path).read(0)
+    assert found.draws == 5
+    assert jax.tree.all(jax.tree.map(np.array_equal, found.values, scored.values))
+
+
+def test_resampling_with_rollouts_ahead_is_refused():
+    with pytest.raises(ValueError, match="dynamic_sampling_rounds=4 needs rollouts_ahead=0"):
+        fields = [("grpo.preset", "dapo"), ("grpo.rollouts_ahead", "1"), ("mode", "disaggregated")]
+        configs.load("r1_zero:tiny", fields)
