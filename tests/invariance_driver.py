@@ -15,7 +15,7 @@ from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PackItem, pack, pack_batch, spread
 from r1jax.models import decoder
 from r1jax.rl import losses
-from r1jax.schema import MeshConfig, ModelConfig, OptimizerConfig, PackConfig, replace
+from r1jax.schema import GRPOConfig, MeshConfig, ModelConfig, OptimizerConfig, PackConfig, replace
 from r1jax.train import sft, step
 
 MODELS = {
@@ -42,7 +42,12 @@ VARIANTS = {  # micro-batches, rows in each, one sample a row, mesh
 }
 
 
-SFT_SKIPS = ("2 micro-batches, packed, 2 devices", "1 micro-batch, padded, 4 devices")
+GRPO = {"grpo": GRPOConfig(clip_ratio=0.2), "gspo": GRPOConfig(clip_ratio=0.2, ratio="sequence")}
+LAYOUTS = {  # the variants that an objective is computed in, beside the first
+    "grpo": list(VARIANTS)[1:],
+    "sft": [name for name in VARIANTS if name[0] != "2"],
+    "gspo": ["1 micro-batch, padded, 1 device", "2 micro-batches, packed, 4 devices"],
+}
 
 
 def samples():
@@ -67,9 +72,10 @@ def gradients(model, params, objective, micro_batches, rows, alone, mesh_config)
     layout = [[index] for index in range(len(items))] if alone else pack(LENGTHS, ROW_TOKENS)
     layout = spread(layout, LENGTHS, rows, sharding.row_shards(rows, mesh_config))
     packed, size = pack_batch(items, ROW_TOKENS, micro_batches * rows, layout), PackConfig(ROW_TOKENS, rows)
-    if objective == "grpo":
-        loss, fields = losses.make_loss(model), losses.FIELDS
-        arguments = losses.LossArguments(*(np.float32(value) for value in (0.2, 0.05, 1.0)))
+    if objective in GRPO:
+        config = GRPO[objective]
+        loss, fields = losses.make_loss(model, config), losses.fields(config)
+        arguments = losses.arguments(config, 0.05, 1.0)
     else:
         loss, fields, arguments = sft.make_loss(model), (), np.float32(1 / packed.loss_mask.sum())
     trainer = step.Trainer(model, OptimizerConfig(), mesh, loss, 1)
@@ -87,12 +93,10 @@ def main():
     model, report = MODELS[sys.argv[1]], {}
     one = sharding.make_mesh(MeshConfig())
     params = jax.device_get(sharding.initialize(decoder.specs(model), rng.key(0, "same", "init"), "float32", one))
-    for objective in ("grpo", "sft"):
+    for objective, layouts in LAYOUTS.items():
         expected = None
-        for name, variant in VARIANTS.items():
-            if objective == "sft" and name in SFT_SKIPS:
-                continue
-            loss, grads = gradients(model, params, objective, *variant)
+        for name in dict.fromkeys((next(iter(VARIANTS)), *layouts)):
+            loss, grads = gradients(model, params, objective, *VARIANTS[name])
             expected = expected or (loss, grads)
             pairs = [(a, b) for a, b in zip(grads, expected[1], strict=True) if np.abs(b).max()]
             report[f"{objective}: {name}"] = {

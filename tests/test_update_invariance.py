@@ -9,14 +9,17 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-LAYOUTS = {  # by objective
-    "sft": (
-        "1 micro-batch, padded, 1 device",
-        "4 micro-batches, packed, 1 device",
-        "2 micro-batches, packed, 4 devices",
-    )
+ONE, FOUR, TWO = (
+    "1 micro-batch, padded, 1 device",
+    "4 micro-batches, packed, 1 device",
+    "2 micro-batches, packed, 2 devices",
+)
+PADDED_ON_FOUR, PACKED_ON_FOUR = "1 micro-batch, padded, 4 devices", "2 micro-batches, packed, 4 devices"
+LAYOUTS = {
+    "grpo": (ONE, FOUR, TWO, PADDED_ON_FOUR, PACKED_ON_FOUR),
+    "sft": (ONE, FOUR, PADDED_ON_FOUR),
+    "gspo": (ONE, PACKED_ON_FOUR),  # a ratio of whole samples
 }
-LAYOUTS["grpo"] = (*LAYOUTS["sft"], "1 micro-batch, padded, 4 devices", "2 micro-batches, packed, 2 devices")
 CASES = [(objective, layout) for objective, layouts in LAYOUTS.items() for layout in layouts]
 
 
