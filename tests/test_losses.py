@@ -1,7 +1,5 @@
 """Claims about advantages and the GRPO loss, against float64 NumPy written from the paper's formulas."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -337,24 +335,6 @@ def test_masked_tokens_and_padding_change_nothing(problem):
     other["tokens"] = np.where(micro["segments"] == 0, 5, micro["tokens"])
     loss = jax.jit(losses.make_loss(MODEL, GRPOConfig()))
     assert float(loss(params, micro, arguments)[0]) == pytest.approx(float(loss(params, other, arguments)[0]), rel=1e-6)
-
-
-@pytest.mark.parametrize("chunk_tokens", [1, 4, 7, 100])
-def test_chunked_log_probs_equal_unchunked_in_value_and_gradient(chunk_tokens):
-    generator = np.random.default_rng(4)
-    hidden = jnp.asarray(generator.normal(size=(2, 9, 16)), jnp.float32)
-    table = jnp.asarray(generator.normal(size=(16, 23)), jnp.float32)
-    targets = jnp.asarray(generator.integers(0, 23, (2, 9)))
-
-    @functools.partial(jax.jit, static_argnums=2)
-    def total(hidden, table, chunk):
-        logp, entropy = token_logprobs(hidden, table, targets, 0.7, chunk)
-        return jnp.sum(jnp.sin(logp)) + jnp.sum(entropy), (logp, entropy)
-
-    whole = jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, table, 0)
-    parts = jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, table, chunk_tokens)
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_entropy_is_that_of_the_tempered_softmax():
