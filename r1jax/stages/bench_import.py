@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 import time
 import zlib
@@ -18,9 +16,9 @@ from r1jax.checkpoints import hf, hf_config, hf_export
 from r1jax.checkpoints.tokenizer import tiny
 from r1jax.core import sharding
 from r1jax.schema import Config, MeshConfig, ModelConfig
+from r1jax.stages import measure
 
 SHARDS = 4  # files of a synthetic checkpoint, at least
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def run(config: Config, workdir: Path) -> dict[str, float]:
@@ -31,8 +29,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     had before and less the parameters, over the size of the largest file. Raises ValueError when the folder is not a
     checkpoint or the system does not tell a process its memory.
     """
-    if not STATUS.exists():
-        raise ValueError(f"bench_import: {STATUS} is needed, which only Linux has")
+    measure.require_memory_figures("bench_import")
     dtype = config.optimizer.param_dtype
     if config.model.checkpoint:
         return _figures(Path(config.model.checkpoint), dtype)
@@ -61,14 +58,7 @@ def synthesise(folder: Path, model: ModelConfig) -> None:
 
 def _figures(folder: Path, dtype: str) -> dict[str, float]:
     sizes = [path.stat().st_size for path in hf.weight_files(folder)[0]]
-    environment = dict(os.environ)
-    places = [str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
-    command = [sys.executable, "-m", "r1jax.stages.bench_import", str(folder), dtype]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"bench_import: {(done.stderr.strip() or 'the import was killed').splitlines()[-1]}")
-    figures = json.loads(done.stdout.splitlines()[-1])
+    figures = measure.in_own_process("r1jax.stages.bench_import", str(folder), dtype, what="the import")
     extra = figures["peak_rss_bytes"] - figures["rss_before_bytes"] - figures["parameter_bytes"]
     figures |= {"checkpoint_bytes": sum(sizes), "files": len(sizes), "largest_shard_bytes": max(sizes)}
     figures |= {"extra_bytes": extra, "ratio": extra / max(sizes)}
@@ -80,28 +70,18 @@ def _figures(folder: Path, dtype: str) -> dict[str, float]:
     return figures
 
 
-def measure(folder: Path, dtype: str) -> dict[str, float]:
+def load_figures(folder: Path, dtype: str) -> dict[str, float]:
     """Returns this process's resident memory before the import and at its peak, the parameters' bytes and the time."""
     mesh = sharding.make_mesh(MeshConfig())
     model = hf_config.model_config(folder, ModelConfig())
     jnp.zeros(8).block_until_ready()  # the backend's own memory is there before
-    before = _resident("VmRSS")
-    try:
-        CLEAR.write_text("5")  # the peak counts from here on
-    except OSError:
-        pass  # where that is not allowed, the peak can only be too large
+    before = measure.restart_peak()
     start = time.perf_counter()
     params = hf.load(folder, model, mesh, jnp.dtype(dtype))
-    seconds, peak = time.perf_counter() - start, _resident("VmHWM")
+    seconds, peak = time.perf_counter() - start, measure.peak()
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     return {"rss_before_bytes": before, "peak_rss_bytes": peak, "parameter_bytes": held, "load_s": seconds}
 
 
-def _resident(field: str) -> int:
-    """Returns a field of this process's status, in bytes."""
-    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024
-
-
 if __name__ == "__main__":
-    print(json.dumps(measure(Path(sys.argv[1]), sys.argv[2])))
+    print(json.dumps(load_figures(Path(sys.argv[1]), sys.argv[2])))

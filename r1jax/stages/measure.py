@@ -1,0 +1,51 @@
+"""Measurements in a process of their own: its memory is that of one piece of work."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def require_memory_figures(who: str) -> None:
+    """Raises ValueError where the system does not tell a process its memory."""
+    if not STATUS.exists():
+        raise ValueError(f"{who}: {STATUS} is needed, which only Linux has")
+
+
+def in_own_process(module: str, *arguments: str, what: str) -> dict:
+    """Returns the JSON object that `python -m module arguments` prints last.
+
+    Raises ValueError with its last line of errors, as `what`, when it fails.
+    """
+    environment = dict(os.environ)
+    places = [str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
+    done = subprocess.run([sys.executable, "-m", module, *arguments], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(
+            f"{module.rpartition('.')[2]}: {(done.stderr.strip() or f'{what} was killed').splitlines()[-1]}"
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def restart_peak() -> int:
+    """Lets this process's peak of resident memory count from now on, and returns what is resident, in bytes."""
+    before = _resident("VmRSS")
+    try:
+        CLEAR.write_text("5")
+    except OSError:
+        pass  # where that is not allowed, the peak can only be too large
+    return before
+
+
+def peak() -> int:
+    """Returns the peak of this process's resident memory, in bytes."""
+    return _resident("VmHWM")
+
+
+def _resident(field: str) -> int:
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
