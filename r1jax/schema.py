@@ -381,6 +381,7 @@ class PackConfig:
 
     row_tokens: int = 96
     rows_per_micro_batch: int = 32
+    trained_chunk: int = 0  # on one device logits of trained positions alone, so many at a time; 0: of all positions
 
 
 @dataclass(frozen=True)
@@ -480,6 +481,25 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class BenchConfig:
+    """What bench_update measures: samples of random tokens, responses of log-normal length, and who updates on them."""
+
+    samples: int = 64
+    prompt_tokens: int = 64
+    median_tokens: int = 48  # of a response
+    p99_tokens: int = 512  # 99th percentile of the lengths' law
+    longest_tokens: int = 576  # longer draws are cut to this
+    repeats: int = 3  # rounds in which every system runs once, in turn
+    losses: tuple[str, ...] = ("grpo", "sft")
+    threads: int = 2  # processors that every system is held to
+    peer_micro_batch: int = 8  # samples of a peer's micro-batch
+    trl_python: str = ""  # interpreter with torch, transformers and trl; "" leaves TRL and transformers out
+    tunix_python: str = ""  # interpreter with google-tunix; "" leaves Tunix out
+    tunix_micro_batch: int = 2  # Tunix holds the logits of all positions
+    split_updates: int = 2  # GRPO steps of a run that tells the shares of a step, the first not counted; 0: none
+
+
+@dataclass(frozen=True)
 class Config:
     """One stage run. `stage` picks the function; a stage reads only the parts it uses."""
 
@@ -521,6 +541,7 @@ class Config:
     extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"  # grade: where the answer stands
     rebuild_base: bool = False  # quickstart, r1_zero: pretrain the tiny base instead of using the shipped one
     ppo: PPOConfig = PPOConfig()
+    bench: BenchConfig = BenchConfig()
 
     def __post_init__(self):
         _require(

@@ -96,9 +96,8 @@ class PolicyTraining:
         _check_row(config, prompts)
         self.prompts = rollout.PromptPhases(prompts, later, config)
         model = config.model
-        self.trainer = step.Trainer(
-            model, config.optimizer, mesh, losses.make_loss(model, config.grpo), config.grpo.updates
-        )
+        loss = losses.make_loss(model, config.grpo, trained_chunk=config.pack.trained_chunk)
+        self.trainer = step.Trainer(model, config.optimizer, mesh, loss, config.grpo.updates)
         self.scorer = Scorer(model, mesh, offloaded=config.grpo.offload_reference)
         placed = self.trainer.param_shardings
         self.reference_shardings = sharding.on_host(placed) if config.grpo.offload_reference else placed
