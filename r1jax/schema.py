@@ -381,6 +381,7 @@ class PackConfig:
 
     row_tokens: int = 96
     rows_per_micro_batch: int = 32
+    shared_prompts: bool = False  # RL: a prompt stands once in a row for all its samples there
     trained_chunk: int = 0  # on one device logits of trained positions alone, so many at a time; 0: of all positions
 
 
@@ -553,6 +554,16 @@ class Config:
             self.mode == "colocated" or self.grpo.advantage != "gae",
             f"Config.mode={self.mode} does not run PPO (grpo.advantage=gae); use colocated",
         )
+        if self.pack.shared_prompts:
+            alone = {
+                "mesh.context=1": self.mesh.context == 1,
+                "model.attention_block=0": not self.model.attention_block,
+                "model.mtp_loss_weight=0": not self.model.mtp_loss_weight,
+                "model.aux_loss_alpha=0": not self.model.aux_loss_alpha,
+                "grpo.advantage other than gae": self.grpo.advantage != "gae",
+            }
+            for wanted, given in alone.items():
+                _require(given, f"Config.pack.shared_prompts=true needs {wanted}")
         _require(
             not (self.grpo.routing_replay and self.grpo.advantage == "gae"),
             "Config.grpo.routing_replay=true does not go with PPO (grpo.advantage=gae): a critic has routers of its own",

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from r1jax.core import distributed, runtime, sharding, tree
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.core.metrics import MetricsLog
-from r1jax.data.packing import PackedBatch, unpack
+from r1jax.data.packing import PREFIXES, PackedBatch, unpack
 from r1jax.models import decoder
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import RewardPool
@@ -184,6 +184,8 @@ class PolicyTraining:
         if self.config.grpo.routing_replay:
             model = self.config.model
             arrays[ROUTED] = np.full((*shape, model.num_moe_layers, model.num_experts_per_tok), -1, np.int16)
+        if size.shared_prompts:
+            arrays[PREFIXES] = np.zeros(shape, np.int32)
         self.warm_up_training(arrays)
         for name in self.sampler.engine.compilations():
             self.programs.add(name, lambda name=name: self.sampler.engine.compilations()[name])
@@ -277,7 +279,8 @@ class PolicyTraining:
             packed = rollout.pack_mini_batch(scored, chosen, blank, self.config, longest)
             for name, (scorer, weights) in scorers.items():
                 found = self.timer.run("reference", self.score, scorer, weights, packed, start)
-                for index, row in zip(chosen, unpack(found.reshape(packed.tokens.shape), packed), strict=True):
+                rows = unpack(found.reshape(packed.tokens.shape), packed)[: len(chosen)]  # prefixes stand after
+                for index, row in zip(chosen, rows, strict=True):
                     values[name][index] = row[-len(scored.samples[index].token_ids) :]
         return self.journal.write(start, dataclasses.replace(scored, values=values))
 

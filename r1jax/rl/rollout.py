@@ -8,7 +8,7 @@ import numpy as np
 
 from r1jax.core import distributed, rng, sharding
 from r1jax.data.hashing import hash64
-from r1jax.data.packing import PackedBatch, PackItem, pack, pack_batch, spread
+from r1jax.data.packing import PackedBatch, PackItem, pack, pack_batch, share_prompts, spread
 from r1jax.data.prompts import Prompt, PromptStream, keyed_permutation
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import Grading, RewardPool
@@ -232,30 +232,40 @@ def pack_mini_batch(
     With grpo.routing_replay also the experts each token was sent to. Raises ValueError when a sample has no such record.
     """
     samples = [rollout.samples[i] for i in chosen]
-    lengths = [len(sample.token_ids) for sample in samples]
+    size, lengths = config.pack, [len(sample.token_ids) for sample in samples]
     weights = losses.token_weights(lengths, config.grpo, max_new_tokens, judged.counted[chosen])
+    prefixes, prefix_of, rows = [], [-1] * len(samples), None
+    if size.shared_prompts:
+        prefixes, prefix_of, rows = share_prompts([s.prompt_ids for s in samples], lengths, size.row_tokens)
     items = []
-    for index, sample, weight in zip(chosen, samples, weights, strict=True):
-        prompt, length = len(sample.prompt_ids), len(sample.token_ids)
-
-        def after_prompt(values, prompt=prompt, length=length):
-            row = np.zeros(prompt + length, np.float32)
-            row[prompt:] = values
-            return row
-
-        values = dict(
-            advantage=after_prompt(judged.advantages[index]),
-            behaviour_logp=after_prompt(sample.behaviour_logps),
-            weight=np.full(prompt + length, weight, np.float32),
-        )
-        values |= {name: after_prompt(arrays[index]) for name, arrays in (rollout.values | judged.values).items()}
-        mask = after_prompt(float(judged.trained[index]))
-        inputs = {ROUTED: _record(sample)} if config.grpo.routing_replay else {}
-        items.append(PackItem(np.concatenate([sample.prompt_ids, sample.token_ids]), mask, values, inputs))
-    size, lengths = config.pack, [len(item.tokens) for item in items]
+    for index, sample, weight, prefix in zip(chosen, samples, weights, prefix_of, strict=True):
+        values = {"advantage": judged.advantages[index], "behaviour_logp": sample.behaviour_logps, "weight": weight}
+        values |= {name: arrays[index] for name, arrays in (rollout.values | judged.values).items()}
+        before = sample.prompt_ids if prefix < 0 else sample.prompt_ids[-1:]
+        inputs = {ROUTED: _record(sample)[-len(before) - len(sample.token_ids) :]} if config.grpo.routing_replay else {}
+        items.append(_item(before, sample.token_ids, float(judged.trained[index]), values, inputs, prefix))
+    for number, prefix in enumerate(prefixes, len(samples)):
+        first = samples[prefix_of.index(number)]
+        inputs = {ROUTED: _record(first)[: len(prefix)]} if config.grpo.routing_replay else {}
+        items.append(_item(prefix, np.empty(0, np.int32), 0.0, dict.fromkeys(items[0].values, 0.0), inputs, -1))
+    sizes = [len(item.tokens) for item in items]
     shards = sharding.row_shards(size.rows_per_micro_batch, config.mesh)
-    rows = spread(pack(lengths, size.row_tokens), lengths, size.rows_per_micro_batch, shards)
+    rows = spread(rows or pack(sizes, size.row_tokens), sizes, size.rows_per_micro_batch, shards)
     return pack_batch(items, size.row_tokens, micro_batches(config) * size.rows_per_micro_batch, rows)
+
+
+def _item(
+    before: np.ndarray, response: np.ndarray, trained: float, values: dict, inputs: dict, prefix: int
+) -> PackItem:
+    """Returns tokens that are only read, then those of a response with its mask and values (numbers or arrays)."""
+
+    def after(value) -> np.ndarray:
+        row = np.zeros(len(before) + len(response), np.float32)
+        row[len(before) :] = value
+        return row
+
+    named = {name: after(value) for name, value in values.items()}
+    return PackItem(np.concatenate([before, response]), after(trained), named, inputs, prefix)
 
 
 def _record(sample: RolloutSample) -> np.ndarray:
