@@ -33,7 +33,7 @@ def in_own_process(module: str, *arguments: str, what: str) -> dict:
 
 def restart_peak() -> int:
     """Lets this process's peak of resident memory count from now on, and returns what is resident, in bytes."""
-    before = _resident("VmRSS")
+    before = resident()
     try:
         CLEAR.write_text("5")
     except OSError:
@@ -41,11 +41,16 @@ def restart_peak() -> int:
     return before
 
 
+def resident() -> int:
+    """Returns what is resident of this process now, in bytes."""
+    return _field("VmRSS")
+
+
 def peak() -> int:
     """Returns the peak of this process's resident memory, in bytes."""
-    return _resident("VmHWM")
+    return _field("VmHWM")
 
 
-def _resident(field: str) -> int:
+def _field(field: str) -> int:
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     return int(lines[field].split()[0]) * 1024
