@@ -381,6 +381,8 @@ class PackConfig:
 
     row_tokens: int = 96
     rows_per_micro_batch: int = 32
+    shared_prompts: bool = False  # RL: a prompt stands once in a row for all its samples there
+    trained_chunk: int = 0  # on one device logits of trained positions alone, so many at a time; 0: of all positions
 
 
 @dataclass(frozen=True)
@@ -480,6 +482,25 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class BenchConfig:
+    """What bench_update measures: samples of random tokens, responses of log-normal length, and who updates on them."""
+
+    samples: int = 64
+    prompt_tokens: int = 64
+    median_tokens: int = 48  # of a response
+    p99_tokens: int = 512  # 99th percentile of the lengths' law
+    longest_tokens: int = 576  # longer draws are cut to this
+    repeats: int = 3  # rounds in which every system runs once, in turn
+    losses: tuple[str, ...] = ("grpo", "sft")
+    threads: int = 2  # processors that every system is held to
+    peer_micro_batch: int = 8  # samples of a peer's micro-batch
+    trl_python: str = ""  # interpreter with torch, transformers and trl; "" leaves TRL and transformers out
+    tunix_python: str = ""  # interpreter with google-tunix; "" leaves Tunix out
+    tunix_micro_batch: int = 2  # Tunix holds the logits of all positions
+    split_updates: int = 2  # GRPO steps of a run that tells the shares of a step, the first not counted; 0: none
+
+
+@dataclass(frozen=True)
 class Config:
     """One stage run. `stage` picks the function; a stage reads only the parts it uses."""
 
@@ -521,6 +542,7 @@ class Config:
     extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"  # grade: where the answer stands
     rebuild_base: bool = False  # quickstart, r1_zero: pretrain the tiny base instead of using the shipped one
     ppo: PPOConfig = PPOConfig()
+    bench: BenchConfig = BenchConfig()
 
     def __post_init__(self):
         _require(
@@ -532,6 +554,16 @@ class Config:
             self.mode == "colocated" or self.grpo.advantage != "gae",
             f"Config.mode={self.mode} does not run PPO (grpo.advantage=gae); use colocated",
         )
+        if self.pack.shared_prompts:
+            alone = {
+                "mesh.context=1": self.mesh.context == 1,
+                "model.attention_block=0": not self.model.attention_block,
+                "model.mtp_loss_weight=0": not self.model.mtp_loss_weight,
+                "model.aux_loss_alpha=0": not self.model.aux_loss_alpha,
+                "grpo.advantage other than gae": self.grpo.advantage != "gae",
+            }
+            for wanted, given in alone.items():
+                _require(given, f"Config.pack.shared_prompts=true needs {wanted}")
         _require(
             not (self.grpo.routing_replay and self.grpo.advantage == "gae"),
             "Config.grpo.routing_replay=true does not go with PPO (grpo.advantage=gae): a critic has routers of its own",

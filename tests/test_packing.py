@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1jax.data.packing import PackItem, pack, pack_batch, rows_needed, unpack
+from r1jax.data.packing import PackItem, pack, pack_batch, rows_needed, spread, unpack
 
 lengths_and_row = st.integers(1, 60).flatmap(
     lambda row: st.tuples(st.lists(st.integers(1, row), max_size=60), st.just(row))
@@ -152,3 +152,40 @@ def test_pack_batch_refuses_given_rows_that_overflow_or_miss_an_item():
         pack_batch(items, 9, 2, [[0, 1, 2]])
     with pytest.raises(ValueError, match="each of 3 items once"):
         pack_batch(items, 9, 2, [[0, 1], [1]])
+
+
+def imbalance(rows, lengths, size, shards):
+    """Returns the mean over micro-batches of (tokens of the fullest device) / (tokens of a device on average)."""
+    found = []
+    for first in range(0, len(rows), size):
+        tokens = np.zeros(size)
+        for place, row in enumerate(rows[first : first + size]):
+            tokens[place] = sum(lengths[index] for index in row)
+        loads = tokens.reshape(shards, -1).sum(axis=1)
+        found.append(loads.max() / loads.mean())
+    return float(np.mean(found))
+
+
+def test_spread_gives_devices_about_equal_tokens_where_best_fit_gives_the_first_the_most():
+    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(48), 1.0, 512).astype(int) + 64, 1, 640).tolist()
+    packed = pack(lengths, 640)
+    before, after = (imbalance(rows, lengths, 32, 8) for rows in (packed, spread(packed, lengths, 32, 8)))
+    print(f"{len(packed)} rows; fullest device over the mean: {before:.3f} before, {after:.3f} after")
+    assert after < 1.1 < 1.2 < before
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths_and_row, st.sampled_from([(4, 1), (4, 2), (4, 4), (8, 4)]))
+def test_spread_moves_no_row_to_another_micro_batch_and_loses_none(case, division):
+    (lengths, row_tokens), (size, shards) = case, division
+    packed = pack(lengths, row_tokens)
+    rows = spread(packed, lengths, size, shards)
+    if shards == 1:
+        assert rows == packed
+    for first in range(0, len(packed), size):
+        assert sorted(row for row in rows[first : first + size] if row) == sorted(packed[first : first + size])
+    if shards > 1:
+        assert len(rows) == -(-len(packed) // size) * size
+    for first in range(0, len(packed) if shards > 1 else 0, size):
+        runs = [rows[i : i + size // shards] for i in range(first, first + size, size // shards)]
+        assert sum(any(run) for run in runs) == min(len(packed) - first, shards)  # no device idles before it must

@@ -156,3 +156,12 @@ def test_update_and_decode_fit_their_chips_and_expert_weights_stay(size, results
         found.require_fit()
         assert found.rematerialized == ()
         assert found.gathered == ()
+
+
+def test_muon_orthogonalises_expert_matrices_where_they_lie():
+    model = {"num_hidden_layers": 4}  # three layers of experts: merged with them, the expert axis would be put together
+    found = plan(
+        "update", preset="tiny", model=model, mesh={"fsdp": 2, "expert": 2}, **ROWS, optimizer={"kind": "muon"}
+    )
+    assert not [name for name in found.by_axes() if name.startswith("all-gather") and name.endswith("fsdp+expert")]
+    assert found.gathered == found.rematerialized == ()

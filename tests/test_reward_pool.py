@@ -130,3 +130,16 @@ def test_no_worker_outlives_a_killed_trainer_even_when_it_hangs(tmp_path):
     result = run_script(tmp_path, "killed")  # returns when the last holder of its output, workers included, has ended
     assert result.returncode == -signal.SIGKILL
     assert time.monotonic() - started < 30.0  # the sample's own deadline is 100 s
+
+
+def test_gradings_begun_apart_are_finished_together_in_order_under_one_batch_deadline():
+    with RewardPool(RewardConfig(workers=1, deadline_s=60.0, batch_deadline_s=3.0)) as pool:
+        started = time.monotonic()
+        begun = [
+            pool.begin([symbolic("a"), symbolic("b", False)]),
+            pool.begin([symbolic("c"), request("d", HANGS, "5")]),
+        ]
+        assert time.monotonic() - started < 3.0  # a fork server has to start, but nothing is waited for
+        scores = pool.finish(begun)
+    assert [score.parts["accuracy"] for score in scores] == [1.0, 0.0, 1.0, 0.0]
+    assert [score.scorable for score in scores] == [True, True, True, False]

@@ -113,8 +113,9 @@ def test_rollout_without_a_scorable_sample_moves_nothing_and_a_program_compiled_
     training.warm_up()
     before = tree.digest(training.state.params)
     scored = Rollout(kept[0].samples, kept[0].parts, np.zeros(len(kept[0]), bool), 2)
-    advantages, summary = training.judge(scored, 0)
-    arrays, filled = training.pack(scored, rollouts.mini_batches(scored, 0, training.config)[0], advantages, 0)
+    judged, summary = training.judge(scored, 0)
+    (packed,) = training.packed(scored, rollouts.mini_batches(scored, 0, training.config)[:1], judged, 0)
+    arrays, filled = training.score_batch(packed, 0)
     training.record(training.update(arrays, filled, 0), summary)
     assert tree.digest(training.state.params) == before
     (row,) = read(tmp_path)

@@ -8,6 +8,7 @@ from small import rl_training
 from r1jax import config as configs
 from r1jax.core import tree
 from r1jax.core.metrics import read
+from r1jax.rewards.pool import RewardPool
 from r1jax.rl import rollout as rollouts
 from r1jax.rl.journal import Journal, Rollout
 from r1jax.sampler.sample import RolloutSample
@@ -157,3 +158,26 @@ def test_resampling_with_rollouts_ahead_is_refused():
     with pytest.raises(ValueError, match="dynamic_sampling_rounds=4 needs rollouts_ahead=0"):
         fields = [("grpo.preset", "dapo"), ("grpo.rollouts_ahead", "1"), ("mode", "disaggregated")]
         configs.load("r1_zero:tiny", fields)
+
+
+def test_a_prompt_is_graded_when_its_samples_are_done_and_others_are_still_drawn(tmp_path):
+    training = rl_training(tmp_path, **SHORT, sampler__slots=4)
+    training.resume()
+    training.warm_up()
+    with RewardPool(training.config.reward) as pool:
+        begin, begun = pool.begin, []
+
+        def watch(requests):
+            begun.append((training.sampler.statistics.dispatches, len(requests)))
+            return begin(requests)
+
+        pool.begin = watch
+        scored = training.next_rollout(0, pool)
+    size = training.config.grpo.group_size
+    assert [count for _, count in begun] == [size] * scored.draws
+    assert begun[0][0] < training.sampler.statistics.dispatches  # the first prompt of four is done before the last
+    texts = training.tokenizer.decode_batch([sample.token_ids for sample in scored.samples])
+    asked = [training.prompts[draw] for draw in range(scored.draws) for _ in range(size)]
+    with RewardPool(training.config.reward) as pool:
+        parts, scorable = rollouts.grade(scored.samples, asked, texts, pool)
+    assert np.array_equal(parts, scored.parts) and np.array_equal(scorable, scored.scorable)

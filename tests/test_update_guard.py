@@ -358,6 +358,15 @@ def test_a_run_that_goes_on_counts_from_where_it_was():
             skipped.note(9, stats)
 
 
+def test_a_critic_that_is_skipped_alone_is_named(capsys):
+    stats = {"loss": 0.5, "grad_norm": 1.0, "value_loss": math.nan, "critic_grad_norm": math.nan, "skipped_updates": 1}
+    guard.SkippedUpdates("ppo_baseline", 0).note(7, stats)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "ppo_baseline update 7: skipped, its critic's loss is not finite (loss 0.5, gradient norm 1, "
+    )
+
+
 def test_only_the_writing_process_says_that_an_update_was_skipped(monkeypatch, capsys):
     stats = {"loss": math.nan, "grad_norm": 1.0, "skipped_updates": 1.0}
     for writes in (False, True):

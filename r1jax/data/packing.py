@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+PREFIXES = "prefixes"  # input of a batch with shared prompts: the segment that a token may see beside its own, 0: none
+
 
 @dataclass(frozen=True, eq=False)
 class PackItem:
@@ -26,6 +28,7 @@ class PackItem:
     loss_mask: np.ndarray  # [n] float32; 1 where the token is a target that counts
     values: Mapping[str, np.ndarray] = field(default_factory=dict)  # name -> [n] float32
     inputs: Mapping[str, np.ndarray] = field(default_factory=dict)  # name -> [n, ...] integers, not below 0
+    prefix: int = -1  # the number of the item that this one goes on from, in the same row before it; -1: none
 
     def __post_init__(self):
         shape = np.shape(self.tokens)
@@ -129,6 +132,41 @@ def _slots(packed: list[list[int]], lengths: Sequence[int]) -> tuple[list[tuple[
     return slots, numbers
 
 
+def _first_positions(items: Sequence[PackItem]) -> np.ndarray:
+    """Returns the position of each item's first token: 0, or where its prefix ends."""
+    return np.asarray([len(items[item.prefix].tokens) if item.prefix >= 0 else 0 for item in items], np.int64)
+
+
+def share_prompts(
+    prompts: Sequence[np.ndarray], lengths: Sequence[int], row_tokens: int
+) -> tuple[list[np.ndarray], list[int], list[list[int]]]:
+    """Returns (prefixes, the prefix of each sample, rows of item numbers) for samples whose equal prompts stand once.
+
+    A sample's item is the last token of its prompt and its `lengths` response tokens: that token predicts the first one
+    of the response, so each sample needs it for itself. The rest of the prompt is a prefix, an item with a number from
+    len(prompts) on, before the samples in its row. Samples of one prompt that do not fit one row have a prefix in each; a
+    prompt of one token has none (-1). Rows as in `pack`. Raises ValueError for a sample longer than a row.
+    """
+    owners: dict[bytes, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        owners.setdefault(prompt.tobytes(), []).append(index)
+    prefixes, prefix_of, clusters = [], [-1] * len(prompts), []
+    for members in owners.values():
+        prefix = prompts[members[0]][:-1]
+        if not prefix.size:
+            clusters += [[index] for index in members]
+            continue
+        for row in pack([lengths[index] + 1 for index in members], row_tokens - prefix.size):
+            found = [members[place] for place in row]
+            for index in found:
+                prefix_of[index] = len(prompts) + len(prefixes)
+            clusters.append([len(prompts) + len(prefixes), *found])
+            prefixes.append(prefix)
+    sizes = [length + 1 for length in lengths] + [prefix.size for prefix in prefixes]
+    rows = pack([sum(sizes[index] for index in cluster) for cluster in clusters], row_tokens)
+    return prefixes, prefix_of, [[index for cluster in row for index in clusters[cluster]] for row in rows]
+
+
 def pack_batch(
     items: Sequence[PackItem], row_tokens: int, rows: int, packed: list[list[int]] | None = None
 ) -> PackedBatch:
@@ -180,15 +218,19 @@ def pack_batch(
     inputs = {
         name: np.concatenate([item.inputs[name] for item in items]) for name in (items[0].inputs if items else ())
     }
+    inputs = {name: scatter(flat, flat.dtype, fill=-1) for name, flat in inputs.items()}
+    if any(item.prefix >= 0 for item in items):
+        before = np.asarray([numbers[item.prefix] if item.prefix >= 0 else 0 for item in items], np.int32)
+        inputs[PREFIXES] = scatter(np.repeat(before, size), np.int32)
     return PackedBatch(
         tokens=scatter(tokens, np.int32),
         targets=scatter(predicted(tokens), np.int32),
-        positions=scatter(within, np.int32),
+        positions=scatter(within + np.repeat(_first_positions(items), size), np.int32),
         segments=scatter(np.repeat(numbers, size), np.int32),
         loss_mask=scatter(predicted(mask), np.float32),
         values={name: scatter(predicted(flat), np.float32) for name, flat in values.items()},
         slots=slots,
-        inputs={name: scatter(flat, flat.dtype, fill=-1) for name, flat in inputs.items()},
+        inputs=inputs,
     )
 
 

@@ -99,12 +99,24 @@ class Context:
     segments: jax.Array  # [B, T] document of each token, 0 is padding
 
 
-def build_context(positions: jax.Array, segments: jax.Array, config: ModelConfig, cache: kv.Cache | None, window: int):
-    """Returns the context of one forward pass. With a cache, `window` rows of it are read."""
+def build_context(
+    positions: jax.Array,
+    segments: jax.Array,
+    config: ModelConfig,
+    cache: kv.Cache | None,
+    window: int,
+    prefixes: jax.Array | None = None,
+) -> Context:
+    """Returns the context of one forward pass. With a cache, `window` rows of it are read.
+
+    Without one, a token may also see the segment that `prefixes` [B, T] names for it, where that is not 0.
+    """
     cos, sin = rope.angles(positions, config)
     if cache is None:
         causal = jnp.arange(positions.shape[1])[:, None] >= jnp.arange(positions.shape[1])
         same = segments[:, :, None] == segments[:, None, :]
+        if prefixes is not None:
+            same |= (prefixes[:, :, None] == segments[:, None, :]) & (prefixes > 0)[:, :, None]
         return Context(cos, sin, causal & same, None, segments)
     mask = jnp.arange(window)[None, None, :] <= positions[:, :, None]
     return Context(cos, sin, mask, jnp.where(segments > 0, positions, cache.rows), segments)

@@ -7,9 +7,9 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from multiprocessing import forkserver
 
 from pebble import ProcessExpired, ProcessPool
@@ -70,6 +70,15 @@ def _end_with_trainer() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, Linux
 
 
+@dataclass(frozen=True, eq=False)
+class Grading:
+    """Requests that are being graded: the scores there are, and what the workers still owe, by place."""
+
+    requests: list[RewardRequest]
+    scores: list[Score | None]
+    futures: dict[int, Future]
+
+
 class RewardPool:
     """A context manager whose `score` grades samples under the deadlines of a RewardConfig.
 
@@ -116,29 +125,37 @@ class RewardPool:
         A sample that reaches `deadline_s`, is unfinished at `batch_deadline_s`, or ends its worker, gets scorable False and a
         detail with its id; the others are not affected. Raises ValueError if nothing grades a request's task.
         """
+        return self.finish([self.begin(requests)])
+
+    def begin(self, requests: Sequence[RewardRequest]) -> "Grading":
+        """Returns the grading of the requests, under way in the workers; what needs none is graded here and now.
+
+        Raises ValueError if nothing grades a request's task.
+        """
         if self._checked:
             for request in requests:
                 compose.check_task(request)
-        started = time.monotonic()
-        scores: list[Score | None] = [
-            self._quick(request, self._config) if self._quick else None for request in requests
-        ]
+        scores = [self._quick(request, self._config) if self._quick else None for request in requests]
         slow = [index for index, score in enumerate(scores) if score is None]
-        if not slow:
-            return scores
-        pool = self._running_pool()
+        pool = self._running_pool() if slow else None
         futures = {
             index: pool.schedule(
                 self._score_function, args=(requests[index], self._config), timeout=self._config.deadline_s
             )
             for index in slow
         }
-        left = wait(futures.values(), timeout=self._config.batch_deadline_s - (time.monotonic() - started)).not_done
-        for index, future in futures.items():
-            scores[index] = self._collect(requests[index], future, finished=future not in left)
-        if left or not pool.active:
+        return Grading(list(requests), scores, futures)
+
+    def finish(self, gradings: Sequence["Grading"]) -> list[Score]:
+        """Returns the scores of several gradings in order; the batch deadline counts from here, for all of them."""
+        futures = [future for grading in gradings for future in grading.futures.values()]
+        left = wait(futures, timeout=self._config.batch_deadline_s).not_done
+        for grading in gradings:
+            for index, future in grading.futures.items():
+                grading.scores[index] = self._collect(grading.requests[index], future, finished=future not in left)
+        if left or (futures and not self._pool.active):
             self.close()  # drops what is still queued or running
-        return scores
+        return [score for grading in gradings for score in grading.scores]
 
     def _running_pool(self) -> ProcessPool:
         if self._pool is not None and not self._pool.active:

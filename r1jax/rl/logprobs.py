@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from r1jax.core import distributed, sharding
 from r1jax.core.sharding import use_mesh
+from r1jax.data.packing import PREFIXES
 from r1jax.models import decoder
 from r1jax.models.logprobs import token_logprobs
 from r1jax.schema import ModelConfig
@@ -53,6 +54,7 @@ class Scorer:
                     *(micro[name] for name in ("tokens", "positions", "segments")),
                     model,
                     experts=replayed_experts(micro),
+                    prefixes=micro.get(PREFIXES),
                 )
                 return out.at[index].set(read(params, hidden, micro, temperature))
 
@@ -65,7 +67,7 @@ class Scorer:
 
         Tokens go to the experts recorded in the batch, where it holds any.
         """
-        fields = [name for name in ("tokens", "targets", "positions", "segments", ROUTED) if name in batch]
+        fields = [name for name in ("tokens", "targets", "positions", "segments", ROUTED, PREFIXES) if name in batch]
         place = sharding.sharding(self.mesh, (None, "batch", "sequence"), batch["tokens"].shape)
         arrays = {name: distributed.place(batch[name], place) for name in fields}
         with use_mesh(self.mesh):

@@ -5,7 +5,8 @@ import dataclasses
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from r1jax.core import distributed, runtime, sharding, tree
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.core.metrics import MetricsLog
-from r1jax.data.packing import PackedBatch, unpack
+from r1jax.data.packing import PREFIXES, PackedBatch, unpack
 from r1jax.models import decoder
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import RewardPool
@@ -95,9 +96,8 @@ class PolicyTraining:
         _check_row(config, prompts)
         self.prompts = rollout.PromptPhases(prompts, later, config)
         model = config.model
-        self.trainer = step.Trainer(
-            model, config.optimizer, mesh, losses.make_loss(model, config.grpo), config.grpo.updates
-        )
+        loss = losses.make_loss(model, config.grpo, trained_chunk=config.pack.trained_chunk)
+        self.trainer = step.Trainer(model, config.optimizer, mesh, loss, config.grpo.updates)
         self.scorer = Scorer(model, mesh, offloaded=config.grpo.offload_reference)
         placed = self.trainer.param_shardings
         self.reference_shardings = sharding.on_host(placed) if config.grpo.offload_reference else placed
@@ -125,13 +125,12 @@ class PolicyTraining:
                 scored = self.with_values(scored, start)
                 judged, summary = self.judge(scored, start)
                 batches = rollout.mini_batches(scored, start, self.config)
-                for chosen in batches[self.cursor.update - start :]:
-                    arrays, filled = self.pack(scored, chosen, judged, start)
+                for packed in self.packed(scored, batches[self.cursor.update - start :], judged, start):
+                    arrays, filled = self.score_batch(packed, start)
                     mismatch = self.check_replay(arrays, filled, start)
                     stats = self.update(arrays, filled, start)
-                    last = self.cursor.update == start + len(batches)
                     self.record(stats, summary | mismatch)
-                    if last:
+                    if self.cursor.update == start + len(batches):
                         self.cursor.rollout_start = self.cursor.update
                         self.cursor.draw += scored.draws
                     self.checkpoint()
@@ -185,6 +184,8 @@ class PolicyTraining:
         if self.config.grpo.routing_replay:
             model = self.config.model
             arrays[ROUTED] = np.full((*shape, model.num_moe_layers, model.num_experts_per_tok), -1, np.int16)
+        if size.shared_prompts:
+            arrays[PREFIXES] = np.zeros(shape, np.int32)
         self.warm_up_training(arrays)
         for name in self.sampler.engine.compilations():
             self.programs.add(name, lambda name=name: self.sampler.engine.compilations()[name])
@@ -246,18 +247,24 @@ class PolicyTraining:
         """Returns the scored samples of the prompts with the numbers `draws`."""
         config, group = self.config, self.config.grpo.group_size
         prompts = [self.prompts[draw] for draw in draws]
+        grader, timer = (
+            rollout.Grader(dict(zip(draws, prompts, strict=True)), pool, self.tokenizer.decode_batch),
+            Timer(),
+        )
         requests = rollout.requests_for(prompts, draws, group, self.law(start), config.seed, config.stage, "sample")
         self.phase("rollout")
         begun = time.perf_counter()
-        samples = self.sampler.generate(requests, weights, version)
-        seconds, statistics = time.perf_counter() - begun, self.sampler.statistics
+        samples = self.sampler.generate(requests, weights, version, lambda done: timer.run("rewards", grader.add, done))
+        graded_s = timer.take().get("rewards_s", 0.0)
+        seconds, statistics = time.perf_counter() - begun - graded_s, self.sampler.statistics
         self.timer.add(
-            rollout_s=seconds, rollout_tokens=statistics.tokens, rollout_occupied_s=seconds * statistics.occupancy
+            rollout_s=seconds,
+            rollout_tokens=statistics.tokens,
+            rollout_occupied_s=seconds * statistics.occupancy,
+            rewards_s=graded_s,
         )
         self.phase("grading")
-        texts = self.tokenizer.decode_batch([sample.token_ids for sample in samples])
-        repeated = [prompt for prompt in prompts for _ in range(group)]
-        parts, scorable = self.timer.run("rewards", rollout.grade, samples, repeated, texts, pool)
+        parts, scorable = self.timer.run("rewards", grader.scores, samples)
         return Rollout(samples, parts, scorable, len(draws))
 
     def with_values(self, scored: Rollout, start: int) -> Rollout:
@@ -272,7 +279,8 @@ class PolicyTraining:
             packed = rollout.pack_mini_batch(scored, chosen, blank, self.config, longest)
             for name, (scorer, weights) in scorers.items():
                 found = self.timer.run("reference", self.score, scorer, weights, packed, start)
-                for index, row in zip(chosen, unpack(found.reshape(packed.tokens.shape), packed), strict=True):
+                rows = unpack(found.reshape(packed.tokens.shape), packed)[: len(chosen)]  # prefixes stand after
+                for index, row in zip(chosen, rows, strict=True):
                     values[name][index] = row[-len(scored.samples[index].token_ids) :]
         return self.journal.write(start, dataclasses.replace(scored, values=values))
 
@@ -305,10 +313,22 @@ class PolicyTraining:
             summary["prompts_drawn"] = float(scored.draws)
         return judged, summary | self.describe(texts)
 
-    def pack(self, scored: Rollout, chosen: np.ndarray, judged: Judgement, start: int) -> tuple[dict, int]:
+    def packed(
+        self, scored: Rollout, batches: list[np.ndarray], judged: Judgement, start: int
+    ) -> Iterator[PackedBatch]:
+        """Yields the mini-batches packed; the next one is packed in a thread while the device updates on this one."""
+        longest = self.law(start).max_new_tokens
+        with ThreadPoolExecutor(1, thread_name_prefix="pack") as worker:
+            pack = lambda chosen: rollout.pack_mini_batch(scored, chosen, judged, self.config, longest)  # noqa: E731
+            following = worker.submit(pack, batches[0])
+            for number in range(1, len(batches) + 1):
+                packed = following.result()
+                following = worker.submit(pack, batches[number]) if number < len(batches) else None
+                yield packed
+
+    def score_batch(self, packed: PackedBatch, start: int) -> tuple[dict, int]:
         """Returns (arrays [M, R, T], filled micro-batches) of one mini-batch, scored under the reference."""
         self.phase("pack")
-        packed = rollout.pack_mini_batch(scored, chosen, judged, self.config, self.law(start).max_new_tokens)
         fields = tuple(name for name in self.batch_fields() if name in packed.values)
         arrays = step.batch_arrays(packed, self.config.pack, rollout.micro_batches(self.config), fields)
         if "reference_logp" in self.batch_fields() and "reference_logp" not in packed.values:

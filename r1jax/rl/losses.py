@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from r1jax.data.packing import PREFIXES
 from r1jax.models import decoder
 from r1jax.models.logprobs import scored_logprobs
 from r1jax.rl.logprobs import replayed_experts
@@ -258,7 +259,11 @@ def make_loss(model: ModelConfig, config: GRPOConfig, chunk_tokens: int = 0, tra
     def loss(params: decoder.Params, micro: dict[str, jax.Array], given: LossArguments):
         experts = replayed_experts(micro)
         hidden, _, auxiliary = decoder.forward(
-            params, micro["tokens"], micro["positions"], micro["segments"], model, experts=experts
+            params,
+            *(micro[name] for name in ("tokens", "positions", "segments")),
+            model,
+            experts=experts,
+            prefixes=micro.get(PREFIXES),
         )
         matrix, mask = decoder.unembedding(params), micro["loss_mask"]
         chunks = dict(chunk_tokens=chunk_tokens, trained_chunk=trained_chunk)

@@ -1,18 +1,18 @@
 """From prompts to a scored rollout, and from a scored rollout to packed mini-batches."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from r1jax.core import distributed, rng, sharding
 from r1jax.data.hashing import hash64
-from r1jax.data.packing import PackedBatch, PackItem, pack, pack_batch, spread
+from r1jax.data.packing import PackedBatch, PackItem, pack, pack_batch, share_prompts, spread
 from r1jax.data.prompts import Prompt, PromptStream, keyed_permutation
 from r1jax.rewards.compose import PART_NAMES
-from r1jax.rewards.pool import RewardPool
-from r1jax.rewards.score import RewardRequest
+from r1jax.rewards.pool import Grading, RewardPool
+from r1jax.rewards.score import RewardRequest, Score
 from r1jax.rl import losses, schedules
 from r1jax.rl.advantages import group_advantages
 from r1jax.rl.journal import Rollout
@@ -86,6 +86,35 @@ def requests_for(
     ]
 
 
+class Grader:
+    """Grades the samples of a rollout prompt by prompt, while others are still drawn.
+
+    With several processes each grades the samples of its own prompts, draw % processes, and all get all scores.
+    """
+
+    def __init__(self, prompts: Mapping[int, EncodedPrompt], pool: RewardPool, decode: Callable[[list], list[str]]):
+        """`prompts` by draw, which is a sample's request_id; `decode` turns lists of token ids into texts."""
+        self._prompts, self._pool, self._decode = prompts, pool, decode
+        self._gradings: dict[int, Grading] = {}  # by draw
+
+    def add(self, samples: Sequence[RolloutSample]) -> None:
+        """Begins to grade all samples of one prompt."""
+        draw = samples[0].request_id
+        if draw % distributed.process_count() == distributed.process_index():
+            texts, prompt = self._decode([sample.token_ids for sample in samples]), self._prompts[draw]
+            self._gradings[draw] = self._pool.begin(
+                [_request(*one, prompt) for one in zip(samples, texts, strict=True)]
+            )
+
+    def scores(self, samples: Sequence[RolloutSample]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (parts float32 [N, P] in the order of PART_NAMES, scorable bool [N]) of all samples of the prompts
+        added, in group order."""
+        mine = [index for index, sample in enumerate(samples) if sample.request_id in self._gradings]
+        draws = dict.fromkeys(samples[index].request_id for index in mine)
+        found = self._pool.finish([self._gradings[draw] for draw in draws])
+        return _everywhere(mine, found, len(samples), self._pool)
+
+
 def grade(
     samples: Sequence[RolloutSample], prompts: Sequence[EncodedPrompt], texts: Sequence[str], pool: RewardPool
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -95,38 +124,37 @@ def grade(
     """
     processes, own = distributed.process_count(), distributed.process_index()
     mine = [i for i, sample in enumerate(samples) if sample.request_id % processes == own]
-    parts, scorable = _grade([(samples[i], prompts[i], texts[i]) for i in mine], pool)
-    if processes == 1:
+    found = pool.score([_request(samples[i], texts[i], prompts[i]) for i in mine])
+    return _everywhere(mine, found, len(samples), pool)
+
+
+def _request(sample: RolloutSample, text: str, prompt: EncodedPrompt) -> RewardRequest:
+    return RewardRequest(
+        id=f"{prompt.prompt.id}/{sample.request_id}/{sample.sample_index}",
+        task=prompt.prompt.task,
+        prompt=prompt.prompt.text,
+        response=text,
+        reference=prompt.prompt.answer,
+        prefill=prompt.prefill,
+        language=prompt.prompt.language,
+        truncated=sample.truncated,
+    )
+
+
+def _everywhere(mine: list[int], scores: list[Score], total: int, pool: RewardPool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (parts, scorable) of all samples, this process having scored those with the numbers `mine`."""
+    parts = np.asarray([[score.parts.get(name, 0.0) for name in PART_NAMES] for score in scores], np.float32)
+    parts = parts.reshape(len(scores), len(PART_NAMES))
+    scorable = np.asarray([score.scorable for score in scores], bool)
+    if distributed.process_count() == 1:
         return parts, scorable
     name, deadline_s = "the scores of a rollout", pool.batch_deadline_s + distributed.DEADLINE_S
     found = distributed.gather([mine, parts, scorable], name, deadline_s)
     if found is not None:
-        parts, scorable = np.zeros((len(samples), len(PART_NAMES)), np.float32), np.zeros(len(samples), bool)
+        parts, scorable = np.zeros((total, len(PART_NAMES)), np.float32), np.zeros(total, bool)
         for places, some_parts, some_scorable in found:
             parts[places], scorable[places] = some_parts, some_scorable
     return tuple(distributed.broadcast([parts, scorable], name, deadline_s))
-
-
-def _grade(
-    graded: Sequence[tuple[RolloutSample, EncodedPrompt, str]], pool: RewardPool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `grade`'s result for (sample, prompt, text) of this process."""
-    requests = [
-        RewardRequest(
-            id=f"{p.prompt.id}/{sample.request_id}/{sample.sample_index}",
-            task=p.prompt.task,
-            prompt=p.prompt.text,
-            response=text,
-            reference=p.prompt.answer,
-            prefill=p.prefill,
-            language=p.prompt.language,
-            truncated=sample.truncated,
-        )
-        for sample, p, text in graded
-    ]
-    scores = pool.score(requests)
-    parts = np.asarray([[score.parts.get(name, 0.0) for name in PART_NAMES] for score in scores], np.float32)
-    return parts.reshape(len(scores), len(PART_NAMES)), np.asarray([score.scorable for score in scores], bool)
 
 
 def mini_batches(rollout: Rollout, start: int, config: Config) -> list[np.ndarray]:
@@ -204,30 +232,40 @@ def pack_mini_batch(
     With grpo.routing_replay also the experts each token was sent to. Raises ValueError when a sample has no such record.
     """
     samples = [rollout.samples[i] for i in chosen]
-    lengths = [len(sample.token_ids) for sample in samples]
+    size, lengths = config.pack, [len(sample.token_ids) for sample in samples]
     weights = losses.token_weights(lengths, config.grpo, max_new_tokens, judged.counted[chosen])
+    prefixes, prefix_of, rows = [], [-1] * len(samples), None
+    if size.shared_prompts:
+        prefixes, prefix_of, rows = share_prompts([s.prompt_ids for s in samples], lengths, size.row_tokens)
     items = []
-    for index, sample, weight in zip(chosen, samples, weights, strict=True):
-        prompt, length = len(sample.prompt_ids), len(sample.token_ids)
-
-        def after_prompt(values, prompt=prompt, length=length):
-            row = np.zeros(prompt + length, np.float32)
-            row[prompt:] = values
-            return row
-
-        values = dict(
-            advantage=after_prompt(judged.advantages[index]),
-            behaviour_logp=after_prompt(sample.behaviour_logps),
-            weight=np.full(prompt + length, weight, np.float32),
-        )
-        values |= {name: after_prompt(arrays[index]) for name, arrays in (rollout.values | judged.values).items()}
-        mask = after_prompt(float(judged.trained[index]))
-        inputs = {ROUTED: _record(sample)} if config.grpo.routing_replay else {}
-        items.append(PackItem(np.concatenate([sample.prompt_ids, sample.token_ids]), mask, values, inputs))
-    size, lengths = config.pack, [len(item.tokens) for item in items]
+    for index, sample, weight, prefix in zip(chosen, samples, weights, prefix_of, strict=True):
+        values = {"advantage": judged.advantages[index], "behaviour_logp": sample.behaviour_logps, "weight": weight}
+        values |= {name: arrays[index] for name, arrays in (rollout.values | judged.values).items()}
+        before = sample.prompt_ids if prefix < 0 else sample.prompt_ids[-1:]
+        inputs = {ROUTED: _record(sample)[-len(before) - len(sample.token_ids) :]} if config.grpo.routing_replay else {}
+        items.append(_item(before, sample.token_ids, float(judged.trained[index]), values, inputs, prefix))
+    for number, prefix in enumerate(prefixes, len(samples)):
+        first = samples[prefix_of.index(number)]
+        inputs = {ROUTED: _record(first)[: len(prefix)]} if config.grpo.routing_replay else {}
+        items.append(_item(prefix, np.empty(0, np.int32), 0.0, dict.fromkeys(items[0].values, 0.0), inputs, -1))
+    sizes = [len(item.tokens) for item in items]
     shards = sharding.row_shards(size.rows_per_micro_batch, config.mesh)
-    rows = spread(pack(lengths, size.row_tokens), lengths, size.rows_per_micro_batch, shards)
+    rows = spread(rows or pack(sizes, size.row_tokens), sizes, size.rows_per_micro_batch, shards)
     return pack_batch(items, size.row_tokens, micro_batches(config) * size.rows_per_micro_batch, rows)
+
+
+def _item(
+    before: np.ndarray, response: np.ndarray, trained: float, values: dict, inputs: dict, prefix: int
+) -> PackItem:
+    """Returns tokens that are only read, then those of a response with its mask and values (numbers or arrays)."""
+
+    def after(value) -> np.ndarray:
+        row = np.zeros(len(before) + len(response), np.float32)
+        row[len(before) :] = value
+        return row
+
+    named = {name: after(value) for name, value in values.items()}
+    return PackItem(np.concatenate([before, response]), after(trained), named, inputs, prefix)
 
 
 def _record(sample: RolloutSample) -> np.ndarray:

@@ -85,17 +85,25 @@ class RolloutSampler:
             state, _ = engine.decode(params, engine.release(state, [0]), self.steps, window)
         self._state = state
 
-    def generate(self, requests: Sequence[RolloutRequest], params: Any, version: int = 0) -> list[RolloutSample]:
-        """Returns the samples of all requests, in order of request and sample. Raises ValueError for a bad request."""
-        order = {id(request): place for place, request in enumerate(requests)}
-        done = sorted(
-            (
-                (order[id(request)], sample.sample_index, sample)
-                for request, sample in self._run(requests, params, version)
-            ),
-            key=lambda entry: entry[:2],
-        )
-        return [sample for _, _, sample in done]
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        params: Any,
+        version: int = 0,
+        on_request: Callable[[list[RolloutSample]], None] = lambda samples: None,
+    ) -> list[RolloutSample]:
+        """Returns the samples of all requests, in order of request and sample. Raises ValueError for a bad request.
+
+        `on_request` gets the samples of each request when the last of them is done, while others are still drawn.
+        """
+        done: dict[int, list[RolloutSample]] = {id(request): [] for request in requests}
+        for request, sample in self._run(requests, params, version):
+            found = done[id(request)]
+            found.append(sample)
+            if len(found) == len(request.keys):
+                found.sort(key=lambda sample: sample.sample_index)
+                on_request(found)
+        return [sample for request in requests for sample in done[id(request)]]
 
     def stream(self, requests: Sequence[RolloutRequest], params: Any, version: int = 0) -> Iterator[RolloutSample]:
         """Yields the samples as they finish."""

@@ -101,7 +101,8 @@ def fine_tune(config: Config, mesh: Mesh, items: list[PackItem], params, folder:
     size = min(config.sft.examples_per_update, len(items))
     per_epoch = len(items) // size
     updates = per_epoch * config.sft.epochs
-    trainer = step.Trainer(config.model, config.optimizer, mesh, sft.make_loss(config.model), updates)
+    loss = sft.make_loss(config.model, config.pack.trained_chunk)
+    trainer = step.Trainer(config.model, config.optimizer, mesh, loss, updates)
     orders = [
         keyed_permutation(len(items), hash64(config.stage, config.seed, "shuffle", epoch))
         for epoch in range(config.sft.epochs)

@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from r1jax.core import distributed
 
 SKIPPED = "skipped_updates"  # a statistic of every update: 1 where weights and moments were left as they were
-_LOSS = "look at the batch's rewards and log-probabilities and at the weights the run started from"
-_NORM = "look at optimizer.learning_rate, model.compute_dtype and the scale of the rewards"
+_FIGURES = {  # what must be finite, and where to look when it is the first that is not
+    "loss": ("loss", "the batch's rewards and log-probabilities and the weights the run started from"),
+    "grad_norm": ("gradient norm", "optimizer.learning_rate, model.compute_dtype and the scale of the rewards"),
+    "value_loss": ("critic's loss", "the returns and ppo.critic_learning_rate"),
+    "critic_grad_norm": ("critic's gradient norm", "ppo.critic_learning_rate and the scale of the rewards"),
+}
 
 
 class SkippedUpdates:
@@ -19,7 +23,7 @@ class SkippedUpdates:
         self.run, self.limit, self.in_a_row = run, limit, in_a_row
 
     def note(self, update: int, stats: Mapping[str, float]) -> None:
-        """Takes the statistics of an update (numbered from 1): `loss`, `grad_norm` and SKIPPED.
+        """Takes the statistics of an update (numbered from 1): SKIPPED, `loss`, `grad_norm`, and those of a critic.
 
         Raises ValueError when it is the `limit`-th skipped in a row.
         """
@@ -27,19 +31,21 @@ class SkippedUpdates:
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        what, look = ("gradient norm", _NORM) if math.isfinite(stats["loss"]) else ("loss", _LOSS)
+        found = {name: float(stats[name]) for name in _FIGURES if name in stats}
+        what, look = _FIGURES[next(name for name, value in found.items() if not math.isfinite(value))]
         if distributed.is_writer():
-            found = f"loss {stats['loss']:.4g}, gradient norm {stats['grad_norm']:.4g}"
+            figures = ", ".join(f"{_FIGURES[name][0]} {value:.4g}" for name, value in found.items())
             print(
-                f"{self.run} update {update}: skipped, its {what} is not finite ({found}); "
-                f"weights and moments stay as they were; {look}",
+                f"{self.run} update {update}: skipped, its {what} is not finite ({figures}); "
+                f"weights and moments stay as they were; look at {look}",
                 file=sys.stderr,
                 flush=True,
             )
         if self.limit and self.in_a_row >= self.limit:
             raise ValueError(
                 f"{self.run}: the last {self.in_a_row} updates, up to {update}, were skipped, the {what} is not finite; "
-                f"{look}; the newest checkpoint holds finite weights (optimizer.max_skipped_updates={self.limit})"
+                f"look at {look}; the newest checkpoint holds finite weights "
+                f"(optimizer.max_skipped_updates={self.limit})"
             )
 
 
