@@ -41,12 +41,12 @@ _CHANGES = {
         aggregation="token_mean",
         denominator="trained",
     ),
-    # arXiv 2402.14740, eq. 8: REINFORCE on sums over the tokens of a sequence. Its KL stands in the reward; the gradient of
-    # k2 in the loss is the same for samples of the policy. Coefficient and clip are those of TRL's RLOOConfig.
+    # arXiv 2402.14740, eq. 8: REINFORCE on sums over the tokens of a sequence, the KL term in the reward. Coefficient and
+    # clip are those of TRL's RLOOConfig.
     "rloo": dict(
         clip_ratio=0.2,
         kl_coef=0.05,
-        kl_estimator="k2",
+        kl_placement="reward",
         advantage="leave_one_out",
         aggregation="seq_mean_token_sum",
         length_divisor=1,

@@ -57,10 +57,11 @@ def _backward(chunk, saved, gradients):
         score = lambda states, matrix: token_logprobs(states[None], matrix, goals[at][None], temperature)  # noqa: E731
         _, pull = jax.vjp(score, flat[at], unembedding)
         d_states, d_matrix = pull(tuple(jnp.take(value, at, fill_value=0)[None] for value in flat_gradients))
-        return d_flat.at[at].set(d_states, mode="drop"), d_unembedding + d_matrix
+        return d_flat.at[at].set(d_states, mode="drop"), d_unembedding + d_matrix.astype(jnp.float32)
 
-    start = jnp.zeros_like(flat), jnp.zeros_like(unembedding)
+    start = jnp.zeros_like(flat), jnp.zeros(unembedding.shape, jnp.float32)
     d_flat, d_unembedding = jax.lax.fori_loop(0, chunks, one, start)
+    d_unembedding = d_unembedding.astype(unembedding.dtype)
     return d_flat.reshape(hidden.shape), d_unembedding, None, jnp.zeros_like(mask), jnp.zeros_like(temperature)
 
 

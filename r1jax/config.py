@@ -99,6 +99,10 @@ def override(config: schema.Config, overrides: Iterable[tuple[str, str]]) -> sch
         inner = functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, changes)
         inner[leaf] = parse(text, annotation, f"config.{key}")
     if preset := changes.get("grpo", {}).get("preset"):
+        if config.grpo.advantage == "gae":
+            raise ValueError(
+                f"config.grpo.preset={preset}: this config is PPO's, which has a critic; use --config=r1_zero"
+            )
         changes["grpo"] = importlib.import_module("r1jax.configs._losses").PRESETS[preset] | changes["grpo"]
     return _replace(config, changes)
 

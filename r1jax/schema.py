@@ -292,7 +292,7 @@ class GRPOConfig:
     advantage_guard: Literal["add", "max"] = "add"  # std + epsilon, or max(std, epsilon)
     singleton: Literal["zero", "reward"] = "zero"  # advantage of the only scorable sample of a group
     denominator: Literal["all", "trained", "signal"] = (
-        "all"  # samples that a mean counts: all, the trained ones, those of groups whose rewards differ
+        "all"  # samples that a mean counts: all, the trained ones, or to train on groups whose rewards differ alone
     )
     ratio: Literal["token", "sequence", "sequence_token"] = "token"
     surrogate: Literal["clip", "cispo", "sapo"] = "clip"
@@ -352,6 +352,19 @@ class GRPOConfig:
             "the next rollout takes is known only when this one is drawn",
         )
         _require_rising(self.kl_coef_schedule, "GRPOConfig.kl_coef_schedule")
+        _require(
+            all(value >= 0 for _, value in self.kl_coef_schedule),
+            f"GRPOConfig.kl_coef_schedule={self.kl_coef_schedule}: a coefficient is below 0",
+        )
+        _require(
+            self.kl_placement == "loss" or self.advantage in ("gae", "mean", "leave_one_out"),
+            f"GRPOConfig.kl_placement=reward with advantage={self.advantage}: the deviation of the rewards would scale the "
+            "KL term; use gae, mean or leave_one_out",
+        )
+        _require(
+            self.denominator != "signal" or self.advantage != "gae",
+            "GRPOConfig.denominator=signal is of groups; with advantage=gae use trained",
+        )
 
     @property
     def uses_reference(self) -> bool:

@@ -124,7 +124,9 @@ def test_preset_gives_the_number_worked_out_by_hand(name):
         old = logp - np.log(ratio)
         same = dict(old=old, behaviour=old, reference=logp, entropy=logp * 0)
         found.append(dict(logp=logp, advantage=advantage, trained=True, frozen=logp, **same))
-    value, _, _ = ours(found, [[0, 1]], _losses.grpo(name))
+    value, _, stats = ours(found, [[0, 1]], _losses.grpo(name))
+    cut = {"r1_paper": 0, "gspo": 0, "cispo": 0, "verl_default": 2}.get(name, 1)  # verl: the dual clip as well
+    assert float(stats["clip_fraction"]) == cut
     assert value == pytest.approx(HAND[name], rel=1e-5)
     assert theirs.PRESETS[name](found, LONGEST) == pytest.approx(HAND[name], rel=1e-6)
 

@@ -128,10 +128,32 @@ def test_a_kl_term_in_the_reward_is_taken_off_token_by_token_with_a_critic(tmp_p
 
 
 def test_a_kl_term_in_the_reward_is_taken_off_as_a_sum_without_a_critic():
-    fields = [("grpo.group_size", "2"), ("grpo.kl_placement", "reward"), ("reward.format", "0")]
+    fields = [
+        ("grpo.group_size", "2"),
+        ("grpo.kl_placement", "reward"),
+        ("grpo.advantage", "mean"),
+        ("reward.format", "0"),
+    ]
     config = configs.load("r1_zero:tiny", fields)
-    judged = rollout.judge(scored(kl=0.5), config, 10, kl_coef=0.1)
-    np.testing.assert_allclose(judged.rewards, [0.9, -0.1], rtol=1e-6)
+    found = scored(kl=0.5)
+    found.values["reference_logp"][1] += np.float32(0.5)  # the second sample is where the reference is
+    judged = rollout.judge(found, config, 10, kl_coef=0.1)
+    np.testing.assert_allclose(judged.advantages, [0.45, -0.45], rtol=1e-6)  # rewards 0.9 and 0
+    assert judged.rewards.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "line"),
+    [
+        ("ppo_baseline:tiny", [("grpo.preset", "dapo")], "grpo.preset=dapo: this config is PPO's"),
+        ("ppo_baseline:tiny", [("grpo.denominator", "signal")], "denominator=signal is of groups"),
+        ("r1_zero:tiny", [("grpo.kl_placement", "reward")], "kl_placement=reward with advantage=group_std"),
+        ("r1_zero:tiny", [("grpo.kl_coef_schedule", "((0, -0.5),)")], "a coefficient is below 0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(name, fields, line):
+    with pytest.raises(ValueError, match=line):
+        configs.load(name, fields)
 
 
 def test_ppo_on_separate_devices_is_refused():

@@ -124,6 +124,8 @@ def test_a_run_draws_again_within_its_bound_and_never_the_same_prompt_twice(tmp_
     assert row["prompts_drawn"] == len(numbers) == training.cursor.draw
     assert len(drawn) <= 3
     assert len(drawn) == 3 or row["zero_variance_groups"] == 0
+    assert row["sampled_tokens"] * 2 > sum(found["tokens"] for found in read(tmp_path))  # those of dropped groups too
+    assert row["drawn_accuracy"] == 0
     assert row["prompts_drawn"] > 4  # an untrained model is never right, so that all groups tie
 
 
@@ -177,7 +179,17 @@ def test_a_prompt_is_graded_when_its_samples_are_done_and_others_are_still_drawn
     assert [count for _, count in begun] == [size] * scored.draws
     assert begun[0][0] < training.sampler.statistics.dispatches  # the first prompt of four is done before the last
     texts = training.tokenizer.decode_batch([sample.token_ids for sample in scored.samples])
-    asked = [training.prompts[draw] for draw in range(scored.draws) for _ in range(size)]
+    asked = [training.prompts.prompt(draw, 0) for draw in range(scored.draws) for _ in range(size)]
     with RewardPool(training.config.reward) as pool:
         parts, scorable = rollouts.grade(scored.samples, asked, texts, pool)
     assert np.array_equal(parts, scored.parts) and np.array_equal(scorable, scored.scorable)
+
+
+def test_groups_that_tie_are_not_trained_on_where_the_means_are_of_those_with_a_signal():
+    scored = made([0, 1], [[1, 0], [1, 1]])
+    config = configs.load("r1_zero:tiny", [("grpo.group_size", "2"), ("grpo.denominator", "signal")])
+    judged = rollouts.judge(scored, config, 10)
+    assert judged.trained.tolist() == judged.counted.tolist() == [True, True, False, False]
+    packed = rollouts.pack_mini_batch(scored, np.arange(4), judged, config, 10)
+    assert packed.loss_mask.sum() == 4  # two samples of two tokens
+    assert np.unique(packed.values["weight"][packed.loss_mask > 0]).tolist() == [0.25]  # 1 / (2 samples * 2 tokens)

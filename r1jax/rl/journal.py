@@ -23,6 +23,8 @@ class Rollout:
     draws: int  # prompts drawn for it, dropped ones included
     values: dict[str, list[np.ndarray]] = field(default_factory=dict)  # name -> float32 [length] a sample: what the
     # trainer says of its tokens before the first update
+    dropped_parts: np.ndarray | None = None  # float32 [D, P] reward terms of samples drawn and left out
+    dropped_tokens: int = 0  # theirs
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -67,6 +69,8 @@ class Journal:
         )
         if samples[0].routed_experts is not None:
             fields["experts"] = np.concatenate([s.routed_experts for s in samples])
+        if rollout.dropped_parts is not None:
+            fields |= dict(dropped_parts=rollout.dropped_parts, dropped_tokens=np.int64(rollout.dropped_tokens))
         fields |= {f"value_{name}": np.concatenate(arrays) for name, arrays in rollout.values.items()}
         temporary = self._path(start).with_suffix(".tmp")
         with open(temporary, "wb") as file:
@@ -105,7 +109,8 @@ class Journal:
             )
         named = {name.removeprefix("value_"): array for name, array in f.items() if name.startswith("value_")}
         values = {name: np.split(array, token_ends[:-1]) for name, array in named.items()}
-        return Rollout(samples, f["parts"], f["scorable"], int(f["draws"]), values)
+        dropped = f.get("dropped_parts"), int(f.get("dropped_tokens", 0))
+        return Rollout(samples, f["parts"], f["scorable"], int(f["draws"]), values, *dropped)
 
     def prune(self, before: int) -> None:
         """Removes rollouts that start before an update."""

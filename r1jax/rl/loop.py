@@ -246,7 +246,7 @@ class PolicyTraining:
     ) -> Rollout:
         """Returns the scored samples of the prompts with the numbers `draws`."""
         config, group = self.config, self.config.grpo.group_size
-        prompts = [self.prompts[draw] for draw in draws]
+        prompts = [self.prompts.prompt(draw, start) for draw in draws]
         grader, timer = (
             rollout.Grader(dict(zip(draws, prompts, strict=True)), pool, self.tokenizer.decode_batch),
             Timer(),
@@ -309,8 +309,13 @@ class PolicyTraining:
             "length": _mean([len(sample.token_ids) for sample in scored.samples]),
             "truncated": _mean([sample.truncated for sample in scored.samples]),
         }
-        if self.config.grpo.dynamic_sampling_rounds:
-            summary["prompts_drawn"] = float(scored.draws)
+        grpo, lengths = self.config.grpo, [len(sample.token_ids) for sample in scored.samples]
+        updates = schedules.updates_in_rollout(start, grpo.updates, grpo.updates_per_rollout)
+        summary["sampled_tokens"] = (sum(lengths) + scored.dropped_tokens) / updates
+        if grpo.dynamic_sampling_rounds:
+            left = [] if scored.dropped_parts is None else scored.dropped_parts[:, PART_NAMES.index("accuracy")]
+            accuracies = [*scored.parts[:, PART_NAMES.index("accuracy")], *left]
+            summary |= {"prompts_drawn": float(scored.draws), "drawn_accuracy": _mean(accuracies)}
         return judged, summary | self.describe(texts)
 
     def packed(

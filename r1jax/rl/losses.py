@@ -40,6 +40,11 @@ def arguments(config: GRPOConfig, kl_coef: float, temperature: float) -> LossArg
     return LossArguments(*(np.float32(value) for value in values))
 
 
+def k1_in_loss(config: GRPOConfig) -> bool:
+    """Returns whether K1_WARNING is due."""
+    return config.uses_reference and config.kl_estimator == "k1" and config.kl_placement == "loss"
+
+
 def fields(config: GRPOConfig) -> tuple[str, ...]:
     """Returns the names of the per-token values of an RL batch."""
     recomputed = ("old_logp",) if config.old_logp == "recomputed" else ()
@@ -132,7 +137,7 @@ def surrogate(ratio: jax.Array, logp: jax.Array, advantage: jax.Array, low, high
 def _clipped(value, ratio, advantage, given: LossArguments, config: GRPOConfig) -> jax.Array:
     """Returns where the bounds cut: those of the objective, or for cispo and sapo those of the ratio."""
     if config.surrogate == "clip":
-        return value < ratio * advantage
+        return value != ratio * advantage
     return (ratio < 1 - given.clip_ratio) | (ratio > 1 + given.clip_ratio_high)
 
 
@@ -202,7 +207,7 @@ def policy_loss(
         "tokens": jnp.sum(mask),
         "entropy": jnp.sum(mask * jax.lax.stop_gradient(entropy)),
         "clip_fraction": jnp.sum(mask * clipped),
-        "importance_ratio": jnp.sum(mask * ratio),  # to the weights that drew the tokens
+        "importance_ratio": jnp.sum(mask * ratio),  # to the old policy of `old_logp`
         "max_logprob_difference": jnp.max(jnp.abs(to_sampler)),
         "mean_logprob_difference": jnp.sum(mask * jnp.abs(to_sampler)),
         "max_ratio": jnp.max(jnp.where(mask > 0, ratio, 0)),

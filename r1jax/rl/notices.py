@@ -10,25 +10,25 @@ from r1jax.schema import GRPOConfig
 def of_rollout(scored: Rollout, judged: Judgement, grpo: GRPOConfig, kl_coef: float) -> list[str]:
     """Returns one line for each of: no sample counts, no group has a signal, every sample was cut off.
 
-    Where the rewards of every group tie all advantages are 0, and so is the gradient of the surrogate: the KL term trains
-    alone, and nothing does when `kl_coef` is 0 or no sample counts. A critic's advantages need no differing rewards.
+    Where the rewards of every group tie all advantages are 0, and so is the gradient of the surrogate: KL term and entropy
+    bonus train alone, and nothing does without them or when no sample counts. A critic's advantages need no differing
+    rewards.
     """
     total, groups = len(scored), len(judged.signal)
     cut = np.asarray([sample.truncated for sample in scored.samples], bool)
     lines = []
     if not scored.scorable.any():
         lines.append(f"no sample is scorable (0 of {total}); nothing trains: look at the prompts' answers and graders")
-    elif not judged.trained.any():
+    elif not (scored.scorable & ~(cut & (grpo.truncated != "keep"))).any():
         lines.append(
             f"no sample counts (grpo.truncated={grpo.truncated}, {cut.sum()} of {total} cut off); nothing trains"
         )
     elif not judged.signal.any() and grpo.advantage != "gae":
         why = "; a group of one always ties, raise grpo.group_size" if grpo.group_size == 1 else ""
-        rest = (
-            "only the KL term trains"
-            if kl_coef and grpo.kl_placement == "loss"
-            else "nothing trains, the loss has no KL term"
-        )
+        terms = ["the KL term"] if kl_coef and grpo.kl_placement == "loss" else []
+        terms += ["the entropy bonus"] if grpo.entropy_coef else []
+        rest = f"only {' and '.join(terms)} trains" if terms else "nothing trains, the loss has no KL term"
+        rest = rest if judged.trained.any() else "nothing trains"
         lines.append(f"no group has a signal ({groups} of {groups} tie); {rest}{why}")
     if cut.all():
         lines.append(f"every sample was cut off ({total} of {total}): raise sampler.max_new_tokens")

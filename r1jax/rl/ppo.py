@@ -160,6 +160,6 @@ def _critic_figures(sums: dict[str, float], tokens: float) -> dict[str, float]:
     mean = {name: sums[name] / tokens for name in ("value_loss", "value", "returned", "rest")}
     spread, rest = (sums[f"squared_{name}"] / tokens for name in ("return", "rest"))
     spread, rest = spread - mean["returned"] ** 2, rest - mean["rest"] ** 2
-    explained = 1 - rest / spread if spread > 1e-8 else 0.0
+    explained = 0.0 if spread <= 1e-8 else 1 - rest / spread  # not finite where the sums are not
     figures = {"value_loss": mean["value_loss"], "value": mean["value"], "explained_variance": explained}
     return figures | {"critic_grad_norm": sums["grad_norm"]}

@@ -8,7 +8,7 @@ import numpy as np
 
 from r1jax.core import distributed, rng, sharding
 from r1jax.data.hashing import hash64
-from r1jax.data.packing import PackedBatch, PackItem, pack, pack_batch, share_prompts, spread
+from r1jax.data.packing import PREFIXES, PackedBatch, PackItem, pack, pack_batch, share_prompts, spread
 from r1jax.data.prompts import Prompt, PromptStream, keyed_permutation
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import Grading, RewardPool
@@ -35,7 +35,7 @@ class Judgement:
     """What a rollout's scores come to; arrays over its samples in group order."""
 
     advantages: np.ndarray | list[np.ndarray]  # float32 [N]; or a sample's own array, one for each of its tokens
-    rewards: np.ndarray  # float32 [N], the weighted sums, length penalty included
+    rewards: np.ndarray  # float32 [N], the weighted sums, length penalty included, without a KL term
     trained: np.ndarray  # bool [N]: its tokens are in the loss
     counted: np.ndarray  # bool [N]: the means of the loss count it
     signal: np.ndarray  # bool [groups]: whether rewards differ
@@ -43,7 +43,7 @@ class Judgement:
 
 
 class PromptPhases:
-    """The prompts of a run by draw: one set, and from an update on a mixture. A pure function of the draw."""
+    """The prompts of a run: one set, and from an update on a mixture. A pure function of draw and rollout."""
 
     def __init__(
         self,
@@ -53,17 +53,18 @@ class PromptPhases:
     ):
         self._streams = [PromptStream([[p.prompt for p in prompts]], seed=config.seed, stage=config.stage)]
         self._by_id = {p.prompt.id: p for p in prompts}
-        self._boundary = math.inf
+        self._boundary, self._later = 0, math.inf
         if later is not None:
             update, sources, weights = later
             start = schedules.first_start_at_or_after(update, config.grpo.updates_per_rollout)
-            self._boundary = start * config.grpo.prompts_per_update
+            self._boundary, self._later = start * config.grpo.prompts_per_update, start
             lists = [[p.prompt for p in source] for source in sources]
             self._streams.append(PromptStream(lists, weights, seed=config.seed, stage=f"{config.stage}/later"))
             self._by_id |= {p.prompt.id: p for source in sources for p in source}
 
-    def __getitem__(self, draw: int) -> EncodedPrompt:
-        if draw < self._boundary:
+    def prompt(self, draw: int, start: int) -> EncodedPrompt:
+        """Returns the prompt with the number `draw` in the rollout that starts at an update."""
+        if start < self._later:
             return self._by_id[self._streams[0][draw].id]
         return self._by_id[self._streams[1][draw - self._boundary].id]
 
@@ -170,7 +171,8 @@ def mini_batches(rollout: Rollout, start: int, config: Config) -> list[np.ndarra
 def judge(rollout: Rollout, config: Config, max_new_tokens: int, kl_coef: float = 0.0) -> Judgement:
     """Returns rewards, advantages over whole groups, and which samples are trained on and counted.
 
-    Where a KL term stands in the reward, kl_coef * sum of log(policy / reference) over its tokens is taken off a sample's.
+    Where a KL term stands in the reward, kl_coef * sum of log(policy / reference) over its tokens is taken off a sample's
+    before its advantage; rewards and signal are told without it.
     """
     grpo = config.grpo
     truncated = np.asarray([sample.truncated for sample in rollout.samples], bool)
@@ -179,18 +181,20 @@ def judge(rollout: Rollout, config: Config, max_new_tokens: int, kl_coef: float 
         lengths = [len(sample.token_ids) for sample in rollout.samples]
         penalty = losses.overlong_penalty(lengths, grpo, max_new_tokens)
         parts, weights = np.concatenate([parts, penalty[:, None]], axis=1), np.append(weights, np.float32(1))
-    if kl_coef and grpo.kl_placement == "reward" and grpo.advantage != "gae":
-        kl = np.asarray([(kl_coef * row).sum() for row in token_kl(rollout)], np.float32)
-        parts, weights = np.concatenate([parts, -kl[:, None]], axis=1), np.append(weights, np.float32(1))
     scorable = rollout.scorable & ~truncated if grpo.truncated == "drop" else rollout.scorable
     kind = "mean" if grpo.advantage == "gae" else grpo.advantage  # those of a critic are not of groups
     options = dict(kind=kind, ddof=grpo.advantage_ddof, guard=grpo.advantage_guard, singleton=grpo.singleton)
     found = group_advantages(parts, weights, scorable, grpo.group_size, grpo.advantage_epsilon, **options)
     advantages, rewards, signal = (np.asarray(array) for array in found)
+    if kl_coef and grpo.kl_placement == "reward" and grpo.advantage != "gae":
+        kl = np.asarray([row.sum() for row in token_kl(rollout)], np.float32)
+        parts, weights = np.concatenate([parts, -kl[:, None]], axis=1), np.append(weights, np.float32(kl_coef))
+        less = group_advantages(parts, weights, scorable, grpo.group_size, grpo.advantage_epsilon, **options)
+        advantages = np.asarray(less[0])
     trained = rollout.scorable if grpo.truncated == "keep" else rollout.scorable & ~truncated
-    counted = np.ones(len(rollout), bool) if grpo.denominator == "all" else trained
     if grpo.denominator == "signal":
-        counted = trained & np.repeat(signal, grpo.group_size)
+        trained = trained & np.repeat(signal, grpo.group_size)
+    counted = np.ones(len(rollout), bool) if grpo.denominator == "all" else trained
     return Judgement(advantages, rewards, trained, counted, signal)
 
 
@@ -216,11 +220,15 @@ def keep_groups(parts: Sequence[Rollout], wanted: int, config: Config) -> Rollou
     kept = np.sort(np.argsort(~signal, kind="stable")[:wanted])
     chosen = (kept[:, None] * size + np.arange(size)).reshape(-1)
     samples = [sample for part in parts for sample in part.samples]
+    every, left = np.concatenate([part.parts for part in parts]), np.ones(len(samples), bool)
+    left[chosen] = False
     return Rollout(
         [samples[i] for i in chosen],
-        np.concatenate([part.parts for part in parts])[chosen],
+        every[chosen],
         np.concatenate([part.scorable for part in parts])[chosen],
         sum(part.draws for part in parts),
+        dropped_parts=every[left],
+        dropped_tokens=sum(len(samples[i].token_ids) for i in np.flatnonzero(left)),
     )
 
 
@@ -251,7 +259,10 @@ def pack_mini_batch(
     sizes = [len(item.tokens) for item in items]
     shards = sharding.row_shards(size.rows_per_micro_batch, config.mesh)
     rows = spread(rows or pack(sizes, size.row_tokens), sizes, size.rows_per_micro_batch, shards)
-    return pack_batch(items, size.row_tokens, micro_batches(config) * size.rows_per_micro_batch, rows)
+    batch = pack_batch(items, size.row_tokens, micro_batches(config) * size.rows_per_micro_batch, rows)
+    if size.shared_prompts:
+        batch.inputs.setdefault(PREFIXES, np.zeros_like(batch.segments))
+    return batch
 
 
 def _item(

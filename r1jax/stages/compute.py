@@ -27,7 +27,8 @@ def of_policy_training(rows: Sequence[dict], config: Config) -> float:
     """Returns the FLOPs of an RL run from its metrics rows: per parameter 2 for a sampled token, 6 for one trained on and
     2 for one scored by the reference, or by the policy before its updates (prompts included in all but the first). A
     critic scores and is trained on the same tokens."""
-    sampled, packed = (sum(row[name] for row in rows) for name in ("tokens", "packed_tokens"))
+    sampled = sum(row.get("sampled_tokens", row["tokens"]) for row in rows)
+    packed = sum(row["packed_tokens"] for row in rows)
     scored = config.grpo.uses_reference + (config.grpo.old_logp == "recomputed")
     critic = 8.0 if config.grpo.advantage == "gae" else 0.0
     return active_parameters(config.model) * (2.0 * sampled + (6.0 + 2.0 * scored + critic) * packed)

@@ -37,7 +37,7 @@ def run(config: Config, workdir: Path) -> dict:
     template_check.check(resolved, tokenizer, reasoning)
     if (notice := jetstream.notice()) and distributed.is_writer():
         print(notice, file=sys.stderr)
-    if config.grpo.kl_estimator == "k1" and config.grpo.uses_reference and distributed.is_writer():
+    if losses.k1_in_loss(config.grpo) and distributed.is_writer():
         print(f"warning: {losses.K1_WARNING}", file=sys.stderr)
     started, name = time.monotonic(), lineage.result_name(config)
     params = lineage.start_weights(resolved, mesh, workdir)
