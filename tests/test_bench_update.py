@@ -29,6 +29,12 @@ def small_config(**bench) -> Config:
     )
 
 
+def plain(config: Config) -> Config:
+    """Returns the config without the two options and without recomputation."""
+    model = replace(config.model, attention_block=0, remat=False)
+    return replace(config, model=model, pack=replace(config.pack, trained_chunk=0))
+
+
 def in_this_process(folder, action, *arguments, what):
     config, samples = bench_update.pickle.loads((folder / "config.pickle").read_bytes()), folder / "samples.npz"
     if action == "prepare":
@@ -39,7 +45,7 @@ def in_this_process(folder, action, *arguments, what):
 def test_figures_stand_under_their_keys_and_every_form_makes_the_same_update(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_update, "_own", in_this_process)
     monkeypatch.setattr(bench_update, "matmul_peak", lambda: 1e11)
-    config = small_config(losses=("sft",))
+    config = plain(small_config(losses=("sft",)))
     found = bench_update.run(config, tmp_path)
     trained = bench_update.draw(config)["lengths"].sum()
     packed, padded = (found["systems"]["r1jax"]["sft"][form] for form in ("packed", "padded"))
@@ -70,9 +76,7 @@ def gradients(config: Config, form: str):
 
 def test_packed_rows_padded_rows_and_plain_rows_have_the_same_loss_and_gradient():
     config = small_config()
-    plain = replace(config, model=replace(config.model, attention_block=0, remat=False))
-    plain = replace(plain, pack=replace(config.pack, trained_chunk=0))
-    wanted = gradients(plain, "packed")
+    wanted = gradients(plain(config), "packed")
     for other in (gradients(config, "packed"), gradients(config, "padded")):
         for found, expected in zip(jax.tree.leaves(other), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(found, expected, atol=1e-5 * max(float(jnp.abs(expected).max()), 1.0))
