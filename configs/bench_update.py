@@ -20,10 +20,10 @@ def config(preset: str) -> Config:
         stage="bench_update",
         preset=preset,
         seed=54,
-        model=replace(_presets.model("smollm2_135m"), attention_block=64),
+        model=replace(_presets.model("smollm2_135m"), attention_block=64, remat=True),
         sampler=SamplerConfig(
             slots=64, steps_per_dispatch=8, max_prompt_tokens=64, max_new_tokens=96, prefill_buckets=(32,)
         ),
         grpo=GRPOConfig(group_size=8, prompts_per_update=8, updates_per_rollout=1),
-        pack=PackConfig(row_tokens=640, rows_per_micro_batch=1, trained_chunk=128),
+        pack=PackConfig(row_tokens=896, rows_per_micro_batch=1, trained_chunk=128),
     )
