@@ -193,3 +193,11 @@ def test_groups_that_tie_are_not_trained_on_where_the_means_are_of_those_with_a_
     packed = rollouts.pack_mini_batch(scored, np.arange(4), judged, config, 10)
     assert packed.loss_mask.sum() == 4  # two samples of two tokens
     assert np.unique(packed.values["weight"][packed.loss_mask > 0]).tolist() == [0.25]  # 1 / (2 samples * 2 tokens)
+
+
+def test_a_mixture_cut_to_its_leading_dense_layer_runs(tmp_path):
+    more = SHORT | {"grpo__updates_per_rollout": 1, "grpo__updates": 1, "model__num_hidden_layers": 1}
+    training = rl_training(tmp_path, **more)
+    assert training.config.model.n_routed_experts and not training.config.model.num_moe_layers
+    training.run()
+    assert read(tmp_path)[0]["tokens"] > 0

@@ -126,7 +126,7 @@ def _decode(params, state: DecodeState, config: ModelConfig, steps: int, window:
     slots = state.length.shape[0]
     shape = (slots, steps)
     experts = None
-    if record_experts and config.n_routed_experts:
+    if record_experts and config.num_moe_layers:
         experts = jnp.zeros((*shape, config.num_moe_layers, config.num_experts_per_tok), jnp.int16)
     zeros = functools.partial(jnp.zeros, shape)
     out = StepOutput(zeros(jnp.int32), zeros(bool), zeros(jnp.float32), zeros(jnp.float32), state.status, experts)
