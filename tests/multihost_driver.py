@@ -72,19 +72,19 @@ def run(settings: dict) -> dict:
     from r1jax.rewards.pool import RewardPool
 
     training, pauses, graded = build(settings), Pauses(settings["delays"]), []
-    score = RewardPool.score
+    begin = RewardPool.begin
 
     def noting(pool, requests):
         graded.extend(int(request.id.split("/")[-2]) for request in requests)
         pauses()
-        return score(pool, requests)
+        return begin(pool, requests)
 
-    RewardPool.score = noting
+    RewardPool.begin = noting
     engine, journal, store = training.sampler.engine, training.journal, training.store
     for owner, name in (
         (engine, "decode"),
         (journal, "write"),
-        (training, "pack"),
+        (training, "score_batch"),
         (training, "update"),
         (store, "save"),
     ):
