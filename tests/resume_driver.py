@@ -61,7 +61,7 @@ def marked(function, marker: pathlib.Path):
 
 
 def slow_down(folder: pathlib.Path) -> None:
-    RewardPool.score = delayed(RewardPool.score, 0.05)
+    RewardPool.finish = delayed(RewardPool.finish, 0.05)
     Trainer.update = delayed(Trainer.update, 0.02)
     save = checkpoint.CheckpointStore.save
 

@@ -32,10 +32,12 @@ SMALL = {
 }
 
 
+PAPER = GRPOConfig(prompts_per_update=32, updates_per_rollout=16, updates=1700)
+
+
 def stage4(**changes):
     """Returns stage 4's config with groups and lengths of the paper and other changes."""
-    paper = GRPOConfig(prompts_per_update=32, updates_per_rollout=16, updates=1700)
-    return replace(configs.load("stage4_all_scenarios"), grpo=paper, **changes)
+    return replace(configs.load("stage4_all_scenarios"), grpo=PAPER, **changes)
 
 
 def phases(config) -> PromptPhases:
@@ -43,8 +45,14 @@ def phases(config) -> PromptPhases:
     return PromptPhases(reasoning, policy.later(config, TOKENIZER, reasoning), config)
 
 
-def tasks_of(stream: PromptPhases, draws) -> Counter:
-    return Counter(stream[draw].prompt.task for draw in draws)
+def prompt_at(stream: PromptPhases, draw: int, grpo: GRPOConfig = PAPER):
+    """Returns the prompt of a draw in the rollout that it belongs to where nothing is drawn again."""
+    rollout = draw // (grpo.prompts_per_update * grpo.updates_per_rollout)
+    return stream.prompt(draw, rollout * grpo.updates_per_rollout).prompt
+
+
+def tasks_of(stream: PromptPhases, draws, grpo: GRPOConfig = PAPER) -> Counter:
+    return Counter(prompt_at(stream, draw, grpo).task for draw in draws)
 
 
 @pytest.mark.parametrize(("from_update", "start"), [(1300, 1312), (1312, 1312), (1313, 1328), (1, 16), (0, 0)])
@@ -73,17 +81,19 @@ def test_prompt_is_a_function_of_the_draw_and_the_seed_alone():
     config = stage4(scenarios=ScenarioConfig(from_update=16))
     draws = list(range(400, 700))
     stream, later = phases(config), phases(config)
-    forwards = {draw: later[draw].prompt.id for draw in draws}
-    assert {draw: stream[draw].prompt.id for draw in reversed(draws)} == forwards
+    forwards = {draw: prompt_at(later, draw).id for draw in draws}
+    assert {draw: prompt_at(stream, draw).id for draw in reversed(draws)} == forwards
     other = phases(replace(config, seed=1))
-    assert sum(other[draw].prompt.id == forwards[draw] for draw in draws) < 30
+    assert sum(prompt_at(other, draw).id == forwards[draw] for draw in draws) < 30
 
 
 def test_last_third_of_the_tiny_stage_4_has_the_other_prompts():
     config = configs.load("stage4_all_scenarios")
     assert config.sampler.temperature == 0.7
-    stream, size = phases(config), config.grpo.prompts_per_update
-    mixed = [set(tasks_of(stream, range(u * size, (u + 1) * size))) != {"linear"} for u in range(config.grpo.updates)]
+    stream, grpo = phases(config), config.grpo
+    size = grpo.prompts_per_update
+    found = [set(tasks_of(stream, range(u * size, (u + 1) * size), grpo)) for u in range(grpo.updates)]
+    mixed = [tasks != {"linear"} for tasks in found]
     assert mixed == [False] * config.scenarios.from_update + [True] * (
         config.grpo.updates - config.scenarios.from_update
     )
