@@ -1,6 +1,12 @@
 """Small things that several tests start from."""
 
+import json
+import os
 import pathlib
+import subprocess
+import sys
+
+import pytest
 
 from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
@@ -10,6 +16,8 @@ from r1jax.models import decoder
 from r1jax.rl.loop import PolicyTraining
 from r1jax.schema import Config, MeshConfig, ModelConfig
 from r1jax.stages import common, policy, prompts
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # A mixture of experts of a few thousand parameters.
 MIXTURE = ModelConfig(
@@ -77,3 +85,30 @@ def rl_training(
     train = prompts.encode(tasks.linear_prompts("train")[:30], config, words)
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
     return kind(config, words, mesh, train, params, folder, describe=policy.describe)
+
+
+class Stopped(Exception):
+    """What ends a run in the middle."""
+
+
+def run_until(training: PolicyTraining, updates: int) -> None:
+    """Runs and stops where an update would be made after `updates` of them, as a process that is killed there."""
+    update = training.update
+
+    def stopping(*arguments):
+        if training.cursor.update == updates:
+            raise Stopped
+        return update(*arguments)
+
+    training.update = stopping
+    with pytest.raises(Stopped):
+        training.run()
+
+
+def driver_report(name: str, *arguments: str, timeout: float = 300) -> dict:
+    """Returns the last line, JSON, of a driver in tests/ that runs in a process of its own with 8 virtual devices."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, str(ROOT / "tests" / name), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])

@@ -2,17 +2,14 @@
 
 import functools
 import importlib.util
-import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 from fused_logprob_driver import RUNS
 
 from r1jax.kernels.fused_logprob import WHOLE_LOGITS, Tile, tile_of, token_logprobs
@@ -174,11 +171,7 @@ def test_no_array_of_the_program_is_larger_than_inputs_gradients_and_tiles():
 
 @pytest.fixture(scope="module")
 def report():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    command = [sys.executable, str(ROOT / "tests" / "fused_logprob_driver.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return small.driver_report("fused_logprob_driver.py", timeout=300)
 
 
 @pytest.mark.parametrize("run", RUNS)

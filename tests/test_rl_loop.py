@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from small import rl_training as build
+from small import run_until
 
 from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
@@ -183,10 +184,6 @@ def test_a_rollout_in_the_journal_is_used_instead_of_a_new_one(watched, tmp_path
     assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
 
 
-class Stopped(Exception):
-    """What a test raises in the middle of a run."""
-
-
 def test_stopped_in_the_middle_of_a_rollout_in_bfloat16_a_run_goes_on_from_the_journal_and_ends_bit_equal(tmp_path):
     more = {
         "model__compute_dtype": "bfloat16",
@@ -196,16 +193,7 @@ def test_stopped_in_the_middle_of_a_rollout_in_bfloat16_a_run_goes_on_from_the_j
     whole = build(tmp_path / "whole", **more)
     whole.run()
     stopped = build(tmp_path / "stopped", **more)
-    update = stopped.update
-
-    def stop_at_the_sixth(arrays, filled, start):
-        if stopped.cursor.update == 5:
-            raise Stopped
-        return update(arrays, filled, start)
-
-    stopped.update = stop_at_the_sixth
-    with pytest.raises(Stopped):
-        stopped.run()
+    run_until(stopped, 5)
     assert [row["update"] for row in read(tmp_path / "stopped")] == [1, 2, 3, 4, 5]
     assert [path.name for path in (tmp_path / "stopped" / "journal").iterdir()] == ["rollout_00000003.npz"]
 

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from small import rl_training
+from small import rl_training, run_until
 
 from r1jax import config as configs
 from r1jax.core import tree
@@ -29,25 +29,12 @@ def test_a_run_under_a_preset_moves_the_policy_and_keeps_every_number_finite(tmp
     assert training.programs.counts()["update"] == 1
 
 
-class Stopped(Exception):
-    """What a test raises in the middle of a run."""
-
-
 def test_log_probs_of_the_policy_before_its_updates_survive_a_stop_between_them(tmp_path):
     more = SHORT | {"grpo__preset": "trl_default", "grpo__kl_coef": 0.1, "checkpointing__every_updates": 1}
     whole = rl_training(tmp_path / "whole", **more)
     whole.run()
     stopped = rl_training(tmp_path / "stopped", **more)
-    update = stopped.update
-
-    def stop_at_the_second(arrays, filled, start):
-        if stopped.cursor.update == 1:
-            raise Stopped
-        return update(arrays, filled, start)
-
-    stopped.update = stop_at_the_second
-    with pytest.raises(Stopped):
-        stopped.run()
+    run_until(stopped, 1)
     resumed = rl_training(tmp_path / "stopped", **more)
     resumed.run()
     assert tree.digest(resumed.state) == tree.digest(whole.state)

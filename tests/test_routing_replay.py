@@ -1,11 +1,7 @@
 """Claims about routing replay: which experts run, what gets a gradient, what is packed, and the mismatch it removes."""
 
 import functools
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -309,10 +305,6 @@ def build(folder):
     return PolicyTraining(config, WORDS, mesh, train, weights(config.model), folder, describe=policy.describe)
 
 
-class Stopped(Exception):
-    """What a test raises in the middle of a run."""
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
@@ -341,16 +333,7 @@ def test_a_run_with_replay_logs_the_mismatch_with_and_without_at_the_first_updat
 def test_a_run_with_replay_resumes_from_the_journal_bit_equal(whole, tmp_path):
     training, folder = whole
     stopped = build(tmp_path / "stopped")
-    update = stopped.update
-
-    def stop_at_the_second(arrays, filled, start):
-        if stopped.cursor.update == 1:
-            raise Stopped
-        return update(arrays, filled, start)
-
-    stopped.update = stop_at_the_second
-    with pytest.raises(Stopped):
-        stopped.run()
+    small.run_until(stopped, 1)
     resumed, sampled = build(tmp_path / "stopped"), []
     roll_out = resumed.roll_out
     resumed.roll_out = lambda start, *more: sampled.append(start) or roll_out(start, *more)
@@ -362,11 +345,7 @@ def test_a_run_with_replay_resumes_from_the_journal_bit_equal(whole, tmp_path):
 
 @pytest.fixture(scope="module")
 def meshes():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    command = [sys.executable, str(ROOT / "tests" / "routing_replay_driver.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return small.driver_report("routing_replay_driver.py", timeout=600)
 
 
 @pytest.mark.slow

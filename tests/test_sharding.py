@@ -1,14 +1,11 @@
 """Claims about meshes: an update, a rollout and a long row on eight devices are those of one device."""
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+import small
 from jax.sharding import PartitionSpec
 
 from r1jax.core import sharding
@@ -33,11 +30,7 @@ RUNS += [f"moe/{mesh}_routed" for mesh in ("fsdp8", "data2_expert4", "fsdp2_expe
 
 @pytest.fixture(scope="module")
 def report():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    command = [sys.executable, str(ROOT / "tests" / "sharding_driver.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return small.driver_report("sharding_driver.py", timeout=1200)
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -4,13 +4,11 @@ Runs in an interpreter with torch and transformers. Each micro-batch, samples in
 its own longest; gradient checkpointing is on; the loss is the model's own, rescaled to a mean over all trained tokens.
 """
 
-import json
-import resource
 import sys
-import time
 
 import numpy as np
 import torch
+from figures import Watch
 from transformers import AutoModelForCausalLM
 
 
@@ -39,19 +37,12 @@ def main(path: str, checkpoint: str, micro_batch: str, threads: str) -> None:
 
     backward(order[:size], 16)
     model.zero_grad()
-    start, used = time.perf_counter(), time.process_time()
+    watch = Watch()
     cuts = [order[first : first + size] for first in range(0, len(order), size)]
     loss = sum(backward(chosen, int(given["lengths"][chosen].max())) for chosen in cuts)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float(given["clip_norm"]))
     optimizer.step()
-    figures = {
-        "seconds": time.perf_counter() - start,
-        "processor_s": time.process_time() - used,
-        "loss": loss,
-        "grad_norm": float(norm),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-    print(json.dumps(figures))
+    watch.tell(loss, float(norm))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,13 @@ old and reference log-probs come with the samples, in the form TRL's own rollout
 longest response, then cut into micro-batches). Prints a JSON object.
 """
 
-import json
-import resource
 import sys
 import tempfile
-import time
 
 import numpy as np
 import torch
 from datasets import Dataset
+from figures import Watch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
@@ -90,19 +88,12 @@ def main(path: str, checkpoint: str, micro_batch: str, threads: str) -> None:
     warm = {k: v[:, :16] if k.startswith("completion") or k.endswith("logps") else v for k, v in cut(0).items()}
     backward(warm)
     model.zero_grad()
-    start, used = time.perf_counter(), time.process_time()
+    watch = Watch()
     loss = sum(backward(cut(first)) for first in range(0, samples, size))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float(given["clip_norm"]))
     trainer.optimizer.step()
     model.zero_grad()
-    figures = {
-        "seconds": time.perf_counter() - start,
-        "processor_s": time.process_time() - used,
-        "loss": loss,
-        "grad_norm": float(norm),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-    print(json.dumps(figures))
+    watch.tell(loss, float(norm))
 
 
 if __name__ == "__main__":

@@ -6,15 +6,14 @@ model turns positions at its own rope base whatever the checkpoint says, so its 
 """
 
 import json
-import resource
 import sys
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from figures import Watch
 from flax import nnx
 from tunix.models.llama3 import model as llama
 from tunix.models.llama3 import params as loader
@@ -96,20 +95,13 @@ def main(path: str, checkpoint: str, micro_batch: str, threads: str) -> None:
     jax.block_until_ready(accumulate(state, zeros(), parts[0]))
     step = step.lower(state, moments, state).compile()
     grads = zeros()
-    start, used = time.perf_counter(), time.process_time()
+    watch = Watch()
     values = []
     for part in parts:
         value, grads = accumulate(state, grads, part)
         values.append(value)
     state, moments, norm = jax.block_until_ready(step(state, moments, grads))
-    figures = {
-        "seconds": time.perf_counter() - start,
-        "processor_s": time.process_time() - used,
-        "loss": float(sum(values)),
-        "grad_norm": float(norm),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-    print(json.dumps(figures))
+    watch.tell(float(sum(values)), float(norm))
 
 
 if __name__ == "__main__":
