@@ -1,4 +1,4 @@
-"""Measure the update: packed and padded rows, and other libraries on the same samples, SmolLM2-135M in float32.
+"""Measure the update: packed, shared and padded prompts, other libraries on the same samples; SmolLM2-135M, float32.
 
 Hardware: Linux, 4 GB of memory (20 GB with the peers), two CPU cores; about 10 minutes without peers, an hour with them.
 Command: python -m r1jax.launch --config=bench_update --json=FIGURES.json --config.model.checkpoint=DIR
@@ -25,5 +25,5 @@ def config(preset: str) -> Config:
             slots=64, steps_per_dispatch=8, max_prompt_tokens=64, max_new_tokens=96, prefill_buckets=(32,)
         ),
         grpo=GRPOConfig(group_size=8, prompts_per_update=8, updates_per_rollout=1),
-        pack=PackConfig(row_tokens=896, rows_per_micro_batch=1, trained_chunk=128),
+        pack=PackConfig(row_tokens=1120, rows_per_micro_batch=1, trained_chunk=512),
     )

@@ -122,7 +122,7 @@ def _tiled(tile, layout, hidden, unembedding, targets, temperature):
 
 
 def _forward(tile, layout, hidden, unembedding, targets, temperature):
-    function = functools.partial(_forward_part, tile, layout)
+    function = functools.partial(forward_part, tile, layout)
     if layout is not None:
         rows, states, matrix, scalar = _specs(layout)
         function = jax.shard_map(
@@ -137,7 +137,7 @@ def _forward(tile, layout, hidden, unembedding, targets, temperature):
 
 
 def _backward(tile, layout, saved, gradients):
-    function = functools.partial(_backward_part, tile, layout)
+    function = functools.partial(backward_part, tile, layout)
     if layout is not None:
         rows, states, matrix, scalar = _specs(layout)
         function = jax.shard_map(
@@ -182,8 +182,11 @@ def _summed(d_w, layout):
     return jax.lax.psum(d_w, rest) if rest else d_w
 
 
-def _forward_part(tile, layout, hidden, unembedding, targets, temperature):
-    """Returns log p(target), entropy, largest logit and log of the sum of exp(logit - largest) of a device's tokens."""
+def forward_part(tile, layout, hidden, unembedding, targets, temperature, tiles=None):
+    """Returns log p(target), entropy, largest logit and log of the sum of exp(logit - largest) of a device's tokens.
+
+    With `tiles` an int32 scalar, only that many leading tiles of tokens are computed; the rest means nothing.
+    """
     flat_ND, targets_N = hidden.reshape(-1, hidden.shape[-1]), _local_targets(targets, unembedding, layout)
 
     def columns(start, size, sums):
@@ -205,7 +208,7 @@ def _forward_part(tile, layout, hidden, unembedding, targets, temperature):
             )
             return tuple(_put(value, new, first) for value, new in zip(sums, found, strict=True))
 
-        return _over(flat_ND.shape[0], tile.tokens, some_tokens, sums)
+        return _over(flat_ND.shape[0], tile.tokens, some_tokens, sums, tiles)
 
     zeros = jnp.zeros(flat_ND.shape[0], jnp.float32)
     top, total, weighted, picked = _over(
@@ -225,8 +228,10 @@ def _moved(total, weighted, shift):
     return total * jnp.exp(shift), (weighted + shift * total) * jnp.exp(shift)
 
 
-def _backward_part(tile, layout, hidden, unembedding, targets, temperature, top, log_sum, entropy, d_logp, d_entropy):
-    """Returns the gradients of a device's hidden states and its part of the unembedding.
+def backward_part(
+    tile, layout, hidden, unembedding, targets, temperature, top, log_sum, entropy, d_logp, d_entropy, tiles=None
+):
+    """Returns the gradients of a device's hidden states and its part of the unembedding; `tiles` as in `forward_part`.
 
     With p the softmax and H its entropy, d log p_t / d logit_j = [j = t] - p_j and dH / d logit_j = -p_j (log p_j + H).
     """
@@ -254,7 +259,7 @@ def _backward_part(tile, layout, hidden, unembedding, targets, temperature, top,
             return _put(d_flat, _part(d_flat, first, count) + d_states, first), d_w
 
         start_w = jnp.zeros((w_DV.shape[0], size), jnp.float32)
-        d_flat, d_w = _over(flat_ND.shape[0], tile.tokens, some_tokens, (d_flat, start_w))
+        d_flat, d_w = _over(flat_ND.shape[0], tile.tokens, some_tokens, (d_flat, start_w), tiles)
         return d_flat, _put(d_unembedding, _summed(d_w, layout).astype(unembedding.dtype), start, axis=1)
 
     empty = jnp.zeros(flat_ND.shape, jnp.float32), jnp.zeros_like(unembedding)
@@ -282,8 +287,13 @@ def _at_target(start, shape, targets_N):
     return start + jax.lax.broadcasted_iota(jnp.int32, shape, 1) == targets_N[:, None]
 
 
-def _over(total: int, size: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
-    """Returns the carry after body(start, size, carry) over parts of `total`; the last may be shorter."""
+def _over(total: int, size: int, body: Callable[[Any, int, Any], Any], carry: Any, parts=None) -> Any:
+    """Returns the carry after body(start, size, carry) over parts of `total`; the last may be shorter.
+
+    With `parts` an int32 scalar it is the first ones alone, all whole.
+    """
+    if parts is not None:
+        return jax.lax.fori_loop(0, parts, lambda index, carry: body(index * size, size, carry), carry)
     whole, rest = divmod(total, size)
     if whole == 1:
         carry = body(0, size, carry)

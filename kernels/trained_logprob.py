@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from r1jax.kernels.fused_logprob import token_logprobs
+from r1jax.kernels.fused_logprob import backward_part, forward_part, tile_of
 
 
 def trained_logprobs(hidden, unembedding, targets, mask, temperature, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -21,48 +21,35 @@ def trained_logprobs(hidden, unembedding, targets, mask, temperature, chunk: int
     """
     if chunk < 1:
         raise ValueError(f"trained_logprobs: chunk={chunk} must be at least 1")
-    logp, entropy = _scored(min(chunk, targets.size), hidden, unembedding, targets, mask, jnp.float32(temperature))
-    return logp, entropy
+    chunk = min(chunk, targets.size)
+    return _scored(
+        tile_of(chunk, unembedding.shape[1], chunk), hidden, unembedding, targets, mask, jnp.float32(temperature)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scored(chunk, hidden, unembedding, targets, mask, temperature):
-    return _forward(chunk, hidden, unembedding, targets, mask, temperature)[0]
+def _scored(tile, hidden, unembedding, targets, mask, temperature):
+    return _forward(tile, hidden, unembedding, targets, mask, temperature)[0]
 
 
-def _forward(chunk, hidden, unembedding, targets, mask, temperature):
-    places, chunks = _places(chunk, mask)
-    flat, goals = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-
-    def one(number, found):
-        at = jax.lax.dynamic_slice_in_dim(places, number * chunk, chunk)
-        scored = token_logprobs(flat[at][None], unembedding, goals[at][None], temperature)
-        return tuple(old.at[at].set(new[0], mode="drop") for old, new in zip(found, scored, strict=True))
-
-    zeros = jnp.zeros(goals.shape, jnp.float32)
-    logp, entropy = jax.lax.fori_loop(0, chunks, one, (zeros, zeros))
-    found = tuple(jnp.where(mask > 0, value.reshape(mask.shape), 0) for value in (logp, entropy))
-    return found, (hidden, unembedding, targets, mask, temperature)
+def _forward(tile, hidden, unembedding, targets, mask, temperature):
+    places, tiles = _places(tile.tokens, mask)
+    states, goals = _gathered(places, hidden.reshape(-1, hidden.shape[-1])), _gathered(places, targets.reshape(-1))
+    logp, entropy, top, log_sum = forward_part(tile, None, states, unembedding, goals, temperature, tiles)
+    found = tuple(_scattered(places, value, mask) for value in (logp, entropy))
+    return found, (hidden, unembedding, targets, mask, temperature, top, log_sum, entropy)
 
 
-def _backward(chunk, saved, gradients):
-    hidden, unembedding, targets, mask, temperature = saved
-    places, chunks = _places(chunk, mask)
-    flat, goals = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    flat_gradients = [jnp.where(mask > 0, value, 0).reshape(-1) for value in gradients]
-
-    def one(number, found):
-        d_flat, d_unembedding = found
-        at = jax.lax.dynamic_slice_in_dim(places, number * chunk, chunk)
-        score = lambda states, matrix: token_logprobs(states[None], matrix, goals[at][None], temperature)  # noqa: E731
-        _, pull = jax.vjp(score, flat[at], unembedding)
-        d_states, d_matrix = pull(tuple(jnp.take(value, at, fill_value=0)[None] for value in flat_gradients))
-        return d_flat.at[at].set(d_states, mode="drop"), d_unembedding + d_matrix.astype(jnp.float32)
-
-    start = jnp.zeros_like(flat), jnp.zeros(unembedding.shape, jnp.float32)
-    d_flat, d_unembedding = jax.lax.fori_loop(0, chunks, one, start)
-    d_unembedding = d_unembedding.astype(unembedding.dtype)
-    return d_flat.reshape(hidden.shape), d_unembedding, None, jnp.zeros_like(mask), jnp.zeros_like(temperature)
+def _backward(tile, saved, gradients):
+    hidden, unembedding, targets, mask, temperature, *sums = saved
+    places, tiles = _places(tile.tokens, mask)
+    states, goals = _gathered(places, hidden.reshape(-1, hidden.shape[-1])), _gathered(places, targets.reshape(-1))
+    given = [_gathered(places, value.reshape(-1)) for value in gradients]
+    d_states, d_unembedding = backward_part(
+        tile, None, states, unembedding, goals, temperature, *sums, *given, tiles=tiles
+    )
+    d_hidden = jnp.zeros((targets.size, hidden.shape[-1]), hidden.dtype).at[places].set(d_states, mode="drop")
+    return d_hidden.reshape(hidden.shape), d_unembedding, None, jnp.zeros_like(mask), jnp.zeros_like(temperature)
 
 
 _scored.defvjp(_forward, _backward)
@@ -74,3 +61,13 @@ def _places(chunk: int, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     padding = -trained.size % chunk
     order = jnp.nonzero(trained, size=trained.size + padding, fill_value=trained.size)[0]
     return order, -(-trained.sum() // chunk)
+
+
+def _gathered(places, flat):
+    """Returns the entries at the places, 0 outside the rows."""
+    return jnp.take(flat, places, axis=0, mode="fill", fill_value=0)
+
+
+def _scattered(places, values, mask):
+    """Returns the values at their places, and 0 elsewhere, in the shape of the mask."""
+    return jnp.zeros(mask.size, jnp.float32).at[places].set(values, mode="drop").reshape(mask.shape)

@@ -570,7 +570,6 @@ class Config:
         if self.pack.shared_prompts:
             alone = {
                 "mesh.context=1": self.mesh.context == 1,
-                "model.attention_block=0": not self.model.attention_block,
                 "model.mtp_loss_weight=0": not self.model.mtp_loss_weight,
                 "model.aux_loss_alpha=0": not self.model.aux_loss_alpha,
                 "grpo.advantage other than gae": self.grpo.advantage != "gae",

@@ -7,7 +7,7 @@ import pytest
 
 from r1jax import config as configs
 from r1jax.kernels.fused_logprob import token_logprobs
-from r1jax.kernels.packed_attention import first_blocks, packed_attention
+from r1jax.kernels.packed_attention import needed_blocks, packed_attention
 from r1jax.kernels.trained_logprob import trained_logprobs
 from r1jax.models import decoder
 from r1jax.rl import losses
@@ -55,7 +55,7 @@ def test_figures_stand_under_their_keys_and_every_form_makes_the_same_update(tmp
     assert packed["loss"] == pytest.approx(padded["loss"], abs=1e-5)
     assert packed["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-5)
     assert packed["rows"] < padded["rows"] == config.bench.samples
-    assert found["ratios"]["r1jax.sft.padded"] == padded["seconds"][0] / packed["seconds"][0]
+    assert found["ratios"]["packed"]["r1jax.sft.padded"] == padded["seconds"][0] / packed["seconds"][0]
 
 
 def gradients(config: Config, form: str):
@@ -77,7 +77,7 @@ def gradients(config: Config, form: str):
 def test_packed_rows_padded_rows_and_plain_rows_have_the_same_loss_and_gradient():
     config = small_config()
     wanted = gradients(plain(config), "packed")
-    for other in (gradients(config, "packed"), gradients(config, "padded")):
+    for other in (gradients(config, form) for form in ("packed", "shared", "padded")):
         for found, expected in zip(jax.tree.leaves(other), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(found, expected, atol=1e-5 * max(float(jnp.abs(expected).max()), 1.0))
 
@@ -135,10 +135,18 @@ def test_attention_in_blocks_equals_attention_over_whole_rows(block):
         np.testing.assert_allclose(found, expected, atol=5e-6)
 
 
-def test_blocks_of_other_samples_are_passed_over():
+def needed(*arguments):
+    order, counts = needed_blocks(*arguments)
+    return [row[:count].tolist() for row, count in zip(np.asarray(order), np.asarray(counts), strict=True)]
+
+
+def test_blocks_of_other_samples_are_passed_over_and_those_of_a_shared_prompt_are_not():
     segments = jnp.asarray([[1] * 8 + [2] * 10 + [3] * 6 + [0] * 8])
-    assert first_blocks(segments, 8).tolist() == [0, 1, 1, 3]  # the sample of block 2 began in block 1
-    assert first_blocks(jnp.concatenate([segments, jnp.ones((1, 32), jnp.int32)]), 8).tolist() == [0, 0, 0, 0]
+    assert needed(segments, 8) == [[], [], [1], []]  # the sample of block 2 began in block 1
+    whole = jnp.concatenate([segments, jnp.ones((1, 32), jnp.int32)])
+    assert needed(whole, 8) == [[], [0], [0, 1], [0, 1, 2]]
+    prefixes = jnp.asarray([[0] * 18 + [1] * 6 + [0] * 8])  # the third sample goes on from the first
+    assert needed(segments, 8, prefixes) == [[], [], [0, 1], []]
 
 
 @pytest.mark.parametrize("chunk", [7, 16, 200])

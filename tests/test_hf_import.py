@@ -1,5 +1,6 @@
 """Hugging Face folders without torch: config.json, tensor names, layouts, placement and every refusal."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -216,6 +217,20 @@ def test_model_config_takes_the_shape_from_the_folder_and_runtime_fields_from_th
         scalar_head=True,
         checkpoint="here",
     )
+
+
+WEIGHTS = (  # fields of ModelConfig that say what the weights are
+    "family vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "tie_word_embeddings rms_norm_eps rope_theta rope_scaling max_position_embeddings initializer_range qk_norm "
+    "attention_bias q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts "
+    "first_k_dense_replace n_shared_experts num_experts_per_tok moe_intermediate_size n_group topk_group norm_topk_prob "
+    "routed_scaling_factor scoring_func num_nextn_predict_layers"
+)
+
+
+def test_every_field_of_the_model_config_is_of_the_weights_or_kept_from_the_defaults():
+    names = [field.name for field in dataclasses.fields(ModelConfig)]
+    assert sorted(names) == sorted([*WEIGHTS.split(), *hf_config.RUNTIME_FIELDS])
 
 
 def test_model_config_reads_every_deepseek_field(tmp_path):

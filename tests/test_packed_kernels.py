@@ -11,13 +11,18 @@ from r1jax.kernels.trained_logprob import trained_logprobs
 SEGMENTS = {  # rows of 13 tokens: several samples, padding inside and at the end, one sample alone, one token
     "packed": [[1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]],
     "short": [[1, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 2, 2, 2, 2, 0, 0, 3, 3, 3]],
+    "prefixed": [[1, 1, 2, 2, 3, 3, 4, 5, 5, 6, 6, 6, 0], [1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3]],
 }
+PREFIXES = {"prefixed": [[0, 0, 1, 1, 1, 1, 0, 4, 4, 4, 4, 4, 0], [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]]}
 
 
-def plain_attention(q, k, v, segments, scale):
-    """Returns softmax(q k / sqrt(d)) v over earlier tokens of the same segment, by the formula."""
+def plain_attention(q, k, v, segments, scale, prefixes):
+    """Returns softmax(q k / sqrt(d)) v over earlier tokens of the same segment and of the prefix, by the formula."""
     places = np.arange(segments.shape[1])
-    seen = (places[:, None] >= places) & (segments[:, :, None] == segments[:, None, :])
+    same = segments[:, :, None] == segments[:, None, :]
+    if prefixes is not None:
+        same |= (prefixes[:, :, None] == segments[:, None, :]) & (prefixes > 0)[:, :, None]
+    seen = (places[:, None] >= places) & same
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k) * scale
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     return jnp.einsum("bkgts,bskv->btkgv", jax.nn.softmax(scores, axis=-1), v)
@@ -27,6 +32,7 @@ def plain_attention(q, k, v, segments, scale):
 @pytest.mark.parametrize("name", SEGMENTS)
 def test_attention_in_blocks_is_the_plain_formula_in_value_and_gradient(name, block):
     segments, generator = np.asarray(SEGMENTS[name]), np.random.default_rng(0)
+    prefixes = np.asarray(PREFIXES[name]) if name in PREFIXES else None
     shapes = ((2, 13, 2, 3, 8), (2, 13, 2, 8), (2, 13, 2, 4))  # three query heads share a key head
     arrays = [generator.normal(size=shape).astype(np.float32) for shape in shapes]
     weight = generator.normal(size=(2, 13, 2, 3, 4)).astype(np.float32) * (segments > 0)[:, :, None, None, None]
@@ -39,8 +45,8 @@ def test_attention_in_blocks_is_the_plain_formula_in_value_and_gradient(name, bl
         (_, out), grads = jax.jit(jax.value_and_grad(function, (0, 1, 2), has_aux=True))(*arrays)
         return np.asarray(out)[segments > 0], grads
 
-    found = total(lambda q, k, v: packed_attention(q, k, v, segments, 0.35, block))
-    wanted = total(lambda q, k, v: plain_attention(q, k, v, segments, 0.35))
+    found = total(lambda q, k, v: packed_attention(q, k, v, segments, 0.35, block, prefixes))
+    wanted = total(lambda q, k, v: plain_attention(q, k, v, segments, 0.35, prefixes))
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5, atol=1e-6)
     for a, b in zip(found[1], wanted[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-6)

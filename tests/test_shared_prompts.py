@@ -11,7 +11,7 @@ from small import rl_training
 from r1jax import config as configs
 from r1jax.core import rng, sharding
 from r1jax.core.metrics import read
-from r1jax.data.packing import PREFIXES, share_prompts, unpack
+from r1jax.data.packing import PREFIXES, PackItem, share_prompts, unpack
 from r1jax.models import decoder
 from r1jax.rl import losses, rollout
 from r1jax.rl.journal import Rollout
@@ -33,7 +33,7 @@ DENSE = ModelConfig(
     initializer_range=0.3,
     scan_layers=False,
 )
-MODELS = {"moe": small.MIXTURE, "dense": DENSE}
+MODELS = {"moe": small.MIXTURE, "dense": DENSE, "blocks": replace(DENSE, attention_block=5)}
 
 
 def scored(prompt_sizes=(7, 1, 5), group=4):
@@ -74,26 +74,30 @@ def config_of(model, shared, replay=False, row_tokens=24):
     return Config(model=model, grpo=grpo, pack=pack)
 
 
+def item_of(prompt, length):
+    return PackItem(np.concatenate([prompt, np.zeros(length, np.int32)]), np.r_[0 * prompt, np.ones(length)])
+
+
 def test_prompts_stand_once_a_row_before_their_samples_and_every_sample_once():
     generator = np.random.default_rng(2)
     prompts = [np.full(size, number, np.int32) for number, size in enumerate((12, 9, 1)) for _ in range(6)]
-    lengths = generator.integers(1, 10, len(prompts)).tolist()
-    prefixes, prefix_of, rows = share_prompts(prompts, lengths, 40)
-    sizes = [length + 1 for length in lengths] + [len(prefix) for prefix in prefixes]
-    assert sorted(index for row in rows for index in row) == list(range(len(sizes)))
-    assert max(sum(sizes[index] for index in row) for row in rows) <= 40
+    whole = [item_of(prompt, length) for prompt, length in zip(prompts, generator.integers(1, 10, 18), strict=True)]
+    items, rows = share_prompts(whole, [len(prompt) for prompt in prompts], 40)
+    assert sorted(index for row in rows for index in row) == list(range(len(items)))
+    assert max(sum(len(items[index].tokens) for index in row) for row in rows) <= 40
     for row in rows:
         for place, index in enumerate(row):
-            if index < len(prompts) and prefix_of[index] >= 0:
-                prefix = row.index(prefix_of[index])
-                assert prefix < place and np.array_equal(prefixes[row[prefix] - len(prompts)], prompts[index][:-1])
-    assert [prefix_of[index] for index in range(12, 18)] == [-1] * 6  # of prompts of one token nothing can be shared
-    assert sum(sizes) < sum(len(prompt) + length for prompt, length in zip(prompts, lengths, strict=True))
+            if index < len(prompts) and (before := items[index].prefix) >= 0:
+                assert row.index(before) < place and np.array_equal(items[before].tokens, prompts[index][:-1])
+                assert np.array_equal(np.r_[items[before].tokens, items[index].tokens], whole[index].tokens)
+                assert items[index].loss_mask.sum() == whole[index].loss_mask.sum()
+    assert [item.prefix for item in items[12:18]] == [-1] * 6  # of prompts of one token nothing can be shared
+    assert sum(len(item.tokens) for item in items) < sum(len(item.tokens) for item in whole)
 
 
 def test_a_sample_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="sample 0 has 31 tokens, needs 1 to row_tokens=29"):
-        share_prompts([np.arange(12)], [30], 40)
+        share_prompts([item_of(np.arange(12, dtype=np.int32), 30)], [12], 40)
 
 
 @functools.cache
@@ -116,7 +120,7 @@ def update_of(name, config, found):
     return total, grads, int((batch.segments > 0).sum())
 
 
-@pytest.mark.parametrize(("name", "replay"), [("moe", False), ("moe", True), ("dense", False)])
+@pytest.mark.parametrize(("name", "replay"), [("moe", False), ("moe", True), ("dense", False), ("blocks", False)])
 def test_loss_and_gradients_are_those_of_prompts_that_stand_with_every_sample(name, replay):
     found = scored()
     apart = update_of(name, config_of(MODELS[name], False, replay), found)
@@ -165,7 +169,6 @@ def test_a_run_with_shared_prompts_follows_the_same_course_on_fewer_tokens(tmp_p
     ("fields", "wanted"),
     [
         ([("mesh.context", "2")], "mesh.context=1"),
-        ([("model.attention_block", "8")], "model.attention_block=0"),
         ([("model.aux_loss_alpha", "0.1")], "model.aux_loss_alpha=0"),
         ([("grpo.advantage", "gae")], "grpo.advantage other than gae"),
     ],

@@ -138,33 +138,39 @@ def _first_positions(items: Sequence[PackItem]) -> np.ndarray:
 
 
 def share_prompts(
-    prompts: Sequence[np.ndarray], lengths: Sequence[int], row_tokens: int
-) -> tuple[list[np.ndarray], list[int], list[list[int]]]:
-    """Returns (prefixes, the prefix of each sample, rows of item numbers) for samples whose equal prompts stand once.
+    items: Sequence[PackItem], prompt_tokens: Sequence[int], row_tokens: int
+) -> tuple[list[PackItem], list[list[int]]]:
+    """Returns (items, rows of their numbers) in which equal prompts, the first `prompt_tokens` of items, stand once.
 
-    A sample's item is the last token of its prompt and its `lengths` response tokens: that token predicts the first one
-    of the response, so each sample needs it for itself. The rest of the prompt is a prefix, an item with a number from
-    len(prompts) on, before the samples in its row. Samples of one prompt that do not fit one row have a prefix in each; a
-    prompt of one token has none (-1). Rows as in `pack`. Raises ValueError for a sample longer than a row.
+    An item keeps the last token of its prompt and what follows: that token predicts the first one of the response, so
+    each sample needs it for itself. The rest of the prompt is a prefix, an item with a number from len(items) on, before
+    its samples in a row. Samples of one prompt that do not fit one row have a prefix in each; a prompt of one token has
+    none. Rows as in `pack`. Raises ValueError for an item longer than a row.
     """
     owners: dict[bytes, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        owners.setdefault(prompt.tobytes(), []).append(index)
-    prefixes, prefix_of, clusters = [], [-1] * len(prompts), []
+    for index, (item, size) in enumerate(zip(items, prompt_tokens, strict=True)):
+        owners.setdefault(np.asarray(item.tokens[:size]).tobytes(), []).append(index)
+    out, prefixes, clusters = list(items), [], []
     for members in owners.values():
-        prefix = prompts[members[0]][:-1]
-        if not prefix.size:
+        size = prompt_tokens[members[0]] - 1
+        if size < 1:
             clusters += [[index] for index in members]
             continue
-        for row in pack([lengths[index] + 1 for index in members], row_tokens - prefix.size):
+        for row in pack([len(items[index].tokens) - size for index in members], row_tokens - size):
             found = [members[place] for place in row]
+            number = len(items) + len(prefixes)
             for index in found:
-                prefix_of[index] = len(prompts) + len(prefixes)
-            clusters.append([len(prompts) + len(prefixes), *found])
-            prefixes.append(prefix)
-    sizes = [length + 1 for length in lengths] + [prefix.size for prefix in prefixes]
-    rows = pack([sum(sizes[index] for index in cluster) for cluster in clusters], row_tokens)
-    return prefixes, prefix_of, [[index for cluster in row for index in clusters[cluster]] for row in rows]
+                out[index] = _cut(items[index], slice(size, None), number)
+            clusters.append([number, *found])
+            prefixes.append(_cut(items[found[0]], slice(0, size)))
+    out += prefixes
+    rows = pack([sum(len(out[index].tokens) for index in cluster) for cluster in clusters], row_tokens)
+    return out, [[index for cluster in row for index in clusters[cluster]] for row in rows]
+
+
+def _cut(item: PackItem, part: slice, prefix: int = -1) -> PackItem:
+    values, inputs = ({name: array[part] for name, array in of.items()} for of in (item.values, item.inputs))
+    return PackItem(item.tokens[part], item.loss_mask[part], values, inputs, prefix)
 
 
 def pack_batch(

@@ -97,6 +97,7 @@ class Context:
     mask: jax.Array  # [B, T, S] bool: query may see key
     write_positions: jax.Array | None  # [B, T] cache row of each new token, the scratch row for padding
     segments: jax.Array  # [B, T] document of each token, 0 is padding
+    prefixes: jax.Array | None = None  # [B, T] segment of a shared prompt that a token sees beside its own, 0 for none
 
 
 def build_context(
@@ -117,7 +118,7 @@ def build_context(
         same = segments[:, :, None] == segments[:, None, :]
         if prefixes is not None:
             same |= (prefixes[:, :, None] == segments[:, None, :]) & (prefixes > 0)[:, :, None]
-        return Context(cos, sin, causal & same, None, segments)
+        return Context(cos, sin, causal & same, None, segments, prefixes)
     mask = jnp.arange(window)[None, None, :] <= positions[:, :, None]
     return Context(cos, sin, mask, jnp.where(segments > 0, positions, cache.rows), segments)
 
@@ -210,7 +211,8 @@ def grouped_attention(p: GroupedAttention, x_BTD, context: Context, c: ModelConf
     if cache is None and ring.devices(queries) > 1:
         o = ring.attend(q, (k, v), (HEADS, HEADS), lambda kv, _: kv, (), (), context.segments, rope.softmax_scale(c))
     elif cache is None and c.attention_block:
-        o = packed_attention(q, k, v, context.segments, rope.softmax_scale(c), c.attention_block)
+        scale = rope.softmax_scale(c)
+        o = packed_attention(q, k, v, context.segments, scale, c.attention_block, context.prefixes)
     else:
         scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
         probs = _softmax(scores * rope.softmax_scale(c), context.mask[:, None, None]).astype(v.dtype)

@@ -242,20 +242,13 @@ def pack_mini_batch(
     samples = [rollout.samples[i] for i in chosen]
     size, lengths = config.pack, [len(sample.token_ids) for sample in samples]
     weights = losses.token_weights(lengths, config.grpo, max_new_tokens, judged.counted[chosen])
-    prefixes, prefix_of, rows = [], [-1] * len(samples), None
-    if size.shared_prompts:
-        prefixes, prefix_of, rows = share_prompts([s.prompt_ids for s in samples], lengths, size.row_tokens)
-    items = []
-    for index, sample, weight, prefix in zip(chosen, samples, weights, prefix_of, strict=True):
+    items, rows = [], None
+    for index, sample, weight in zip(chosen, samples, weights, strict=True):
         values = {"advantage": judged.advantages[index], "behaviour_logp": sample.behaviour_logps, "weight": weight}
         values |= {name: arrays[index] for name, arrays in (rollout.values | judged.values).items()}
-        before = sample.prompt_ids if prefix < 0 else sample.prompt_ids[-1:]
-        inputs = {ROUTED: _record(sample)[-len(before) - len(sample.token_ids) :]} if config.grpo.routing_replay else {}
-        items.append(_item(before, sample.token_ids, float(judged.trained[index]), values, inputs, prefix))
-    for number, prefix in enumerate(prefixes, len(samples)):
-        first = samples[prefix_of.index(number)]
-        inputs = {ROUTED: _record(first)[: len(prefix)]} if config.grpo.routing_replay else {}
-        items.append(_item(prefix, np.empty(0, np.int32), 0.0, dict.fromkeys(items[0].values, 0.0), inputs, -1))
+        items.append(_item(sample, float(judged.trained[index]), values, config.grpo.routing_replay))
+    if size.shared_prompts:
+        items, rows = share_prompts(items, [len(sample.prompt_ids) for sample in samples], size.row_tokens)
     sizes = [len(item.tokens) for item in items]
     shards = sharding.row_shards(size.rows_per_micro_batch, config.mesh)
     rows = spread(rows or pack(sizes, size.row_tokens), sizes, size.rows_per_micro_batch, shards)
@@ -265,18 +258,16 @@ def pack_mini_batch(
     return batch
 
 
-def _item(
-    before: np.ndarray, response: np.ndarray, trained: float, values: dict, inputs: dict, prefix: int
-) -> PackItem:
-    """Returns tokens that are only read, then those of a response with its mask and values (numbers or arrays)."""
+def _item(sample: RolloutSample, trained: float, values: dict, routed: bool) -> PackItem:
+    """Returns a sample with the mask and the values (numbers or arrays) of its response, and the experts it was sent to."""
 
     def after(value) -> np.ndarray:
-        row = np.zeros(len(before) + len(response), np.float32)
-        row[len(before) :] = value
+        row = np.zeros(len(sample.prompt_ids) + len(sample.token_ids), np.float32)
+        row[len(sample.prompt_ids) :] = value
         return row
 
-    named = {name: after(value) for name, value in values.items()}
-    return PackItem(np.concatenate([before, response]), after(trained), named, inputs, prefix)
+    tokens, inputs = np.concatenate([sample.prompt_ids, sample.token_ids]), {ROUTED: _record(sample)} if routed else {}
+    return PackItem(tokens, after(trained), {name: after(value) for name, value in values.items()}, inputs)
 
 
 def _record(sample: RolloutSample) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Measure the update of the policy: packed and padded, GRPO and SFT, and other libraries on the same samples."""
+"""Measure the update of the policy: packed, with shared prompts and padded, GRPO and SFT, and other libraries."""
 
 import json
 import math
@@ -20,7 +20,7 @@ import numpy as np
 from r1jax.checkpoints import hf, hf_config
 from r1jax.core import rng, sharding
 from r1jax.core.metrics import read_timing
-from r1jax.data.packing import PackItem, pack_batch, rows_needed, unpack
+from r1jax.data.packing import PackItem, pack, pack_batch, share_prompts, unpack
 from r1jax.data.prompts import Prompt
 from r1jax.models import decoder
 from r1jax.report import table
@@ -60,8 +60,8 @@ def run(config: Config, workdir: Path) -> dict:
     """Returns `systems.<name>.<loss>.<form>`: tokens_per_s and the rest of what each system takes for one update.
 
     A useful token is a trained response token. Every run is a process of its own, held to config.bench.threads
-    processors; the systems run in turn, config.bench.repeats times, and figures are medians. `ratios` are medians over
-    the turns. Without a checkpoint the weights are random and there are no peers. Raises ValueError where the
+    processors; the systems run in turn, config.bench.repeats times, and figures are medians. `ratios.<packed|shared>`
+    are each system's time over that of ours, medians over the turns. Without a checkpoint the weights are random and there are no peers. Raises ValueError where the
     system does not tell a process its memory, for an interpreter that is not there, or when a measurement ends early.
     """
     measure.require_memory_figures("bench_update")
@@ -92,7 +92,8 @@ def systems_of(config: Config) -> list[System]:
     for loss in bench.losses:
         if loss not in ("grpo", "sft"):
             raise ValueError(f"bench_update: config.bench.losses has '{loss}', which is neither grpo nor sft")
-        found += [System("r1jax", loss, "packed"), System("r1jax", loss, "padded")]
+        forms = ("packed", "shared", "padded") if loss == "grpo" else ("packed", "padded")
+        found += [System("r1jax", loss, form) for form in forms]
     peers = [
         System("trl", "grpo", "padded", bench.trl_python, "trl_update.py", bench.peer_micro_batch),
         System("transformers", "sft", "padded", bench.trl_python, "transformers_update.py", bench.peer_micro_batch),
@@ -162,21 +163,25 @@ def items_of(given: dict[str, np.ndarray], config: Config, loss: str) -> list[Pa
 
 
 def arrays_of(items: list[PackItem], config: Config, form: str) -> tuple[dict[str, np.ndarray], int, PackConfig]:
-    """Returns (arrays [M, R, T], filled micro-batches, their shape): rows filled by `pack`, or one sample a row.
+    """Returns (arrays [M, R, T], filled micro-batches, their shape), in one of three forms.
 
-    Padded rows are as long as the longest sample, as many at a time as hold about the tokens of a packed micro-batch.
+    packed: rows filled by `pack`; shared: a prompt stands once in a row for its samples there; padded: one sample a row,
+    rows as long as the longest sample, as many at a time as hold about the tokens of a packed micro-batch.
     """
-    lengths, size, rows = [len(item.tokens) for item in items], config.pack, None
-    if form == "padded":
+    lengths, size = [len(item.tokens) for item in items], config.pack
+    if form == "shared":
+        items, rows = share_prompts(items, [config.bench.prompt_tokens] * len(items), size.row_tokens)
+    elif form == "packed":
+        rows = pack(lengths, size.row_tokens)
+    else:
         longest = max(lengths)
         at_once = max(size.row_tokens * size.rows_per_micro_batch // longest, 1)
         size = replace(size, row_tokens=longest, rows_per_micro_batch=at_once)
         rows = [[index] for index in np.argsort([-length for length in lengths], kind="stable").tolist()]
-    needed = len(rows) if rows else rows_needed(lengths, size.row_tokens)
-    micro_batches = -(-needed // size.rows_per_micro_batch)
-    packed = pack_batch(items, size.row_tokens, micro_batches * size.rows_per_micro_batch, rows)
-    arrays = step.batch_arrays(packed, size, micro_batches, tuple(packed.values))
-    return arrays, step.filled_micro_batches(packed, size), size
+    micro_batches = -(-len(rows) // size.rows_per_micro_batch)
+    batch = pack_batch(items, size.row_tokens, micro_batches * size.rows_per_micro_batch, rows)
+    arrays = step.batch_arrays(batch, size, micro_batches, tuple(batch.values))
+    return arrays, step.filled_micro_batches(batch, size), size
 
 
 def start_weights(config: Config) -> tuple[Config, object, decoder.Params]:
@@ -321,10 +326,11 @@ def report(config: Config, systems: list[System], found: dict[str, list[dict]], 
         figures["utilisation"] = flops / seconds / told["peak_flops_per_s"]
         figures["peak_rss_bytes"] = max(run["peak_rss_bytes"] for run in runs)
         out["systems"].setdefault(system.name, {}).setdefault(system.loss, {})[system.form] = figures
-        packed = found.get(f"r1jax.{system.loss}.packed")
-        if packed is not runs:
-            pairs = [theirs["seconds"] / ours["seconds"] for theirs, ours in zip(runs, packed, strict=True)]
-            out["ratios"][system.key] = statistics.median(pairs)
+        for form in ("packed", "shared"):
+            ours = found.get(f"r1jax.{system.loss}.{form}", runs)
+            if ours is not runs:
+                pairs = [theirs["seconds"] / own["seconds"] for theirs, own in zip(runs, ours, strict=True)]
+                out["ratios"].setdefault(form, {})[system.key] = statistics.median(pairs)
     out["samples"] = {
         "samples": len(lengths),
         "prompt_tokens": len(lengths) * config.bench.prompt_tokens,
@@ -336,8 +342,8 @@ def report(config: Config, systems: list[System], found: dict[str, list[dict]], 
     columns = ("tokens_per_s", "utilisation", "peak_rss_bytes", "processor_s", "loss", "grad_norm")
     rows = [{"system": system.key} | out["systems"][system.name][system.loss][system.form] for system in systems]
     table.render(
-        [row | {"packed is faster by": out["ratios"].get(row["system"])} for row in rows],
-        ("system", *columns, "packed is faster by"),
+        [row | {f"over {form}": of.get(row["system"]) for form, of in out["ratios"].items()} for row in rows],
+        ("system", *columns, *(f"over {form}" for form in out["ratios"])),
         f"{trained} trained tokens of {len(lengths)} samples, medians of {config.bench.repeats}",
     )
     return out
