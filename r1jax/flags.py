@@ -47,6 +47,10 @@ def parse(argv: list[str]) -> Arguments:
         raise ValueError(f"unexpected argument '{positional[0]}'; every argument is a --flag=value")
     if values.sweep_index is not None and not values.sweep:
         raise ValueError(f"--sweep_index={values.sweep_index} needs at least one --sweep=FIELD=v1,v2")
+    if values.topology is not None:
+        if values.config.partition(":")[0] != "bench_kernels":
+            raise ValueError(f"--topology={values.topology} goes with --config=bench_kernels alone")
+        overrides.append(("bench.topology", values.topology))
     return Arguments(
         spec=values.config,
         overrides=tuple(overrides),
@@ -70,6 +74,7 @@ def _define() -> absl_flags.FlagValues:
     absl_flags.DEFINE_string("config", "", "NAME[:PRESET]: what to run, and at which size (default: tiny).", **shared)
     absl_flags.DEFINE_string("workdir", "runs", "Folder for checkpoints, metrics and reports.", **shared)
     absl_flags.DEFINE_string("json", None, "File for the run's figures, as JSON.", **shared)
+    absl_flags.DEFINE_string("topology", None, "bench_kernels: the TPU to compile for, such as v5p:1x1x1.", **shared)
     absl_flags.DEFINE_multi_string(
         "sweep", [], "FIELD=v1,v2: one run a value; repeat the flag for a product.", **shared
     )

@@ -98,8 +98,11 @@ class ModelConfig:
     remat_policy: Literal["nothing", "dots_no_batch", "dots"] = (
         "nothing"  # what a recomputed block keeps: nothing, its products with weights, or those of attention too
     )
+    attention_implementation: Literal["auto", "xla", "flash"] = (
+        "auto"  # attention over whole rows: XLA's operations or the Pallas kernel (auto: on a TPU)
+    )
     attention_block: int = (
-        0  # GQA without a cache: tokens of a block of keys, those of other samples skipped; 0: all at once
+        0  # XLA, GQA without a cache: tokens of a block of keys, those of other samples skipped; 0: all at once
     )
 
     def __post_init__(self):
@@ -496,7 +499,8 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What bench_update measures: samples of random tokens, responses of log-normal length, and who updates on them."""
+    """What bench_update measures: samples of random tokens, responses of log-normal length, and who updates on them; and
+    the TPU that bench_kernels compiles for."""
 
     samples: int = 64
     prompt_tokens: int = 64
@@ -510,6 +514,7 @@ class BenchConfig:
     trl_python: str = ""  # interpreter with torch, transformers and trl; "" leaves TRL and transformers out
     tunix_python: str = ""  # interpreter with google-tunix; "" leaves Tunix out
     tunix_micro_batch: int = 2  # Tunix holds the logits of all positions
+    topology: str = "v5p:1x1x1"  # bench_kernels: one chip of a generation, as libtpu names it
     split_updates: int = 2  # GRPO steps of a run that tells the shares of a step, the first not counted; 0: none
 
 

@@ -23,7 +23,7 @@ BELOW = {  # part of r1jax: the parts it may import; itself and schema always
     "train": {"data", "models", "core"},  # of kernels only what models place on the mesh
     "rewards": {"data"},  # the tiny world's rules
     "evals": {"sampler", "rewards", "data", "core"},
-    "plan": {"core"},
+    "plan": {"kernels", "core"},
     "rl": {"sampler", "rewards", "data", "train", "models", "core"},
     "stages": {
         *("rl", "train", "sampler", "data", "rewards", "evals", "checkpoints", "report", "plan", "models", "core"),

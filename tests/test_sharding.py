@@ -26,6 +26,7 @@ MESHES = (
 )
 RUNS = [f"{model}/{mesh}" for model in ("moe", "dense") for mesh in MESHES]
 RUNS += [f"moe/{mesh}_routed" for mesh in ("fsdp8", "data2_expert4", "fsdp2_expert2_tensor2", "expert2_context4")]
+RUNS += [f"{model}/fsdp2_expert2_tensor2_flash" for model in ("moe", "dense")]
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ RUNTIME_FIELDS = (
     "scan_layers",
     "remat",
     "remat_policy",
+    "attention_implementation",
     "attention_block",
     "moe_implementation",
     "moe_dispatch",

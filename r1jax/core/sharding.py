@@ -211,6 +211,12 @@ def current_mesh() -> Mesh | None:
     return getattr(_active, "mesh", None)
 
 
+def device() -> jax.Device:
+    """Returns one of the devices that the program being traced is for."""
+    mesh = current_mesh()
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
 def current_rules() -> Rules:
     return getattr(_active, "rules", TRAIN)
 

@@ -11,7 +11,7 @@ from flax import struct
 from r1jax.core.sharding import ParamSpec, constrain, normal, zeros
 from r1jax.kernels.packed_attention import packed_attention
 from r1jax.models import cache as kv
-from r1jax.models import ring, rope
+from r1jax.models import flash, ring, rope
 from r1jax.models.layers import norm_spec, rms_norm
 from r1jax.schema import ModelConfig
 
@@ -152,6 +152,10 @@ def latent_attention(p: LatentAttention, x_BTD, context: Context, c: ModelConfig
         o_BTNV = ring.attend(
             q, latent, ROWS, expand, p.kv_b, (None, "heads", None), context.segments, rope.softmax_scale(c)
         )[:, :, :, 0]
+    elif cache is None and flash.chosen(c):
+        q, (k, v) = jnp.concatenate([q_nope, q_rope], axis=-1)[:, :, :, None], _expand(p.kv_b, latent, c)
+        scale = rope.softmax_scale(c)
+        o_BTNV = flash.attend(q, k, v, context.segments, context.prefixes, scale)[:, :, :, 0]
     else:
         attend = _absorbed if absorbed else _expanded
         o_BTNV = attend(p.kv_b, q_nope, q_rope, latent, context.mask, c)
@@ -210,6 +214,8 @@ def grouped_attention(p: GroupedAttention, x_BTD, context: Context, c: ModelConf
     q = q.reshape(batch, queries, c.num_key_value_heads, groups, c.head_dim)  # [B, T, K, N / K, H]
     if cache is None and ring.devices(queries) > 1:
         o = ring.attend(q, (k, v), (HEADS, HEADS), lambda kv, _: kv, (), (), context.segments, rope.softmax_scale(c))
+    elif cache is None and flash.chosen(c):
+        o = flash.attend(q, k, v, context.segments, context.prefixes, rope.softmax_scale(c))
     elif cache is None and c.attention_block:
         scale = rope.softmax_scale(c)
         o = packed_attention(q, k, v, context.segments, scale, c.attention_block, context.prefixes)

@@ -171,17 +171,11 @@ def _grouped(x_ND, experts_NK, weights_NK, gate, up, down, first, *, kind: str) 
     return jnp.einsum("NKD,NK->ND", rows.reshape(-1, k, x_ND.shape[1]), weights_NK.astype(rows.dtype))
 
 
-def _platform() -> str:
-    """Returns the kind of machine that the program being traced is for."""
-    mesh = sharding.current_mesh()
-    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-
-
 def implementation(c: ModelConfig) -> str:
     """Returns how experts are computed: as configured, or by platform (a CPU has no grouped matrix product)."""
     if c.moe_implementation != "auto":
         return c.moe_implementation
-    return "blocked" if _platform() == "cpu" else "ragged"
+    return "blocked" if sharding.device().platform == "cpu" else "ragged"
 
 
 @dataclass(frozen=True)
@@ -263,7 +257,7 @@ def moe(
         rows, parts = sharding.mesh_axes(tokens[0]), sharding.mesh_axes(wide[0])
         shared = tuple(name for name in parts if name in rows)
         axes = _Axes(mesh, shared, tuple(name for name in parts if name not in rows), sharding.mesh_axes(wide[2]))
-        routed = c.moe_dispatch == "routed" or (c.moe_dispatch == "auto" and _platform() == "tpu")
+        routed = c.moe_dispatch == "routed" or (c.moe_dispatch == "auto" and sharding.device().platform == "tpu")
         if routed and axes.shared and not axes.copies:
             body = functools.partial(_dispatched, kind=kind, axes=axes, factor=c.moe_buffer_factor)
         else:

@@ -67,6 +67,7 @@ class Plan:
     available: int  # bytes of HBM of one device, 0 where it is not known
     collectives: tuple[hlo.Collective, ...]
     rematerialized: tuple[str, ...]  # what the partitioner copied whole to every device because it knew no better way
+    kernels: Mapping[str, int]  # Pallas kernels by name, and how often they run a call; loops as in `by_axes`
     gathered: tuple[hlo.Collective, ...]  # collectives that bring a device more of a weight than it holds
     libtpu: str
     lower_s: float  # wall time of tracing and lowering
@@ -114,6 +115,7 @@ class Plan:
             "collectives": self.by_axes(),
             "involuntary_rematerializations": len(self.rematerialized),
             "weight_gathers": len(self.gathered),
+            "kernels": dict(self.kernels),
             "lower_s": round(self.lower_s, 1),
             "compile_s": round(self.compile_s, 1),
         }
@@ -127,12 +129,13 @@ def compile_program(
     slices: int = 1,
     deadline_s: float = DEADLINE_S,
     keep: str | os.PathLike | None = None,
+    bundles: bool = False,
 ) -> Plan:
     """Returns the plan of the program that `builder` makes for `slices` slices of `topology`, such as "v5p:4x4x4".
 
     `builder` is "package.module:function" or "path/to/file.py:function", called in a process of its own as
     function(devices, **arguments) with JSON values and returning a `Program`. `keep` names a folder for the compiler's
-    dump and logs (the module's text among them), which are otherwise removed. Raises ValueError where libtpu is absent, the topology
+    dump and logs (the module's text among them), which are otherwise removed. With `bundles` (mode full) the folder's `bundles` hold what `plan.bundles` reads. Raises ValueError where libtpu is absent, the topology
     unknown or the program refused, TimeoutError after `deadline_s`. A program that does not fit gives a plan as well:
     see `Plan.require_fit`.
     """
@@ -148,11 +151,11 @@ def compile_program(
                 stale.unlink(missing_ok=True)
         request = {"topology": topology, "slices": slices, "builder": builder, "arguments": dict(arguments or {})}
         (folder / "request.json").write_text(json.dumps(request))
-        _run(folder, mode, deadline_s)
+        _run(folder, mode, deadline_s, bundles)
         return _read(folder, f"{slices} x {topology}" if slices > 1 else topology, builder, mode)
 
 
-def _run(folder: pathlib.Path, mode: str, deadline_s: float) -> None:
+def _run(folder: pathlib.Path, mode: str, deadline_s: float, bundles: bool) -> None:
     """Runs the compiler's process until it ends, memory is laid out (fast) or the deadline is over."""
     environment = {
         **os.environ,
@@ -161,6 +164,9 @@ def _run(folder: pathlib.Path, mode: str, deadline_s: float) -> None:
         "XLA_FLAGS": f"--xla_dump_to={folder / 'dump'} --xla_dump_hlo_as_text",
         "TPU_LOG_DIR": str(folder / "logs"),
     }
+    if bundles:
+        (folder / "bundles").mkdir(exist_ok=True)
+        environment["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder / 'bundles'} --xla_jf_dump_llo_text=true"
     command = [sys.executable, "-c", "from r1jax.plan.compile import _child; _child()", str(folder)]
     limit = time.monotonic() + deadline_s
     with open(folder / "output.txt", "wb") as output:
@@ -211,7 +217,8 @@ def _read(folder: pathlib.Path, topology: str, builder: str, mode: str) -> Plan:
             lines = (folder / "output.txt").read_text(errors="replace").strip().splitlines()
             error = f"the compiler's process ended: {lines[-1] if lines else 'without a word'}"
         raise ValueError(f"plan: {error}")
-    found = hlo.collectives(module.read_text(), lowered["mesh"])
+    text = module.read_text()
+    found = hlo.collectives(text, lowered["mesh"])
     log = folder / "logs" / "tpu_driver.WARNING"
     warnings = log.read_text(errors="replace") if log.exists() else ""
     warnings += (folder / "output.txt").read_text(errors="replace")
@@ -226,6 +233,7 @@ def _read(folder: pathlib.Path, topology: str, builder: str, mode: str) -> Plan:
         available=int(HBM_GIB.get(generation, 0) * GIB),
         collectives=found,
         rematerialized=tuple(dict.fromkeys(_REMATERIALIZED.findall(warnings))),
+        kernels=hlo.kernels(text),
         gathered=tuple(hlo.gathered(found, weights)),
         libtpu=importlib.metadata.version("libtpu"),
         lower_s=lowered["lower_s"],

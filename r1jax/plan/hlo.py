@@ -35,6 +35,7 @@ _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _BOUND = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
 _BELOW = re.compile(r"ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_KERNEL = re.compile(r'op_name="[^"]*?(\w+)/pallas_call"')
 _GROUPS = re.compile(
     r"replica_groups=(?:(\{\{.*?\}\}|\{\})|(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)|(mesh\[.*?\]\s*(?:,[^{]*)?\{[^}]*\}))"
 )
@@ -253,6 +254,17 @@ def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
                 op_name = _OP_NAME.search(line)
                 out.append(Collective(*parsed, runs, in_loop, op_name.group(1) if op_name else ""))
     return tuple(out)
+
+
+def kernels(text: str) -> dict[str, int]:
+    """Returns the Pallas kernels that a module calls and how often they run a call of it, by name."""
+    found, entry = _computations(text)
+    out: dict[str, int] = {}
+    for name, (runs, _) in _runs(found, entry).items():
+        for line in found[name].lines:
+            if 'custom_call_target="tpu_custom_call"' in line and (kernel := _KERNEL.search(line)):
+                out[kernel[1]] = out.get(kernel[1], 0) + runs
+    return out
 
 
 def _collective(line: str, mesh: Mapping[str, int]):

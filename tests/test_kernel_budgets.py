@@ -1,0 +1,69 @@
+"""Claims about the kernels as the TPU compiler makes them: they compile for every generation, within committed budgets.
+
+All figures are static, nothing is run. tests/kernel_budgets.json holds them; `R1JAX_BUDGETS=lower` writes what has become better there,
+never what has become worse. Needs libtpu (`pip install '.[test]'` on x86 Linux): skipped without it, an error when CI=true.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+
+import pytest
+
+from r1jax.plan import kernels
+from r1jax.plan.compile import compile_program
+
+if importlib.util.find_spec("libtpu") is None:
+    if os.environ.get("CI", "").lower() == "true":
+        raise ImportError("no libtpu; pip install '.[test]'")
+    pytest.skip("no libtpu; pip install '.[plan]'", allow_module_level=True)
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DRIVER = ROOT / "tests" / "plan_driver.py"
+BUDGETS = ROOT / "tests" / "kernel_budgets.json"
+BEST = {"bundles": min, "spill_stores": min, "vmem_bytes": min, "mxu_share": max}
+TOPOLOGIES = ("v5p:1x1x1", "v5e:1x1", "v6e:1x1")
+
+
+def summed(figures: dict) -> dict:
+    """Returns what is budgeted: of the slower of a step's two regions, spills of both."""
+    regions = figures["regions"]
+    return {
+        "bundles": max(region["bundles"] for region in regions),
+        "spill_stores": sum(region["spill_stores"] for region in regions),
+        "vmem_bytes": figures["vmem_bytes"],
+        "mxu_share": round(min(region["mxu_share"] for region in regions), 3),
+    }
+
+
+@pytest.mark.parametrize("kernel", kernels.OURS)
+@pytest.mark.parametrize("shape", kernels.SHAPES)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_kernel_compiles_within_its_budget(topology, shape, kernel):
+    found = summed(kernels.figures(kernel, shape, topology))
+    budgets = json.loads(BUDGETS.read_text())
+    place = budgets.setdefault(topology, {}).setdefault(kernel, {})
+    if os.environ.get("R1JAX_BUDGETS") == "lower":
+        place[shape] = {name: best(found[name], place.get(shape, found)[name]) for name, best in BEST.items()}
+        BUDGETS.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
+    for name, best in BEST.items():
+        assert best(found[name], place[shape][name]) == found[name], (name, found, place[shape])
+    assert found["vmem_bytes"] > 0
+
+
+def test_a_forward_step_has_fewer_bundles_and_less_than_half_the_spill_share_of_splash_attention():
+    ours = kernels.figures(kernels.OURS[0], "mla_192_128", "v5p:1x1x1")["regions"]
+    (splash,) = kernels.figures(kernels.SPLASH[0], "mla_192_128", "v5p:1x1x1")["regions"]
+    for region in ours:
+        assert region["bundles"] < splash["bundles"]
+        assert region["spill_share"] < splash["spill_share"] / 2
+
+
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x2", "v6e:2x2"])
+def test_the_kernels_compile_in_the_update_of_a_divided_model(topology, tmp_path):
+    shape = dict(num_hidden_layers=2, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+    given = dict(preset="tiny", model=shape, rows=4, row_tokens=512, mesh={"fsdp": 2, "tensor": 2})
+    found = compile_program(topology, f"{DRIVER}:update", given, "full", keep=tmp_path)
+    assert found.kernels == {"flash_attention_forward": 2, "flash_attention_backward": 2}
+    assert found.rematerialized == ()
