@@ -4,6 +4,8 @@ Logits exist one tile at a time: some tokens by some columns of the vocabulary. 
 softmax for each token; the backward pass computes every tile again from what it saved of each token (its largest logit,
 the logarithm of its sum, its entropy), so neither pass holds [B, T, V]. Source of the running sums: Milakov and
 Gimelshein, arXiv 1805.02867.
+
+The tiles are XLA's, or on a TPU the blocks of the Pallas kernels in `logprob_tile`.
 """
 
 import functools
@@ -16,11 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from r1jax.kernels import logprob_tile
+
 WHOLE_LOGITS = 2**24  # up to this many logits a device (64 MiB of float32) they are computed at once
 TILE_TOKENS = 1024
 TILE_LOGITS = 2**21  # of a tile: 8 MiB of float32, 2,048 columns of 1,024 tokens
+GATHERED_COLUMNS = 4096  # that the kernels take at once where D is divided: 56 MiB of bfloat16 at a width of 7,168
 LANES, SUBLANES = 128, 8  # sides of a TPU's tile of registers
-LOWEST = -1e30  # below any logit
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,50 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """The Pallas kernels for a kind of device, in interpret mode where that is no TPU.
+
+    Without `backward` they compute the forward pass alone: the two of the backward pass compute every logit twice, five
+    products a logit in all where XLA's tiles, which sum gradients in HBM, have four.
+    """
+
+    device_kind: str
+    interpret: Any = False
+    backward: bool = True
+
+
+@dataclass(frozen=True)
 class Tile:
-    """The size of a tile of logits."""
+    """The size of a tile of logits. With kernels that of what they are called on: logits are the kernels' blocks."""
 
     tokens: int
     vocab: int
+    blocks: logprob_tile.Blocks | None = None
+    interpret: Any = False
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of the two passes."""
+
+    forward: Tile
+    backward: Tile
+
+
+def kernel_tiles(kernel: Kernel, tile: Tile, tokens: int, vocab: int, states: jax.Array, layout=None) -> Tiles:
+    """Returns the kernels' tiles, and `tile` for the backward pass where they have no part in it; see `kernel_tile`."""
+    found = kernel_tile(kernel, tokens, vocab, states, layout)
+    return Tiles(found, found if kernel.backward else tile)
+
+
+def kernel_tile(kernel: Kernel, tokens: int, vocab: int, states: jax.Array, layout: Layout | None = None) -> Tile:
+    """Returns what the kernels are called on for a device's tokens and vocabulary: all of it, or columns gathered in D.
+
+    `states` are hidden states [..., D] of whatever shape.
+    """
+    vocab = min(vocab, GATHERED_COLUMNS) if layout is not None and layout.embed else vocab
+    blocks = logprob_tile.blocks_for(kernel.device_kind, tokens, states.shape[-1], states.dtype.itemsize)
+    return Tile(tokens, vocab, blocks, kernel.interpret)
 
 
 def tile_of(tokens: int, vocab: int, chunk_tokens: int = 0, chunk_vocab: int = 0) -> Tile | None:
@@ -83,7 +126,7 @@ def _score(hidden, unembedding_DV, targets, temperature):
     return picked - norm, norm - probs_logits
 
 
-@functools.partial(jax.jit, static_argnames=("chunk_tokens", "chunk_vocab", "layout"), inline=True)
+@functools.partial(jax.jit, static_argnames=("chunk_tokens", "chunk_vocab", "layout", "kernel"), inline=True)
 def token_logprobs(
     hidden: jax.Array,
     unembedding: jax.Array,
@@ -92,6 +135,7 @@ def token_logprobs(
     chunk_tokens: int = 0,
     chunk_vocab: int = 0,
     layout: Layout | None = None,
+    kernel: Kernel | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (log p(target), entropy), float32 [B, T] in nats, of softmax(hidden @ unembedding / temperature).
 
@@ -100,29 +144,33 @@ def token_logprobs(
     have gradients with respect to hidden and unembedding; temperature has none where logits are tiled. Products take
     their inputs as they are (bfloat16 or float32) and sum in float32; the unembedding's gradient is summed in float32
     and rounded once. With `layout` the arrays are divided over its mesh: the vocabulary is never put together, columns
-    whose D is divided are gathered a tile at a time, and sums for each token and gradients travel. Raises ValueError for
-    a negative chunk.
+    whose D is divided are gathered a tile at a time, and sums for each token and gradients travel. With `kernel` the
+    Pallas kernels compute it in blocks of their own, chunks have a say in a backward pass that is XLA's alone. Raises ValueError for a negative chunk.
     """
     (batch, length), vocab = targets.shape, unembedding.shape[1]
     tokens = batch * length
     if layout is not None:
         tokens, vocab = tokens // layout.parts(layout.row_axes), vocab // layout.parts(layout.vocab)
     tile = tile_of(tokens, vocab, chunk_tokens, chunk_vocab)
-    if tile is None:
+    if kernel is not None:
+        tiles = kernel_tiles(kernel, tile or Tile(tokens, vocab), tokens, vocab, hidden, layout)
+    elif tile is not None:
+        tiles = Tiles(tile, tile)
+    else:
         if layout is not None:
             place = NamedSharding(layout.mesh, PartitionSpec(None, layout.vocab or None))
             unembedding = jax.lax.with_sharding_constraint(unembedding, place)
         return _score(hidden, unembedding, targets, temperature)
-    return _tiled(tile, layout, hidden, unembedding, targets, jnp.asarray(temperature, jnp.float32))
+    return _tiled(tiles, layout, hidden, unembedding, targets, jnp.asarray(temperature, jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tiled(tile, layout, hidden, unembedding, targets, temperature):
-    return _forward(tile, layout, hidden, unembedding, targets, temperature)[0]
+def _tiled(tiles, layout, hidden, unembedding, targets, temperature):
+    return _forward(tiles, layout, hidden, unembedding, targets, temperature)[0]
 
 
-def _forward(tile, layout, hidden, unembedding, targets, temperature):
-    function = functools.partial(forward_part, tile, layout)
+def _forward(tiles, layout, hidden, unembedding, targets, temperature):
+    function = functools.partial(forward_part, tiles.forward, layout)
     if layout is not None:
         rows, states, matrix, scalar = _specs(layout)
         function = jax.shard_map(
@@ -136,8 +184,8 @@ def _forward(tile, layout, hidden, unembedding, targets, temperature):
     return (logp, entropy), (hidden, unembedding, targets, temperature, top, log_sum, entropy)
 
 
-def _backward(tile, layout, saved, gradients):
-    function = functools.partial(backward_part, tile, layout)
+def _backward(tiles, layout, saved, gradients):
+    function = functools.partial(backward_part, tiles.backward, layout)
     if layout is not None:
         rows, states, matrix, scalar = _specs(layout)
         function = jax.shard_map(
@@ -191,6 +239,10 @@ def forward_part(tile, layout, hidden, unembedding, targets, temperature, tiles=
 
     def columns(start, size, sums):
         w_DV = _columns(unembedding, start, size, layout)
+        if tile.blocks is not None:
+            return logprob_tile.forward_tile(
+                flat_ND, w_DV, targets_N - start, temperature, sums, tile.blocks, tile.interpret, _count(tile, tiles)
+            )
 
         def some_tokens(first, count, sums):
             top, total, weighted, picked = (_part(value, first, count) for value in sums)
@@ -212,7 +264,7 @@ def forward_part(tile, layout, hidden, unembedding, targets, temperature, tiles=
 
     zeros = jnp.zeros(flat_ND.shape[0], jnp.float32)
     top, total, weighted, picked = _over(
-        unembedding.shape[1], tile.vocab, columns, (zeros + LOWEST, zeros, zeros, zeros)
+        unembedding.shape[1], tile.vocab, columns, (zeros + logprob_tile.LOWEST, zeros, zeros, zeros)
     )
     if layout is not None and layout.vocab:
         highest = jax.lax.pmax(top, layout.vocab)
@@ -221,6 +273,11 @@ def forward_part(tile, layout, hidden, unembedding, targets, temperature, tiles=
     log_sum = jnp.log(total)
     found = (picked - top) - log_sum, log_sum - weighted / total, top, log_sum
     return tuple(value.reshape(targets.shape) for value in found)
+
+
+def _count(tile, tiles):
+    """Returns how many leading tokens count, None where all do."""
+    return None if tiles is None else tiles * tile.tokens
 
 
 def _moved(total, weighted, shift):
@@ -239,10 +296,20 @@ def backward_part(
     per_token = [
         value.reshape(-1, 1) for value in (top, log_sum, entropy, d_logp / temperature, d_entropy / temperature)
     ]
+    if tile.blocks is not None:
+        dtypes = _sum_dtypes(tile, layout, hidden, unembedding)
+        numbers = [value[:, 0] for value in per_token]
 
     def columns(start, size, gradients):
         d_flat, d_unembedding = gradients
         w_DV = _columns(unembedding, start, size, layout)
+        if tile.blocks is not None:
+            given = targets_N - start, temperature, numbers[:3], numbers[3:], dtypes
+            d_states, d_w = logprob_tile.backward_tile(
+                flat_ND, w_DV, *given, tile.blocks, tile.interpret, _count(tile, tiles)
+            )
+            d_flat = d_states if size == unembedding.shape[1] else d_flat + d_states
+            return d_flat, _put(d_unembedding, _summed(d_w, layout).astype(unembedding.dtype), start, axis=1)
 
         def some_tokens(first, count, gradients):
             d_flat, d_w = gradients
@@ -267,6 +334,12 @@ def backward_part(
     if layout is not None and layout.vocab:
         d_flat = jax.lax.psum(d_flat, layout.vocab)
     return d_flat.astype(hidden.dtype).reshape(hidden.shape), d_unembedding
+
+
+def _sum_dtypes(tile, layout, hidden, unembedding):
+    """Returns the dtypes of what the kernels return, float32 where other devices' or tiles' gradients are to be added."""
+    whole = tile.vocab == unembedding.shape[1] and (layout is None or not layout.vocab)
+    return hidden.dtype if whole else jnp.float32, unembedding.dtype if layout is None else jnp.float32
 
 
 def _local_targets(targets, unembedding, layout):

@@ -9,44 +9,47 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from r1jax.kernels.fused_logprob import backward_part, forward_part, tile_of
+from r1jax.kernels.fused_logprob import Kernel, Tiles, backward_part, forward_part, kernel_tiles, tile_of
 
 
-def trained_logprobs(hidden, unembedding, targets, mask, temperature, chunk: int) -> tuple[jax.Array, jax.Array]:
+def trained_logprobs(
+    hidden, unembedding, targets, mask, temperature, chunk: int, kernel: Kernel | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Returns (log p(target), entropy), float32 [B, T] in nats, where mask > 0, and 0 elsewhere.
 
     hidden is [B, T, D], unembedding [D, V], targets int32 and mask [B, T]; values and gradients are those of
-    `fused_logprob.token_logprobs`. `chunk` tokens are scored at a time, and the work is that of whole chunks. Arrays are
-    not divided over a mesh. Raises ValueError for a chunk below 1.
+    `fused_logprob.token_logprobs`. `chunk` tokens are scored at a time, and the work is that of whole chunks; with `kernel`
+    the Pallas kernels score those chunks in blocks of their own. Arrays are not divided over a mesh. Raises ValueError for a
+    chunk below 1.
     """
     if chunk < 1:
         raise ValueError(f"trained_logprobs: chunk={chunk} must be at least 1")
-    chunk = min(chunk, targets.size)
-    return _scored(
-        tile_of(chunk, unembedding.shape[1], chunk), hidden, unembedding, targets, mask, jnp.float32(temperature)
-    )
+    chunk, vocab = min(chunk, targets.size), unembedding.shape[1]
+    tile = tile_of(chunk, vocab, chunk)
+    tiles = Tiles(tile, tile) if kernel is None else kernel_tiles(kernel, tile, chunk, vocab, hidden)
+    return _scored(tiles, hidden, unembedding, targets, mask, jnp.float32(temperature))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scored(tile, hidden, unembedding, targets, mask, temperature):
-    return _forward(tile, hidden, unembedding, targets, mask, temperature)[0]
+def _scored(form, hidden, unembedding, targets, mask, temperature):
+    return _forward(form, hidden, unembedding, targets, mask, temperature)[0]
 
 
-def _forward(tile, hidden, unembedding, targets, mask, temperature):
-    places, tiles = _places(tile.tokens, mask)
+def _forward(form, hidden, unembedding, targets, mask, temperature):
+    places, tiles = _places(form.forward.tokens, mask)
     states, goals = _gathered(places, hidden.reshape(-1, hidden.shape[-1])), _gathered(places, targets.reshape(-1))
-    logp, entropy, top, log_sum = forward_part(tile, None, states, unembedding, goals, temperature, tiles)
+    logp, entropy, top, log_sum = forward_part(form.forward, None, states, unembedding, goals, temperature, tiles)
     found = tuple(_scattered(places, value, mask) for value in (logp, entropy))
     return found, (hidden, unembedding, targets, mask, temperature, top, log_sum, entropy)
 
 
-def _backward(tile, saved, gradients):
+def _backward(form, saved, gradients):
     hidden, unembedding, targets, mask, temperature, *sums = saved
-    places, tiles = _places(tile.tokens, mask)
+    places, tiles = _places(form.forward.tokens, mask)
     states, goals = _gathered(places, hidden.reshape(-1, hidden.shape[-1])), _gathered(places, targets.reshape(-1))
     given = [_gathered(places, value.reshape(-1)) for value in gradients]
     d_states, d_unembedding = backward_part(
-        tile, None, states, unembedding, goals, temperature, *sums, *given, tiles=tiles
+        form.backward, None, states, unembedding, goals, temperature, *sums, *given, tiles=tiles
     )
     d_hidden = jnp.zeros((targets.size, hidden.shape[-1]), hidden.dtype).at[places].set(d_states, mode="drop")
     return d_hidden.reshape(hidden.shape), d_unembedding, None, jnp.zeros_like(mask), jnp.zeros_like(temperature)

@@ -101,6 +101,9 @@ class ModelConfig:
     attention_implementation: Literal["auto", "xla", "flash"] = (
         "auto"  # attention over whole rows: XLA's operations or the Pallas kernel (auto: on a TPU)
     )
+    logprob_implementation: Literal["auto", "xla", "pallas"] = (
+        "auto"  # log-probs: XLA's tiles or the Pallas kernels (auto: on a TPU the kernel forward, XLA backward)
+    )
     attention_block: int = (
         0  # XLA, GQA without a cache: tokens of a block of keys, those of other samples skipped; 0: all at once
     )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from r1jax.core import sharding
+from r1jax.kernels import fused_logprob
 from r1jax.models.logprobs import token_logprobs
 from r1jax.schema import MeshConfig
 
@@ -23,8 +24,9 @@ MESHES = {  # rows of 8 tokens, 4 of them; 60 words of width 16
     "fsdp8_rows_do_not_divide": (MeshConfig(fsdp=8), 60),
     "tensor4_vocabulary_does_not_divide": (MeshConfig(tensor=4), 59),
 }
-CHUNKS = {"tokens": (3, 0), "vocab": (0, 7), "both": (3, 7)}
-RUNS = [f"{mesh}/both" for mesh in MESHES] + ["tensor4/tokens", "tensor4/vocab"]
+CHUNKS = {"tokens": (3, 0), "vocab": (0, 7), "both": (3, 7), "kernels": (0, 0, "pallas")}
+RUNS = [f"{mesh}/{kind}" for mesh in MESHES for kind in ("both", "kernels")] + ["tensor4/tokens", "tensor4/vocab"]
+fused_logprob.GATHERED_COLUMNS = 16  # so that the kernels are called on more columns than once
 
 
 def run(config, vocab, chunks):

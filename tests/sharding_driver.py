@@ -149,7 +149,7 @@ def main():
         if name == "moe":
             sent = replace(model, moe_dispatch="routed", moe_buffer_factor=0.4)  # more than one round
             runs += [(f"{mesh_name}_routed", sent, MESHES[mesh_name]) for mesh_name in ROUTED]
-        kernel = replace(model, attention_implementation="flash")
+        kernel = replace(model, attention_implementation="flash", logprob_implementation="pallas")
         runs.append(("fsdp2_expert2_tensor2_flash", kernel, MESHES["fsdp2_expert2_tensor2"]))
         single = None
         for mesh_name, own, mesh in runs:

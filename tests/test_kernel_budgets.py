@@ -37,11 +37,19 @@ def summed(figures: dict) -> dict:
     }
 
 
-@pytest.mark.parametrize("kernel", kernels.OURS)
-@pytest.mark.parametrize("shape", kernels.SHAPES)
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+CASES = [
+    (topology, shape, kernel)
+    for topology in TOPOLOGIES
+    for kernel, shapes in kernels.OURS.items()
+    for shape in shapes
+    if kernel in kernels.ATTENTION or shape == "v3" or topology == TOPOLOGIES[0]
+]
+
+
+@pytest.mark.parametrize(("topology", "shape", "kernel"), CASES)
 def test_a_kernel_compiles_within_its_budget(topology, shape, kernel):
-    found = summed(kernels.figures(kernel, shape, topology))
+    figures = kernels.figures(kernel, shape, topology)
+    found = summed(figures)
     budgets = json.loads(BUDGETS.read_text())
     place = budgets.setdefault(topology, {}).setdefault(kernel, {})
     if os.environ.get("R1JAX_BUDGETS") == "lower":
@@ -50,10 +58,11 @@ def test_a_kernel_compiles_within_its_budget(topology, shape, kernel):
     for name, best in BEST.items():
         assert best(found[name], place[shape][name]) == found[name], (name, found, place[shape])
     assert found["vmem_bytes"] > 0
+    assert kernel in kernels.ATTENTION or figures["temporary_bytes"] < 64 * 10**6
 
 
 def test_a_forward_step_has_fewer_bundles_and_less_than_half_the_spill_share_of_splash_attention():
-    ours = kernels.figures(kernels.OURS[0], "mla_192_128", "v5p:1x1x1")["regions"]
+    ours = kernels.figures(kernels.ATTENTION[0], "mla_192_128", "v5p:1x1x1")["regions"]
     (splash,) = kernels.figures(kernels.SPLASH[0], "mla_192_128", "v5p:1x1x1")["regions"]
     for region in ours:
         assert region["bundles"] < splash["bundles"]
@@ -65,5 +74,5 @@ def test_the_kernels_compile_in_the_update_of_a_divided_model(topology, tmp_path
     shape = dict(num_hidden_layers=2, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
     given = dict(preset="tiny", model=shape, rows=4, row_tokens=512, mesh={"fsdp": 2, "tensor": 2})
     found = compile_program(topology, f"{DRIVER}:update", given, "full", keep=tmp_path)
-    assert found.kernels == {"flash_attention_forward": 2, "flash_attention_backward": 2}
+    assert found.kernels == {"flash_attention_forward": 2, "flash_attention_backward": 2, "logprob_forward": 1}
     assert found.rematerialized == ()

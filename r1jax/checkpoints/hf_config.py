@@ -26,6 +26,7 @@ RUNTIME_FIELDS = (
     "remat_policy",
     "attention_implementation",
     "attention_block",
+    "logprob_implementation",
     "moe_implementation",
     "moe_dispatch",
     "moe_buffer_factor",

@@ -13,15 +13,17 @@ def token_logprobs(
     temperature: jax.Array | float = 1.0,
     chunk_tokens: int = 0,
     chunk_vocab: int = 0,
+    implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (log p(target), entropy), float32 [B, T] in nats, as `fused_logprob.token_logprobs` does.
 
     Rows, tokens and the output matrix lie where the logical axes batch, sequence, embed and vocab lie on the mesh being
-    traced under.
+    traced under. `implementation` is config.model.logprob_implementation.
     The entropy has a gradient: a loss that only reports it stops it.
     """
+    layout = _layout(targets.shape, unembedding.shape)
     return fused_logprob.token_logprobs(
-        hidden, unembedding, targets, temperature, chunk_tokens, chunk_vocab, _layout(targets.shape, unembedding.shape)
+        hidden, unembedding, targets, temperature, chunk_tokens, chunk_vocab, layout, _kernel(implementation)
     )
 
 
@@ -33,6 +35,7 @@ def scored_logprobs(
     temperature: jax.Array | float = 1.0,
     chunk_tokens: int = 0,
     trained_chunk: int = 0,
+    implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (log p(target), entropy), float32 [B, T] in nats; what stands where mask [B, T] is 0 means nothing.
 
@@ -41,8 +44,17 @@ def scored_logprobs(
     """
     layout = _layout(targets.shape, unembedding.shape)
     if trained_chunk and layout is None:
-        return trained_logprob.trained_logprobs(hidden, unembedding, targets, mask, temperature, trained_chunk)
-    return token_logprobs(hidden, unembedding, targets, temperature, chunk_tokens)
+        return trained_logprob.trained_logprobs(
+            hidden, unembedding, targets, mask, temperature, trained_chunk, _kernel(implementation)
+        )
+    return token_logprobs(hidden, unembedding, targets, temperature, chunk_tokens, implementation=implementation)
+
+
+def _kernel(implementation: str) -> fused_logprob.Kernel | None:
+    device = sharding.device()
+    if implementation == "xla" or (implementation == "auto" and device.platform != "tpu"):
+        return None
+    return fused_logprob.Kernel(device.device_kind, device.platform == "cpu", backward=implementation == "pallas")
 
 
 def _layout(rows: tuple[int, ...], matrix: tuple[int, ...]) -> fused_logprob.Layout | None:

@@ -35,7 +35,7 @@ _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _BOUND = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
 _BELOW = re.compile(r"ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-_KERNEL = re.compile(r'op_name="[^"]*?(\w+)/pallas_call"')
+_KERNEL = re.compile(r'op_name="[^"]*?(\w+)\)*/pallas_call"')
 _GROUPS = re.compile(
     r"replica_groups=(?:(\{\{.*?\}\}|\{\})|(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)|(mesh\[.*?\]\s*(?:,[^{]*)?\{[^}]*\}))"
 )

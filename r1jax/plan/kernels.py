@@ -1,5 +1,6 @@
 """The Pallas kernels and JAX's own, each alone as a program for one chip, and what the compiler makes of them."""
 
+import functools
 import tempfile
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from r1jax.core import sharding
-from r1jax.kernels import flash_attention
-from r1jax.plan import bundles
+from r1jax.kernels import flash_attention, logprob_tile
+from r1jax.plan import bundles, traffic
 from r1jax.plan.compile import Program, compile_program
 from r1jax.schema import MeshConfig
 
@@ -20,41 +21,103 @@ SHAPES = {  # heads of keys, width of queries and keys, width of values
     "gqa_128": (2, 128, 128),
     "gqa_64": (2, 64, 64),
 }
-OURS = ("flash_attention_forward", "flash_attention_backward")
+LOGPROB_TOKENS = 8192
+# Width and vocabulary; that of qwen2 is no whole number of blocks.
+LOGPROB_SHAPES = {"v3": (7168, 129280), "llama3_70b": (8192, 128256), "qwen2_1.5b": (1536, 151936)}
+ATTENTION = ("flash_attention_forward", "flash_attention_backward")
+LOGPROB = logprob_tile.NAMES
+OURS = {name: SHAPES for name in ATTENTION} | {name: LOGPROB_SHAPES for name in LOGPROB}  # and their shapes
+PRODUCTS = dict(zip(LOGPROB, (1, 2, 2), strict=True))  # a logit: itself, and its part of a gradient
+# Device kind, dense bfloat16 operations and bytes of HBM a second of a chip (Google's pages on each generation).
+CHIPS = {
+    "v5p": ("TPU v5", 459e12, 2765e9),
+    "v5e": ("TPU v5 lite", 197e12, 819e9),
+    "v6e": ("TPU v6 lite", 918e12, 1640e9),
+}
 SPLASH = ("splash_mha_fwd_segmented", "splash_mha_dkv_segmented")  # JAX's own, with the same blocks
 
 
 def figures(kernel: str, shape: str, topology: str) -> dict:
-    """Returns bundles, vmem_bytes and the regions of a kernel compiled in a process of its own."""
+    """Returns bundles, vmem_bytes and regions of a kernel compiled in a process of its own, the program's temporary_bytes and,
+    of a log-prob kernel on a known chip, its `roofline`."""
     with tempfile.TemporaryDirectory(prefix="r1jax-kernel-") as folder:
         arguments = {"kernel": kernel, "shape": shape}
-        compile_program(
+        plan = compile_program(
             topology, f"{MODULE}:program", arguments, "full", deadline_s=DEADLINE_S, keep=folder, bundles=True
         )
         (found,) = bundles.kernels(folder, [kernel]).values()
     regions = [vars(region) | {"spill_share": region.spill_share} for region in found.regions]
-    return {"bundles": found.bundles, "vmem_bytes": found.vmem_bytes, "regions": regions}
+    told = {"bundles": found.bundles, "vmem_bytes": found.vmem_bytes, "regions": regions}
+    told["temporary_bytes"] = plan.memory.temporaries
+    generation = topology.partition(":")[0]
+    if kernel in LOGPROB and generation in CHIPS:
+        told["roofline"] = roofline(kernel, shape, generation)
+    return told
+
+
+def roofline(kernel: str, shape: str, generation: str) -> dict:
+    """Returns what a log-prob kernel moves and multiplies and the time of the one over that of the other at a chip's best.
+
+    hbm_bytes are counted by walking the grid (`plan.traffic`), not estimated. Below 1 products are the bound.
+    """
+    kind, operations, speed = CHIPS[generation]
+    function, given = _logprob(kind, jax.ShapeDtypeStruct, kernel, shape)
+    (found,) = (one for one in traffic.kernels(function, *given) if one.name == kernel)
+    width, vocab = LOGPROB_SHAPES[shape]
+    flops = 2 * PRODUCTS[kernel] * LOGPROB_TOKENS * width * vocab
+    return {
+        "hbm_bytes": found.bytes,
+        "flops": flops,
+        "memory_over_products": found.bytes / speed / (flops / operations),
+    }
 
 
 def program(devices: list, kernel: str, shape: str) -> Program:
-    """Returns a kernel on a row of 4,096 tokens and 8 query heads, lowered for the first device."""
+    """Returns a kernel lowered for the first device: attention on a row of 4,096 tokens and 8 query heads, log-probs of 8,192."""
+    place, make = SingleDeviceSharding(devices[0]), _logprob if kernel in LOGPROB else _attention
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=place)
+    function, given = make(devices[0].device_kind, array, kernel, shape)
+    with jax.default_device(devices[0]):
+        lowered = jax.jit(function).lower(*given)
+    return Program(lowered, sharding.make_mesh(MeshConfig(), devices[:1]))
+
+
+def _attention(kind: str, make, kernel: str, shape: str):
     keys, width, out_width = SHAPES[shape]
-    place, blocks = SingleDeviceSharding(devices[0]), flash_attention.blocks_for(devices[0].device_kind, TOKENS, width)
-    array = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=place)  # noqa: E731
+    array = lambda *dims, dtype=jnp.bfloat16: make(dims, dtype)  # noqa: E731
+    blocks = flash_attention.blocks_for(kind, TOKENS, width)
     sums = array(1, HEADS, 1, TOKENS, dtype=jnp.float32)
     q, k, v = array(1, HEADS, TOKENS, width), array(1, keys, TOKENS, width), array(1, keys, TOKENS, out_width)
     reach, d_out = array(1, 1, TOKENS, dtype=jnp.int32), array(1, HEADS, TOKENS, out_width)
     functions = {
-        OURS[0]: (lambda *a: flash_attention.forward_call(blocks, False, *a), (q, k, v, reach)),
-        OURS[1]: (lambda *a: flash_attention.backward_call(blocks, False, *a), (q, k, v, reach, d_out, sums, sums)),
+        ATTENTION[0]: (lambda *a: flash_attention.forward_call(blocks, False, *a), (q, k, v, reach)),
+        ATTENTION[1]: (
+            lambda *a: flash_attention.backward_call(blocks, False, *a),
+            (q, k, v, reach, d_out, sums, sums),
+        ),
     }
     row = [array(HEADS, TOKENS, w) for w in (width, width, out_width)] + [array(TOKENS, dtype=jnp.int32)]
     total = lambda *a: _splash(*a).astype(jnp.float32).sum()  # noqa: E731
     functions |= {SPLASH[0]: (_splash, row), SPLASH[1]: (jax.grad(total, (0, 1, 2)), row)}
-    function, given = functions[kernel]
-    with jax.default_device(devices[0]):
-        lowered = jax.jit(function).lower(*given)
-    return Program(lowered, sharding.make_mesh(MeshConfig(), devices[:1]))
+    return functions[kernel]
+
+
+def _logprob(kind: str, make, kernel: str, shape: str):
+    """Returns one of the two passes, and of the backward pass the gradient that the kernel computes."""
+    width, vocab = LOGPROB_SHAPES[shape]
+    blocks = logprob_tile.blocks_for(kind, LOGPROB_TOKENS, width)
+    arrays = make((LOGPROB_TOKENS, width), jnp.bfloat16), make((width, vocab), jnp.bfloat16)
+    given = *arrays, make((LOGPROB_TOKENS,), jnp.int32), [make((LOGPROB_TOKENS,), jnp.float32)] * 5
+
+    def forward(states, w, targets, numbers):
+        return logprob_tile.forward_tile(states, w, targets, 1.0, numbers[:4], blocks)
+
+    def backward(states, w, targets, numbers):
+        dtypes = states.dtype, w.dtype
+        found = logprob_tile.backward_tile(states, w, targets, 1.0, numbers[:3], numbers[3:], dtypes, blocks)
+        return found[LOGPROB.index(kernel) - 1]
+
+    return forward if kernel == LOGPROB[0] else backward, given
 
 
 def _splash(q, k, v, segments):

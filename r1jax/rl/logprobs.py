@@ -23,12 +23,13 @@ def replayed_experts(micro: dict[str, jax.Array]) -> jax.Array | None:
     return jnp.moveaxis(micro[ROUTED], -2, 0) if ROUTED in micro else None
 
 
-def log_probs(params: decoder.Params, hidden: jax.Array, micro: dict, temperature: jax.Array) -> jax.Array:
+def log_probs(model: ModelConfig, params: decoder.Params, hidden, micro: dict, temperature) -> jax.Array:
     """Returns log p(target) of softmax(logits / temperature), float32 [R, T]."""
-    return token_logprobs(hidden, decoder.unembedding(params), micro["targets"], temperature)[0]
+    matrix, how = decoder.unembedding(params), dict(implementation=model.logprob_implementation)
+    return token_logprobs(hidden, matrix, micro["targets"], temperature, **how)[0]
 
 
-def values(params: decoder.Params, hidden: jax.Array, micro: dict, temperature: jax.Array) -> jax.Array:
+def values(model: ModelConfig, params: decoder.Params, hidden, micro: dict, temperature) -> jax.Array:
     """Returns the scalar head's value before each target is drawn, float32 [R, T]."""
     return decoder.scalars(params, hidden)
 
@@ -37,7 +38,7 @@ class Scorer:
     """Scores batches [M, R, T]; one program for any number of filled micro-batches."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh, offloaded: bool = False, read: Callable = log_probs):
-        """`read` takes (params, hidden [R, T, D], micro-batch, temperature) and returns [R, T].
+        """`read` takes (model, params, hidden [R, T, D], micro-batch, temperature) and returns [R, T].
 
         With `offloaded` the weights lie in host memory and are brought over for each batch.
         """
@@ -56,7 +57,7 @@ class Scorer:
                     experts=replayed_experts(micro),
                     prefixes=micro.get(PREFIXES),
                 )
-                return out.at[index].set(read(params, hidden, micro, temperature))
+                return out.at[index].set(read(model, params, hidden, micro, temperature))
 
             return jax.lax.fori_loop(0, filled, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
 

@@ -271,8 +271,8 @@ def make_loss(model: ModelConfig, config: GRPOConfig, chunk_tokens: int = 0, tra
             prefixes=micro.get(PREFIXES),
         )
         matrix, mask = decoder.unembedding(params), micro["loss_mask"]
-        chunks = dict(chunk_tokens=chunk_tokens, trained_chunk=trained_chunk)
-        logp, entropy = scored_logprobs(hidden, matrix, micro["targets"], mask, given.temperature, **chunks)
+        how = dict(chunk_tokens=chunk_tokens, trained_chunk=trained_chunk, implementation=model.logprob_implementation)
+        logp, entropy = scored_logprobs(hidden, matrix, micro["targets"], mask, given.temperature, **how)
         total, stats = policy_loss(logp, entropy, micro, given, config)
         if experts is not None:
             stats["routing_disagreement"] = jnp.sum(mask * jnp.mean(auxiliary.differs, axis=0))

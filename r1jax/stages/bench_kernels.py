@@ -11,12 +11,13 @@ from r1jax.schema import Config
 def run(config: Config, workdir: Path) -> dict:
     """Returns `kernels.<kernel>.<shape>`: VMEM and the regions of one step, all static figures of the compiler.
 
-    A kernel has a region for blocks of which every pair is seen and one for blocks with a mask. bundles are of a step on
-    512 queries and 512 keys of one head. Raises ValueError without libtpu and for a topology that is none.
+    A kernel has a region for whole blocks and one for blocks with a mask. bundles are of a step: in attention on 512
+    queries and 512 keys of one head, in log-probs on a block of tokens and columns. Those have `roofline` too, by counted
+    bytes. Raises ValueError without libtpu and for a topology that is none.
     """
     found: dict[str, dict] = {}
-    for shape in kernels.SHAPES:
-        for kernel in (*kernels.OURS, *kernels.SPLASH):
+    for kernel, shapes in (kernels.OURS | dict.fromkeys(kernels.SPLASH, kernels.SHAPES)).items():
+        for shape in shapes:
             print(f"bench_kernels: compiling {kernel} {shape} for {config.bench.topology}", file=sys.stderr, flush=True)
             found.setdefault(kernel, {})[shape] = kernels.figures(kernel, shape, config.bench.topology)
     rows = [
@@ -27,4 +28,12 @@ def run(config: Config, workdir: Path) -> dict:
     ]
     columns = ("kernel", "shape", "region", "bundles", "mxu_share", "spill_share", "spill_stores", "VMEM bytes")
     table.render(rows, columns, f"static figures by the compiler for {config.bench.topology}; nothing was run")
+    rows = [
+        {"kernel": kernel, "shape": shape, "temporaries": told["temporary_bytes"]} | told["roofline"]
+        for kernel, shapes in found.items()
+        for shape, told in shapes.items()
+        if "roofline" in told
+    ]
+    columns = ("kernel", "shape", "flops", "hbm_bytes", "memory_over_products", "temporaries")
+    table.render(rows, columns, f"static: {kernels.LOGPROB_TOKENS} tokens, bytes counted by index maps")
     return {"static": True, "topology": config.bench.topology, "kernels": found}

@@ -1,5 +1,6 @@
 """Measure the loss's memory and time, tiled and with logits held whole: on this machine, and as compiled for a TPU."""
 
+import functools
 import importlib.util
 import json
 import statistics
@@ -20,6 +21,8 @@ from r1jax.schema import Config, MeshConfig
 from r1jax.stages import measure
 
 FORMS = ("whole", "tiled")
+IMPLEMENTATIONS = {"tiled": "xla", "auto": "auto", "kernels": "pallas"}  # of config.model.logprob_implementation
+TPU_FORMS = ("whole", *IMPLEMENTATIONS)
 REPEATS = 5
 SETTLE_S = 1.0  # the runtime gives back what made the inputs a little later
 TOPOLOGY = "v5p:1x1x1"
@@ -45,7 +48,8 @@ def run(config: Config, workdir: Path) -> dict:
 
     `cpu` has those of config.pack's tokens at config.model's width, vocabulary and compute_dtype: the compiled program's
     temporaries, the peak of resident memory above inputs and runtime, the median wall time of a call and its processor
-    time. `tpu` has those of 8,192 tokens at V3's sizes by the TPU compiler, and is absent without libtpu.
+    time. `tpu` has those of 8,192 tokens at V3's sizes by the TPU compiler, and is absent without libtpu; forms beside
+    are `auto` (the kernel in the forward pass) and `kernels` (in both).
     Outputs (both gradients) are told apart from temporaries. Raises ValueError where the system does not tell a process
     its memory, or the measuring process ends.
     """
@@ -57,7 +61,7 @@ def run(config: Config, workdir: Path) -> dict:
     if importlib.util.find_spec("libtpu") is None:
         print("bench_loss: no libtpu, so no figures for TPU; pip install 'r1jax[plan]'", file=sys.stderr)
         return found
-    found["tpu"] = {"topology": TOPOLOGY} | _compared(_planned, V3)
+    found["tpu"] = {"topology": TOPOLOGY} | _compared(_planned, V3, TPU_FORMS)
     _show(TOPOLOGY, found["tpu"], ("temporary_bytes", "output_bytes"))
     return found
 
@@ -67,7 +71,8 @@ def loss(form: str) -> Callable:
 
     The loss is minus the weighted sum of log-probabilities; the entropy's sum is reported.
     """
-    score = {"whole": whole_logprobs, "tiled": token_logprobs}[form]
+    how = IMPLEMENTATIONS.get(form)
+    score = functools.partial(token_logprobs, implementation=how) if how else whole_logprobs
 
     def weighted(hidden, matrix, targets, weights, temperature):
         logp, entropy = score(hidden, matrix, targets, temperature)
@@ -101,7 +106,8 @@ def lowered(form: str, shape: Shape, place=None) -> jax.stages.Lowered:
 def program(devices: list, form: str, **shape) -> Program:
     """Returns the lowered program for one device of a TPU topology."""
     mesh = sharding.make_mesh(MeshConfig(), devices)
-    return Program(lowered(form, Shape(**shape), sharding.replicated(mesh)), mesh)
+    with sharding.use_mesh(mesh), jax.default_device(devices[0]):
+        return Program(lowered(form, Shape(**shape), sharding.replicated(mesh)), mesh)
 
 
 def call_figures(form: str, shape: Shape) -> dict[str, float]:
@@ -148,8 +154,8 @@ def _planned(form: str) -> dict[str, float]:
     return {"temporary_bytes": memory.temporaries, "output_bytes": memory.outputs}
 
 
-def _compared(figures_of: Callable[[str], dict[str, float]], shape: Shape) -> dict:
-    found = {form: figures_of(form) for form in FORMS}
+def _compared(figures_of: Callable[[str], dict[str, float]], shape: Shape, forms: tuple[str, ...] = FORMS) -> dict:
+    found = {form: figures_of(form) for form in forms}
     whole, tiled = (found[form] for form in FORMS)
     ratio = {name: tiled[name] / whole[name] for name in whole if name != "loss"}
     return {"shape": vars(shape), **found, "tiled_over_whole": ratio}
@@ -157,7 +163,8 @@ def _compared(figures_of: Callable[[str], dict[str, float]], shape: Shape) -> di
 
 def _show(where: str, found: dict, names: tuple[str, ...]) -> None:
     shape = Shape(**found["shape"])
-    rows = [{"": form} | found[form] for form in (*FORMS, "tiled_over_whole")]
+    forms = [form for form in (*TPU_FORMS, "tiled_over_whole") if form in found]
+    rows = [{"": form} | found[form] for form in forms]
     title = f"{where}: {shape.rows * shape.row_tokens} tokens of {shape.width}, {shape.vocab} words, {shape.dtype}"
     table.render(rows, ("", *names), title)
 

@@ -190,6 +190,7 @@ def shape_hash(model: ModelConfig, *more) -> str:
     """
     neutral = dict(compute_dtype="float32", scan_layers=True, moe_implementation="auto", checkpoint="")
     neutral |= dict(remat=False, remat_policy="nothing", attention_implementation="auto", attention_block=0)
+    neutral |= dict(logprob_implementation="auto")
     text = repr([_chosen(config) for config in (replace(model, **neutral), *more)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

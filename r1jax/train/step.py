@@ -238,7 +238,8 @@ def auxiliary_loss(
         params, hidden, auxiliary, micro["tokens"], micro["positions"], micro["segments"], model
     )
     targets = mtp.following(micro["targets"], micro["segments"])
-    logp, _ = token_logprobs(further, decoder.unembedding(params), targets)
+    matrix = decoder.unembedding(params)
+    logp, _ = token_logprobs(further, matrix, targets, implementation=model.logprob_implementation)
     stats["mtp"] = -jnp.sum(logp * mtp.following(weights, micro["segments"]))
     total += model.mtp_loss_weight * stats["mtp"]
     if routing.experts is not None:

@@ -1,0 +1,312 @@
+"""Token log-probabilities over columns of the unembedding as Pallas TPU kernels, forward and backward.
+
+The forward kernel moves the running sums of each token's softmax on by some columns; logits exist one block in VMEM. The
+backward pass computes them again in two kernels: the gradient of the hidden states is summed over columns, that of the
+columns over tokens, so each stays in VMEM until it is whole and no logits reach HBM. A token's numbers (its target, its
+sums) are the first entries of a row of lanes.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LOWEST = -1e30  # below any logit
+NUMBERS = 8  # places for the numbers of a token
+TARGET, TOP, TOTAL, WEIGHTED, PICKED = range(5)  # of the forward pass, as in `fused_logprob.forward_part`
+LOG_SUM, ENTROPY, D_LOGP, D_ENTROPY = range(2, 6)  # of the backward pass, behind TARGET and TOP
+NAMES = ("logprob_forward", "logprob_backward_hidden", "logprob_backward_columns")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Tokens and columns that a step of a kernel takes, and tokens of it that are worked on at a time."""
+
+    tokens: int
+    columns: int
+    part: int
+
+    def __post_init__(self):
+        if self.part < 1 or self.tokens % self.part:
+            raise ValueError(f"logprob_tile: a part of {self.part} tokens does not divide a block of {self.tokens}")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The size of each kernel and the VMEM it may use."""
+
+    forward: Size
+    hidden: Size
+    columns: Size
+    vmem_bytes: int = 60 * 2**20
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that every kernel's blocks divide."""
+        return max(size.tokens for size in (self.forward, self.hidden, self.columns))
+
+
+# By device kind: at a width of 7,168 each kernel does at least twice the products that the speed of HBM asks for.
+_V5P = Blocks(Size(512, 256, 128), Size(512, 256, 256), Size(512, 256, 256))
+_V5E = Blocks(Size(1024, 256, 128), Size(512, 256, 256), Size(512, 512, 256), 100 * 2**20)
+_V6E = Blocks(Size(2048, 256, 128), Size(1024, 256, 256), Size(256, 768, 256), 120 * 2**20)
+BLOCKS = {"TPU v5": _V5P, "TPU v5 lite": _V5E, "TPU v6 lite": _V6E}
+MARGIN = 1.17  # VMEM that the compiler takes over blocks and sums, for operands turned and values spilled
+LEAST = 16  # tokens of a block
+LANES = 128  # of a register
+
+
+def blocks_for(device_kind: str, tokens: int, width: int, itemsize: int = 2) -> Blocks:
+    """Returns the sizes for a generation of TPUs, `tokens` hidden states of `width` and a number of `itemsize` bytes.
+
+    Few tokens are one block; blocks of wide or long numbers have fewer tokens, so that they fit VMEM.
+    """
+    found, whole = BLOCKS.get(device_kind, _V5P), LEAST
+    while whole < tokens:
+        whole *= 2
+    sums = 2 * itemsize + (
+        4 if itemsize < 4 else 0
+    )  # bytes of a sum: results in two buffers, float32 beside other types
+    fit = functools.partial(_fit, found.vmem_bytes / (MARGIN * width), 2 * itemsize, whole)
+    return Blocks(
+        forward=fit(found.forward, 0, 0),
+        hidden=fit(found.hidden, sums, 0),
+        columns=fit(found.columns, 0, sums),
+        vmem_bytes=found.vmem_bytes,
+    )
+
+
+def _fit(room: float, value: int, most: int, size: Size, token_sum: int, column_sum: int) -> Size:
+    """Returns the largest size up to `most` tokens of which one number in D of every token and column takes up to `room`
+    bytes: `value` for inputs, and for sums of tokens or columns. What is summed shrinks first."""
+    tokens, columns = min(size.tokens, most), size.columns
+    while (value + token_sum) * tokens + (value + column_sum) * columns > room:
+        if column_sum and columns > LANES:
+            columns = max(columns // 2 // LANES * LANES, LANES)
+        elif tokens > LEAST:
+            tokens //= 2
+        else:
+            break
+    return Size(tokens, columns, min(size.part, tokens))
+
+
+def forward_tile(states_ND, w_DV, targets_N, temperature, sums, blocks: Blocks, interpret=False, count=None):
+    """Returns (largest logit, sum of exp, sum of exp times what is below the largest, logit of the target), float32 [N]
+    each, moved on from `sums` by the logits of these columns.
+
+    targets_N int32 is the column of each token's target among these, outside where it lies elsewhere. With `count` an
+    int32 scalar, only about that many leading tokens are computed; the rest means nothing.
+    """
+    tokens, width = states_ND.shape
+    states, before = _padded(blocks, states_ND), _numbers(blocks, count, _own(targets_N, w_DV), *sums)
+    size = blocks.forward
+    found = pl.pallas_call(
+        functools.partial(_forward, size, w_DV.shape[1]),
+        grid=_grid(size, states, w_DV, count),
+        in_specs=[
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+            pl.BlockSpec((size.tokens, width), lambda t, v: (t, 0)),
+            pl.BlockSpec((width, size.columns), lambda t, v: (0, v)),
+            pl.BlockSpec((size.tokens, NUMBERS), lambda t, v: (t, 0)),
+        ],
+        out_specs=pl.BlockSpec((size.tokens, NUMBERS), lambda t, v: (t, 0)),
+        out_shape=jax.ShapeDtypeStruct(before.shape, jnp.float32),
+        compiler_params=_params(blocks),
+        interpret=interpret,
+        name=NAMES[0],
+    )(_inverse(temperature), states, w_DV, before)
+    return tuple(found[:tokens, place] for place in (TOP, TOTAL, WEIGHTED, PICKED))
+
+
+def backward_tile(
+    states_ND,
+    w_DV,
+    targets_N,
+    temperature,
+    saved,
+    gradients,
+    dtypes,
+    blocks: Blocks,
+    interpret=False,
+    count=None,
+):
+    """Returns (gradient of the hidden states through these columns [N, D], of the columns [D, V]), summed in float32 and
+    rounded once to the two `dtypes`.
+
+    saved are [N] of all columns: largest logit, log of the sum of exp(logit - largest), entropy. gradients are those of log
+    p(target) and entropy, [N], divided by the temperature. targets_N and `count` are as in `forward_tile`; gradients of the
+    states past them mean nothing.
+    """
+    (tokens, width), vocab = states_ND.shape, w_DV.shape[1]
+    states, numbers = _padded(blocks, states_ND), _numbers(blocks, count, _own(targets_N, w_DV), *saved, *gradients)
+    arrays = (_inverse(temperature), states, w_DV, numbers)
+
+    def call(kernel, name, size, grid, at_token, at_column, block, place, shape, dtype):
+        return pl.pallas_call(
+            functools.partial(kernel, size, vocab),
+            grid=grid,
+            in_specs=[
+                pl.BlockSpec(memory_space=pltpu.SMEM),
+                pl.BlockSpec((size.tokens, width), at_token),
+                pl.BlockSpec((width, size.columns), at_column),
+                pl.BlockSpec((size.tokens, NUMBERS), at_token),
+            ],
+            out_specs=pl.BlockSpec(block, place),
+            out_shape=jax.ShapeDtypeStruct(shape, dtype),
+            scratch_shapes=[] if dtype == jnp.float32 else [pltpu.VMEM(block, jnp.float32)],
+            compiler_params=_params(blocks),
+            interpret=interpret,
+            name=name,
+        )(*arrays)
+
+    size, at_token, at_column = blocks.hidden, (lambda t, v: (t, 0)), (lambda t, v: (0, v))
+    grid, block = _grid(size, states, w_DV, count), (size.tokens, width)
+    d_states = call(_hidden, NAMES[1], size, grid, at_token, at_column, block, at_token, states.shape, dtypes[0])
+    size, at_token, at_column = blocks.columns, (lambda v, t: (t, 0)), (lambda v, t: (0, v))
+    grid, block = _grid(size, states, w_DV, count)[::-1], (width, size.columns)
+    d_w = call(_columns, NAMES[2], size, grid, at_token, at_column, block, at_column, w_DV.shape, dtypes[1])
+    return d_states[:tokens], d_w
+
+
+def _params(blocks: Blocks):
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_bytes)
+
+
+def _inverse(temperature):
+    return jnp.reshape(1 / jnp.asarray(temperature, jnp.float32), 1)
+
+
+def _padded(blocks: Blocks, array):
+    """Returns [N, ...] with tokens to whole blocks."""
+    return jnp.pad(array, ((0, -array.shape[0] % blocks.tokens), (0, 0)))
+
+
+def _own(targets_N, w_DV):
+    """Returns targets among these columns, -1 where elsewhere: no block's, not even one that reaches past the columns."""
+    return jnp.where(targets_N < w_DV.shape[1], targets_N, -1)
+
+
+def _numbers(blocks: Blocks, count, targets_N, *numbers):
+    """Returns [N, NUMBERS] float32 with tokens to whole blocks, 0 past `count`; a target below 2**24 is exact."""
+    columns = jnp.stack([targets_N.astype(jnp.float32), *numbers], axis=1)
+    if count is not None:
+        columns = jnp.where(jnp.arange(columns.shape[0])[:, None] < count, columns, 0)
+    return jnp.pad(_padded(blocks, columns), ((0, 0), (0, NUMBERS - columns.shape[1])))
+
+
+def _grid(size: Size, states, w_DV, count):
+    """Returns how many blocks of tokens and of columns there are."""
+    tokens = states.shape[0] // size.tokens if count is None else pl.cdiv(count, size.tokens)
+    return tokens, pl.cdiv(w_DV.shape[1], size.columns)
+
+
+def _dot(a, b, contract: tuple[int, int]):
+    return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _column(first, shape):
+    return jax.lax.broadcasted_iota(jnp.int32, shape, 1) + first
+
+
+def _at_target(numbers_ref, part, first, shape):
+    return _column(first, shape) == numbers_ref[part, TARGET : TARGET + 1].astype(jnp.int32)
+
+
+def _edge(vocab: int, size: Size, block, work):
+    """Runs work(whether columns of the block lie past the vocabulary), the check only where the last block has such."""
+    if vocab % size.columns == 0:
+        return work(False)
+    last = vocab // size.columns
+    pl.when(block < last)(lambda: work(False))
+    pl.when(block == last)(lambda: work(True))
+
+
+def _forward(size, vocab, inverse, states_ref, w_ref, before_ref, after_ref):
+    block = pl.program_id(1)
+    first = block * size.columns
+
+    @pl.when(block == 0)
+    def _():
+        after_ref[...] = before_ref[...]
+
+    def work(edge: bool):
+        for start in range(0, size.tokens, size.part):
+            part = pl.ds(start, size.part)
+            logits = _dot(states_ref[part, :], w_ref[...], (1, 0)) * inverse[0]
+            if edge:
+                logits = jnp.where(_column(first, logits.shape) < vocab, logits, LOWEST)
+            top, total, weighted, picked = (
+                after_ref[part, place : place + 1] for place in (TOP, TOTAL, WEIGHTED, PICKED)
+            )
+            higher = jnp.maximum(top, logits.max(axis=1, keepdims=True))
+            below, shift = logits - higher, top - higher
+            exps, shrink = jnp.exp(below), jnp.exp(shift)
+            found = _at_target(before_ref, part, first, logits.shape)
+            new = (
+                higher,
+                total * shrink + exps.sum(axis=1, keepdims=True),
+                (weighted + shift * total) * shrink + (exps * below).sum(axis=1, keepdims=True),
+                picked + jnp.where(found, logits, 0).sum(axis=1, keepdims=True),
+            )
+            for place, value in zip((TOP, TOTAL, WEIGHTED, PICKED), new, strict=True):
+                after_ref[part, place : place + 1] = value
+
+    _edge(vocab, size, block, work)
+
+
+def _d_logits(edge, vocab, first, part, inverse, states_ref, w, numbers_ref):
+    """With p the softmax and H its entropy, d log p_t / d logit_j = [j = t] - p_j and dH / d logit_j = -p_j (log p_j + H)."""
+    top, log_sum, entropy, d_logp, d_entropy = (
+        numbers_ref[part, place : place + 1] for place in (TOP, LOG_SUM, ENTROPY, D_LOGP, D_ENTROPY)
+    )
+    log_probs = (_dot(states_ref[part, :], w, (1, 0)) * inverse[0] - top) - log_sum
+    hot = jnp.where(_at_target(numbers_ref, part, first, log_probs.shape), d_logp, 0)
+    found = hot - jnp.exp(log_probs) * (d_logp + d_entropy * (log_probs + entropy))
+    if edge:
+        found = jnp.where(_column(first, found.shape) < vocab, found, 0)
+    return found.astype(states_ref.dtype)
+
+
+def _hidden(size, vocab, inverse, states_ref, w_ref, numbers_ref, *refs):
+    block, sums = pl.program_id(1), refs[-1]
+    first = block * size.columns
+    _cleared(sums)
+
+    def work(edge: bool):
+        w = jnp.where(_column(first, w_ref.shape) < vocab, w_ref[...], 0) if edge else w_ref[...]
+        for start in range(0, size.tokens, size.part):
+            part = pl.ds(start, size.part)
+            d_logits = _d_logits(edge, vocab, first, part, inverse, states_ref, w, numbers_ref)
+            sums[part, :] += _dot(d_logits, w, (1, 1))
+
+    _edge(vocab, size, block, work)
+    _rounded(refs)
+
+
+def _columns(size, vocab, inverse, states_ref, w_ref, numbers_ref, *refs):
+    sums = refs[-1]
+    _cleared(sums)
+    first = pl.program_id(0) * size.columns
+    for start in range(0, size.tokens, size.part):
+        part = pl.ds(start, size.part)
+        d_logits = _d_logits(False, vocab, first, part, inverse, states_ref, w_ref[...], numbers_ref)
+        sums[...] += _dot(states_ref[part, :], d_logits, (0, 0))
+    _rounded(refs)
+
+
+def _cleared(sums):
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        sums[...] = jnp.zeros_like(sums)
+
+
+def _rounded(refs):
+    """Writes the sums to the result in its dtype at the last inner step, where they are not the result themselves."""
+    if len(refs) > 1:
+
+        @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
+        def _():
+            refs[0][...] = refs[1][...].astype(refs[0].dtype)

@@ -1,0 +1,85 @@
+"""Counts what Pallas kernels move between HBM and VMEM: their grids are walked by their own index maps, nothing is run.
+
+A block of an input is read when its index differs from the step before; a block of a result is written when its index is
+about to change. Blocks count as a TPU lays them out: 128 lanes by 8 registers' rows of 32 bits, the last dimension
+padded to lanes. A block past an array's end counts whole.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LANES, SUBLANES = 128, 8
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one call of a kernel moves."""
+
+    name: str
+    steps: int
+    read: tuple[int, ...]  # bytes of each input
+    written: tuple[int, ...]  # bytes of each result
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.read) + sum(self.written)
+
+
+def kernels(function: Callable, *arguments) -> list[Traffic]:
+    """Returns the traffic of every kernel that `function` calls on arrays like `arguments`, in program order.
+
+    Raises ValueError for a kernel whose grid or index maps depend on values.
+    """
+    found: list[Traffic] = []
+    _collect(jax.make_jaxpr(function)(*arguments).jaxpr, found)
+    return found
+
+
+def _collect(jaxpr, found: list[Traffic]) -> None:
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            found.append(_traffic(equation))
+            continue
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                _collect(inner, found)
+
+
+def _traffic(equation) -> Traffic:
+    grid_mapping, name = equation.params["grid_mapping"], str(equation.params["name"])
+    if grid_mapping.num_index_operands or grid_mapping.num_dynamic_grid_bounds:
+        raise ValueError(f"traffic: the steps of {name} depend on values; count a call whose grid is known")
+    grid = tuple(int(size) for size in grid_mapping.grid)
+    mappings, inputs = grid_mapping.block_mappings, grid_mapping.num_inputs
+    sizes = [_moves(mapping, grid) * _block_bytes(mapping) for mapping in mappings]
+    return Traffic(name, math.prod(grid), tuple(sizes[:inputs]), tuple(sizes[inputs:]))
+
+
+def _moves(mapping, grid: tuple[int, ...]) -> int:
+    """Returns how many runs of one index the grid makes in its order, the last axis fastest."""
+    index_map = mapping.index_map_jaxpr
+    places = jnp.asarray(np.indices(grid).reshape(len(grid), -1), jnp.int32)
+    indices = jax.vmap(lambda place: jax.core.eval_jaxpr(index_map.jaxpr, index_map.consts, *place), in_axes=1)(places)
+    table = np.stack([np.broadcast_to(np.asarray(index), places.shape[1]) for index in indices], axis=1)
+    return 1 + int(np.any(table[1:] != table[:-1], axis=1).sum())
+
+
+def _block_bytes(mapping) -> int:
+    *rest, last = (1, *(_size(dimension) for dimension in mapping.block_shape))
+    size = mapping.array_aval.dtype.itemsize
+    whole = SUBLANES * max(4 // size, 1)  # rows of a tile
+    if rest[1:]:
+        *rest, rows = rest
+        rest = [*rest, -(-rows // whole) * whole]
+    return math.prod(rest) * (-(-last // LANES) * LANES) * size
+
+
+def _size(dimension) -> int:
+    """Returns how many elements a block has in a dimension; one that is squeezed out has one."""
+    return int(getattr(dimension, "block_size", dimension) or 1) if not isinstance(dimension, int) else dimension
