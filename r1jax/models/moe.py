@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from r1jax.core import sharding
 from r1jax.core.sharding import ParamSpec, normal, zeros
+from r1jax.kernels.grouped_matmul import grouped_matmul
 from r1jax.models import dispatch
 from r1jax.models.layers import SwiGLU, swiglu, swiglu_specs
 from r1jax.schema import ModelConfig
@@ -151,8 +152,9 @@ def _run_experts(rows_ND, experts_N, gate, up, down, first, *, kind: str) -> jax
     place, assignment, sizes, padded = _places(experts_N, first, count, block)
     rows = _permute(rows_ND, assignment, place)
     if kind == "ragged":
-        hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
-        out = jax.lax.ragged_dot(hidden, down, sizes)
+        product = functools.partial(grouped_matmul, device_kind=sharding.device().device_kind)
+        hidden = jax.nn.silu(product(rows, gate, sizes)) * product(rows, up, sizes)
+        out = product(hidden, down, sizes)
     else:
         blocks = rows.shape[0] // block
         ends = jnp.cumsum(padded) // block

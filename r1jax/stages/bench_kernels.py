@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from r1jax.plan import kernels
+from r1jax.plan import grouped, kernels
 from r1jax.report import table
 from r1jax.schema import Config
 
@@ -13,7 +13,7 @@ def run(config: Config, workdir: Path) -> dict:
 
     A kernel has a region for whole blocks and one for blocks with a mask. bundles are of a step: in attention on 512
     queries and 512 keys of one head, in log-probs on a block of tokens and columns. Those have `roofline` too, by counted
-    bytes. Raises ValueError without libtpu and for a topology that is none.
+    bytes. `grouped.<shape>.<product>.<form>` has experts' products on v5p. Raises ValueError without libtpu and for a topology that is none.
     """
     found: dict[str, dict] = {}
     for kernel, shapes in (kernels.OURS | dict.fromkeys(kernels.SPLASH, kernels.SHAPES)).items():
@@ -36,4 +36,33 @@ def run(config: Config, workdir: Path) -> dict:
     ]
     columns = ("kernel", "shape", "flops", "hbm_bytes", "memory_over_products", "temporaries")
     table.render(rows, columns, f"static: {kernels.LOGPROB_TOKENS} tokens, bytes counted by index maps")
-    return {"static": True, "topology": config.bench.topology, "kernels": found}
+    told = {"static": True, "topology": config.bench.topology, "kernels": found}
+    return told | ({"grouped": _grouped()} if config.bench.topology == grouped.TOPOLOGY else {})
+
+
+def _grouped() -> dict:
+    """Returns `<shape>.<product>.<form>` of the products of experts, and shows them."""
+    found: dict[str, dict] = {}
+    for shape in grouped.SHAPES:
+        for product in grouped.PRODUCTS:
+            print(f"bench_kernels: compiling grouped products, {product} {shape}", file=sys.stderr, flush=True)
+            told = {form: grouped.figures(form, product, shape) for form in grouped.FORMS}
+            found.setdefault(shape, {})[product] = told
+    rows = [
+        {"shape": shape, "product": product, "form": form} | told | {"tile": "x".join(map(str, told["tile"]))}
+        for shape, products in found.items()
+        for product, forms in products.items()
+        for form, told in forms.items()
+    ]
+    columns = (
+        "shape",
+        "product",
+        "form",
+        "tile",
+        "bundles_of_2e27",
+        "mxu_share",
+        "spill_share",
+        "memory_over_products",
+    )
+    table.render(rows, columns, f"grouped products, static figures for {grouped.TOPOLOGY}; nothing was run")
+    return found

@@ -1,0 +1,128 @@
+"""Grouped matrix products of a dropless mixture of experts, forward and backward, in tiles chosen for the TPU.
+
+The products are XLA's `ragged_dot`. On v5p that is a kernel of libtpu's over tiles of rows, with the grid of megablox (Gale
+et al., arXiv 2211.15841). Left alone it takes 128 rows by 128 columns at the widths of DeepSeek-V3's experts, and waits for
+memory. Here its tile is the one that costs least by the bytes and the products of that grid.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
+
+LANES = 128
+VMEM_BYTES = 16 * 2**20  # that libtpu leaves to an operation
+ROWS = (128, 256, 512, 1024)  # of a tile
+SUM_ROWS = 48  # whose products cost as much as reading and writing the sum of a matrix's gradient, by libtpu's listing
+# By device kind: dense bfloat16 operations and bytes of HBM a second of a chip. Other generations heed no tile.
+CHIPS = {"TPU v5": (459e12, 2765e9)}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One grouped product: rows by groups, contracted over `inner` into `outer` columns; `transposed` is the gradient of the
+    groups' matrices, [inner, outer] each, contracted over rows."""
+
+    rows: int
+    inner: int
+    outer: int
+    groups: int
+    itemsize: int
+    transposed: bool = False
+
+
+Tile = tuple[int, int, int]  # rows, inner, outer
+
+
+def moved(problem: Problem, tile: Tile) -> int:
+    """Returns the bytes that libtpu's kernel moves: a block counts when its index changes.
+
+    Its grid goes over (outer, rows, inner) tiles, transposed over (outer, inner, rows), the last fastest; a tile of rows
+    that two groups share is visited by both.
+    """
+    p, (m, k, n) = problem, tile
+    visits, inner, outer = _visits(p, m), -(-p.inner // k), -(-p.outer // n)
+    if p.transposed:
+        return p.itemsize * (outer * inner * visits * m * (k + n) + p.groups * p.inner * p.outer)
+    rows = visits * m * p.inner * outer
+    matrices = (p.groups if inner == 1 else visits) * p.inner * p.outer
+    return p.itemsize * (rows + matrices + p.rows * p.outer)
+
+
+def seconds(problem: Problem, tile: Tile, device_kind: str) -> tuple[float, float]:
+    """Returns the times that memory and products of whole tiles take at a chip's best."""
+    operations, speed = CHIPS[device_kind]
+    products = 2 * _visits(problem, tile[0]) * tile[0] * problem.inner * problem.outer
+    return moved(problem, tile) / speed, products / operations
+
+
+def _visits(p: Problem, rows: int) -> int:
+    return -(-p.rows // rows) + p.groups - 1
+
+
+def _vmem(p: Problem, tile: Tile) -> int:
+    """Returns VMEM enough for a tile: blocks in two buffers, a sum in float32, and what the compiler makes beside them."""
+    m, k, n = tile
+    blocks = 2 * p.itemsize * (m * k + k * n + m * n) + p.itemsize * m * k
+    return blocks + (8 * k * n + 2**18 if p.transposed else (4 + p.itemsize) * m * n)
+
+
+@functools.cache
+def tile_for(problem: Problem, device_kind: str) -> Tile | None:
+    """Returns the tile of the least time, the smaller of equals; None where no tile divides the widths or is heeded."""
+    if device_kind not in CHIPS:
+        return None
+    p, found = problem, []
+    for m in ROWS:
+        for k in _divisors(p.inner):
+            for n in _divisors(p.outer):
+                tile = (m, k, n)
+                if m <= max(p.rows, LANES) and _vmem(p, tile) <= VMEM_BYTES:
+                    memory, products = seconds(p, tile, device_kind)
+                    products *= 1 + SUM_ROWS / m if p.transposed else 1
+                    steps = _visits(p, m) * (p.inner // k) * (p.outer // n)
+                    found.append((max(memory, products) + min(memory, products) / 8, steps, tile))
+    return min(found)[2] if found else None
+
+
+def _divisors(width: int) -> list[int]:
+    return [size for size in range(LANES, width + 1, LANES) if width % size == 0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(rows_MK, matrices_EKN, sizes_E, device_kind: str = "") -> jax.Array:
+    """Returns rows times their group's matrix, [M, N] of the rows' dtype, summed in float32; rows are sorted by group.
+
+    sizes int32 [E] are the rows of each group, and may sum to fewer than M: what comes of the rest means nothing, and they
+    give the matrices no gradient. `device_kind` is that of the device compiled for.
+    """
+    return _forward(rows_MK, matrices_EKN, sizes_E, device_kind)[0]
+
+
+def _forward(rows, matrices, sizes, device_kind):
+    (groups, inner, outer), size = matrices.shape, rows.dtype.itemsize
+    with _tiled(Problem(rows.shape[0], inner, outer, groups, size), device_kind):
+        out = lax.ragged_dot(rows, matrices, sizes)
+    return out, (rows, matrices, sizes)
+
+
+def _backward(device_kind, saved, d_out):
+    rows, matrices, sizes = saved
+    (groups, inner, outer), count, size = matrices.shape, rows.shape[0], rows.dtype.itemsize
+    by_outer = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
+    by_rows = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    with _tiled(Problem(count, outer, inner, groups, size), device_kind):
+        d_rows = lax.ragged_dot_general(d_out, matrices, sizes, by_outer)
+    with _tiled(Problem(count, inner, outer, groups, size, transposed=True), device_kind):
+        d_matrices = lax.ragged_dot_general(rows, d_out, sizes, by_rows)
+    return d_rows.astype(rows.dtype), d_matrices.astype(matrices.dtype), None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _tiled(problem: Problem, device_kind: str):
+    tile = tile_for(problem, device_kind)
+    return set_xla_metadata(ragged_dot_tiling=",".join(map(str, tile)) if tile else None)

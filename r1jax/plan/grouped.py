@@ -1,0 +1,117 @@
+"""Grouped products for one TPU chip, each alone: XLA's with its own tile and with ours, and megablox with ours; static figures."""
+
+import importlib
+import re
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.sharding import SingleDeviceSharding
+
+from r1jax.core import sharding
+from r1jax.kernels.grouped_matmul import Problem, grouped_matmul, moved, seconds, tile_for
+from r1jax.plan import bundles
+from r1jax.plan.compile import Program, compile_program
+from r1jax.schema import MeshConfig
+
+MODULE = "r1jax.plan.grouped"
+DEADLINE_S = 300.0
+KIND = "TPU v5"
+TOPOLOGY = "v5p:1x1x1"  # other generations have no kernel whose tile can be told
+# Rows, width of experts' input and of their output, experts of a device: the 671B update on 512 chips (1.5 even shares of
+# 4,096 tokens x 8 experts), and Moonlight's experts on 8 chips.
+SHAPES = {"v3": (49152, 7168, 2048, 1), "moonlight": (16384, 2048, 1408, 8)}
+PRODUCTS = ("forward", "rows_gradient", "matrices_gradient")
+FORMS = {"ragged_dot": "ragged-dot-none", "ragged_dot_tiled": "ragged-dot-none", "megablox": "gmm"}
+_DIMENSIONS = {
+    "forward": lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0]),
+    "rows_gradient": lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0]),
+    "matrices_gradient": lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], []),
+}
+
+
+def problem(product: str, shape: str) -> Problem:
+    """Returns the product of a layer's first matrices or of one of their gradients."""
+    rows, width, inner, experts = SHAPES[shape]
+    sides = (inner, width) if product == "rows_gradient" else (width, inner)
+    return Problem(rows, *sides, experts, 2, transposed=product == "matrices_gradient")
+
+
+def figures(form: str, product: str, shape: str) -> dict:
+    """Returns tile, bundles of a tile and of 2**27 products of it, slots taken, spills, HBM bytes and their time over that of
+    the products at a v5p's best."""
+    asked = problem(product, shape)
+    with tempfile.TemporaryDirectory(prefix="r1jax-grouped-") as folder:
+        arguments = {"form": form, "product": product, "shape": shape}
+        compile_program(
+            TOPOLOGY, f"{MODULE}:program", arguments, "full", deadline_s=DEADLINE_S, keep=folder, bundles=True
+        )
+        name = "tgmm" if form == "megablox" and asked.transposed else FORMS[form]
+        (found,) = bundles.kernels(folder, [name]).values()
+        tile = _tile(Path(folder)) if form == "ragged_dot" else tile_for(asked, KIND)
+    worst = max(found.regions, key=lambda region: region.bundles)
+    memory, products = seconds(asked, tile, KIND)
+    return {
+        "tile": list(tile),
+        "bundles": worst.bundles,
+        "bundles_of_2e27": worst.bundles * 2**27 / (tile[0] * tile[1] * tile[2]),
+        "mxu_share": worst.mxu_share,
+        "spill_share": worst.spill_share,
+        "hbm_bytes": moved(asked, tile),
+        "memory_over_products": memory / products,
+    }
+
+
+def _tile(folder: Path) -> tuple[int, ...]:
+    """Returns the tile that the compiler chose."""
+    text = "".join(path.read_text() for path in (folder / "dump").glob("*.after_codegen.txt"))
+    return tuple(map(int, re.search(r'ragged_dot_tiling="([\d,]+)"', text)[1].split(",")))
+
+
+def program(devices: list, form: str, product: str, shape: str) -> Program:
+    """Returns one product lowered for the first device."""
+    asked, place = problem(product, shape), SingleDeviceSharding(devices[0])
+    tile = tile_for(asked, KIND)
+    array = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=place)  # noqa: E731
+    other = {
+        "forward": (asked.groups, asked.inner, asked.outer),
+        "rows_gradient": (asked.groups, asked.outer, asked.inner),
+        "matrices_gradient": (asked.rows, asked.outer),
+    }[product]
+
+    def multiply(a, b, sizes):
+        if form == "megablox":
+            return _megablox(product, tile, a, b, sizes)
+        with set_xla_metadata(ragged_dot_tiling=None if form == "ragged_dot" else ",".join(map(str, tile))):
+            return lax.ragged_dot_general(a, b, sizes, _DIMENSIONS[product])
+
+    given = array(asked.rows, asked.inner), array(*other), array(asked.groups, dtype=jnp.int32)
+    with jax.default_device(devices[0]):
+        lowered = jax.jit(multiply).lower(*given)
+    return Program(lowered, sharding.make_mesh(MeshConfig(), devices[:1]))
+
+
+def _megablox(product: str, tile, a, b, sizes):
+    megablox = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")  # the package has a function gmm
+    if product == "matrices_gradient":
+        return megablox.tgmm(a.swapaxes(0, 1), b, sizes, jnp.bfloat16, tile)
+    return megablox.gmm(a, b, sizes, jnp.bfloat16, tile, transpose_rhs=product == "rows_gradient")
+
+
+def gradients(devices: list, shape: str) -> Program:
+    """Returns a product with both its gradients as the model makes them, lowered for the first device."""
+    rows, width, inner, experts = SHAPES[shape]
+    place = SingleDeviceSharding(devices[0])
+    array = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=place)  # noqa: E731
+
+    def multiply(a, b, sizes, d_out):
+        out, pull = jax.vjp(lambda a, b: grouped_matmul(a, b, sizes, devices[0].device_kind), a, b)
+        return out, *pull(d_out)
+
+    given = array(rows, width), array(experts, width, inner), array(experts, dtype=jnp.int32), array(rows, inner)
+    with jax.default_device(devices[0]):
+        lowered = jax.jit(multiply).lower(*given)
+    return Program(lowered, sharding.make_mesh(MeshConfig(), devices[:1]))
