@@ -71,7 +71,7 @@ def _vmem(p: Problem, tile: Tile) -> int:
 
 @functools.cache
 def tile_for(problem: Problem, device_kind: str) -> Tile | None:
-    """Returns the tile of the least time, the smaller of equals; None where no tile divides the widths or is heeded."""
+    """Returns the tile of the least time, the smaller of equals; None where none divides rows and widths or is heeded."""
     if device_kind not in CHIPS:
         return None
     p, found = problem, []
@@ -79,7 +79,7 @@ def tile_for(problem: Problem, device_kind: str) -> Tile | None:
         for k in _divisors(p.inner):
             for n in _divisors(p.outer):
                 tile = (m, k, n)
-                if m <= max(p.rows, LANES) and _vmem(p, tile) <= VMEM_BYTES:
+                if p.rows % m == 0 and _vmem(p, tile) <= VMEM_BYTES:
                     memory, products = seconds(p, tile, device_kind)
                     products *= 1 + SUM_ROWS / m if p.transposed else 1
                     steps = _visits(p, m) * (p.inner // k) * (p.outer // n)

@@ -102,6 +102,8 @@ def test_a_tile_is_told_to_the_chips_that_heed_one_and_only_for_whole_registers(
     assert tile_for(p, "TPU v5") == (1024, 512, 1024)
     assert tile_for(p, "TPU v6 lite") is tile_for(p, "cpu") is None
     assert tile_for(Problem(512, 100, 128, 2, 2), "TPU v5") is None
+    assert tile_for(Problem(16, 128, 128, 2, 2), "TPU v5") is None
+    assert tile_for(Problem(384, 128, 128, 2, 2), "TPU v5")[0] == 128
 
 
 @needs_libtpu
