@@ -42,7 +42,7 @@ CASES = [
     for topology in TOPOLOGIES
     for kernel, shapes in kernels.OURS.items()
     for shape in shapes
-    if kernel in kernels.ATTENTION or shape == "v3" or topology == TOPOLOGIES[0]
+    if kernel not in kernels.LOGPROB or shape == "v3" or topology == TOPOLOGIES[0]
 ]
 
 
@@ -58,7 +58,7 @@ def test_a_kernel_compiles_within_its_budget(topology, shape, kernel):
     for name, best in BEST.items():
         assert best(found[name], place[shape][name]) == found[name], (name, found, place[shape])
     assert found["vmem_bytes"] > 0
-    assert kernel in kernels.ATTENTION or figures["temporary_bytes"] < 64 * 10**6
+    assert kernel not in kernels.LOGPROB or figures["temporary_bytes"] < 64 * 10**6
 
 
 def test_a_forward_step_has_fewer_bundles_and_less_than_half_the_spill_share_of_splash_attention():

@@ -156,6 +156,7 @@ def test_update_and_decode_fit_their_chips_and_expert_weights_stay(size, results
     if "context" not in mesh:  # rows there go around the ring
         kernels |= {"flash_attention_forward", "flash_attention_backward"}
     assert set(plans["update"].kernels) == kernels
+    assert set(plans["decode"].kernels) == {"latent_decode"}
     for found in plans.values():
         found.require_fit()
         assert found.rematerialized == ()

@@ -97,6 +97,7 @@ class Context:
     mask: jax.Array  # [B, T, S] bool: query may see key
     write_positions: jax.Array | None  # [B, T] cache row of each new token, the scratch row for padding
     segments: jax.Array  # [B, T] document of each token, 0 is padding
+    lengths: jax.Array | None = None  # [B] with a cache: rows of it that the last query sees, 0 for padding
     prefixes: jax.Array | None = None  # [B, T] segment of a shared prompt that a token sees beside its own, 0 for none
 
 
@@ -118,9 +119,10 @@ def build_context(
         same = segments[:, :, None] == segments[:, None, :]
         if prefixes is not None:
             same |= (prefixes[:, :, None] == segments[:, None, :]) & (prefixes > 0)[:, :, None]
-        return Context(cos, sin, causal & same, None, segments, prefixes)
+        return Context(cos, sin, causal & same, None, segments, prefixes=prefixes)
     mask = jnp.arange(window)[None, None, :] <= positions[:, :, None]
-    return Context(cos, sin, mask, jnp.where(segments > 0, positions, cache.rows), segments)
+    lengths = jnp.where(segments[:, -1] > 0, positions[:, -1] + 1, 0)
+    return Context(cos, sin, mask, jnp.where(segments > 0, positions, cache.rows), segments, lengths)
 
 
 def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
@@ -144,7 +146,7 @@ def latent_attention(p: LatentAttention, x_BTD, context: Context, c: ModelConfig
     absorbed = False
     if cache is not None:
         cache = cache.replace(keys=kv.write(cache.keys, layer, latent, context.write_positions))
-        latent = kv.read(cache.keys, layer, window).astype(x_BTD.dtype)
+        latent = kv.read(cache.keys, layer, window)[..., : latent.shape[-1]].astype(x_BTD.dtype)
         absorbed = x_BTD.shape[1] <= ABSORBED_MAX_QUERIES
     if cache is None and ring.devices(x_BTD.shape[1]) > 1:
         q = jnp.concatenate([q_nope, q_rope], axis=-1)[:, :, :, None]
@@ -156,6 +158,8 @@ def latent_attention(p: LatentAttention, x_BTD, context: Context, c: ModelConfig
         q, (k, v) = jnp.concatenate([q_nope, q_rope], axis=-1)[:, :, :, None], _expand(p.kv_b, latent, c)
         scale = rope.softmax_scale(c)
         o_BTNV = flash.attend(q, k, v, context.segments, context.prefixes, scale)[:, :, :, 0]
+    elif cache is not None and x_BTD.shape[1] == 1 and flash.chosen(c):
+        o_BTNV = _decoded(p.kv_b, q_nope, q_rope, cache.keys, layer, context.lengths, c)
     else:
         attend = _absorbed if absorbed else _expanded
         o_BTNV = attend(p.kv_b, q_nope, q_rope, latent, context.mask, c)
@@ -184,12 +188,24 @@ def _expanded(kv_b, q_nope, q_rope, latent_BSR, mask, c: ModelConfig) -> jax.Arr
 
 def _absorbed(kv_b, q_nope, q_rope, latent_BSR, mask, c: ModelConfig) -> jax.Array:
     """Returns the same as `_expanded` with W_UK and W_UV folded into query and output (DeepSeek-V2, section 2.1.2)."""
-    w_k, w_v = kv_b[..., : c.qk_nope_head_dim], kv_b[..., c.qk_nope_head_dim :]
-    q_latent = jnp.concatenate([jnp.einsum("BTNH,RNH->BTNR", q_nope, w_k), q_rope], axis=-1)
+    q_latent, w_v = _folded(kv_b, q_nope, q_rope, c)
     scores = jnp.einsum("BTNR,BSR->BNTS", q_latent, latent_BSR, preferred_element_type=jnp.float32)
     probs = _softmax(scores * rope.softmax_scale(c), mask[:, None]).astype(latent_BSR.dtype)
     context = jnp.einsum("BNTS,BSR->BTNR", probs, latent_BSR[..., : c.kv_lora_rank])
     return jnp.einsum("BTNR,RNV->BTNV", context, w_v)
+
+
+def _folded(kv_b, q_nope, q_rope, c: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Returns queries against the latent, [B, T, N, R + rope], and W_UV [R, N, v]."""
+    w_k, w_v = kv_b[..., : c.qk_nope_head_dim], kv_b[..., c.qk_nope_head_dim :]
+    return jnp.concatenate([jnp.einsum("BTNH,RNH->BTNR", q_nope, w_k), q_rope], axis=-1), w_v
+
+
+def _decoded(kv_b, q_nope, q_rope, cache_LSTW, layer, lengths, c: ModelConfig) -> jax.Array:
+    """Returns the same as `_absorbed` for one query a slot, by the kernel; 0 for a slot with no length."""
+    q_latent, w_v = _folded(kv_b, q_nope, q_rope, c)
+    context = flash.decode(q_latent[:, 0], cache_LSTW, layer, lengths, c.kv_lora_rank, rope.softmax_scale(c))
+    return jnp.einsum("BNR,RNV->BNV", context.astype(q_nope.dtype), w_v)[:, None]
 
 
 def grouped_attention(p: GroupedAttention, x_BTD, context: Context, c: ModelConfig, cache, layer, window: int):

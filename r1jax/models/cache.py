@@ -1,7 +1,8 @@
-"""The key/value cache: what it holds stands behind `CacheSpec`, so that pages or lane padding can come later.
+"""The key/value cache: what it holds stands behind `CacheSpec`, so that pages can come later.
 
 Row i of a slot holds position i. One scratch row at the end takes the writes of idle slots and of padding.
-MLA stores the 'latent' (normalised c_kv and rotated k_rope); GQA stores keys and values.
+MLA stores the 'latent' (normalised c_kv and rotated k_rope), where the decode kernel reads it padded with zeros to whole
+registers; GQA stores keys and values.
 """
 
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from r1jax.kernels.latent_decode import padded_width
+from r1jax.models import flash
 from r1jax.schema import ModelConfig
 
 
 @struct.dataclass
 class Cache:
-    """Cached rows of all layers. MLA: `keys` is [L, S, T + 1, R + rope] and `values` is None. GQA: [L, S, T + 1, K, H]."""
+    """Cached rows of all layers. MLA: `keys` is [L, S, T + 1, R + rope or wider] and `values` is None. GQA: [L, S, T + 1, K, H]."""
 
     keys: jax.Array
     values: jax.Array | None = None
@@ -39,7 +42,8 @@ class CacheSpec:
     @property
     def row_shape(self) -> tuple[int, ...]:
         if self.config.is_mla:
-            return (self.config.kv_lora_rank + self.config.qk_rope_head_dim,)
+            width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+            return (padded_width(width) if flash.chosen(self.config) else width,)
         return (self.config.num_key_value_heads, self.config.head_dim)
 
     @property
@@ -65,7 +69,11 @@ class CacheSpec:
 
 
 def write(cache: jax.Array, layer: jax.Array | int, rows: jax.Array, positions: jax.Array) -> jax.Array:
-    """Returns cache [L, S, T + 1, ...] with rows [S, Q, ...] stored at positions [S, Q] of one layer."""
+    """Returns cache [L, S, T + 1, ...] with rows [S, Q, ...] stored at positions [S, Q] of one layer.
+
+    Rows narrower than the cache's are padded with zeros.
+    """
+    rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, cache.shape[-1] - rows.shape[-1])])
     slots = jnp.arange(cache.shape[1])[:, None]
     return cache.at[layer, slots, positions].set(rows.astype(cache.dtype), mode="promise_in_bounds")
 

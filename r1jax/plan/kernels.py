@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from r1jax.core import sharding
-from r1jax.kernels import flash_attention, logprob_tile
+from r1jax.kernels import flash_attention, latent_decode, logprob_tile
 from r1jax.plan import bundles, traffic
 from r1jax.plan.compile import Program, compile_program
 from r1jax.schema import MeshConfig
@@ -24,9 +24,13 @@ SHAPES = {  # heads of keys, width of queries and keys, width of values
 LOGPROB_TOKENS = 8192
 # Width and vocabulary; that of qwen2 is no whole number of blocks.
 LOGPROB_SHAPES = {"v3": (7168, 129280), "llama3_70b": (8192, 128256), "qwen2_1.5b": (1536, 151936)}
+# Heads, width of a row, of its values, of the row in HBM, rows of the cache, slots.
+DECODE_SHAPES = {"v3": (128, 576, 512, 640, 8193, 8), "v2_lite": (16, 576, 512, 640, 8193, 8)}
+DECODE = (latent_decode.NAME,)
 ATTENTION = ("flash_attention_forward", "flash_attention_backward")
 LOGPROB = logprob_tile.NAMES
-OURS = {name: SHAPES for name in ATTENTION} | {name: LOGPROB_SHAPES for name in LOGPROB}  # and their shapes
+OURS = {name: SHAPES for name in ATTENTION} | {name: LOGPROB_SHAPES for name in LOGPROB}
+OURS |= {name: DECODE_SHAPES for name in DECODE}  # and their shapes
 PRODUCTS = dict(zip(LOGPROB, (1, 2, 2), strict=True))  # a logit: itself, and its part of a gradient
 # Device kind, dense bfloat16 operations and bytes of HBM a second of a chip (Google's pages on each generation).
 CHIPS = {
@@ -74,7 +78,8 @@ def roofline(kernel: str, shape: str, generation: str) -> dict:
 
 def program(devices: list, kernel: str, shape: str) -> Program:
     """Returns a kernel lowered for the first device: attention on a row of 4,096 tokens and 8 query heads, log-probs of 8,192."""
-    place, make = SingleDeviceSharding(devices[0]), _logprob if kernel in LOGPROB else _attention
+    make = _logprob if kernel in LOGPROB else _decode if kernel in DECODE else _attention
+    place = SingleDeviceSharding(devices[0])
     array = functools.partial(jax.ShapeDtypeStruct, sharding=place)
     function, given = make(devices[0].device_kind, array, kernel, shape)
     with jax.default_device(devices[0]):
@@ -118,6 +123,22 @@ def _logprob(kind: str, make, kernel: str, shape: str):
         return found[LOGPROB.index(kernel) - 1]
 
     return forward if kernel == LOGPROB[0] else backward, given
+
+
+def _decode(kind: str, make, kernel: str, shape: str):
+    """Returns decode attention over two layers' cache, the second's."""
+    heads, width, value_width, row, rows, slots = DECODE_SHAPES[shape]
+    blocks, scale = latent_decode.blocks_for(kind, rows), width**-0.5
+    given = (
+        make((slots, heads, row), jnp.bfloat16),
+        make((2, slots, rows, row), jnp.bfloat16),
+        make((slots,), jnp.int32),
+    )
+
+    def decode(q, cache, lengths):
+        return latent_decode.latent_decode(q, cache, jnp.int32(1), lengths, value_width, scale, blocks)
+
+    return decode, given
 
 
 def _splash(q, k, v, segments):

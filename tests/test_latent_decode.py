@@ -1,0 +1,110 @@
+"""The decode kernel in interpret mode: outputs by the formula in float64, what it may look at, and tokens drawn through it.
+
+Tolerance: as for attention over whole rows (tests/test_flash_attention.py), 4e-6 in float32; bfloat16 rounds probabilities to 8 bits.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+from jax.experimental.pallas import tpu as pltpu
+
+from r1jax.core import rng, sharding
+from r1jax.kernels.latent_decode import Blocks, blocks_for, latent_decode, padded_width
+from r1jax.models import cache, decoder
+from r1jax.schema import MeshConfig, replace
+
+LAYER, VALUES, SCALE = 1, 16, 0.3
+
+
+def reference(q, keys, lengths):
+    """Returns softmax(scale * q k) v over each slot's first rows in float64, 0 where there is none."""
+    q, keys = np.asarray(q, np.float64), np.asarray(keys, np.float64)
+    out = np.zeros((*q.shape[:2], VALUES))
+    for slot, length in enumerate(lengths):
+        if length:
+            rows = keys[slot, :length]
+            scores = SCALE * q[slot] @ rows.T
+            exps = np.exp(scores - scores.max(axis=1, keepdims=True))
+            out[slot] = exps / exps.sum(axis=1, keepdims=True) @ rows[:, :VALUES]
+    return out
+
+
+def compare(lengths, rows, blocks, heads=3, width=24, dtype=jnp.float32, tolerance=4e-6, interpret=True, beyond=np.nan):
+    """Compares with the formula; rows past a slot's length hold `beyond`."""
+    generator = np.random.default_rng(0)
+    keys = generator.normal(size=(3, len(lengths), rows, width))
+    for slot, length in enumerate(lengths):
+        keys[:, slot, length:] = beyond
+    q, keys = (jnp.asarray(array, dtype) for array in (generator.normal(size=(len(lengths), heads, width)), keys))
+    call = lambda layer, n: latent_decode(q, keys, layer, n, VALUES, SCALE, blocks, interpret)  # noqa: E731
+    found = np.asarray(jax.jit(call)(jnp.int32(LAYER), jnp.asarray(lengths)))
+    np.testing.assert_allclose(found, reference(q, keys[LAYER], lengths), atol=tolerance)
+
+
+@pytest.mark.parametrize("blocks", [Blocks(8, 1), Blocks(8, 2), Blocks(16, 3), Blocks(64, 2)])
+def test_outputs_are_the_formula_and_rows_past_a_length_may_hold_anything(blocks):
+    compare([1, 37, 8, 0, 20, 16], 37, blocks)
+
+
+@pytest.mark.parametrize(("heads", "width"), [(1, 16), (5, 17), (16, 40)])
+def test_every_number_of_heads_and_width_is_the_formula(heads, width):
+    compare([9, 23], 24, Blocks(8, 2), heads, width)
+
+
+def test_bfloat16_sums_in_float32():
+    compare([40, 13], 48, Blocks(16, 2), dtype=jnp.bfloat16, tolerance=0.02)
+
+
+@given(st.lists(st.integers(0, 29), min_size=1, max_size=4), st.integers(1, 3))
+@settings(max_examples=8, deadline=None)
+def test_any_lengths_are_the_formula(lengths, splits):
+    compare(lengths, 29, Blocks(8, splits))
+
+
+def test_nothing_unwritten_counts_and_no_two_accesses_race():
+    params = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="nan")
+    compare([1, 37, 0, 20], 37, Blocks(8, 2), interpret=params)
+    assert not interpreter.races.races_found
+
+
+def test_blocks_of_short_caches_are_whole_registers_and_a_v5p_has_two_cores():
+    assert blocks_for("TPU v5", 8193) == Blocks(512, 2)
+    assert blocks_for("TPU v5 lite", 100) == Blocks(128, 1)
+    assert (padded_width(576), padded_width(640), padded_width(1)) == (640, 640, 128)
+
+
+def test_a_cache_for_the_kernel_is_padded_to_whole_registers_and_others_are_not():
+    model = small.MIXTURE
+    width = model.kv_lora_rank + model.qk_rope_head_dim
+    assert cache.CacheSpec(model, 2, 8).row_shape == (width,)
+    assert cache.CacheSpec(replace(model, attention_implementation="flash"), 2, 8).row_shape == (padded_width(width),)
+
+
+def decoded(model, params):
+    """Returns hidden states of two slots of a prompt and four tokens fed one by one, the second idle in the third step."""
+    store = cache.CacheSpec(model, 2, 16).zeros()
+    tokens = np.random.default_rng(3).integers(1, model.vocab_size, (2, 10))
+    places, running = np.broadcast_to(np.arange(6), (2, 6)), np.ones((2, 6), np.int32)
+    step = jax.jit(lambda t, at, on, store: decoder.forward(params, t, at, on, model, store)[:2])
+    found = []
+    out, store = step(tokens[:, :6], places, running, store)
+    for number in range(4):
+        active = np.asarray([[1], [number != 2]], np.int32)
+        out, store = step(tokens[:, 6 + number : 7 + number], np.full((2, 1), 6 + number), active, store)
+        found.append(np.asarray(out) * active[..., None])
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
+def test_steps_through_the_kernel_are_those_of_xla(scan):
+    model = replace(small.MIXTURE, scan_layers=scan, attention_implementation="xla")
+    mesh = sharding.make_mesh(MeshConfig())
+    params = sharding.initialize(decoder.specs(model), rng.key(0, "decode", "init"), "float32", mesh)
+    by_xla, by_kernel = (decoded(replace(model, attention_implementation=how), params) for how in ("xla", "flash"))
+    np.testing.assert_allclose(by_kernel, by_xla, atol=2e-5 * np.abs(by_xla).max())
+    assert np.abs(by_xla[2, 0]).max() > 0
