@@ -99,7 +99,7 @@ class ModelConfig:
         "nothing"  # what a recomputed block keeps: nothing, its products with weights, or those of attention too
     )
     attention_implementation: Literal["auto", "xla", "flash"] = (
-        "auto"  # attention over whole rows: XLA's operations or the Pallas kernel (auto: on a TPU)
+        "auto"  # over whole rows, and MLA's decode steps: XLA's operations or the Pallas kernels (auto: on a TPU)
     )
     logprob_implementation: Literal["auto", "xla", "pallas"] = (
         "auto"  # log-probs: XLA's tiles or the Pallas kernels (auto: on a TPU the kernel forward, XLA backward)
