@@ -1,7 +1,7 @@
 """Grouped matrix products of a dropless mixture of experts, forward and backward, in tiles chosen for the TPU.
 
 The products are XLA's `ragged_dot`. On v5p that is a kernel of libtpu's over tiles of rows, with the grid of megablox (Gale
-et al., arXiv 2211.15841). Left alone it takes 128 rows by 128 columns at the widths of DeepSeek-V3's experts, and waits for
+et al., arXiv 2211.15841). Left alone it takes 128 rows by 128 columns for most products of DeepSeek-V3's experts, and waits for
 memory. Here its tile is the one that costs least by the bytes and the products of that grid.
 """
 

@@ -199,7 +199,9 @@ def _numbers(blocks: Blocks, count, targets_N, *numbers):
 
 def _grid(size: Size, states, w_DV, count):
     """Returns how many blocks of tokens and of columns there are."""
-    tokens = states.shape[0] // size.tokens if count is None else pl.cdiv(count, size.tokens)
+    tokens = states.shape[0] // size.tokens
+    if count is not None:  # one block at least, or a sum over tokens would not be written
+        tokens = jnp.maximum(pl.cdiv(count, size.tokens), 1)
     return tokens, pl.cdiv(w_DV.shape[1], size.columns)
 
 

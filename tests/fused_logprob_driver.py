@@ -13,6 +13,7 @@ import numpy as np
 
 from r1jax.core import sharding
 from r1jax.kernels import fused_logprob
+from r1jax.models import logprobs
 from r1jax.models.logprobs import token_logprobs
 from r1jax.schema import MeshConfig
 
@@ -24,8 +25,13 @@ MESHES = {  # rows of 8 tokens, 4 of them; 60 words of width 16
     "fsdp8_rows_do_not_divide": (MeshConfig(fsdp=8), 60),
     "tensor4_vocabulary_does_not_divide": (MeshConfig(tensor=4), 59),
 }
-CHUNKS = {"tokens": (3, 0), "vocab": (0, 7), "both": (3, 7), "kernels": (0, 0, "pallas")}
-RUNS = [f"{mesh}/{kind}" for mesh in MESHES for kind in ("both", "kernels")] + ["tensor4/tokens", "tensor4/vocab"]
+CHUNKS = {"tokens": (3, 0), "vocab": (0, 7), "both": (3, 7), "kernels": (0, 0, "pallas"), "forward": (3, 7, "pallas")}
+RUNS = [f"{mesh}/{kind}" for mesh in MESHES for kind in ("both", "kernels")] + [
+    "tensor4/tokens",
+    "tensor4/vocab",
+    "tensor4/forward",
+    "fsdp2_tensor2_context2/forward",
+]
 fused_logprob.GATHERED_COLUMNS = 16  # so that the kernels are called on more columns than once
 
 
@@ -60,6 +66,8 @@ def main():
     for name in RUNS:
         mesh, kind = name.split("/")
         config, vocab = MESHES[mesh]
+        if kind == "forward":  # what `auto` is on a TPU: the kernel forward, XLA's tiles backward
+            logprobs._kernel = lambda how: fused_logprob.Kernel("TPU v5", interpret=True, backward=False)
         found, text = run(config, vocab, CHUNKS[kind])
         floats = {int(n) for dims in re.findall(r"f32\[([\d,]+)\]", text) for n in dims.split(",")}
         report[name] = {

@@ -82,7 +82,10 @@ def test_a_cache_for_the_kernel_is_padded_to_whole_registers_and_others_are_not(
     model = small.MIXTURE
     width = model.kv_lora_rank + model.qk_rope_head_dim
     assert cache.CacheSpec(model, 2, 8).row_shape == (width,)
-    assert cache.CacheSpec(replace(model, attention_implementation="flash"), 2, 8).row_shape == (padded_width(width),)
+    spec = cache.CacheSpec(replace(model, attention_implementation="flash"), 2, 20)
+    assert spec.row_shape == (padded_width(width),)
+    assert spec.shape[2] == 32
+    assert spec.zeros().rows == 31
 
 
 def decoded(model, params):

@@ -106,6 +106,16 @@ def test_the_loss_by_kernels_is_the_formula_whole_and_of_trained_tokens_alone(ke
     assert_equal((*found, *pull(given)), (logp * mask, entropy * mask, *gradients))
 
 
+@pytest.mark.parametrize("kernel", [BOTH, FORWARD], ids=["both", "forward"])
+def test_rows_without_a_trained_token_give_gradients_of_exactly_0(kernel):
+    hidden, matrix, targets, d_logp, d_entropy = problem(2, 16, 8, 64)
+    nothing = jnp.zeros(targets.shape)
+    scored = lambda h, m: trained_logprobs(h, m, jnp.asarray(targets), nothing, 0.7, 16, kernel)  # noqa: E731
+    found, pull = jax.vjp(scored, hidden, matrix)
+    for value in (*found, *pull((jnp.asarray(d_logp), jnp.asarray(d_entropy)))):
+        np.testing.assert_array_equal(np.asarray(value), 0)
+
+
 def test_bfloat16_gradients_are_summed_in_float32_and_rounded_once():
     """4,096 tokens that each move a column by 1: a sum in bfloat16 stops at 256."""
     hidden, matrix = jnp.ones((1, 4096, 1), jnp.bfloat16), jnp.asarray([[-20.0, 20.0]], jnp.bfloat16)
@@ -145,12 +155,12 @@ def test_a_block_is_moved_when_its_index_changes_and_in_whole_registers():
     call = pl.pallas_call(
         copied,
         grid=(3, 4),
-        in_specs=[pl.BlockSpec((8, 128), lambda i, j: (i, j)), pl.BlockSpec((8, 1), lambda i, j: (i, 0))],
+        in_specs=[pl.BlockSpec((8, 128), lambda i, j: (i, j)), pl.BlockSpec((None, 8, 1), lambda i, j: (0, i, 0))],
         out_specs=pl.BlockSpec((8, 128), lambda i, j: (0, j)),
         out_shape=jax.ShapeDtypeStruct((8, 512), jnp.float32),
         name="copied",
     )
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((24, 512), (24, 1))]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((24, 512), (1, 24, 1))]
     (found,) = traffic.kernels(jax.jit(call), *shapes)
     block = 8 * 128 * 4
     assert (found.name, found.steps, found.read, found.written) == (

@@ -6,6 +6,7 @@ Needs libtpu (`pip install '.[test]'` on x86 Linux): skipped without it, an erro
 import importlib.util
 import os
 import pathlib
+import re
 import sys
 
 import pytest
@@ -120,6 +121,19 @@ def test_tokens_of_the_tiny_model_travel_to_experts_and_weights_stay(builder):
     travels = [one for one in found.collectives if one.kind == "ragged-all-to-all"]
     assert travels
     assert {one.axes for one in travels} == {("fsdp", "expert")}
+
+
+@pytest.mark.parametrize("slots", [1, 16])
+def test_a_decode_step_copies_nothing_of_the_latent_cache(slots, tmp_path):
+    shape = dict(kv_lora_rank=512, qk_rope_head_dim=64, compute_dtype="bfloat16", num_hidden_layers=6)
+    given = dict(mesh={}, model=shape, slots=slots, max_new_tokens=1000, max_prompt_tokens=24)
+    found = compile_program("v5p:1x1x1", f"{DRIVER}:decode", {"preset": "tiny"} | given, keep=tmp_path)
+    (module,) = (path.read_text() for path in (tmp_path / "dump").glob("*before_buffer_assignment.txt"))
+    array = rf"bf16\[6,{slots},1040,640\]"
+    assert re.search(array, module)
+    assert not re.search(rf"= {array}\S* copy\(", module)
+    assert found.memory.temporaries < 2**23
+    assert set(found.kernels) == {"latent_decode"}
 
 
 def test_expert_weights_that_are_gathered_are_found_in_the_compiled_update():

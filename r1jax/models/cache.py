@@ -1,6 +1,6 @@
 """The key/value cache: what it holds stands behind `CacheSpec`, so that pages can come later.
 
-Row i of a slot holds position i. One scratch row at the end takes the writes of idle slots and of padding.
+Row i of a slot holds position i. The last row is scratch: it takes the writes of idle slots and of padding.
 MLA stores the 'latent' (normalised c_kv and rotated k_rope), where the decode kernel reads it padded with zeros to whole
 registers; GQA stores keys and values.
 """
@@ -15,6 +15,8 @@ from flax import struct
 from r1jax.kernels.latent_decode import padded_width
 from r1jax.models import flash
 from r1jax.schema import ModelConfig
+
+TILE_ROWS = 16  # of a TPU's tile of bfloat16
 
 
 @struct.dataclass
@@ -32,7 +34,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Shape of a cache of `slots` slots with `rows` usable rows each."""
+    """Shape of a cache of `slots` slots with at least `rows` usable rows each."""
 
     config: ModelConfig
     slots: int
@@ -48,7 +50,10 @@ class CacheSpec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.config.num_hidden_layers, self.slots, self.rows + 1, *self.row_shape)
+        rows = self.rows + 1
+        if self.config.is_mla and flash.chosen(self.config):  # whole tiles, or XLA's layout puts slots between rows
+            rows = -(-rows // TILE_ROWS) * TILE_ROWS
+        return (self.config.num_hidden_layers, self.slots, rows, *self.row_shape)
 
     @property
     def axes(self) -> tuple[str | None, ...]:

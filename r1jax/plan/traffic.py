@@ -82,4 +82,4 @@ def _block_bytes(mapping) -> int:
 
 def _size(dimension) -> int:
     """Returns how many elements a block has in a dimension; one that is squeezed out has one."""
-    return int(getattr(dimension, "block_size", dimension) or 1) if not isinstance(dimension, int) else dimension
+    return dimension if isinstance(dimension, int) else getattr(dimension, "block_size", 1)

@@ -228,7 +228,9 @@ class Engine(jetstream.Engine):
             return _insert(prefix, state, slots, slot_params)
 
         # Outputs lie the same way whoever made them, so that one compilation serves every order of calls.
-        everywhere, state = sharding.replicated(self._mesh), self._state_shardings()
+        everywhere = sharding.replicated(self._mesh)
+        with use_mesh(self._mesh, sharding.DECODE):
+            state = self._state_shardings()
         self.param_shardings = sharding.spec_shardings(decoder.specs(model), self._mesh, sharding.DECODE)
         self._place = tree.copier(model.compute_dtype, self.param_shardings)
         self._decode = jax.jit(decode, static_argnums=(2, 3), donate_argnums=1, out_shardings=(state, everywhere))
@@ -330,7 +332,8 @@ class Engine(jetstream.Engine):
 
     def init_decode_state(self) -> DecodeState:
         """Returns a state whose slots are all idle."""
-        return self._init()
+        with use_mesh(self._mesh, sharding.DECODE):
+            return self._init()
 
     def _empty_state(self) -> DecodeState:
         slots = self.sampler.slots
