@@ -25,7 +25,7 @@ LOGPROB_TOKENS = 8192
 # Width and vocabulary; that of qwen2 is no whole number of blocks.
 LOGPROB_SHAPES = {"v3": (7168, 129280), "llama3_70b": (8192, 128256), "qwen2_1.5b": (1536, 151936)}
 # Heads, width of a row, of its values, of the row in HBM, rows of the cache, slots.
-DECODE_SHAPES = {"v3": (128, 576, 512, 640, 8193, 8), "v2_lite": (16, 576, 512, 640, 8193, 8)}
+DECODE_SHAPES = {"v3": (128, 576, 512, 640, 8208, 8), "v2_lite": (16, 576, 512, 640, 8208, 8)}
 DECODE = (latent_decode.NAME,)
 ATTENTION = ("flash_attention_forward", "flash_attention_backward")
 LOGPROB = logprob_tile.NAMES
