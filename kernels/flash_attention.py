@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128  # of a register
-LOWEST = -1e30  # below any score
+from r1jax.kernels.tpu import LANES, LOWEST, dot, doubled, rounded
+
 LIVE, FIRST, LAST, MASKED = (
     1,
     2,
@@ -58,10 +58,8 @@ BLOCKS = {"TPU v5": _V5, "TPU v5 lite": _V5, "TPU v6 lite": _V6}
 
 def blocks_for(device_kind: str, length: int, width: int) -> Blocks:
     """Returns the sizes for a generation of TPUs, rows of `length` tokens and queries of `width`; short rows are one block."""
-    table, whole = BLOCKS.get(device_kind, _V5), LANES
+    table, whole = BLOCKS.get(device_kind, _V5), doubled(LANES, length)
     found = table[min((widest for widest in table if width <= widest), default=max(table))]
-    while whole < length:
-        whole *= 2
     return Blocks(*(min(size, whole) for size in astuple(found)))
 
 
@@ -208,10 +206,6 @@ def _visible(reach_ref, part: pl.Slice, query, key, shape: tuple[int, int]) -> j
     return seen
 
 
-def _dot(a, b, contract: tuple[int, int]):
-    return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
-
-
 def _forward_kernel(query, key, todo, q_ref, k_ref, v_ref, reach_ref, out_ref, norm_ref, top, total, sums, *, blocks):
     row, step = pl.program_id(0), pl.program_id(2)
     do = todo[row, step]
@@ -224,7 +218,7 @@ def _forward_kernel(query, key, todo, q_ref, k_ref, v_ref, reach_ref, out_ref, n
         """Returns the scores of a part of the keys and one of the queries, [keys, queries]."""
         first_key, first_query = place
         part = pl.ds(first_query, blocks.query_part)
-        scores = _dot(k_ref[pl.ds(first_key, blocks.key_part), :], q_ref[part, :], (1, 1))
+        scores = dot(k_ref[pl.ds(first_key, blocks.key_part), :], q_ref[part, :], (1, 1))
         if masked:
             first_query += query[row, step] * blocks.query
             first_key += key[row, step] * blocks.key
@@ -244,7 +238,7 @@ def _forward_kernel(query, key, todo, q_ref, k_ref, v_ref, reach_ref, out_ref, n
             exps, shrink = jnp.exp2(scores - higher), jnp.exp2(before - higher)
             top[:, part] = higher
             total[:, part] = total[:, part] * shrink + exps.sum(axis=0, keepdims=True)
-            weighted = _dot(v_ref[pl.ds(first_key, blocks.key_part), :], exps.astype(v_ref.dtype), (0, 0))
+            weighted = dot(v_ref[pl.ds(first_key, blocks.key_part), :], exps.astype(v_ref.dtype), (0, 0))
             sums[:, part] = sums[:, part] * shrink + weighted
 
     pl.when(do & (LIVE | MASKED) == LIVE)(lambda: work(False))
@@ -279,7 +273,7 @@ def backward_call(blocks: Blocks, interpret, q_BNTH, k_BKSH, v_BKSV, reach, d_ou
     Raises ValueError for rows whose gradient of a head's queries does not fit VMEM.
     """
     batch, heads, length, width = q_BNTH.shape
-    row = 2 * 4 * length * (-(-width // LANES) * LANES)  # float32, two buffers
+    row = 2 * 4 * length * rounded(width)  # float32, two buffers
     if row > ROW_BYTES:
         raise ValueError(
             f"flash_attention: a row of {length} tokens needs {row / 2**20:.0f} MiB of VMEM for the gradient of its queries, "
@@ -357,17 +351,17 @@ def _backward_kernel(
         for start in range(0, blocks.backward_query, size):
             part = pl.ds(start, size)
             q, d_out = q_ref[part, :], d_out_ref[part, :]
-            scores = _dot(k_ref[...], q, (1, 1))  # [keys, queries]
+            scores = dot(k_ref[...], q, (1, 1))  # [keys, queries]
             probs = jnp.exp2(scores - norm_ref[:, part])
             first_query = query[row, step] * blocks.backward_query + start
             if masked:
                 first_key = key[row, step] * blocks.backward_key
                 probs = jnp.where(_visible(reach_ref, part, first_query, first_key, scores.shape), probs, 0)
-            d_v_ref[...] += _dot(probs.astype(d_out.dtype), d_out, (1, 0))
-            d_probs = _dot(v_ref[...], d_out, (1, 1))
+            d_v_ref[...] += dot(probs.astype(d_out.dtype), d_out, (1, 0))
+            d_probs = dot(v_ref[...], d_out, (1, 1))
             d_scores = (probs * (d_probs - inner_ref[:, part])).astype(q.dtype)
-            d_k_ref[...] += _dot(d_scores, q, (1, 0))
-            d_q_ref[pl.ds(pl.multiple_of(first_query, size), size), :] += _dot(d_scores, k_ref[...], (0, 0))
+            d_k_ref[...] += dot(d_scores, q, (1, 0))
+            d_q_ref[pl.ds(pl.multiple_of(first_query, size), size), :] += dot(d_scores, k_ref[...], (0, 0))
 
     pl.when(do & (LIVE | MASKED) == LIVE)(lambda: work(False))
     pl.when(do & (LIVE | MASKED) == LIVE | MASKED)(lambda: work(True))

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from r1jax.kernels import logprob_tile
+from r1jax.kernels.tpu import LANES, LOWEST, SUBLANES, rounded
 
 WHOLE_LOGITS = 2**24  # up to this many logits a device (64 MiB of float32) they are computed at once
 TILE_TOKENS = 1024
 TILE_LOGITS = 2**21  # of a tile: 8 MiB of float32, 2,048 columns of 1,024 tokens
 GATHERED_COLUMNS = 4096  # that the kernels take at once where D is divided: 56 MiB of bfloat16 at a width of 7,168
-LANES, SUBLANES = 128, 8  # sides of a TPU's tile of registers
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,19 @@ class Tiles:
     backward: Tile
 
 
-def kernel_tiles(kernel: Kernel, tile: Tile, tokens: int, vocab: int, states: jax.Array, layout=None) -> Tiles:
-    """Returns the kernels' tiles, and `tile` for the backward pass where they have no part in it; see `kernel_tile`."""
-    found = kernel_tile(kernel, tokens, vocab, states, layout)
-    return Tiles(found, found if kernel.backward else tile)
+def tiles_of(
+    tile: Tile, kernel: Kernel | None, tokens: int, vocab: int, states: jax.Array, layout: Layout | None = None
+) -> Tiles:
+    """Returns the tiles for a device's tokens and vocabulary and hidden states [..., D] of whatever shape.
 
-
-def kernel_tile(kernel: Kernel, tokens: int, vocab: int, states: jax.Array, layout: Layout | None = None) -> Tile:
-    """Returns what the kernels are called on for a device's tokens and vocabulary: all of it, or columns gathered in D.
-
-    `states` are hidden states [..., D] of whatever shape.
+    They are `tile`, but where the kernels compute a pass: then all the tokens, and all columns or those gathered in D.
     """
+    if kernel is None:
+        return Tiles(tile, tile)
     vocab = min(vocab, GATHERED_COLUMNS) if layout is not None and layout.embed else vocab
     blocks = logprob_tile.blocks_for(kernel.device_kind, tokens, states.shape[-1], states.dtype.itemsize)
-    return Tile(tokens, vocab, blocks, kernel.interpret)
+    found = Tile(tokens, vocab, blocks, kernel.interpret)
+    return Tiles(found, found if kernel.backward else tile)
 
 
 def tile_of(tokens: int, vocab: int, chunk_tokens: int = 0, chunk_vocab: int = 0) -> Tile | None:
@@ -112,7 +111,7 @@ def tile_of(tokens: int, vocab: int, chunk_tokens: int = 0, chunk_vocab: int = 0
 def _even(total: int, most: int, multiple: int) -> int:
     """Returns the size of the fewest parts of `total` with at most about `most`, rounded up to a multiple."""
     size = -(-total // -(-total // most))
-    return -(-size // multiple) * multiple
+    return rounded(size, multiple)
 
 
 def _score(hidden, unembedding_DV, targets, temperature):
@@ -145,22 +144,20 @@ def token_logprobs(
     their inputs as they are (bfloat16 or float32) and sum in float32; the unembedding's gradient is summed in float32
     and rounded once. With `layout` the arrays are divided over its mesh: the vocabulary is never put together, columns
     whose D is divided are gathered a tile at a time, and sums for each token and gradients travel. With `kernel` the
-    Pallas kernels compute it in blocks of their own, chunks have a say in a backward pass that is XLA's alone. Raises ValueError for a negative chunk.
+    Pallas kernels compute it in blocks of their own; chunks then have a say in a backward pass that is XLA's. Raises
+    ValueError for a negative chunk.
     """
     (batch, length), vocab = targets.shape, unembedding.shape[1]
     tokens = batch * length
     if layout is not None:
         tokens, vocab = tokens // layout.parts(layout.row_axes), vocab // layout.parts(layout.vocab)
     tile = tile_of(tokens, vocab, chunk_tokens, chunk_vocab)
-    if kernel is not None:
-        tiles = kernel_tiles(kernel, tile or Tile(tokens, vocab), tokens, vocab, hidden, layout)
-    elif tile is not None:
-        tiles = Tiles(tile, tile)
-    else:
+    if tile is None and kernel is None:
         if layout is not None:
             place = NamedSharding(layout.mesh, PartitionSpec(None, layout.vocab or None))
             unembedding = jax.lax.with_sharding_constraint(unembedding, place)
         return _score(hidden, unembedding, targets, temperature)
+    tiles = tiles_of(tile or Tile(tokens, vocab), kernel, tokens, vocab, hidden, layout)
     return _tiled(tiles, layout, hidden, unembedding, targets, jnp.asarray(temperature, jnp.float32))
 
 
@@ -264,7 +261,7 @@ def forward_part(tile, layout, hidden, unembedding, targets, temperature, tiles=
 
     zeros = jnp.zeros(flat_ND.shape[0], jnp.float32)
     top, total, weighted, picked = _over(
-        unembedding.shape[1], tile.vocab, columns, (zeros + logprob_tile.LOWEST, zeros, zeros, zeros)
+        unembedding.shape[1], tile.vocab, columns, (zeros + LOWEST, zeros, zeros, zeros)
     )
     if layout is not None and layout.vocab:
         highest = jax.lax.pmax(top, layout.vocab)
@@ -293,27 +290,21 @@ def backward_part(
     With p the softmax and H its entropy, d log p_t / d logit_j = [j = t] - p_j and dH / d logit_j = -p_j (log p_j + H).
     """
     flat_ND, targets_N = hidden.reshape(-1, hidden.shape[-1]), _local_targets(targets, unembedding, layout)
-    per_token = [
-        value.reshape(-1, 1) for value in (top, log_sum, entropy, d_logp / temperature, d_entropy / temperature)
-    ]
-    if tile.blocks is not None:
-        dtypes = _sum_dtypes(tile, layout, hidden, unembedding)
-        numbers = [value[:, 0] for value in per_token]
+    per_token = [value.reshape(-1) for value in (top, log_sum, entropy, d_logp / temperature, d_entropy / temperature)]
 
     def columns(start, size, gradients):
         d_flat, d_unembedding = gradients
         w_DV = _columns(unembedding, start, size, layout)
         if tile.blocks is not None:
-            given = targets_N - start, temperature, numbers[:3], numbers[3:], dtypes
-            d_states, d_w = logprob_tile.backward_tile(
-                flat_ND, w_DV, *given, tile.blocks, tile.interpret, _count(tile, tiles)
-            )
+            given = targets_N - start, temperature, per_token[:3], per_token[3:]
+            how = _sum_dtypes(tile, layout, hidden, unembedding), tile.blocks, tile.interpret, _count(tile, tiles)
+            d_states, d_w = logprob_tile.backward_tile(flat_ND, w_DV, *given, *how)
             d_flat = d_states if size == unembedding.shape[1] else d_flat + d_states
             return d_flat, _put(d_unembedding, _summed(d_w, layout).astype(unembedding.dtype), start, axis=1)
 
         def some_tokens(first, count, gradients):
             d_flat, d_w = gradients
-            top, log_sum, entropy, d_logp, d_entropy = (_part(value, first, count) for value in per_token)
+            top, log_sum, entropy, d_logp, d_entropy = (_part(value, first, count)[:, None] for value in per_token)
             states = _part(flat_ND, first, count)
             log_probs = (_logits(states, w_DV, temperature) - top) - log_sum
             at_target = _at_target(start, log_probs.shape, _part(targets_N, first, count))

@@ -12,12 +12,15 @@ import jax
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-LANES = 128
+from r1jax.kernels.tpu import CHIPS, LANES
+
 VMEM_BYTES = 16 * 2**20  # that libtpu leaves to an operation
 ROWS = (128, 256, 512, 1024)  # of a tile
 SUM_ROWS = 48  # whose products cost as much as reading and writing the sum of a matrix's gradient, by libtpu's listing
-# By device kind: dense bfloat16 operations and bytes of HBM a second of a chip. Other generations heed no tile.
-CHIPS = {"TPU v5": (459e12, 2765e9)}
+HEEDING = ("TPU v5",)  # device kinds whose compiler takes a tile
+FORWARD = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
+BY_OUTER = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])  # the gradient of the rows
+BY_ROWS = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])  # the gradient of the matrices
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,9 @@ def moved(problem: Problem, tile: Tile) -> int:
 
 def seconds(problem: Problem, tile: Tile, device_kind: str) -> tuple[float, float]:
     """Returns the times that memory and products of whole tiles take at a chip's best."""
-    operations, speed = CHIPS[device_kind]
+    chip = CHIPS[device_kind]
     products = 2 * _visits(problem, tile[0]) * tile[0] * problem.inner * problem.outer
-    return moved(problem, tile) / speed, products / operations
+    return moved(problem, tile) / chip.hbm, products / chip.operations
 
 
 def _visits(p: Problem, rows: int) -> int:
@@ -72,7 +75,7 @@ def _vmem(p: Problem, tile: Tile) -> int:
 @functools.cache
 def tile_for(problem: Problem, device_kind: str) -> Tile | None:
     """Returns the tile of the least time, the smaller of equals; None where none divides rows and widths or is heeded."""
-    if device_kind not in CHIPS:
+    if device_kind not in HEEDING:
         return None
     p, found = problem, []
     for m in ROWS:
@@ -103,26 +106,24 @@ def grouped_matmul(rows_MK, matrices_EKN, sizes_E, device_kind: str = "") -> jax
 
 def _forward(rows, matrices, sizes, device_kind):
     (groups, inner, outer), size = matrices.shape, rows.dtype.itemsize
-    with _tiled(Problem(rows.shape[0], inner, outer, groups, size), device_kind):
-        out = lax.ragged_dot(rows, matrices, sizes)
-    return out, (rows, matrices, sizes)
+    tile = tile_for(Problem(rows.shape[0], inner, outer, groups, size), device_kind)
+    return told(tile, rows, matrices, sizes, FORWARD), (rows, matrices, sizes)
 
 
 def _backward(device_kind, saved, d_out):
     rows, matrices, sizes = saved
     (groups, inner, outer), count, size = matrices.shape, rows.shape[0], rows.dtype.itemsize
-    by_outer = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
-    by_rows = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-    with _tiled(Problem(count, outer, inner, groups, size), device_kind):
-        d_rows = lax.ragged_dot_general(d_out, matrices, sizes, by_outer)
-    with _tiled(Problem(count, inner, outer, groups, size, transposed=True), device_kind):
-        d_matrices = lax.ragged_dot_general(rows, d_out, sizes, by_rows)
+    tile = tile_for(Problem(count, outer, inner, groups, size), device_kind)
+    d_rows = told(tile, d_out, matrices, sizes, BY_OUTER)
+    tile = tile_for(Problem(count, inner, outer, groups, size, transposed=True), device_kind)
+    d_matrices = told(tile, rows, d_out, sizes, BY_ROWS)
     return d_rows.astype(rows.dtype), d_matrices.astype(matrices.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
-def _tiled(problem: Problem, device_kind: str):
-    tile = tile_for(problem, device_kind)
-    return set_xla_metadata(ragged_dot_tiling=",".join(map(str, tile)) if tile else None)
+def told(tile: Tile | None, a, b, sizes, dimensions) -> jax.Array:
+    """Returns the grouped product of a and b, the compiler told the tile; with None it chooses its own."""
+    with set_xla_metadata(ragged_dot_tiling=",".join(map(str, tile)) if tile else None):
+        return lax.ragged_dot_general(a, b, sizes, dimensions)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128  # of a register
-LOWEST = -1e30  # below any score
+from r1jax.kernels.tpu import LANES, LOWEST, dot, doubled
+
 NAME = "latent_decode"
 
 
@@ -31,15 +31,8 @@ BLOCKS = {"TPU v5": Blocks(splits=2), "TPU v5 lite": Blocks(), "TPU v6 lite": Bl
 
 def blocks_for(device_kind: str, rows: int) -> Blocks:
     """Returns the sizes for a generation of TPUs and a cache of `rows` rows."""
-    found, whole = BLOCKS.get(device_kind, Blocks()), LANES
-    while whole < rows:
-        whole *= 2
-    return Blocks(min(found.rows, whole), found.splits)
-
-
-def padded_width(width: int) -> int:
-    """Returns the width of a cache row that lies in HBM as the kernel reads it: whole registers."""
-    return -(-width // LANES) * LANES
+    found = BLOCKS.get(device_kind, Blocks())
+    return Blocks(min(found.rows, doubled(LANES, rows)), found.splits)
 
 
 def latent_decode(
@@ -80,10 +73,6 @@ def latent_decode(
     return jnp.sum(jax.nn.softmax(norm, axis=1) * out, axis=1)
 
 
-def _dot(a, b, contract: tuple[int, int]):
-    return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
-
-
 def _kernel(
     blocks, value_width, scale, layer, lengths, q_ref, keys_ref, out_ref, norm_ref, top_ref, total_ref, sums_ref
 ):
@@ -99,14 +88,14 @@ def _kernel(
         keys = keys_ref[...]
         if edge:  # what lies past the length may be anything
             keys = jnp.where(jax.lax.broadcasted_iota(jnp.int32, keys.shape, 0) < left, keys, 0)
-        scores = _dot(q_ref[...], keys, (1, 1)) * scale
+        scores = dot(q_ref[...], keys, (1, 1)) * scale
         if edge:
             scores = jnp.where(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) < left, scores, LOWEST)
         higher = jnp.maximum(top_ref[...], scores.max(axis=1, keepdims=True))
         exps, shrink = jnp.exp(scores - higher), jnp.exp(top_ref[...] - higher)
         top_ref[...] = higher
         total_ref[...] = total_ref[...] * shrink + exps.sum(axis=1, keepdims=True)
-        sums_ref[...] = sums_ref[...] * shrink + _dot(exps.astype(keys.dtype), keys[:, :value_width], (1, 0))
+        sums_ref[...] = sums_ref[...] * shrink + dot(exps.astype(keys.dtype), keys[:, :value_width], (1, 0))
 
     pl.when(left >= blocks.rows)(lambda: work(False))
     pl.when((left > 0) & (left < blocks.rows))(lambda: work(True))

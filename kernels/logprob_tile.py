@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LOWEST = -1e30  # below any logit
+from r1jax.kernels.tpu import LANES, LOWEST, dot, doubled
+
 NUMBERS = 8  # places for the numbers of a token
 TARGET, TOP, TOTAL, WEIGHTED, PICKED = range(5)  # of the forward pass, as in `fused_logprob.forward_part`
 LOG_SUM, ENTROPY, D_LOGP, D_ENTROPY = range(2, 6)  # of the backward pass, behind TARGET and TOP
@@ -56,7 +57,6 @@ _V6E = Blocks(Size(2048, 256, 128), Size(1024, 256, 256), Size(256, 768, 256), 1
 BLOCKS = {"TPU v5": _V5P, "TPU v5 lite": _V5E, "TPU v6 lite": _V6E}
 MARGIN = 1.17  # VMEM that the compiler takes over blocks and sums, for operands turned and values spilled
 LEAST = 16  # tokens of a block
-LANES = 128  # of a register
 
 
 def blocks_for(device_kind: str, tokens: int, width: int, itemsize: int = 2) -> Blocks:
@@ -64,9 +64,7 @@ def blocks_for(device_kind: str, tokens: int, width: int, itemsize: int = 2) -> 
 
     Few tokens are one block; blocks of wide or long numbers have fewer tokens, so that they fit VMEM.
     """
-    found, whole = BLOCKS.get(device_kind, _V5P), LEAST
-    while whole < tokens:
-        whole *= 2
+    found, whole = BLOCKS.get(device_kind, _V5P), doubled(LEAST, tokens)
     sums = 2 * itemsize + (
         4 if itemsize < 4 else 0
     )  # bytes of a sum: results in two buffers, float32 beside other types
@@ -144,7 +142,13 @@ def backward_tile(
     states, numbers = _padded(blocks, states_ND), _numbers(blocks, count, _own(targets_N, w_DV), *saved, *gradients)
     arrays = (_inverse(temperature), states, w_DV, numbers)
 
-    def call(kernel, name, size, grid, at_token, at_column, block, place, shape, dtype):
+    def call(name, kernel, size, sums_tokens: bool, dtype):
+        """Calls a kernel that sums over tokens for each block of columns, or the other way round; the last axis sums."""
+        at_token, at_column = (lambda t, v: (t, 0)), (lambda t, v: (0, v))
+        grid, block, place, whole = _grid(size, states, w_DV, count), (size.tokens, width), at_token, states
+        if sums_tokens:
+            at_token, at_column = (lambda v, t: (t, 0)), (lambda v, t: (0, v))
+            grid, block, place, whole = grid[::-1], (width, size.columns), at_column, w_DV
         return pl.pallas_call(
             functools.partial(kernel, size, vocab),
             grid=grid,
@@ -155,20 +159,15 @@ def backward_tile(
                 pl.BlockSpec((size.tokens, NUMBERS), at_token),
             ],
             out_specs=pl.BlockSpec(block, place),
-            out_shape=jax.ShapeDtypeStruct(shape, dtype),
+            out_shape=jax.ShapeDtypeStruct(whole.shape, dtype),
             scratch_shapes=[] if dtype == jnp.float32 else [pltpu.VMEM(block, jnp.float32)],
             compiler_params=_params(blocks),
             interpret=interpret,
             name=name,
         )(*arrays)
 
-    size, at_token, at_column = blocks.hidden, (lambda t, v: (t, 0)), (lambda t, v: (0, v))
-    grid, block = _grid(size, states, w_DV, count), (size.tokens, width)
-    d_states = call(_hidden, NAMES[1], size, grid, at_token, at_column, block, at_token, states.shape, dtypes[0])
-    size, at_token, at_column = blocks.columns, (lambda v, t: (t, 0)), (lambda v, t: (0, v))
-    grid, block = _grid(size, states, w_DV, count)[::-1], (width, size.columns)
-    d_w = call(_columns, NAMES[2], size, grid, at_token, at_column, block, at_column, w_DV.shape, dtypes[1])
-    return d_states[:tokens], d_w
+    d_states = call(NAMES[1], _hidden, blocks.hidden, False, dtypes[0])
+    return d_states[:tokens], call(NAMES[2], _columns, blocks.columns, True, dtypes[1])
 
 
 def _params(blocks: Blocks):
@@ -205,10 +204,6 @@ def _grid(size: Size, states, w_DV, count):
     return tokens, pl.cdiv(w_DV.shape[1], size.columns)
 
 
-def _dot(a, b, contract: tuple[int, int]):
-    return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
-
-
 def _column(first, shape):
     return jax.lax.broadcasted_iota(jnp.int32, shape, 1) + first
 
@@ -237,7 +232,7 @@ def _forward(size, vocab, inverse, states_ref, w_ref, before_ref, after_ref):
     def work(edge: bool):
         for start in range(0, size.tokens, size.part):
             part = pl.ds(start, size.part)
-            logits = _dot(states_ref[part, :], w_ref[...], (1, 0)) * inverse[0]
+            logits = dot(states_ref[part, :], w_ref[...], (1, 0)) * inverse[0]
             if edge:
                 logits = jnp.where(_column(first, logits.shape) < vocab, logits, LOWEST)
             top, total, weighted, picked = (
@@ -264,7 +259,7 @@ def _d_logits(edge, vocab, first, part, inverse, states_ref, w, numbers_ref):
     top, log_sum, entropy, d_logp, d_entropy = (
         numbers_ref[part, place : place + 1] for place in (TOP, LOG_SUM, ENTROPY, D_LOGP, D_ENTROPY)
     )
-    log_probs = (_dot(states_ref[part, :], w, (1, 0)) * inverse[0] - top) - log_sum
+    log_probs = (dot(states_ref[part, :], w, (1, 0)) * inverse[0] - top) - log_sum
     hot = jnp.where(_at_target(numbers_ref, part, first, log_probs.shape), d_logp, 0)
     found = hot - jnp.exp(log_probs) * (d_logp + d_entropy * (log_probs + entropy))
     if edge:
@@ -282,7 +277,7 @@ def _hidden(size, vocab, inverse, states_ref, w_ref, numbers_ref, *refs):
         for start in range(0, size.tokens, size.part):
             part = pl.ds(start, size.part)
             d_logits = _d_logits(edge, vocab, first, part, inverse, states_ref, w, numbers_ref)
-            sums[part, :] += _dot(d_logits, w, (1, 1))
+            sums[part, :] += dot(d_logits, w, (1, 1))
 
     _edge(vocab, size, block, work)
     _rounded(refs)
@@ -295,7 +290,7 @@ def _columns(size, vocab, inverse, states_ref, w_ref, numbers_ref, *refs):
     for start in range(0, size.tokens, size.part):
         part = pl.ds(start, size.part)
         d_logits = _d_logits(False, vocab, first, part, inverse, states_ref, w_ref[...], numbers_ref)
-        sums[...] += _dot(states_ref[part, :], d_logits, (0, 0))
+        sums[...] += dot(states_ref[part, :], d_logits, (0, 0))
     _rounded(refs)
 
 

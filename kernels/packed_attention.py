@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-LOWEST = -1e30  # below any score
+from r1jax.kernels.tpu import LOWEST
 
 
 def packed_attention(q, k, v, segments, scale: float, block: int, prefixes=None) -> jax.Array:

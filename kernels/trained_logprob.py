@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from r1jax.kernels.fused_logprob import Kernel, Tiles, backward_part, forward_part, kernel_tiles, tile_of
+from r1jax.kernels.fused_logprob import Kernel, backward_part, forward_part, tile_of, tiles_of
 
 
 def trained_logprobs(
@@ -25,8 +25,7 @@ def trained_logprobs(
     if chunk < 1:
         raise ValueError(f"trained_logprobs: chunk={chunk} must be at least 1")
     chunk, vocab = min(chunk, targets.size), unembedding.shape[1]
-    tile = tile_of(chunk, vocab, chunk)
-    tiles = Tiles(tile, tile) if kernel is None else kernel_tiles(kernel, tile, chunk, vocab, hidden)
+    tiles = tiles_of(tile_of(chunk, vocab, chunk), kernel, chunk, vocab, hidden)
     return _scored(tiles, hidden, unembedding, targets, mask, jnp.float32(temperature))
 
 

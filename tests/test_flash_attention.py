@@ -4,6 +4,8 @@ Tolerances: float32 products of at most 64 terms of size 1 and a softmax in base
 bfloat16 inputs are exact in the reference, so what is left is the rounding of probabilities and outputs to 8 bits.
 """
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,6 +173,15 @@ def test_the_detector_of_races_sees_a_planted_one():
         interpret=pltpu.InterpretParams(detect_races=True),
     )(jnp.ones((8, 128))).block_until_ready()
     assert interpreter.races.races_found
+
+
+def test_kernels_asked_for_on_a_gpu_are_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(sharding, "device", lambda: types.SimpleNamespace(platform="gpu"))
+    assert not sharding.by_kernels("attention_implementation", "auto")
+    with pytest.raises(
+        ValueError, match="attention_implementation=flash needs a TPU.*a gpu needs attention_impl.*=xla"
+    ):
+        sharding.by_kernels("attention_implementation", "flash")
 
 
 def test_parts_that_do_not_divide_a_block_are_refused():

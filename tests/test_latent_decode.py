@@ -14,7 +14,8 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from r1jax.core import rng, sharding
-from r1jax.kernels.latent_decode import Blocks, blocks_for, latent_decode, padded_width
+from r1jax.kernels.latent_decode import Blocks, blocks_for, latent_decode
+from r1jax.kernels.tpu import rounded
 from r1jax.models import cache, decoder
 from r1jax.schema import MeshConfig, replace
 
@@ -75,7 +76,7 @@ def test_nothing_unwritten_counts_and_no_two_accesses_race():
 def test_blocks_of_short_caches_are_whole_registers_and_a_v5p_has_two_cores():
     assert blocks_for("TPU v5", 8193) == Blocks(512, 2)
     assert blocks_for("TPU v5 lite", 100) == Blocks(128, 1)
-    assert (padded_width(576), padded_width(640), padded_width(1)) == (640, 640, 128)
+    assert (rounded(576), rounded(640), rounded(1)) == (640, 640, 128)
 
 
 def test_a_cache_for_the_kernel_is_padded_to_whole_registers_and_others_are_not():
@@ -83,7 +84,7 @@ def test_a_cache_for_the_kernel_is_padded_to_whole_registers_and_others_are_not(
     width = model.kv_lora_rank + model.qk_rope_head_dim
     assert cache.CacheSpec(model, 2, 8).row_shape == (width,)
     spec = cache.CacheSpec(replace(model, attention_implementation="flash"), 2, 20)
-    assert spec.row_shape == (padded_width(width),)
+    assert spec.row_shape == (rounded(width),)
     assert spec.shape[2] == 32
     assert spec.zeros().rows == 31
 

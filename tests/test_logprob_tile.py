@@ -174,7 +174,7 @@ def test_a_block_is_moved_when_its_index_changes_and_in_whole_registers():
         traffic.kernels(counted, jax.ShapeDtypeStruct((), jnp.int32))
 
 
-@pytest.mark.parametrize("generation", kernels.CHIPS)
+@pytest.mark.parametrize("generation", kernels.GENERATIONS)
 @pytest.mark.parametrize("kernel", kernels.LOGPROB)
 def test_products_at_the_policys_size_take_at_least_twice_the_time_of_memory(kernel, generation):
     """HBM bytes by walking the grid / the speed of HBM <= 0.5 * operations / the chip's best."""

@@ -217,6 +217,21 @@ def device() -> jax.Device:
     return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
+def by_kernels(field: str, value: str) -> bool:
+    """Returns whether Pallas kernels for TPUs compute what config.model.<field>=value says: as named, or `auto` on a TPU.
+
+    Raises ValueError where they are asked for and the device neither is a TPU nor can interpret them.
+    """
+    platform = device().platform
+    if value == "xla" or (value == "auto" and platform != "tpu"):
+        return False
+    if platform not in ("tpu", "cpu"):
+        raise ValueError(
+            f"ModelConfig.{field}={value} needs a TPU, or a CPU to interpret it; a {platform} needs {field}=xla"
+        )
+    return True
+
+
 def current_rules() -> Rules:
     return getattr(_active, "rules", TRAIN)
 

@@ -143,12 +143,10 @@ def latent_attention(p: LatentAttention, x_BTD, context: Context, c: ModelConfig
     normed = rms_norm(latent[..., : c.kv_lora_rank], p.kv_a_norm, c.rms_norm_eps)
     k_rope = rope.rotate(latent[..., None, c.kv_lora_rank :], context.cos, context.sin)[:, :, 0]
     latent = jnp.concatenate([normed, k_rope], axis=-1)
-    absorbed = False
+    queries, width = x_BTD.shape[1], latent.shape[-1]
     if cache is not None:
         cache = cache.replace(keys=kv.write(cache.keys, layer, latent, context.write_positions))
-        latent = kv.read(cache.keys, layer, window)[..., : latent.shape[-1]].astype(x_BTD.dtype)
-        absorbed = x_BTD.shape[1] <= ABSORBED_MAX_QUERIES
-    if cache is None and ring.devices(x_BTD.shape[1]) > 1:
+    if cache is None and ring.devices(queries) > 1:
         q = jnp.concatenate([q_nope, q_rope], axis=-1)[:, :, :, None]
         expand = lambda latent, kv_b: _expand(kv_b, latent, c)  # noqa: E731
         o_BTNV = ring.attend(
@@ -158,10 +156,13 @@ def latent_attention(p: LatentAttention, x_BTD, context: Context, c: ModelConfig
         q, (k, v) = jnp.concatenate([q_nope, q_rope], axis=-1)[:, :, :, None], _expand(p.kv_b, latent, c)
         scale = rope.softmax_scale(c)
         o_BTNV = flash.attend(q, k, v, context.segments, context.prefixes, scale)[:, :, :, 0]
-    elif cache is not None and x_BTD.shape[1] == 1 and flash.chosen(c):
+    elif cache is not None and queries == 1 and flash.chosen(c):
         o_BTNV = _decoded(p.kv_b, q_nope, q_rope, cache.keys, layer, context.lengths, c)
     else:
-        attend = _absorbed if absorbed else _expanded
+        attend = _expanded
+        if cache is not None:
+            latent = kv.read(cache.keys, layer, window)[..., :width].astype(x_BTD.dtype)
+            attend = _absorbed if queries <= ABSORBED_MAX_QUERIES else _expanded
         o_BTNV = attend(p.kv_b, q_nope, q_rope, latent, context.mask, c)
     return jnp.einsum("BTNV,NVD->BTD", o_BTNV.astype(x_BTD.dtype), p.out), cache
 

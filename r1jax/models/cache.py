@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from r1jax.kernels.latent_decode import padded_width
+from r1jax.kernels.tpu import rounded
 from r1jax.models import flash
 from r1jax.schema import ModelConfig
 
@@ -42,17 +42,20 @@ class CacheSpec:
     dtype: Any = jnp.float32
 
     @property
+    def tiled(self) -> bool:
+        """Whether rows and widths are whole tiles: as the decode kernel reads them, or XLA would lay slots between rows."""
+        return self.config.is_mla and flash.chosen(self.config)
+
+    @property
     def row_shape(self) -> tuple[int, ...]:
         if self.config.is_mla:
             width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
-            return (padded_width(width) if flash.chosen(self.config) else width,)
+            return (rounded(width) if self.tiled else width,)
         return (self.config.num_key_value_heads, self.config.head_dim)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        rows = self.rows + 1
-        if self.config.is_mla and flash.chosen(self.config):  # whole tiles, or XLA's layout puts slots between rows
-            rows = -(-rows // TILE_ROWS) * TILE_ROWS
+        rows = rounded(self.rows + 1, TILE_ROWS) if self.tiled else self.rows + 1
         return (self.config.num_hidden_layers, self.slots, rows, *self.row_shape)
 
     @property

@@ -11,9 +11,7 @@ from r1jax.schema import ModelConfig
 
 def chosen(c: ModelConfig) -> bool:
     """Returns whether the kernels compute attention: as configured, or on a TPU."""
-    if c.attention_implementation != "auto":
-        return c.attention_implementation == "flash"
-    return sharding.device().platform == "tpu"
+    return sharding.by_kernels("attention_implementation", c.attention_implementation)
 
 
 def attend(q_BTKGH, k_BTKH, v_BTKV, segments, prefixes, scale: float) -> jax.Array:

@@ -51,9 +51,9 @@ def scored_logprobs(
 
 
 def _kernel(implementation: str) -> fused_logprob.Kernel | None:
-    device = sharding.device()
-    if implementation == "xla" or (implementation == "auto" and device.platform != "tpu"):
+    if not sharding.by_kernels("logprob_implementation", implementation):
         return None
+    device = sharding.device()
     return fused_logprob.Kernel(device.device_kind, device.platform == "cpu", backward=implementation == "pallas")
 
 

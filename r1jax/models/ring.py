@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from r1jax.core import sharding
+from r1jax.kernels.tpu import LOWEST
 
 RING = "context"
-LOWEST = -1e30  # score of a masked pair
 
 
 def devices(tokens: int) -> int:

@@ -7,15 +7,22 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import SingleDeviceSharding
 
-from r1jax.core import sharding
-from r1jax.kernels.grouped_matmul import Problem, grouped_matmul, moved, seconds, tile_for
+from r1jax.kernels.grouped_matmul import (
+    BY_OUTER,
+    BY_ROWS,
+    FORWARD,
+    Problem,
+    grouped_matmul,
+    moved,
+    seconds,
+    tile_for,
+    told,
+)
 from r1jax.plan import bundles
 from r1jax.plan.compile import Program, compile_program
-from r1jax.schema import MeshConfig
+from r1jax.plan.kernels import on_one
 
 MODULE = "r1jax.plan.grouped"
 DEADLINE_S = 300.0
@@ -24,13 +31,8 @@ TOPOLOGY = "v5p:1x1x1"  # other generations have no kernel whose tile can be tol
 # Rows, width of experts' input and of their output, experts of a device: the 671B update on 512 chips (1.5 even shares of
 # 4,096 tokens x 8 experts), and Moonlight's experts on 8 chips.
 SHAPES = {"v3": (49152, 7168, 2048, 1), "moonlight": (16384, 2048, 1408, 8)}
-PRODUCTS = ("forward", "rows_gradient", "matrices_gradient")
+PRODUCTS = {"forward": FORWARD, "rows_gradient": BY_OUTER, "matrices_gradient": BY_ROWS}
 FORMS = {"ragged_dot": "ragged-dot-none", "ragged_dot_tiled": "ragged-dot-none", "megablox": "gmm"}
-_DIMENSIONS = {
-    "forward": lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0]),
-    "rows_gradient": lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0]),
-    "matrices_gradient": lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], []),
-}
 
 
 def problem(product: str, shape: str) -> Problem:
@@ -71,11 +73,15 @@ def _tile(folder: Path) -> tuple[int, ...]:
     return tuple(map(int, re.search(r'ragged_dot_tiling="([\d,]+)"', text)[1].split(",")))
 
 
+def _arrays(devices: list):
+    place = SingleDeviceSharding(devices[0])
+    return lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=place)
+
+
 def program(devices: list, form: str, product: str, shape: str) -> Program:
     """Returns one product lowered for the first device."""
-    asked, place = problem(product, shape), SingleDeviceSharding(devices[0])
+    asked, array = problem(product, shape), _arrays(devices)
     tile = tile_for(asked, KIND)
-    array = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=place)  # noqa: E731
     other = {
         "forward": (asked.groups, asked.inner, asked.outer),
         "rows_gradient": (asked.groups, asked.outer, asked.inner),
@@ -85,13 +91,10 @@ def program(devices: list, form: str, product: str, shape: str) -> Program:
     def multiply(a, b, sizes):
         if form == "megablox":
             return _megablox(product, tile, a, b, sizes)
-        with set_xla_metadata(ragged_dot_tiling=None if form == "ragged_dot" else ",".join(map(str, tile))):
-            return lax.ragged_dot_general(a, b, sizes, _DIMENSIONS[product])
+        return told(None if form == "ragged_dot" else tile, a, b, sizes, PRODUCTS[product])
 
     given = array(asked.rows, asked.inner), array(*other), array(asked.groups, dtype=jnp.int32)
-    with jax.default_device(devices[0]):
-        lowered = jax.jit(multiply).lower(*given)
-    return Program(lowered, sharding.make_mesh(MeshConfig(), devices[:1]))
+    return on_one(devices, multiply, given)
 
 
 def _megablox(product: str, tile, a, b, sizes):
@@ -103,15 +106,11 @@ def _megablox(product: str, tile, a, b, sizes):
 
 def gradients(devices: list, shape: str) -> Program:
     """Returns a product with both its gradients as the model makes them, lowered for the first device."""
-    rows, width, inner, experts = SHAPES[shape]
-    place = SingleDeviceSharding(devices[0])
-    array = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=place)  # noqa: E731
+    (rows, width, inner, experts), array = SHAPES[shape], _arrays(devices)
 
     def multiply(a, b, sizes, d_out):
         out, pull = jax.vjp(lambda a, b: grouped_matmul(a, b, sizes, devices[0].device_kind), a, b)
         return out, *pull(d_out)
 
     given = array(rows, width), array(experts, width, inner), array(experts, dtype=jnp.int32), array(rows, inner)
-    with jax.default_device(devices[0]):
-        lowered = jax.jit(multiply).lower(*given)
-    return Program(lowered, sharding.make_mesh(MeshConfig(), devices[:1]))
+    return on_one(devices, multiply, given)

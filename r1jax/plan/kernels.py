@@ -9,6 +9,7 @@ from jax.sharding import SingleDeviceSharding
 
 from r1jax.core import sharding
 from r1jax.kernels import flash_attention, latent_decode, logprob_tile
+from r1jax.kernels.tpu import CHIPS, rounded
 from r1jax.plan import bundles, traffic
 from r1jax.plan.compile import Program, compile_program
 from r1jax.schema import MeshConfig
@@ -24,20 +25,15 @@ SHAPES = {  # heads of keys, width of queries and keys, width of values
 LOGPROB_TOKENS = 8192
 # Width and vocabulary; that of qwen2 is no whole number of blocks.
 LOGPROB_SHAPES = {"v3": (7168, 129280), "llama3_70b": (8192, 128256), "qwen2_1.5b": (1536, 151936)}
-# Heads, width of a row, of its values, of the row in HBM, rows of the cache, slots.
-DECODE_SHAPES = {"v3": (128, 576, 512, 640, 8208, 8), "v2_lite": (16, 576, 512, 640, 8208, 8)}
+# Heads, width of a row, of its values, rows of the cache, slots.
+DECODE_SHAPES = {"v3": (128, 576, 512, 8208, 8), "v2_lite": (16, 576, 512, 8208, 8)}
 DECODE = (latent_decode.NAME,)
 ATTENTION = ("flash_attention_forward", "flash_attention_backward")
 LOGPROB = logprob_tile.NAMES
 OURS = {name: SHAPES for name in ATTENTION} | {name: LOGPROB_SHAPES for name in LOGPROB}
 OURS |= {name: DECODE_SHAPES for name in DECODE}  # and their shapes
 PRODUCTS = dict(zip(LOGPROB, (1, 2, 2), strict=True))  # a logit: itself, and its part of a gradient
-# Device kind, dense bfloat16 operations and bytes of HBM a second of a chip (Google's pages on each generation).
-CHIPS = {
-    "v5p": ("TPU v5", 459e12, 2765e9),
-    "v5e": ("TPU v5 lite", 197e12, 819e9),
-    "v6e": ("TPU v6 lite", 918e12, 1640e9),
-}
+GENERATIONS = {"v5p": "TPU v5", "v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}  # of topologies, and their device kinds
 SPLASH = ("splash_mha_fwd_segmented", "splash_mha_dkv_segmented")  # JAX's own, with the same blocks
 
 
@@ -54,7 +50,7 @@ def figures(kernel: str, shape: str, topology: str) -> dict:
     told = {"bundles": found.bundles, "vmem_bytes": found.vmem_bytes, "regions": regions}
     told["temporary_bytes"] = plan.memory.temporaries
     generation = topology.partition(":")[0]
-    if kernel in LOGPROB and generation in CHIPS:
+    if kernel in LOGPROB and generation in GENERATIONS:
         told["roofline"] = roofline(kernel, shape, generation)
     return told
 
@@ -64,7 +60,8 @@ def roofline(kernel: str, shape: str, generation: str) -> dict:
 
     hbm_bytes are counted by walking the grid (`plan.traffic`), not estimated. Below 1 products are the bound.
     """
-    kind, operations, speed = CHIPS[generation]
+    kind = GENERATIONS[generation]
+    chip = CHIPS[kind]
     function, given = _logprob(kind, jax.ShapeDtypeStruct, kernel, shape)
     (found,) = (one for one in traffic.kernels(function, *given) if one.name == kernel)
     width, vocab = LOGPROB_SHAPES[shape]
@@ -72,16 +69,19 @@ def roofline(kernel: str, shape: str, generation: str) -> dict:
     return {
         "hbm_bytes": found.bytes,
         "flops": flops,
-        "memory_over_products": found.bytes / speed / (flops / operations),
+        "memory_over_products": found.bytes / chip.hbm / (flops / chip.operations),
     }
 
 
 def program(devices: list, kernel: str, shape: str) -> Program:
     """Returns a kernel lowered for the first device: attention on a row of 4,096 tokens and 8 query heads, log-probs of 8,192."""
     make = _logprob if kernel in LOGPROB else _decode if kernel in DECODE else _attention
-    place = SingleDeviceSharding(devices[0])
-    array = functools.partial(jax.ShapeDtypeStruct, sharding=place)
-    function, given = make(devices[0].device_kind, array, kernel, shape)
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(devices[0]))
+    return on_one(devices, *make(devices[0].device_kind, array, kernel, shape))
+
+
+def on_one(devices: list, function, given) -> Program:
+    """Returns the function of such arrays lowered for the first device."""
     with jax.default_device(devices[0]):
         lowered = jax.jit(function).lower(*given)
     return Program(lowered, sharding.make_mesh(MeshConfig(), devices[:1]))
@@ -127,8 +127,8 @@ def _logprob(kind: str, make, kernel: str, shape: str):
 
 def _decode(kind: str, make, kernel: str, shape: str):
     """Returns decode attention over two layers' cache, the second's."""
-    heads, width, value_width, row, rows, slots = DECODE_SHAPES[shape]
-    blocks, scale = latent_decode.blocks_for(kind, rows), width**-0.5
+    heads, width, value_width, rows, slots = DECODE_SHAPES[shape]
+    blocks, scale, row = latent_decode.blocks_for(kind, rows), width**-0.5, rounded(width)
     given = (
         make((slots, heads, row), jnp.bfloat16),
         make((2, slots, rows, row), jnp.bfloat16),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-LANES, SUBLANES = 128, 8
+from r1jax.kernels.tpu import SUBLANES, rounded
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,10 @@ def _moves(mapping, grid: tuple[int, ...]) -> int:
 def _block_bytes(mapping) -> int:
     *rest, last = (1, *(_size(dimension) for dimension in mapping.block_shape))
     size = mapping.array_aval.dtype.itemsize
-    whole = SUBLANES * max(4 // size, 1)  # rows of a tile
     if rest[1:]:
         *rest, rows = rest
-        rest = [*rest, -(-rows // whole) * whole]
-    return math.prod(rest) * (-(-last // LANES) * LANES) * size
+        rest = [*rest, rounded(rows, SUBLANES * max(4 // size, 1))]
+    return math.prod(rest) * rounded(last) * size
 
 
 def _size(dimension) -> int:
