@@ -78,3 +78,12 @@ def test_the_kernels_compile_in_the_update_of_a_divided_model(topology, tmp_path
     logprob = dict.fromkeys(kernels.LOGPROB, 1)
     assert found.kernels == {"flash_attention_forward": 2, "flash_attention_backward": 2} | logprob
     assert found.rematerialized == ()
+
+
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x2", "v6e:2x2"])
+def test_the_decode_kernel_compiles_in_the_step_of_a_divided_model(topology):
+    shape = dict(num_hidden_layers=2, kv_lora_rank=512, qk_rope_head_dim=64, compute_dtype="bfloat16")
+    given = dict(preset="tiny", model=shape, mesh={"fsdp": 2, "tensor": 2}, slots=4)
+    found = compile_program(topology, f"{DRIVER}:decode", given, "full")
+    assert found.kernels == {"latent_decode": 2}
+    assert found.rematerialized == ()
