@@ -65,9 +65,8 @@ def blocks_for(device_kind: str, tokens: int, width: int, itemsize: int = 2) -> 
     Few tokens are one block; blocks of wide or long numbers have fewer tokens, so that they fit VMEM.
     """
     found, whole = BLOCKS.get(device_kind, _V5P), doubled(LEAST, tokens)
-    sums = 2 * itemsize + (
-        4 if itemsize < 4 else 0
-    )  # bytes of a sum: results in two buffers, float32 beside other types
+    # Bytes of a sum: results in two buffers, float32 beside other types.
+    sums = 2 * itemsize + (4 if itemsize < 4 else 0)
     fit = functools.partial(_fit, found.vmem_bytes / (MARGIN * width), 2 * itemsize, whole)
     return Blocks(
         forward=fit(found.forward, 0, 0),
