@@ -1,19 +1,31 @@
 """The sum of the rule rewards for one sample."""
 
+import functools
+import importlib
+from collections.abc import Callable
+
 from r1jax.rewards import math_answer
 from r1jax.rewards.rules import detect_language, format_score, language_consistency
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
 
+Grader = Callable[[RewardRequest, RewardConfig], Score]  # gives the accuracy part
+
 PART_NAMES = ("accuracy", "format", "language")
-TASKS = ("math", "linear", "general", "safety")
-_TINY_WORLD_TASKS = ("linear", "general", "safety")
+GRADERS = {  # task -> module:function, a Grader that is imported when first used
+    "math": "r1jax.rewards.math_answer:accuracy",
+    "linear": "r1jax.rewards.tiny_world:linear",
+    "general": "r1jax.rewards.tiny_world:general",
+    "safety": "r1jax.rewards.tiny_world:safety",
+}
+_TINY_WORLD_TASKS = frozenset(("linear", "general", "safety"))
+IN_PROCESS = _TINY_WORLD_TASKS  # tasks whose grader is quick whatever a sample says, and may run in the trainer
 
 
 def check_task(request: RewardRequest) -> None:
     """Raises ValueError if nothing grades the request's task."""
-    if request.task not in TASKS:
-        raise ValueError(f"sample {request.id!r} has task {request.task!r}; known tasks: {', '.join(TASKS)}")
+    if request.task not in GRADERS:
+        raise ValueError(f"sample {request.id!r} has task {request.task!r}; known tasks: {', '.join(GRADERS)}")
 
 
 def score(request: RewardRequest, config: RewardConfig) -> Score:
@@ -23,14 +35,26 @@ def score(request: RewardRequest, config: RewardConfig) -> Score:
     May be slow on hostile input (see math_answer.grade). Raises ValueError for an unknown task.
     """
     check_task(request)
-    return _compose(request, config, _rule_accuracy(request) or math_answer.grade(*_answer_arguments(request, config)))
+    accuracy = _truncated() if request.truncated else grader(request.task)(request, config)
+    return _compose(request, config, accuracy)
 
 
 def quick(request: RewardRequest, config: RewardConfig) -> Score | None:
-    """Returns `score(request, config)` if it needs no math-verify, else None. Raises ValueError for an unknown task."""
+    """Returns `score(request, config)` if that needs no worker, else None. Raises ValueError for an unknown task."""
     check_task(request)
-    accuracy = _rule_accuracy(request) or math_answer.quick(*_answer_arguments(request, config))
+    if request.truncated or request.task in IN_PROCESS:
+        return score(request, config)
+    if request.task != "math":
+        return None
+    accuracy = math_answer.quick(request.text, request.reference, config.extraction)
     return None if accuracy is None else _compose(request, config, accuracy)
+
+
+@functools.cache
+def grader(task: str) -> Grader:
+    """Returns the function that grades a task of GRADERS."""
+    module, function = GRADERS[task].split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def failed(detail: str) -> Score:
@@ -38,32 +62,8 @@ def failed(detail: str) -> Score:
     return Score(0.0, dict.fromkeys(PART_NAMES, 0.0), False, detail)
 
 
-def _answer_arguments(request: RewardRequest, config: RewardConfig) -> tuple[str, str, str]:
-    return request.text, request.reference, config.extraction
-
-
-def _rule_accuracy(request: RewardRequest) -> Score | None:
-    """Returns the accuracy of samples that need no math-verify whatever they say; None for the others."""
-    if request.truncated:
-        return Score(0.0, {}, True, "truncated")
-    if request.task == "linear":
-        return _linear_accuracy(request)
-    if request.task == "math":
-        return None
-    from r1jax.data import tasks
-
-    rule = tasks.general_score if request.task == "general" else tasks.safety_score
-    return Score(float(rule(request.prompt, request.text)), {}, True, f"{request.task} rule")
-
-
-def _linear_accuracy(request: RewardRequest) -> Score:
-    """The tiny world answers with one number in an answer tag, whatever `extraction` says."""
-    gold = math_answer.parse_number(request.reference)
-    if gold is None:
-        return Score(0.0, {}, False, f"the reference {request.reference!r} is not a number")
-    answer = math_answer.extract(request.text, "answer_tag")
-    found = None if answer is None else math_answer.parse_number(answer)
-    return Score(float(found == gold), {}, True, f"answer {answer!r}, reference {request.reference!r}")
+def _truncated() -> Score:
+    return Score(0.0, {}, True, "truncated")
 
 
 def _compose(request: RewardRequest, config: RewardConfig, accuracy: Score) -> Score:

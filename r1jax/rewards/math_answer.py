@@ -11,7 +11,8 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from r1jax.rewards.score import Score
+from r1jax.rewards.score import RewardRequest, Score
+from r1jax.schema import RewardConfig
 
 EXTRACTIONS = ("auto", "boxed", "answer_tag", "whole")
 MAX_ANSWER_CHARACTERS = 1000  # a longer "answer" is wrong without a closer look
@@ -130,6 +131,11 @@ def grade(response: str, reference: str, extraction: str) -> Score:
     from math_verify import verify
 
     return _verdict(bool(verify(list(parsed_gold), parsed_answer, timeout_seconds=None)), detail)
+
+
+def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
+    """Returns the Score of `grade` for a request, its answer found by `config.extraction`."""
+    return grade(request.text, request.reference, config.extraction)
 
 
 def load() -> None:

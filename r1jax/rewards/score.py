@@ -22,7 +22,7 @@ class RewardRequest:
     """One sample to grade. The graded assistant text is `prefill + response`."""
 
     id: str
-    task: str  # a member of compose.TASKS
+    task: str  # a key of compose.GRADERS
     prompt: str  # the question, without the chat template
     response: str  # what was sampled
     reference: str  # the expected answer; "" for tasks graded by a rule
