@@ -1,0 +1,78 @@
+"""Finds the final answer in a response and in a reference."""
+
+import re
+
+from r1jax.rewards.number import LAST_NUMBER
+
+EXTRACTIONS = ("auto", "boxed", "answer_tag", "whole")
+_BOX_OPENING = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BOX_EVENT = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+
+
+def extract(response: str, extraction: str) -> str | None:
+    r"""Returns the answer's text in an assistant turn, or None if there is none.
+
+    Only what follows the last `</think>` is read; a `<think>` that never closes leaves no answer.
+    `answer_tag`: the last `<answer>...</answer>`, and a box inside it if there is one. `boxed`: the last complete
+    `\boxed{...}`, braces balanced. `whole`: all of it. `auto`: the answer tag, else the box, else the last number.
+    Raises ValueError for another `extraction`.
+    """
+    if extraction not in EXTRACTIONS:
+        raise ValueError(f"extract: extraction={extraction!r} must be one of {', '.join(EXTRACTIONS)}")
+    close = response.rfind("</think>")
+    if response.rfind("<think>") > close:
+        return None
+    text = response[close + len("</think>") :] if close >= 0 else response
+    if extraction == "whole":
+        return text.strip() or None
+    if extraction == "boxed":
+        return last_box(text)
+    tagged = _last_answer_tag(text)
+    if extraction == "answer_tag" or tagged is not None:
+        return tagged
+    boxed = last_box(text)
+    return boxed if boxed is not None else _last_number(text)
+
+
+def reference_answer(reference: str) -> str:
+    r"""Returns the final answer of a reference: after GSM8K's last `####`, or the last `\boxed{}`, or all of it."""
+    text = reference.rsplit("####", 1)[-1].strip() if "####" in reference else reference.strip()
+    boxed = last_box(text)
+    text = text if boxed is None else boxed
+    if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1]:
+        text = text[1:-1].strip()
+    return text
+
+
+def _last_number(text: str) -> str | None:
+    last = None
+    for match in LAST_NUMBER.finditer(text):
+        last = match[0]
+    return None if last is None else last.strip().rstrip(".")
+
+
+def _last_answer_tag(text: str) -> str | None:
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
+    if start < 0:
+        return None
+    content = text[start + len("<answer>") : end].strip()
+    boxed = last_box(content)
+    return (content if boxed is None else boxed) or None
+
+
+def last_box(text: str) -> str | None:
+    """One pass over the braces, so that unbalanced text of any length costs linear time."""
+    if not _BOX_OPENING.search(text):
+        return None
+    stack: list[int] = []  # start of a box's content, or -1 for another brace
+    best, span = -1, (0, 0)
+    for event in _BOX_EVENT.finditer(text):
+        token = event[0]
+        if token == "}":
+            start = stack.pop() if stack else -1
+            if start > best:
+                best, span = start, (start, event.start())
+        elif token == "{" or len(token) > 2:
+            stack.append(event.end() if len(token) > 2 else -1)
+    return text[span[0] : span[1]].strip() or None if best >= 0 else None
