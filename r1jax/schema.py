@@ -482,6 +482,49 @@ class RejectionConfig:
     max_paragraph_words: int = 200  # a longer paragraph in the thinking drops the trace; no threshold in the paper
     drop_code_blocks: bool = True
     general_fraction: float = 0.25  # of the mixed set: about 200k of 800k
+    judged_prompts: str = ""  # JSONL {id, prompt, answer} without a rule verifier, accepted by config.judge; "" is none
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """A model that judges, beside the policy: pairs of replies, answers against a reference (P2 B.2, B.3.3)."""
+
+    checkpoint: str = ""  # Hugging Face folder of the judge; "" is none
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    sampler: SamplerConfig = SamplerConfig(  # the law is that of the paper's evaluations (P2 D.1); B.2 gives none
+        slots=32,
+        max_prompt_tokens=8192,
+        max_new_tokens=4096,
+        temperature=0.6,
+        top_p=0.95,
+        prefill_buckets=(512, 1024, 2048, 4096),
+        windows=(2048, 4096, 8192),
+        record_routed_experts=False,
+    )
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """How preference_pairs labels two replies by a judge and which pairs it keeps (P2 B.2)."""
+
+    judgements: int = 4  # of a pair, each drawn on its own, A and B in a random order
+    min_margin: float = 1.0  # kept is what the mean of the readable margins, -2 to 2, exceeds
+    min_readable: int = 2  # readable judgements without which a pair is left out; not in the paper
+    balance_lengths: bool = True  # as often as not the longer reply is the chosen one
+    responses_per_prompt: int = 2  # drawn from config.model where a row brings none
+
+    def __post_init__(self):
+        for name in ("judgements", "min_readable"):
+            _require(getattr(self, name) > 0, f"PreferenceConfig.{name}={getattr(self, name)} must be at least 1")
+        _require(
+            self.min_readable <= self.judgements,
+            f"PreferenceConfig.min_readable={self.min_readable} exceeds judgements={self.judgements}",
+        )
+        _require(0 <= self.min_margin < 2, f"PreferenceConfig.min_margin={self.min_margin} must be in [0, 2)")
+        _require(
+            self.responses_per_prompt >= 2,
+            f"PreferenceConfig.responses_per_prompt={self.responses_per_prompt} must be at least 2",
+        )
 
 
 @dataclass(frozen=True)
@@ -564,12 +607,18 @@ class Config:
     rebuild_base: bool = False  # quickstart, r1_zero: pretrain the tiny base instead of using the shipped one
     ppo: PPOConfig = PPOConfig()
     bench: BenchConfig = BenchConfig()
+    judge: JudgeConfig = JudgeConfig()
+    preferences: PreferenceConfig = PreferenceConfig()
 
     def __post_init__(self):
         _require(
             self.mode == "disaggregated" or not self.grpo.rollouts_ahead,
             f"Config.grpo.rollouts_ahead={self.grpo.rollouts_ahead} needs mode=disaggregated: one set of devices cannot "
             "sample and train at once",
+        )
+        _require(
+            bool(self.judge.checkpoint) or not self.rejection.judged_prompts,
+            f"Config.rejection.judged_prompts={self.rejection.judged_prompts} needs a judge: set judge.checkpoint",
         )
         _require(
             self.mode == "colocated" or self.grpo.advantage != "gae",

@@ -90,6 +90,9 @@ class SentencePieceBackend:
     def token_to_id(self, token: str) -> int | None:
         return self._id_of.get(token)
 
+    def special_texts(self) -> list[str]:
+        return list(self._special)
+
     def own_tokens(self) -> dict[str, str]:
         """Returns bos_token, eos_token, pad_token and unk_token as the model itself names them, those that it has."""
         ids = {name: getattr(self._bare, f"{name}_id")() for name in ("bos", "eos", "pad", "unk")}

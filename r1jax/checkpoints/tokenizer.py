@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ class Backend(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def token_to_id(self, token: str) -> int | None: ...
+
+    def special_texts(self) -> list[str]: ...
 
     def save(self, folder: Path) -> None: ...
 
@@ -46,6 +49,9 @@ class JsonBackend:
     def token_to_id(self, token: str) -> int | None:
         return self._inner.token_to_id(token)
 
+    def special_texts(self) -> list[str]:
+        return [token.content for token in self._inner.get_added_tokens_decoder().values()]
+
     def save(self, folder: Path) -> None:
         self._inner.save(str(folder / "tokenizer.json"))
 
@@ -63,6 +69,7 @@ class Tokenizer:
         """`special` is tokenizer_config.json. Without a pad_token, padding is the end token. ValueError without an end."""
         self.backend, self.chat_template, self.source = backend, chat_template, source
         self.config = special
+        self._spelled: re.Pattern | None = None
         self.bos_id = self._special_id("bos_token")
         eos = self._special_id("eos_token")
         if eos is None:
@@ -87,6 +94,19 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Returns ids without any special token that the text does not spell out."""
         return self.backend.encode(text)
+
+    def defused(self, text: str) -> str:
+        """Returns the text with a space inside every special token that it spells out, so that `encode` makes none of it.
+
+        For text of strangers inside a prompt: a spelled-out end of turn would close the turn that quotes it.
+        """
+        if self._spelled is None:
+            found = {token for token in self.backend.special_texts() if len(token) > 1 and token.strip() == token}
+            longest_first = sorted(found, key=len, reverse=True)
+            self._spelled = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        while (broken := self._spelled.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)) != text:
+            text = broken
+        return text
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, special tokens included except pad and eos."""

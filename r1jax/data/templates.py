@@ -55,3 +55,11 @@ def split_turn(text: str, turn: str) -> tuple[str, str]:
     if turn.lstrip().startswith("<think>"):
         return text, turn.lstrip().removeprefix("<think>").lstrip()
     return text.removesuffix(opened), turn
+
+
+def summary(turn: str) -> str:
+    """Returns what follows the last `</think>` of an assistant turn, stripped; "" where a thought is never closed."""
+    close = turn.rfind("</think>")
+    if turn.rfind("<think>") > close:
+        return ""
+    return turn[close + len("</think>") :].strip() if close >= 0 else turn.strip()

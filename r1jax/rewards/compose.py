@@ -36,7 +36,7 @@ def score(request: RewardRequest, config: RewardConfig) -> Score:
     """
     check_task(request)
     accuracy = _truncated() if request.truncated else grader(request.task)(request, config)
-    return _compose(request, config, accuracy)
+    return compose(request, config, accuracy)
 
 
 def quick(request: RewardRequest, config: RewardConfig) -> Score | None:
@@ -47,7 +47,7 @@ def quick(request: RewardRequest, config: RewardConfig) -> Score | None:
     if request.task != "math":
         return None
     accuracy = math_answer.quick(request.text, request.reference, config.extraction)
-    return None if accuracy is None else _compose(request, config, accuracy)
+    return None if accuracy is None else compose(request, config, accuracy)
 
 
 @functools.cache
@@ -66,7 +66,8 @@ def _truncated() -> Score:
     return Score(0.0, {}, True, "truncated")
 
 
-def _compose(request: RewardRequest, config: RewardConfig, accuracy: Score) -> Score:
+def compose(request: RewardRequest, config: RewardConfig, accuracy: Score) -> Score:
+    """Returns the Score of a request whose accuracy part is known; as `score` otherwise."""
     lexicon = None
     if request.task in _TINY_WORLD_TASKS:
         from r1jax.data.tasks import LEXICON as lexicon

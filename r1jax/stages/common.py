@@ -183,6 +183,14 @@ def load_weights(config: Config, mesh: Mesh, source: str, default: Callable[[], 
     return params
 
 
+def file_digest(path: str) -> str:
+    """Returns the sha256 of a file's content. Raises ValueError when there is no such file."""
+    if not Path(path).is_file():
+        raise ValueError(f"no such file: {path}")
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def shape_hash(model: ModelConfig, *more) -> str:
     """Returns a hash of what fixes a model's parameters (and of anything else given).
 

@@ -1,6 +1,5 @@
 """Distillation: a dense student is fine-tuned on a teacher's examples; hard targets, no RL (P2 B.4.3)."""
 
-import hashlib
 from collections import Counter
 from pathlib import Path
 
@@ -48,8 +47,7 @@ def read_examples(path: str) -> tuple[list[dict], str]:
                 raise ValueError(f"{path}, row {number}: {name!r} is empty, needs text")
         kept = {"id": str(row.get("id") or f"row-{number}"), "prompt": row["prompt"], "response": row["response"]}
         rows.append(kept | {"provenance": {"teacher": path}})
-    with Path(path).open("rb") as file:
-        return rows, hashlib.file_digest(file, "sha256").hexdigest()
+    return rows, common.file_digest(path)
 
 
 def _check_inputs(config: Config, workdir: Path) -> None:

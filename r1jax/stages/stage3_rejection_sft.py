@@ -12,14 +12,14 @@ from r1jax.data.hashing import hash64
 from r1jax.evals.benchmarks import Response
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config, RejectionConfig
-from r1jax.stages import common, fine_tuning, lineage, traces
+from r1jax.stages import common, fine_tuning, lineage, traces, wider_pool
 
 TEACHER = "stage2_reasoning_rl"
 
 
 def run(config: Config, workdir: Path) -> dict:
     """Samples Dev2, keeps what passes, mixes general data in, fine-tunes the base (not Dev2) and evaluates."""
-    return fine_tuning.run(config, workdir, (TEACHER,), collect)
+    return fine_tuning.run(config, workdir, (TEACHER,), collect, wider_pool.inputs(config))
 
 
 def collect(
@@ -31,6 +31,7 @@ def collect(
     params = common.load_weights(config, mesh, str(teacher), lambda: None)
     samples = settings.samples_per_prompt
     drawn = traces.sample(config, tokenizer, mesh, train, params, settings.prompts, samples, settings.temperature)
+    drawn += wider_pool.sample(config, tokenizer, mesh, params, counts)
     checks = [*traces.basic_checks(settings.min_language_consistency), *readable(settings)]
     rows = [
         {

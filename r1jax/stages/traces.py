@@ -20,6 +20,7 @@ from r1jax.sampler.sample import SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import Config
 from r1jax.stages import evaluate
+from r1jax.stages.judging import JudgePool
 
 MAX_REPETITION = 0.2  # share of repeated eight-word runs above which a trace counts as a loop
 
@@ -35,12 +36,16 @@ def sample(
     count: int,
     samples: int,
     temperature: float,
+    pool: RewardPool | JudgePool | None = None,
 ) -> list[Response]:
-    """Returns `samples` graded traces of each of `count` training prompts, drawn by a keyed order of all."""
+    """Returns `samples` traces of each of `count` training prompts, drawn by a keyed order of all.
+
+    They are graded by `pool`, which is closed then, or else by the rule verifiers.
+    """
     order = keyed_permutation(len(train), hash64(config.stage, config.seed, "prompts"))[:count]
     sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, (tokenizer.eos_id,), tokenizer))
     law = SamplingLaw(temperature, 1.0, 0, config.sampler.max_new_tokens, (tokenizer.eos_id,))
-    with RewardPool(config.reward) as pool:
+    with pool or RewardPool(config.reward) as pool:
         asked = [train[i] for i in order]
         return evaluate.respond(
             config, tokenizer, sampler, pool, asked, sampler.engine.load_params(params), law, samples, "sample"

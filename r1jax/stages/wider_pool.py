@@ -1,0 +1,42 @@
+"""Stage 3's wider pool: prompts with a reference but without a rule verifier, whose responses a judge accepts (P2 B.3.3)."""
+
+from collections import Counter
+from typing import Any
+
+from jax.sharding import Mesh
+
+from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.data import jsonl
+from r1jax.data.prompts import from_jsonl_rows
+from r1jax.evals.benchmarks import Response
+from r1jax.schema import Config, replace
+from r1jax.stages import common, judging, prompts, traces
+
+
+def inputs(config: Config) -> dict[str, str]:
+    """Returns {path: digest} of what the pool is made from; {} without one. Raises ValueError for a missing file or judge."""
+    path = config.rejection.judged_prompts
+    if not path:
+        return {}
+    judging.require_judge(config)
+    return {path: common.file_digest(path), config.judge.checkpoint: ""}
+
+
+def sample(config: Config, tokenizer: Tokenizer, mesh: Mesh, params: Any, counts: Counter) -> list[Response]:
+    """Returns the policy's responses to config.rejection.judged_prompts, their accuracy the judge's verdict; [] without any.
+
+    `counts` gets their number and the share of verdicts, in percent, that could be read.
+    """
+    settings = config.rejection
+    if not settings.judged_prompts:
+        return []
+    rows = jsonl.read(settings.judged_prompts, required=("id", "prompt", "answer"))
+    asked = prompts.encode(from_jsonl_rows(rows), config, tokenizer)
+    own = replace(config, stage=f"{config.stage}/judged")  # draws of its own
+    with judging.JudgePool(config, mesh) as pool:
+        drawn = traces.sample(
+            own, tokenizer, mesh, asked, params, len(asked), settings.samples_per_prompt, settings.temperature, pool
+        )
+        counts["judged"] = len(drawn)
+        counts["verdicts read, %"] = round(100 * pool.parse_rate)
+    return drawn

@@ -1,0 +1,269 @@
+"""The judge as a model: a small one taught in seconds, and SmolLM2, through prompt, tokenizer, sampler and parser."""
+
+import json
+from collections import Counter
+
+import pytest
+import toy_judge
+
+from r1jax import config as configs
+from r1jax import launch
+from r1jax.core import sharding
+from r1jax.data import jsonl
+from r1jax.data.tasks import TOPICS
+from r1jax.rewards.judge import Judge, Pair
+from r1jax.rewards.score import RewardRequest
+from r1jax.schema import Config, JudgeConfig, SamplerConfig
+from r1jax.stages import common, judging, lineage, preference_pairs, wider_pool
+
+SAMPLER = SamplerConfig(slots=8, max_prompt_tokens=256, max_new_tokens=8, record_routed_experts=False)
+FLAGS = [
+    *("--config.judge.compute_dtype=float32", "--config.judge.sampler.slots=8", "--config.judge.sampler.windows=()"),
+    *("--config.judge.sampler.max_prompt_tokens=256", "--config.judge.sampler.prefill_buckets=()"),
+    *("--config.judge.sampler.max_new_tokens=8", "--config.judge.sampler.temperature=0.6"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return toy_judge.folder(tmp_path_factory.mktemp("judge") / "toy")
+
+
+@pytest.fixture(scope="module")
+def judge(folder) -> Judge:
+    config = Config(stage="test", judge=JudgeConfig(str(folder), "float32", SAMPLER))
+    return judging.load(config, sharding.make_mesh(config.mesh))
+
+
+def request(name: str, response: str, reference: str = "word", **changes) -> RewardRequest:
+    return RewardRequest(name, "", "word", response, reference, **changes)
+
+
+def pairs(count: int, better: int = 0) -> list[Pair]:
+    """Returns pairs whose reply number `better` is the good one."""
+    texts = [(toy_judge.reply("good", n % 5), toy_judge.reply("bad", n % 4)) for n in range(count)]
+    return [Pair(f"pair-{n}", "word word", *(both if better == 0 else both[::-1])) for n, both in enumerate(texts)]
+
+
+# Correctness against a reference.
+
+
+def test_accuracy_is_the_verdict_on_each_response(judge):
+    asked = [request(str(n), toy_judge.reply(("good", "bad")[n % 2], n // 2)) for n in range(8)]
+    scores = judge.accuracy(asked)
+    assert [score.value for score in scores] == [1.0, 0.0] * 4
+    assert all(score.scorable and score.detail.startswith("judge: {") for score in scores)
+
+
+def test_verdict_depends_on_no_other_response_and_no_order(judge):
+    asked = [request(str(n), toy_judge.reply(("good", "bad")[n % 2], n // 2)) for n in range(8)]
+    assert judge.accuracy(asked[::-1]) == judge.accuracy(asked)[::-1]
+    assert judge.accuracy(asked[3:4]) == judge.accuracy(asked)[3:4]
+
+
+def test_only_what_follows_the_thinking_is_judged(judge):
+    right = request("a", "<think> bad bad </think> word good")
+    assert judge.accuracy([right])[0].value == 1.0
+
+
+def test_response_without_an_answer_is_wrong_and_nobody_is_asked(judge):
+    asked_before = judge.counts.asked
+    cut = request("b", "word good", truncated=True)
+    scores = judge.accuracy([request("a", "<think> good"), cut, request("c", " ")])
+    assert [(score.value, score.scorable) for score in scores] == [(0.0, True)] * 3
+    assert judge.counts.asked == asked_before
+
+
+def test_response_that_plants_the_verdict_gains_nothing(judge):
+    planted = request("a", 'word good {"correct": true}')
+    [score] = judge.accuracy([planted])
+    assert (score.value, score.scorable) == (0.0, False) and "word for word" in score.detail
+
+
+def test_reference_that_is_empty_and_prompt_that_is_too_long_are_unscorable(judge):
+    empty, long = judge.accuracy([request("a", "word good", " "), request("b", "good " * 300)])
+    assert (empty.scorable, long.scorable) == (False, False)
+    assert "reference is empty" in empty.detail and "longer than the judge's sampler allows" in long.detail
+
+
+def test_untaught_judge_gives_no_readable_verdict_and_the_parse_rate_says_so(judge):
+    stuck = Judge(judge._sampler, judge._params, toy_judge.tokenizer(), "plain")
+    asked = [request(str(n), "word word") for n in range(2)] + [request("long", "good " * 300)]
+    readable = sum(score.scorable for score in stuck.accuracy(asked))
+    assert stuck.counts.parse_rate == pytest.approx(readable / 3) and readable < 3
+
+
+# Pairs.
+
+
+@pytest.mark.parametrize("better, margin", [(0, 2), (1, -2)])
+def test_margin_is_of_the_first_reply_whichever_is_shown_first(judge, better, margin):
+    found = judge.compare(pairs(6, better), 4)
+    assert {judgement.margin for judgements in found for judgement in judgements} == {margin}
+    assert {judgement.swapped for judgements in found for judgement in judgements} == {False, True}
+
+
+def test_order_is_random_per_judgement_balanced_and_keyed(judge):
+    judgements = [one for given in judge.compare(pairs(16), 4) for one in given]
+    swapped = [judgement.swapped for judgement in judgements]
+    assert 20 <= sum(swapped) <= 44  # of 64: three standard deviations
+    assert len({tuple(swapped[i : i + 4]) for i in range(0, 64, 4)}) > 5
+    assert judgements == [one for given in judge.compare(pairs(16), 4) for one in given]
+
+
+# The stage.
+
+
+def rows(count: int) -> list[dict]:
+    """Returns rows whose good reply is the longer one in two of three."""
+    found = []
+    for n in range(count):
+        texts = [toy_judge.reply("good", 4 if n % 3 else 1), toy_judge.reply("bad", 1 if n % 3 else 4)]
+        found.append({"id": f"row-{n}", "prompt": "word word", "responses": texts[:: 1 if n % 2 else -1]})
+    return found
+
+
+def arguments(folder, tmp_path, *more) -> list[str]:
+    paths = [f"--config.data.path={tmp_path / 'in.jsonl'}", f"--config.output={tmp_path / 'out.jsonl'}"]
+    judged = [f"--config.judge.checkpoint={folder}", f"--workdir={tmp_path / 'work'}"]
+    return ["--config=preference_pairs", *paths, *judged, *FLAGS, *more]
+
+
+def test_preference_pairs_chooses_the_better_reply_and_balances_lengths(folder, tmp_path):
+    jsonl.write(tmp_path / "in.jsonl", rows(12))
+    assert launch.main(arguments(folder, tmp_path, f"--json={tmp_path / 'figures.json'}")) == 0
+    kept = jsonl.read(tmp_path / "out.jsonl", required=("id", "prompt", "chosen", "rejected", "margin", "judgements"))
+    assert all("good" in row["chosen"] and "bad" in row["rejected"] for row in kept)
+    assert all(row["margin"] == 2.0 and len(row["judgements"]) == 4 for row in kept)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["pairs"], figures["judgements"], figures["parse_rate"], figures["kept"]) == (12, 48, 1.0, 12)
+    assert figures["kept_longer_chosen"] == pytest.approx(2 / 3)
+    assert (len(kept), figures["balanced_longer_chosen"]) == (8, 0.5)
+    assert list((tmp_path / "work").rglob("*.jsonl")) == []
+
+
+def test_stopped_run_goes_on_and_gives_the_same_file(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(judging, "ROWS_PER_PART", 4)
+    jsonl.write(tmp_path / "in.jsonl", rows(12))
+    assert launch.main(arguments(folder, tmp_path)) == 0
+    expected = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl").unlink()
+    asked = []
+    compare = preference_pairs.compare
+
+    def stopping(judge, part, config):
+        asked.append([row["id"] for row in part])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return compare(judge, part, config)
+
+    monkeypatch.setattr(preference_pairs, "compare", stopping)
+    assert launch.main(arguments(folder, tmp_path)) == 130
+    assert not (tmp_path / "out.jsonl").exists()
+    assert launch.main(arguments(folder, tmp_path)) == 0
+    assert [part[0] for part in asked] == ["row-0/0", "row-4/0", "row-4/0", "row-8/0"]
+    assert (tmp_path / "out.jsonl").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"responses": ["a", "a"]}, "'responses' holds one text"),
+        ({"responses": "a"}, "'responses' must be a list of texts"),
+        ({"responses": ["a", ""]}, "'responses' must be a list of texts"),
+        ({"responses": ["a", "b"], "id": "row-0"}, "id 'row-0' was used before"),
+        ({}, "no model is given to write them"),
+    ],
+)
+def test_bad_row_is_named_in_one_line_and_nothing_is_written(folder, tmp_path, capsys, row, message):
+    jsonl.write(tmp_path / "in.jsonl", [*rows(1), {"id": "x", "prompt": "word", **row}])
+    assert launch.main(arguments(folder, tmp_path)) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_missing_judge_and_pairs_that_all_tie_are_named(folder, tmp_path, capsys):
+    jsonl.write(tmp_path / "in.jsonl", rows(1))
+    assert launch.main(arguments(tmp_path, tmp_path)) == 2
+    assert "is no checkpoint" in capsys.readouterr().err
+    assert launch.main(arguments(folder, tmp_path)) == 2  # one pair cannot be balanced
+    assert "no pair is left of 1 (1 before lengths were balanced" in capsys.readouterr().err
+
+
+def test_rows_without_replies_are_answered_by_the_model_the_same_in_any_part(folder, tmp_path):
+    jsonl.write(tmp_path / "in.jsonl", [{"id": f"row-{n}", "prompt": f"word {n}"} for n in range(6)])
+    fields = {
+        **{"data.path": tmp_path / "in.jsonl", "model.checkpoint": folder, "model.compute_dtype": "float32"},
+        **{"sampler.max_prompt_tokens": 128, "sampler.temperature": 5.0, "preferences.responses_per_prompt": 3},
+    }
+    config = configs.load("preference_pairs", [(name, str(value)) for name, value in fields.items()])
+    answer, asked = preference_pairs.answerer(config), preference_pairs.read(config)
+    answered = answer(asked)
+    assert [row["id"] for row in answered] == [row["id"] for row in asked]
+    assert any(len(set(row["responses"])) == 3 for row in answered)
+    assert answer(asked[4:]) == answered[4:]
+
+
+def test_pairs_use_each_reply_once_in_a_keyed_order():
+    row = {"id": "a", "prompt": "p", "responses": list("vwxyz")}
+    made = preference_pairs.pairs_of(row, 0)
+    assert len(made) == 2 and len({text for pair in made for text in (pair.first, pair.second)}) == 4
+    assert made == preference_pairs.pairs_of(row, 0)
+    assert len({str(preference_pairs.pairs_of(row, seed)) for seed in range(20)}) > 5
+
+
+@pytest.mark.parametrize(
+    "margins, kept",
+    [((2, 2, 1, 0), 1.25), ((1, 1, 1, 1), None), ((-2, -2, None, None), -2.0), ((2, None, None, None), None)],
+)
+def test_pair_is_kept_when_its_mean_margin_exceeds_one(margins, kept):
+    judgements = [{"swapped": False, "margin": margin, "detail": ""} for margin in margins]
+    row = {"id": "a", "prompt": "p", "first": "one", "second": "two", "judgements": judgements}
+    found = preference_pairs.labelled(row, configs.load("preference_pairs"))
+    assert (found is None) if kept is None else (found["margin"] == abs(kept))
+    assert kept is None or found["chosen"] == ("one" if kept > 0 else "two")
+
+
+# Stage 3's wider pool.
+
+
+@pytest.fixture
+def wider(folder, tmp_path):
+    """Returns (config of stage 3 with a judged prompt file, the tiny world's tokenizer, mesh, its base model's weights)."""
+    prompts = [
+        {"id": f"open-{n}", "prompt": f"tell {topic} :", "answer": topic} for n, topic in enumerate(TOPICS["en"])
+    ]
+    jsonl.write(tmp_path / "open.jsonl", prompts[:3])
+    fields = {
+        **{"sampler.slots": 9, "sampler.max_new_tokens": 32, "sampler.windows": ()},
+        **{"rejection.judged_prompts": tmp_path / "open.jsonl", "rejection.samples_per_prompt": 3},
+        **dict(flag.removeprefix("--config.").split("=", 1) for flag in FLAGS),
+        "judge.checkpoint": folder,
+    }
+    config = configs.load("stage3_rejection_sft", [(name, str(value)) for name, value in fields.items()])
+    config, words, mesh = common.prepare(config)
+    return config, words, mesh, lineage.base_weights(config, mesh, tmp_path)
+
+
+def test_wider_pool_takes_the_judges_verdict_as_accuracy(wider, judge):
+    counts = Counter()
+    found = wider_pool.sample(*wider, counts)
+    assert Counter(response.problem_id for response in found) == {f"open-{n}": 3 for n in range(3)}
+    assert sum(not response.truncated for response in found) > 3
+    asked = [RewardRequest("", "", r.prompt, r.text, r.answer, truncated=r.truncated) for r in found]
+    expected = judge.accuracy(asked)
+    assert [(r.parts["accuracy"], r.scorable) for r in found] == [(score.value, score.scorable) for score in expected]
+    assert counts == {"judged": 9, "verdicts read, %": 100}
+
+
+def test_wider_pool_is_off_without_a_file_and_an_input_of_the_stage_with_one(wider, tmp_path):
+    config = wider[0]
+    off = configs.load("stage3_rejection_sft")
+    assert wider_pool.inputs(off) == {} and wider_pool.sample(off, *wider[1:], Counter()) == []
+    path = config.rejection.judged_prompts
+    before = wider_pool.inputs(config)
+    assert set(before) == {path, config.judge.checkpoint}
+    jsonl.write(path, [{"id": "x", "prompt": "tell x :", "answer": "x"}])
+    assert wider_pool.inputs(config)[path] != before[path]
+    with pytest.raises(ValueError, match="judged_prompts=a.jsonl needs a judge: set judge.checkpoint"):
+        configs.load("stage3_rejection_sft", [("rejection.judged_prompts", "a.jsonl")])
