@@ -44,6 +44,7 @@ setup(
         "orbax-checkpoint>=0.11.20",
         "pebble>=5.0",
         "protobuf>=4.25",
+        "pyseccomp>=0.1.2",
         "rich>=13.7",
         "safetensors>=0.4.3",
         "sentencepiece>=0.2.0",

@@ -258,6 +258,26 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a program in the sandbox may use (docs/sandbox.md says how each limit is held)."""
+
+    wall_s: float = 6.0  # from the start of the sandbox
+    cpu_s: float = 5.0  # processor time of all its processes together
+    memory_bytes: int = 512 << 20  # address space of each process, and resident memory of all together
+    processes: int = 16  # processes and threads at a time
+    file_bytes: int = 32 << 20  # size of one file
+    disk_bytes: int = 64 << 20  # of each of its two private directories, which are memory
+    output_bytes: int = 4 << 20  # of each of standard output and standard error
+
+
+@dataclass(frozen=True)
+class SandboxConfig(Limits):
+    """Where programs of the model run, and the limits of one test."""
+
+    backend: Literal["auto", "bubblewrap", "unshare"] = "auto"  # auto: bubblewrap where it is found and works
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """Weights of the summed rule rewards (P2 eq. 4 and 7) and how they are graded."""
 
@@ -268,6 +288,7 @@ class RewardConfig:
     workers: int = 0  # grader processes; 0 grades plain numbers and rules in this process
     deadline_s: float = 10.0  # per sample, in a worker
     batch_deadline_s: float = 600.0  # for all samples of a rollout
+    sandbox: SandboxConfig = SandboxConfig()
 
 
 @dataclass(frozen=True)
