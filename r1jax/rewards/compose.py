@@ -14,12 +14,15 @@ Grader = Callable[[RewardRequest, RewardConfig], Score]  # gives the accuracy pa
 PART_NAMES = ("accuracy", "format", "language")
 GRADERS = {  # task -> module:function, a Grader that is imported when first used
     "math": "r1jax.rewards.math_answer:accuracy",
+    "mcq": "r1jax.rewards.choice:accuracy",
     "linear": "r1jax.rewards.tiny_world:linear",
     "general": "r1jax.rewards.tiny_world:general",
     "safety": "r1jax.rewards.tiny_world:safety",
 }
 _TINY_WORLD_TASKS = frozenset(("linear", "general", "safety"))
-IN_PROCESS = _TINY_WORLD_TASKS  # tasks whose grader is quick whatever a sample says, and may run in the trainer
+IN_PROCESS = _TINY_WORLD_TASKS | {
+    "mcq"
+}  # tasks whose grader is quick whatever a sample says, and may run in the trainer
 
 
 def check_task(request: RewardRequest) -> None:

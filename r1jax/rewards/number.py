@@ -20,7 +20,7 @@ TRAILING_TEXT_UNIT = re.compile(r"\s*" + TEXT_COMMAND + r"\{([^{}\d]*)\}\s*(?:\^
 _TRAILING_WORDS = re.compile(r"^(.*?[\d}.])(\s*)([A-Za-z][A-Za-z .'/-]*)(?:\^\s*\{?\s*[23]\s*\}?)?$")
 _HAN_UNIT = re.compile(r"(?<=[\d%])\s*(?:(?![十百千万亿])[\u4e00-\u9fff]){1,4}$")
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|°|\\degrees?\b")
-SPACES = re.compile(r"\\[!,;:> ]|\\q?quad\b|~")
+SPACES = re.compile(r"(?<!\\)\\[!,;:> ]|\\q?quad\b|~")
 MATH_WORDS = frozenset("sin cos tan cot sec csc log ln exp sqrt pi max min lim mod gcd lcm inf infinity oo".split())
 _SMALL_WORDS = frozenset("a an at in of on to".split())
 _UNITS = frozenset(
