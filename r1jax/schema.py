@@ -284,11 +284,22 @@ class RewardConfig:
     accuracy: float = 1.0
     format: float = 1.0  # magnitude not given in the paper: design decision
     language: float = 0.0  # language consistency; 1 from RL stage 1 on in the paper
+    repetition: float = 0.0  # share of repeated n-grams, a part in (-1, 0]; not in the paper
+    repetition_ngram: int = 3  # words; open-r1 and TRL
     extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"
+    graders: tuple[str, ...] = ()  # of one's own: TASK=PACKAGE.MODULE:FUNCTION or TASK=FILE.py:FUNCTION
+    override_graders: bool = False  # they may replace built-in ones
     workers: int = 0  # grader processes; 0 grades plain numbers and rules in this process
     deadline_s: float = 10.0  # per sample, in a worker
     batch_deadline_s: float = 600.0  # for all samples of a rollout
     sandbox: SandboxConfig = SandboxConfig()
+    cache_entries: int = 65536  # scores from workers kept by content, the least recently used leaving first; 0: none
+
+    def __post_init__(self):
+        for name in ("deadline_s", "batch_deadline_s", "repetition_ngram"):
+            _require(getattr(self, name) > 0, f"RewardConfig.{name}={getattr(self, name)} must be above 0")
+        for name in ("workers", "cache_entries"):
+            _require(getattr(self, name) >= 0, f"RewardConfig.{name}={getattr(self, name)} must be 0 or more")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 from r1jax.core import rng, sharding
 from r1jax.kernels.fused_logprob import token_logprobs
 from r1jax.models import decoder
+from r1jax.rewards.compose import PART_NAMES
 from r1jax.rl import losses
 from r1jax.rl import rollout as rollouts
 from r1jax.rl.advantages import group_advantages
@@ -257,7 +258,7 @@ def mini_rollout():
         )
         for index, length in enumerate((1, 5, 3, 4, 2, 6))
     ]
-    parts = generator.random((6, 3)).astype(np.float32)
+    parts = generator.random((6, len(PART_NAMES))).astype(np.float32)
     return Rollout(samples, parts, np.asarray([True, True, True, True, False, True]), 2)
 
 
@@ -308,7 +309,8 @@ def test_packed_loss_of_a_scored_rollout_is_the_papers_objective(problem, aggreg
     reference = sharding.initialize(decoder.specs(MODEL), rng.key(1, "losses", "init"), "float32", mesh)
     grpo = GRPOConfig(group_size=3, prompts_per_update=2, clip_ratio=2.0, kl_coef=0.05, aggregation=aggregation)
     config = Config(grpo=grpo, pack=PackConfig(14, 2), reward=RewardConfig(format=0.2, language=1.0))
-    scored, weights, temperature = mini_rollout(), np.asarray([1, 0.2, 1]), 0.8
+    weights = np.asarray([getattr(config.reward, name) for name in PART_NAMES])
+    scored, temperature = mini_rollout(), 0.8
     judged = rollouts.judge(scored, config, 6)
     packed = rollouts.pack_mini_batch(scored, np.asarray([4, 0, 3, 5, 1, 2]), judged, config, 6)
     fields = ("advantage", "behaviour_logp", "weight")

@@ -1,12 +1,17 @@
+import ctypes
 import os
+import pathlib
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+import uuid
 
 import pytest
 
+from r1jax.rewards import pool as pool_module
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest, Score
@@ -23,11 +28,61 @@ def symbolic(name, correct=True):
     return request(name, "\\boxed{\\sqrt{12}}", "2\\sqrt{3}" if correct else "3\\sqrt{3}")
 
 
-def crash(request, config):
-    if request.response == "crash":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if request.response == "raise":
-        raise RuntimeError("two\nlines")
+class Unreadable(Exception):
+    """An exception that pickles and cannot be unpickled."""
+
+    def __init__(self, one, two):
+        super().__init__(f"{one}{two}")
+
+
+def misbehave(request, config):
+    """A grader that does what the response says, a little later, when the pool knows who grades it."""
+    if request.response in MISBEHAVIOUR:
+        time.sleep(0.2)
+    match request.response:
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "aborts":
+            os.abort()
+        case "segfaults":
+            ctypes.string_at(0)
+        case "exits":
+            os._exit(3)
+        case "sys.exit":
+            sys.exit(0)
+        case "interrupts":
+            raise KeyboardInterrupt
+        case "raises":
+            raise RuntimeError("two\nlines")
+        case "raises the unreadable":
+            raise Unreadable(1, 2)
+        case "times out":
+            raise TimeoutError("of its own")
+        case "returns the unreadable":
+            return Score(1.0, {"lock": threading.Lock()}, True, "")
+        case "returns nothing":
+            return None
+        case "exhausts memory":
+            bytearray(pool_module.WORKER_MEMORY_BYTES)
+        case "recurses":
+            recurse = lambda: recurse()  # noqa: E731
+            recurse()
+        case "hangs":
+            time.sleep(1000)
+        case "hangs in C":
+            pow(7, 10**9)  # one call that no signal handler of Python's interrupts
+        case "server":
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(1000)
+    value = 0.5 if request.response == "half" else 1.0
+    return Score(value, {"accuracy": value}, True, str(os.getpid()))
+
+
+def odd(response, name=""):
+    return RewardRequest(name or response, "math", "", response, "")
+
+
+def loaded(request, config):
     return Score(1.0, {}, True, " ".join(sorted({"jax", "sympy"} & set(sys.modules))))
 
 
@@ -46,13 +101,13 @@ def test_score_returns_one_score_per_request_in_order(workers):
 
 def test_a_hanging_sample_is_unscorable_and_the_others_and_the_pool_survive():
     requests = [symbolic("a"), request("slow-7", HANGS, "5"), symbolic("b"), symbolic("c", False)]
-    with RewardPool(RewardConfig(workers=0, deadline_s=1.0)) as pool:
+    with RewardPool(RewardConfig(workers=0, deadline_s=4.0)) as pool:
         started = time.monotonic()
         scores = pool.score(requests)
-        assert time.monotonic() - started < 15.0
+        assert time.monotonic() - started < 40.0
         assert [score.scorable for score in scores] == [True, False, True, True]
         assert [score.parts["accuracy"] for score in scores] == [1.0, 0.0, 1.0, 0.0]
-        assert scores[1].detail == "sample 'slow-7': grading passed the deadline of 1 s"
+        assert scores[1].detail == "sample 'slow-7': grading passed the deadline of 4 s"
         assert tuple(scores[1].parts) == PART_NAMES
         assert pool.score([symbolic("d")])[0].parts["accuracy"] == 1.0
 
@@ -66,14 +121,136 @@ def test_the_batch_deadline_leaves_the_unfinished_samples_unscorable():
         assert pool.score([symbolic("b")])[0].parts["accuracy"] == 1.0
 
 
-def test_a_crashed_or_raising_grader_loses_only_its_sample():
-    requests = [request(name, name, "") for name in ("fine", "crash", "raise", "good")]
-    with RewardPool(RewardConfig(workers=2), score_function=crash) as pool:
+MISBEHAVIOUR = {
+    "killed": "the grader's process ended with code -9",
+    "aborts": "the grader's process ended with code -6",
+    "segfaults": "the grader's process ended with code -11",
+    "exits": "the grader's process ended with code 3",
+    "sys.exit": "the grader raised SystemExit: 0",
+    "interrupts": "the grader raised KeyboardInterrupt: ",
+    "raises": "the grader raised RuntimeError: two lines",
+    "raises the unreadable": "the grader raised Unreadable: 12",
+    "times out": "the grader raised TimeoutError: of its own",
+    "returns the unreadable": "the grader raised TypeError: ",
+    "returns nothing": "the grader raised AttributeError: ",
+    "exhausts memory": "the grader raised MemoryError: ",
+    "recurses": "the grader raised RecursionError: ",
+    "hangs": "grading passed the deadline of 1 s",
+    "hangs in C": "grading passed the deadline of 1 s",
+}
+
+
+def test_whatever_a_grader_does_concerns_its_own_sample_alone():
+    requests = [odd(f"fine {number}") for number in range(8)]
+    requests[4:4] = [odd(what) for what in MISBEHAVIOUR]
+    with RewardPool(RewardConfig(workers=2, deadline_s=1.0, batch_deadline_s=60.0), misbehave) as pool:
         scores = pool.score(requests)
-    assert [score.scorable for score in scores] == [True, False, False, True]
-    assert scores[1].detail == "sample 'crash': the grader's process ended with code -9"
-    assert scores[2].detail == "sample 'raise': the grader raised RuntimeError: two lines"
-    assert scores[0].detail == "sympy"  # the worker has sympy loaded and no jax
+        assert [s.scorable for s in pool.score([odd(f"later {number}") for number in range(4)])] == [True] * 4
+    failed = {request.id: score.detail for request, score in zip(requests, scores, strict=True) if not score.scorable}
+    assert failed.keys() == MISBEHAVIOUR.keys()
+    for what, reason in MISBEHAVIOUR.items():
+        assert failed[what].startswith(f"sample {what!r}: {reason}")
+
+
+def test_workers_have_sympy_loaded_and_no_jax():
+    with RewardPool(RewardConfig(workers=1), loaded) as pool:
+        assert pool.score([odd("a")])[0].detail == "sympy"
+
+
+def test_a_worker_that_is_killed_while_idle_costs_no_sample():
+    with RewardPool(RewardConfig(workers=2, batch_deadline_s=60.0), misbehave) as pool:
+        idle = {int(score.detail) for score in pool.score([odd(f"fine {number}") for number in range(20)])}
+        for process in idle:
+            os.kill(process, signal.SIGKILL)
+        scores = pool.score([odd(f"later {number}") for number in range(20)])
+    assert all(score.scorable for score in scores)
+    assert not idle & {int(score.detail) for score in scores}
+
+
+def test_the_end_of_the_server_that_workers_fork_from_costs_only_what_they_were_grading():
+    requests = [odd(f"fine {number}") for number in range(40)]
+    requests.insert(20, odd("server"))
+    with RewardPool(RewardConfig(workers=1, deadline_s=20.0, batch_deadline_s=60.0), misbehave) as pool:
+        scores = pool.score(requests)
+        usage = pool.take_usage()
+    assert [request.id for request, score in zip(requests, scores, strict=True) if not score.scorable] == ["server"]
+    assert usage.workers_started > 1
+
+
+def test_a_batch_deadline_ends_a_queue_that_the_pipe_to_the_workers_cannot_hold():
+    long = "x" * 100_000
+    requests = [odd("hangs"), *(odd(f"{number}{long}", f"fine {number}") for number in range(40))]
+    with RewardPool(RewardConfig(workers=1, deadline_s=60.0, batch_deadline_s=6.0), misbehave) as pool:
+        started = time.monotonic()
+        scores = pool.score(requests)
+        assert time.monotonic() - started < 40.0
+        assert not any(score.scorable for score in scores)
+        assert scores[40].detail == "sample 'fine 39': not graded within the batch deadline of 6 s"
+        assert pool.score([odd("fine")])[0].scorable
+
+
+def test_one_hanging_sample_of_512_costs_one_worker_and_no_other_sample():
+    requests = [odd(f"fine {number}") for number in range(512)]
+    requests[100] = odd("hangs")
+    with RewardPool(RewardConfig(workers=2, deadline_s=1.0, batch_deadline_s=120.0), misbehave) as pool:
+        scores = pool.score(requests)
+        usage = pool.take_usage()
+    assert sum(score.scorable for score in scores) == 511
+    assert scores[100].detail == "sample 'hangs': grading passed the deadline of 1 s"
+    assert (usage.samples, usage.cache_hits, usage.workers_started) == (512, 0, 3)
+
+
+def counted(request, config):
+    """A grader that leaves a mark each time it runs, in the folder that the prompt names."""
+    folder = pathlib.Path(request.prompt)
+    (folder / uuid.uuid4().hex).touch()
+    if request.response == "raises":
+        raise ValueError("bad")
+    if request.response == "hangs":
+        time.sleep(1000)
+    return Score(0.5, {}, True, "")
+
+
+def test_equal_samples_are_graded_once_in_a_batch_and_in_later_ones(tmp_path):
+    def sample(name, response="a", **more):
+        return RewardRequest(name, "math", str(tmp_path), response, "", **more)
+
+    with RewardPool(RewardConfig(workers=2), counted) as pool:
+        assert [s.value for s in pool.score([sample("1"), sample("2"), sample("3", "b")])] == [0.5] * 3
+        assert [s.value for s in pool.finish([pool.begin([sample("4")]), pool.begin([sample("5", "b")])])] == [0.5] * 2
+        assert (len(list(tmp_path.iterdir())), pool.take_usage().cache_hits) == (2, 3)
+        differing = [dict(prefill="p"), dict(language="zh"), dict(truncated=True)]
+        pool.score([sample("6", **more) for more in differing])
+        assert (len(list(tmp_path.iterdir())), pool.take_usage().cache_hits) == (5, 0)
+
+
+def test_no_failure_is_kept_and_equal_samples_that_fail_are_each_named(tmp_path):
+    def sample(name, response):
+        return RewardRequest(name, "math", str(tmp_path), response, "")
+
+    config = RewardConfig(workers=1, deadline_s=1.0)
+    with RewardPool(config, counted) as pool:
+        scores = pool.score([sample("1", "hangs"), sample("2", "hangs"), sample("3", "raises")])
+        assert [score.detail for score in scores] == [
+            "sample '1': grading passed the deadline of 1 s",
+            "sample '2': grading passed the deadline of 1 s",
+            "sample '3': the grader raised ValueError: bad",
+        ]
+        assert len(list(tmp_path.iterdir())) == 2
+        pool.score([sample("4", "hangs"), sample("5", "raises")])
+        assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_the_cache_forgets_the_least_recently_used(tmp_path):
+    def graded(responses):
+        before = len(list(tmp_path.iterdir()))
+        pool.score([RewardRequest("x", "math", str(tmp_path), response, "") for response in responses])
+        return len(list(tmp_path.iterdir())) - before
+
+    with RewardPool(RewardConfig(workers=1, cache_entries=2), counted) as pool:
+        assert [graded(one) for one in ("a", "b", "a", "c", "a", "b")] == [1, 1, 0, 1, 0, 1]
+    with RewardPool(RewardConfig(workers=1, cache_entries=0), counted) as pool:
+        assert [graded(one) for one in ("a", "a", "aa")] == [1, 1, 1]
 
 
 def test_an_unknown_task_is_an_error_before_anything_is_graded():

@@ -240,6 +240,32 @@ def test_language_consistency_tells_languages_of_one_script_apart_by_lexicon():
 
 
 @pytest.mark.parametrize(
+    ("text", "ngram", "expected"),
+    [
+        ("a b c d e", 3, 0.0),
+        ("a b a b", 3, 0.0),  # two runs, both different
+        ("a b a b a", 3, 2 / 3 - 1),
+        ("Wait wait WAIT wait", 1, 1 / 4 - 1),
+        ("no no", 3, 0.0),  # shorter than a run
+        ("", 1, 0.0),
+        ("我们我们我们", 2, 2 / 5 - 1),  # a Han character is a word
+        ("我们 我们\n我们", 2, 2 / 5 - 1),
+        ("x = 1 ; x = 1 ;", 4, 4 / 5 - 1),  # numbers and signs are words too
+    ],
+)
+def test_repetition_penalty_is_the_share_of_repeated_runs_of_words(text, ngram, expected):
+    assert rules.repetition_penalty(text, ngram) == pytest.approx(expected)
+
+
+def test_repetition_counts_by_its_weight_alone_and_reads_what_was_sampled():
+    looping = request(response="<think>" + "so it is 12 " * 50 + "</think><answer>12</answer>", prefill="so it is 12 ")
+    plain, punished = (compose.score(looping, RewardConfig(format=0.0, repetition=weight)) for weight in (0.0, 0.5))
+    assert plain.value == 1.0 and plain.parts == punished.parts
+    assert punished.parts["repetition"] == rules.repetition_penalty(looping.response, 3) < -0.9
+    assert punished.value == 1.0 + 0.5 * punished.parts["repetition"]
+
+
+@pytest.mark.parametrize(
     ("prompt", "lexicon", "expected"),
     [
         ("How many eggs are left?", None, "en"),
@@ -260,7 +286,7 @@ def request(task="math", response=GOOD, reference="12", prompt="How many are lef
 def test_score_is_the_weighted_sum_of_its_parts():
     config = RewardConfig(accuracy=1.0, format=0.5, language=0.25)
     score = compose.score(request(response="<think>we add 它</think><answer>12</answer>"), config)
-    assert score.parts == pytest.approx({"accuracy": 1.0, "format": 1.0, "language": 2 / 3})
+    assert score.parts == pytest.approx({"accuracy": 1.0, "format": 1.0, "language": 2 / 3, "repetition": 0.0})
     assert score.value == pytest.approx(1.0 + 0.5 + 0.25 * 2 / 3)
     assert tuple(score.parts) == compose.PART_NAMES
 

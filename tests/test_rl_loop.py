@@ -11,6 +11,7 @@ from r1jax.checkpoints import tokenizer
 from r1jax.core import tree
 from r1jax.core.metrics import read
 from r1jax.data import tasks
+from r1jax.rewards.compose import PART_NAMES
 from r1jax.rl import rollout as rollouts
 from r1jax.rl.journal import Journal, Rollout
 from r1jax.sampler.sample import RolloutSample
@@ -94,7 +95,9 @@ def test_advantages_are_those_of_whole_groups_although_mini_batches_split_them(w
     assert len(batches) == 8
     update, split = 0, 0
     for start, scored in kept.items():
-        rewards = scored.parts.astype(np.float64) @ np.asarray([1.0, 0.2, 1.0])
+        terms = {"accuracy": 1.0, "format": 0.2, "language": 1.0}
+        weights = [terms.get(name, 0.0) for name in PART_NAMES]
+        rewards = scored.parts.astype(np.float64) @ np.asarray(weights)
         groups = rewards.reshape(-1, 4)
         centred, deviation = groups - groups.mean(1, keepdims=True), groups.std(1, keepdims=True)
         expected = np.where(deviation > 1e-6, centred / np.maximum(deviation, 1e-6), 0).reshape(-1)
@@ -160,7 +163,7 @@ def sample(draw, index, length=5, experts=False):
 @pytest.mark.parametrize("experts", [True, False])
 def test_journal_gives_back_the_same_bits(tmp_path, experts):
     samples = [sample(draw, index, 1 + draw + index, experts) for draw in range(3) for index in range(2)]
-    parts = np.random.default_rng(0).random((6, 3)).astype(np.float32)
+    parts = np.random.default_rng(0).random((6, len(PART_NAMES))).astype(np.float32)
     written = Rollout(samples, parts, np.asarray([True, False] * 3), 2)
     journal = Journal(tmp_path)
     journal.write(9, written)
@@ -172,6 +175,26 @@ def test_journal_gives_back_the_same_bits(tmp_path, experts):
     assert journal.read(10) is None
     journal.prune(10)
     assert journal.read(9) is None
+
+
+def test_a_journal_written_before_a_term_existed_is_read_by_name_with_0_for_it(tmp_path):
+    samples = [sample(0, index, 2, False) for index in range(4)]
+    parts = np.random.default_rng(0).random((4, len(PART_NAMES))).astype(np.float32)
+    journal = Journal(tmp_path)
+    journal.write(0, Rollout(samples, parts, np.ones(4, bool), 2, dropped_parts=parts[:2], dropped_tokens=9))
+    with np.load(tmp_path / "rollout_00000000.npz") as file:
+        fields = dict(file)
+    known = fields | dict(parts=parts[:, :3], dropped_parts=parts[:2, :3])
+    del known["part_names"]  # as files of accuracy, format and language alone have it
+    shuffled = fields | dict(
+        parts=parts[:, ::-1], dropped_parts=parts[:2, ::-1], part_names=np.asarray(PART_NAMES[::-1])
+    )
+    older = np.where(np.arange(len(PART_NAMES)) < 3, parts, 0)
+    for written, expected in ((known, older), (shuffled, parts)):
+        np.savez(tmp_path / "rollout_00000000.npz", **written)
+        found = journal.read(0)
+        assert np.array_equal(found.parts, expected) and found.parts.dtype == np.float32
+        assert np.array_equal(found.dropped_parts, expected[:2]) and found.dropped_tokens == 9
 
 
 def test_a_rollout_in_the_journal_is_used_instead_of_a_new_one(watched, tmp_path):
@@ -242,7 +265,9 @@ def test_mini_batches_cover_every_sample_once_and_mix_groups():
 
 def test_unscorable_and_masked_samples_are_not_trained_on():
     config = configs.load("r1_zero:tiny", [("grpo.truncated", "mask"), ("pack.row_tokens", "128")])
-    scored = Rollout([sample(0, i) for i in range(4)], np.zeros((4, 3)), np.asarray([True, True, False, True]), 1)
+    scored = Rollout(
+        [sample(0, i) for i in range(4)], np.zeros((4, len(PART_NAMES))), np.asarray([True, True, False, True]), 1
+    )
     judged = rollouts.judge(scored, replace(config, grpo=replace(config.grpo, group_size=4)), 88)
     packed = rollouts.pack_mini_batch(scored, np.arange(4), judged, config, 88)
     trained = [float(packed.loss_mask[row, begin : begin + length].sum()) for row, begin, length in packed.slots]

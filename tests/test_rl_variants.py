@@ -4,14 +4,19 @@ import jax
 import numpy as np
 import pytest
 from small import rl_training, run_until
+from test_reward_pool import misbehave
 
 from r1jax import config as configs
 from r1jax.core import tree
 from r1jax.core.metrics import read
+from r1jax.data.prompts import Prompt
+from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import RewardPool
 from r1jax.rl import rollout as rollouts
 from r1jax.rl.journal import Journal, Rollout
+from r1jax.rl.rollout import EncodedPrompt
 from r1jax.sampler.sample import RolloutSample
+from r1jax.schema import replace
 
 SHORT = {"grpo__updates": 4, "grpo__updates_per_rollout": 2, "grpo__kl_coef_schedule": "()"}
 
@@ -75,7 +80,7 @@ def made(draws, accuracies):
         for draw in draws
         for index in range(2)
     ]
-    parts = np.zeros((len(samples), 3), np.float32)
+    parts = np.zeros((len(samples), len(PART_NAMES)), np.float32)
     parts[:, 0] = np.reshape(accuracies, -1)
     return Rollout(samples, parts, np.ones(len(samples), bool), len(draws))
 
@@ -132,6 +137,20 @@ def test_dropped_samples_leave_the_statistics_and_masked_ones_do_not():
         judged = rollouts.judge(scored, config, 10)
         assert judged.advantages[0] == pytest.approx(expected, rel=1e-4)
         assert judged.trained.tolist() == [True, truncated == "keep", True, True]
+
+
+def test_samples_whose_grader_hangs_or_crashes_leave_the_statistics_of_their_group():
+    scored = made([0, 1, 2], np.zeros((3, 2)))
+    asked = [EncodedPrompt(Prompt(f"p{draw}", "math", "", ""), np.zeros(1, np.int32)) for draw in (0, 0, 1, 1, 2, 2)]
+    texts = ["fine", "aborts", "hangs", "killed", "fine", "half"]
+    config = configs.load("r1_zero:tiny", [("grpo.group_size", "2"), ("reward.deadline_s", "1.0")])
+    with RewardPool(replace(config.reward, workers=2), misbehave) as pool:
+        parts, scorable = rollouts.grade(scored.samples, asked, texts, pool)
+    assert scorable.tolist() == [True, False, False, False, True, True]
+    judged = rollouts.judge(Rollout(scored.samples, parts, scorable, 3), config, 10)
+    assert judged.signal.tolist() == [False, False, True]  # one of two, none of two, two of two
+    assert judged.advantages[:4].tolist() == [0.0] * 4 and judged.advantages[4] > 0 > judged.advantages[5]
+    assert judged.trained.tolist() == scorable.tolist()
 
 
 def test_the_journal_keeps_the_trainers_values_and_the_number_of_draws(tmp_path):

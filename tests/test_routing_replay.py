@@ -16,6 +16,7 @@ from r1jax.core.metrics import read
 from r1jax.data import tasks
 from r1jax.data.packing import PackItem, pack_batch
 from r1jax.models import decoder, moe
+from r1jax.rewards.compose import PART_NAMES
 from r1jax.rl import losses
 from r1jax.rl import rollout as rollouts
 from r1jax.rl.journal import Rollout
@@ -185,7 +186,7 @@ def draw(dtype):
         for number in range(GROUPS)
     ]
     samples = scheduler.generate(requests, scheduler.engine.load_params(weights(MODEL)))
-    return Rollout(samples, np.zeros((len(samples), 3), np.float32), np.ones(len(samples), bool), 1)
+    return Rollout(samples, np.zeros((len(samples), len(PART_NAMES)), np.float32), np.ones(len(samples), bool), 1)
 
 
 def judged(scored):

@@ -13,6 +13,7 @@ from r1jax.core import rng, sharding
 from r1jax.core.metrics import read
 from r1jax.data.packing import PREFIXES, PackItem, share_prompts, unpack
 from r1jax.models import decoder
+from r1jax.rewards.compose import PART_NAMES
 from r1jax.rl import losses, rollout
 from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import ROUTED, Scorer
@@ -59,7 +60,7 @@ def scored(prompt_sizes=(7, 1, 5), group=4):
                     routed_experts=np.concatenate([record, own]),
                 )
             )
-    parts = generator.random((len(samples), 3)).astype(np.float32)
+    parts = generator.random((len(samples), len(PART_NAMES))).astype(np.float32)
     return Rollout(samples, parts, np.arange(len(samples)) != 5, len(prompt_sizes))
 
 

@@ -1,17 +1,17 @@
 """The sum of the rule rewards for one sample."""
 
-import functools
-import importlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 
-from r1jax.rewards import math_answer
-from r1jax.rewards.rules import detect_language, format_score, language_consistency
+from r1jax.rewards import math_answer, plugins
+from r1jax.rewards.rules import detect_language, format_score, language_consistency, repetition_penalty
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
 
 Grader = Callable[[RewardRequest, RewardConfig], Score]  # gives the accuracy part
 
-PART_NAMES = ("accuracy", "format", "language")
+# The terms of the sum, in the order of the columns of a rollout's parts. Each has a weight of its name in RewardConfig.
+PART_NAMES = ("accuracy", "format", "language", "repetition")
 GRADERS = {  # task -> module:function, a Grader that is imported when first used
     "math": "r1jax.rewards.math_answer:accuracy",
     "mcq": "r1jax.rewards.choice:accuracy",
@@ -20,32 +20,54 @@ GRADERS = {  # task -> module:function, a Grader that is imported when first use
     "safety": "r1jax.rewards.tiny_world:safety",
 }
 _TINY_WORLD_TASKS = frozenset(("linear", "general", "safety"))
-IN_PROCESS = _TINY_WORLD_TASKS | {
-    "mcq"
-}  # tasks whose grader is quick whatever a sample says, and may run in the trainer
+# Tasks whose grader is quick whatever a sample says, and may run in the trainer.
+IN_PROCESS = _TINY_WORLD_TASKS | {"mcq"}
 
 
-def check_task(request: RewardRequest) -> None:
+def graders(config: RewardConfig) -> Mapping[str, str]:
+    """Returns {task: target} of the built-in graders and those of config.graders, which come first."""
+    return GRADERS | plugins.parse(config.graders)
+
+
+def check(config: RewardConfig, tasks: Sequence[str] = ()) -> None:
+    """Raises ValueError when a grader of config.graders cannot be used, or nothing grades one of `tasks`."""
+    plugins.check(config.graders, GRADERS, config.override_graders)
+    known = graders(config)
+    for task in tasks:
+        if task not in known:
+            raise ValueError(
+                f"task {task!r} has no grader; known tasks: {', '.join(known)}; add one with {plugins.FIELD}"
+            )
+
+
+def check_task(request: RewardRequest, config: RewardConfig) -> None:
     """Raises ValueError if nothing grades the request's task."""
-    if request.task not in GRADERS:
-        raise ValueError(f"sample {request.id!r} has task {request.task!r}; known tasks: {', '.join(GRADERS)}")
+    known = graders(config)
+    if request.task not in known:
+        raise ValueError(f"sample {request.id!r} has task {request.task!r}; known tasks: {', '.join(known)}")
 
 
 def score(request: RewardRequest, config: RewardConfig) -> Score:
-    """Returns the weighted sum of accuracy, format and language consistency, each in [0, 1], with its parts.
+    """Returns the weighted sum of accuracy, format, language consistency (each in [0, 1]) and repetition, with its parts.
 
     Source: DeepSeek-R1, eq. 4 and 7. A truncated sample has accuracy 0 and format 0. An unreadable reference gives scorable False.
-    May be slow on hostile input (see math_answer.grade). Raises ValueError for an unknown task.
+    May be slow on hostile input (see math_answer.grade). Raises ValueError for an unknown task, TypeError or ValueError for
+    a grader that returns no Score of a value in [0, 1].
     """
-    check_task(request)
-    accuracy = _truncated() if request.truncated else grader(request.task)(request, config)
-    return compose(request, config, accuracy)
+    check_task(request, config)
+    if request.truncated:
+        return compose(request, config, Score(0.0, {}, True, "truncated"))
+    return compose(request, config, _checked(grader(request.task, config)(request, config), request.task))
 
 
 def quick(request: RewardRequest, config: RewardConfig) -> Score | None:
     """Returns `score(request, config)` if that needs no worker, else None. Raises ValueError for an unknown task."""
-    check_task(request)
-    if request.truncated or request.task in IN_PROCESS:
+    check_task(request, config)
+    if request.truncated:
+        return score(request, config)
+    if request.task in plugins.parse(config.graders):
+        return None
+    if request.task in IN_PROCESS:
         return score(request, config)
     if request.task != "math":
         return None
@@ -53,11 +75,9 @@ def quick(request: RewardRequest, config: RewardConfig) -> Score | None:
     return None if accuracy is None else compose(request, config, accuracy)
 
 
-@functools.cache
-def grader(task: str) -> Grader:
-    """Returns the function that grades a task of GRADERS."""
-    module, function = GRADERS[task].split(":")
-    return getattr(importlib.import_module(module), function)
+def grader(task: str, config: RewardConfig) -> Grader:
+    """Returns the function that grades a task of `graders(config)`."""
+    return plugins.load(graders(config)[task])
 
 
 def failed(detail: str) -> Score:
@@ -65,8 +85,13 @@ def failed(detail: str) -> Score:
     return Score(0.0, dict.fromkeys(PART_NAMES, 0.0), False, detail)
 
 
-def _truncated() -> Score:
-    return Score(0.0, {}, True, "truncated")
+def _checked(accuracy: Score, task: str) -> Score:
+    """Returns what a grader returned. Raises TypeError for no Score, ValueError for a value outside [0, 1], such as NaN."""
+    if not isinstance(accuracy, Score):
+        raise TypeError(f"the grader of {task!r} returned {type(accuracy).__name__}, not a Score")
+    if not (math.isfinite(accuracy.value) and 0 <= accuracy.value <= 1):
+        raise ValueError(f"the grader of {task!r} returned the value {accuracy.value!r}, not one in [0, 1]")
+    return accuracy
 
 
 def compose(request: RewardRequest, config: RewardConfig, accuracy: Score) -> Score:
@@ -77,9 +102,10 @@ def compose(request: RewardRequest, config: RewardConfig, accuracy: Score) -> Sc
     target = request.language or detect_language(request.prompt, lexicon)
     well_formed = 0.0 if request.truncated else format_score(request.text, config.extraction != "boxed")
     parts = {
-        "accuracy": accuracy.value,
+        "accuracy": float(accuracy.value),
         "format": well_formed,
         "language": language_consistency(request.text, target, lexicon),
+        "repetition": repetition_penalty(request.response, config.repetition_ngram),
     }
     value = sum(getattr(config, name) * parts[name] for name in PART_NAMES)
     return Score(value, parts, accuracy.scorable, accuracy.detail)

@@ -23,7 +23,9 @@ _LATEX = re.compile(
     re.DOTALL,
 )
 _WORD = re.compile(r"[^\W_](?:[\w'’-]*[^\W_])?")
-_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]")
+_HAN_RANGES = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+_HAN = re.compile(f"[{_HAN_RANGES}]")
+_REPEATED = re.compile(rf"[{_HAN_RANGES}]|[^\s{_HAN_RANGES}]+")
 
 
 def format_score(text: str, require_answer_tag: bool = True) -> float:
@@ -71,6 +73,19 @@ def language_consistency(text: str, target: str, lexicon: Mapping[str, str] | No
         return 0.0
     accepted = {target} if lexicon is not None else {"zh"} if target == "zh" else {"latin"}
     return sum(language in accepted for language in languages) / len(languages)
+
+
+def repetition_penalty(text: str, ngram: int) -> float:
+    """Returns unique / all - 1 over the runs of `ngram` words in a row, in (-1, 0]; 0 for a text of fewer words.
+
+    Case does not matter; a word is what stands between white space, and each Han character is one. Source: Yeo et al.,
+    arXiv 2502.03373, appendix C.2, in the form of open-r1 and TRL (the share of repeated n-grams).
+    """
+    words = _REPEATED.findall(text.lower())
+    runs = len(words) - ngram + 1
+    if runs < 1:
+        return 0.0
+    return len(set(zip(*(words[start:] for start in range(ngram)), strict=False))) / runs - 1
 
 
 def detect_language(prompt: str, lexicon: Mapping[str, str] | None = None) -> str:

@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from r1jax.core import distributed
+from r1jax.rewards.compose import PART_NAMES
 from r1jax.sampler.sample import RolloutSample
+
+UNNAMED_PARTS = ("accuracy", "format", "language")  # the columns of files that do not name theirs
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +21,7 @@ class Rollout:
     """Scored samples in group order."""
 
     samples: list[RolloutSample]
-    parts: np.ndarray  # float32 [N, P] reward terms
+    parts: np.ndarray  # float32 [N, P] reward terms in the order of PART_NAMES
     scorable: np.ndarray  # bool [N]
     draws: int  # prompts drawn for it, dropped ones included
     values: dict[str, list[np.ndarray]] = field(default_factory=dict)  # name -> float32 [length] a sample: what the
@@ -57,6 +60,7 @@ class Journal:
         lengths = np.asarray([(len(s.prompt_ids), len(s.token_ids)) for s in samples], np.int32)
         fields = dict(
             parts=rollout.parts,
+            part_names=np.asarray(PART_NAMES),
             scorable=rollout.scorable,
             draws=np.int64(rollout.draws),
             lengths=lengths,
@@ -109,8 +113,10 @@ class Journal:
             )
         named = {name.removeprefix("value_"): array for name, array in f.items() if name.startswith("value_")}
         values = {name: np.split(array, token_ends[:-1]) for name, array in named.items()}
-        dropped = f.get("dropped_parts"), int(f.get("dropped_tokens", 0))
-        return Rollout(samples, f["parts"], f["scorable"], int(f["draws"]), values, *dropped)
+        names = [str(name) for name in f.get("part_names", UNNAMED_PARTS)]
+        dropped = _by_name(f["dropped_parts"], names) if "dropped_parts" in f else None
+        parts, dropped_tokens = _by_name(f["parts"], names), int(f.get("dropped_tokens", 0))
+        return Rollout(samples, parts, f["scorable"], int(f["draws"]), values, dropped, dropped_tokens)
 
     def prune(self, before: int) -> None:
         """Removes rollouts that start before an update."""
@@ -119,3 +125,10 @@ class Journal:
         for path in self.folder.glob("rollout_*.npz"):
             if int(path.stem.split("_")[1]) < before:
                 path.unlink()
+
+
+def _by_name(parts: np.ndarray, names: list[str]) -> np.ndarray:
+    """Returns columns named `names` in the order of PART_NAMES, 0 for terms that were not yet graded."""
+    missing = np.zeros(len(parts), np.float32)
+    columns = [parts[:, names.index(name)] if name in names else missing for name in PART_NAMES]
+    return np.stack(columns, axis=1)

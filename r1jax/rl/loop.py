@@ -265,6 +265,8 @@ class PolicyTraining:
         )
         self.phase("grading")
         parts, scorable = self.timer.run("rewards", grader.scores, samples)
+        usage = pool.take_usage()
+        self.timer.add(reward_cache_hits=usage.cache_hits, reward_workers_started=usage.workers_started)
         return Rollout(samples, parts, scorable, len(draws))
 
     def with_values(self, scored: Rollout, start: int) -> Rollout:

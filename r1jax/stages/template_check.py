@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.data import templates
 from r1jax.data.prompts import Prompt
-from r1jax.rewards import compose
+from r1jax.rewards import compose, plugins
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config
@@ -26,11 +26,14 @@ MOST_SHOWN = 200  # characters of a text in the error line
 def check(config: Config, tokenizer: Tokenizer, asked: Sequence[EncodedPrompt]) -> None:
     """Raises ValueError when a right, well-formed answer to one of `asked`'s tasks earns no accuracy or format reward.
 
-    A part that config.reward weighs with 0 does not count.
+    A part that config.reward weighs with 0 does not count, nor does a task with a grader of config.reward.graders, whose idea
+    of a right answer is its own. Raises ValueError too when a grader cannot be used, or nothing grades a task.
     """
+    compose.check(config.reward, dict.fromkeys(prompt.prompt.task for prompt in asked))
+    own = plugins.parse(config.reward.graders)
     parts = [name for name in ("accuracy", "format") if getattr(config.reward, name)]
     for task in PROBLEMS:
-        if any(prompt.prompt.task == task for prompt in asked):
+        if task not in own and any(prompt.prompt.task == task for prompt in asked):
             _check_task(config, tokenizer, task, parts)
 
 
