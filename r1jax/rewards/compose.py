@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from r1jax.rewards import math_answer, plugins
 from r1jax.rewards.rules import detect_language, format_score, language_consistency, repetition_penalty
+from r1jax.rewards.sandbox import open_sandbox
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
 
@@ -15,6 +16,7 @@ PART_NAMES = ("accuracy", "format", "language", "repetition")
 GRADERS = {  # task -> module:function, a Grader that is imported when first used
     "math": "r1jax.rewards.math_answer:accuracy",
     "mcq": "r1jax.rewards.choice:accuracy",
+    "code": "r1jax.rewards.code_tests:accuracy",
     "linear": "r1jax.rewards.tiny_world:linear",
     "general": "r1jax.rewards.tiny_world:general",
     "safety": "r1jax.rewards.tiny_world:safety",
@@ -22,6 +24,7 @@ GRADERS = {  # task -> module:function, a Grader that is imported when first use
 _TINY_WORLD_TASKS = frozenset(("linear", "general", "safety"))
 # Tasks whose grader is quick whatever a sample says, and may run in the trainer.
 IN_PROCESS = _TINY_WORLD_TASKS | {"mcq"}
+SANDBOXED = frozenset(("code",))  # tasks whose grader runs programs of the model
 
 
 def graders(config: RewardConfig) -> Mapping[str, str]:
@@ -38,13 +41,21 @@ def check(config: RewardConfig, tasks: Sequence[str] = ()) -> None:
             raise ValueError(
                 f"task {task!r} has no grader; known tasks: {', '.join(known)}; add one with {plugins.FIELD}"
             )
+        _require_sandbox(task, config)
 
 
 def check_task(request: RewardRequest, config: RewardConfig) -> None:
-    """Raises ValueError if nothing grades the request's task."""
+    """Raises ValueError if nothing grades the request's task, SandboxUnavailable if its programs cannot be isolated here."""
     known = graders(config)
     if request.task not in known:
         raise ValueError(f"sample {request.id!r} has task {request.task!r}; known tasks: {', '.join(known)}")
+    _require_sandbox(request.task, config)
+
+
+def _require_sandbox(task: str, config: RewardConfig) -> None:
+    """Refuses here and now, not sample by sample, where a task's programs cannot be isolated."""
+    if task in SANDBOXED and graders(config)[task] == GRADERS[task]:
+        open_sandbox(config.sandbox)
 
 
 def score(request: RewardRequest, config: RewardConfig) -> Score:

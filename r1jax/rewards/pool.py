@@ -18,7 +18,7 @@ from multiprocessing import forkserver
 
 from pebble import ProcessExpired, ProcessPool
 
-from r1jax.rewards import compose, math_answer
+from r1jax.rewards import compose, math_answer, sandbox_attack
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
 
@@ -59,8 +59,8 @@ class _WorkerContext(multiprocessing.context.ForkServerContext):
         return _WorkerProcess(*arguments, **more)
 
 
-def _start_worker() -> None:
-    """Runs first in each worker."""
+def _start_worker(sandboxes: Sequence[str] = ()) -> None:
+    """Runs first in each worker. `sandboxes`: backends that the trainer has attacked already."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler would wait for C code that never returns
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
@@ -69,6 +69,7 @@ def _start_worker() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _end_with_trainer()
     math_answer.load()
+    sandbox_attack.withstood.update(sandboxes)
 
 
 def _end_with_trainer() -> None:
@@ -245,7 +246,9 @@ class RewardPool:
             self._stop()
         if self._pool is None:
             workers = max(1, self._config.workers)
-            self._pool = ProcessPool(workers, initializer=_start_worker, context=self._context)
+            self._pool = ProcessPool(
+                workers, initializer=_start_worker, initargs=(tuple(sandbox_attack.withstood),), context=self._context
+            )
         return self._pool
 
     def _stop(self) -> None:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -114,6 +114,10 @@ class Sandbox:
             if not os.path.isabs(path) or not os.path.isdir(path):
                 raise ValueError(f"Sandbox: readable path {path!r} is not an absolute path of a directory")
         self.limits, self.backend, self._readable = limits, _installed(backend), tuple(readable)
+
+    def limited(self, **limits: float) -> "Sandbox":
+        """Returns the same sandbox with some of its limits replaced."""
+        return Sandbox(replace(self.limits, **limits), self.backend, self._readable)
 
     def run(self, command: Sequence[str], files: Mapping[str, bytes], stdin: bytes = b"") -> Outcome:
         """Returns the outcome of `command` in a fresh private directory that holds `files` (by relative path).
