@@ -560,6 +560,21 @@ class PreferenceConfig:
 
 
 @dataclass(frozen=True)
+class BuildTestsConfig:
+    """How build_tests makes the tests of code prompts (P2 B.3.2, which gives no numbers)."""
+
+    generators_per_prompt: int = 4  # that config.judge writes where a row has none
+    inputs_per_kind: int = 2  # of each kind of input, by each generator
+    min_tests: int = 10  # kept even where fewer break all that can be broken
+    max_input_characters: int = 200_000  # a longer input is left out
+    workers: int = 2  # programs that run at a time
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            _require(value > 0, f"BuildTestsConfig.{name}={value} must be at least 1")
+
+
+@dataclass(frozen=True)
 class GateConfig:
     """What a stage's result must reach on held-out problems; below it the graph stops. 0 is no gate."""
 
@@ -641,6 +656,7 @@ class Config:
     bench: BenchConfig = BenchConfig()
     judge: JudgeConfig = JudgeConfig()
     preferences: PreferenceConfig = PreferenceConfig()
+    build_tests: BuildTestsConfig = BuildTestsConfig()
 
     def __post_init__(self):
         _require(

@@ -1,6 +1,7 @@
 """The judge as a model: a small one taught in seconds, and SmolLM2, through prompt, tokenizer, sampler and parser."""
 
 import json
+import sys
 from collections import Counter
 
 import pytest
@@ -267,3 +268,47 @@ def test_wider_pool_is_off_without_a_file_and_an_input_of_the_stage_with_one(wid
     assert wider_pool.inputs(config)[path] != before[path]
     with pytest.raises(ValueError, match="judged_prompts=a.jsonl needs a judge: set judge.checkpoint"):
         configs.load("stage3_rejection_sft", [("rejection.judged_prompts", "a.jsonl")])
+
+
+# Input generators of code prompts.
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux's namespaces")
+def test_missing_generators_are_asked_of_the_model_and_run_only_in_the_sandbox(folder, tmp_path, capsys):
+    row = {"id": "p", "prompt": "word word", "accepted": ["print(1)", "print(1)"], "wrong": ["print(2)"]}
+    jsonl.write(tmp_path / "in.jsonl", [row])
+    made = arguments(folder, tmp_path)
+    assert launch.main(["--config=build_tests", *made[1:], "--config.build_tests.generators_per_prompt=2"]) == 2
+    assert "no row of" in capsys.readouterr().err.splitlines()[-1]  # this model writes verdicts, which make no input
+    [part] = (tmp_path / "work").rglob("*.jsonl")
+    [built] = jsonl.read(part)
+    assert built["built"]["generators"] >= 1 and built["built"]["inputs"] == 0
+
+
+@pytest.mark.slow
+def test_every_verdict_of_smollm2_is_either_read_or_unscorable_and_the_parse_rate_is_kept(
+    smollm2_folder, shared_data, results
+):
+    sampler = SamplerConfig(
+        slots=8,
+        steps_per_dispatch=16,
+        max_prompt_tokens=1024,
+        max_new_tokens=128,
+        temperature=0.6,
+        top_p=0.95,
+        prefill_buckets=(512,),
+        record_routed_experts=False,
+    )
+    config = Config(stage="test", judge=JudgeConfig(str(smollm2_folder), "float32", sampler))
+    judge = judging.load(config, sharding.make_mesh(config.mesh))
+    problems = jsonl.read(shared_data / "gsm8k_test.jsonl")[:8]
+    asked = []
+    for row in problems:
+        number = str(row["answer"]).rpartition("####")[2].strip()
+        asked += [
+            RewardRequest(row["id"], "math", row["prompt"], f"It is {n}.", number) for n in (number, number + "1")
+        ]
+    scores = judge.accuracy(asked)
+    assert judge.counts.asked == 16 and judge.counts.readable == sum(score.scorable for score in scores)
+    right = sum(score.scorable and score.value == (n % 2 == 0) for n, score in enumerate(scores))
+    results("judge_smollm2", {"asked": 16, "parse_rate": judge.counts.parse_rate, "right_verdicts": right})

@@ -17,6 +17,7 @@ GRADERS = {  # task -> module:function, a Grader that is imported when first use
     "math": "r1jax.rewards.math_answer:accuracy",
     "mcq": "r1jax.rewards.choice:accuracy",
     "code": "r1jax.rewards.code_tests:accuracy",
+    "bug_fix": "r1jax.rewards.bug_fix:accuracy",
     "linear": "r1jax.rewards.tiny_world:linear",
     "general": "r1jax.rewards.tiny_world:general",
     "safety": "r1jax.rewards.tiny_world:safety",
@@ -24,7 +25,7 @@ GRADERS = {  # task -> module:function, a Grader that is imported when first use
 _TINY_WORLD_TASKS = frozenset(("linear", "general", "safety"))
 # Tasks whose grader is quick whatever a sample says, and may run in the trainer.
 IN_PROCESS = _TINY_WORLD_TASKS | {"mcq"}
-SANDBOXED = frozenset(("code",))  # tasks whose grader runs programs of the model
+SANDBOXED = frozenset(("code", "bug_fix"))  # tasks whose grader runs programs of the model
 
 
 def graders(config: RewardConfig) -> Mapping[str, str]:

@@ -81,6 +81,10 @@ class Judge:
         self._law = SamplingLaw(given.temperature, given.top_p, given.top_k, given.max_new_tokens, (tokenizer.eos_id,))
         self.counts = Counts()
 
+    def defused(self, text: str) -> str:
+        """Returns a stranger's text without special tokens of this model (Tokenizer.defused)."""
+        return self._tokenizer.defused(text)
+
     def replies(self, requests: Sequence[Request]) -> list[list[str | None]]:
         """Returns the whole turns that answer each request, one a key; None where the prompt or the turn is too long."""
         found: list[list[str | None]] = [[None] * len(request.keys) for request in requests]

@@ -71,20 +71,26 @@ class JudgePool:
 
 
 def in_parts(
-    folder: Path, key: str, rows: Sequence[dict], work: Callable[[list[dict]], list[dict]], title: str
+    folder: Path,
+    key: str,
+    rows: Sequence[dict],
+    work: Callable[[list[dict]], list[dict]],
+    title: str,
+    size: int = 0,
 ) -> list[dict]:
-    """Returns what `work` makes of the rows, ROWS_PER_PART at a time, one result a row, in order.
+    """Returns what `work` makes of the rows, `size` (or ROWS_PER_PART) at a time, one result a row, in order.
 
     Each part is a file in `folder` until `finish_parts`; one that an earlier run with the same `key` left is read
     instead of made again.
     """
     kept = folder / f"parts-{key}"
     results: list[dict] = []
+    size = size or ROWS_PER_PART
     with Progress(title, len(rows)) as progress:
-        for number, start in enumerate(range(0, len(rows), ROWS_PER_PART)):
+        for number, start in enumerate(range(0, len(rows), size)):
             path = kept / f"{number:06d}.jsonl"
             if not path.exists():
-                jsonl.write(path, work(list(rows[start : start + ROWS_PER_PART])))
+                jsonl.write(path, work(list(rows[start : start + size])))
             results += jsonl.read(path)
             progress.update(len(results))
     return results

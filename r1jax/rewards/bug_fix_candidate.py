@@ -1,0 +1,63 @@
+"""Holds a repository that the model changed and does what its tests ask of it; see bug_fix.py. Runs in a sandbox of its own.
+
+The repository may do as it likes with this process: all that comes out are answers, and the tests are not in here.
+"""
+
+import importlib
+import json
+import os
+import sys
+
+sys.path.insert(0, os.getcwd())
+import code_wire  # noqa: E402
+
+link = code_wire.Link()
+objects = []
+
+
+def name(value):
+    objects.append(value)
+    return len(objects) - 1
+
+
+def ancestry(kind):
+    """Returns the names of an exception class and its bases, nearest first; a built-in one's name is bare."""
+    classes = [base for base in kind.__mro__ if issubclass(base, BaseException)]
+    return [
+        base.__name__ if base.__module__ == "builtins" else f"{base.__module__}.{base.__qualname__}" for base in classes
+    ]
+
+
+def perform(request):
+    arguments = [code_wire.decode(item, objects.__getitem__) for item in request["arguments"]]
+    if request["do"] == "import":
+        return importlib.import_module(arguments[0])
+    value = objects[request["target"]]
+    if request["do"] == "call":
+        keywords = {key: code_wire.decode(item, objects.__getitem__) for key, item in request["keywords"].items()}
+        return value(*arguments, **keywords)
+    return {"get": getattr, "set": setattr}[request["do"]](value, *arguments)
+
+
+def answer(request):
+    try:
+        value = perform(request)
+        if isinstance(value, type) and issubclass(value, BaseException):
+            return ["class", ancestry(value)]
+        return ["ok", code_wire.encode(value, name)]
+    except Exception as error:
+        return ["error", ancestry(type(error)), str(error)[:500]]
+    except BaseException as error:  # exits too: they concern the repository, and the test goes on to fail
+        return ["error", ["RuntimeError"], f"the repository raised {type(error).__name__}"]
+
+
+with open("roots.json", encoding="utf-8") as file:
+    roots = json.load(file)
+os.chdir("repository")
+sys.path[:0] = [os.path.abspath(root) for root in roots]
+while True:
+    try:
+        received = link.receive()
+    except EOFError:
+        break
+    link.send(answer(received))
