@@ -7,6 +7,7 @@ import pytest
 
 from r1jax.data.prompts import from_jsonl_rows
 from r1jax.rewards import bug_fix, compose
+from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import RewardConfig, replace
 
@@ -135,7 +136,7 @@ HOSTILE = {
         account(WRONG, WRONG, '\nimport os\nfor fd in range(3, 20):\n    try: os.write(fd, b\'["ok", 0]\\n\' * 99)\n    except OSError: pass\n'),
         "",
     ),
-    "endless loop": (account(WRONG, "while True: pass\n        if False:"), "stopped by"),
+    "endless loop": (account(WRONG, "while True: pass\n        if False:"), "stopped by the wall limit"),
     "end of iteration": (account(WRONG, "raise StopIteration\n        if False:"), "Ended"),
     "tests read": (account(WRONG, "print(open('tests/test_account.py').read())\n        if False:"), "FileNotFoundError"),
     "test changed": (account() + file("tests/test_account.py", "def test_part(): pass"), "is of the tests"),
@@ -201,3 +202,14 @@ def test_new_package_does_not_take_the_place_of_a_tests_helper():
     score = graded(forged, **given)
     assert score.value == 0.0 and "AssertionError" in score.detail
     assert graded(file("code_.py", "def answer(): return 42"), **given).value == 1.0
+
+
+def test_pool_grades_bug_fixes_in_a_worker_beside_one_that_hangs():
+    responses = [account(), account(WRONG, "while True: pass\n        if False:"), account(WRONG, "if False:")]
+    asked = [
+        RewardRequest(str(n), "bug_fix", "fix it", text, json.dumps(REFERENCE)) for n, text in enumerate(responses)
+    ]
+    with RewardPool(RewardConfig(deadline_s=20.0)) as pool:
+        scores = pool.score(asked)
+    assert [(score.parts["accuracy"], score.scorable) for score in scores] == [(1.0, True), (0.0, True), (0.0, True)]
+    assert "stopped by the cpu limit" in scores[1].detail

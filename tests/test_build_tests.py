@@ -165,7 +165,7 @@ def test_cover_takes_the_widest_test_first_and_the_smaller_of_two():
         ({"id": "maximum-sum", "again": True}, "was used before"),
         (
             {"accepted": [{"language": "cpp", "text": "int main() {"}, "print(1)"]},
-            "accepted program 0 does not compile",
+            "accepted program 0: it does not compile",
         ),
     ],
 )

@@ -111,12 +111,14 @@ def run_tests(repository: Repository, files: edits.Files, config: RewardConfig) 
             ("bug_fix_candidate.py", "roots.json", repository.roots, code),
         )
     )
-    told, _ = sandbox.converse(driver, candidate)
+    told, held = sandbox.converse(driver, candidate)
+    limit = held.stopped_by or told.stopped_by
+    stopped = f"; stopped by the {limit} limit" if limit else ""
     if told.status or told.stopped_by:
-        return f"the tests did not end: stopped by {told.stopped_by or f'status {told.status}'}"
+        return f"the tests did not end{stopped or f': status {told.status}'}"
     results = json.loads(told.stdout)
     missing = [test for test in repository.tests if results.get(test, "not run")]
-    return f"{missing[0]}: {results.get(missing[0], 'not run')}" if missing else ""
+    return f"{missing[0]}: {results.get(missing[0], 'not run')}{stopped}" if missing else ""
 
 
 def importable(repository: Repository, code: edits.Files, tests: edits.Files) -> dict[str, str]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from r1jax.data.hashing import hash64
 from r1jax.rewards import code_tests
 from r1jax.rewards.sandbox import PYTHON, Outcome, Program, Sandbox, open_sandbox
-from r1jax.schema import BuildTestsConfig, RewardConfig
+from r1jax.schema import BuildTestsConfig, RewardConfig, replace
 
+COMPILE_S = 60.0  # of one program; no sample waits for it
 KINDS = {
     "single": "the smallest case that the statement allows",
     "random": "a random case of middling size",
@@ -86,8 +87,9 @@ def build(problem: Problem, config: BuildTestsConfig, reward: RewardConfig, seed
     with ThreadPoolExecutor(config.workers) as pool:
         inputs = generated(problem, config, sandbox, seed)
         accepted, wrong = ([_program(source, reward) for source in part] for part in (problem.accepted, problem.wrong))
-        if not all(accepted):
-            raise ValueError(f"problem {problem.id!r}: accepted program {accepted.index(None)} does not compile")
+        for number, found in enumerate(accepted):
+            if isinstance(found, str):
+                raise ValueError(f"problem {problem.id!r}: accepted program {number}: {found}")
         printed = _outputs(pool, sandbox, accepted, inputs)
         agreed = [
             outputs[0] if _agree(outputs, problem.float_tolerance) else None for outputs in zip(*printed, strict=True)
@@ -154,21 +156,22 @@ def _texts(outcome: Outcome, count: int) -> list[str]:
     return [text for text in made if isinstance(text, str)]
 
 
-def _program(source: code_tests.Source, reward: RewardConfig) -> Program | None:
+def _program(source: code_tests.Source, reward: RewardConfig) -> Program | str:
+    """Returns a program as the sandbox runs it, or why it does not compile."""
     if source.language == "python":
         return Program([*PYTHON, "main.py"], {"main.py": source.text.encode("utf-8", "surrogatepass")})
-    binary = code_tests.compile_cpp(source.text, reward)
-    return Program(["./program"], {"program": binary}) if isinstance(binary, bytes) else None
+    binary = code_tests.compile_cpp(source.text, replace(reward, deadline_s=COMPILE_S))
+    return Program(["./program"], {"program": binary}) if isinstance(binary, bytes) else binary
 
 
 def _outputs(
-    pool: ThreadPoolExecutor, sandbox: Sandbox, programs: Sequence[Program | None], inputs: Sequence[str]
+    pool: ThreadPoolExecutor, sandbox: Sandbox, programs: Sequence[Program | str], inputs: Sequence[str]
 ) -> list[list[str | None]]:
     """Returns what each program prints for each input; None where it fails or there is no program."""
 
-    def run(job: tuple[Program | None, str]) -> str | None:
+    def run(job: tuple[Program | str, str]) -> str | None:
         program, given = job
-        if program is None:
+        if isinstance(program, str):
             return None
         outcome = sandbox.run(program.command, program.files, given.encode("utf-8", "surrogatepass"))
         return None if outcome.status or outcome.stopped_by else outcome.stdout.decode(errors="replace")
