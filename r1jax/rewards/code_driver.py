@@ -38,8 +38,12 @@ class Remote:
     __eq__ = __ne__ = __bool__ = __hash__ = refuse
 
 
+# They mean something to a test's own loops, or are made of more than a message.
+_NOT_REBUILT = (StopIteration, StopAsyncIteration, UnicodeError)
+
+
 class ProgramError(Exception):
-    """The program raised something that is no built-in exception."""
+    """The program raised something that is no built-in exception, or broke the conversation."""
 
 
 def number_of(value):
@@ -57,12 +61,15 @@ def ask(action, remote, arguments, keywords={}):  # noqa: B006 - never changed
 
 def result(reply):
     """Returns the value of a reply. Raises what the program raised: a built-in Exception of that name, or ProgramError."""
-    if reply[0] == "ok":
-        return code_wire.decode(reply[1], Remote)
-    kind = getattr(builtins, str(reply[1]), None)
-    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, StopIteration | UnicodeError):
-        raise kind(str(reply[2]))
-    raise ProgramError(f"{reply[1]}: {reply[2]}")
+    match reply:
+        case ["ok", value]:
+            return code_wire.decode(value, Remote)
+        case ["error", str(kind), str(message)]:
+            known = getattr(builtins, kind, None)
+            if isinstance(known, type) and issubclass(known, Exception) and not issubclass(known, _NOT_REBUILT):
+                raise known(message)
+            raise ProgramError(f"{kind}: {message}")
+    raise ProgramError("the program sent no reply but something else")
 
 
 def run_tests(tests):
