@@ -204,6 +204,46 @@ def test_new_package_does_not_take_the_place_of_a_tests_helper():
     assert graded(file("code_.py", "def answer(): return 42"), **given).value == 1.0
 
 
+MEASURE = """def length(x, y):
+    return x + y
+
+
+class Opened:
+    def __enter__(self):
+        return 1
+
+    def __exit__(self, kind, error, trace):
+        return None
+"""
+MEASURE_TESTS = """from measure import Opened, length
+
+
+def test_length():
+    assert abs(length(3, 4) - 5.0) < 1e-9
+
+
+def test_opened():
+    with Opened() as found:
+        assert found == 2
+"""
+SWALLOWED = MEASURE.replace("return None", "return True")
+ZERO = "class Zero:\n    def __sub__(self, other): return 0\n    __rsub__ = __add__ = __abs__ = __sub__\n\n\n"
+
+
+@pytest.mark.parametrize(
+    "test, forged, right",
+    [
+        ("test_opened", SWALLOWED, MEASURE.replace("return 1", "return 2")),
+        ("test_length", ZERO + MEASURE.replace("x + y", "Zero()"), MEASURE.replace("x + y", "(x * x + y * y) ** 0.5")),
+    ],
+)
+def test_neither_swallowed_assertions_nor_forged_arithmetic_pass(test, forged, right):
+    files = {"measure.py": MEASURE, "test_measure.py": MEASURE_TESTS}
+    given = {"files": files, "failing": [f"test_measure.py::{test}"], "passing": [], "roots": ["."]}
+    assert graded(file("measure.py", forged), **given).value == 0.0
+    assert graded(file("measure.py", right), **given).value == 1.0
+
+
 def test_pool_grades_bug_fixes_in_a_worker_beside_one_that_hangs():
     responses = [account(), account(WRONG, "while True: pass\n        if False:"), account(WRONG, "if False:")]
     asked = [
