@@ -600,6 +600,8 @@ class BenchConfig:
     median_tokens: int = 48  # of a response
     p99_tokens: int = 512  # 99th percentile of the lengths' law
     longest_tokens: int = 576  # longer draws are cut to this
+    code_files: tuple[str, ...] = ()  # bench_code: JSONL of id, prompt, tests, solution
+    mutants_per_row: int = 1  # bench_code: mistakes made in each solution
     repeats: int = 3  # rounds in which every system runs once, in turn
     losses: tuple[str, ...] = ("grpo", "sft")
     threads: int = 2  # processors that every system is held to
