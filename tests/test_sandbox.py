@@ -1,13 +1,15 @@
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
 
-from r1jax.rewards import sandbox_attack
+from r1jax.rewards import isolation, sandbox_attack
 from r1jax.rewards.sandbox import BACKENDS, PYTHON, Limits, Program, Sandbox, SandboxUnavailable, open_sandbox
 from r1jax.schema import SandboxConfig
 
@@ -130,13 +132,32 @@ def test_open_sandbox_refuses_in_one_line_when_something_gets_out(monkeypatch):
 
 
 def test_a_missing_tool_is_named_with_its_package(monkeypatch):
-    from r1jax.rewards import sandbox
-
-    monkeypatch.setattr(sandbox.shutil, "which", lambda *_, **__: None)
-    sandbox._installed.cache_clear()
+    monkeypatch.setattr(isolation.shutil, "which", lambda *_, **__: None)
     with pytest.raises(SandboxUnavailable, match="needs bwrap: apt-get install bubblewrap"):
         Sandbox(SMALL, "bubblewrap")
-    sandbox._installed.cache_clear()
+
+
+def test_auto_takes_unshare_where_bubblewrap_does_not_work(monkeypatch):
+    def only_unshare(sandbox):
+        if sandbox.backend == "bubblewrap":
+            raise SandboxUnavailable("bwrap: no permissions")
+        return []
+
+    monkeypatch.setattr(sandbox_attack, "attack", only_unshare)
+    monkeypatch.setattr(sandbox_attack, "withstood", set())
+    assert open_sandbox(SandboxConfig()).backend == "unshare"
+    assert sandbox_attack.withstood == {"unshare"}
+
+
+def test_a_directory_made_readable_is_seen_and_stays_as_it_is(backend, tmp_path):
+    shared = tmp_path if os.geteuid() else pathlib.Path(tempfile.mkdtemp(dir="/var/tmp"))
+    shared.chmod(0o755)
+    (shared / "data.txt").write_text("data")
+    source = f"print(open('{shared}/data.txt').read()); open('{shared}/data.txt', 'a')"
+    outcome = Sandbox(SMALL, backend, [str(shared)]).run([*PYTHON, "-c", source], {})
+    shutil.rmtree(shared)
+    assert outcome.stdout == b"data\n"
+    assert b"Read-only file system" in outcome.stderr or b"Permission denied" in outcome.stderr
 
 
 def test_limits_and_paths_out_of_range_are_errors():

@@ -4,75 +4,37 @@ A run is one process tree below sandbox_init.py, its pid 1. Namespaces and file 
 unshare(1); everything after that is the same code. `open_sandbox` attacks the sandbox before it hands it out.
 """
 
-import errno
-import functools
 import marshal
 import os
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
+from r1jax.rewards import isolation
+from r1jax.rewards.isolation import BACKENDS, PYTHON, WORK, Isolation, SandboxUnavailable
 from r1jax.schema import Limits, SandboxConfig
 
-__all__ = ["BACKENDS", "PYTHON", "Limits", "Outcome", "Program", "Sandbox", "SandboxUnavailable", "open_sandbox"]
+__all__ = [
+    "BACKENDS",
+    "PYTHON",
+    "WORK",
+    "Limits",
+    "Outcome",
+    "Program",
+    "Sandbox",
+    "SandboxUnavailable",
+    "open_sandbox",
+]
 
-BACKENDS = ("bubblewrap", "unshare")
-WORK = "/work"  # where the files are and the command starts
-NOBODY = 65534  # user and group inside; outside too when we are root
 KILL_S = 10.0  # how long a killed tree may take to be gone; the kernel needs milliseconds
 WALL_SLACK_S = 2.0  # the supervisor's own deadline comes this much later than ours, for when we are gone
-_PREFIX = os.path.realpath(sys.base_prefix)
-_INTERPRETER = f"{_PREFIX}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
-PYTHON = (_INTERPRETER, "-I", "-S", "-B")  # isolated, no site-packages, no bytecode written
-ENVIRONMENT = {"PATH": f"{_PREFIX}/bin:/usr/bin:/bin", "HOME": WORK, "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
-_SYSTEM = ("/usr", "/etc/ld.so.cache", "/etc/alternatives")
-_MASKED = (
-    f"{_PREFIX}/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages",
-    "/usr/local",
-    "/usr/src",
-)
-_ROOT_LINKS = ("/bin", "/lib", "/lib32", "/lib64", "/sbin")
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-_DEVICE_LINKS = {"/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0", "/dev/stdout": "/proc/self/fd/1"}
 _SPARE_PROCESSES = 2  # pid 1, and bubblewrap's own; they count for the kernel
-_PACKAGES = {"bubblewrap": ("bwrap", "bubblewrap"), "unshare": ("unshare", "util-linux")}
-# As root: the interpreter gets a path that an ordinary user can reach, in a mount namespace of our own, and then we are one.
-_AS_NOBODY = (
-    'mount -t tmpfs -o mode=755 tmpfs "$1"; mkdir "$1/python"; mount --rbind "$2" "$1/python"; shift 2; exec "$@"'
-)
-_DENIED_CALLS = (  # they reach the kernel's rarer parts, other processes, or memory that no limit of ours counts
-    *("memfd_create", "memfd_secret", "shmget", "shmat", "msgget", "semget", "mq_open"),
-    *("ptrace", "process_vm_readv", "process_vm_writev", "kcmp", "pidfd_getfd", "pidfd_open", "process_madvise"),
-    *("unshare", "setns", "mount", "umount2", "pivot_root", "chroot", "move_mount", "open_tree", "mount_setattr"),
-    *(
-        "fsopen",
-        "fsconfig",
-        "fsmount",
-        "fspick",
-        "quotactl",
-        "open_by_handle_at",
-        "name_to_handle_at",
-        "swapon",
-        "acct",
-    ),
-    *("bpf", "perf_event_open", "userfaultfd", "io_uring_setup", "io_uring_enter", "io_uring_register", "personality"),
-    *("add_key", "request_key", "keyctl", "syslog", "reboot", "kexec_load", "kexec_file_load", "init_module"),
-    *("finit_module", "delete_module", "fanotify_init", "settimeofday", "clock_settime", "adjtimex", "sched_setattr"),
-)
-_CLONE_NEW = 0x7E020080  # every CLONE_NEW* flag
-
-
-class SandboxUnavailable(ValueError):
-    """This machine cannot isolate a program; the message says what is missing and how to get it."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +75,12 @@ class Sandbox:
         for path in readable:
             if not os.path.isabs(path) or not os.path.isdir(path):
                 raise ValueError(f"Sandbox: readable path {path!r} is not an absolute path of a directory")
-        self.limits, self.backend, self._readable = limits, _installed(backend), tuple(readable)
+        self.limits, self.backend = limits, isolation.installed(backend)
+        self._isolation = Isolation(self.backend, tuple(readable))
 
     def limited(self, **limits: float) -> "Sandbox":
         """Returns the same sandbox with some of its limits replaced."""
-        return Sandbox(replace(self.limits, **limits), self.backend, self._readable)
+        return Sandbox(replace(self.limits, **limits), self.backend, self._isolation.readable)
 
     def run(self, command: Sequence[str], files: Mapping[str, bytes], stdin: bytes = b"") -> Outcome:
         """Returns the outcome of `command` in a fresh private directory that holds `files` (by relative path).
@@ -156,7 +119,7 @@ class Sandbox:
                 file.write(marshal.dumps(self._spec(program)))
             os.lseek(spec, 0, os.SEEK_SET)
             process = subprocess.Popen(
-                self._command_line(spec, reported),
+                self._isolation.command_line(spec, reported),
                 stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -188,66 +151,17 @@ class Sandbox:
             **dict.fromkeys(("RLIMIT_CORE", "RLIMIT_MEMLOCK", "RLIMIT_MSGQUEUE"), 0),
         }
         return {
-            "build": self.backend == "unshare",
-            "base": _mount_point(),
-            "binds": self._binds(),
-            "links": _links(),
-            "devices": _DEVICES,
+            **self._isolation.layout(),
             "private": {"/tmp": limits.disk_bytes, WORK: limits.disk_bytes},
-            "masked": [path for path in _MASKED if os.path.isdir(path) and not f"{_PREFIX}/".startswith(f"{path}/")],
-            "directory": WORK,
             "files": {str(name): bytes(content) for name, content in program.files.items()},
             "command": list(program.command),
-            "environment": ENVIRONMENT,
+            "environment": isolation.ENVIRONMENT,
             "limits": {name: (value, value) for name, value in exact.items()} | {"RLIMIT_CPU": (cpu, cpu + 1)},
-            "filter": _system_call_filter(),
+            "filter": isolation.system_call_filter(),
             "memory_bytes": limits.memory_bytes,
             "cpu_s": limits.cpu_s,
             "wall_s": limits.wall_s + WALL_SLACK_S,
         }
-
-    def _binds(self) -> list[tuple[str, str]]:
-        """Returns (where it is now, where it goes) of what programs may read."""
-        prefix = (f"{_mount_point()}/python" if _is_root() else _PREFIX, _PREFIX)
-        paths = [path for path in (*_SYSTEM, *_ROOT_LINKS) if os.path.exists(path) and not os.path.islink(path)]
-        return [(path, path) for path in (*paths, *self._readable)] + ([] if _is_system(_PREFIX) else [prefix])
-
-    def _command_line(self, spec: int, report: int) -> list[str]:
-        python = _INTERPRETER
-        line = ["setpriv", "--no-new-privs", "--pdeathsig=KILL"]
-        if _is_root():
-            line += [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all"]
-            prelude = ["unshare", "--mount", "--", "sh", "-euc", _AS_NOBODY, "sh", _mount_point(), _PREFIX]
-            line = [*prelude, *line]
-            python = python if _is_system(_PREFIX) else f"{_mount_point()}/python{_INTERPRETER.removeprefix(_PREFIX)}"
-        if self.backend == "bubblewrap":
-            line += ["--", *self._bubblewrap()]
-            python = _INTERPRETER
-        else:
-            identity = (f"--map-user={NOBODY}", f"--map-group={NOBODY}", "--keep-caps")
-            spaces = ("--mount", "--pid", "--net", "--ipc", "--uts", "--cgroup")
-            line += ["--", "unshare", "--user", *identity, *spaces, "--fork", "--kill-child=KILL"]
-        return [*line, "--", python, *PYTHON[1:], "-c", _init_source(), str(spec), str(report)]
-
-    def _bubblewrap(self) -> list[str]:
-        line = [
-            "bwrap",
-            "--unshare-all",
-            "--unshare-user",
-            "--die-with-parent",
-            "--new-session",
-            "--as-pid-1",
-            "--clearenv",
-        ]
-        line += ["--uid", str(NOBODY), "--gid", str(NOBODY), "--hostname", "sandbox"]
-        line += ["--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_SETPCAP"]  # for sandbox_init.py, which drops them
-        for source, target in self._binds():
-            line += ["--ro-bind", source, target]
-        for target, destination in _links().items():
-            line += ["--symlink", destination, target]
-        for name in _DEVICES:
-            line += ["--dev-bind", name, name]
-        return [*line, "--dir", "/tmp", "--dir", WORK, "--proc", "/proc", "--remount-ro", "/", "--chdir", "/"]
 
 
 class _Run:
@@ -279,11 +193,11 @@ class _Run:
         for stream in (self.process.stdout, self.process.stderr, self.report):
             stream.close()
 
-    def outcome(self, backend_error: str = "") -> Outcome:
+    def outcome(self) -> Outcome:
         status, _, reason = bytes(self.received[self.report]).decode().partition(" ")
         stdout, stderr = (bytes(self.received[stream]) for stream in (self.process.stdout, self.process.stderr))
         if reason.startswith("setup: ") or not (status or self.stopped_by):
-            raise SandboxUnavailable(_diagnosis(reason or stderr.decode(errors="replace")))
+            raise SandboxUnavailable(isolation.diagnosis(reason or stderr.decode(errors="replace")))
         return Outcome(int(status or -signal.SIGKILL), stdout, stderr, self.stopped_by or reason, self.seconds)
 
 
@@ -335,91 +249,24 @@ def _read(run: _Run, stream, limit: int) -> bool:
     return not chunk
 
 
-def _is_root() -> bool:
-    return os.geteuid() == 0
-
-
-def _is_system(path: str) -> bool:
-    return path == "/usr" or path.startswith("/usr/")
-
-
-@functools.cache
-def _mount_point() -> str:
-    """Returns a directory to mount on, in our own mount namespace, that hides nothing which is needed there."""
-    for path in ("/mnt", "/media", "/srv", "/opt", "/tmp"):
-        if os.path.isdir(path) and not f"{_PREFIX}/".startswith(f"{path}/"):
-            return path
-    raise SandboxUnavailable("the sandbox needs one of /mnt, /media, /srv, /opt, /tmp to mount on: mkdir /mnt")
-
-
-@functools.cache
-def _links() -> dict[str, str]:
-    return {path: os.readlink(path) for path in _ROOT_LINKS if os.path.islink(path)} | _DEVICE_LINKS
-
-
-@functools.cache
-def _init_source() -> str:
-    return Path(__file__).with_name("sandbox_init.py").read_text(encoding="utf-8")
-
-
-@functools.cache
-def _installed(backend: str) -> str:
-    """Returns the backend, or for `auto` the better one that works here. Raises SandboxUnavailable if it is not installed."""
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"Sandbox: backend={backend!r} must be auto, bubblewrap or unshare")
-    if not sys.platform.startswith("linux"):
-        raise SandboxUnavailable(
-            f"the sandbox needs Linux (namespaces), this is {sys.platform}: grade code on a Linux machine"
-        )
-    if backend == "auto":
-        backend = "bubblewrap" if shutil.which("bwrap", path=os.defpath) else "unshare"
-    for tool, package in (_PACKAGES[backend], ("setpriv", "util-linux"), ("unshare", "util-linux")):
-        if shutil.which(tool, path=os.defpath) is None:
-            raise SandboxUnavailable(f"the sandbox ({backend}) needs {tool}: apt-get install {package}")
-    return backend
-
-
-@functools.cache
-def _system_call_filter() -> bytes:
-    """Returns the seccomp program: no sockets but local pairs, no namespaces, none of _DENIED_CALLS."""
-    try:
-        import pyseccomp
-    except (ImportError, OSError, RuntimeError) as error:
-        raise SandboxUnavailable(
-            f"the sandbox needs libseccomp and pyseccomp ({error}): apt-get install libseccomp2; pip install pyseccomp"
-        ) from None
-    rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
-    denied = pyseccomp.ERRNO(errno.EPERM)
-    for name in _DENIED_CALLS:
-        rules.add_rule(denied, name)
-    rules.add_rule(denied, "socket", pyseccomp.Arg(0, pyseccomp.NE, socket.AF_UNIX))
-    for bit in range(32):
-        if _CLONE_NEW >> bit & 1:
-            rules.add_rule(denied, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, 1 << bit, 1 << bit))
-    rules.add_rule(
-        pyseccomp.ERRNO(errno.ENOSYS), "clone3"
-    )  # its flags are behind a pointer; the C library then uses clone
-    with open(os.memfd_create("filter"), "w+b") as file:
-        rules.export_bpf(file)
-        file.seek(0)
-        return file.read()
-
-
-def _diagnosis(message: str) -> str:
-    """Returns one line that says why the isolation failed and what to do about it."""
-    line = " ".join(message.split())[:300] or "it ended without a word"
-    remedy = "run as root or allow user namespaces (sysctl -w kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000; "
-    remedy += "on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0; in Docker --privileged)"
-    return f"the sandbox cannot isolate programs here ({line}): {remedy}"
-
-
 def open_sandbox(config: SandboxConfig) -> Sandbox:
     """Returns the sandbox of a config after it withstood its own attack (once in a process).
 
-    Raises SandboxUnavailable if it is not installed, does not work here, or lets anything out.
+    `auto` takes unshare where bubblewrap is missing or does not work. Raises SandboxUnavailable if the backend is not
+    installed, does not work here, or lets anything out.
     """
     from r1jax.rewards import sandbox_attack
 
-    sandbox = Sandbox(config, config.backend)
-    sandbox_attack.require(sandbox.backend)
-    return sandbox
+    backends = (
+        [config.backend]
+        if config.backend != "auto"
+        else sorted(BACKENDS, key=lambda name: name not in sandbox_attack.withstood)
+    )
+    for backend in backends:
+        try:
+            sandbox = Sandbox(config, backend)
+            sandbox_attack.require(sandbox.backend)
+            return sandbox
+        except SandboxUnavailable:
+            if backend == backends[-1]:
+                raise
