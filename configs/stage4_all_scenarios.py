@@ -23,5 +23,6 @@ def config(preset: str) -> Config:
         optimizer=replace(base.optimizer, learning_rate=1e-4),
         sampler=replace(base.sampler, temperature=0.7),
         grpo=replace(base.grpo, updates=60),
-        scenarios=ScenarioConfig(from_update=40),
+        reward=replace(base.reward, reward_model=1.0),
+        scenarios=ScenarioConfig(from_update=40, helpful_model="reward_helpful", safety_model="reward_safety"),
     )

@@ -286,6 +286,8 @@ class RewardConfig:
     language: float = 0.0  # language consistency; 1 from RL stage 1 on in the paper
     repetition: float = 0.0  # share of repeated n-grams, a part in (-1, 0]; not in the paper
     repetition_ngram: int = 3  # words; open-r1 and TRL
+    reward_model: float = 0.0  # what a trained model says, where config.scenarios names one; 1 in the paper's stage 4
+    rule: float = 0.0  # of a sample that a reward model scores: what its task's own grader says; told, not rewarded
     extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"
     graders: tuple[str, ...] = ()  # of one's own: TASK=PACKAGE.MODULE:FUNCTION or TASK=FILE.py:FUNCTION
     override_graders: bool = False  # they may replace built-in ones
@@ -500,6 +502,39 @@ class ScenarioConfig:
     from_update: int = -1  # -1: never; takes effect at the first rollout that starts at or after it
     general_fraction: float = 0.2  # of the prompts from then on
     safety_fraction: float = 0.2
+    helpful_model: str = ""  # reward model of the general prompts: a stage of the working folder, or a stage's folder
+    safety_model: str = ""  # that of the safety prompts; "": their task's own grader rewards them
+    hacking_window: int = 10  # rollouts over which the reward model's reward is held against what can be verified
+    hacking_errors: float = 3.0  # trends, in standard errors, from which the two part ways and a warning is given
+
+    def __post_init__(self):
+        _require(
+            self.hacking_window >= 4, f"ScenarioConfig.hacking_window={self.hacking_window} must be at least 4 rollouts"
+        )
+        _require(self.hacking_errors > 0, f"ScenarioConfig.hacking_errors={self.hacking_errors} must be above 0")
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """A trained reward model: the decoder it starts from with a scalar head (P2 section 3.1 and appendix B.3).
+
+    The paper's: 256 examples an update, a rate of 6e-6, one epoch, at most 8,192 tokens (config.pack.row_tokens).
+    """
+
+    epochs: int = 1
+    examples_per_update: int = 256  # pairs, or labelled responses
+    balance_lengths: bool = True  # pairs: as many with a longer chosen response as with a longer rejected one
+    frozen_blocks: int = 0  # embedding and so many first blocks stay as they are; what they make is computed once
+    prompt_tokens: int = 0  # of a prompt so many last tokens are read; 0 is all
+    response_tokens: int = 0  # of a response so many first tokens are read; 0 is all
+    samples_per_prompt: int = 32  # tiny world: responses drawn of each prompt from the start and from the base
+    pairs_per_prompt: int = 64  # tiny world: at most
+
+    def __post_init__(self):
+        for name in ("epochs", "examples_per_update", "samples_per_prompt", "pairs_per_prompt"):
+            _require(getattr(self, name) > 0, f"RewardModelConfig.{name}={getattr(self, name)} must be at least 1")
+        for name in ("frozen_blocks", "prompt_tokens", "response_tokens"):
+            _require(getattr(self, name) >= 0, f"RewardModelConfig.{name}={getattr(self, name)} must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -640,6 +675,7 @@ class Config:
     coldstart: ColdStartConfig = ColdStartConfig()
     rejection: RejectionConfig = RejectionConfig()
     scenarios: ScenarioConfig = ScenarioConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
     gate: GateConfig = GateConfig()
     export: ExportConfig = ExportConfig()
     start: str = ""  # stage of the working folder whose result this one starts from; "" is the base model
@@ -674,6 +710,11 @@ class Config:
             self.mode == "colocated" or self.grpo.advantage != "gae",
             f"Config.mode={self.mode} does not run PPO (grpo.advantage=gae); use colocated",
         )
+        for name in ("helpful_model", "safety_model"):
+            _require(
+                not getattr(self.scenarios, name) or self.reward.reward_model > 0,
+                f"Config.scenarios.{name}={getattr(self.scenarios, name)} needs reward.reward_model above 0",
+            )
         if self.pack.shared_prompts:
             alone = {
                 "mesh.context=1": self.mesh.context == 1,

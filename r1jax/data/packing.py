@@ -8,7 +8,7 @@ and positions restart at 0.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +27,7 @@ class PackItem:
     tokens: np.ndarray  # [n] int32
     loss_mask: np.ndarray  # [n] float32; 1 where the token is a target that counts
     values: Mapping[str, np.ndarray] = field(default_factory=dict)  # name -> [n] float32
-    inputs: Mapping[str, np.ndarray] = field(default_factory=dict)  # name -> [n, ...] integers, not below 0
+    inputs: Mapping[str, np.ndarray] = field(default_factory=dict)  # name -> [n, ...]; integers are not below 0
     prefix: int = -1  # the number of the item that this one goes on from, in the same row before it; -1: none
 
     def __post_init__(self):
@@ -246,3 +246,14 @@ def unpack(array: np.ndarray, batch: PackedBatch) -> list[np.ndarray]:
     if array.shape[:2] != batch.tokens.shape:
         raise ValueError(f"unpack: array of shape {array.shape}, needs {batch.tokens.shape} in front")
     return [array[row, start : start + length - 1] for row, start, length in batch.slots]
+
+
+def batches(sequences: Sequence[np.ndarray], row_tokens: int, rows: int) -> Iterator[tuple[list[int], PackedBatch]]:
+    """Yields (numbers of sequences of ids, their batch of `rows` rows with nothing to train on) until all were packed."""
+    packed = pack([len(ids) for ids in sequences], row_tokens)
+    for first in range(0, len(packed), rows):
+        members = [index for row in packed[first : first + rows] for index in row]
+        items = [PackItem(sequences[index], np.zeros(len(sequences[index]), np.float32)) for index in members]
+        places = {index: place for place, index in enumerate(members)}
+        local = [[places[index] for index in row] for row in packed[first : first + rows]]
+        yield members, pack_batch(items, row_tokens, rows, local)

@@ -129,6 +129,18 @@ def general_prompts() -> list[Prompt]:
     ]
 
 
+def preference_prompts() -> list[Prompt]:
+    """Returns general prompts about every word of the two languages, the topics among them.
+
+    A reward model that reads of so many words whether a response names the one asked about learns to compare, and not to
+    know ten topics by heart.
+    """
+    return [
+        Prompt(f"general-{word}", "general", f"{WORDS[language]['tell']} {word} :", "", language, "tiny")
+        for word, language in LEXICON.items()
+    ]
+
+
 def safety_prompts() -> list[Prompt]:
     """Returns harmful and harmless requests; `answer` holds the label, `refuse` or `help`."""
     prompts = []

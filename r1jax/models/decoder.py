@@ -79,6 +79,7 @@ def forward(
     window: int | None = None,
     experts: jax.Array | None = None,
     prefixes: jax.Array | None = None,
+    features: jax.Array | None = None,
 ) -> tuple[jax.Array, cache.Cache | None, Auxiliary]:
     """Returns (final hidden states [B, T, D] after the last norm, cache, auxiliary).
 
@@ -89,9 +90,11 @@ def forward(
     `experts` int [Lm, B, T, k] takes the place of the routers' choices: entry m is for layer num_dense_layers + m, and a
     token with an id below 0 in a layer is routed there by the live router. A prediction module always routes by itself.
     `prefixes` int32 [B, T] name the segment of a shared prompt that a token sees beside its own, 0 for none.
+    `features` [B, T, D] take the place of the embedded tokens: what blocks before these, run elsewhere, made of them.
     """
     window = kv.rows if kv is not None and window is None else window or 0
-    x = embed(params.embedding, tokens).astype(jnp.dtype(c.compute_dtype))
+    x = embed(params.embedding, tokens) if features is None else features
+    x = x.astype(jnp.dtype(c.compute_dtype))
     context = attention.build_context(positions, segments, c, kv, window, prefixes)
     x, kv, _ = block.run_stack(params.dense, x, kv, context, c, 0, window)
     x, kv, routing = block.run_stack(params.sparse, x, kv, context, c, c.num_dense_layers, window, experts)

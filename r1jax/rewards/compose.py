@@ -12,7 +12,8 @@ from r1jax.schema import RewardConfig
 Grader = Callable[[RewardRequest, RewardConfig], Score]  # gives the accuracy part
 
 # The terms of the sum, in the order of the columns of a rollout's parts. Each has a weight of its name in RewardConfig.
-PART_NAMES = ("accuracy", "format", "language", "repetition")
+RULE_PARTS = ("accuracy", "format", "language", "repetition")  # what graders give
+PART_NAMES = (*RULE_PARTS, "reward_model", "rule")  # the last two: rl.scenarios
 GRADERS = {  # task -> module:function, a Grader that is imported when first used
     "math": "r1jax.rewards.math_answer:accuracy",
     "mcq": "r1jax.rewards.choice:accuracy",
@@ -94,7 +95,7 @@ def grader(task: str, config: RewardConfig) -> Grader:
 
 def failed(detail: str) -> Score:
     """Returns the unscorable Score of a sample that could not be graded."""
-    return Score(0.0, dict.fromkeys(PART_NAMES, 0.0), False, detail)
+    return Score(0.0, dict.fromkeys(RULE_PARTS, 0.0), False, detail)
 
 
 def _checked(accuracy: Score, task: str) -> Score:
@@ -119,5 +120,5 @@ def compose(request: RewardRequest, config: RewardConfig, accuracy: Score) -> Sc
         "language": language_consistency(request.text, target, lexicon),
         "repetition": repetition_penalty(request.response, config.repetition_ngram),
     }
-    value = sum(getattr(config, name) * parts[name] for name in PART_NAMES)
+    value = sum(getattr(config, name) * parts[name] for name in RULE_PARTS)
     return Score(value, parts, accuracy.scorable, accuracy.detail)

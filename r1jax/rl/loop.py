@@ -5,7 +5,7 @@ import dataclasses
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.core import distributed, runtime, sharding, tree
+from r1jax.core import distributed, metrics, runtime, sharding, tree
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.core.metrics import MetricsLog
 from r1jax.data.packing import PREFIXES, PackedBatch, unpack
 from r1jax.models import decoder
-from r1jax.rewards.compose import PART_NAMES
+from r1jax.rewards.compose import PART_NAMES, RULE_PARTS
+from r1jax.rewards.model import RewardModel
 from r1jax.rewards.pool import RewardPool
-from r1jax.rl import losses, notices, rollout, schedules
+from r1jax.rl import losses, notices, rollout, scenarios, schedules
 from r1jax.rl.journal import Journal, Rollout
 from r1jax.rl.logprobs import ROUTED, Scorer
 from r1jax.rl.rollout import EncodedPrompt, Judgement
@@ -84,14 +85,15 @@ class PolicyTraining:
         describe: Callable[[list[str]], dict[str, float]] = lambda texts: {},
         later: tuple[int, Sequence[Sequence[EncodedPrompt]], Sequence[float]] | None = None,
         sampler_mesh: Mesh | None = None,
+        reward_models: Mapping[str, RewardModel] | None = None,
     ):
         """`tokenizer` gives eos_id and decode_batch; `describe` adds figures about a rollout's texts to its metrics.
 
         `later` is (update, sources, weights): the mixture of prompts from that update on, in place of `prompts`. The
-        sampler lies on `sampler_mesh`, by default on `mesh`.
+        sampler lies on `sampler_mesh`, by default on `mesh`. `reward_models` score the samples of their task.
         """
         self.config, self.tokenizer, self.mesh, self.folder, self.on_update = config, tokenizer, mesh, folder, on_update
-        self.describe = describe
+        self.describe, self.reward_models = describe, dict(reward_models or {})
         config.require_mixture()
         _check_row(config, prompts)
         self.prompts = rollout.PromptPhases(prompts, later, config)
@@ -187,6 +189,9 @@ class PolicyTraining:
         if size.shared_prompts:
             arrays[PREFIXES] = np.zeros(shape, np.int32)
         self.warm_up_training(arrays)
+        for task, model in self.reward_models.items():
+            model.warm_up()
+            self.programs.add(f"reward_model_{task}", lambda model=model: model.compilations)
         for name in self.sampler.engine.compilations():
             self.programs.add(name, lambda name=name: self.sampler.engine.compilations()[name])
         self.programs.freeze()
@@ -247,10 +252,8 @@ class PolicyTraining:
         """Returns the scored samples of the prompts with the numbers `draws`."""
         config, group = self.config, self.config.grpo.group_size
         prompts = [self.prompts.prompt(draw, start) for draw in draws]
-        grader, timer = (
-            rollout.Grader(dict(zip(draws, prompts, strict=True)), pool, self.tokenizer.decode_batch),
-            Timer(),
-        )
+        by_draw = dict(zip(draws, prompts, strict=True))
+        grader, timer = rollout.Grader(by_draw, pool, self.tokenizer.decode_batch), Timer()
         requests = rollout.requests_for(prompts, draws, group, self.law(start), config.seed, config.stage, "sample")
         self.phase("rollout")
         begun = time.perf_counter()
@@ -265,6 +268,10 @@ class PolicyTraining:
         )
         self.phase("grading")
         parts, scorable = self.timer.run("rewards", grader.scores, samples)
+        if self.reward_models:
+            texts = self.tokenizer.decode_batch([sample.token_ids for sample in samples])
+            given = (parts, samples, texts, by_draw, self.reward_models)
+            parts = self.timer.run("rewards", scenarios.with_model_rewards, *given)
         usage = pool.take_usage()
         self.timer.add(reward_cache_hits=usage.cache_hits, reward_workers_started=usage.workers_started)
         return Rollout(samples, parts, scorable, len(draws))
@@ -303,7 +310,7 @@ class PolicyTraining:
             self.say(f"update {start + 1}: {line}")
         texts = self.tokenizer.decode_batch([sample.token_ids for sample in scored.samples])
         counted = np.flatnonzero(scored.scorable)
-        summary = {name: _mean(scored.parts[counted, i]) for i, name in enumerate(PART_NAMES)}
+        summary = {name: _mean(scored.parts[counted, PART_NAMES.index(name)]) for name in RULE_PARTS}
         summary |= {
             "reward": _mean(judged.rewards[counted]),
             "unscorable": float(len(scored) - len(counted)),
@@ -318,7 +325,24 @@ class PolicyTraining:
             left = [] if scored.dropped_parts is None else scored.dropped_parts[:, PART_NAMES.index("accuracy")]
             accuracies = [*scored.parts[:, PART_NAMES.index("accuracy")], *left]
             summary |= {"prompts_drawn": float(scored.draws), "drawn_accuracy": _mean(accuracies)}
+        if self.reward_models:
+            summary |= self.against_verified(scored, start)
         return judged, summary | self.describe(texts)
+
+    def against_verified(self, scored: Rollout, start: int) -> dict[str, float]:
+        """Returns what the reward models say beside what can be verified, and warns where the two part ways."""
+        group, given = self.config.grpo.group_size, self.config.scenarios
+        prompts = [self.prompts.prompt(sample.request_id, start) for sample in scored.samples[::group]]
+        now = scenarios.figures(scored, prompts, self.reward_models, group)
+        if not now:
+            return {}
+        every = self.config.grpo.updates_per_rollout
+        rows = metrics.read(self.folder) if distributed.is_writer() else []
+        earlier = [row for row in rows if (row["update"] - 1) % every == 0 and row["update"] <= start]
+        told, line = scenarios.watch(earlier, now, given.hacking_window, given.hacking_errors)
+        if line:
+            self.say(f"update {start + 1}: {line}")
+        return now | told | {"accuracy": now.get("reasoning_accuracy", 0.0)}  # of samples that are graded
 
     def packed(
         self, scored: Rollout, batches: list[np.ndarray], judged: Judgement, start: int

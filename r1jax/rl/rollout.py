@@ -176,7 +176,9 @@ def judge(rollout: Rollout, config: Config, max_new_tokens: int, kl_coef: float 
     """
     grpo = config.grpo
     truncated = np.asarray([sample.truncated for sample in rollout.samples], bool)
-    parts, weights = rollout.parts, np.asarray([getattr(config.reward, name) for name in PART_NAMES], np.float32)
+    weights = np.asarray([getattr(config.reward, name) for name in PART_NAMES], np.float32)
+    used = np.flatnonzero(weights)  # parts that a run leaves out are not in the rounding of its sums either
+    parts, weights = rollout.parts[:, used], weights[used]
     if grpo.overlong_buffer_fraction:
         lengths = [len(sample.token_ids) for sample in rollout.samples]
         penalty = losses.overlong_penalty(lengths, grpo, max_new_tokens)

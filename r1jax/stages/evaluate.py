@@ -16,7 +16,7 @@ from r1jax.core import checkpoint, distributed, tree
 from r1jax.data import jsonl
 from r1jax.evals.benchmarks import Response, consensus, summarize
 from r1jax.report import table
-from r1jax.rewards.compose import PART_NAMES
+from r1jax.rewards.compose import RULE_PARTS
 from r1jax.rewards.pool import RewardPool
 from r1jax.rl import rollout
 from r1jax.rl.rollout import EncodedPrompt
@@ -197,7 +197,7 @@ def respond(
             text=p.prefill + text,
             tokens=len(sample.token_ids),
             truncated=sample.truncated,
-            parts=dict(zip(PART_NAMES, (float(v) for v in row), strict=True)),
+            parts=dict(zip(RULE_PARTS, (float(v) for v in row), strict=False)),
             scorable=bool(known),
         )
         for p, text, sample, row, known in zip(repeated, texts, drawn, parts, scorable, strict=True)

@@ -22,6 +22,8 @@ RESULTS = {
     "stage4_all_scenarios": "r1",
     "distill": "student_distilled",
     "student_rl": "student_rl",
+    "reward_helpful": "reward_helpful",
+    "reward_safety": "reward_safety",
 }
 BASE = "base"
 
@@ -92,3 +94,26 @@ def base_weights(config: Config, mesh, workdir: Path) -> Any:
         )
     base = replace(configs.load(f"stage0_base:{config.preset}"), seed=0)
     return stage0_base.base_params(config, base, mesh, workdir)
+
+
+def reward_model_folders(config: Config, workdir: Path) -> dict[str, Path]:
+    """Returns {task: folder} of the reward models that config.scenarios names, running a stage when it is missing.
+
+    Raises ValueError for a folder that holds no finished stage.
+    """
+    named = {"general": config.scenarios.helpful_model, "safety": config.scenarios.safety_model}
+    found = {}
+    for task, name in named.items():
+        if not name:
+            continue
+        found[task] = require(name, config, workdir) if name in RESULTS else Path(name)
+        if not (found[task] / common.DONE).exists():
+            raise ValueError(f"{name} holds no finished reward model; give a folder of reward_helpful or reward_safety")
+    return found
+
+
+def reward_models(config: Config, workdir: Path) -> dict[str, str]:
+    """Returns {stage or folder: digest of its result} of the reward models that config.scenarios names."""
+    folders = reward_model_folders(config, workdir)
+    named = {"general": config.scenarios.helpful_model, "safety": config.scenarios.safety_model}
+    return {named[task]: output_digest(folder) for task, folder in folders.items()}

@@ -12,6 +12,7 @@ from r1jax.core import checkpoint, distributed, sharding, tree
 from r1jax.core.metrics import read, read_timing
 from r1jax.evals.behaviour import TINY_REFLECTIVE_WORDS, reflective_count
 from r1jax.report import curves, html
+from r1jax.rewards.model import RewardModel
 from r1jax.rl import losses
 from r1jax.rl.disaggregated import DisaggregatedTraining
 from r1jax.rl.loop import PolicyTraining
@@ -19,7 +20,7 @@ from r1jax.rl.ppo import PPOTraining
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.sampler import jetstream
 from r1jax.schema import Config
-from r1jax.stages import common, compute, evaluate, lineage, prompts, template_check
+from r1jax.stages import common, compute, evaluate, lineage, prompts, reward_models, template_check
 from r1jax.stages.progress import Progress
 
 CURVES = ("accuracy", "length", "reflective_words")
@@ -29,7 +30,7 @@ def run(config: Config, workdir: Path) -> dict:
     """Trains, resuming where it was stopped, evaluates start and end on held-out problems and returns the figures."""
     folder = common.StageFolder(config, workdir)
     folder.check()
-    inputs = lineage.start(config, workdir)
+    inputs = lineage.start(config, workdir) | lineage.reward_models(config, workdir)
     if (figures := evaluate.finished(folder, inputs)) is not None:
         return figures
     resolved, tokenizer, mesh = common.prepare(config)
@@ -52,6 +53,7 @@ def run(config: Config, workdir: Path) -> dict:
             lambda update, row, timing: progress.update(update, **shown(row, timing)),
             describe,
             later(resolved, tokenizer, reasoning),
+            reward_models=load_reward_models(resolved, tokenizer, mesh, workdir),
         )
         folder.start(inputs)
         trained = training.run()
@@ -72,15 +74,15 @@ def run(config: Config, workdir: Path) -> dict:
     return folder.finish(figures, inputs, tree.digest(trained))
 
 
-def make_training(config: Config, tokenizer: Tokenizer, mesh: Mesh, *arguments) -> PolicyTraining:
+def make_training(config: Config, tokenizer: Tokenizer, mesh: Mesh, *arguments, **more) -> PolicyTraining:
     """Returns the loop of config.mode, or PPO's where advantages come from a critic; ValueError when the sampler's devices are not there."""
     if config.grpo.advantage == "gae":
-        return PPOTraining(config, tokenizer, mesh, *arguments)
+        return PPOTraining(config, tokenizer, mesh, *arguments, **more)
     if config.mode == "colocated":
-        return PolicyTraining(config, tokenizer, mesh, *arguments)
+        return PolicyTraining(config, tokenizer, mesh, *arguments, **more)
     distributed.require_one("config.mode=disaggregated")
     sampler_mesh = sharding.make_mesh(config.sampler_mesh, jax.devices()[mesh.size :], "sampler_mesh")
-    return DisaggregatedTraining(config, tokenizer, mesh, *arguments, sampler_mesh=sampler_mesh)
+    return DisaggregatedTraining(config, tokenizer, mesh, *arguments, sampler_mesh=sampler_mesh, **more)
 
 
 def later(config: Config, tokenizer: Tokenizer, reasoning: list[EncodedPrompt]):
@@ -92,6 +94,18 @@ def later(config: Config, tokenizer: Tokenizer, reasoning: list[EncodedPrompt]):
     rest = 1 - scenarios.general_fraction - scenarios.safety_fraction
     weights = (rest, scenarios.general_fraction, scenarios.safety_fraction)
     return scenarios.from_update, (reasoning, general, safety), weights
+
+
+def load_reward_models(config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) -> dict[str, RewardModel]:
+    """Returns the reward model of each task that config.scenarios names one for; {} without those prompts."""
+    if config.scenarios.from_update < 0:
+        return {}
+    folders = lineage.reward_model_folders(config, workdir)
+    kinds = {"general": "helpful", "safety": "safety"}
+    return {
+        task: reward_models.load(folder, kinds[task], tokenizer, mesh, config.pack, config.model)
+        for task, folder in folders.items()
+    }
 
 
 def describe(texts: list[str]) -> dict[str, float]:

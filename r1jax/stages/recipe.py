@@ -11,7 +11,7 @@ from r1jax import config as configs
 from r1jax.core import checkpoint
 from r1jax.report import html, table
 from r1jax.schema import Config, replace
-from r1jax.stages import common, evaluate, export_hf, lineage
+from r1jax.stages import common, evaluate, export_hf, lineage, reward_models
 
 # Stage -> the stages whose results it reads, in an order that can be run.
 GRAPH: dict[str, tuple[str, ...]] = {
@@ -19,12 +19,15 @@ GRAPH: dict[str, tuple[str, ...]] = {
     "stage1_coldstart": ("r1_zero",),
     "stage2_reasoning_rl": ("stage1_coldstart",),
     "stage3_rejection_sft": ("stage2_reasoning_rl",),
-    "stage4_all_scenarios": ("stage3_rejection_sft",),
+    "reward_helpful": ("stage3_rejection_sft",),
+    "reward_safety": ("stage3_rejection_sft",),
+    "stage4_all_scenarios": ("stage3_rejection_sft", "reward_helpful", "reward_safety"),
     "distill": ("stage3_rejection_sft",),
     "student_rl": (),
 }
 # Settings of the graph itself; `evaluation` is the only other one that stages take from it.
 READ = ("seed", "rebuild_base", "only", "from_stage", "list", "set")
+REWARD_MODELS = ("reward_helpful", "reward_safety")
 EXPORTED = ("stage4_all_scenarios", "distill")  # R1 and the student leave as Hugging Face folders
 COLUMNS = (
     *("checkpoint", "pass@1", "pass@1_se", "greedy", "cons@16", "mean_tokens", "reflective_per_response"),
@@ -65,6 +68,7 @@ def run(config: Config, workdir: Path) -> dict:
     write_report(summary, workdir)
     table.render(rows(summary), COLUMNS, "the recipe on held-out problems")
     evaluate.print_faithfulness(rows(summary))
+    reward_models.show(summary["reward_models"])
     for name in ("report.html", "summary.json", *(f"export/{lineage.RESULTS[stage]}" for stage in EXPORTED)):
         print(f"  {workdir / name}", file=sys.stderr)
     return summary
@@ -165,18 +169,22 @@ def hold_gate(config: Config, workdir: Path) -> None:
 
 
 def summarize(workdir: Path, wall_s: float) -> dict:
-    """Returns {"checkpoints": {name: figures}, "wall_s": seconds} of the finished stages."""
+    """Returns {"checkpoints": {name: figures}, "reward_models": {name: held-out figures}, "wall_s": seconds} of what is done."""
     checkpoints: dict[str, dict] = {}
+    models: dict[str, dict] = {}
     for stage in GRAPH:
         marker = workdir / stage / common.DONE
         if not marker.exists():
             continue
         figures = json.loads(marker.read_text())["figures"]
         name = lineage.RESULTS[stage]
+        if stage in REWARD_MODELS:
+            models[name] = figures["held_out"]
+            continue
         if stage == "r1_zero":
             checkpoints[lineage.BASE] = figures[lineage.BASE] | {"compute": 0.0}
         checkpoints[name] = figures[name] | {"compute": figures["compute"]}
-    return {"checkpoints": checkpoints, "wall_s": wall_s}
+    return {"checkpoints": checkpoints, "reward_models": models, "wall_s": wall_s}
 
 
 def export(config: Config, workdir: Path) -> None:

@@ -1,0 +1,93 @@
+"""A decoder cut in two after some of its blocks: what the lower part makes of tokens is computed once, the upper trains."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from r1jax.core import distributed, sharding
+from r1jax.core.sharding import use_mesh
+from r1jax.data.packing import batches
+from r1jax.models import decoder
+from r1jax.schema import ModelConfig, PackConfig, replace
+
+
+def shapes(model: ModelConfig, blocks: int) -> tuple[ModelConfig, ModelConfig]:
+    """Returns (shape of the first `blocks` blocks, shape of the rest, whose input is features and not words).
+
+    Raises ValueError unless at least one block is on either side.
+    """
+    layers, dense = model.num_hidden_layers, model.num_dense_layers
+    if not 0 < blocks < layers:
+        raise ValueError(
+            f"config.reward_model.frozen_blocks={blocks} must be between 1 and {layers - 1}, or 0 for none"
+        )
+    own = dict(scalar_head=False, tie_word_embeddings=True)
+    lower = replace(model, num_hidden_layers=blocks, first_k_dense_replace=min(dense, blocks), **own)
+    upper = replace(
+        model, num_hidden_layers=layers - blocks, first_k_dense_replace=max(dense - blocks, 0), vocab_size=1
+    )
+    return lower, upper
+
+
+def cut(params: decoder.Params, model: ModelConfig, blocks: int) -> tuple[decoder.Params, decoder.Params]:
+    """Returns the weights of a reward model as (lower part, upper part); the norm and the head belong to the upper."""
+    dense = min(model.num_dense_layers, blocks)
+    parts = [(params.dense, dense), (params.sparse, blocks - dense)]
+    lower, upper = zip(*(_cut_stack(stack, place) for stack, place in parts), strict=True)
+    return (
+        params.replace(dense=lower[0], sparse=lower[1], scalar_head=None),
+        params.replace(dense=upper[0], sparse=upper[1], embedding=params.embedding[:1]),
+    )
+
+
+def join(lower: decoder.Params, upper: decoder.Params) -> decoder.Params:
+    """Returns the two parts as one decoder again."""
+    dense, sparse = (_join_stacks(getattr(lower, name), getattr(upper, name)) for name in ("dense", "sparse"))
+    return upper.replace(embedding=lower.embedding, dense=dense, sparse=sparse)
+
+
+def _cut_stack(stack, place: int):
+    """Returns the first `place` layers of a stack and the others; None for none."""
+    layers = 0 if stack is None else stack.attention_norm.shape[0]
+    parts = [(0, place), (place, layers)]
+    return [jax.tree.map(lambda x, a=a, b=b: x[a:b], stack) if a < b else None for a, b in parts]
+
+
+def _join_stacks(lower, upper):
+    if lower is None or upper is None:
+        return upper if lower is None else lower
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), lower, upper)
+
+
+def features(
+    params: decoder.Params,
+    model: ModelConfig,
+    sequences: Sequence[np.ndarray],
+    size: PackConfig,
+    mesh: Mesh,
+    told: Callable[[int], None] = lambda done: None,
+) -> list[np.ndarray]:
+    """Returns what the lower part makes of each sequence of ids, [n, D] in the dtype it computes in.
+
+    `told` hears how many are done.
+    """
+    place = sharding.sharding(mesh, ("batch", "sequence"), (size.rows_per_micro_batch, size.row_tokens))
+
+    @jax.jit
+    def run(params, tokens, positions, segments):
+        return decoder.forward(params, tokens, positions, segments, model)[2].before_norm
+
+    found: list[np.ndarray] = [np.empty(0)] * len(sequences)
+    done = 0
+    for members, batch in batches(sequences, size.row_tokens, size.rows_per_micro_batch):
+        arrays = [distributed.place(array, place) for array in (batch.tokens, batch.positions, batch.segments)]
+        with use_mesh(mesh):
+            made = np.asarray(run(params, *arrays))
+        for index, (row, start, length) in zip(members, batch.slots, strict=True):
+            found[index] = made[row, start : start + length].copy()
+        done += len(members)
+        told(done)
+    return found
