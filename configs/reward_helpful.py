@@ -41,7 +41,7 @@ def _tiny(stage: str, preset: str) -> Config:
         data=DataConfig(holdout_fraction=0.2),
         sampler=_presets.sampler(preset),
         pack=PackConfig(row_tokens=96, rows_per_micro_batch=8),
-        reward_model=RewardModelConfig(epochs=8, examples_per_update=32, samples_per_prompt=16, pairs_per_prompt=64),
+        reward_model=RewardModelConfig(epochs=6, examples_per_update=32, samples_per_prompt=16, pairs_per_prompt=64),
     )
 
 

@@ -16,4 +16,6 @@ def config(preset: str) -> Config:
     base = reward_helpful.config(preset)
     if preset != "tiny":
         return replace(base, stage="reward_safety")
-    return replace(base, stage="reward_safety", reward_model=replace(base.reward_model, samples_per_prompt=8))
+    return replace(
+        base, stage="reward_safety", reward_model=replace(base.reward_model, epochs=10, samples_per_prompt=8)
+    )

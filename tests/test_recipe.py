@@ -15,10 +15,9 @@ from r1jax.evals.benchmarks import Response
 from r1jax.schema import RejectionConfig
 from r1jax.stages import common, lineage, recipe, stage3_rejection_sft, traces
 
-STAGES = (
-    *("r1_zero", "stage1_coldstart", "stage2_reasoning_rl", "stage3_rejection_sft", "stage4_all_scenarios"),
-    *("distill", "student_rl"),
-)
+REASONERS = ("r1_zero", "stage1_coldstart", "stage2_reasoning_rl", "stage3_rejection_sft")
+MODELS = ("reward_helpful", "reward_safety")
+STAGES = (*REASONERS, *MODELS, "stage4_all_scenarios", "distill", "student_rl")
 CHECKPOINTS = ("base", "r1_zero", "dev1", "dev2", "dev3", "r1", "student_distilled", "student_rl")
 FIGURES = {
     *("pass@1", "pass@1_se", "greedy", "cons@16", "mean_tokens", "reflective_per_response", "language_consistency"),
@@ -28,6 +27,8 @@ SHORT_STAGES = (
     *("r1_zero.grpo.updates=4", "stage1_coldstart.coldstart.prompts=100", "stage2_reasoning_rl.grpo.updates=2"),
     *("stage3_rejection_sft.rejection.prompts=100", "stage4_all_scenarios.grpo.updates=4"),
     *("stage4_all_scenarios.scenarios.from_update=2", "student_rl.grpo.updates=2"),
+    *(f"{name}.reward_model.{field}" for name in MODELS for field in ("samples_per_prompt=4", "epochs=1")),
+    "reward_helpful.reward_model.pairs_per_prompt=8",
 )
 
 
@@ -84,12 +85,30 @@ def summary(graph):
 
 
 def test_summary_holds_every_checkpoint_with_every_figure(summary):
-    assert set(summary) == {"checkpoints", "wall_s"} and summary["wall_s"] > 0
+    assert set(summary) == {"checkpoints", "reward_models", "wall_s"} and summary["wall_s"] > 0
     assert sorted(summary["checkpoints"]) == sorted(CHECKPOINTS)
     assert all(set(figures) >= FIGURES for figures in summary["checkpoints"].values())
     assert all(figures["problems"] == figures["samples"] == 40 for figures in summary["checkpoints"].values())
     free = [name for name, figures in summary["checkpoints"].items() if figures["compute"] <= 0]
     assert free == ["base"]
+
+
+def test_summary_and_report_show_the_held_out_accuracy_of_both_reward_models(workdir, summary):
+    assert list(summary["reward_models"]) == list(MODELS)
+    page = (workdir / "report.html").read_text()
+    for name, found in summary["reward_models"].items():
+        assert found["accuracy_low"] <= found["accuracy"] <= found["accuracy_high"]
+        assert found.get("pairs", 0) + found.get("responses", 0) > 5 and 0 <= found["ece"] <= 1
+        assert name in page
+    assert "Reward models on held-out prompts" in page
+
+
+def test_stage_4_tells_what_the_reward_models_say_beside_what_is_verified(workdir):
+    rows = read(workdir / "stage4_all_scenarios")
+    names = {"reward_model", "rule", "reasoning_accuracy", "helpful_reward", "safety_reward", "hacking_warning"}
+    assert [names <= set(row) for row in rows] == [False, False, True, True]
+    assert all(0 <= row[name] <= 1 for row in rows[2:] for name in names)
+    assert all(row["accuracy"] == row["reasoning_accuracy"] for row in rows[2:])
 
 
 def test_every_stage_is_done_with_config_metrics_and_samples(workdir):
@@ -98,6 +117,8 @@ def test_every_stage_is_done_with_config_metrics_and_samples(workdir):
         assert set(record) == {"config_hash", "inputs", "output", "figures"}
         assert json.loads((workdir / stage / "config.json").read_text())["stage"] == stage
         assert len(read(workdir / stage)) > 0
+        if stage in MODELS:
+            continue
         assert len(jsonl.read(workdir / stage / "samples.jsonl")) == 40
 
 
@@ -110,7 +131,8 @@ def test_inputs_of_a_stage_are_the_outputs_of_those_before_it(workdir):
         "stage1_coldstart": base | {"r1_zero": output["r1_zero"]},
         "stage2_reasoning_rl": {"stage1_coldstart": output["stage1_coldstart"]},
         "stage3_rejection_sft": base | {"stage2_reasoning_rl": output["stage2_reasoning_rl"]},
-        "stage4_all_scenarios": {"stage3_rejection_sft": output["stage3_rejection_sft"]},
+        **{name: {"stage3_rejection_sft": output["stage3_rejection_sft"]} for name in MODELS},
+        "stage4_all_scenarios": {name: output[name] for name in ("stage3_rejection_sft", *MODELS)},
         "distill": base | {"stage3_rejection_sft": output["stage3_rejection_sft"]},
         "student_rl": base,
     }
@@ -137,7 +159,7 @@ def test_base_is_evaluated_once_whatever_stage_compares_itself_with_it(workdir, 
     for name, stage in (("base", "r1_zero"), ("student_base", "distill")):
         assert written[str(workdir / "evaluations" / f"{name}.json")] < written[str(workdir / stage / "DONE")]
     base = summary["checkpoints"]["base"]
-    for stage in STAGES[:5]:
+    for stage in (*REASONERS, "stage4_all_scenarios"):
         figures = marker(workdir, stage)["figures"]["base"]
         assert {name: base[name] for name in figures} == figures
     assert marker(workdir, "distill")["figures"]["base"] == marker(workdir, "student_rl")["figures"]["base"] != base
@@ -146,7 +168,7 @@ def test_base_is_evaluated_once_whatever_stage_compares_itself_with_it(workdir, 
 def test_listing_tells_done_stages_and_a_changed_one_with_its_dependents_as_stale(workdir, capsys):
     before = stamps(workdir)
     assert states(workdir, capsys=capsys) == dict.fromkeys(STAGES, "done")
-    stale = dict.fromkeys(("stage3_rejection_sft", "stage4_all_scenarios", "distill"), "stale")
+    stale = dict.fromkeys(("stage3_rejection_sft", *MODELS, "stage4_all_scenarios", "distill"), "stale")
     changed = states(workdir, "stage3_rejection_sft.sft.epochs=1", capsys=capsys)
     assert changed == dict.fromkeys(STAGES, "done") | stale
     assert stamps(workdir) == before
@@ -191,9 +213,10 @@ def test_from_runs_a_changed_stage_again_and_leaves_the_others_alone(workdir, tm
 @pytest.mark.parametrize(
     ("stage", "expected"),
     [
-        ("r1_zero", STAGES[:6]),
-        ("stage2_reasoning_rl", STAGES[2:6]),
-        ("stage3_rejection_sft", STAGES[3:6]),
+        ("r1_zero", STAGES[:8]),
+        ("stage2_reasoning_rl", STAGES[2:8]),
+        ("stage3_rejection_sft", STAGES[3:8]),
+        ("reward_safety", ("reward_safety", "stage4_all_scenarios")),
         ("stage4_all_scenarios", ("stage4_all_scenarios",)),
         ("distill", ("distill",)),
         ("student_rl", ("student_rl",)),

@@ -12,7 +12,7 @@ import uuid
 import pytest
 
 from r1jax.rewards import pool as pool_module
-from r1jax.rewards.compose import PART_NAMES
+from r1jax.rewards.compose import RULE_PARTS
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
@@ -108,7 +108,7 @@ def test_a_hanging_sample_is_unscorable_and_the_others_and_the_pool_survive():
         assert [score.scorable for score in scores] == [True, False, True, True]
         assert [score.parts["accuracy"] for score in scores] == [1.0, 0.0, 1.0, 0.0]
         assert scores[1].detail == "sample 'slow-7': grading passed the deadline of 4 s"
-        assert tuple(scores[1].parts) == PART_NAMES
+        assert tuple(scores[1].parts) == RULE_PARTS
         assert pool.score([symbolic("d")])[0].parts["accuracy"] == 1.0
 
 

@@ -288,7 +288,7 @@ def test_score_is_the_weighted_sum_of_its_parts():
     score = compose.score(request(response="<think>we add 它</think><answer>12</answer>"), config)
     assert score.parts == pytest.approx({"accuracy": 1.0, "format": 1.0, "language": 2 / 3, "repetition": 0.0})
     assert score.value == pytest.approx(1.0 + 0.5 + 0.25 * 2 / 3)
-    assert tuple(score.parts) == compose.PART_NAMES
+    assert tuple(score.parts) == compose.RULE_PARTS
 
 
 def test_score_grades_the_prefilled_think_tag_with_the_response():

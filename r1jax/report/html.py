@@ -104,6 +104,25 @@ FAITHFULNESS_COLUMNS = (
     _plain("copied_true", "copied true", "share of the problem's numbers that are copied without a fault"),
     *(_rechecks(count) for count in range(4)),
 )
+REWARD_MODEL_COLUMNS = (
+    Column("reward model", "the stage that made it", lambda row: str(row["model"])),
+    Column(
+        "examples",
+        "held-out pairs or labelled responses",
+        lambda row: number(row.get("pairs", row.get("responses")), 0),
+    ),
+    Column(
+        "accuracy (95% interval)",
+        "share of pairs whose chosen response scores higher, or of responses on the right side of 0",
+        lambda row: (
+            f"{number(row.get('accuracy'), 3)} ({number(row.get('accuracy_low'), 3)} to "
+            f"{number(row.get('accuracy_high'), 3)})"
+        ),
+    ),
+    _plain("auc", "AUC", "chance that a safe response scores above an unsafe one"),
+    _plain("ece", "calibration error", "mean gap between the chance it gives and the share that is right"),
+    _plain("length_correlation", "correlation with length", "of score and tokens of what is judged"),
+)
 MEASURES = (  # column of metrics.jsonl, heading, unit
     ("reward", "Reward", "mean per response"),
     ("accuracy", "Accuracy", "share of responses"),
@@ -125,13 +144,22 @@ def write_run(path: Path, summary: Mapping, stages: Sequence[StageData]) -> None
     title = "The R1 recipe" if len(stages) > 1 else f"Run of {stages[0].name}" if stages else "Run"
     checkpoints = [{"checkpoint": name, **figures} for name, figures in summary["checkpoints"].items()]
     count = f"{len(checkpoints)} checkpoint{'s' * (len(checkpoints) != 1)}"
-    write(path, title, f"{count}, {summary['wall_s']:.0f} s for the stages run last", checkpoints, stages)
+    models = [{"model": name, **figures} for name, figures in summary.get("reward_models", {}).items()]
+    write(path, title, f"{count}, {summary['wall_s']:.0f} s for the stages run last", checkpoints, stages, models)
 
 
-def write(path: Path, title: str, subtitle: str, checkpoints: Sequence[Mapping], stages: Sequence[StageData]) -> None:
+def write(
+    path: Path,
+    title: str,
+    subtitle: str,
+    checkpoints: Sequence[Mapping],
+    stages: Sequence[StageData],
+    models: Sequence[Mapping] = (),
+) -> None:
     """Writes the page under a temporary name and renames it. It makes no request of any kind, not even to its own folder.
 
-    checkpoints: figures with the key "checkpoint"; they are listed in the order of `stages`, others before them.
+    checkpoints: figures with the key "checkpoint"; they are listed in the order of `stages`, others before them. models:
+    held-out figures of reward models with the key "model".
     """
     order = {stage.name: place for place, stage in enumerate(stages)}
     checkpoints = sorted(checkpoints, key=lambda row: order.get(row["checkpoint"], -1))
@@ -143,7 +171,7 @@ def write(path: Path, title: str, subtitle: str, checkpoints: Sequence[Mapping],
         title=title,
         subtitle=subtitle,
         facts=_facts(stages),
-        tables=_tables(checkpoints),
+        tables=_tables(checkpoints, models),
         measured=_measured(checkpoints),
         charts=_charts(stages),
         splits=_splits(stages),
@@ -211,12 +239,14 @@ def _facts(stages: Sequence[StageData]) -> dict:
     return {"labels": ["makes", *labels], "rows": rows}
 
 
-def _tables(checkpoints: Sequence[Mapping]) -> list[dict]:
-    """Returns the main table, and the one about the written checks where there are equations."""
+def _tables(checkpoints: Sequence[Mapping], models: Sequence[Mapping] = ()) -> list[dict]:
+    """Returns the main table, and those about the written checks and reward models where there are any."""
     checked = [row for row in checkpoints if "arithmetic_true" in row]
     tables = [("Checkpoints on held-out problems", COLUMNS, checkpoints)]
     if checked:
         tables.append(("Are the checks real?", FAITHFULNESS_COLUMNS, checked))
+    if models:
+        tables.append(("Reward models on held-out prompts", REWARD_MODEL_COLUMNS, models))
     return [
         {"title": title, "columns": columns, "rows": [[column.text(row) for column in columns] for row in rows]}
         for title, columns, rows in tables
