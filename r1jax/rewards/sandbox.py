@@ -204,7 +204,7 @@ class _Run:
 def _collect(runs: list[_Run], limits: Limits, feed=None, stdin: bytes = b"") -> list[Outcome]:
     """Reads what the runs print, feeds the first one's input, and stops them all at the deadline or a full output."""
     deadline = time.monotonic() + limits.wall_s
-    left = memoryview(stdin)
+    left, stopping = memoryview(stdin), False
     with selectors.DefaultSelector() as selector:
         for run in runs:
             for stream in run.received:
@@ -216,9 +216,11 @@ def _collect(runs: list[_Run], limits: Limits, feed=None, stdin: bytes = b"") ->
         while any(key.data for key in selector.get_map().values()):
             ready = selector.select(max(0.0, deadline - time.monotonic()))
             if not ready:
+                if stopping:
+                    raise RuntimeError(f"sandbox: killed processes are still there after {KILL_S:g} s")
                 for run in runs:
                     run.stop("wall")
-                deadline = time.monotonic() + KILL_S
+                stopping, deadline = True, time.monotonic() + KILL_S
             for key, _ in ready:
                 if key.data is None:
                     left = _write(key.fileobj, left, selector)
