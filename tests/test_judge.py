@@ -6,16 +6,26 @@ from collections import Counter
 
 import pytest
 import toy_judge
+from small import finished_stage
 
 from r1jax import config as configs
 from r1jax import launch
 from r1jax.core import sharding
 from r1jax.data import jsonl
-from r1jax.data.tasks import TOPICS
+from r1jax.data.tasks import TOPICS, linear_prompts
 from r1jax.rewards.judge import Judge, Pair
 from r1jax.rewards.score import RewardRequest
-from r1jax.schema import Config, JudgeConfig, SamplerConfig
-from r1jax.stages import common, judging, lineage, preference_pairs, wider_pool
+from r1jax.schema import Config, JudgeConfig, SamplerConfig, replace
+from r1jax.stages import (
+    common,
+    judging,
+    lineage,
+    preference_pairs,
+    prompts,
+    stage3_rejection_sft,
+    traces,
+    wider_pool,
+)
 
 SAMPLER = SamplerConfig(slots=8, max_prompt_tokens=256, max_new_tokens=8, record_routed_experts=False)
 FLAGS = [
@@ -231,10 +241,10 @@ def test_pair_is_kept_when_its_mean_margin_exceeds_one(margins, kept):
 @pytest.fixture
 def wider(folder, tmp_path):
     """Returns (config of stage 3 with a judged prompt file, the tiny world's tokenizer, mesh, its base model's weights)."""
-    prompts = [
+    open_rows = [
         {"id": f"open-{n}", "prompt": f"tell {topic} :", "answer": topic} for n, topic in enumerate(TOPICS["en"])
     ]
-    jsonl.write(tmp_path / "open.jsonl", prompts[:3])
+    jsonl.write(tmp_path / "open.jsonl", open_rows[:3])
     fields = {
         **{"sampler.slots": 9, "sampler.max_new_tokens": 32, "sampler.windows": ()},
         **{"rejection.judged_prompts": tmp_path / "open.jsonl", "rejection.samples_per_prompt": 3},
@@ -255,6 +265,26 @@ def test_wider_pool_takes_the_judges_verdict_as_accuracy(wider, judge):
     expected = judge.accuracy(asked)
     assert [(r.parts["accuracy"], r.scorable) for r in found] == [(score.value, score.scorable) for score in expected]
     assert counts == {"judged": 9, "verdicts read, %": 100}
+
+
+def test_stage_three_keeps_of_the_wider_pool_what_judge_and_checks_accept(wider, tmp_path):
+    config, words, mesh, params = wider
+    config = replace(
+        config, rejection=replace(config.rejection, prompts=2, samples_per_prompt=6, drop_code_blocks=False)
+    )
+    finished_stage(replace(config, stage="stage2_reasoning_rl"), tmp_path, params, {})
+    problems = linear_prompts("train")[:4]
+    rows = [{"id": f"open-{p.id}", "prompt": p.text, "answer": p.answer, "language": p.language} for p in problems]
+    jsonl.write(config.rejection.judged_prompts, rows)
+    train = prompts.encode(linear_prompts("train")[100:110], config, words)
+    found, counts = stage3_rejection_sft.collect(config, words, mesh, train, tmp_path)
+    drawn = wider_pool.sample(config, words, mesh, params, Counter())
+    checks = [*traces.basic_checks(1.0), *stage3_rejection_sft.readable(config.rejection)]
+    accepted = {(r.problem_id, r.text) for _, r in traces.passing(drawn, checks, Counter())}
+    kept = [(row["id"], row["response"]) for row in found if row["id"].startswith("open-")]
+    assert kept and set(kept) <= accepted
+    assert {name for name, _ in kept} == {name for name, _ in accepted}  # of each prompt at most two
+    assert counts["judged"] == 24 and counts["sampled"] == 24 + 12
 
 
 def test_wider_pool_is_off_without_a_file_and_an_input_of_the_stage_with_one(wider, tmp_path):
