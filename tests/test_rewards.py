@@ -1,4 +1,5 @@
 import json
+import pathlib
 import random
 import re
 import subprocess
@@ -165,7 +166,24 @@ def test_grade_never_runs_the_answer_as_code(tmp_path):
 
 def test_quick_and_extract_take_linear_time_on_degenerate_text():
     started = time.perf_counter()
-    for unit in ("\\(", "\\boxed{", "<answer>", "1,", "1 ", "$", "\\frac{1}", "a'", "`", "```", "$$a", "{", "-"):
+    for unit in (
+        "\\(",
+        "\\boxed{",
+        "<answer>",
+        "1,",
+        "1 ",
+        "$",
+        "\\frac{1}",
+        "a'",
+        "`",
+        "```",
+        "$$a",
+        "{",
+        "-",
+        "a@",
+        "a.",
+        "\\begin{a}",
+    ):
         text = unit * 8000 + "5"
         quick(text, "5", "auto")
         rules.language_consistency(text, "en")
@@ -202,6 +220,18 @@ def test_grade_accepts_every_reference_against_itself_and_no_changed_digit(share
         ("<think>a</think><answer>1", 0.0),
         ("<answer>1</answer>", 0.0),
         ("", 0.0),
+        (GOOD + "\n" + "text after a line end", 0.0),  # `$` of a MULTILINE pattern would match before it
+        (GOOD + "\n</answer>", 0.0),
+        ("<think>a</think><answer>1</answer></think>", 0.0),
+        ("＜think＞a＜/think＞<answer>1</answer>", 0.0),  # full-width brackets
+        ("<thіnk>a</thіnk><answer>1</answer>", 0.0),  # a Cyrillic letter
+        ("<THINK>a</THINK><answer>1</answer>", 0.0),
+        ("<think>a</think><answer><eos></answer>", 0.0),  # nothing to read
+        ("<think><|im_end|></think><answer>1</answer>", 0.0),
+        ("<think>\u200b</think><answer>1</answer>", 0.0),
+        ("<think>a</think><answer>\u2060\ufeff</answer>", 0.0),
+        ("<think>\n\ta\n</think>\r\n\n<answer>\n1\n</answer>\n", 1.0),
+        ("<think>the tag </s> closes</think><answer>1</answer></s><eos>", 1.0),
     ],
 )
 def test_format_score_accepts_exactly_one_think_block_then_one_answer_block(text, expected):
@@ -231,6 +261,23 @@ def test_format_score_accepts_plain_text_after_the_thought_only_without_the_answ
 )
 def test_language_consistency_is_the_share_of_target_words_in_the_thought(text, target, expected):
     assert rules.language_consistency(text, target) == pytest.approx(expected)
+
+
+TRACES = [
+    json.loads(line) for line in (pathlib.Path(__file__).parent / "language_traces.jsonl").read_text().splitlines()
+]
+
+
+@pytest.mark.parametrize("trace", TRACES, ids=lambda trace: trace["text"][:24])
+def test_language_consistency_agrees_with_words_counted_by_hand(trace):
+    share = trace["matching"] / trace["words"] if trace["words"] else 0.0
+    assert rules.language_consistency(trace["text"], trace["target"]) == share
+
+
+@pytest.mark.parametrize(("name", "language"), [("cmath", "zh"), ("gsm8k_test", "en"), ("math500", "en")])
+def test_the_language_of_every_real_prompt_is_detected(shared_data, name, language):
+    rows = [json.loads(line) for line in (shared_data / f"{name}.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows if rules.detect_language(row["prompt"]) != language] == []
 
 
 def test_language_consistency_tells_languages_of_one_script_apart_by_lexicon():

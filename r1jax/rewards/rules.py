@@ -1,5 +1,6 @@
 """Rewards that read only the text: the format of an assistant turn and the language of its chain of thought."""
 
+import functools
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -15,32 +16,43 @@ END_OF_SEQUENCE = (
 )
 LANGUAGES = ("en", "zh", "fr")
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_MARKUP = re.compile("|".join(re.escape(tag) for tag in (*_TAGS, *END_OF_SEQUENCE)))
+_END = re.compile("|".join(map(re.escape, END_OF_SEQUENCE)))
+_MARKUP = re.compile("|".join(map(re.escape, (*_TAGS, *END_OF_SEQUENCE))))
 # No branch may run over a second opener: that keeps the scan linear on text of any kind.
-_CODE = re.compile(r"```[^`]*(?:`{1,2}[^`]+)*```|`[^`\n]*`")
+_CODE = re.compile(r"```[^`]*(?:`{1,2}[^`]+)*(?:```|\Z)|`[^`\n]*`")  # a fence that never closes runs to the end
+_ADDRESS = re.compile(r"(?:https?://|www\.)[!-~]+|[\w.+-]{1,64}@[A-Za-z0-9-]+\.[A-Za-z0-9.-]+")
 _LATEX = re.compile(
-    r"\$\$[^$]*\$\$|\$(?!\s)[^$\n]*(?<!\s)\$(?!\d)|\\\((?:(?!\\\().)*?\\\)|\\\[(?:(?!\\\[).)*?\\\]|\\[A-Za-z]+",
+    r"(?<!\\)\$\$[^$]*\$\$|(?<!\\)\$(?!\s)[^$\n]*(?<![\s\\])\$(?!\d)|\\\((?:(?!\\\().)*?\\\)|\\\[(?:(?!\\\[).)*?\\\]|"
+    r"\\begin\{(\w+\*?)\}(?:(?!\\begin\{).)*?\\end\{\1\}|\\(?:begin|end)\{\w+\*?\}|\\[A-Za-z]+",
     re.DOTALL,
 )
 _WORD = re.compile(r"[^\W_](?:[\w'’-]*[^\W_])?")
-_HAN_RANGES = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
-_HAN = re.compile(f"[{_HAN_RANGES}]")
-_REPEATED = re.compile(rf"[{_HAN_RANGES}]|[^\s{_HAN_RANGES}]+")
+_HAN = r"\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+_KANA = r"\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\uff66-\uff9d"
+_CJK_RUN = re.compile(f"[{_HAN}{_KANA}]+")
+_IS_KANA = re.compile(f"[{_KANA}]")
+_REPEATED = re.compile(rf"[{_HAN}]|[^\s{_HAN}]+")
+# Words of mathematics and units, which are the same in every language.
+_SYMBOLS = frozenset(
+    "sin cos tan cot arcsin arccos arctan log ln lg exp lim max min gcd lcm mod det "
+    "mm cm dm km mg kg ml mL cL dL Hz kHz MHz GHz Pa kPa kW kWh kJ mol rad μm".split()
+)
 
 
 def format_score(text: str, require_answer_tag: bool = True) -> float:
     """Returns 1.0 if the assistant turn has the asked form, else 0.0.
 
-    The form is one `<think>...</think>` and then one `<answer>...</answer>`, neither empty, nothing else anywhere but
-    white space and end-of-sequence tokens at the end. With `require_answer_tag` False (R1's chat format) any text that
-    is not empty may follow the thought. `text` includes what the prompt prefilled of the turn.
+    The form is one `<think>...</think>` and then one `<answer>...</answer>`, nothing else anywhere but white space and
+    end-of-sequence tokens at the end; in both stands something to read, which such tokens and invisible characters are not.
+    With `require_answer_tag` False (R1's chat format) any text to read may follow the thought. `text` includes what the
+    prompt prefilled of the turn.
     """
     body = _without_end(text).strip()
     if not body.startswith("<think>") or body.count("<think>") != 1 or body.count("</think>") != 1:
         return 0.0
     thought, rest = body[len("<think>") :].split("</think>")
     rest = rest.strip()
-    if not thought.strip() or not rest:
+    if not _has_content(thought) or not _has_content(rest):
         return 0.0
     if not require_answer_tag:
         return 1.0
@@ -48,7 +60,7 @@ def format_score(text: str, require_answer_tag: bool = True) -> float:
         return 0.0
     if not rest.startswith("<answer>") or not rest.endswith("</answer>"):
         return 0.0
-    return float(bool(rest[len("<answer>") : -len("</answer>")].strip()))
+    return float(_has_content(rest[len("<answer>") : -len("</answer>")]))
 
 
 def chain_of_thought(text: str) -> str:
@@ -62,7 +74,8 @@ def chain_of_thought(text: str) -> str:
 def language_consistency(text: str, target: str, lexicon: Mapping[str, str] | None = None) -> float:
     """Returns the share of the chain of thought's words that are in the target language, in [0, 1].
 
-    Source: DeepSeek-R1, eq. 7. Digits, symbols, LaTeX, code, tags and single letters are no words; each Han character is one.
+    Source: DeepSeek-R1, eq. 7; what a word is, it does not say. Here each Han character is one. Digits, LaTeX, code, addresses,
+    tags, units, names of functions, single Latin or Greek letters and up to four capitals (triangle ABC) are none.
     Without `lexicon` the script decides: Latin letters count for `en` and `fr`, Han for `zh`, other scripts for none.
     With `lexicon` (word -> language) only its words count. No words at all give 0. Raises ValueError for another target.
     """
@@ -107,16 +120,34 @@ def _without_end(text: str) -> str:
     return stripped
 
 
+def _has_content(text: str) -> bool:
+    """Returns whether anything is left to see when end-of-sequence tokens are taken out."""
+    return any(character.isprintable() and not character.isspace() for character in _END.sub("", text))
+
+
 def _word_languages(text: str, lexicon: Mapping[str, str] | None) -> list[str]:
     """Returns one language (with a lexicon) or script per word of the text."""
-    for pattern in (_MARKUP, _CODE, _LATEX):
+    for pattern in (_MARKUP, _CODE, _ADDRESS, _LATEX):
         text = pattern.sub(" ", text)
     if lexicon is not None:
         return [lexicon[word] for word in (token.lower() for token in _WORD.findall(text)) if word in lexicon]
-    languages = ["zh"] * len(_HAN.findall(text))
-    for word in _WORD.findall(_HAN.sub(" ", text)):
-        letters = [character for character in word if character.isalpha()]
-        if len(letters) < 2 or any(character.isdigit() for character in word):
-            continue
-        languages.append("latin" if unicodedata.name(letters[0], "").startswith("LATIN") else "other")
-    return languages
+    languages = []
+    for run in _CJK_RUN.findall(text):  # Han among kana is Japanese
+        languages += ["other" if _IS_KANA.search(run) else "zh"] * len(run)
+    scripts = map(_script, _WORD.findall(_CJK_RUN.sub(" ", text)))
+    return languages + [script for script in scripts if script]
+
+
+@functools.lru_cache(1 << 16)
+def _script(word: str) -> str:
+    """Returns `latin` or `other`, or "" for what is a word of no language: a symbol, a name of one letter, an acronym."""
+    word = unicodedata.normalize("NFKC", word)  # full-width and mathematical letters become plain ones
+    if word in _SYMBOLS or "_" in word or any(character.isdigit() for character in word):
+        return ""
+    names = [unicodedata.name(character, "") for character in word if character.isalpha()]
+    latin = all(name.startswith("LATIN") for name in names)
+    if len(names) < 2 and (latin or names[0].startswith("GREEK")):
+        return ""
+    if latin and len(names) <= 4 and word.isupper():
+        return ""
+    return "latin" if latin else "other"
