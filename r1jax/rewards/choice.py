@@ -10,10 +10,6 @@ from r1jax.schema import RewardConfig
 MAX_ANSWER_CHARACTERS = 1000  # a longer "answer" is wrong without a closer look
 LETTERS = "ABCDEFGHIJ"
 _OPTION_LINE = re.compile(r"[ \t]*\(?([A-J])[.):][ \t]*(.*)")
-_LEAD = re.compile(
-    r"(?:(?:so|thus|hence|therefore|final|correct|right|best|the|my|answer|option|choice|is|are|would|be)\b[\s,:]*|[:=][\s]*)+",
-    re.IGNORECASE,
-)
 _LABEL = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:,)]*")
 _LABEL_AND_TEXT = re.compile(r"(?:[(\[]([A-J])[)\]][.:]?|([A-J])[.):])\s*(\S.*)", re.DOTALL)
 _STATEMENT = re.compile(r"\b(?:answer|option|choice)\b[ \t]*(?:is\b|:)[ \t]*:?\s*([^\n]+)", re.IGNORECASE)
@@ -67,7 +63,7 @@ def choose(answer: str, options: Mapping[str, str]) -> str | None:
     text = _bare(answer)
     if (exact := _by_text(text, options)) and not re.fullmatch(r"[A-J]", text):
         return exact
-    text = text[lead.end() :] if (lead := _LEAD.match(text)) and lead.end() < len(text) else text
+    text = extraction.without_lead(text)
     if label := _LABEL.fullmatch(text):
         letter = label[1].upper()
         if label[1].isupper() or not _by_text(text, options):

@@ -7,6 +7,11 @@ from r1jax.rewards.number import LAST_NUMBER
 EXTRACTIONS = ("auto", "boxed", "answer_tag", "whole")
 _BOX_OPENING = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BOX_EVENT = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_LEAD = re.compile(
+    r"(?:(?:so|thus|hence|therefore)[\s,]+)?(?:(?:the|my)\s+)?(?:(?:final|correct|right|best)\s+)?"
+    r"(?:answer|option|choice)\b(?:\s+(?:is|would\s+be)\b)?\s*[:=]?\s*(?:(?:option|choice)\b\s*)?",
+    re.IGNORECASE,
+)
 
 
 def extract(response: str, extraction: str) -> str | None:
@@ -39,9 +44,7 @@ def reference_answer(reference: str) -> str:
     text = reference.rsplit("####", 1)[-1].strip() if "####" in reference else reference.strip()
     boxed = last_box(text)
     text = text if boxed is None else boxed
-    if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1]:
-        text = text[1:-1].strip()
-    return text
+    return without_dollars(text)
 
 
 def _last_number(text: str) -> str | None:
@@ -76,3 +79,22 @@ def last_box(text: str) -> str | None:
         elif token == "{" or len(token) > 2:
             stack.append(event.end() if len(token) > 2 else -1)
     return text[span[0] : span[1]].strip() or None if best >= 0 else None
+
+
+def without_lead(answer: str) -> str:
+    """Returns an answer without "the answer is", "Answer:", "option" and the like before it."""
+    lead = _LEAD.match(answer)
+    return answer[lead.end() :] if lead and lead.end() < len(answer) else answer
+
+
+def without_dollars(text: str) -> str:
+    """Returns a text without the one pair of dollar signs around all of it."""
+    whole = len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1]
+    return text[1:-1].strip() if whole else text
+
+
+def final_answer(response: str, extraction: str) -> str | None:
+    """Returns what `extract` finds, except that for `auto` an answer without tag and box is all of the text after the thought."""
+    if extraction != "auto":
+        return extract(response, extraction)
+    return extract(response, "answer_tag") or extract(response, "boxed") or extract(response, "whole")

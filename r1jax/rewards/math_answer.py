@@ -9,7 +9,9 @@ import functools
 import logging
 import re
 
-from r1jax.rewards.extraction import extract, reference_answer
+from r1jax.rewards.choice import choose
+from r1jax.rewards.extraction import extract, reference_answer, without_dollars, without_lead
+from r1jax.rewards.inequality import as_interval
 from r1jax.rewards.number import (
     MATH_WORDS,
     SPACES,
@@ -27,6 +29,9 @@ MAX_ANSWER_CHARACTERS = 1000  # a longer "answer" is wrong without a closer look
 _LATEX_COMMAND = re.compile(r"\\[A-Za-z]+")
 _LONG_WORD = re.compile(r"[A-Za-z]{3,}|[\u4e00-\u9fff]")
 _CLOCK = re.compile(r"\d{1,2}:\d{2}")
+_BASED = re.compile(r"(\d+)_\{?(\d+)\}?")  # digits in a base, 52_8; math-verify would drop the base
+_OPTION = re.compile(TEXT_COMMAND + r"\{\s*\(([A-J])\)\s*\}")
+_PRODUCT = re.compile(r"(?<=\d)\s*(?=\(|\\left\s*\()")
 _BARE_WORD = re.compile(r"[A-Z]|[A-Za-z][A-Za-z-]+|[\u4e00-\u9fff]{1,8}")
 
 
@@ -35,10 +40,11 @@ def quick(response: str, reference: str, extraction: str) -> Score | None:
     gold = reference_answer(reference)
     if not gold:
         return _unscorable("the reference is empty")
-    answer = extract(response, extraction)
+    answer = _answer(response, extraction)
     number = parse_number(gold, strict_units=True)
     words = None if number is not None else _text_answer(gold)
-    if number is None and words is None:
+    based = _BASED.fullmatch(_compact(gold))
+    if number is None and words is None and based is None:
         if _long_words(gold) > 1:
             return _unscorable(f"the reference {_shorten(gold)} is prose, not an answer")
         return None
@@ -47,6 +53,12 @@ def quick(response: str, reference: str, extraction: str) -> Score | None:
     if len(answer) > MAX_ANSWER_CHARACTERS:
         return _verdict(False, f"the answer has {len(answer)} characters, more than {MAX_ANSWER_CHARACTERS}")
     detail = f"answer {_shorten(answer)}, reference {_shorten(gold)}"
+    if based is not None:
+        found = _BASED.fullmatch(_compact(answer))
+        digits = found[1] if found else _compact(answer)  # without a base it is the question's
+        return _verdict(digits == based[1] and (found is None or found[2] == based[2]), detail)
+    if letter := _OPTION.fullmatch(gold):
+        return _verdict(choose(answer, {}) == letter[1], detail)
     if words is not None:
         return _verdict(_words(answer) == words, detail)
     found = parse_number(answer)
@@ -66,21 +78,21 @@ def grade(response: str, reference: str, extraction: str) -> Score:
     if score is not None:
         return score
     gold = reference_answer(reference)
-    parsed_gold = _parse_gold(gold)
-    if not parsed_gold:
+    if not _parse_gold(gold):
         return _unscorable(f"the reference {_shorten(gold)} cannot be parsed")
-    answer = extract(response, extraction)
+    answer = _answer(response, extraction)
     if answer is None:
         return _verdict(False, "no answer found")
     if len(answer) > MAX_ANSWER_CHARACTERS:
         return _verdict(False, f"the answer has {len(answer)} characters, more than {MAX_ANSWER_CHARACTERS}")
     detail = f"answer {_shorten(answer)}, reference {_shorten(gold)}"
-    parsed_answer = _parse(answer)
+    comparable_gold, comparable_answer = _in_one_notation(gold, answer)
+    parsed_answer = _parse(comparable_answer)
     if not parsed_answer:
         return _verdict(False, f"{detail}: the answer cannot be parsed")
     from math_verify import verify
 
-    return _verdict(bool(verify(list(parsed_gold), parsed_answer, timeout_seconds=None)), detail)
+    return _verdict(bool(verify(list(_parse_gold(comparable_gold)), parsed_answer, timeout_seconds=None)), detail)
 
 
 def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
@@ -91,6 +103,25 @@ def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
 def load() -> None:
     """Imports math-verify and sympy, so that the first `grade` is not the one that waits for it."""
     _parse("$\\frac{x}{2}$")
+
+
+def _answer(response: str, where: str) -> str | None:
+    answer = extract(response, where)
+    return None if answer is None else without_dollars(without_lead(answer).rstrip(" ."))
+
+
+def _compact(text: str) -> str:
+    for mark in ("\\displaystyle", "\\(", "\\)", "\\[", "\\]", "$", " "):
+        text = text.replace(mark, "")
+    return SPACES.sub("", text).rstrip(".")
+
+
+def _in_one_notation(gold: str, answer: str) -> tuple[str, str]:
+    """Returns both texts, as intervals where they are inequalities: math-verify does not compare one notation with the other."""
+    intervals = as_interval(gold), as_interval(answer)
+    if all(intervals) and intervals[0][0] != intervals[1][0]:
+        return gold, answer
+    return intervals[0][1] if intervals[0] else gold, intervals[1][1] if intervals[1] else answer
 
 
 def _text_answer(gold: str) -> str | None:
@@ -127,11 +158,12 @@ def _parse(text: str, sentence: bool = True) -> list:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    text = text.replace("\\$", "").rstrip(" ,.")
+    text = _PRODUCT.sub(r" \\cdot ", text.replace("\\$", "").rstrip(" ,."))
     delimited = "$" in text or "\\(" in text or "\\[" in text
     if not delimited:
         text = TRAILING_TEXT_UNIT.sub("", text)
     searched = delimited or (sentence and _long_words(text) > 0)
+    # It reads 2(3) as a mixed number, 2 + 3, so products get their sign (_PRODUCT).
     # Its units include names of variables (2t would be read as 2), so they stay off.
     normalization = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
     targets = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=normalization)]

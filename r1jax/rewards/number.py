@@ -14,11 +14,13 @@ _MIXED_LATEX = re.compile(rf"([+-]?)\s*(\d+)?\s*\\frac{_PART}{_PART}")
 LAST_NUMBER = re.compile(
     rf"(?:(?<![\w)\]}}.])[+-]\s?)?[$£€¥]?(?:\\[dt]?frac\{{-?\d+\}}\{{\d+\}}|{_DECIMAL}(?:\s?/\s?\d+)?)(?:\s?\\?%)?"
 )
-TEXT_COMMAND = r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox|operatorname)\s*"
+TEXT_COMMAND = r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox|operatorname)(?![A-Za-z])\s*"
 WHOLE_TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*)\}")
 TRAILING_TEXT_UNIT = re.compile(r"\s*" + TEXT_COMMAND + r"\{([^{}\d]*)\}\s*(?:\^\s*\{?\s*[23]\s*\}?)?$")
 _TRAILING_WORDS = re.compile(r"^(.*?[\d}.])(\s*)([A-Za-z][A-Za-z .'/-]*)(?:\^\s*\{?\s*[23]\s*\}?)?$")
 _HAN_UNIT = re.compile(r"(?<=[\d%])\s*(?:(?![十百千万亿])[\u4e00-\u9fff]){1,4}$")
+_POWER_OF_TEN = re.compile(r"(?<=[\d.])\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*\{?\s*([+-]?\d{1,3})\s*\}?$")
+_VARIABLE = re.compile(r"[A-Za-z]\s*=\s*")
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|°|\\degrees?\b")
 SPACES = re.compile(r"(?<!\\)\\[!,;:> ]|\\q?quad\b|~")
 MATH_WORDS = frozenset("sin cos tan cot sec csc log ln exp sqrt pi max min lim mod gcd lcm inf infinity oo".split())
@@ -41,7 +43,7 @@ def parse_number(text: str, strict_units: bool = False) -> Number | None:
     r"""Returns the rational number that `text` writes, or None if it is anything else.
 
     Reads integers, decimals, thousands separators (`1,234`, `1{,}234`, `1\,234`), fractions (`3/4`, `\frac{3}{4}`), mixed numbers
-    (`1\frac{4}{5}`, `1 4/5`) and exponents up to three digits. Currency signs, degrees, `\text{...}` and unit words
+    (`1\frac{4}{5}`, `1 4/5`), exponents up to three digits and powers of ten, in one pair of brackets and behind `x =`. Currency signs, degrees, `\text{...}` and unit words
     behind the number are dropped; `strict_units` (for references) drops known units only.
     """
     if len(text) > _MAX_NUMBER_CHARACTERS:
@@ -83,7 +85,12 @@ def _normalize(text: str) -> str:
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
     text = re.sub(r",\s*\\!\s*(?=\d{3})", ",", text)
     text = re.sub(r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))", "", text)
-    return _DEGREES.sub("", SPACES.sub(" ", text)).strip()
+    text = _DEGREES.sub("", SPACES.sub(" ", text.replace("\\displaystyle", ""))).strip()
+    if variable := _VARIABLE.match(text):
+        text = text[variable.end() :]
+    if text.startswith("(") and text.endswith(")"):
+        text = text[1:-1].strip()
+    return _POWER_OF_TEN.sub(r"e\1", text)
 
 
 def _parse_fraction(text: str) -> Fraction | None:

@@ -1,0 +1,14 @@
+"""Measure what the graders get right: known answers, at least five rewritings of each, and near misses that must be wrong.
+
+Hardware: any; no accelerator and no JAX (minutes on two CPU cores).
+Command: python -m r1jax.launch --config=bench_grading --config.data.path=FOLDER_OR_FILE --json=FIGURES.json
+"""
+
+from r1jax.schema import Config
+
+PRESETS = ("tiny",)
+
+
+def config(preset: str) -> Config:
+    """Returns the measurement; `data.max_rows` takes fewer rows of each file."""
+    return Config(stage="bench_grading", preset=preset)
