@@ -45,6 +45,7 @@ setup(
         "pebble>=5.0",
         "protobuf>=4.25",
         "pyseccomp>=0.1.2",
+        "reasoning-gym>=0.1.25",
         "rich>=13.7",
         "safetensors>=0.4.3",
         "sentencepiece>=0.2.0",

@@ -138,7 +138,8 @@ def split_holdout(rows: Iterable[Row], fraction: float) -> tuple[list[Row], list
 def from_jsonl_rows(rows: Iterable[Mapping]) -> list[Prompt]:
     """Returns one Prompt per row {id, prompt, answer or tests, task?, language?, source?}; other fields are ignored.
 
-    `tests` (code) becomes JSON text. Raises ValueError with the row's number (from 1) for a missing or ill-typed field,
+    `tests` (code) becomes JSON text. A row of task math whose `meta` has `numbers` and `target` asks for an expression: its task becomes
+    countdown, its answer both as JSON. Raises ValueError with the row's number (from 1) for a missing or ill-typed field,
     an empty prompt or an id that was already used.
     """
     prompts, seen = [], {}
@@ -160,5 +161,14 @@ def from_jsonl_rows(rows: Iterable[Mapping]) -> list[Prompt]:
         for name, label in labels.items():
             if not isinstance(label, str):
                 raise ValueError(f"row {number} ({row['id']}): {name!r} is {label!r}, needs text")
+        if (puzzle := _countdown(row)) is not None:
+            labels["task"], answer = "countdown", puzzle
         prompts.append(Prompt(id=row["id"], text=row["prompt"], answer=answer, **labels))
     return prompts
+
+
+def _countdown(row: Mapping) -> str | None:
+    meta = row.get("meta")
+    if row.get("task") != "math" or not isinstance(meta, Mapping) or not {"numbers", "target"} <= meta.keys():
+        return None
+    return json.dumps({name: meta[name] for name in ("numbers", "target")})
