@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import pathlib
 from fractions import Fraction
 
@@ -12,6 +13,7 @@ from r1jax.rewards.math_answer import grade, parse_number
 from r1jax.schema import DataConfig
 from r1jax.stages import bench_grading
 
+COMMITTED = pathlib.Path(__file__).resolve().parents[1] / "docs" / "results" / "bench_grading.json"
 GROUPS = ("gold", "rewritten", "perturbed")
 
 
@@ -26,6 +28,15 @@ def test_a_fixed_slice_of_answers_rewritings_and_near_misses_is_graded_right(sha
     assert (figures["rows"], figures["first_misses"]) == (rows, [])
     assert [figures[group] for group in GROUPS] == [1.0, 1.0, 1.0]
     assert figures["fewest_rewritings"] >= 5 and figures["samples_per_s"] > 0
+
+
+def test_the_committed_measurement_reaches_99_8_percent_of_every_group():
+    files = json.loads(COMMITTED.read_text())["files"]
+    assert {name: figures["rows"] for name, figures in files.items()} == dict(
+        gsm8k_test=1319, math500=500, mmlu_stem=3018
+    )
+    assert all(figures[group] >= 0.998 for figures in files.values() for group in GROUPS)
+    assert all(figures["fewest_rewritings"] >= 5 for figures in files.values())
 
 
 def test_bench_grading_names_what_it_needs_when_path_or_task_is_wrong(tmp_path):
