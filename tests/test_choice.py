@@ -84,6 +84,14 @@ def test_a_capital_letter_is_a_label_and_a_small_one_an_options_text():
     assert (value("\\boxed{B}", "B", prompt), value("\\boxed{B}", "C", prompt)) == (1.0, 0.0)
 
 
+def test_mcq_reads_option_texts_that_begin_with_a_label():
+    prompt = "Which?\nA. (I) and (II)\nB. (A) and (C)\nC. (E) none"
+    assert [
+        value(f"<answer>The answer is {text}</answer>", letter, prompt)
+        for letter, text in choice.read_options(prompt).items()
+    ] == [1.0] * 3
+
+
 def test_an_option_text_that_two_options_share_names_neither():
     prompt = "Which?\nA. 5\nB. 5\nC. 6"
     assert value("\\boxed{5}", "A", prompt) == 0.0

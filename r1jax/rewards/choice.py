@@ -60,10 +60,10 @@ def choose(answer: str, options: Mapping[str, str]) -> str | None:
     """
     if len(answer) > MAX_ANSWER_CHARACTERS:
         return None
-    text = _bare(answer)
-    if (exact := _by_text(text, options)) and not re.fullmatch(r"[A-J]", text):
-        return exact
-    text = extraction.without_lead(text)
+    text = extraction.without_lead(_bare(answer))
+    for whole in (_bare(answer), text):
+        if (exact := _by_text(whole, options)) and not re.fullmatch(r"[A-J]", whole):
+            return exact
     if label := _LABEL.fullmatch(text):
         letter = label[1].upper()
         if label[1].isupper() or not _by_text(text, options):
