@@ -34,6 +34,19 @@ MIXTURE = ModelConfig(
     initializer_range=0.3,
     scan_layers=False,
 )
+# A dense model with grouped heads.
+GROUPED = ModelConfig(
+    family="qwen3",
+    qk_norm=True,
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    initializer_range=0.3,
+)
 # Overrides of r1_zero:tiny and r1_zero:tiny_dense for runs of seconds, beside their numbers of updates and samples.
 RL_FIELDS = {
     "model.hidden_size": 32,

@@ -203,12 +203,6 @@ def test_blocks_of_short_rows_are_whole_registers():
     assert blocks_for("unheard of", 4096, 300) == Blocks()
 
 
-GROUPED = ModelConfig(
-    family="qwen3", qk_norm=True, vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.3,
-)  # fmt: skip
-
-
 def trained(model: ModelConfig):
     """Returns the losses and the weights of three updates on packed rows."""
     grpo = GRPOConfig(kl_coef=0.0)
@@ -229,7 +223,7 @@ def trained(model: ModelConfig):
     return found, state.params
 
 
-@pytest.mark.parametrize("model", [small.MIXTURE, GROUPED], ids=["latent", "grouped"])
+@pytest.mark.parametrize("model", [small.MIXTURE, small.GROUPED], ids=["latent", "grouped"])
 def test_three_updates_through_the_kernel_are_those_of_xla(model):
     by_kernel = trained(replace(model, attention_implementation="flash", logprob_implementation="pallas"))
     by_xla = trained(replace(model, attention_implementation="xla", logprob_implementation="xla"))

@@ -80,10 +80,17 @@ def test_the_kernels_compile_in_the_update_of_a_divided_model(topology, tmp_path
     assert found.rematerialized == ()
 
 
+LATENT = dict(kv_lora_rank=512, qk_rope_head_dim=64)
+GROUPED = dict(num_attention_heads=8, num_key_value_heads=2, head_dim=128)
+
+
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x2", "v6e:2x2"])
-def test_the_decode_kernel_compiles_in_the_step_of_a_divided_model(topology):
-    shape = dict(num_hidden_layers=2, kv_lora_rank=512, qk_rope_head_dim=64, compute_dtype="bfloat16")
-    given = dict(preset="tiny", model=shape, mesh={"fsdp": 2, "tensor": 2}, slots=4)
+@pytest.mark.parametrize(
+    ("preset", "shape", "kernel"), [("tiny", LATENT, "latent_decode"), ("tiny_dense", GROUPED, "grouped_decode")]
+)
+def test_a_decode_kernel_compiles_in_the_step_of_a_divided_model(preset, shape, kernel, topology):
+    shape = shape | dict(num_hidden_layers=2, compute_dtype="bfloat16")
+    given = dict(preset=preset, model=shape, mesh={"fsdp": 2, "tensor": 2}, slots=4)
     found = compile_program(topology, f"{DRIVER}:decode", given, "full")
-    assert found.kernels == {"latent_decode": 2}
+    assert found.kernels == {kernel: 2}
     assert found.rematerialized == ()

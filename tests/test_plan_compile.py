@@ -123,17 +123,27 @@ def test_tokens_of_the_tiny_model_travel_to_experts_and_weights_stay(builder):
     assert {one.axes for one in travels} == {("fsdp", "expert")}
 
 
+LATENT = dict(kv_lora_rank=512, qk_rope_head_dim=64)
+GROUPED = dict(num_attention_heads=8, num_key_value_heads=2, head_dim=64)
+
+
+@pytest.mark.parametrize(
+    ("preset", "shape", "array", "kernel"),
+    [
+        ("tiny", LATENT, r"bf16\[6,{},1040,640\]", "latent_decode"),
+        ("tiny_dense", GROUPED, r"bf16\[6,{},2,1040,128\]", "grouped_decode"),
+    ],
+)
 @pytest.mark.parametrize("slots", [1, 16])
-def test_a_decode_step_copies_nothing_of_the_latent_cache(slots, tmp_path):
-    shape = dict(kv_lora_rank=512, qk_rope_head_dim=64, compute_dtype="bfloat16", num_hidden_layers=6)
-    given = dict(mesh={}, model=shape, slots=slots, max_new_tokens=1000, max_prompt_tokens=24)
-    found = compile_program("v5p:1x1x1", f"{DRIVER}:decode", {"preset": "tiny"} | given, keep=tmp_path)
+def test_a_decode_step_copies_nothing_of_the_cache(preset, shape, array, kernel, slots, tmp_path):
+    shape = shape | dict(compute_dtype="bfloat16", num_hidden_layers=6)
+    given = dict(preset=preset, mesh={}, model=shape, slots=slots, max_new_tokens=1000, max_prompt_tokens=24)
+    found = compile_program("v5p:1x1x1", f"{DRIVER}:decode", given, keep=tmp_path)
     (module,) = (path.read_text() for path in (tmp_path / "dump").glob("*before_buffer_assignment.txt"))
-    array = rf"bf16\[6,{slots},1040,640\]"
-    assert re.search(array, module)
-    assert not re.search(rf"= {array}\S* copy\(", module)
+    assert re.search(array.format(slots), module)
+    assert not re.search(rf"= {array.format(slots)}\S* copy\(", module)
     assert found.memory.temporaries < 2**23
-    assert set(found.kernels) == {"latent_decode"}
+    assert set(found.kernels) == {kernel}
 
 
 def test_expert_weights_that_are_gathered_are_found_in_the_compiled_update():

@@ -205,7 +205,7 @@ def _folded(kv_b, q_nope, q_rope, c: ModelConfig) -> tuple[jax.Array, jax.Array]
 def _decoded(kv_b, q_nope, q_rope, cache_LSTW, layer, lengths, c: ModelConfig) -> jax.Array:
     """Returns the same as `_absorbed` for one query a slot, by the kernel; 0 for a slot with no length."""
     q_latent, w_v = _folded(kv_b, q_nope, q_rope, c)
-    context = flash.decode(q_latent[:, 0], cache_LSTW, layer, lengths, c.kv_lora_rank, rope.softmax_scale(c))
+    context = flash.decode(q_latent[:, 0], (cache_LSTW,), layer, lengths, c.kv_lora_rank, rope.softmax_scale(c))
     return jnp.einsum("BNR,RNV->BNV", context.astype(q_nope.dtype), w_v)[:, None]
 
 
@@ -221,11 +221,9 @@ def grouped_attention(p: GroupedAttention, x_BTD, context: Context, c: ModelConf
     q = rope.rotate(constrain(q, "batch", "sequence", "heads", None), context.cos, context.sin)
     k = rope.rotate(constrain(k, "batch", "sequence", "heads", None), context.cos, context.sin)
     if cache is not None:
-        keys = kv.write(cache.keys, layer, k, context.write_positions)
-        values = kv.write(cache.values, layer, v, context.write_positions)
+        keys = kv.write(cache.keys, layer, k, context.write_positions, cache.row_axis)
+        values = kv.write(cache.values, layer, v, context.write_positions, cache.row_axis)
         cache = cache.replace(keys=keys, values=values)
-        k = kv.read(keys, layer, window).astype(q.dtype)
-        v = kv.read(values, layer, window).astype(q.dtype)
     batch, queries = q.shape[:2]
     groups = c.num_attention_heads // c.num_key_value_heads
     q = q.reshape(batch, queries, c.num_key_value_heads, groups, c.head_dim)  # [B, T, K, N / K, H]
@@ -236,7 +234,15 @@ def grouped_attention(p: GroupedAttention, x_BTD, context: Context, c: ModelConf
     elif cache is None and c.attention_block:
         scale = rope.softmax_scale(c)
         o = packed_attention(q, k, v, context.segments, scale, c.attention_block, context.prefixes)
+    elif cache is not None and queries == 1 and flash.chosen(c):
+        scale = rope.softmax_scale(c)
+        o = flash.decode(q[:, 0], (cache.keys, cache.values), layer, context.lengths, c.head_dim, scale)
     else:
+        if cache is not None:
+            k, v = (
+                kv.read(array, layer, window, cache.row_axis)[..., : c.head_dim].astype(q.dtype)
+                for array in (cache.keys, cache.values)
+            )
         scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
         probs = _softmax(scores * rope.softmax_scale(c), context.mask[:, None, None]).astype(v.dtype)
         o = jnp.einsum("BKGTS,BSKH->BTKGH", probs, v)

@@ -1,8 +1,8 @@
 """The key/value cache: what it holds stands behind `CacheSpec`, so that pages can come later.
 
 Row i of a slot holds position i. The last row is scratch: it takes the writes of idle slots and of padding.
-MLA stores the 'latent' (normalised c_kv and rotated k_rope), where the decode kernel reads it padded with zeros to whole
-registers; GQA stores keys and values.
+MLA stores the 'latent' (normalised c_kv and rotated k_rope), GQA keys and values. Where the decode kernels read them, rows are padded
+with zeros to whole registers and those of a head stand together.
 """
 
 from dataclasses import dataclass
@@ -21,15 +21,19 @@ TILE_ROWS = 16  # of a TPU's tile of bfloat16
 
 @struct.dataclass
 class Cache:
-    """Cached rows of all layers. MLA: `keys` is [L, S, T + 1, R + rope or wider] and `values` is None. GQA: [L, S, T + 1, K, H]."""
+    """Cached rows of all layers. MLA: `keys` is [L, S, T + 1, R + rope] and `values` is None. GQA: both are [L, S, T + 1, K, H].
+
+    For the kernels the last axis may be wider and GQA's are [L, S, K, T + 1, H]: `row_axis` is 3.
+    """
 
     keys: jax.Array
     values: jax.Array | None = None
+    row_axis: int = struct.field(pytree_node=False, default=2)
 
     @property
     def rows(self) -> int:
         """Usable rows, without the scratch row."""
-        return self.keys.shape[2] - 1
+        return self.keys.shape[self.row_axis] - 1
 
 
 @dataclass(frozen=True)
@@ -43,24 +47,31 @@ class CacheSpec:
 
     @property
     def tiled(self) -> bool:
-        """Whether rows and widths are whole tiles: as the decode kernel reads them, or XLA would lay slots between rows."""
-        return self.config.is_mla and flash.chosen(self.config)
+        """Whether rows and widths are whole tiles: as the decode kernels read them, or XLA would lay slots between rows."""
+        return flash.chosen(self.config)
+
+    @property
+    def row_axis(self) -> int:
+        return 3 if self.tiled and not self.config.is_mla else 2
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        if self.config.is_mla:
-            width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
-            return (rounded(width) if self.tiled else width,)
-        return (self.config.num_key_value_heads, self.config.head_dim)
+        c = self.config
+        width = c.kv_lora_rank + c.qk_rope_head_dim if c.is_mla else c.head_dim
+        heads = () if c.is_mla else (c.num_key_value_heads,)
+        return (*heads, rounded(width) if self.tiled else width)
 
     @property
     def shape(self) -> tuple[int, ...]:
         rows = rounded(self.rows + 1, TILE_ROWS) if self.tiled else self.rows + 1
-        return (self.config.num_hidden_layers, self.slots, rows, *self.row_shape)
+        return self._with_rows(rows, (self.config.num_hidden_layers, self.slots, *self.row_shape))
 
     @property
     def axes(self) -> tuple[str | None, ...]:
-        return (None, "slots", None, None) if self.config.is_mla else (None, "slots", None, "heads", None)
+        return self._with_rows(None, (None, "slots", *(() if self.config.is_mla else ("heads",)), None))
+
+    def _with_rows(self, rows, others: tuple) -> tuple:
+        return (*others[: self.row_axis], rows, *others[self.row_axis :])
 
     @property
     def bytes_per_token(self) -> int:
@@ -73,21 +84,28 @@ class CacheSpec:
 
     def zeros(self) -> Cache:
         keys = jnp.zeros(self.shape, self.dtype)
-        return Cache(keys, None if self.config.is_mla else jnp.zeros(self.shape, self.dtype))
+        values = None if self.config.is_mla else jnp.zeros(self.shape, self.dtype)
+        return Cache(keys, values, self.row_axis)
 
 
-def write(cache: jax.Array, layer: jax.Array | int, rows: jax.Array, positions: jax.Array) -> jax.Array:
-    """Returns cache [L, S, T + 1, ...] with rows [S, Q, ...] stored at positions [S, Q] of one layer.
+def write(
+    cache: jax.Array, layer: jax.Array | int, rows: jax.Array, positions: jax.Array, row_axis: int = 2
+) -> jax.Array:
+    """Returns cache [L, S, T + 1, ...], the rows on `row_axis`, with rows [S, Q, ...] stored at positions [S, Q] of one layer.
 
     Rows narrower than the cache's are padded with zeros.
     """
-    rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, cache.shape[-1] - rows.shape[-1])])
+    rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, cache.shape[-1] - rows.shape[-1])]).astype(cache.dtype)
     slots = jnp.arange(cache.shape[1])[:, None]
-    return cache.at[layer, slots, positions].set(rows.astype(cache.dtype), mode="promise_in_bounds")
+    if row_axis == 2:
+        return cache.at[layer, slots, positions].set(rows, mode="promise_in_bounds")
+    # Heads are indexed too: a scatter of [K, H] parts would have XLA lay out the cache for it, and copy it for the kernel.
+    index = layer, slots[..., None], jnp.arange(cache.shape[2]), positions[..., None]
+    return cache.at[index].set(rows, mode="promise_in_bounds")
 
 
-def read(cache: jax.Array, layer: jax.Array | int, window: int) -> jax.Array:
+def read(cache: jax.Array, layer: jax.Array | int, window: int, row_axis: int = 2) -> jax.Array:
     """Returns the first `window` rows of one layer, [S, window, ...]."""
-    sizes = (1, cache.shape[1], window, *cache.shape[3:])
+    sizes = (1, *cache.shape[1:row_axis], window, *cache.shape[row_axis + 1 :])
     starts = (layer, *([0] * (cache.ndim - 1)))
-    return jax.lax.dynamic_slice(cache, starts, sizes)[0]
+    return jnp.moveaxis(jax.lax.dynamic_slice(cache, starts, sizes)[0], row_axis - 1, 1)

@@ -1,10 +1,12 @@
-"""Attention by the Pallas kernels, on the mesh in force: over whole rows, and over the latent cache in decoding."""
+"""Attention by the Pallas kernels, on the mesh in force: over whole rows, and over the cache in decoding."""
+
+import math
 
 import jax
 import jax.numpy as jnp
 
 from r1jax.core import sharding
-from r1jax.kernels import latent_decode
+from r1jax.kernels import decode_attention
 from r1jax.kernels.flash_attention import blocks_for, flash_attention
 from r1jax.schema import ModelConfig
 
@@ -37,24 +39,30 @@ def attend(q_BTKGH, k_BTKH, v_BTKV, segments, prefixes, scale: float) -> jax.Arr
     return function(q_BTKGH, k_BTKH, v_BTKV, *rows)
 
 
-def decode(q_SNR, cache_LSTW, layer, lengths_S, value_width: int, scale: float) -> jax.Array:
-    """Returns one query's attention over the first lengths [S] rows of each slot, float32 [S, N, value_width].
+def decode(q, cached: tuple[jax.Array, ...], layer, lengths_S, value_width: int, scale: float) -> jax.Array:
+    """Returns one query's attention over the first lengths [S] rows of each slot, float32, value_width wide.
 
-    Slots and heads lie where the mesh has them. Queries narrower than the cache's rows are padded, as those are.
+    `cached` is a latent [L, S, T, W] for q [S, N, R], or keys and values [L, S, K, T, W] for q [S, K, G, H]. Slots and heads lie
+    where the mesh has them. Queries narrower than the cache's rows are padded, as those are.
     """
     mesh, device = sharding.current_mesh(), sharding.device()
-    q = jnp.pad(q_SNR, ((0, 0), (0, 0), (0, cache_LSTW.shape[-1] - q_SNR.shape[-1]))).astype(cache_LSTW.dtype)
+    padding = [(0, 0)] * (q.ndim - 1) + [(0, cached[0].shape[-1] - q.shape[-1])]
+    q = jnp.pad(q, padding).astype(cached[0].dtype)
 
-    def body(q, cache, layer, lengths):
-        blocks = latent_decode.blocks_for(device.device_kind, cache.shape[2])
-        interpret = device.platform == "cpu"
-        return latent_decode.latent_decode(q, cache, layer, lengths, value_width, scale, blocks, interpret)
+    def body(q, layer, lengths, *cached):
+        shape, interpret = cached[0].shape, device.platform == "cpu"
+        blocks = decode_attention.blocks_for(device.device_kind, shape[-2], math.prod(shape[2:-2]) * shape[-1])
+        if len(cached) == 1:
+            return decode_attention.latent_decode(q, *cached, layer, lengths, value_width, scale, blocks, interpret)
+        out = decode_attention.grouped_decode(q, *cached, layer, lengths, scale, blocks, interpret)
+        return out[..., :value_width]
 
-    given = q, cache_LSTW, jnp.int32(layer), lengths_S
+    given = q, jnp.int32(layer), lengths_S, *cached
     if mesh is None or mesh.size == 1:
         return body(*given)
     place = lambda array, *axes: sharding.partition(axes, array.shape, mesh)  # noqa: E731
-    queries = place(q, "slots", "heads", None)
-    rows = place(cache_LSTW, None, "slots", None, None)
-    in_specs = (queries, rows, jax.sharding.PartitionSpec(), place(lengths_S, "slots"))
+    queries = place(q, "slots", "heads", *[None] * (q.ndim - 2))
+    heads = ["heads"] * (len(cached) - 1)  # a latent has none
+    rows = [place(array, None, "slots", *heads, None, None) for array in cached]
+    in_specs = (queries, jax.sharding.PartitionSpec(), place(lengths_S, "slots"), *rows)
     return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=queries, check_vma=False)(*given)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from r1jax.core import sharding
-from r1jax.kernels import flash_attention, latent_decode, logprob_tile
+from r1jax.kernels import decode_attention, flash_attention, logprob_tile
 from r1jax.kernels.tpu import CHIPS, rounded
 from r1jax.plan import bundles, traffic
 from r1jax.plan.compile import Program, compile_program
@@ -25,13 +25,15 @@ SHAPES = {  # heads of keys, width of queries and keys, width of values
 LOGPROB_TOKENS = 8192
 # Width and vocabulary; that of qwen2 is no whole number of blocks.
 LOGPROB_SHAPES = {"v3": (7168, 129280), "llama3_70b": (8192, 128256), "qwen2_1.5b": (1536, 151936)}
-# Heads, width of a row, of its values, rows of the cache, slots.
-DECODE_SHAPES = {"v3": (128, 576, 512, 8208, 8), "v2_lite": (16, 576, 512, 8208, 8)}
-DECODE = (latent_decode.NAME,)
+# Rows of the cache and slots of decoding; heads and widths of a row and of its values; key heads, queries of one and their width.
+DECODE_ROWS, DECODE_SLOTS = 8208, 8
+LATENT_SHAPES = {"v3": (128, 576, 512), "v2_lite": (16, 576, 512)}
+GROUPED_SHAPES = {"llama3_70b": (8, 8, 128), "qwen2_1.5b": (2, 6, 128), "qwen2_0.5b": (2, 7, 64)}
+DECODE = decode_attention.NAMES
 ATTENTION = ("flash_attention_forward", "flash_attention_backward")
 LOGPROB = logprob_tile.NAMES
 OURS = {name: SHAPES for name in ATTENTION} | {name: LOGPROB_SHAPES for name in LOGPROB}
-OURS |= {name: DECODE_SHAPES for name in DECODE}  # and their shapes
+OURS |= dict(zip(DECODE, (LATENT_SHAPES, GROUPED_SHAPES), strict=True))  # and their shapes
 PRODUCTS = dict(zip(LOGPROB, (1, 2, 2), strict=True))  # a logit: itself, and its part of a gradient
 GENERATIONS = {"v5p": "TPU v5", "v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}  # of topologies, and their device kinds
 SPLASH = ("splash_mha_fwd_segmented", "splash_mha_dkv_segmented")  # JAX's own, with the same blocks
@@ -127,18 +129,21 @@ def _logprob(kind: str, make, kernel: str, shape: str):
 
 def _decode(kind: str, make, kernel: str, shape: str):
     """Returns decode attention over two layers' cache, the second's."""
-    heads, width, value_width, rows, slots = DECODE_SHAPES[shape]
-    blocks, scale, row = latent_decode.blocks_for(kind, rows), width**-0.5, rounded(width)
-    given = (
-        make((slots, heads, row), jnp.bfloat16),
-        make((2, slots, rows, row), jnp.bfloat16),
-        make((slots,), jnp.int32),
-    )
+    latent, layer = kernel == decode_attention.LATENT, jnp.int32(1)
+    heads, group, width = (1, *LATENT_SHAPES[shape][:2]) if latent else GROUPED_SHAPES[shape]
+    row, scale, between = rounded(width), width**-0.5, () if latent else (heads,)
+    blocks = decode_attention.blocks_for(kind, DECODE_ROWS, heads * row)
+    q = make((DECODE_SLOTS, *between, group, row), jnp.bfloat16)
+    cached = make((2, DECODE_SLOTS, *between, DECODE_ROWS, row), jnp.bfloat16)
+    lengths = make((DECODE_SLOTS,), jnp.int32)
 
-    def decode(q, cache, lengths):
-        return latent_decode.latent_decode(q, cache, jnp.int32(1), lengths, value_width, scale, blocks)
+    def latent_decode(q, cache, lengths):
+        return decode_attention.latent_decode(q, cache, layer, lengths, LATENT_SHAPES[shape][2], scale, blocks)
 
-    return decode, given
+    def grouped_decode(q, keys, values, lengths):
+        return decode_attention.grouped_decode(q, keys, values, layer, lengths, scale, blocks)
+
+    return (latent_decode, (q, cached, lengths)) if latent else (grouped_decode, (q, cached, cached, lengths))
 
 
 def _splash(q, k, v, segments):

@@ -174,8 +174,12 @@ def _insert(prefix: Prefix, state: DecodeState, slots: jax.Array, slot_params: S
     """Returns the state with the prefix forked into `slots`; numbers outside 0..S-1 are dropped."""
     rows = min(prefix.cache.rows, state.cache.rows)  # a prefix of several pieces may end in more padding than fits
 
+    kept = (*[slice(None)] * (state.cache.row_axis - 2), slice(rows))
+
     def copy(cache, new):
-        return cache.at[:, slots, :rows].set(new[:, :, :rows].astype(cache.dtype), mode="drop")
+        return cache.at[(slice(None), slots, *kept)].set(
+            new[(slice(None), slice(None), *kept)].astype(cache.dtype), mode="drop"
+        )
 
     def put(old, new):
         return old.at[slots].set(new, mode="drop")
