@@ -123,6 +123,12 @@ def test_a_cpp_program_is_compiled_and_run_in_the_sandbox():
     assert (broken.value, "it does not compile" in broken.detail) == (0.0, True)
 
 
+def test_a_cpp_program_is_unscorable_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(code_tests.shutil, "which", lambda name: None)
+    score = grade(block("int main() {}", "cpp"), ECHO)
+    assert (score.scorable, score.detail) == (False, "no C++ compiler here (apt-get install g++)")
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [

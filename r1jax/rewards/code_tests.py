@@ -27,6 +27,7 @@ from r1jax.schema import RewardConfig
 MAX_PROGRAM_CHARACTERS = 100_000
 COMPILE_LIMITS = {"cpu_s": 20.0, "memory_bytes": 2 << 30, "output_bytes": 16 << 20, "file_bytes": 64 << 20}
 COMPILE = "g++ -std=c++20 -O2 -pipe -o program main.cpp && cat program"
+NO_COMPILER = "no C++ compiler here (apt-get install g++)"
 GRACE = 0.8  # share of a sample's deadline that its tests may take in all, so that a slow program is a 0 and not a lost sample
 _LANGUAGES = {"python": "python", "py": "python", "python3": "python", "cpp": "cpp", "c++": "cpp", "cc": "cpp"}
 _FENCE = re.compile(r"^[ ]{0,3}(`{3,}|~{3,})[ \t]*([\w+#-]*)[^\n]*$", re.MULTILINE)
@@ -47,7 +48,7 @@ class MalformedTests(ValueError):
 def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
     """Returns a Score with value 1 if the response's program passes every test of the row, else 0.
 
-    Tests that are malformed give scorable False. Raises SandboxUnavailable where programs cannot be isolated.
+    Malformed tests, and C++ without a compiler, give scorable False. Raises SandboxUnavailable where programs cannot be isolated.
     """
     try:
         tests = read_tests(request.reference, request.prompt)
@@ -60,6 +61,8 @@ def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
         return Score(
             0.0, {}, True, f"the program has {len(source.text)} characters, more than {MAX_PROGRAM_CHARACTERS}"
         )
+    if source.language == "cpp" and shutil.which("g++") is None:
+        return Score(0.0, {}, False, NO_COMPILER)
     sandbox = open_sandbox(config.sandbox)
     if tests["kind"] == "stdin-stdout":
         failure = _whole_program_failure(source, tests, sandbox, config)
@@ -196,7 +199,7 @@ def _whole_program_failure(source: Source, tests: dict, sandbox: Sandbox, config
 def compile_cpp(text: str, config: RewardConfig) -> bytes | str:
     """Returns the compiled program, or why there is none. The compiler runs in a sandbox too."""
     if shutil.which("g++") is None:
-        return "no C++ compiler here (apt-get install g++)"
+        return NO_COMPILER
     sandbox = open_sandbox(config.sandbox).limited(wall_s=GRACE * config.deadline_s, **COMPILE_LIMITS)
     outcome = sandbox.run(["sh", "-c", COMPILE], {"main.cpp": text.encode("utf-8", "surrogatepass")})
     return (
