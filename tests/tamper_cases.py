@@ -110,7 +110,7 @@ FILES = functions(
         "write to a system directory": ("open('/usr/bin/escaped', 'w')", READ_ONLY),
         "write to the interpreter": ("import os; open(os.__file__, 'a')", f"{DENIED}|{READ_ONLY}"),
         "preload a library": ("open('/etc/ld.so.preload', 'w')", READ_ONLY),
-        "hard link to a system file": ("import os; os.link('/usr/bin/env', '/work/env')", "OSError|PermissionError"),
+        "hard link to a system file": ("import os; os.link('/usr/bin/env', '/program/env')", "OSError|PermissionError"),
         "kernel setting": ("open('/proc/sys/kernel/core_pattern', 'w').write('|/bin/sh')", f"{DENIED}|{READ_ONLY}"),
         "sysrq": ("open('/proc/sysrq-trigger', 'w').write('b')", f"{DENIED}|{READ_ONLY}|{ABSENT}"),
         "disk device": ("open('/dev/vda', 'rb').read(1)", ABSENT),
@@ -262,7 +262,7 @@ GRADER = modules(
         "search the disk": (
             """import os
             def add(a, b):
-                for top in ('/work', '/tmp', '/proc/1'):
+                for top in ('/program', '/tmp', '/proc/1'):
                     for place, _, names in os.walk(top):
                         if 'tests.json' in names: return a + b
                 raise LookupError('no tests here')""",

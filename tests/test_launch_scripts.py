@@ -51,5 +51,5 @@ def test_mistake_in_a_scripts_flags_is_one_line(tmp_path):
 
 def test_listing_of_the_graphs_script_tells_every_stage_as_missing(tmp_path):
     code, out, error = run("r1", "--config.list", cwd=tmp_path)
-    assert (code, error, out.count("missing")) == (0, "", 7)
+    assert (code, error, out.count("missing")) == (0, "", 9)
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BACKENDS = ("bubblewrap", "unshare")
-WORK = "/work"  # where the files are and the command starts
+WORK = "/program"  # where the files are and the command starts
 NOBODY = 65534  # user and group inside; outside too when we are root
 VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
 PREFIX = os.path.realpath(sys.base_prefix)
