@@ -8,6 +8,7 @@ import time
 from rich.progress import Progress
 
 from r1jax.data import jsonl
+from r1jax.rewards import references
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import Config, RewardConfig
@@ -31,7 +32,9 @@ def run(config: Config, workdir: str) -> dict:
     rows = jsonl.read(config.data.path, REQUIRED_FIELDS)
     rows = rows[: config.data.max_rows or None]
     started = time.monotonic()
-    scores = _score([_request(row) for row in rows], _reward_config(config))
+    requests, reward = [_request(row) for row in rows], _reward_config(config)
+    print(references.check(requests, reward).line(), file=sys.stderr)
+    scores = _score(requests, reward)
     jsonl.write(
         pathlib.Path(config.output),
         (

@@ -8,6 +8,8 @@ from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import distributed
 from r1jax.data import jsonl, tasks, templates
 from r1jax.data.prompts import Prompt, from_jsonl_rows, split_holdout
+from r1jax.rewards import references
+from r1jax.rewards.score import RewardRequest
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config
 
@@ -18,7 +20,10 @@ def is_tiny_world(config: Config) -> bool:
 
 
 def load(config: Config) -> tuple[list[Prompt], list[Prompt]]:
-    """Returns (training prompts, held-out prompts). Raises ValueError for a bad file, an empty split or no file at all."""
+    """Returns (training prompts, held-out prompts), having told how many references of a file can be graded.
+
+    Raises ValueError for a bad file, an empty split or no file at all.
+    """
     if is_tiny_world(config):
         return tasks.linear_prompts("train"), tasks.linear_prompts("test")
     if not config.data.path:
@@ -29,13 +34,22 @@ def load(config: Config) -> tuple[list[Prompt], list[Prompt]]:
     rows = jsonl.read(config.data.path, required=("id", "prompt", "answer"))
     if config.data.max_rows:
         rows = rows[: config.data.max_rows]
-    train, test = split_holdout(from_jsonl_rows(rows), config.data.holdout_fraction)
+    problems = from_jsonl_rows(rows)
+    train, test = split_holdout(problems, config.data.holdout_fraction)
     if not train:
         raise ValueError(
             f"{config.data.path}: all {len(rows)} rows are held out; lower config.data.holdout_fraction="
             f"{config.data.holdout_fraction} or give more rows"
         )
+    _report_references(problems, config)
     return train, test
+
+
+def _report_references(problems: list[Prompt], config: Config) -> None:
+    """Prints how many references can be graded, before anything is sampled."""
+    if distributed.is_writer():
+        requests = [RewardRequest(prompt.id, prompt.task, prompt.text, "", prompt.answer) for prompt in problems]
+        print(f"{config.data.path}: {references.check(requests, config.reward).line()}", file=sys.stderr)
 
 
 def load_scenarios(config: Config) -> tuple[list[Prompt], list[Prompt]]:
