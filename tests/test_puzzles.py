@@ -136,7 +136,8 @@ def test_every_family_in_use_accepts_its_own_answers_only_and_runs_no_text(resul
             own = json.loads(prompt.answer)["answer"]
             touch = f"__import__('pathlib').Path('{marker}').touch()"
             assert value("reasoning_gym", own, prompt.answer, prompt.text) == 1.0, family
-            for text in (*NONSENSE, touch, f"[[{touch}]]", f"['a', {touch}]"):
+            wrong = (*NONSENSE, touch, f"[[{touch}]]", f"['a', {touch}]")
+            for text in (text for text in wrong if text != own):
                 assert value("reasoning_gym", text, prompt.answer, prompt.text) == 0.0, (family, text)
         assert not marker.exists(), family
         figures[family] = round(seconds / 4, 3)
