@@ -1,5 +1,6 @@
 """Claims about reward models: their losses, what they read, held-out figures, and the stages on the tiny world."""
 
+import functools
 import json
 
 import jax
@@ -35,7 +36,7 @@ LLAMA = ModelConfig(
     head_dim=8,
     initializer_range=0.3,
 )
-SHAPES = {"mla mixture": replace(MIXTURE, num_hidden_layers=3), "gqa": LLAMA}
+SHAPES = {"mla mixture": replace(MIXTURE, num_hidden_layers=3, scan_layers=True), "gqa": LLAMA}
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +59,16 @@ def units(kind: str, count: int = 9, seed: int = 0) -> list[Unit]:
     return [Unit(sequences(1), (bool(draw.integers(2)),)) for _ in range(count)]
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def every_score(params, tokens, positions, segments, model: ModelConfig) -> jax.Array:
+    return decoder.scalars(params, decoder.forward(params, tokens, positions, segments, model)[0])
+
+
 def alone(params, model: ModelConfig, ids: np.ndarray) -> float:
-    """Returns the score of one sequence by itself, without packing."""
-    tokens, positions = ids[None], np.arange(len(ids), dtype=np.int32)[None]
-    hidden = decoder.forward(params, tokens, positions, np.ones_like(tokens), model)[0]
-    return float(decoder.scalars(params, hidden)[0, -1])
+    """Returns the score of one sequence in a row of its own."""
+    row = np.zeros((3, 1, SIZE.row_tokens), np.int32)  # tokens, positions, segments
+    row[:, 0, : len(ids)] = np.stack([ids, np.arange(len(ids)), np.ones_like(ids)])
+    return float(every_score(params, *row, model)[0, len(ids) - 1])
 
 
 def value_of(loss, params, given: list[Unit], room: int = 6) -> tuple[float, dict, decoder.Params]:
@@ -385,6 +391,10 @@ def test_paper_sized_preset_has_the_papers_settings():
     ("flags", "told"),
     [
         (["--config.data.path={tmp}/none.jsonl"], "no such file"),
+        (
+            ["--config.data.path={tmp}/one.jsonl", "--config.data.template=tiny"],
+            "held out, 0 of 1 do not fit 8 rows of",
+        ),
         (["--config=reward_safety:smollm2_135m"], "config.data.path is empty"),
         (["--config.reward_model.frozen_blocks=3"], "frozen_blocks=3 must be between 1 and 2"),
         (["--config.reward_model.epochs=0"], "RewardModelConfig.epochs=0 must be at least 1"),
@@ -393,6 +403,7 @@ def test_paper_sized_preset_has_the_papers_settings():
     ],
 )
 def test_mistake_is_one_line_and_leaves_nothing(flags, told, tmp_path, capsys):
+    jsonl.write(tmp_path / "one.jsonl", [PAIR])
     flags = [flag.format(tmp=tmp_path) for flag in flags]
     if not flags[0].startswith("--config="):
         flags = ["--config=reward_helpful", "--config.start=", *flags]

@@ -29,6 +29,7 @@ from r1jax.train.reward import Unit
 
 RECORD = "reward_model.json"  # what one has to know to use the model
 WHOLE = "whole"  # the model put together again, where a part of it was frozen
+CENTER_UNITS = 256  # training pairs whose mean score is the center of a helpful model
 COLUMNS = (
     "model",
     "examples",
@@ -59,14 +60,13 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
     rows = [] if prompts.is_tiny_world(resolved) else reward_examples.read(given_data(resolved), kind)
     if blocks := config.reward_model.frozen_blocks:
         frozen.shapes(model, blocks)
-    started = time.monotonic()
-    folder.start(inputs)
-    params = lineage.start_weights(resolved, mesh, workdir)
+    started, params = time.monotonic(), lineage.start_weights(resolved, mesh, workdir)
     path = folder.path / common.EXAMPLES
-    if not path.exists():
+    if path.exists():
+        rows = jsonl.read(path)
+    else:
         rows = rows or written.examples(kind, resolved, tokenizer, mesh, params, workdir)
-        jsonl.write(path, chosen_examples(rows, kind, resolved))
-    rows = jsonl.read(path)
+        rows = chosen_examples(rows, kind, resolved)
     units = [_unit(row, kind, reading, tokenizer) for row in rows]
     fitting = [unit is not None and reward.fits(unit, config.pack) for unit in units]
     sides = [[i for i in range(len(rows)) if fitting[i] and rows[i]["held_out"] == held] for held in (False, True)]
@@ -76,6 +76,9 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
             f"{len(rows)} do not fit {config.pack.rows_per_micro_batch} rows of config.pack.row_tokens="
             f"{config.pack.row_tokens} tokens; give more, or raise it or config.data.holdout_fraction"
         )
+    folder.start(inputs)
+    if not path.exists():
+        jsonl.write(path, rows)
     train, held_out = ([units[i] for i in side] for side in sides)
     trained, loss = fit(resolved, mesh, kind, train, reward_model.from_decoder(params, model), folder)
     scorer = make_scorer(trained, model, mesh, reading, tokenizer, config.pack)
@@ -86,9 +89,6 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
     checkpoint.write_json(folder.path / "figures.json", figures)
     show({config.stage: figures["held_out"]})
     return folder.finish(figures, inputs, tree.digest(trained))
-
-
-CENTER_UNITS = 256  # training pairs whose mean score is the center of a helpful model
 
 
 def given_data(config: Config) -> str:
