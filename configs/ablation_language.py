@@ -2,6 +2,7 @@
 
 Hardware: two CPU cores; it runs the stages before it first when the working folder has none.
 Command: python -m r1jax.launch --config=ablation_language --workdir=runs
+Over seeds: python -m r1jax.launch --config=ablation_language "--config.seeds=(0,1,2)" --workdir=runs
 """
 
 from r1jax.configs import r1

@@ -681,6 +681,7 @@ class Config:
     start: str = ""  # stage of the working folder whose result this one starts from; "" is the base model
     inputs: str = ""  # working folder that holds the stages this one reads; "" is its own
     variants: tuple[str, ...] = ()  # ablation: "NAME STAGE FIELD=VALUE ..." each
+    seeds: tuple[int, ...] = ()  # ablation: each variant once a seed, on that seed's own stages; () is seed alone
     input_preset: str = ""  # preset of the stages it reads, when a missing one is made; "" is its own
     only: tuple[str, ...] = ()  # graph: run these stages alone
     from_stage: str = ""  # graph, --config.from=STAGE: run this stage and all that depend on it again
