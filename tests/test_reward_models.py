@@ -318,7 +318,7 @@ def known_pairs(path, count: int = 480) -> None:
     for number in range(count):
         asked, other = draw.choice(topics, 2, replace=False)
         body = f"the {other} is {draw.choice(adjectives)}"
-        texts = {"chosen": f"{body} thanks", "rejected": f"{body} ok"}
+        texts = {"chosen": f"{body} thanks", "rejected": f"{body} cannot"}
         rows.append({"id": f"{number}", "prompt": f"tell {asked} {number % 90} :", **texts})
     jsonl.write(path, rows)
 
@@ -346,7 +346,7 @@ def test_stage_learns_a_known_rule_and_can_be_loaded_again(blocks, tmp_path):
     folder = tmp_path / "runs" / "reward_helpful"
     _, tokenizer, mesh = common.prepare(config)
     scorer = reward_models.load(folder, "helpful", tokenizer, mesh, config.pack, config.model)
-    polite, curt = scorer.rewards(["tell cat 1 :"] * 2, ["the cat is small thanks", "the cat is small ok"])
+    polite, curt = scorer.rewards(["tell cat 1 :"] * 2, ["the cat is small thanks", "the cat is small cannot"])
     assert polite > 0.5 > curt
     assert (
         reward_models.run(config, tmp_path / "runs", "helpful") == json.loads((folder / "DONE").read_text())["figures"]
@@ -395,7 +395,7 @@ def test_paper_sized_preset_has_the_papers_settings():
             ["--config.data.path={tmp}/one.jsonl", "--config.data.template=tiny"],
             "held out, 0 of 1 do not fit 8 rows of",
         ),
-        (["--config=reward_safety:smollm2_135m"], "config.data.path is empty"),
+        (["--config=reward_safety:smollm2_135m"], "--config.model.checkpoint=DIR"),
         (["--config.reward_model.frozen_blocks=3"], "frozen_blocks=3 must be between 1 and 2"),
         (["--config.reward_model.epochs=0"], "RewardModelConfig.epochs=0 must be at least 1"),
         (["--config=stage4_all_scenarios", "--config.reward.reward_model=0"], "needs reward.reward_model above 0"),
