@@ -110,7 +110,7 @@ def test_a_rollout_is_graded_with_the_think_that_its_prompt_holds(prefilled):
 def test_the_tiny_stages_pass_with_and_without_a_prefilled_think(spec, prefilled):
     config = configs.load(spec, [("data.think_prefill", str(prefilled))])
     check(config, tokenizer.tiny(), "linear")
-    check(replace(config, reward=RewardConfig()), tokenizer.tiny(), "linear")
+    check(replace(config, reward=RewardConfig(reward_model=config.reward.reward_model)), tokenizer.tiny(), "linear")
 
 
 @pytest.mark.parametrize("prefilled", [False, True])
