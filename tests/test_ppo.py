@@ -7,6 +7,7 @@ from small import rl_training, run_until
 from r1jax import config as configs
 from r1jax.core import tree
 from r1jax.core.metrics import read
+from r1jax.rewards.compose import PART_NAMES
 from r1jax.rl import ppo, rollout
 from r1jax.rl.journal import Rollout
 from r1jax.rl.ppo import PPOTraining
@@ -100,7 +101,8 @@ def scored(kl):
         )
         for index in range(2)
     ]
-    parts = np.asarray([[1, 0, 0], [0, 0, 0]], np.float32)
+    parts = np.zeros((2, len(PART_NAMES)), np.float32)
+    parts[0, PART_NAMES.index("accuracy")] = 1
     reference = [sample.behaviour_logps - np.float32(kl) for sample in samples]
     values = {"reference_logp": reference, "value": [np.zeros(2, np.float32)] * 2}
     return Rollout(samples, parts, np.ones(2, bool), 1, values)
