@@ -26,6 +26,7 @@ FIELDS = {
     "grpo.updates_per_rollout": 2,
     "grpo.prompts_per_update": 2,
     "grpo.group_size": 4,
+    "reward.language": 1,  # what random weights write differs in it alone, and only then do weights move
     "sampler.slots": 8,
     "sampler.max_new_tokens": 16,
     "pack.rows_per_micro_batch": 4,

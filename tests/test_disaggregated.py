@@ -46,8 +46,8 @@ def test_staleness_is_the_number_of_rollouts_ahead_after_the_first(report):
 def test_the_correction_for_older_weights_is_logged_and_is_one_only_without_them(report):
     rows = report["ahead_1"]["rows"]
     assert rows[0]["importance_ratio"] == pytest.approx(1, abs=1e-4)
-    # Of those after the first rollout, some: a rollout whose groups tie leaves the weights where they were.
-    assert any(abs(row["importance_ratio"] - 1) > 1e-4 for row in rows[2:])
+    assert all(abs(row["importance_ratio"] - 1) > 1e-4 for row in rows[2:])
+    assert all(row["zero_variance_groups"] < 1 for row in rows)
     assert "max_logprob_difference" in rows[0] and all("max_policy_shift" in row for row in rows[1:])
     fresh = report["in_step"]["rows"]
     assert all(abs(row["importance_ratio"] - 1) < 1e-4 for row in fresh[::2])
