@@ -91,7 +91,7 @@ NETWORK = functions(
     },
 )
 FILES = functions(
-    "import os; open('/tmp/own', 'w').write('x'); os.path.exists('link') or os.symlink('/tmp/own', 'link'); assert open('link').read() == 'x'",
+    "import os; open('own', 'w').write('x'); os.path.exists('link') or os.symlink('own', 'link'); assert open('link').read() == 'x'",
     {
         "read passwd": ("open('/etc/passwd').read()", ABSENT),
         "read shadow": ("open('/etc/shadow').read()", ABSENT),
@@ -114,7 +114,7 @@ FILES = functions(
         "kernel setting": ("open('/proc/sys/kernel/core_pattern', 'w').write('|/bin/sh')", f"{DENIED}|{READ_ONLY}"),
         "sysrq": ("open('/proc/sysrq-trigger', 'w').write('b')", f"{DENIED}|{READ_ONLY}|{ABSENT}"),
         "disk device": ("open('/dev/vda', 'rb').read(1)", ABSENT),
-        "make a device": ("import os; os.mknod('/tmp/disk', 0o60600, os.makedev(254, 0)); open('/tmp/disk')", REFUSED),
+        "make a device": ("import os; os.mknod('disk', 0o60600, os.makedev(254, 0)); open('disk')", REFUSED),
         "cgroups": ("import os; os.listdir('/sys/fs/cgroup')", ABSENT),
         "change the root": ("import os; os.chroot('/tmp')", REFUSED),
         "become root": ("import os; os.setuid(0)", "PermissionError|Invalid argument"),
@@ -137,7 +137,7 @@ RESOURCES = functions(
     if not child: os._exit(0)
     os.waitpid(child, 0)
     thread = threading.Thread(target=bytearray, args=(8 << 20,)); thread.start(); thread.join()
-    open('/tmp/half', 'wb').write(bytes(1 << 19))
+    open('half', 'wb').write(bytes(1 << 19))
     """,
     {
         "fork bomb": ("import os\nwhile True: os.fork()", "BlockingIOError|limit"),
@@ -152,10 +152,13 @@ RESOURCES = functions(
             "import os, time\nfor _ in range(4):\n    if not os.fork(): break\nhoard = bytearray(70 << 20)\ntime.sleep(60)",
             "stopped by the memory limit",
         ),
-        "fill the disk": ("for n in range(64): open(f'/tmp/{{n}}', 'wb').write(bytes(1 << 19))", "No space left"),
+        "fill the disk": (
+            "import tempfile\nfor n in range(64): open(f'{{tempfile.gettempdir()}}/{{n}}', 'wb').write(bytes(1 << 19))",
+            "No space left",
+        ),
         "fill the directory": ("for n in range(64): open(f'{{n}}', 'wb').write(bytes(1 << 19))", "No space left"),
-        "files without end": ("n = 0\nwhile True: n += 1; open(f'/tmp/{{n}}', 'w').close()", "No space left|cpu limit"),
-        "one large file": ("open('/tmp/large', 'wb').write(bytes(2 << 20))", "File too large"),
+        "files without end": ("n = 0\nwhile True: n += 1; open(f'{{n}}', 'w').close()", "No space left|cpu limit"),
+        "one large file": ("open('large', 'wb').write(bytes(2 << 20))", "File too large"),
         "output without end": ("import os\nwhile True: os.write(2, b'x' * 65536)", "stopped by the output limit"),
         "endless loop": ("while True: pass", "stopped by the cpu limit"),
         "endless loop deaf to signals": (
@@ -218,7 +221,7 @@ GRADER = modules(
             WRONG,
         ),
         "object with a pickle": (
-            "import os\nclass Run:\n    def __reduce__(self): return os.system, ('touch /tmp/x',)\ndef add(a, b): return Run()",
+            "import os\nclass Run:\n    def __reduce__(self): return os.system, ('touch x',)\ndef add(a, b): return Run()",
             "not a plain value",
         ),
         "patched built-ins": (

@@ -18,23 +18,10 @@ from r1jax.rl import losses, rollout
 from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import ROUTED, Scorer
 from r1jax.sampler.sample import RolloutSample
-from r1jax.schema import Config, GRPOConfig, MeshConfig, ModelConfig, PackConfig, replace
+from r1jax.schema import Config, GRPOConfig, MeshConfig, PackConfig, replace
 from r1jax.train import step
 
-DENSE = ModelConfig(
-    family="qwen3",
-    qk_norm=True,
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    initializer_range=0.3,
-    scan_layers=False,
-)
-MODELS = {"moe": small.MIXTURE, "dense": DENSE, "blocks": replace(DENSE, attention_block=5)}
+MODELS = {"moe": small.MIXTURE, "dense": small.GROUPED, "blocks": replace(small.GROUPED, attention_block=5)}
 
 
 def scored(prompt_sizes=(7, 1, 5), group=4):
@@ -135,11 +122,11 @@ def test_loss_and_gradients_are_those_of_prompts_that_stand_with_every_sample(na
 def test_log_probs_of_every_sample_are_the_same_bits_or_an_ulp_away():
     found, rows = scored(), {}
     for shared in (False, True):
-        config = config_of(DENSE, shared)
+        config = config_of(small.GROUPED, shared)
         batch = packed(config, found)
         arrays = step.batch_arrays(batch, config.pack, rollout.micro_batches(config), ())
         assert (PREFIXES in arrays) == shared and ROUTED not in arrays
-        scorer = Scorer(DENSE, sharding.make_mesh(MeshConfig()))
+        scorer = Scorer(small.GROUPED, sharding.make_mesh(MeshConfig()))
         logps = scorer(weights("dense"), arrays, step.filled_micro_batches(batch, config.pack), 1.0)
         rows[shared] = unpack(logps.reshape(batch.tokens.shape), batch)
     order = np.random.default_rng(1).permutation(len(found))
@@ -183,7 +170,7 @@ def test_one_response_of_full_length_beside_its_prompt_still_fills_a_row_exactly
     found = scored((15,), 2)
     samples = [replace(found.samples[0], token_ids=np.ones(9, np.int32), behaviour_logps=np.zeros(9, np.float32))]
     one = Rollout([samples[0], *found.samples[1:]], found.parts, found.scorable, 1)
-    config = config_of(DENSE, True)
+    config = config_of(small.GROUPED, True)
     config = replace(config, grpo=replace(config.grpo, group_size=2, prompts_per_update=1))
     batch = packed(config, one)
     assert (batch.segments > 0).sum(axis=1).max() == 24
