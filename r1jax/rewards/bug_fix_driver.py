@@ -26,20 +26,8 @@ class Ended(RuntimeError):
     """The repository raised StopIteration: an end for `next` alone, or a test's loop could be ended from there."""
 
 
-class Remote:
-    """Something in the other sandbox. It can be used there and passed back, but never be equal to anything or true."""
-
-    def __init__(self, number):
-        object.__setattr__(self, "_number", number)
-
-    def __call__(self, *arguments, **keywords):
-        return ask("call", self, arguments, keywords)
-
-    def __getattr__(self, name):
-        return ask("get", self, (name,))
-
-    def __setattr__(self, name, value):
-        ask("set", self, (name, value))
+class Remote(code_wire.Remote):
+    """Something of the repository's: tests may also iterate over it and use it as a context."""
 
     def __next__(self):
         try:
@@ -50,11 +38,6 @@ class Remote:
     def __exit__(self, *_):
         ask("call", ask("get", self, ("__exit__",)), (None, None, None))
         return False  # what a test raises inside is not the repository's to swallow
-
-    def refuse(self, *_):
-        raise TypeError("an object of the repository is no plain value: it cannot be compared or judged true")
-
-    __eq__ = __ne__ = __bool__ = __hash__ = refuse
 
 
 def forward(name):
@@ -101,19 +84,13 @@ class Repository:
             module.__path__ = [os.path.abspath(folder)]
 
 
-def number_of(value):
-    if isinstance(value, RemoteModule):
-        value = value._remote
-    if not isinstance(value, Remote):
-        raise TypeError(f"a test passes {type(value).__name__} to the repository, which cannot be sent")
-    return object.__getattribute__(value, "_number")
+def target_of(value):
+    return code_wire.target_of(value._remote if isinstance(value, RemoteModule) else value)
 
 
 def ask(action, remote, arguments, keywords=None):
-    encoded = [code_wire.encode(value, number_of) for value in arguments]
-    named = {name: code_wire.encode(value, number_of) for name, value in (keywords or {}).items()}
-    target = None if remote is None else number_of(remote)
-    link.send({"do": action, "target": target, "arguments": encoded, "keywords": named})
+    target = None if remote is None else target_of(remote)
+    link.send(code_wire.request(action, target, arguments, keywords, target_of))
     reply = link.receive()
     if reply[0] == "ok":
         return code_wire.decode(reply[1], Remote)
@@ -121,6 +98,9 @@ def ask(action, remote, arguments, keywords=None):
     if reply[0] == "class":
         return kind
     raise kind(str(reply[2]))
+
+
+code_wire.Remote.__ask__ = staticmethod(ask)
 
 
 def exception_class(ancestry):

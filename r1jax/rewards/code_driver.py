@@ -16,28 +16,6 @@ verdict = os.dup(1)
 link = code_wire.Link()
 
 
-def refuse(*_):
-    raise TypeError("the program returned something that is not a plain value")
-
-
-class Remote:
-    """Something of the program's, by number or global name. It can be called and passed back, but not compared or judged true."""
-
-    def __init__(self, target):
-        object.__setattr__(self, "_target", target)
-
-    def __call__(self, *arguments, **keywords):
-        return ask("call", self, arguments, keywords)
-
-    def __getattr__(self, name):
-        return ask("get", self, (name,))
-
-    def __setattr__(self, name, value):
-        ask("set", self, (name, value))
-
-    __eq__ = __ne__ = __bool__ = __hash__ = refuse
-
-
 # They mean something to a test's own loops, or are made of more than a message.
 _NOT_REBUILT = (StopIteration, StopAsyncIteration, UnicodeError)
 
@@ -46,24 +24,19 @@ class ProgramError(Exception):
     """The program raised something that is no built-in exception, or broke the conversation."""
 
 
-def number_of(value):
-    if not isinstance(value, Remote):
-        raise TypeError(f"a test passes {type(value).__name__} to the program, which cannot be sent")
-    return object.__getattribute__(value, "_target")
-
-
-def ask(action, remote, arguments, keywords={}):  # noqa: B006 - never changed
-    encoded = [code_wire.encode(value, number_of) for value in arguments]
-    named = {key: code_wire.encode(value, number_of) for key, value in keywords.items()}
-    link.send({"do": action, "target": number_of(remote), "arguments": encoded, "keywords": named})
+def ask(action, remote, arguments, keywords=None):
+    link.send(code_wire.request(action, code_wire.target_of(remote), arguments, keywords, code_wire.target_of))
     return result(link.receive())
+
+
+code_wire.Remote.__ask__ = staticmethod(ask)
 
 
 def result(reply):
     """Returns the value of a reply. Raises what the program raised: a built-in Exception of that name, or ProgramError."""
     match reply:
         case ["ok", value]:
-            return code_wire.decode(value, Remote)
+            return code_wire.decode(value, code_wire.Remote)
         case ["error", str(kind), str(message)]:
             known = getattr(builtins, kind, None)
             if isinstance(known, type) and issubclass(known, Exception) and not issubclass(known, _NOT_REBUILT):
@@ -78,10 +51,10 @@ def run_tests(tests):
     if tests["kind"] == "python-check":
         exec(compile(tests["prompt"], "prompt", "exec"), space)
         exec(compile(tests["code"], "tests", "exec"), space)
-        space[tests["entry_point"]] = candidate = Remote(tests["entry_point"])
+        space[tests["entry_point"]] = candidate = code_wire.Remote(tests["entry_point"])
         space["check"](candidate)
         return
-    space |= {name: Remote(name) for name in tests["names"]}
+    space |= {name: code_wire.Remote(name) for name in tests["names"]}
     space |= {name: importlib.import_module(name) for name in tests["modules"]}
     exec(compile(tests["setup"], "setup", "exec"), space)
     for source in tests["asserts"]:

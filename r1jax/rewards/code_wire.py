@@ -103,6 +103,44 @@ def decode(data, named):
     raise ValueError(f"not a value: {tag[:80]}")
 
 
+class Remote:
+    """Something on the other side, by number or global name. It can be used there and passed back, but never be equal or true."""
+
+    __ask__ = None  # set by who uses it: (action, remote, arguments, keywords) -> what the other side answers
+
+    def __init__(self, target):
+        object.__setattr__(self, "_target", target)
+
+    def __call__(self, *arguments, **keywords):
+        return Remote.__ask__("call", self, arguments, keywords)
+
+    def __getattr__(self, name):
+        return Remote.__ask__("get", self, (name,))
+
+    def __setattr__(self, name, value):
+        Remote.__ask__("set", self, (name, value))
+
+    def refuse(self, *_):
+        raise TypeError("what was returned is not a plain value: it cannot be compared or judged true")
+
+    __eq__ = __ne__ = __bool__ = __hash__ = refuse
+    del refuse
+
+
+def target_of(value):
+    """Returns the number or name of a Remote. Raises TypeError for anything else, which cannot be sent."""
+    if not isinstance(value, Remote):
+        raise TypeError(f"a test passes {type(value).__name__} to the program, which cannot be sent")
+    return object.__getattribute__(value, "_target")
+
+
+def request(action, target, arguments, keywords, name):
+    """Returns the message that asks for something, its values encoded by `name`."""
+    encoded = [encode(value, name) for value in arguments]
+    named = {key: encode(value, name) for key, value in (keywords or {}).items()}
+    return {"do": action, "target": target, "arguments": encoded, "keywords": named}
+
+
 class Link:
     """One end of the conversation: standard input, which is a socket, moved out of the way of whoever reads or prints."""
 
