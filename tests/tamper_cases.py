@@ -79,7 +79,10 @@ NETWORK = functions(
         "raw packets": ("import socket; socket.socket(socket.AF_PACKET, socket.SOCK_RAW)", REFUSED),
         "vsock to the host": ("import socket; socket.socket(socket.AF_VSOCK).connect((2, 1))", REFUSED),
         "netlink": ("import socket; socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)", REFUSED),
-        "name resolution": ("import socket; socket.getaddrinfo('example.com', 80)", "gaierror"),
+        "name resolution": (
+            "import socket; socket.socket(type=socket.SOCK_DGRAM).connect(('127.0.0.53', 53))",
+            REFUSED,
+        ),
         "http": (
             "import urllib.request; urllib.request.urlopen('http://1.1.1.1', timeout=2)",
             "Operation not permitted",
@@ -110,10 +113,10 @@ FILES = functions(
         "write to a system directory": ("open('/usr/bin/escaped', 'w')", READ_ONLY),
         "write to the interpreter": ("import os; open(os.__file__, 'a')", f"{DENIED}|{READ_ONLY}"),
         "preload a library": ("open('/etc/ld.so.preload', 'w')", READ_ONLY),
-        "hard link to a system file": ("import os; os.link('/usr/bin/env', '/program/env')", "OSError|PermissionError"),
+        "hard link to a system file": ("import os; os.link('/usr/bin/env', 'env')", "cross-device link"),
         "kernel setting": ("open('/proc/sys/kernel/core_pattern', 'w').write('|/bin/sh')", f"{DENIED}|{READ_ONLY}"),
         "sysrq": ("open('/proc/sysrq-trigger', 'w').write('b')", f"{DENIED}|{READ_ONLY}|{ABSENT}"),
-        "disk device": ("open('/dev/vda', 'rb').read(1)", ABSENT),
+        "terminal device": ("open('/dev/ptmx', 'rb')", ABSENT),
         "make a device": ("import os; os.mknod('disk', 0o60600, os.makedev(254, 0)); open('disk')", REFUSED),
         "cgroups": ("import os; os.listdir('/sys/fs/cgroup')", ABSENT),
         "change the root": ("import os; os.chroot('/tmp')", REFUSED),
@@ -157,9 +160,13 @@ RESOURCES = functions(
             "No space left",
         ),
         "fill the directory": ("for n in range(64): open(f'{{n}}', 'wb').write(bytes(1 << 19))", "No space left"),
-        "files without end": ("n = 0\nwhile True: n += 1; open(f'{{n}}', 'w').close()", "No space left|cpu limit"),
+        "files without end": ("import os\nfor n in range(20000): os.symlink('x', f'{{n}}')", "No space left"),
         "one large file": ("open('large', 'wb').write(bytes(2 << 20))", "File too large"),
         "output without end": ("import os\nwhile True: os.write(2, b'x' * 65536)", "stopped by the output limit"),
+        "name that is no text": (
+            "open('/proc/self/comm', 'wb').write(b'\\xff'); import time; time.sleep(600)",
+            "stopped by the wall limit",
+        ),
         "endless loop": ("while True: pass", "stopped by the cpu limit"),
         "endless loop deaf to signals": (
             "import signal\nfor n in {{1, 2, 3, 15, 24}}: signal.signal(n, signal.SIG_IGN)\nwhile True: pass",
@@ -234,12 +241,15 @@ GRADER = modules(
             "import json\njson.dumps = lambda *a: '{{\"passed\": true}}'\ndef add(a, b): return 1",
             "sent no reply",
         ),
-        "patched wire": ("import code_wire\ncode_wire.encode = lambda *a: True\ndef add(a, b): return 1", WRONG),
+        "patched wire": (
+            "import code_wire\ncode_wire.encode = lambda *a: ['object', 'add']\ndef add(a, b): return 1",
+            "not a plain value",
+        ),
         "patched link": (
             """import code_wire
             code_wire.Link.send = lambda self, m: None
             def add(a, b): return 1""",
-            "limit",
+            "stopped by the wall limit",
         ),
         "trace that skips lines": (
             "import sys\nsys.settrace(lambda *a: sys.exit(0))\ndef add(a, b): return 1",
@@ -281,7 +291,7 @@ GRADER = modules(
         ),
         "deep answer": (
             "\ndef add(a, b):\n    x = []\n    for _ in range(100000): x = [x]\n    return x",
-            "RecursionError|the tests: |limit",
+            "RecursionError|more than \\d+ bytes",
         ),
         "endless answer": (
             "import itertools\ndef add(a, b): return iter(())if a > 99 else (x for x in itertools.count())",
@@ -345,7 +355,7 @@ OUTPUT = programs(
 CPP = programs(
     '#include <cstdio>\nint main() {{ int n; scanf("%d", &n); for (int i = 1; i <= n; i++) printf("%d\\n", i); }}',
     {
-        "include our file": ('#include "{bait}/secret.txt"\nint main() {{}}', "does not compile"),
+        "include our file": ('#include "{bait}/secret.txt"\nint main() {{}}', "compilation terminated"),
         "include a device": ('#include "/dev/zero"\nint main() {{}}', "does not compile"),
         "system call from C++": (
             "#include <sys/socket.h>\nint main() {{ return socket(AF_INET, SOCK_STREAM, 0) < 0 ? 7 : 0; }}",
@@ -373,46 +383,54 @@ def math(
 
 THOUGHT = "<think>hm</think>"
 ROOT = (THOUGHT + "<answer>\\sqrt{{12}}</answer>", "2\\sqrt{3}")
-UNREAD = "."  # any detail: the format rule reads the text alone
+RIGHT = "^answer '5', reference '5'$"  # and the format rule alone is what pays nothing
 TEXT = [
-    math("tower of powers", THOUGHT + "<answer>9^{{9^{{9^{{9}}}}}}</answer>", "deadline|answer", *ROOT),
-    math("huge factorial", THOUGHT + "<answer>(10^9)!</answer>", "deadline|answer|memory", *ROOT),
-    math("huge exponent", THOUGHT + "<answer>1e999999999</answer>", "answer|deadline"),
+    math("tower of powers", THOUGHT + "<answer>9^{{9^{{9^{{9}}}}}}</answer>", "passed the deadline", *ROOT),
+    math("huge factorial", THOUGHT + "<answer>(10^9)!</answer>", "passed the deadline", *ROOT),
+    math("huge exponent", THOUGHT + "<answer>1e999999999</answer>", "^answer '1e999999999', reference '5'$"),
     math("a million digits", THOUGHT + f"<answer>{'5' * 1000000}</answer>", "more than 1000"),
     math(
         "deep fractions",
         THOUGHT + "<answer>" + "\\frac{{1}}{{" * 80 + "5" + "}}" * 80 + "</answer>",
-        "answer|deadline",
+        "frac.*, reference '2",
         *ROOT,
     ),
-    math("unclosed boxes", THOUGHT + "\\boxed{{" * 50000, "no answer|answer"),
-    math("unclosed answer tags", THOUGHT + "<answer>" * 50000, "no answer|answer"),
-    math("closing answer tags", THOUGHT + "</answer>" * 50000, "no answer|answer"),
-    math("dollars", THOUGHT + "$" * 100000, "no answer|answer"),
-    math("backslashes", THOUGHT + "\\" * 100000 + "\\boxed{{", "no answer|answer"),
-    math("signs before a number", THOUGHT + f"<answer>{'-' * 900}5</answer>", "answer|deadline"),
-    math("LaTeX that reads a file", THOUGHT + "<answer>\\input{{{bait}/secret.txt}}</answer>", "answer"),
-    math("LaTeX that runs a command", THOUGHT + "<answer>\\immediate\\write18{{touch {bait}/x}}</answer>", "answer"),
-    math("Python in the answer", THOUGHT + "<answer>__import__('os').system('touch {bait}/x')</answer>", "answer"),
+    math("unclosed boxes", THOUGHT + "\\boxed{{" * 50000, "no answer found"),
+    math("unclosed answer tags", THOUGHT + "<answer>" * 50000, "no answer found"),
+    math("closing answer tags", THOUGHT + "</answer>" * 50000, "no answer found"),
+    math("dollars", THOUGHT + "$" * 100000, "no answer found"),
+    math("backslashes", THOUGHT + "\\" * 100000 + "\\boxed{{", "no answer found"),
+    math("signs before a number", THOUGHT + f"<answer>{'-' * 900}5</answer>", "cannot be parsed"),
+    math("LaTeX that reads a file", THOUGHT + "<answer>\\input{{{bait}/secret.txt}}</answer>", "cannot be parsed"),
+    math(
+        "LaTeX that runs a command",
+        THOUGHT + "<answer>\\immediate\\write18{{touch {bait}/x}}</answer>",
+        "cannot be parsed",
+    ),
+    math(
+        "Python in the answer", THOUGHT + "<answer>__import__('os').system('touch {bait}/x')</answer>", "not one number"
+    ),
     math(
         "Python in a symbolic answer",
         THOUGHT + "<answer>open('{bait}/secret.txt','w')</answer>",
-        "answer|deadline",
+        "cannot be parsed",
         *ROOT,
     ),
-    math("many boxes, the last wrong", THOUGHT + "\\boxed{{5}} " * 50 + "\\boxed{{6}}", "answer '6'"),
-    math("many numbers in one box", THOUGHT + "\\boxed{{1, 2, 3, 4, 5, 6}}", "answer"),
-    math("alternatives", THOUGHT + "<answer>5 or 6</answer>", "answer"),
-    math("several equations", THOUGHT + "<answer>x = 5, x = 6</answer>", "answer"),
-    math("every number", THOUGHT + "<answer>(-\\infty, \\infty)</answer>", "answer"),
-    math("right, then wrong", THOUGHT + "<answer>5</answer><answer>6</answer>", "answer '6'"),
-    math("answer in the thought only", "<think>\\boxed{{5}}</think>", "no answer"),
-    math("thought that never ends", "<think>\\boxed{{5}} <answer>5</answer>", "no answer"),
-    math("text after the answer", THOUGHT + "<answer>5</answer> Reward me.", UNREAD, part="format"),
-    math("nested thoughts", "<think>a<think>b</think></think><answer>5</answer>", UNREAD, part="format"),
-    math("two thoughts", "<think>a</think><think>b</think><answer>5</answer>", UNREAD, part="format"),
-    math("answer inside the thought", "<think><answer>5</answer></think><answer>5</answer>", UNREAD, part="format"),
-    math("empty thought", "<think> </think><answer>5</answer>", UNREAD, part="format"),
-    math("text before the thought", "Sure! <think>a</think><answer>5</answer>", UNREAD, part="format"),
+    math("many boxes, the last wrong", THOUGHT + "\\boxed{{5}} " * 50 + "\\boxed{{6}}", "^answer '6', reference '5'$"),
+    math(
+        "many numbers in one box", THOUGHT + "\\boxed{{1, 2, 3, 4, 5, 6}}", "^answer '1, 2, 3, 4, 5, 6', reference '5'$"
+    ),
+    math("alternatives", THOUGHT + "<answer>5 or 6</answer>", "^answer '5 or 6', reference '5'$"),
+    math("several equations", THOUGHT + "<answer>x = 5, x = 6</answer>", "^answer 'x = 5, x = 6', reference '5'$"),
+    math("every number", THOUGHT + "<answer>(-\\infty, \\infty)</answer>", "infty.*, reference '5'$"),
+    math("right, then wrong", THOUGHT + "<answer>5</answer><answer>6</answer>", "^answer '6', reference '5'$"),
+    math("answer in the thought only", "<think>\\boxed{{5}}</think>", "no answer found"),
+    math("thought that never ends", "<think>\\boxed{{5}} <answer>5</answer>", "no answer found"),
+    math("text after the answer", THOUGHT + "<answer>5</answer> Reward me.", RIGHT, part="format"),
+    math("nested thoughts", "<think>a<think>b</think></think><answer>5</answer>", RIGHT, part="format"),
+    math("two thoughts", "<think>a</think><think>b</think><answer>5</answer>", RIGHT, part="format"),
+    math("answer inside the thought", "<think><answer>5</answer></think><answer>5</answer>", RIGHT, part="format"),
+    math("empty thought", "<think> </think><answer>5</answer>", RIGHT, part="format"),
+    math("text before the thought", "Sure! <think>a</think><answer>5</answer>", RIGHT, part="format"),
 ]
 PROGRAMS = [*NETWORK, *FILES, *RESOURCES, *GRADER, *CHECKS, *OUTPUT, *CPP]

@@ -134,6 +134,11 @@ def test_thousands_decimals_and_powers_of_ten_are_read_exactly(value, places):
         ("The answer is $\\text{even}$.", "\\text{even}", 1),
         ("\\textbf{(B)}", "\\text{(B)}", 1),
         ("(C) 5", "\\text{(B)}", 0),
+        ("x+y", "x-y", 0),
+        ("x-y", "x-y", 1),
+        ("x/y", "x-y", 0),
+        ("(3,10)", "3:10", 0),
+        ("3:10", "3:10", 1),
     ],
 )
 def test_grade_reads_inequalities_bases_products_equations_and_letters(answer, reference, expected):

@@ -134,7 +134,7 @@ HOSTILE = {
     "verdict printed": (account(WRONG, WRONG, f"\nprint({json.dumps(json.dumps(dict.fromkeys(FAILING + PASSING, '')))})\n"), "Overdrawn"),
     "verdict sent": (
         account(WRONG, WRONG, '\nimport os\nfor fd in range(3, 20):\n    try: os.write(fd, b\'["ok", 0]\\n\' * 99)\n    except OSError: pass\n'),
-        "",
+        "cannot be sent",
     ),
     "endless loop": (account(WRONG, "while True: pass\n        if False:"), "stopped by the wall limit"),
     "end of iteration": (account(WRONG, "raise StopIteration\n        if False:"), "Ended"),
@@ -147,6 +147,8 @@ HOSTILE = {
     "path out of the repository": (account() + file("../driver.py", "x = 1"), "not plain and relative"),
     "driver overwritten": (account(WRONG, WRONG) + file("bug_fix_driver.py", "print('{}')"), "Overdrawn"),
     "unittest shadowed": (account(WRONG, WRONG) + file("src/unittest.py", "class TestCase: pass"), "Overdrawn"),
+    "long name": (account() + file("字" * 100 + ".py", "x = 1"), "not plain and relative"),
+    "hidden folder": (account(WRONG, WRONG) + file(".keep/x.py", "x = 1"), "Overdrawn"),
     "file and folder": (account() + file("src/bank/account.py/x.py", "x = 1"), "a file and a folder"),
     "no change": ("All is well.", "no change"),
     "same file": (account(WRONG, WRONG), "changes nothing"),
@@ -192,6 +194,22 @@ def test_module_names_follow_the_import_roots():
     files = dict.fromkeys(("src/bank/__init__.py", "src/bank/deep/a.py", "b.py", "data.txt"), "")
     assert bug_fix.modules(files, ("src",)) == {"bank": "src/bank", "bank.deep": "src/bank/deep", "bank.deep.a": ""}
     assert bug_fix.modules(files, (".",))["b"] == ""
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "async def test_it():\n    assert one() == 2\n",
+        "def test_it():\n    yield\n    assert one() == 2\n",
+        "import unittest\n\n\nclass T(unittest.TestCase):\n    async def test_it(self):\n        assert one() == 2\n",
+    ],
+)
+def test_test_that_only_returns_a_coroutine_or_generator_does_not_pass(test):
+    files = {"code_.py": "def one(): return 0\n", "test_it.py": "from code_ import one\n\n\n" + test}
+    name = "test_it.py::T::test_it" if "class T" in test else "test_it.py::test_it"
+    given = {"files": files, "failing": [name], "passing": [], "roots": ["."]}
+    request = RewardRequest("a", "bug_fix", "fix", file("code_.py", "def one(): return 1"), json.dumps(given))
+    assert compose.grader("bug_fix", CONFIG)(request, CONFIG).value == 0.0
 
 
 def test_new_package_does_not_take_the_place_of_a_tests_helper():

@@ -72,6 +72,27 @@ def test_plain_values_pass_between_test_and_program_unchanged(value):
     assert grade("def same(x): return x", tests).value == 1.0
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "map(str, [1])",
+        "iter([1])",
+        "iter(range(2))",
+        "iter({1: 2}.items())",
+        "__import__('itertools').islice('abc', 2)",
+    ],
+)
+def test_iterators_of_the_language_pass_as_what_they_yield(value):
+    tests = {"kind": "python-asserts", "setup": "", "asserts": [f"assert list(made()) == list({value})"]}
+    assert grade(f"def made(): return {value}", tests).value == 1.0
+
+
+def test_tests_by_lists_of_inputs_and_outputs_keep_their_tolerance():
+    tests = {"inputs": ["3"], "outputs": ["0.3333"], "float_tolerance": 1e-3}
+    assert grade("print(1 / int(input()))", tests).value == 1.0
+    assert grade("print(2 / int(input()))", tests).value == 0.0
+
+
 def test_a_check_sees_the_prompts_helpers_and_not_the_programs():
     prompt = "def double(x):\n    return 2 * x\n\n\ndef half(x):\n    '''Undo double.'''\n"
     tests = {
@@ -124,7 +145,7 @@ def test_a_cpp_program_is_compiled_and_run_in_the_sandbox():
 
 
 def test_a_cpp_program_is_unscorable_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(code_tests.shutil, "which", lambda name: None)
+    monkeypatch.setattr(code_tests.shutil, "which", lambda *_, **__: None)
     score = grade(block("int main() {}", "cpp"), ECHO)
     assert (score.scorable, score.detail) == (False, "no C++ compiler here (apt-get install g++)")
 

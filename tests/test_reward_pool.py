@@ -223,9 +223,12 @@ def test_equal_samples_are_graded_once_in_a_batch_and_in_later_ones(tmp_path):
         assert [s.value for s in pool.score([sample("1"), sample("2"), sample("3", "b")])] == [0.5] * 3
         assert [s.value for s in pool.finish([pool.begin([sample("4")]), pool.begin([sample("5", "b")])])] == [0.5] * 2
         assert (len(list(tmp_path.iterdir())), pool.take_usage().cache_hits) == (2, 3)
+        one, other = pool.begin([sample("8", "d")]), pool.begin([sample("9", "d")])
+        assert [pool.finish([grading])[0].value for grading in (one, other)] == [0.5, 0.5]
+        assert (len(list(tmp_path.iterdir())), pool.take_usage().cache_hits) == (3, 1)
         differing = [dict(prefill="p"), dict(language="zh"), dict(truncated=True)]
         pool.score([sample("6", **more) for more in differing])
-        assert (len(list(tmp_path.iterdir())), pool.take_usage().cache_hits) == (5, 0)
+        assert (len(list(tmp_path.iterdir())), pool.take_usage().cache_hits) == (6, 0)
 
 
 def test_no_failure_is_kept_and_equal_samples_that_fail_are_each_named(tmp_path):

@@ -7,16 +7,14 @@ does not see the tests. Source: DeepSeek-R1, supplement B.3 (bug fixing: all uni
 
 import json
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from r1jax.data import templates
 from r1jax.rewards import edits
-from r1jax.rewards.code_tests import GRACE
-from r1jax.rewards.sandbox import PYTHON, Program, open_sandbox
+from r1jax.rewards.code_tests import companion, sandbox_of_sample
+from r1jax.rewards.sandbox import PYTHON, Program
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
-
-_SOURCES = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -95,23 +93,21 @@ def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
 
 def run_tests(repository: Repository, files: edits.Files, config: RewardConfig) -> str:
     """Returns "" if every test of the repository passes on `files`, else which one did not and why."""
-    sandbox = open_sandbox(config.sandbox).limited(wall_s=GRACE * config.deadline_s)
     tests = {path: text for path, text in repository.files.items() if repository.is_test(path)}
     code = {path: text for path, text in files.items() if not repository.is_test(path)}
     wanted = {"tests": repository.tests, "modules": importable(repository, code, tests)}
     driver, candidate = (
         Program(
             (*PYTHON, name),
-            {name: _source(name), "code_wire.py": _source("code_wire.py"), more: json.dumps(value).encode()}
-            | {f"repository/{path}": text.encode("utf-8", "surrogatepass") for path, text in held.items()}
-            | {"repository/.keep": b""},
+            {name: companion(name), "code_wire.py": companion("code_wire.py"), more: json.dumps(value).encode()}
+            | {f"repository/{path}": text.encode("utf-8", "surrogatepass") for path, text in held.items()},
         )
         for name, more, value, held in (
             ("bug_fix_driver.py", "tests.json", wanted, tests),
             ("bug_fix_candidate.py", "roots.json", repository.roots, code),
         )
     )
-    told, held = sandbox.converse(driver, candidate)
+    told, held = sandbox_of_sample(config).converse(driver, candidate)
     limit = held.stopped_by or told.stopped_by
     stopped = f"; stopped by the {limit} limit" if limit else ""
     if told.status or told.stopped_by:
@@ -146,7 +142,3 @@ def modules(files: edits.Files, roots: tuple[str, ...]) -> dict[str, str]:
             if parts[-1] != "__init__":
                 found.setdefault(".".join(parts), "")
     return found
-
-
-def _source(name: str) -> bytes:
-    return (_SOURCES / name).read_bytes()

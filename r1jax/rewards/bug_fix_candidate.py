@@ -29,14 +29,9 @@ def ancestry(kind):
 
 
 def perform(request):
-    arguments = [code_wire.decode(item, objects.__getitem__) for item in request["arguments"]]
     if request["do"] == "import":
-        return importlib.import_module(arguments[0])
-    value = objects[request["target"]]
-    if request["do"] == "call":
-        keywords = {key: code_wire.decode(item, objects.__getitem__) for key, item in request["keywords"].items()}
-        return value(*arguments, **keywords)
-    return {"get": getattr, "set": setattr}[request["do"]](value, *arguments)
+        return importlib.import_module(*request["arguments"])
+    return code_wire.act(request, objects[request["target"]], objects)
 
 
 def answer(request):
@@ -53,11 +48,7 @@ def answer(request):
 
 with open("roots.json", encoding="utf-8") as file:
     roots = json.load(file)
+os.makedirs("repository", exist_ok=True)
 os.chdir("repository")
 sys.path[:0] = [os.path.abspath(root) for root in roots]
-while True:
-    try:
-        received = link.receive()
-    except EOFError:
-        break
-    link.send(answer(received))
+code_wire.serve(link, answer)

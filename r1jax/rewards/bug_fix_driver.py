@@ -11,6 +11,7 @@ import os
 import sys
 import types
 import unittest
+import warnings
 
 sys.path.insert(0, os.getcwd())
 import code_wire  # noqa: E402
@@ -145,15 +146,17 @@ def run(test):
         passed = result.testsRun == 1 and result.wasSuccessful() and not problems
         return "" if passed else "".join(problems).strip().rpartition("\n")[2][:300] or "the test did not run"
     found = found() if isinstance(found, type) else found
-    getattr(found, names[-1])()
-    return ""
+    # A coroutine or a generator has run nothing yet.
+    return "" if getattr(found, names[-1])() is None else "the test returns a value, it may have asserted nothing"
 
 
+warnings.filterwarnings("error", message="It is deprecated to return a value")  # unittest's, for the same
 loaded = {}
 with open("tests.json", encoding="utf-8") as file:
     wanted = json.load(file)
 sys.meta_path.insert(0, Repository(wanted["modules"]))
 sys.path.append(os.path.join(os.getcwd(), "repository"))
+os.makedirs("repository", exist_ok=True)
 os.chdir("repository")
 results = {}
 for test in wanted["tests"]:

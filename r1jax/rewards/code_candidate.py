@@ -25,11 +25,7 @@ def perform(request):
     """Returns the result of one request: call, get or set, on an object by number or a global by name."""
     target = request["target"]
     value = objects[target] if isinstance(target, int) else vars(module)[target]
-    arguments = [code_wire.decode(item, objects.__getitem__) for item in request["arguments"]]
-    keywords = {key: code_wire.decode(item, objects.__getitem__) for key, item in request["keywords"].items()}
-    if request["do"] == "call":
-        return value(*arguments, **keywords)
-    return {"get": getattr, "set": setattr}[request["do"]](value, *arguments)
+    return code_wire.act(request, value, objects)
 
 
 def answer(action, *arguments):
@@ -60,9 +56,4 @@ def load():
 
 
 link.send(answer(load))
-while True:
-    try:
-        request = link.receive()
-    except EOFError:
-        break
-    link.send(answer(perform, request))
+code_wire.serve(link, lambda request: answer(perform, request))

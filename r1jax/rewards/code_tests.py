@@ -9,6 +9,7 @@ import ast
 import builtins
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -19,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from r1jax.data.hashing import hash64
-from r1jax.rewards.extraction import extract
+from r1jax.rewards.extraction import extract, fences
 from r1jax.rewards.sandbox import PYTHON, Outcome, Program, Sandbox, open_sandbox
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
@@ -30,7 +31,7 @@ COMPILE = "g++ -std=c++20 -O2 -pipe -o program main.cpp && cat program"
 NO_COMPILER = "no C++ compiler here (apt-get install g++)"
 GRACE = 0.8  # share of a sample's deadline that its tests may take in all, so that a slow program is a 0 and not a lost sample
 _LANGUAGES = {"python": "python", "py": "python", "python3": "python", "cpp": "cpp", "c++": "cpp", "cc": "cpp"}
-_FENCE = re.compile(r"^[ ]{0,3}(`{3,}|~{3,})[ \t]*([\w+#-]*)[^\n]*$", re.MULTILINE)
+_LABEL = re.compile(r"[\w+#-]*")
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,26 @@ def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
         return Score(
             0.0, {}, True, f"the program has {len(source.text)} characters, more than {MAX_PROGRAM_CHARACTERS}"
         )
-    if source.language == "cpp" and shutil.which("g++") is None:
+    if source.language == "cpp" and not has_compiler():
         return Score(0.0, {}, False, NO_COMPILER)
-    sandbox = open_sandbox(config.sandbox)
     if tests["kind"] == "stdin-stdout":
-        failure = _whole_program_failure(source, tests, sandbox, config)
+        failure = _whole_program_failure(source, tests, config)
     elif source.language != "python":
         failure = f"the tests call a Python function, the program is {source.language}"
     else:
-        failure = _function_failure(source.text, tests, sandbox)
+        failure = _function_failure(source.text, tests, sandbox_of_sample(config))
     return Score(float(not failure), {}, True, failure or "all tests passed")
+
+
+def has_compiler() -> bool:
+    """Returns whether g++ is where the sandbox would find it."""
+    return shutil.which("g++", path=os.defpath) is not None
+
+
+def sandbox_of_sample(config: RewardConfig) -> Sandbox:
+    """Returns the sandbox in which a sample's tests run once, with the time that its deadline leaves them."""
+    wall_s = min(config.sandbox.wall_s, GRACE * config.deadline_s)
+    return open_sandbox(config.sandbox).limited(wall_s=wall_s)
 
 
 def extract_program(response: str) -> Source | None:
@@ -81,15 +92,9 @@ def extract_program(response: str) -> Source | None:
     if extract(response, "whole") is None:
         return None
     text = response.rpartition("</think>")[2].strip("\n")  # a bare function body begins with its indent
-    blocks, opened = [], None
-    for fence in _FENCE.finditer(text):
-        if opened is None:
-            opened = fence
-        elif fence[1].startswith(opened[1]) and not fence[2]:
-            blocks.append((opened[2].lower(), text[opened.end() + 1 : fence.start()]))
-            opened = None
+    blocks, opened = fences(text)
     for named in (True, False):
-        for label, content in reversed(blocks):
+        for label, content in ((_LABEL.match(label)[0].lower(), content) for label, content in reversed(blocks)):
             if label in _LANGUAGES if named else not label:
                 return Source(content, _LANGUAGES.get(label, "python"))
     return None if blocks or opened else Source(text, "python")
@@ -111,7 +116,7 @@ def read_tests(reference: str, prompt: str = "") -> dict:
     if not isinstance(tests, dict):
         raise MalformedTests(f"{reference[:60]!r} is no object or list")
     if "kind" not in tests and {"inputs", "outputs"} <= set(tests):
-        tests = {"kind": "stdin-stdout", "cases": _paired(tests["inputs"], tests["outputs"])}
+        tests = {**tests, "kind": "stdin-stdout", "cases": _paired(tests["inputs"], tests["outputs"])}
     seed = hash64("code tests", reference)
     if tests.get("kind") == "stdin-stdout":
         return {"kind": "stdin-stdout", "cases": _cases(tests.get("cases")), "float_tolerance": _tolerance(tests)}
@@ -152,15 +157,15 @@ def outputs_equal(printed: str, expected: str, float_tolerance: float | None = N
 
 def _function_failure(program: str, tests: dict, sandbox: Sandbox) -> str:
     """Returns why the program fails the tests of a function; "" when it passes."""
-    wire = {"code_wire.py": _companion("code_wire.py")}
+    wire = {"code_wire.py": companion("code_wire.py")}
     texts = {"prompt.py": tests.get("prompt", ""), "program.py": program}
     files = {name: text.encode("utf-8", "surrogatepass") for name, text in texts.items()}
     verdict, run = sandbox.converse(
         Program(
             [*PYTHON, "main.py"],
-            wire | {"main.py": _companion("code_driver.py"), "tests.json": json.dumps(tests).encode()},
+            wire | {"main.py": companion("code_driver.py"), "tests.json": json.dumps(tests).encode()},
         ),
-        Program([*PYTHON, "main.py"], wire | {"main.py": _companion("code_candidate.py")} | files),
+        Program([*PYTHON, "main.py"], wire | {"main.py": companion("code_candidate.py")} | files),
     )
     try:
         told = json.loads(verdict.stdout)
@@ -168,11 +173,12 @@ def _function_failure(program: str, tests: dict, sandbox: Sandbox) -> str:
         told = {"passed": False, "detail": "the tests gave no verdict"}
     if told["passed"] is True and verdict.status == 0 and not verdict.stopped_by:
         return ""
-    return _explained(told["detail"], run if run.stopped_by else replace(run, stopped_by=verdict.stopped_by))
+    return explained(told["detail"], run if run.stopped_by else replace(run, stopped_by=verdict.stopped_by))
 
 
-def _whole_program_failure(source: Source, tests: dict, sandbox: Sandbox, config: RewardConfig) -> str:
+def _whole_program_failure(source: Source, tests: dict, config: RewardConfig) -> str:
     """Returns why the program fails the first of its tests that it fails; "" when it passes them all."""
+    sandbox = open_sandbox(config.sandbox)
     until = time.monotonic() + GRACE * config.deadline_s
     if source.language == "cpp":
         program = compile_cpp(source.text, config)
@@ -188,7 +194,7 @@ def _whole_program_failure(source: Source, tests: dict, sandbox: Sandbox, config
         limited = sandbox.limited(wall_s=min(left, config.sandbox.wall_s))
         outcome = limited.run(command, files, given.encode("utf-8", "surrogatepass"))
         if outcome.status or outcome.stopped_by:
-            return _explained(f"test {number} of {len(tests['cases'])}: ended with status {outcome.status}", outcome)
+            return explained(f"test {number} of {len(tests['cases'])}: ended with status {outcome.status}", outcome)
         if not outputs_equal(outcome.stdout.decode(errors="replace"), expected, tests["float_tolerance"]):
             return (
                 f"test {number} of {len(tests['cases'])}: printed {outcome.stdout[:80]!r}, expected {expected[:80]!r}"
@@ -198,16 +204,17 @@ def _whole_program_failure(source: Source, tests: dict, sandbox: Sandbox, config
 
 def compile_cpp(text: str, config: RewardConfig) -> bytes | str:
     """Returns the compiled program, or why there is none. The compiler runs in a sandbox too."""
-    if shutil.which("g++") is None:
+    if not has_compiler():
         return NO_COMPILER
     sandbox = open_sandbox(config.sandbox).limited(wall_s=GRACE * config.deadline_s, **COMPILE_LIMITS)
     outcome = sandbox.run(["sh", "-c", COMPILE], {"main.cpp": text.encode("utf-8", "surrogatepass")})
     return (
-        outcome.stdout if outcome.status == 0 and not outcome.stopped_by else _explained("it does not compile", outcome)
+        outcome.stdout if outcome.status == 0 and not outcome.stopped_by else explained("it does not compile", outcome)
     )
 
 
-def _explained(what: str, outcome: Outcome) -> str:
+def explained(what: str, outcome: Outcome) -> str:
+    """Returns a reason with the limit that stopped a run, if one did, and the last line that it wrote to standard error."""
     words = outcome.stderr.decode(errors="replace").strip().splitlines()
     stopped = f"; stopped by the {outcome.stopped_by} limit" if outcome.stopped_by else ""
     return f"{what}{stopped}" + (f"; {words[-1][:200]}" if words else "")
@@ -284,5 +291,6 @@ def _defines(code: str, name: str) -> bool:
 
 
 @lru_cache
-def _companion(name: str) -> bytes:
+def companion(name: str) -> bytes:
+    """Returns the source of a file that runs in the sandbox."""
     return Path(__file__).with_name(name).read_bytes()

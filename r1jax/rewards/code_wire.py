@@ -21,17 +21,6 @@ _TEXTS = {  # tag -> module, writer, reader; imported where needed, because ever
     "date": ("datetime", "isoformat", "fromisoformat"),
     "time": ("datetime", "isoformat", "fromisoformat"),
 }
-_ITERATORS = (
-    map,
-    filter,
-    zip,
-    enumerate,
-    reversed,
-    type(iter([])),
-    type(iter(())),
-    type(iter("")),
-    type(i for i in ()),
-)
 _VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 _SMALL = 1 << 53
 
@@ -53,7 +42,7 @@ def encode(value, name):
         return [type(value).__name__, value.hex()]
     if isinstance(value, range):
         return ["range", *(encode(part, name) for part in (value.start, value.stop, value.step))]
-    if type(value) in _ITERATORS:
+    if hasattr(type(value), "__next__") and type(value).__module__ in ("builtins", "itertools"):
         return ["iterator", *(encode(item, name) for item in value)]
     if isinstance(value, _VIEWS):
         return ["set" if isinstance(value, _VIEWS[0]) else "list", *(encode(item, name) for item in value)]
@@ -139,6 +128,25 @@ def request(action, target, arguments, keywords, name):
     encoded = [encode(value, name) for value in arguments]
     named = {key: encode(value, name) for key, value in (keywords or {}).items()}
     return {"do": action, "target": target, "arguments": encoded, "keywords": named}
+
+
+def act(message, value, objects):
+    """Returns what comes of calling a value, or reading or setting one of its attributes, as a message of `request` asks."""
+    arguments = [decode(item, objects.__getitem__) for item in message["arguments"]]
+    keywords = {key: decode(item, objects.__getitem__) for key, item in message["keywords"].items()}
+    if message["do"] == "call":
+        return value(*arguments, **keywords)
+    return {"get": getattr, "set": setattr}[message["do"]](value, *arguments)
+
+
+def serve(link, answer):
+    """Sends the answer to every message until the other side ends."""
+    while True:
+        try:
+            message = link.receive()
+        except EOFError:
+            return
+        link.send(answer(message))
 
 
 class Link:

@@ -4,10 +4,11 @@ import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 
-MAX_PATH_CHARACTERS = 200
+from r1jax.rewards.extraction import fences
+
+MAX_PATH_BYTES = 200
 MAX_CHARACTERS = 1 << 20  # of all changed files together
 MAX_FILES = 100  # that a response may change
-_FENCE = re.compile(r"^(`{3,}|~{3,})[ \t]*([^\n`]*)\n(.*?)^\1[ \t]*$", re.DOTALL | re.MULTILINE)
 _PATH = re.compile(r"(?:\S+[ :]|path=)?([\w.-]+(?:/[\w.-]+)*\.\w+)")
 _HUNK = re.compile(r"@@ -(\d+)(?:,\d+)? \+\d+(?:,\d+)? @@")
 
@@ -21,8 +22,7 @@ def apply(text: str, files: Files) -> dict[str, str]:
     there is no change, a path is not plain and relative, a hunk's old lines are not found, or the change is too large.
     """
     changed, found = dict(files), False
-    for _, label, body in _FENCE.findall(text if text.endswith("\n") else text + "\n"):
-        label = label.strip()
+    for label, body in fences(text, flush=True)[0]:  # a line of a diff begins with its mark
         if label.split(" ")[0] in ("diff", "patch") or body.startswith(("--- ", "diff --git ")):
             found = True
             _apply_diff(body, changed)
@@ -47,11 +47,11 @@ def safe_path(path: str) -> str:
     """Returns a relative path of plain names. Raises ValueError for one that leaves the directory or is no plain path."""
     parts = path.split("/")
     if (
-        len(path) > MAX_PATH_CHARACTERS
+        len(path.encode("utf-8", "replace")) > MAX_PATH_BYTES
         or not all(re.fullmatch(r"[\w.-]+", part) for part in parts)
         or {".", ".."} & {*parts}
     ):
-        raise ValueError(f"the path {path[:MAX_PATH_CHARACTERS]!r} is not plain and relative")
+        raise ValueError(f"the path {path[:MAX_PATH_BYTES]!r} is not plain and relative")
     return path
 
 

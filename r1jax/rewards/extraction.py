@@ -2,11 +2,13 @@
 
 import re
 
+from r1jax.data import templates
 from r1jax.rewards.number import LAST_NUMBER
 
 EXTRACTIONS = ("auto", "boxed", "answer_tag", "whole")
 _BOX_OPENING = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BOX_EVENT = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_FENCE = re.compile(r"^( {0,3})(`{3,}|~{3,})([^\n`]*)$", re.MULTILINE)
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore)[\s,]+)?(?:(?:the|my)\s+)?(?:(?:final|correct|right|best)\s+)?"
     r"(?:answer|option|choice)\b(?:\s+(?:is|would\s+be)\b)?\s*[:=]?\s*(?:(?:option|choice)\b\s*)?",
@@ -24,12 +26,9 @@ def extract(response: str, extraction: str) -> str | None:
     """
     if extraction not in EXTRACTIONS:
         raise ValueError(f"extract: extraction={extraction!r} must be one of {', '.join(EXTRACTIONS)}")
-    close = response.rfind("</think>")
-    if response.rfind("<think>") > close:
-        return None
-    text = response[close + len("</think>") :] if close >= 0 else response
+    text = templates.summary(response)
     if extraction == "whole":
-        return text.strip() or None
+        return text or None
     if extraction == "boxed":
         return last_box(text)
     tagged = _last_answer_tag(text)
@@ -79,6 +78,23 @@ def last_box(text: str) -> str | None:
         elif token == "{" or len(token) > 2:
             stack.append(event.end() if len(token) > 2 else -1)
     return text[span[0] : span[1]].strip() or None if best >= 0 else None
+
+
+def fences(text: str, flush: bool = False) -> tuple[list[tuple[str, str]], bool]:
+    """Returns ([(what stands behind the opening marks, content)] of fenced blocks, whether the last one never closes).
+
+    A block ends at marks like its own, or more of them, with nothing behind. With `flush` marks count at the start of a line alone.
+    """
+    blocks, opened = [], None
+    for fence in _FENCE.finditer(text):
+        if flush and fence[1]:
+            continue
+        if opened is None:
+            opened = fence
+        elif fence[2].startswith(opened[2]) and not fence[3].strip():
+            blocks.append((opened[3].strip(), text[opened.end() + 1 : fence.start()]))
+            opened = None
+    return blocks, opened is not None
 
 
 def without_lead(answer: str) -> str:

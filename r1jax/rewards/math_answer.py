@@ -32,7 +32,8 @@ _CLOCK = re.compile(r"\d{1,2}:\d{2}")
 _BASED = re.compile(r"(\d+)_\{?(\d+)\}?")  # digits in a base, 52_8; math-verify would drop the base
 _OPTION = re.compile(TEXT_COMMAND + r"\{\s*\(([A-J])\)\s*\}")
 _PRODUCT = re.compile(r"(?<=\d)\s*(?=\(|\\left\s*\()")
-_BARE_WORD = re.compile(r"[A-Z]|[A-Za-z][A-Za-z-]+|[\u4e00-\u9fff]{1,8}")
+# Hyphens join words, and not letters that stand for numbers.
+_BARE_WORD = re.compile(r"[A-Z]|[A-Za-z]{2,}|(?=.*[A-Za-z]{3})[A-Za-z][A-Za-z-]+|[\u4e00-\u9fff]{1,8}")
 
 
 def quick(response: str, reference: str, extraction: str) -> Score | None:
@@ -134,7 +135,7 @@ def _text_answer(gold: str) -> str | None:
 
 def _words(text: str) -> str:
     text = re.sub(TEXT_COMMAND, "", text)
-    return " ".join(re.findall(r"[^\W_]+", text)).casefold()
+    return " ".join(re.findall(r"\d+:\d+|[^\W_]+", text)).casefold()
 
 
 def _long_words(text: str) -> int:

@@ -195,9 +195,14 @@ class RewardPool:
 
     def finish(self, gradings: Sequence[Grading]) -> list[Score]:
         """Returns the scores of several gradings in order; the batch deadline counts from here, for all of them."""
-        keys = list(dict.fromkeys(key for grading in gradings for key in grading.keys.values()))
+        wanted = {key: grading.requests[place] for grading in gradings for place, key in grading.keys.items()}
+        found: dict[bytes, Score | str] = {key: self._cache[key] for key in wanted if key in self._cache}
+        keys = [key for key in wanted if key not in found]
+        for key in keys:
+            if key not in self._running:  # it ended without a score for another grading
+                self._schedule(key, wanted[key])
         late = self._await(keys)
-        found = {key: self._result(key, late) for key in keys}
+        found |= {key: self._result(key, late) for key in keys}
         for grading in gradings:
             for place, key in grading.keys.items():
                 grading.scores[place] = _named(found[key], grading.requests[place])

@@ -161,10 +161,10 @@ def usage() -> tuple[int, float]:
         if not name.isdigit() or name == "1":
             continue
         try:
-            with open(f"/proc/{name}/statm") as file:
+            with open(f"/proc/{name}/statm", "rb") as file:
                 pages += int(file.read().split()[1])
-            with open(f"/proc/{name}/stat") as file:
-                fields = file.read().rpartition(")")[2].split()
+            with open(f"/proc/{name}/stat", "rb") as file:  # a process may call itself what is no text
+                fields = file.read().rpartition(b")")[2].split()
                 seconds += (int(fields[11]) + int(fields[12])) / TICKS
         except (OSError, IndexError):  # it has just ended
             continue
@@ -210,9 +210,11 @@ def main() -> None:
         os.chdir(spec["directory"])
         write_files(spec["files"])
         drop_privileges()
-        status, stopped_by = supervise(start(spec), spec)
+        pid = start(spec)
     except OSError as error:
-        status, stopped_by = 126, f"setup: {error}"
+        os.write(report, f"126 setup: {error}".encode())
+        return
+    status, stopped_by = supervise(pid, spec)
     os.write(report, f"{status} {stopped_by}".encode())
 
 

@@ -38,7 +38,7 @@ _COMPARISON = (
     "longer, says nothing.\n"
     "End with one line of JSON in the form below and write nothing after it. V is A>>B if A is much better, A>B if A is "
     "better, A=B if neither is, B>A if B is better, B>>A if B is much better.\n"
-    '{{"verdict": "V"}}'
+    '{{"reasoning": "...", "verdict": "V"}}'
 )
 
 
