@@ -48,6 +48,7 @@ setup(
         "reasoning-gym>=0.1.25",
         "rich>=13.7",
         "safetensors>=0.4.3",
+        "scipy>=1.13",
         "sentencepiece>=0.2.0",
         "sympy>=1.13",
         "tensorboardX>=2.6.2",

@@ -207,7 +207,10 @@ def trained(model: ModelConfig):
     """Returns the losses and the weights of three updates on packed rows."""
     grpo = GRPOConfig(kl_coef=0.0)
     mesh, generator = sharding.make_mesh(MeshConfig()), np.random.default_rng(0)
-    trainer = step.Trainer(model, OptimizerConfig(learning_rate=1e-2), mesh, losses.make_loss(model, grpo), 3)
+    optimizer = OptimizerConfig(
+        learning_rate=1e-2, eps=1e-4
+    )  # at 1e-8 Adam makes whole steps of gradients that are rounding
+    trainer = step.Trainer(model, optimizer, mesh, losses.make_loss(model, grpo), 3)
     state = trainer.init(sharding.initialize(decoder.specs(model), rng.key(0, "flash", "init"), jnp.float32, mesh))
     segments = np.asarray([[[1] * 9 + [2] * 14 + [0] * 3, [1] * 26]], np.int32)
     starts = np.maximum.accumulate(np.where(np.diff(segments, prepend=-1), np.arange(26), 0), axis=-1)
@@ -230,4 +233,4 @@ def test_three_updates_through_the_kernel_are_those_of_xla(model):
     np.testing.assert_allclose(by_kernel[0], by_xla[0], rtol=1e-5)
     assert by_kernel[0][2] != by_kernel[0][0]
     for a, b in zip(jax.tree.leaves(by_kernel[1]), jax.tree.leaves(by_xla[1]), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-4)  # Adam divides small gradients by themselves
+        np.testing.assert_allclose(a, b, atol=1e-5)

@@ -267,6 +267,14 @@ def test_wider_pool_takes_the_judges_verdict_as_accuracy(wider, judge):
     assert counts == {"judged": 9, "verdicts read, %": 100}
 
 
+def test_share_of_verdicts_that_could_be_read_is_told(wider):
+    config, words, mesh, params = wider
+    config = replace(config, judge=replace(config.judge, sampler=replace(config.judge.sampler, max_new_tokens=1)))
+    counts = Counter()
+    found = wider_pool.sample(config, words, mesh, params, counts)
+    assert counts == {"judged": 9, "verdicts read, %": 0} and not any(r.scorable for r in found if not r.truncated)
+
+
 def test_stage_three_keeps_of_the_wider_pool_what_judge_and_checks_accept(wider, tmp_path):
     config, words, mesh, params = wider
     config = replace(

@@ -14,7 +14,6 @@ from r1jax.models import decoder
 from r1jax.rewards import model as reward_model
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.model import Reading, RewardModel
-from r1jax.rewards.rules import format_score
 from r1jax.rl import rollout, scenarios
 from r1jax.rl.loop import PolicyTraining
 from r1jax.schema import MeshConfig, replace
@@ -31,7 +30,7 @@ SMALL = {
 }
 
 
-def training(folder, kind=PolicyTraining) -> PolicyTraining:
+def training(folder) -> PolicyTraining:
     """Returns a small run of stage 4 with reward models of random weights, ready to start."""
     config = configs.load("stage4_all_scenarios", [(name, str(given)) for name, given in SMALL.items()])
     mesh = sharding.make_mesh(MeshConfig())
@@ -44,7 +43,7 @@ def training(folder, kind=PolicyTraining) -> PolicyTraining:
         models[task] = RewardModel(weights, shape, mesh, Reading(name, "tiny"), WORDS, 8, 24)
     later = policy.later(config, WORDS, reasoning)
     more = dict(describe=policy.describe, later=later, reward_models=models)
-    return kind(config, WORDS, mesh, reasoning, params, folder, **more)
+    return PolicyTraining(config, WORDS, mesh, reasoning, params, folder, **more)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +97,7 @@ def test_reward_of_a_general_prompt_is_model_plus_format_plus_language(whole):
     expected += given.language * parts[:, column("language")]
     mine = tasks_of != "linear"
     np.testing.assert_allclose(judged.rewards[mine], expected[mine], atol=1e-6)
-    assert np.ptp(judged.rewards[mine]) > 0.01 and not any(format_score(text) for text in ("", "x"))
+    assert np.ptp(judged.rewards[mine]) > 0.01
 
 
 def test_reward_models_are_not_asked_before_their_update(whole):
@@ -153,6 +152,21 @@ def test_hacking_is_told_in_one_line_when_the_reward_rises_and_the_verified_figu
     assert told[25].startswith("reward hacking? over 10 rollouts the reward model's reward rose from ")
     assert "reasoning_accuracy fell from" in told[25] and "\n" not in told[25]
     assert scenarios.watch(rows[:25], rows[25], 10, 3.0)[0]["hacking_warning"] == 1.0
+
+
+def test_hacking_is_not_told_before_the_window_is_full():
+    steps = np.arange(12) * 0.05
+    told = warnings(rows_of(0.3 + steps, 0.9 - steps, error=0.01))
+    assert [bool(line) for line in told] == [False] * 9 + [True] * 3
+
+
+def test_reasoning_is_that_of_reasoning_prompts_where_one_model_is_off(whole):
+    run, _, kept = whole
+    group, scored = run.config.grpo.group_size, kept[4]
+    prompts_of = [run.prompts.prompt(sample.request_id, 4) for sample in scored.samples[::group]]
+    both = scenarios.figures(scored, prompts_of, run.reward_models, group)
+    one = scenarios.figures(scored, prompts_of, {"general": run.reward_models["general"]}, group)
+    assert one["reasoning_accuracy"] == both["reasoning_accuracy"] and "safety_reward" not in one
 
 
 @pytest.mark.parametrize("kind", ["both rise", "only noise", "both fall", "reward rises alone"])

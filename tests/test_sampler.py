@@ -146,7 +146,7 @@ def test_log_probs_and_experts_equal_a_teacher_forced_forward(rollout, params):
         assert np.array_equal(s.routed_experts[:safe], experts[row, start : start + length][:safe])
         assert np.array_equal(s.logps, s.behaviour_logps)  # temperature 1, no filter
     print(f"{len(off)} log-probs, largest difference {max(off):.2e} from float64 and {max(apart):.2e} from float32")
-    print(f"{ties} samples cut at a router tie")
+    print(f"99 of 100 within {np.quantile(apart, 0.99):.1e} of float32, {ties} samples cut at a router tie")
     assert len(off) > 500
     assert ties <= 3
     assert max(off) < 1e-5

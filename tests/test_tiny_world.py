@@ -107,7 +107,12 @@ def test_tidy_rewrites_into_the_language_of_the_question_and_drops_a_repeated_gu
     )
     assert rewrite.is_sound(prompt, text)
     score = compose.score(RewardRequest("x", "linear", prompt, text, "5"), RewardConfig())
-    assert score.parts == {"accuracy": 1.0, "format": 1.0, "language": 1.0}
+    assert score.parts == {
+        "accuracy": 1.0,
+        "format": 1.0,
+        "language": 1.0,
+        "repetition": pytest.approx(-1 / 28),
+    }  # + 5 =
 
 
 @pytest.mark.parametrize(

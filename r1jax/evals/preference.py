@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
+from scipy.special import expit
 from scipy.stats import norm, rankdata
 
 BINS = 10
@@ -25,7 +26,7 @@ def of_pairs(
     margins, longer = chosen - rejected, np.subtract(chosen_lengths, rejected_lengths)
     right = np.where(margins == 0, 0.5, margins > 0)
     found = {"pairs": len(right), **proportion("accuracy", right, prompts)}
-    found |= calibration(sigmoid(np.abs(margins)), right, low=0.5)
+    found |= calibration(expit(np.abs(margins)), right, low=0.5)
     found["length_correlation"] = correlation(
         np.concatenate([chosen, rejected]), np.concatenate([chosen_lengths, rejected_lengths])
     )
@@ -40,7 +41,7 @@ def of_labels(
 ) -> dict:
     """Returns the figures of labelled responses by score, label and length in tokens; sigmoid(score) is the chance of safe."""
     scores, safe = np.asarray(scores, np.float64), np.asarray(safe, bool)
-    chance = sigmoid(scores)
+    chance = expit(scores)
     right = np.where(scores == 0, 0.5, (scores > 0) == safe)
     found = {"responses": len(safe), "share_safe": _mean(safe), **proportion("accuracy", right, prompts)}
     found["auc"] = auc(scores, safe)
@@ -50,11 +51,6 @@ def of_labels(
     found |= calibration(chance, safe.astype(np.float64), low=0.0)
     found["length_correlation"] = correlation(scores, lengths)
     return found
-
-
-def sigmoid(values: np.ndarray) -> np.ndarray:
-    """Returns 1 / (1 + exp(-x)) without overflow."""
-    return 0.5 * (1 + np.tanh(np.asarray(values, np.float64) / 2))
 
 
 def proportion(name: str, right: np.ndarray, prompts: Sequence[Hashable]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from scipy.special import expit
 
 from r1jax.core import distributed, sharding
 from r1jax.core.sharding import use_mesh
@@ -116,7 +117,7 @@ class RewardModel:
         judged = [index for index, ids in enumerate(read) if ids is not None]
         found = np.zeros(len(read), np.float32)
         scores = self.scores([read[index] for index in judged]).astype(np.float64)
-        found[judged] = 1 / (1 + np.exp(-(scores - self.center)))
+        found[judged] = expit(scores - self.center)
         return found
 
     def _batch(self, batch: PackedBatch) -> list[float]:

@@ -94,6 +94,7 @@ class PolicyTraining:
         """
         self.config, self.tokenizer, self.mesh, self.folder, self.on_update = config, tokenizer, mesh, folder, on_update
         self.describe, self.reward_models = describe, dict(reward_models or {})
+        self.watched: list[dict] | None = None  # figures of the rollouts until now, where reward models are watched
         config.require_mixture()
         _check_row(config, prompts)
         self.prompts = rollout.PromptPhases(prompts, later, config)
@@ -269,8 +270,7 @@ class PolicyTraining:
         self.phase("grading")
         parts, scorable = self.timer.run("rewards", grader.scores, samples)
         if self.reward_models:
-            texts = self.tokenizer.decode_batch([sample.token_ids for sample in samples])
-            given = (parts, samples, texts, by_draw, self.reward_models)
+            given = (parts, samples, self.tokenizer.decode_batch, by_draw, self.reward_models)
             parts = self.timer.run("rewards", scenarios.with_model_rewards, *given)
         usage = pool.take_usage()
         self.timer.add(reward_cache_hits=usage.cache_hits, reward_workers_started=usage.workers_started)
@@ -311,6 +311,11 @@ class PolicyTraining:
         texts = self.tokenizer.decode_batch([sample.token_ids for sample in scored.samples])
         counted = np.flatnonzero(scored.scorable)
         summary = {name: _mean(scored.parts[counted, PART_NAMES.index(name)]) for name in RULE_PARTS}
+        if self.reward_models:
+            graded = counted[self.graded(scored, start)[counted]]
+            del summary["accuracy"]
+            if len(graded):
+                summary["accuracy"] = _mean(scored.parts[graded, PART_NAMES.index("accuracy")])
         summary |= {
             "reward": _mean(judged.rewards[counted]),
             "unscorable": float(len(scored) - len(counted)),
@@ -329,6 +334,11 @@ class PolicyTraining:
             summary |= self.against_verified(scored, start)
         return judged, summary | self.describe(texts)
 
+    def graded(self, scored: Rollout, start: int) -> np.ndarray:
+        """Returns whether each sample's accuracy is a grader's, [N] bool: no reward model speaks in its place."""
+        tasks = [self.prompts.prompt(sample.request_id, start).prompt.task for sample in scored.samples]
+        return ~np.isin(tasks, list(self.reward_models))
+
     def against_verified(self, scored: Rollout, start: int) -> dict[str, float]:
         """Returns what the reward models say beside what can be verified, and warns where the two part ways."""
         group, given = self.config.grpo.group_size, self.config.scenarios
@@ -336,13 +346,15 @@ class PolicyTraining:
         now = scenarios.figures(scored, prompts, self.reward_models, group)
         if not now:
             return {}
-        every = self.config.grpo.updates_per_rollout
-        rows = metrics.read(self.folder) if distributed.is_writer() else []
-        earlier = [row for row in rows if (row["update"] - 1) % every == 0 and row["update"] <= start]
-        told, line = scenarios.watch(earlier, now, given.hacking_window, given.hacking_errors)
+        if self.watched is None:
+            every = self.config.grpo.updates_per_rollout
+            rows = distributed.decide(metrics.read, self.folder, name=f"the metrics of {self.folder}")
+            self.watched = [row for row in rows if (row["update"] - 1) % every == 0 and row["update"] <= start]
+        told, line = scenarios.watch(self.watched, now, given.hacking_window, given.hacking_errors)
+        self.watched.append(now)
         if line:
             self.say(f"update {start + 1}: {line}")
-        return now | told | {"accuracy": now.get("reasoning_accuracy", 0.0)}  # of samples that are graded
+        return now | told
 
     def packed(
         self, scored: Rollout, batches: list[np.ndarray], judged: Judgement, start: int

@@ -3,7 +3,7 @@
 R_general = R_reward_model + R_format + R_language, the model chosen by the data set of the prompt (DeepSeek-R1, eq. 8-11).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from r1jax.rl.rollout import EncodedPrompt
 from r1jax.sampler.sample import RolloutSample
 
 ACCURACY, MODEL, RULE = (PART_NAMES.index(name) for name in ("accuracy", "reward_model", "rule"))
+SCENARIOS = ("general", "safety")  # tasks of prompts that are not reasoning
 TINY = "tiny"  # source of prompts whose rule is known: it verifies what a reward model says
 VERIFIED = ("reasoning_accuracy", "rule")  # what can be verified: of the reasoning prompts, of those of a known rule
 
@@ -21,13 +22,13 @@ VERIFIED = ("reasoning_accuracy", "rule")  # what can be verified: of the reason
 def with_model_rewards(
     parts: np.ndarray,
     samples: Sequence[RolloutSample],
-    texts: Sequence[str],
+    decode: Callable[[list[Sequence[int]]], list[str]],
     prompts: Mapping[int, EncodedPrompt],
     models: Mapping[str, RewardModel],
 ) -> np.ndarray:
     """Returns the parts with what the model of a sample's task says in place of its accuracy, which becomes its `rule`.
 
-    `prompts` by draw. A sample that was cut off gets 0, as it does in accuracy.
+    `prompts` by draw; `decode` gives texts of ids. A sample that was cut off gets 0, as it does in accuracy.
     """
     parts = parts.copy()
     for task, model in models.items():
@@ -35,7 +36,8 @@ def with_model_rewards(
         if not mine:
             continue
         asked = [prompts[samples[i].request_id] for i in mine]
-        turns = [one.prefill + texts[i] for one, i in zip(asked, mine, strict=True)]
+        texts = decode([samples[i].token_ids for i in mine])
+        turns = [one.prefill + text for one, text in zip(asked, texts, strict=True)]
         said = model.rewards([one.prompt.text for one in asked], turns)
         whole = np.asarray([not samples[i].truncated for i in mine])
         parts[mine, RULE], parts[mine, ACCURACY] = parts[mine, ACCURACY], 0.0
@@ -49,8 +51,8 @@ def figures(
     """Returns means and standard errors over a rollout, each where it has such samples; {} without samples of a model.
 
     reward_model: of the samples that models score, and helpful_reward or safety_reward of each model; rule: their hidden rule
-    where it is known; reasoning_accuracy: of all other samples. `prompts` of the groups, in order. A mean that a group adds
-    to is over its scorable samples; the error is that of the mean of groups.
+    where it is known; reasoning_accuracy: of the reasoning prompts. `prompts` of the groups, in order. A mean that a group adds
+    to is over its scorable samples; the error NAME_se, of two groups or more, is that of the mean of groups.
     """
     tasks = np.asarray([prompt.prompt.task for prompt in prompts])
     known = np.asarray([prompt.prompt.source == TINY for prompt in prompts])
@@ -59,7 +61,7 @@ def figures(
         return {}
     wanted = {
         "reward_model": (MODEL, by_model),
-        "reasoning_accuracy": (ACCURACY, ~by_model),
+        "reasoning_accuracy": (ACCURACY, ~np.isin(tasks, SCENARIOS)),
         "rule": (RULE, by_model & known),
     }
     found = {}
@@ -67,7 +69,8 @@ def figures(
         means = _group_means(scored, part, groups, group)
         if len(means):
             found[name] = float(means.mean())
-            found[f"{name}_se"] = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else 0.0
+        if len(means) > 1:
+            found[f"{name}_se"] = float(means.std(ddof=1) / np.sqrt(len(means)))
     for task, model in models.items():
         if len(means := _group_means(scored, MODEL, tasks == task, group)):
             found[f"{model.reading.kind}_reward"] = float(means.mean())
@@ -102,19 +105,22 @@ def watch(
 ) -> tuple[dict[str, float], str]:
     """Returns (trends and hacking_warning for the metrics, a line of warning or "") of a rollout and those before it.
 
-    `rows` are earlier rollouts' figures. Over the last `window` rollouts with all of them, the reward model's reward rising by
-    `errors` standard errors of its slope while something verified falls by as many is told as reward hacking (DeepSeek-R1,
-    appendix B.5: the reward rises while the score on Codeforces falls).
+    `rows` are earlier rollouts' figures. Over the last `window` rollouts with both figures and their errors, the reward model's
+    reward rising by `errors` standard errors of its slope while something verified falls by as many is told as reward hacking
+    (DeepSeek-R1, appendix B.5: the reward rises while the score on Codeforces falls).
     """
     told: dict[str, float] = {"hacking_warning": 0.0}
     line = ""
-    for name in (name for name in VERIFIED if name in now):
-        recent = [row for row in [*rows, now] if name in row and "reward_model" in row][-window:]
+    for name in (name for name in VERIFIED if f"{name}_se" in now):
+        both = ("reward_model_se", f"{name}_se")
+        recent = [row for row in [*rows, now] if all(error in row for error in both)][-window:]
+        if len(recent) < window:
+            continue
         trends = {
             key: trend([row[key] for row in recent], [row[f"{key}_se"] for row in recent])
             for key in ("reward_model", name)
         }
-        told |= {f"{key}_trend": value for key, value in trends.items()}
+        told = {f"{key}_trend": value for key, value in trends.items()} | told  # the first name's, where they differ
         if trends["reward_model"] >= errors and trends[name] <= -errors:
             told["hacking_warning"] = 1.0
             first, last = recent[0], recent[-1]

@@ -26,6 +26,7 @@ RESULTS = {
     "reward_safety": "reward_safety",
 }
 BASE = "base"
+REWARD_MODELS = {"general": ("helpful", "helpful_model"), "safety": ("safety", "safety_model")}  # task -> kind, field
 
 
 def result_name(config: Config) -> str:
@@ -97,14 +98,14 @@ def base_weights(config: Config, mesh, workdir: Path) -> Any:
 
 
 def reward_model_folders(config: Config, workdir: Path) -> dict[str, Path]:
-    """Returns {task: folder} of the reward models that config.scenarios names, running a stage when it is missing.
+    """Returns {task: folder} of the reward models that config.scenarios uses, running a stage when it is missing.
 
     Raises ValueError for a folder that holds no finished stage.
     """
-    named = {"general": config.scenarios.helpful_model, "safety": config.scenarios.safety_model}
     found = {}
-    for task, name in named.items():
-        if not name:
+    for task, (_, field) in REWARD_MODELS.items():
+        name = getattr(config.scenarios, field)
+        if not name or config.scenarios.from_update < 0:
             continue
         found[task] = require(name, config, workdir) if name in RESULTS else Path(name)
         if not (found[task] / common.DONE).exists():
@@ -113,7 +114,6 @@ def reward_model_folders(config: Config, workdir: Path) -> dict[str, Path]:
 
 
 def reward_models(config: Config, workdir: Path) -> dict[str, str]:
-    """Returns {stage or folder: digest of its result} of the reward models that config.scenarios names."""
-    folders = reward_model_folders(config, workdir)
-    named = {"general": config.scenarios.helpful_model, "safety": config.scenarios.safety_model}
-    return {named[task]: output_digest(folder) for task, folder in folders.items()}
+    """Returns {stage or folder: digest of its result} of the reward models that config.scenarios uses."""
+    folders = reward_model_folders(config, workdir).items()
+    return {getattr(config.scenarios, REWARD_MODELS[task][1]): output_digest(folder) for task, folder in folders}

@@ -53,7 +53,7 @@ def run(config: Config, workdir: Path) -> dict:
             lambda update, row, timing: progress.update(update, **shown(row, timing)),
             describe,
             later(resolved, tokenizer, reasoning),
-            reward_models=load_reward_models(resolved, tokenizer, mesh, workdir),
+            reward_models=load_reward_models(resolved, tokenizer, sampler_mesh(resolved, mesh), workdir),
         )
         folder.start(inputs)
         trained = training.run()
@@ -81,8 +81,14 @@ def make_training(config: Config, tokenizer: Tokenizer, mesh: Mesh, *arguments, 
     if config.mode == "colocated":
         return PolicyTraining(config, tokenizer, mesh, *arguments, **more)
     distributed.require_one("config.mode=disaggregated")
-    sampler_mesh = sharding.make_mesh(config.sampler_mesh, jax.devices()[mesh.size :], "sampler_mesh")
-    return DisaggregatedTraining(config, tokenizer, mesh, *arguments, sampler_mesh=sampler_mesh, **more)
+    return DisaggregatedTraining(config, tokenizer, mesh, *arguments, sampler_mesh=sampler_mesh(config, mesh), **more)
+
+
+def sampler_mesh(config: Config, mesh: Mesh) -> Mesh:
+    """Returns where rollouts are drawn and judged: the trainer's mesh, or in mode disaggregated the devices behind it."""
+    if config.mode == "colocated":
+        return mesh
+    return sharding.make_mesh(config.sampler_mesh, jax.devices()[mesh.size :], "sampler_mesh")
 
 
 def later(config: Config, tokenizer: Tokenizer, reasoning: list[EncodedPrompt]):
@@ -98,13 +104,9 @@ def later(config: Config, tokenizer: Tokenizer, reasoning: list[EncodedPrompt]):
 
 def load_reward_models(config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) -> dict[str, RewardModel]:
     """Returns the reward model of each task that config.scenarios names one for; {} without those prompts."""
-    if config.scenarios.from_update < 0:
-        return {}
-    folders = lineage.reward_model_folders(config, workdir)
-    kinds = {"general": "helpful", "safety": "safety"}
     return {
-        task: reward_models.load(folder, kinds[task], tokenizer, mesh, config.pack, config.model)
-        for task, folder in folders.items()
+        task: reward_models.load(folder, lineage.REWARD_MODELS[task][0], tokenizer, mesh, config.pack, config.model)
+        for task, folder in lineage.reward_model_folders(config, workdir).items()
     }
 
 
@@ -119,7 +121,7 @@ def shown(row: dict[str, float], timing: dict[str, float]) -> dict[str, float]:
     phases = {name.removesuffix("_s"): timing[name] for name in timing if name in PHASES}
     total = sum(phases.values()) or 1.0
     speed = {"tok/s": timing["rollout_tokens_per_s"]} if "rollout_tokens_per_s" in timing else {}
-    figures = {name: row[name] for name in ("reward", "accuracy", "length", "reflective_words")}
+    figures = {name: row[name] for name in ("reward", "accuracy", "length", "reflective_words") if name in row}
     return figures | speed | {name: seconds / total for name, seconds in phases.items()}
 
 

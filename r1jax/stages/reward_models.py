@@ -1,7 +1,6 @@
 """What both reward model stages do: examples once, a scalar head on the start's weights, held-out figures; and loading one."""
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -51,17 +50,19 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
     distributed.require_one(config.stage)
     folder = common.StageFolder(config, workdir)
     folder.check()
-    inputs = lineage.start(config, workdir) | data_digest(config)
+    inputs = lineage.start(config, workdir)
+    if config.data.path:
+        inputs |= {config.data.path: common.file_digest(config.data.path)}
     if (figures := folder.finished(inputs)) is not None:
         show({config.stage: figures["held_out"]})
         return figures
     resolved, tokenizer, mesh = common.prepare(config)
     model, reading = reward_model.architecture(resolved.model), reading_of(kind, resolved, tokenizer)
-    rows = [] if prompts.is_tiny_world(resolved) else reward_examples.read(given_data(resolved), kind)
+    path = folder.path / common.EXAMPLES
+    rows = [] if path.exists() or prompts.is_tiny_world(resolved) else reward_examples.read(given_data(resolved), kind)
     if blocks := config.reward_model.frozen_blocks:
         frozen.shapes(model, blocks)
     started, params = time.monotonic(), lineage.start_weights(resolved, mesh, workdir)
-    path = folder.path / common.EXAMPLES
     if path.exists():
         rows = jsonl.read(path)
     else:
@@ -84,7 +85,8 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
     scorer = make_scorer(trained, model, mesh, reading, tokenizer, config.pack)
     figures = {"seconds": round(time.monotonic() - started, 1), "examples": len(train), "loss": loss}
     figures |= {"left_out": fitting.count(False), "held_out": evaluate(scorer, held_out, [rows[i] for i in sides[1]])}
-    center = _center(scorer, train[:CENTER_UNITS]) if kind == "helpful" else 0.0
+    some = keyed_permutation(len(train), hash64(config.stage, config.seed, "center"))[:CENTER_UNITS]
+    center = _center(scorer, [train[i] for i in some]) if kind == "helpful" else 0.0
     write_record(folder.path, kind, model, reading, config, center)
     checkpoint.write_json(folder.path / "figures.json", figures)
     show({config.stage: figures["held_out"]})
@@ -101,16 +103,6 @@ def given_data(config: Config) -> str:
     return config.data.path
 
 
-def data_digest(config: Config) -> dict[str, str]:
-    """Returns {path: sha256} of a file of one's own."""
-    if not config.data.path:
-        return {}
-    if not Path(config.data.path).is_file():
-        raise ValueError(f"no such file: {config.data.path}")
-    with Path(config.data.path).open("rb") as file:
-        return {config.data.path: hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def reading_of(kind: str, config: Config, tokenizer: Tokenizer) -> Reading:
     """Returns how the model of this run reads its texts."""
     settings = config.reward_model
@@ -119,15 +111,15 @@ def reading_of(kind: str, config: Config, tokenizer: Tokenizer) -> Reading:
 
 
 def chosen_examples(rows: list[dict], kind: str, config: Config) -> list[dict]:
-    """Returns the rows that are used, in order, each with `held_out`; pairs are balanced by length first."""
+    """Returns the rows that are used, in order, each with `held_out`; pairs of either side are balanced by length."""
     if config.data.max_rows:
         order = keyed_permutation(len(rows), hash64(config.stage, "rows"))
         rows = [rows[i] for i in sorted(order[: config.data.max_rows])]
+    sides = reward_examples.split(rows, config.data.holdout_fraction)
     if kind == "helpful" and config.reward_model.balance_lengths:
-        rows = preferences.balance_lengths(rows)
-    held_out = reward_examples.split(rows, config.data.holdout_fraction)[1]
-    names = {row["id"] for row in held_out}
-    return [row | {"held_out": row["id"] in names} for row in rows]
+        sides = tuple(map(preferences.balance_lengths, sides))
+    held_out = {row["id"]: held for held, side in zip((False, True), sides, strict=True) for row in side}
+    return [row | {"held_out": held_out[row["id"]]} for row in rows if row["id"] in held_out]
 
 
 def _unit(row: dict, kind: str, reading: Reading, tokenizer: Tokenizer) -> Unit | None:
@@ -148,7 +140,6 @@ def fit(
     if settings.frozen_blocks:
         lower_model, model = frozen.shapes(model, settings.frozen_blocks)
         lower, params = frozen.cut(params, reward_model.architecture(config.model), settings.frozen_blocks)
-        units = _with_features(units, lower, lower_model, config, mesh)
     size = min(settings.examples_per_update, len(units))
     per_epoch = len(units) // size
     orders = [
@@ -159,11 +150,13 @@ def fit(
     room = max(len(reward.micro_batches([units[i] for i in some], config.pack)) for some in chosen)
     shards = sharding.row_shards(config.pack.rows_per_micro_batch, config.mesh)
     trainer = step.Trainer(model, config.optimizer, mesh, reward.make_loss(model, kind), len(chosen))
+    store, log = folder.checkpoints(), MetricsLog(folder.path)
+    if lower is not None and store.latest() != len(chosen):
+        units = _with_features(units, lower, lower_model, config, mesh)
 
     def batch_at(update: int):
         return reward.make_batch([units[i] for i in chosen[update]], config.pack, room, shards)
 
-    store, log = folder.checkpoints(), MetricsLog(folder.path)
     with Progress(config.stage, len(chosen)) as progress:
         trained, loss = supervised.fit(
             trainer,

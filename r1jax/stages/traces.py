@@ -1,5 +1,6 @@
 """Sampling a policy's traces and keeping the good ones, with a count of how far each came (P2 B.3.2 and B.3.3)."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -40,12 +41,12 @@ def sample(
 ) -> list[Response]:
     """Returns `samples` traces of each of `count` training prompts, drawn by a keyed order of all.
 
-    They are graded by `pool`, which is closed then, or else by the rule verifiers.
+    They are graded by `pool`, which stays open, or else by the rule verifiers.
     """
     order = keyed_permutation(len(train), hash64(config.stage, config.seed, "prompts"))[:count]
     sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, (tokenizer.eos_id,), tokenizer))
     law = SamplingLaw(temperature, 1.0, 0, config.sampler.max_new_tokens, (tokenizer.eos_id,))
-    with pool or RewardPool(config.reward) as pool:
+    with contextlib.nullcontext(pool) if pool else RewardPool(config.reward) as pool:
         asked = [train[i] for i in order]
         return evaluate.respond(
             config, tokenizer, sampler, pool, asked, sampler.engine.load_params(params), law, samples, "sample"
