@@ -59,7 +59,15 @@ setup(
         "plan": [LIBTPU],
         "jetstream": ["google-jetstream==0.2.2"],
         "jetstream-light": JETSTREAM_LIGHT,
-        "test": ["hypothesis>=6.100", LIBTPU, "pytest>=8.0", "ruff>=0.9", "setuptools>=68", "wheel>=0.40"],
+        "test": [
+            "hypothesis>=6.100",
+            LIBTPU,
+            "pytest>=8.0",
+            "pytest-xdist>=3.5",
+            "ruff>=0.9",
+            "setuptools>=68",
+            "wheel>=0.40",
+        ],
         "parity": ["gguf", "torch==2.13.0", "transformers>=4.51", "trl==1.16.0"],  # Tunix: launch/venv.sh
     },
 )
