@@ -92,7 +92,7 @@ sandbox = Sandbox(Limits(wall_s=100, cpu_s=100), sys.argv[1])
 run = lambda: sandbox.run([*PYTHON, "-c", "import time; time.sleep(100)", "marker-" + sys.argv[2]], {})
 threading.Thread(target=run, daemon=True).start()
 deadline = time.monotonic() + 20
-while time.monotonic() < deadline and not any("time.sleep" in line for line in os.popen("ps -eo args | grep marker-" + sys.argv[2] + " | grep -v grep")):
+while time.monotonic() < deadline and not any("time.sleep" in line for line in os.popen("ps -ww -eo args | grep marker-" + sys.argv[2] + " | grep -v grep")):
     time.sleep(0.05)
 if time.monotonic() >= deadline:
     os._exit(3)  # the program was never there
