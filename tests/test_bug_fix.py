@@ -9,7 +9,7 @@ from r1jax.data.prompts import from_jsonl_rows
 from r1jax.rewards import bug_fix, compose
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
-from r1jax.schema import RewardConfig, replace
+from r1jax.schema import RewardConfig, SandboxConfig, replace
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux's namespaces")
 
@@ -267,7 +267,8 @@ def test_pool_grades_bug_fixes_in_a_worker_beside_one_that_hangs():
     asked = [
         RewardRequest(str(n), "bug_fix", "fix it", text, json.dumps(REFERENCE)) for n, text in enumerate(responses)
     ]
-    with RewardPool(RewardConfig(deadline_s=20.0)) as pool:
+    config = RewardConfig(deadline_s=60.0, sandbox=SandboxConfig(cpu_s=3.0, wall_s=40.0))
+    with RewardPool(config) as pool:
         scores = pool.score(asked)
     assert [(score.parts["accuracy"], score.scorable) for score in scores] == [(1.0, True), (0.0, True), (0.0, True)]
     assert "stopped by the cpu limit" in scores[1].detail
