@@ -267,7 +267,7 @@ def test_pool_grades_bug_fixes_in_a_worker_beside_one_that_hangs():
     asked = [
         RewardRequest(str(n), "bug_fix", "fix it", text, json.dumps(REFERENCE)) for n, text in enumerate(responses)
     ]
-    config = RewardConfig(deadline_s=60.0, sandbox=SandboxConfig(cpu_s=3.0, wall_s=40.0))
+    config = RewardConfig(deadline_s=20.0, sandbox=SandboxConfig(cpu_s=3.0, wall_s=18.0))
     with RewardPool(config) as pool:
         scores = pool.score(asked)
     assert [(score.parts["accuracy"], score.scorable) for score in scores] == [(1.0, True), (0.0, True), (0.0, True)]

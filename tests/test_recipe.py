@@ -108,9 +108,7 @@ def test_stage_4_tells_what_the_reward_models_say_beside_what_is_verified(workdi
     names = {"reward_model", "rule", "reasoning_accuracy", "helpful_reward", "safety_reward", "hacking_warning"}
     assert [names <= set(row) for row in rows] == [False, False, True, True]
     assert all(0 <= row[name] <= 1 for row in rows[2:] for name in names)
-    assert [row["accuracy"] for row in rows[2:]] == pytest.approx(
-        [row["reasoning_accuracy"] for row in rows[2:]], abs=1e-6
-    )
+    assert all(row["accuracy"] == row["reasoning_accuracy"] for row in rows[2:])
 
 
 def test_every_stage_is_done_with_config_metrics_and_samples(workdir):

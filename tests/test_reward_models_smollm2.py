@@ -73,4 +73,6 @@ def test_helpful_model_on_real_pairs_tells_its_accuracy_with_an_interval(
     found = measured("helpful", "helpful", path, smollm2_folder, tmp_path, results)
     assert len(found["sources"]) == 2
     assert sum(one["pairs"] for one in found["sources"].values()) == found["pairs"] >= 60
-    assert found["accuracy"] - found["accuracy_se"] > 0.5
+    assert found["accuracy_low"] > 0.5
+    for one in (found, *found["sources"].values()):
+        assert 0 <= one["accuracy_low"] <= one["accuracy"] <= one["accuracy_high"] <= 1

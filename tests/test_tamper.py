@@ -98,7 +98,7 @@ def programs(request, outside):
 @pytest.fixture(scope="module")
 def texts(outside):
     return graded(
-        TEXT, outside, RewardConfig(workers=2, deadline_s=8.0, batch_deadline_s=600.0, sandbox=SandboxConfig(**LIMITS))
+        TEXT, outside, RewardConfig(workers=2, deadline_s=3.0, batch_deadline_s=600.0, sandbox=SandboxConfig(**LIMITS))
     )
 
 

@@ -102,8 +102,8 @@ def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
 
 
 def load() -> None:
-    """Imports math-verify and sympy, so that the first `grade` is not the one that waits for it."""
-    _parse("$\\frac{x}{2}$")
+    """Imports what math-verify and sympy import when two expressions differ: no sample's deadline pays for it."""
+    grade("<answer>x + 1</answer>", r"\sqrt{2} y", "answer_tag")
 
 
 def _answer(response: str, where: str) -> str | None:

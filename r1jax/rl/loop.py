@@ -484,4 +484,4 @@ def _check_row(config: Config, prompts: Sequence[EncodedPrompt]) -> None:
 
 
 def _mean(values: Any) -> float:
-    return float(np.mean(values)) if len(values) else 0.0
+    return float(np.mean(values, dtype=np.float64)) if len(values) else 0.0
