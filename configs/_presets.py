@@ -1,6 +1,6 @@
 """Sizes that the configs share: model shapes, and the batch and length settings that go with them."""
 
-from r1jax.schema import MeshConfig, ModelConfig, PackConfig, RopeScaling, SamplerConfig, replace
+from r1jax.schema import DataConfig, MeshConfig, ModelConfig, PackConfig, RopeScaling, SamplerConfig, replace
 
 # What every model of real size computes with: bfloat16 copies of float32 weights, one compiled block, recomputed backward.
 _REAL = dict(compute_dtype="bfloat16", scan_layers=True, remat=True)
@@ -190,6 +190,7 @@ _MODELS = {
         max_position_embeddings=8192,
     ),
 }
+TINY = ("tiny", "tiny_dense")  # models of the tiny world
 # The six students of the release, by size.
 STUDENTS = ("qwen2_5_1_5b", "qwen2_5_7b", "llama3_1_8b", "qwen2_5_14b", "qwen2_5_32b", "llama3_3_70b")
 # Longest prompt and longest output; the paper allows 32,768 tokens of output (P2 D.1).
@@ -227,6 +228,11 @@ _MESHES = {
     "moonlight_16b": MeshConfig(fsdp=2, expert=4),
     "v3_671b": MeshConfig(data=2, fsdp=32, expert=8),
 }
+
+
+def data(preset: str) -> DataConfig:
+    """Returns where the problems of `preset` come from when no file is given: the tiny presets generate theirs."""
+    return DataConfig(world="tiny" if preset in TINY else "none")
 
 
 def model(preset: str) -> ModelConfig:

@@ -24,6 +24,7 @@ def config(preset: str) -> Config:
         preset=preset,
         model=_presets.model(preset),
         mesh=_presets.mesh(preset),
+        data=_presets.data(preset),
         sampler=_presets.sampler(preset),
         evaluation=EvalConfig(samples_per_problem=5) if preset in SMALL else paper,
     )

@@ -19,6 +19,7 @@ def config(preset: str) -> Config:
         preset=preset,
         model=_presets.model(preset),
         optimizer=OptimizerConfig(learning_rate=3e-6 if real else 3e-4),
+        data=_presets.data(preset),
         sampler=_presets.sampler(preset),
         reward=RewardConfig(format=0.0 if real else 0.2),
         grpo=_real_grpo() if real else _tiny_grpo(),

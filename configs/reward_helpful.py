@@ -7,7 +7,7 @@ Command: python -m r1jax.launch --config=reward_helpful
 """
 
 from r1jax.configs import _presets
-from r1jax.schema import CheckpointConfig, Config, DataConfig, OptimizerConfig, PackConfig, RewardModelConfig
+from r1jax.schema import CheckpointConfig, Config, DataConfig, OptimizerConfig, PackConfig, RewardModelConfig, replace
 
 PRESETS = ("tiny", "smollm2_135m", "v3_671b")
 
@@ -38,7 +38,7 @@ def _tiny(stage: str, preset: str) -> Config:
         model=_presets.model(preset),
         start="stage3_rejection_sft",
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_updates=5),
-        data=DataConfig(holdout_fraction=0.2),
+        data=replace(_presets.data(preset), holdout_fraction=0.2),
         sampler=_presets.sampler(preset),
         pack=PackConfig(row_tokens=96, rows_per_micro_batch=8),
         reward_model=RewardModelConfig(epochs=6, examples_per_update=32, samples_per_prompt=16, pairs_per_prompt=64),

@@ -17,6 +17,7 @@ def config(preset: str) -> Config:
         preset=preset,
         model=_presets.model(preset),
         optimizer=OptimizerConfig(learning_rate=4e-3, schedule="cosine", final_fraction=0.05, warmup_updates=50),
+        data=_presets.data(preset),
         sampler=_presets.sampler(preset),
         pack=_presets.pack(preset),
         pretrain=PretrainConfig(),

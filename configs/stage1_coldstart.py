@@ -17,6 +17,7 @@ def config(preset: str) -> Config:
         preset=preset,
         model=_presets.model(preset),
         optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", final_fraction=0.1, warmup_updates=5),
+        data=_presets.data(preset),
         sampler=_presets.sampler(preset),
         pack=_presets.pack(preset),
         sft=SFTConfig(epochs=3, examples_per_update=48),

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 
 import pytest
 
@@ -12,9 +13,11 @@ from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
 from r1jax.core import rng, sharding
 from r1jax.data import tasks
+from r1jax.data.problems import Problem, from_row
 from r1jax.models import decoder
+from r1jax.rewards import references
 from r1jax.rl.loop import PolicyTraining
-from r1jax.schema import Config, MeshConfig, ModelConfig
+from r1jax.schema import Config, MeshConfig, ModelConfig, RewardConfig
 from r1jax.stages import common, policy, prompts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -58,6 +61,12 @@ RL_FIELDS = {
     "sampler.windows": (),
     "pack.row_tokens": 32,
 }
+
+
+def problems_of(rows: Iterable[Mapping], task: str = "") -> list[Problem]:
+    """Returns the problems of rows, each checked by its task's grader."""
+    reference = lambda task, fields: references.read(task, fields, RewardConfig())  # noqa: E731
+    return [from_row(row, f"row {number}", reference, task) for number, row in enumerate(rows, 1)]
 
 
 def finished_stage(config: Config, workdir: pathlib.Path, params: decoder.Params, figures: dict) -> pathlib.Path:

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from r1jax.data.tasks import SYMBOLS, WORDS
 from r1jax.evals.behaviour import (
     REFLECTIVE_WORDS,
-    TINY_REFLECTIVE_WORDS,
     faithfulness,
     parse_trace,
     reflective_count,
@@ -32,7 +31,7 @@ def test_reflective_count_takes_whole_words_in_any_case():
 
 def test_reflective_count_adds_the_extra_words():
     assert reflective_count(FRENCH) == 0
-    assert reflective_count(FRENCH, TINY_REFLECTIVE_WORDS) == 1
+    assert reflective_count(FRENCH, TinyWorld.reflective_words) == 1
     assert reflective_count("a.b axb", ("a.b",)) == 1
 
 

@@ -4,8 +4,8 @@ import json
 import sys
 
 import pytest
+from small import problems_of
 
-from r1jax.data.prompts import from_jsonl_rows
 from r1jax.rewards import bug_fix, compose
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
@@ -184,10 +184,10 @@ def test_unreadable_reference_is_unscorable(changes, reason):
 
 
 def test_row_with_tests_becomes_a_prompt_whose_answer_the_grader_reads():
-    [prompt] = from_jsonl_rows(
+    [prompt] = problems_of(
         [{"id": "a", "task": "bug_fix", "prompt": "fix", "tests": {"kind": "bug-fix", **REFERENCE}}]
     )
-    assert bug_fix.read_reference(prompt.answer).failing == tuple(FAILING)
+    assert bug_fix.read_reference(prompt.reference).failing == tuple(FAILING)
 
 
 def test_module_names_follow_the_import_roots():

@@ -7,11 +7,11 @@ import sys
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+from small import problems_of
 from code_problems import LONGEST_RUN, MAXIMUM_SUM, PLACE_OF_MAXIMUM, PROBLEMS
 
 from r1jax import launch
 from r1jax.data import jsonl
-from r1jax.data.prompts import from_jsonl_rows
 from r1jax.rewards import code_cases, code_tests
 from r1jax.rewards.sandbox import open_sandbox
 from r1jax.rewards.score import RewardRequest
@@ -51,10 +51,10 @@ def built(tmp_path_factory):
 
 def value(row: dict, program: str | dict) -> float:
     """Returns the accuracy of a program by the grader of task code."""
-    [prompt] = from_jsonl_rows([row])
+    [prompt] = problems_of([row])
     given = build_tests.source(program, "")
     response = f"```{given.language}\n{given.text}```"
-    score = code_tests.accuracy(RewardRequest(row["id"], "code", prompt.text, response, prompt.answer), REWARD)
+    score = code_tests.accuracy(RewardRequest(row["id"], "code", prompt.text, response, prompt.reference), REWARD)
     assert score.scorable
     return score.value
 

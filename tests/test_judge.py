@@ -261,7 +261,7 @@ def test_wider_pool_takes_the_judges_verdict_as_accuracy(wider, judge):
     found = wider_pool.sample(*wider, counts)
     assert Counter(response.problem_id for response in found) == {f"open-{n}": 3 for n in range(3)}
     assert sum(not response.truncated for response in found) > 3
-    asked = [RewardRequest("", "", r.prompt, r.text, r.answer, truncated=r.truncated) for r in found]
+    asked = [RewardRequest("", "", r.problem.text, r.text, r.problem.reference, truncated=r.truncated) for r in found]
     expected = judge.accuracy(asked)
     assert [(r.parts["accuracy"], r.scorable) for r in found] == [(score.value, score.scorable) for score in expected]
     assert counts == {"judged": 9, "verdicts read, %": 100}
@@ -282,7 +282,7 @@ def test_stage_three_keeps_of_the_wider_pool_what_judge_and_checks_accept(wider,
     )
     finished_stage(replace(config, stage="stage2_reasoning_rl"), tmp_path, params, {})
     problems = linear_prompts("train")[:4]
-    rows = [{"id": f"open-{p.id}", "prompt": p.text, "answer": p.answer, "language": p.language} for p in problems]
+    rows = [{"id": f"open-{p.id}", "prompt": p.text, "answer": p.reference, "language": p.language} for p in problems]
     jsonl.write(config.rejection.judged_prompts, rows)
     train = prompts.encode(linear_prompts("train")[100:110], config, words)
     found, counts = stage3_rejection_sft.collect(config, words, mesh, train, tmp_path)

@@ -69,7 +69,7 @@ def theirs(student, ours):
     model = transformers.AutoModelForCausalLM.from_pretrained(target).eval()
     words = transformers.AutoTokenizer.from_pretrained(target)
     assert isinstance(model, transformers.LlamaForCausalLM)
-    chats = [[{"role": "user", "content": prompt.prompt.text}] for prompt in asked]
+    chats = [[{"role": "user", "content": prompt.problem.text}] for prompt in asked]
     texts = words.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     batch = words(texts, return_tensors="pt", add_special_tokens=False, padding=True, padding_side="left")
     for row, mask, prompt in zip(batch.input_ids.tolist(), batch.attention_mask.tolist(), asked, strict=True):
@@ -90,7 +90,7 @@ def test_transformers_generates_the_texts_of_our_own_greedy_evaluation(ours, the
 def test_the_same_grader_gives_both_the_accuracy_of_the_evaluation(student, ours, theirs):
     responses, asked, config = ours
     requests = [
-        RewardRequest(p.prompt.id, p.prompt.task, p.prompt.text, text, p.prompt.answer, truncated=cut)
+        RewardRequest(p.problem.id, p.problem.task, p.problem.text, text, p.problem.reference, truncated=cut)
         for p, (text, cut) in zip(asked, theirs, strict=True)
     ]
     with RewardPool(config.reward) as pool:

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1jax.data.hashing import hash64, splitmix64
-from r1jax.data.prompts import CYCLE_DRAWS, Prompt, PromptStream, from_jsonl_rows, mixture_counts, split_holdout
+from r1jax.data.problems import Problem
+from r1jax.data.prompts import CYCLE_DRAWS, PromptStream, mixture_counts
 
 
-def prompts(count: int, task: str = "t") -> list[Prompt]:
-    return [Prompt(f"{task}-{index}", task, f"text {index}", str(index)) for index in range(count)]
+def prompts(count: int, task: str = "t") -> list[Problem]:
+    return [Problem(f"{task}-{index}", task, f"text {index}", str(index)) for index in range(count)]
 
 
 def ids(stream: PromptStream, draws) -> list[str]:
@@ -120,44 +121,3 @@ def test_stream_refuses_an_empty_source_wrong_weights_and_negative_draws():
         PromptStream([prompts(2), prompts(2)], (1,), 0, "s")
     with pytest.raises(ValueError, match="draw -1"):
         PromptStream([prompts(2)])[-1]
-
-
-def test_split_holdout_parts_the_rows_by_id_only():
-    rows = prompts(2000)
-    train, test = split_holdout(rows, 0.1)
-    assert sorted(map(repr, train + test)) == sorted(map(repr, rows)) and 150 < len(test) < 250
-    assert {row.id for row in split_holdout(reversed(rows), 0.1)[1]} == {row.id for row in test}
-    assert {row["id"] for row in split_holdout([{"id": row.id} for row in rows], 0.1)[1]} == {row.id for row in test}
-    assert {row.id for row in test} < {row.id for row in split_holdout(rows, 0.2)[1]}
-    assert split_holdout(rows, 0.0) == (rows, [])
-    with pytest.raises(ValueError, match="fraction 1.0"):
-        split_holdout(rows, 1.0)
-
-
-def test_from_jsonl_rows_reads_answers_numbers_and_tests():
-    rows = [
-        {"id": "a", "prompt": "p", "answer": "7", "task": "math", "source": "svamp", "meta": {}},
-        {"id": "b", "prompt": "p", "answer": 7},
-        {"id": "c", "prompt": "p", "task": "code", "tests": {"b": 1, "a": 2}, "language": "en"},
-    ]
-    assert from_jsonl_rows(rows) == [
-        Prompt("a", "math", "p", "7", "", "svamp"),
-        Prompt("b", "", "p", "7"),
-        Prompt("c", "code", "p", '{"a": 2, "b": 1}', "en"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "p", "answer": "1"}, "row 2: 'id' is None"),
-        ({"id": "b", "prompt": " ", "answer": "1"}, "row 2: 'prompt' is ' '"),
-        ({"id": "b", "prompt": "p"}, r"row 2 \(b\): 'answer' is None"),
-        ({"id": "b", "prompt": "p", "answer": True}, r"row 2 \(b\): 'answer' is True"),
-        ({"id": "a", "prompt": "p", "answer": "1"}, "row 2: id 'a' is also the id of row 1"),
-        ({"id": "b", "prompt": "p", "answer": "1", "task": 3}, r"row 2 \(b\): 'task' is 3"),
-    ],
-)
-def test_from_jsonl_rows_names_the_row_and_the_field_at_fault(row, message):
-    with pytest.raises(ValueError, match=message):
-        from_jsonl_rows([{"id": "a", "prompt": "p", "answer": "1"}, row])

@@ -2,6 +2,7 @@ import json
 import time
 
 import pytest
+from small import problems_of
 
 from r1jax.data import reasoning_gym
 from r1jax.rewards import compose, countdown
@@ -119,9 +120,9 @@ QUICK += (
 @pytest.mark.parametrize("family", QUICK)
 def test_reasoning_gym_accepts_the_librarys_own_answer_and_no_nonsense(family):
     for prompt in reasoning_gym.prompts(family, 3, seed=11):
-        own = json.loads(prompt.answer)["answer"]
-        assert value("reasoning_gym", own, prompt.answer, prompt.text) == 1.0
-        assert [value("reasoning_gym", text, prompt.answer, prompt.text) for text in NONSENSE] == [0.0] * len(NONSENSE)
+        own = json.loads(prompt.reference)["answer"]
+        assert value("reasoning_gym", own, prompt.reference, prompt.text) == 1.0
+        assert [value("reasoning_gym", text, prompt.reference, prompt.text) for text in NONSENSE] == [0.0] * len(NONSENSE)
 
 
 @pytest.mark.slow
@@ -133,12 +134,12 @@ def test_every_family_in_use_accepts_its_own_answers_only_and_runs_no_text(resul
         prompts = reasoning_gym.prompts(family, 4, seed=7)
         seconds = time.perf_counter() - started
         for prompt in prompts:
-            own = json.loads(prompt.answer)["answer"]
+            own = json.loads(prompt.reference)["answer"]
             touch = f"__import__('pathlib').Path('{marker}').touch()"
-            assert value("reasoning_gym", own, prompt.answer, prompt.text) == 1.0, family
+            assert value("reasoning_gym", own, prompt.reference, prompt.text) == 1.0, family
             wrong = (*NONSENSE, touch, f"[[{touch}]]", f"['a', {touch}]")
             for text in (text for text in wrong if text != own):
-                assert value("reasoning_gym", text, prompt.answer, prompt.text) == 0.0, (family, text)
+                assert value("reasoning_gym", text, prompt.reference, prompt.text) == 0.0, (family, text)
         assert not marker.exists(), family
         figures[family] = round(seconds / 4, 3)
     results("reasoning_gym", {"families": len(figures), "seconds_per_problem": figures})
@@ -146,8 +147,8 @@ def test_every_family_in_use_accepts_its_own_answers_only_and_runs_no_text(resul
 
 def test_reasoning_gym_pays_no_partial_credit():
     [prompt] = reasoning_gym.prompts("chain_sum", 1)
-    own = json.loads(prompt.answer)["answer"]
-    assert value("reasoning_gym", f"{own} or so", prompt.answer, prompt.text) == 0.0
+    own = json.loads(prompt.reference)["answer"]
+    assert value("reasoning_gym", f"{own} or so", prompt.reference, prompt.text) == 0.0
 
 
 @pytest.mark.parametrize("family", ["game_of_life_halting", "countdown", "graph_color"])
@@ -176,8 +177,8 @@ def test_reasoning_gym_with_an_unreadable_reference_is_unscorable(reference):
 def test_puzzles_are_graded_in_killable_workers():
     assert not {"reasoning_gym", "countdown", "code_io"} & compose.IN_PROCESS
     [prompt] = reasoning_gym.prompts("chain_sum", 1)
-    response = f"<answer>{json.loads(prompt.answer)['answer']}</answer>"
-    request = RewardRequest(prompt.id, prompt.task, prompt.text, response, prompt.answer)
+    response = f"<answer>{json.loads(prompt.reference)['answer']}</answer>"
+    request = RewardRequest(prompt.id, prompt.task, prompt.text, response, prompt.reference)
     with RewardPool(RewardConfig(workers=1, deadline_s=60.0)) as pool:
         [score] = pool.score([request])
     assert (score.scorable, score.parts["accuracy"]) == (True, 1.0), score.detail
@@ -185,14 +186,13 @@ def test_puzzles_are_graded_in_killable_workers():
 
 def test_countdown_rows_of_the_data_are_graded_as_countdown(shared_data):
     from r1jax.data import jsonl
-    from r1jax.data.prompts import from_jsonl_rows
 
     rows = jsonl.read(shared_data / "countdown.jsonl")
-    prompts = from_jsonl_rows(rows)
+    prompts = problems_of(rows)
     assert {prompt.task for prompt in prompts} == {"countdown"}
-    grades = [value("countdown", row["answer"], prompt.answer) for row, prompt in zip(rows, prompts, strict=True)]
+    grades = [value("countdown", row["answer"], prompt.reference) for row, prompt in zip(rows, prompts, strict=True)]
     assert sum(grades) == len(rows)
     bare = [
-        value("countdown", str(row["meta"]["target"]), prompt.answer) for row, prompt in zip(rows, prompts, strict=True)
+        value("countdown", str(row["meta"]["target"]), prompt.reference) for row, prompt in zip(rows, prompts, strict=True)
     ]
     assert sum(bare) == 0

@@ -1,13 +1,13 @@
 import json
 
 import pytest
+from small import problems_of
 
 from r1jax.data import jsonl
-from r1jax.data.prompts import from_jsonl_rows
 from r1jax.rewards import references
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import Config, DataConfig, RewardConfig
-from r1jax.stages import grade, prompts
+from r1jax.stages import grade, problems
 
 GOOD = [("math", "#### 72"), ("math", "(3, 4]"), ("mcq", "B"), ("linear", "7"), ("code_io", "[1]")]
 GOOD += [("countdown", '{"numbers": [1, 2], "target": 3}')]
@@ -50,9 +50,8 @@ def test_problems_of_a_file_are_reported_before_anything_is_sampled(tmp_path, ca
         {"id": f"a{n}", "task": "math", "prompt": "p", "answer": "\\frac{1}{" if n == 3 else str(n)} for n in range(20)
     ]
     jsonl.write(tmp_path / "in.jsonl", rows)
-    config = Config(data=DataConfig(path=str(tmp_path / "in.jsonl")))
-    train, test = prompts.load(config)
-    assert len(train) + len(test) == 20  # reported, not dropped
+    found = problems.source(Config(data=DataConfig(path=str(tmp_path / "in.jsonl"))))
+    assert len(found.training()[0][0]) + len(found.held_out()) == 20  # reported, not dropped
     expected = f"{tmp_path}/in.jsonl: references: 19 of 20 can be graded (95.00%); unscorable, left out of every statistic: a3 ("
     assert capsys.readouterr().err.startswith(expected)
 
@@ -68,7 +67,7 @@ def test_grade_reports_its_references_first(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["gsm8k_test", "math500", "svamp", "cmath"])
 def test_references_of_real_data_can_all_be_graded(shared_data, name):
     rows = [json.loads(line) for line in (shared_data / f"{name}.jsonl").read_text().splitlines()]
-    found = from_jsonl_rows(rows)
-    cases = [RewardRequest(prompt.id, prompt.task, prompt.text, "", prompt.answer) for prompt in found]
+    found = problems_of(rows)
+    cases = [RewardRequest(prompt.id, prompt.task, prompt.text, "", prompt.reference) for prompt in found]
     report = references.check(cases, RewardConfig(deadline_s=30.0))
     assert (report.checked, report.unscorable) == (len(rows), {})

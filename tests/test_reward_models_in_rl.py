@@ -63,7 +63,7 @@ def whole(tmp_path_factory):
 
 
 def by_task(run: PolicyTraining, scored, start: int) -> list[str]:
-    return [run.prompts.prompt(sample.request_id, start).prompt.task for sample in scored.samples]
+    return [run.prompts.prompt(sample.request_id, start).problem.task for sample in scored.samples]
 
 
 def test_prompts_of_each_data_set_are_scored_by_its_model_and_reasoning_by_its_rule(whole):
@@ -75,7 +75,7 @@ def test_prompts_of_each_data_set_are_scored_by_its_model_and_reasoning_by_its_r
         scored = kept[start]
         rows = zip(by_task(run, scored, start), scored.samples, texts_of(scored), scored.parts, strict=True)
         for task, sample, text, parts in rows:
-            question = run.prompts.prompt(sample.request_id, start).prompt.text
+            question = run.prompts.prompt(sample.request_id, start).problem.text
             seen.add(task)
             if task == "linear":
                 assert parts[column["reward_model"]] == parts[column["rule"]] == 0

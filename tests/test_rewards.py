@@ -366,10 +366,10 @@ def test_score_of_a_linear_problem_reads_only_the_answer_tag():
 def test_score_of_general_and_safety_prompts_comes_from_their_rules():
     prompt = tasks.general_prompts()[0].text
     response = "<think> ok </think> the cat is old"
-    score = compose.score(request("general", response, "", prompt), RewardConfig())
+    score = compose.score(request("general", response, "", prompt, source=tasks.SOURCE), RewardConfig())
     assert score.parts["accuracy"] == pytest.approx(tasks.general_score(prompt, response))
     prompt = tasks.safety_prompts()[0].text
-    score = compose.score(request("safety", response, "", prompt), RewardConfig())
+    score = compose.score(request("safety", response, "", prompt, source=tasks.SOURCE), RewardConfig())
     assert (score.parts["accuracy"], score.scorable) == (tasks.safety_score(prompt, response), True)
 
 

@@ -278,13 +278,13 @@ def test_general_and_safety_prompts_enter_at_the_first_rollout_after_their_updat
     config = configs.load("stage4_all_scenarios:tiny")
     grpo = replace(config.grpo, updates_per_rollout=16, prompts_per_update=32, updates=1700)
     config = replace(config, grpo=grpo, scenarios=ScenarioConfig(1300, 0.2, 0.3))
-    reasoning = prompts.encode(tasks.linear_prompts("train"), config, WORDS)
-    phases = rollouts.PromptPhases(reasoning, policy.later(config, WORDS, reasoning), config)
+    asked = prompts.load(config, WORDS)
+    phases = rollouts.PromptPhases(asked.training, policy.later(config, WORDS, asked), config)
     boundary = 1312 * 32
-    assert {phases.prompt(draw, 1296).prompt.task for draw in range(boundary - 500, boundary)} == {"linear"}
-    found = [phases.prompt(draw, 1312).prompt.task for draw in range(boundary, boundary + 1000)]
+    assert {phases.prompt(draw, 1296).problem.task for draw in range(boundary - 500, boundary)} == {"linear"}
+    found = [phases.prompt(draw, 1312).problem.task for draw in range(boundary, boundary + 1000)]
     assert [found.count(task) for task in ("linear", "general", "safety")] == [500, 200, 300]
     later = [phases.prompt(boundary + 7, start) for start in (1312, 1328)]
     assert later[0].prompt == later[1].prompt
     # Drawing again takes more numbers than there are places: the rollout decides, not the number.
-    assert {phases.prompt(draw, 1296).prompt.task for draw in range(boundary, boundary + 200)} == {"linear"}
+    assert {phases.prompt(draw, 1296).problem.task for draw in range(boundary, boundary + 200)} == {"linear"}

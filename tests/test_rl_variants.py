@@ -9,7 +9,7 @@ from test_reward_pool import misbehave
 from r1jax import config as configs
 from r1jax.core import tree
 from r1jax.core.metrics import read
-from r1jax.data.prompts import Prompt
+from r1jax.data.problems import Problem
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import RewardPool
 from r1jax.rl import rollout as rollouts
@@ -141,7 +141,7 @@ def test_dropped_samples_leave_the_statistics_and_masked_ones_do_not():
 
 def test_samples_whose_grader_hangs_or_crashes_leave_the_statistics_of_their_group():
     scored = made([0, 1, 2], np.zeros((3, 2)))
-    asked = [EncodedPrompt(Prompt(f"p{draw}", "math", "", ""), np.zeros(1, np.int32)) for draw in (0, 0, 1, 1, 2, 2)]
+    asked = [EncodedPrompt(Problem(f"p{draw}", "math", "", ""), np.zeros(1, np.int32)) for draw in (0, 0, 1, 1, 2, 2)]
     texts = ["fine", "aborts", "hangs", "killed", "fine", "half"]
     config = configs.load("r1_zero:tiny", [("grpo.group_size", "2"), ("reward.deadline_s", "1.0")])
     with RewardPool(replace(config.reward, workers=2), misbehave) as pool:

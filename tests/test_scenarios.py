@@ -18,7 +18,7 @@ from r1jax.rewards import compose
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.rl.loop import PolicyTraining
-from r1jax.rl.rollout import PromptPhases
+from r1jax.rl.rollout import Mixture, PromptPhases
 from r1jax.schema import GRPOConfig, MeshConfig, RewardConfig, ScenarioConfig, replace
 from r1jax.stages import policy, prompts
 
@@ -41,14 +41,14 @@ def stage4(**changes):
 
 
 def phases(config) -> PromptPhases:
-    reasoning = prompts.encode(tasks.linear_prompts("train"), config, TOKENIZER)
-    return PromptPhases(reasoning, policy.later(config, TOKENIZER, reasoning), config)
+    asked = prompts.load(config, TOKENIZER)
+    return PromptPhases(asked.training, policy.later(config, TOKENIZER, asked), config)
 
 
 def prompt_at(stream: PromptPhases, draw: int, grpo: GRPOConfig = PAPER):
     """Returns the prompt of a draw in the rollout that it belongs to where nothing is drawn again."""
     rollout = draw // (grpo.prompts_per_update * grpo.updates_per_rollout)
-    return stream.prompt(draw, rollout * grpo.updates_per_rollout).prompt
+    return stream.prompt(draw, rollout * grpo.updates_per_rollout).problem
 
 
 def tasks_of(stream: PromptPhases, draws, grpo: GRPOConfig = PAPER) -> Counter:
@@ -100,7 +100,7 @@ def test_last_third_of_the_tiny_stage_4_has_the_other_prompts():
 
 
 def value(task: str, prompt: str, response: str, **changes) -> float:
-    request = RewardRequest("x", task, prompt, response, "", **changes)
+    request = RewardRequest("x", task, prompt, response, "", source=tasks.SOURCE, **changes)
     score = compose.score(request, RewardConfig(accuracy=1.0, format=0.0, language=0.0))
     assert score.scorable and score.value == score.parts["accuracy"]
     return score.value
@@ -155,9 +155,11 @@ def trained(tmp_path_factory):
     """A small run of stage 4's loop over two rollouts, the second with the other prompts."""
     config = configs.load("stage4_all_scenarios", [(name, str(given)) for name, given in SMALL.items()])
     mesh, folder = sharding.make_mesh(MeshConfig()), tmp_path_factory.mktemp("stage4")
-    reasoning = prompts.encode(tasks.linear_prompts("train")[:60], config, TOKENIZER)
+    asked = prompts.load(config, TOKENIZER)
+    reasoning = asked.training.all[:60]
+    asked = replace(asked, training=Mixture([reasoning]))
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "scenarios", "init"), "float32", mesh)
-    later = policy.later(config, TOKENIZER, reasoning)
+    later = policy.later(config, TOKENIZER, asked)
     training = PolicyTraining(config, TOKENIZER, mesh, reasoning, params, folder, describe=policy.describe, later=later)
     training.run()
     return training, folder

@@ -13,7 +13,7 @@ from r1jax import config as configs
 from r1jax import launch
 from r1jax.checkpoints import tokenizer
 from r1jax.data import templates
-from r1jax.data.prompts import Prompt
+from r1jax.data.problems import Problem
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.rl import rollout
@@ -21,7 +21,7 @@ from r1jax.sampler.sample import RolloutSample
 from r1jax.schema import Config, DataConfig, RewardConfig, SamplerConfig, replace
 from r1jax.stages import export_hf, prompts, template_check
 
-PROMPT = Prompt("1", "math", "What is 1 + 1?", "2", "en")
+PROMPT = Problem("1", "math", "What is 1 + 1?", "2", "en")
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
 ENDINGS = {
     "bare": "{% endif %}",
@@ -52,7 +52,7 @@ def settings(template: str = "chat", prefilled: bool = False, **reward) -> Confi
 
 
 def check(config: Config, own: tokenizer.Tokenizer, task: str = "math") -> None:
-    asked = [rollout.EncodedPrompt(Prompt("1", task, "q", "1"), np.zeros(1, np.int32))]
+    asked = [rollout.EncodedPrompt(Problem("1", task, "q", "1"), np.zeros(1, np.int32))]
     template_check.check(config, own, asked)
 
 

@@ -69,7 +69,7 @@ def test_a_retry_follows_a_wrong_check_in_a_minority_of_documents(documents):
 
 def test_parse_linear_reads_prompts_and_nothing_else():
     for prompt in tasks.linear_prompts("test")[:50]:
-        assert tasks.parse_linear(prompt.text).x == int(prompt.answer)
+        assert tasks.parse_linear(prompt.text).x == int(prompt.reference)
     for text in ("tell cat :", "solve 7 x + 5 = 41 :", "solve 0 x + 5 = 5 :", ""):
         assert tasks.parse_linear(text) is None
 

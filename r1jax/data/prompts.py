@@ -1,38 +1,21 @@
-"""Prompts, and the stream that deals them: a pure function from a draw's number to a prompt.
+"""The stream that deals prompts: a pure function from a draw's number to a prompt.
 
 Draw d belongs to cycle d // CYCLE_DRAWS. A cycle holds an exact number of draws of each source, in an order shuffled by
 a key; the n-th draw of a source reads entry n % size of the keyed permutation of epoch n // size. So the position in
 the data is one integer, and any process that knows it deals the same prompts.
 """
 
-import json
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import TypeVar
 
 import numpy as np
 
 from r1jax.data.hashing import hash64, splitmix64
+from r1jax.data.problems import Problem
 
 CYCLE_DRAWS = 1000  # draws within which the mixture weights are realised exactly
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One problem; `answer` is the reference as text (for code, the tests as JSON), "" when nothing can be checked."""
-
-    id: str
-    task: str
-    text: str
-    answer: str
-    language: str = ""
-    source: str = ""
-
-
-Row = TypeVar("Row", Prompt, Mapping)
 
 
 def keyed_permutation(size: int, key: int) -> np.ndarray:
@@ -64,7 +47,7 @@ class PromptStream:
 
     def __init__(
         self,
-        sources: Sequence[Sequence[Prompt]],
+        sources: Sequence[Sequence[Problem]],
         weights: Sequence[float] = (1.0,),
         seed: int = 0,
         stage: str = "",
@@ -110,7 +93,7 @@ class PromptStream:
         count = cycle * self.counts[source] + int(ranks[place])
         return source, *divmod(count, len(self.sources[source]))
 
-    def __getitem__(self, draw: int) -> Prompt:
+    def __getitem__(self, draw: int) -> Problem:
         """Returns the prompt of a draw; ValueError when the draw is negative."""
         source, epoch, position = self._locate(draw)
         return self.sources[source][int(self._order(source, epoch)[position])]
@@ -118,57 +101,3 @@ class PromptStream:
     def epoch(self, draw: int) -> int:
         """Returns how many whole passes over the draw's own source come before the draw."""
         return self._locate(draw)[1]
-
-
-def split_holdout(rows: Iterable[Row], fraction: float) -> tuple[list[Row], list[Row]]:
-    """Returns (train, test): about `fraction` of the rows are test, picked by the hash of the id, order kept.
-
-    Rows are Prompts or mappings with an "id". A row's side depends on nothing but its id and the fraction, and a larger
-    fraction keeps every test row of a smaller one. Raises ValueError when the fraction is not in [0, 1).
-    """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"split_holdout: fraction {fraction}, needs 0 <= fraction < 1")
-    train, test = [], []
-    for row in rows:
-        name = row.id if isinstance(row, Prompt) else row["id"]
-        (test if hash64("holdout", name) < fraction * 2**64 else train).append(row)
-    return train, test
-
-
-def from_jsonl_rows(rows: Iterable[Mapping]) -> list[Prompt]:
-    """Returns one Prompt per row {id, prompt, answer or tests, task?, language?, source?}; other fields are ignored.
-
-    `tests` (code) becomes JSON text. A row of task math whose `meta` has `numbers` and `target` asks for an expression: its task becomes
-    countdown, its answer both as JSON. Raises ValueError with the row's number (from 1) for a missing or ill-typed field,
-    an empty prompt or an id that was already used.
-    """
-    prompts, seen = [], {}
-    for number, row in enumerate(rows, 1):
-        for name in ("id", "prompt"):
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise ValueError(f"row {number}: {name!r} is {row.get(name)!r}, needs text")
-        answer = row.get("answer")
-        if answer is None and row.get("tests") is not None:
-            answer = json.dumps(row["tests"], ensure_ascii=False, sort_keys=True)
-        if isinstance(answer, int | float) and not isinstance(answer, bool):
-            answer = str(answer)
-        if not isinstance(answer, str):
-            raise ValueError(f"row {number} ({row['id']}): 'answer' is {answer!r}, needs text, a number or 'tests'")
-        first = seen.setdefault(row["id"], number)
-        if first != number:
-            raise ValueError(f"row {number}: id {row['id']!r} is also the id of row {first}, needs its own")
-        labels = {name: row.get(name) or "" for name in ("task", "language", "source")}
-        for name, label in labels.items():
-            if not isinstance(label, str):
-                raise ValueError(f"row {number} ({row['id']}): {name!r} is {label!r}, needs text")
-        if (puzzle := _countdown(row)) is not None:
-            labels["task"], answer = "countdown", puzzle
-        prompts.append(Prompt(id=row["id"], text=row["prompt"], answer=answer, **labels))
-    return prompts
-
-
-def _countdown(row: Mapping) -> str | None:
-    meta = row.get("meta")
-    if row.get("task") != "math" or not isinstance(meta, Mapping) or not {"numbers", "target"} <= meta.keys():
-        return None
-    return json.dumps({name: meta[name] for name in ("numbers", "target")})

@@ -6,7 +6,7 @@ Source: Stojanovski et al., "Reasoning Gym", arXiv 2505.24760. The task `reasoni
 import json
 from functools import lru_cache
 
-from r1jax.data.prompts import Prompt
+from r1jax.data.problems import Problem
 
 _RUNS_TEXT = "its scorer runs the model's text as code (eval or sympy's parse_expr)"
 _NO_ANSWER = "it gives no answer of its own, so its scorer cannot be checked"
@@ -32,7 +32,7 @@ def families() -> tuple[str, ...]:
     return tuple(sorted(set(DATASETS) - set(EXCLUDED)))
 
 
-def prompts(family: str, count: int, seed: int = 0) -> list[Prompt]:
+def prompts(family: str, count: int, seed: int = 0) -> list[Problem]:
     """Returns the first `count` problems of a family and seed, at the library's default sizes.
 
     The answer is JSON {"family", "answer", "metadata"}. The library draws problem i of seed s as problem 0 of seed s + i, so seeds of
@@ -55,12 +55,12 @@ def require(family: str) -> None:
         raise ValueError(f"reasoning_gym: no family {family!r}; families: {', '.join(families())}")
 
 
-def _prompt(family: str, seed: int, index: int, entry: dict) -> Prompt:
+def _prompt(family: str, seed: int, index: int, entry: dict) -> Problem:
     reference = {"family": family, "answer": entry["answer"], "metadata": entry["metadata"]}
-    return Prompt(
+    return Problem(
         id=f"{family}-{seed}-{index}",
         task="reasoning_gym",
-        text=entry["question"],
-        answer=json.dumps(reference, sort_keys=True),
+        prompt=entry["question"],
+        reference=json.dumps(reference, sort_keys=True),
         source="reasoning_gym",
     )

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from r1jax.data import jsonl
-from r1jax.data.prompts import split_holdout
+from r1jax.data.problems import split_by
 
 FIELDS = {
     "helpful": ("id", "source", "prompt", "chosen", "rejected"),
@@ -53,7 +53,6 @@ def _labelled(row: Mapping, place: str) -> dict:
 def split(rows: Sequence[dict], fraction: float) -> tuple[list[dict], list[dict]]:
     """Returns (training rows, held-out rows), order kept: by hash of the prompt, so that no prompt is on both sides.
 
-    Texts judged without a prompt go by their own. ValueError when the fraction is not in [0, 1).
+    Texts judged without a prompt go by their own. ValueError when the fraction is not in [0, 1].
     """
-    keyed = [{"id": row["prompt"] or row["response"], "row": row} for row in rows]
-    return tuple([entry["row"] for entry in side] for side in split_holdout(keyed, fraction))
+    return split_by(rows, lambda row: row["prompt"] or row["response"], fraction)

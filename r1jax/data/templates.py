@@ -1,6 +1,9 @@
 """How a question becomes the text a model sees, and which part of the assistant's turn that text already holds."""
 
 import re
+from collections.abc import Sequence
+
+from r1jax.data.problems import Message
 
 # Says what the paper's Table 1 asks of a base model, in our words; nothing about how to reason.
 R1_ZERO = (
@@ -13,26 +16,43 @@ THINK = "<think>\n"  # how R1's chat format opens the assistant's turn
 _OPENED = re.compile(r"<think>\s*\Z")
 
 
-def render(question: str, template: str, instruction: str = "", chat=None, think_prefill: bool = False) -> str:
-    """Returns the prompt text of a question under a template: tiny, plain, r1_zero or chat.
+def render(
+    prompt: str | Sequence[Message], template: str, instruction: str = "", chat=None, think_prefill: bool = False
+) -> str:
+    """Returns the prompt text of a question, or of a conversation, under a template: tiny, plain, r1_zero or chat.
 
-    `chat` renders a list of messages with the tokenizer's own template. With `think_prefill` the text ends in
-    `<think>\\n`, once, whether or not the template itself ends so. Raises ValueError for an unknown template.
+    `chat` renders a list of messages with the tokenizer's own template; the others write a conversation as one question
+    (see `flat`). `instruction` stands before the last question. With `think_prefill` the text ends in `<think>\\n`, once,
+    whether or not the template itself ends so. Raises ValueError for an unknown template.
     """
+    turns = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
     if instruction:
-        question = f"{instruction}\n{question}"
+        last = max(index for index, turn in enumerate(turns) if turn.role == "user")
+        turns[last] = Message("user", f"{instruction}\n{turns[last].content}")
     if template in ("tiny", "plain"):
-        text = question
+        text = flat(turns)
     elif template == "r1_zero":
-        text = R1_ZERO.format(question=question)
+        text = R1_ZERO.replace("{question}", flat(turns))
     elif template == "chat":
-        text = chat([{"role": "user", "content": question}])
+        text = chat([{"role": turn.role, "content": turn.content} for turn in turns])
     else:
         raise ValueError(f"no template named {template!r}; known: tiny, plain, r1_zero, chat")
     if not think_prefill:
         return text
     opened = prefill(text)
     return text if opened.endswith("\n") else text + ("\n" if opened else THINK)
+
+
+def flat(turns: Sequence[Message]) -> str:
+    """Returns a conversation as one question, for templates that have a single turn.
+
+    One turn of the user is its own text; what else there is, a system text or earlier turns, stands before it, each turn
+    of a longer exchange under its role.
+    """
+    system = [turn.content for turn in turns if turn.role == "system"]
+    rest = [turn for turn in turns if turn.role != "system"]
+    spoken = [rest[0].content] if len(rest) == 1 else [f"{turn.role.capitalize()}: {turn.content}" for turn in rest]
+    return "\n\n".join([*system, *spoken])
 
 
 def prefill(text: str) -> str:

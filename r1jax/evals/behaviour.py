@@ -29,7 +29,6 @@ REFLECTIVE_WORDS = (
     "evaluate",
     "check",
 )
-TINY_REFLECTIVE_WORDS = (WORDS["fr"]["wait"],)  # pass as `extra` for responses of the tiny world
 
 _OK = frozenset(words["ok"] for words in WORDS.values())
 _NO = frozenset(words["no"] for words in WORDS.values())

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from r1jax.rewards import math_answer, plugins
+from r1jax.data.tasks import LEXICON
+from r1jax.rewards import math_answer, plugins, tiny_world
 from r1jax.rewards.rules import detect_language, format_score, language_consistency, repetition_penalty
 from r1jax.rewards.sandbox import open_sandbox
 from r1jax.rewards.score import RewardRequest, Score
@@ -26,9 +27,8 @@ GRADERS = {  # task -> module:function, a Grader that is imported when first use
     "general": "r1jax.rewards.tiny_world:general",
     "safety": "r1jax.rewards.tiny_world:safety",
 }
-_TINY_WORLD_TASKS = frozenset(("linear", "general", "safety"))
 # Tasks whose grader is quick whatever a sample says, and may run in the trainer.
-IN_PROCESS = _TINY_WORLD_TASKS | {"mcq"}
+IN_PROCESS = frozenset(("linear", "general", "safety", "mcq"))
 SANDBOXED = frozenset(("code", "bug_fix"))  # tasks whose grader runs programs of the model
 
 
@@ -113,8 +113,8 @@ def _checked(accuracy: Score, task: str) -> Score:
 def compose(request: RewardRequest, config: RewardConfig, accuracy: Score) -> Score:
     """Returns the Score of a request whose accuracy part is known; as `score` otherwise."""
     lexicon = None
-    if request.task in _TINY_WORLD_TASKS:
-        from r1jax.data.tasks import LEXICON as lexicon
+    if tiny_world.speaks(request):
+        lexicon = LEXICON
     target = request.language or detect_language(request.prompt, lexicon)
     well_formed = 0.0 if request.truncated else format_score(request.text, config.extraction != "boxed")
     parts = {

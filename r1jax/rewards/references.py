@@ -1,10 +1,13 @@
-"""Which references can be graded at all, told before a run and not sample by sample."""
+"""What each task's grader needs of a row, and which references can be graded at all: told before a run, not sample by sample."""
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from r1jax.rewards import compose
+from r1jax.data import problems
+from r1jax.rewards import bug_fix, code_tests, compose, plugins
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import RewardConfig
@@ -12,8 +15,64 @@ from r1jax.schema import RewardConfig
 TASKS = frozenset(
     ("math", "mcq", "linear", "reasoning_gym", "countdown", "code_io")
 )  # whose graders read the reference first
+# Task -> the fields of a row that may hold what its grader compares with; one of them is needed. Rows of tasks that stand
+# elsewhere, graded by a model or by a grader of the user's, need none.
+NEEDS = {
+    "math": ("answer", "reference"),
+    "mcq": ("answer", "reference"),
+    "linear": ("answer", "reference"),
+    "reasoning_gym": ("answer", "reference"),
+    "code_io": ("answer", "reference"),
+    "countdown": ("answer", "reference", "meta"),
+    "code": ("tests", "answer", "reference"),
+    "bug_fix": ("answer", "reference", "tests"),
+}
+ANY = ("answer", "reference", "tests")  # what the rows of other tasks may hold
 IDS_SHOWN = 5
 _PROBE = "<answer>\\boxed{1}</answer>"  # any answer, so that the comparison runs too
+
+
+def read(task: str, fields: Mapping[str, Any], config: RewardConfig) -> str:
+    """Returns what the task's grader compares with, as text: the first of NEEDS that the row has; "" where it needs none.
+
+    Raises ValueError for a task without grader, a row without what its grader needs, and tests or a repository that the
+    grader cannot use.
+    """
+    known = compose.graders(config)
+    if task not in known:
+        raise ValueError(f"task {task!r} has no grader; known tasks: {', '.join(known)}; add one with {plugins.FIELD}")
+    built_in = known[task] == compose.GRADERS.get(task)
+    wanted = NEEDS.get(task, ()) if built_in else ()
+    given = [name for name in wanted or ANY if fields.get(name) is not None]
+    if not given:
+        if wanted:
+            has = ", ".join(map(repr, fields)) or "no fields"
+            raise ValueError(f"task {task} needs the field {' or '.join(map(repr, wanted[:1]))}; the row has {has}")
+        return ""
+    if "meta" in wanted and given[0] != "meta" and problems.is_countdown(fields):
+        given = ["meta"]
+    value = fields[given[0]]
+    if given[0] == "meta":
+        value = {name: value[name] for name in ("numbers", "target")}
+    reference = json.dumps(value, ensure_ascii=False, sort_keys=True) if given[0] == "tests" else _as_text(value)
+    if built_in:
+        _check_usable(task, reference, fields.get("prompt"))
+    return reference
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, Mapping) else problems.as_text(value)
+
+
+def _check_usable(task: str, reference: str, prompt: Any) -> None:
+    """Raises ValueError for tests, or a repository, that no program could be run against."""
+    if task == "code":
+        try:
+            code_tests.read_tests(reference, prompt if isinstance(prompt, str) else "")
+        except code_tests.MalformedTests as error:
+            raise ValueError(f"field 'tests' cannot be used: {error}") from None
+    if task == "bug_fix":
+        bug_fix.read_reference(reference)
 
 
 @dataclass(frozen=True)

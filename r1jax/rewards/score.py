@@ -29,6 +29,7 @@ class RewardRequest:
     prefill: str = ""  # the part of the assistant's turn that the prompt already holds, such as "<think>\n"
     language: str = ""  # target language of the chain of thought; "" is the prompt's
     truncated: bool = False  # the length limit ended the sample
+    source: str = ""  # where the problem comes from; "tiny" has rules and words of its own
 
     @property
     def text(self) -> str:

@@ -27,7 +27,7 @@ from r1jax.rewards.pool import RewardPool
 from r1jax.rl import losses, notices, rollout, scenarios, schedules
 from r1jax.rl.journal import Journal, Rollout
 from r1jax.rl.logprobs import ROUTED, Scorer
-from r1jax.rl.rollout import EncodedPrompt, Judgement
+from r1jax.rl.rollout import EncodedPrompt, Judgement, Mixture
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
@@ -78,7 +78,7 @@ class PolicyTraining:
         config: Config,
         tokenizer: Any,
         mesh: Mesh,
-        prompts: Sequence[EncodedPrompt],
+        prompts: Mixture | Sequence[EncodedPrompt],
         params: decoder.Params,
         folder: Path,
         on_update: Callable[[int, dict[str, float], dict[str, float]], None] = lambda update, row, timing: None,
@@ -96,8 +96,8 @@ class PolicyTraining:
         self.describe, self.reward_models = describe, dict(reward_models or {})
         self.watched: list[dict] | None = None  # figures of the rollouts until now, where reward models are watched
         config.require_mixture()
-        _check_row(config, prompts)
         self.prompts = rollout.PromptPhases(prompts, later, config)
+        _check_row(config, self.prompts.all)
         model = config.model
         loss = losses.make_loss(model, config.grpo, trained_chunk=config.pack.trained_chunk)
         self.trainer = step.Trainer(model, config.optimizer, mesh, loss, config.grpo.updates)
@@ -336,7 +336,7 @@ class PolicyTraining:
 
     def graded(self, scored: Rollout, start: int) -> np.ndarray:
         """Returns whether each sample's accuracy is a grader's, [N] bool: no reward model speaks in its place."""
-        tasks = [self.prompts.prompt(sample.request_id, start).prompt.task for sample in scored.samples]
+        tasks = [self.prompts.prompt(sample.request_id, start).problem.task for sample in scored.samples]
         return ~np.isin(tasks, list(self.reward_models))
 
     def against_verified(self, scored: Rollout, start: int) -> dict[str, float]:

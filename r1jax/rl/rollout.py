@@ -9,7 +9,8 @@ import numpy as np
 from r1jax.core import distributed, rng, sharding
 from r1jax.data.hashing import hash64
 from r1jax.data.packing import PREFIXES, PackedBatch, PackItem, pack, pack_batch, share_prompts, spread
-from r1jax.data.prompts import Prompt, PromptStream, keyed_permutation
+from r1jax.data.problems import Problem
+from r1jax.data.prompts import PromptStream, keyed_permutation
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.pool import Grading, RewardPool
 from r1jax.rewards.score import RewardRequest, Score
@@ -25,7 +26,7 @@ from r1jax.schema import Config, replace
 class EncodedPrompt:
     """A prompt with the ids the model sees; `prefill` is the part of the assistant's turn that they already hold."""
 
-    prompt: Prompt
+    problem: Problem
     ids: np.ndarray
     prefill: str = ""
 
@@ -42,25 +43,47 @@ class Judgement:
     values: dict[str, list[np.ndarray]] = field(default_factory=dict)  # further float32 values of every token, by name
 
 
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Prompts in parts, drawn by the parts' weights."""
+
+    parts: Sequence[Sequence[EncodedPrompt]]
+    weights: Sequence[float] = (1.0,)
+
+    @property
+    def all(self) -> list[EncodedPrompt]:
+        return [prompt for part in self.parts for prompt in part]
+
+    def stream(self, seed: int, stage: str) -> PromptStream:
+        """Returns the stream of its problems."""
+        lists = [[prompt.problem for prompt in part] for part in self.parts]
+        return PromptStream(lists, self.weights, seed=seed, stage=stage)
+
+
 class PromptPhases:
-    """The prompts of a run: one set, and from an update on a mixture. A pure function of draw and rollout."""
+    """The prompts of a run: one mixture, and from an update on another. A pure function of draw and rollout."""
 
     def __init__(
         self,
-        prompts: Sequence[EncodedPrompt],
+        prompts: Mixture | Sequence[EncodedPrompt],
         later: tuple[int, Sequence[Sequence[EncodedPrompt]], Sequence[float]] | None,
         config: Config,
     ):
-        self._streams = [PromptStream([[p.prompt for p in prompts]], seed=config.seed, stage=config.stage)]
-        self._by_id = {p.prompt.id: p for p in prompts}
+        first = prompts if isinstance(prompts, Mixture) else Mixture([prompts])
+        self._streams = [first.stream(config.seed, config.stage)]
+        self._by_id = {p.problem.id: p for p in first.all}
         self._boundary, self._later = 0, math.inf
         if later is not None:
             update, sources, weights = later
             start = schedules.first_start_at_or_after(update, config.grpo.updates_per_rollout)
             self._boundary, self._later = start * config.grpo.prompts_per_update, start
-            lists = [[p.prompt for p in source] for source in sources]
-            self._streams.append(PromptStream(lists, weights, seed=config.seed, stage=f"{config.stage}/later"))
-            self._by_id |= {p.prompt.id: p for source in sources for p in source}
+            mixture = Mixture(sources, weights)
+            self._streams.append(mixture.stream(config.seed, f"{config.stage}/later"))
+            self._by_id |= {p.problem.id: p for p in mixture.all}
+
+    @property
+    def all(self) -> list[EncodedPrompt]:
+        return list(self._by_id.values())
 
     def prompt(self, draw: int, start: int) -> EncodedPrompt:
         """Returns the prompt with the number `draw` in the rollout that starts at an update."""
@@ -131,14 +154,15 @@ def grade(
 
 def _request(sample: RolloutSample, text: str, prompt: EncodedPrompt) -> RewardRequest:
     return RewardRequest(
-        id=f"{prompt.prompt.id}/{sample.request_id}/{sample.sample_index}",
-        task=prompt.prompt.task,
-        prompt=prompt.prompt.text,
+        id=f"{prompt.problem.id}/{sample.request_id}/{sample.sample_index}",
+        task=prompt.problem.task,
+        prompt=prompt.problem.text,
         response=text,
-        reference=prompt.prompt.answer,
+        reference=prompt.problem.reference,
         prefill=prompt.prefill,
-        language=prompt.prompt.language,
+        language=prompt.problem.language,
         truncated=sample.truncated,
+        source=prompt.problem.source,
     )
 
 

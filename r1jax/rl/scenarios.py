@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from r1jax.data import tasks
+from r1jax.data.problems import SCENARIOS
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.model import RewardModel
 from r1jax.rl.journal import Rollout
@@ -14,8 +16,6 @@ from r1jax.rl.rollout import EncodedPrompt
 from r1jax.sampler.sample import RolloutSample
 
 ACCURACY, MODEL, RULE = (PART_NAMES.index(name) for name in ("accuracy", "reward_model", "rule"))
-SCENARIOS = ("general", "safety")  # tasks of prompts that are not reasoning
-TINY = "tiny"  # source of prompts whose rule is known: it verifies what a reward model says
 VERIFIED = ("reasoning_accuracy", "rule")  # what can be verified: of the reasoning prompts, of those of a known rule
 
 
@@ -32,13 +32,13 @@ def with_model_rewards(
     """
     parts = parts.copy()
     for task, model in models.items():
-        mine = [i for i, sample in enumerate(samples) if prompts[sample.request_id].prompt.task == task]
+        mine = [i for i, sample in enumerate(samples) if prompts[sample.request_id].problem.task == task]
         if not mine:
             continue
         asked = [prompts[samples[i].request_id] for i in mine]
         texts = decode([samples[i].token_ids for i in mine])
         turns = [one.prefill + text for one, text in zip(asked, texts, strict=True)]
-        said = model.rewards([one.prompt.text for one in asked], turns)
+        said = model.rewards([one.problem.text for one in asked], turns)
         whole = np.asarray([not samples[i].truncated for i in mine])
         parts[mine, RULE], parts[mine, ACCURACY] = parts[mine, ACCURACY], 0.0
         parts[mine, MODEL] = said * whole
@@ -54,14 +54,14 @@ def figures(
     where it is known; reasoning_accuracy: of the reasoning prompts. `prompts` of the groups, in order. A mean that a group adds
     to is over its scorable samples; the error NAME_se, of two groups or more, is that of the mean of groups.
     """
-    tasks = np.asarray([prompt.prompt.task for prompt in prompts])
-    known = np.asarray([prompt.prompt.source == TINY for prompt in prompts])
-    by_model = np.isin(tasks, list(models))
+    asked = np.asarray([prompt.problem.task for prompt in prompts])
+    known = np.asarray([prompt.problem.source == tasks.SOURCE for prompt in prompts])
+    by_model = np.isin(asked, list(models))
     if not by_model.any():
         return {}
     wanted = {
         "reward_model": (MODEL, by_model),
-        "reasoning_accuracy": (ACCURACY, ~np.isin(tasks, SCENARIOS)),
+        "reasoning_accuracy": (ACCURACY, ~np.isin(asked, SCENARIOS)),
         "rule": (RULE, by_model & known),
     }
     found = {}
@@ -72,7 +72,7 @@ def figures(
         if len(means) > 1:
             found[f"{name}_se"] = float(means.std(ddof=1) / np.sqrt(len(means)))
     for task, model in models.items():
-        if len(means := _group_means(scored, MODEL, tasks == task, group)):
+        if len(means := _group_means(scored, MODEL, asked == task, group)):
             found[f"{model.reading.kind}_reward"] = float(means.mean())
     return found
 

@@ -21,7 +21,7 @@ from r1jax.checkpoints import hf, hf_config
 from r1jax.core import rng, sharding
 from r1jax.core.metrics import read_timing
 from r1jax.data.packing import PackItem, pack, pack_batch, share_prompts, unpack
-from r1jax.data.prompts import Prompt
+from r1jax.data.problems import Problem
 from r1jax.models import decoder
 from r1jax.report import table
 from r1jax.rl import losses
@@ -289,7 +289,7 @@ def split_figures(config: Config, folder: Path) -> dict[str, float]:
     for number in range(10 * config.grpo.prompts_per_update):
         text = f"Question: what is {3 * number + 7} plus {5 * number + 2}?\nAnswer:"
         ids = np.asarray(tokenizer.encode(text), np.int32)[: config.sampler.max_prompt_tokens]
-        asked.append(EncodedPrompt(Prompt(f"sum/{number}", "math", text, str(8 * number + 9)), ids))
+        asked.append(EncodedPrompt(Problem(f"sum/{number}", "math", text, str(8 * number + 9)), ids))
     ends, lengths = [], []
 
     def on_update(update, row, timing) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -17,12 +18,18 @@ from r1jax.checkpoints import tokenizer as tokenizers
 from r1jax.config import config_hash, flatten
 from r1jax.core import checkpoint, distributed, runtime, sharding
 from r1jax.models import decoder
-from r1jax.schema import Config, GateConfig, ModelConfig, replace
+from r1jax.schema import Config, GateConfig, ModelConfig, RopeScaling, replace
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 DONE = "DONE"
 INPUTS = "inputs.json"
+DIGEST_THREADS = 8
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
+)
 EXAMPLES = "examples.jsonl"
+MODEL, SHAPE = "model", "shape.json"  # in a stage's folder: what its weights are used with
 
 
 class StageFolder:
@@ -124,28 +131,108 @@ def json_fields(config: Config) -> dict:
     return json.loads(json.dumps(flatten(config), default=str))
 
 
-def prepare(config: Config) -> tuple[Config, tokenizers.Tokenizer, Mesh]:
-    """Returns (config with the checkpoint's own model shape, tokenizer, mesh) and sets JAX up.
+def prepare(config: Config, start: Path | None = None) -> tuple[Config, tokenizers.Tokenizer, Mesh]:
+    """Returns (config with the shape of the weights it starts from, tokenizer, mesh) and sets JAX up.
 
-    A Hugging Face folder, or file, in config.model.checkpoint overrides the preset's shape; without one, or with one of our own
-    runs, the tiny world's tokenizer applies.
+    Shape, tokenizer and, where config.data.template is auto, the template come from `start` (a stage's folder), else from
+    config.model.checkpoint (a Hugging Face folder or file, or a stage's folder), else they are the preset's and the tiny
+    world's. Raises ValueError for a tokenizer that does not fit the model or the problems.
     """
     runtime.setup()
     mesh = sharding.make_mesh(config.mesh)
-    folder = config.model.checkpoint
-    if folder and is_hugging_face(folder):
-        from r1jax.checkpoints import hf_config
-
-        beside = Path(folder).parent if Path(folder).is_file() else Path(folder)
-        shape = hf_config.model_config(beside, config.model)
-        return replace(config, model=shape), tokenizers.from_folder(beside), mesh
-    tokenizer = tokenizers.tiny()
-    if config.model.vocab_size != tokenizer.vocab_size:
-        raise ValueError(
-            f"config.model.vocab_size={config.model.vocab_size}, but the tiny world has {tokenizer.vocab_size} tokens; "
-            "give a Hugging Face folder with --config.model.checkpoint=DIR"
-        )
+    folder = start or config.model.checkpoint
+    if not folder:
+        tokenizer = tokenizers.tiny()
+    elif is_hugging_face(folder):
+        shape, tokenizer = _hugging_face(folder, config.model)
+        config = replace(config, model=shape)
+    else:
+        shape, tokenizer, template = read_model(Path(folder), config.model)
+        config = replace(config, model=shape)
+        if config.data.template == "auto" and template:
+            config = replace(config, data=replace(config.data, **template))
+    _check_fits(config, tokenizer)
     return config, tokenizer, mesh
+
+
+def _check_fits(config: Config, tokenizer: tokenizers.Tokenizer) -> None:
+    """Raises ValueError when the tokenizer has ids that the model has not, or does not know the words of the tiny world."""
+    model = config.model
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.source} has {tokenizer.vocab_size} tokens, the model of "
+            f"{model.checkpoint or config.preset} has {model.vocab_size} (vocab_size); give the model's own tokenizer"
+        )
+    if tokenizer is tokenizers.tiny() and tokenizer.vocab_size != model.vocab_size:
+        raise ValueError(
+            f"config.model.vocab_size={model.vocab_size}, but the tiny world has {tokenizer.vocab_size} tokens; give a "
+            "Hugging Face folder with --config.model.checkpoint=DIR"
+        )
+
+
+def _hugging_face(folder: str | Path, defaults: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer]:
+    """Returns (shape, tokenizer) of a Hugging Face folder, or of a file in one."""
+    from r1jax.checkpoints import hf_config
+
+    beside = Path(folder).parent if Path(folder).is_file() else Path(folder)
+    return hf_config.model_config(beside, defaults), tokenizers.from_folder(beside)
+
+
+def write_model(folder: Path, config: Config, tokenizer: tokenizers.Tokenizer, template: str) -> None:
+    """Writes into a stage's folder what its weights are used with: shape, tokenizer, and how questions become prompts."""
+    if not distributed.is_writer():
+        return
+    target = folder / MODEL
+    target.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(target)
+    asked = {"template": template, "instruction": config.data.instruction, "think_prefill": config.data.think_prefill}
+    record = {"model": dataclasses.asdict(replace(config.model, checkpoint="")), "data": asked}
+    checkpoint.write_json(target / SHAPE, record)
+
+
+def read_model(folder: Path, defaults: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer, dict]:
+    """Returns (shape, tokenizer, fields of config.data) of a stage's folder; how it computes is as `defaults` say.
+
+    Raises ValueError for a folder that does not hold them.
+    """
+    path = folder / MODEL / SHAPE
+    if not path.exists():
+        return _model_of_run(folder, defaults)
+    record = distributed.decide(lambda: json.loads(path.read_text(encoding="utf-8")), name=str(path))
+    return _shape(record["model"], defaults), tokenizers.from_folder(folder / MODEL), record["data"]
+
+
+def _model_of_run(folder: Path, defaults: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer, dict]:
+    """Returns the same of a folder without a record of it, by the config.json of its run."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} has neither {MODEL}/{SHAPE} nor config.json; give the folder of a stage")
+    fields = distributed.decide(lambda: json.loads(path.read_text(encoding="utf-8")), name=str(path))
+    if base := fields.get("model.checkpoint"):
+        if not Path(base).exists():
+            raise ValueError(
+                f"{folder} was trained from {base}, which holds its tokenizer and is not there; put it back"
+            )
+        shape, tokenizer = _hugging_face(base, defaults)
+    else:
+        nested: dict = {"rope_scaling": {}}
+        for name, value in fields.items():
+            if name.startswith("model.rope_scaling."):
+                nested["rope_scaling"][name.removeprefix("model.rope_scaling.")] = value
+            elif name.startswith("model."):
+                nested[name.removeprefix("model.")] = value
+        shape, tokenizer = _shape(nested, defaults), tokenizers.tiny()
+    return shape, tokenizer, {}
+
+
+def _shape(record: dict, defaults: ModelConfig) -> ModelConfig:
+    """Returns a recorded shape, with the fields that say how it computes taken from `defaults`."""
+    from r1jax.checkpoints.hf_config import RUNTIME_FIELDS
+
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    kept = {name: value for name, value in record.items() if name in known and name not in RUNTIME_FIELDS}
+    kept["rope_scaling"] = RopeScaling(**record["rope_scaling"])
+    return ModelConfig(**kept, **{name: getattr(defaults, name) for name in RUNTIME_FIELDS})
 
 
 def is_hugging_face(folder: str | Path) -> bool:
@@ -189,6 +276,34 @@ def file_digest(path: str) -> str:
         raise ValueError(f"no such file: {path}")
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoint_digest(source: str | Path) -> str:
+    """Returns a digest of what is read of a checkpoint: the weights, config and tokenizer files of a Hugging Face folder
+    (or of a file in one), the result of a stage's folder. Computed by one process.
+
+    Raises ValueError when there is no checkpoint.
+    """
+    return distributed.decide(_checkpoint_digest, Path(source), name=f"the digest of {source}")
+
+
+def _checkpoint_digest(source: Path) -> str:
+    if not is_hugging_face(source):
+        marker = source / DONE
+        if marker.exists():
+            return json.loads(marker.read_text())["output"]
+        newest = checkpoint.CheckpointStore(source / "checkpoints").latest()
+        if newest is None:
+            raise ValueError(f"{source} holds no finished checkpoint; run that stage to its end first")
+        files = sorted(path for path in (source / "checkpoints" / str(newest)).rglob("*") if path.is_file())
+    else:
+        beside = source.parent if source.is_file() else source
+        weights = [source] if source.is_file() else sorted(beside.glob("*.safetensors*"))
+        names = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+        files = [*weights, *(beside / name for name in names if (beside / name).exists())]
+    with ThreadPoolExecutor(DIGEST_THREADS) as pool:
+        found = zip((path.name for path in files), pool.map(lambda path: file_digest(str(path)), files), strict=True)
+        return hashlib.sha256(repr(list(found)).encode()).hexdigest()
 
 
 def shape_hash(model: ModelConfig, *more) -> str:

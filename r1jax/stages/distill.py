@@ -6,7 +6,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.data import jsonl, tasks
+from r1jax.data import jsonl
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config
 from r1jax.stages import common, fine_tuning, lineage
@@ -52,7 +52,7 @@ def read_examples(path: str) -> tuple[list[dict], str]:
 
 def _check_inputs(config: Config, workdir: Path) -> None:
     """Raises ValueError when a student that is none of the tiny world lacks its weights or its examples."""
-    if config.model.vocab_size == len(tasks.vocabulary()):
+    if config.data.world == "tiny":
         return
     if not config.model.checkpoint:
         raise ValueError(

@@ -24,7 +24,8 @@ from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import Config, replace
-from r1jax.stages import common, lineage, prompts, template_check
+from r1jax.stages import common, lineage, problems, prompts, template_check
+from r1jax.stages.prompts import StagePrompts
 
 COLUMNS = (
     "checkpoint",
@@ -56,11 +57,12 @@ def run(config: Config, workdir: Path) -> dict:
             "evaluate: give the checkpoint with --config.checkpoint=DIR (a stage's folder or a Hugging Face folder)"
         )
     config = replace(config, model=replace(config.model, checkpoint=config.checkpoint))
-    config, tokenizer, mesh = common.prepare(config)
-    held_out = prompts.encode(prompts.load(config)[1], config, tokenizer)
-    template_check.check(config, tokenizer, held_out)
+    config, tokenizer, mesh = common.prepare(as_trained(config))
+    asked = prompts.load_held_out(config, tokenizer)
+    template_check.check(config, tokenizer, asked.held_out)
     params = common.load_weights(config, mesh, config.checkpoint, lambda: None)
-    figures, responses = evaluate(config, tokenizer, mesh, held_out, params)
+    figures, responses = evaluate(config, tokenizer, mesh, asked.held_out, params, asked.source.reflective_words)
+    figures["data"] = asked.counts
     folder = Path(workdir) / config.stage
     write_samples(folder / "samples.jsonl", responses)
     checkpoint.write_json(folder / "figures.json", figures)
@@ -68,29 +70,56 @@ def run(config: Config, workdir: Path) -> dict:
     return figures
 
 
+def as_trained(config: Config) -> Config:
+    """Returns the config with the hold-out of the run that made config.checkpoint, where it trained on the same files.
+
+    Of a file that the run has read, only what it held out is evaluated; of other files everything.
+    """
+    folder = Path(config.checkpoint)
+    path = folder / common.INPUTS
+    if not problems.has_files(config) or config.data.eval_path or not path.exists():
+        return config
+    known = distributed.decide(lambda: json.loads(path.read_text())["inputs"], name=str(path))
+    seen = [name for name, digest in problems.digests(config).items() if digest in known.values()]
+    if not seen:
+        return config
+    fields = json.loads((folder / "config.json").read_text())
+    fraction = 0.0 if fields.get("data.eval_path") else fields["data.holdout_fraction"]
+    if distributed.is_writer():
+        print(
+            f"{folder} was trained on {seen[0]}: evaluated is what that run held out "
+            f"(config.data.holdout_fraction={fraction})",
+            file=sys.stderr,
+        )
+    return replace(config, data=replace(config.data, holdout_fraction=fraction))
+
+
 def of_weights(
     config: Config,
     tokenizer: Tokenizer,
     mesh: Mesh,
-    held_out: Sequence[EncodedPrompt],
+    asked: StagePrompts,
     params: Any,
     workdir: Path,
     name: str,
     samples: Path | None = None,
 ) -> dict[str, float]:
-    """Returns the figures of weights on held-out prompts, from `workdir/evaluations/NAME.json` when they were measured.
+    """Returns the figures of weights on the held-out prompts of `asked`, from `workdir/evaluations/NAME.json` when they were measured.
 
-    What is there counts only for the same weights, prompts and settings. `samples` is where responses are written.
+    What is there counts only for the same weights, prompts (their ids, references and tasks), graders and settings.
+    `samples` is where responses are written.
     """
     path = Path(workdir) / "evaluations" / f"{name}.json"
     drawn = replace(config.sampler, temperature=1.0, top_p=1.0, top_k=0)  # config.evaluation has its own law
-    key = hashlib.sha256(
-        repr((config.evaluation, drawn, config.seed, config.data, tree.digest(params))).encode()
-    ).hexdigest()
+    words = asked.source.reflective_words
+    questions = [(prompt.problem, prompt.ids.tolist(), prompt.prefill) for prompt in asked.held_out]
+    graders = config.reward, lineage.grader_digests(config)
+    settings = config.evaluation, drawn, config.seed, config.model.compute_dtype, tuple(words)
+    key = hashlib.sha256(repr((settings, graders, questions, tree.digest(params))).encode()).hexdigest()
     measured = distributed.decide(_measured, path, key, samples, name=str(path))
     if measured is not None:
         return measured
-    figures, responses = evaluate(config, tokenizer, mesh, held_out, params)
+    figures, responses = evaluate(config, tokenizer, mesh, asked.held_out, params, words)
     if samples is not None:
         write_samples(samples, responses)
     checkpoint.write_json(path, {"key": key, "figures": figures})
@@ -119,15 +148,15 @@ def before_and_after(
     config: Config,
     tokenizer: Tokenizer,
     mesh: Mesh,
-    held_out: Sequence[EncodedPrompt],
+    asked: StagePrompts,
     trained: Any,
     workdir: Path,
     folder: Path,
 ) -> dict[str, dict[str, float]]:
     """Returns the figures of the stage's base and of its result, prints them, and leaves samples.jsonl in its folder."""
-    if not held_out:
+    if not asked.held_out:
         return {}
-    measure = functools.partial(of_weights, config, tokenizer, mesh, held_out)
+    measure = functools.partial(of_weights, config, tokenizer, mesh, asked)
     name, base = lineage.result_name(config), lineage.base_weights(config, mesh, workdir)
     figures = {
         lineage.BASE: measure(base, workdir, lineage.base_name(config)),
@@ -138,7 +167,12 @@ def before_and_after(
 
 
 def evaluate(
-    config: Config, tokenizer: Tokenizer, mesh: Mesh, held_out: Sequence[EncodedPrompt], params: Any
+    config: Config,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    held_out: Sequence[EncodedPrompt],
+    params: Any,
+    words: Sequence[str] = (),
 ) -> tuple[dict[str, float], list[Response]]:
     """Returns (figures, sampled responses) of weights on held-out prompts; `greedy` is one greedy sample a problem.
 
@@ -156,7 +190,7 @@ def evaluate(
     with RewardPool(config.reward) as pool:
         ask = functools.partial(respond, config, tokenizer, sampler, pool)
         sampled = ask(held_out, params, law, settings.samples_per_problem, "evaluate")
-        figures = summarize(sampled, settings.samples_per_problem)
+        figures = summarize(sampled, settings.samples_per_problem, words)
         if settings.greedy:
             greedy = ask(held_out, params, replace(law, temperature=0.0), 1, "greedy")
             figures["greedy"] = float(np.nanmean([r.parts["accuracy"] if r.scorable else np.nan for r in greedy]))
@@ -191,9 +225,7 @@ def respond(
     parts, scorable = rollout.grade(drawn, repeated, texts, pool)
     return [
         Response(
-            problem_id=p.prompt.id,
-            prompt=p.prompt.text,
-            answer=p.prompt.answer,
+            problem=p.problem,
             text=p.prefill + text,
             tokens=len(sample.token_ids),
             truncated=sample.truncated,
@@ -207,7 +239,7 @@ def respond(
 def write_samples(path: Path, responses: Sequence[Response]) -> None:
     """Writes responses as JSON lines; only in the process that writes the run's files."""
     if distributed.is_writer():
-        jsonl.write(path, [vars(response) for response in responses])
+        jsonl.write(path, [response.row() for response in responses])
 
 
 def print_checkpoints(figures: dict) -> None:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from r1jax.checkpoints import hf, hf_config, hf_export
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.config import override
+from r1jax.config import flatten, override
 from r1jax.core import tree
 from r1jax.data import templates
 from r1jax.models import decoder
@@ -19,7 +19,7 @@ from r1jax.schema import Config, ModelConfig, replace
 from r1jax.stages import common, lineage, prompts
 
 # Of the run's config.json: what an export must agree with.
-RUN_FIELDS = ("model.", "data.path", "data.template", "data.think_prefill")
+RUN_FIELDS = ("model.", "data.world", "data.path", "data.template", "data.instruction", "data.think_prefill")
 PATHS = ("model.checkpoint", "data.path", "distill.examples", "coldstart.teacher", "inputs", "checkpoint", "output")
 QUESTION = "(messages | selectattr('role', 'equalto', 'user') | list | last)['content']"
 ASKED = "{% if add_generation_prompt and messages[-1]['role'] != 'tool' %}"  # a turn goes on after a tool's output
@@ -38,7 +38,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     if common.is_hugging_face(source):
         raise ValueError(f"{source} is a Hugging Face folder already, or no stage's folder; give a stage's folder")
     fields = run_fields(source)
-    own, tokenizer, mesh = common.prepare(stage_config(source, fields, config))
+    own, tokenizer, mesh = common.prepare(stage_config(source, fields, config), source)
     hf_export.check_dtype(own.model, config.export.dtype)
     tokenizer = Tokenizer(tokenizer.backend, tokenizer.config, chat_template(own, tokenizer), tokenizer.source)
     params = common.load_weights(own, mesh, str(source), lambda: None)
@@ -74,17 +74,13 @@ def run_fields(folder: Path) -> dict:
 def stage_config(folder: Path, fields: dict, config: Config) -> Config:
     """Returns `config` with the model and the data of the run in `folder`, whose flat config is `fields`.
 
-    The run's Hugging Face folder holds its tokenizer: config.model.checkpoint names it where it has moved since.
+    A folder that does not hold its tokenizer names the Hugging Face folder that does: config.model.checkpoint says where
+    that one has moved since.
     """
-    wanted = {key: str(value) for key, value in fields.items() if key.startswith(RUN_FIELDS)}
+    known = flatten(config)
+    wanted = {key: str(value) for key, value in fields.items() if key.startswith(RUN_FIELDS) and key in known}
     if config.model.checkpoint:
         wanted["model.checkpoint"] = config.model.checkpoint
-    base = wanted.get("model.checkpoint", "")
-    if base and not Path(base).is_dir():
-        raise ValueError(
-            f"{folder} was trained from {base}, which holds its tokenizer and is not there; name that folder with "
-            "--config.model.checkpoint=DIR"
-        )
     return override(config, wanted.items())
 
 

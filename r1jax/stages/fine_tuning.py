@@ -13,10 +13,11 @@ from r1jax.core.metrics import MetricsLog
 from r1jax.data import jsonl, templates
 from r1jax.data.hashing import hash64
 from r1jax.data.packing import PackItem
+from r1jax.data.problems import read_prompt
 from r1jax.data.prompts import keyed_permutation
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config
-from r1jax.stages import common, compute, evaluate, lineage, prompts, template_check
+from r1jax.stages import common, compute, evaluate, lineage, problems, prompts, template_check
 from r1jax.stages.progress import Progress
 from r1jax.train import sft, step, supervised
 
@@ -37,16 +38,17 @@ def run(
     distributed.require_one(config.stage)
     folder = common.StageFolder(config, workdir)
     folder.check()
-    inputs = lineage.start(config, workdir) | dict(files or {})
+    inputs = lineage.inputs(config, workdir) | dict(files or {})
     inputs |= {source: lineage.output_digest(lineage.require(source, config, workdir)) for source in sources}
     if (figures := evaluate.finished(folder, inputs)) is not None:
         return figures
-    resolved, tokenizer, mesh = common.prepare(config)
-    splits = prompts.load(resolved) if _has_problems(resolved) else ([], [])
-    train, held_out = (prompts.encode(split, resolved, tokenizer) for split in splits)
+    resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
+    asked = prompts.load(resolved, tokenizer) if problems.given(resolved) or config.stage != "distill" else None
+    train, held_out = (asked.training.all, asked.held_out) if asked else ([], [])
     template_check.check(resolved, tokenizer, train or held_out)
     started, path = time.monotonic(), folder.path / EXAMPLES
     folder.start(inputs)
+    common.write_model(folder.path, resolved, tokenizer, prompts.template(resolved, tokenizer))
     if not path.exists():
         rows, counts = collect(resolved, tokenizer, mesh, train, Path(workdir))
         if not rows:
@@ -61,14 +63,11 @@ def run(
     tokens = sum(len(item.tokens) for item in items) * resolved.sft.epochs
     figures = {"seconds": round(time.monotonic() - started, 1), "examples": len(items), "loss": loss}
     figures["compute"] = compute.of_fine_tuning(tokens, resolved.model)
-    figures |= evaluate.before_and_after(resolved, tokenizer, mesh, held_out, trained, workdir, folder.path)
+    if asked:
+        figures["data"] = asked.counts
+        figures |= evaluate.before_and_after(resolved, tokenizer, mesh, asked, trained, workdir, folder.path)
     checkpoint.write_json(folder.path / "figures.json", figures)
     return folder.finish(figures, inputs, tree.digest(trained))
-
-
-def _has_problems(config: Config) -> bool:
-    """Returns whether there are problems to sample or to evaluate on; distillation alone can do without any."""
-    return bool(config.data.path) or prompts.is_tiny_world(config) or config.stage != "distill"
 
 
 def encode(rows: list[dict], config: Config, tokenizer: Tokenizer) -> list[PackItem]:
@@ -79,7 +78,7 @@ def encode(rows: list[dict], config: Config, tokenizer: Tokenizer) -> list[PackI
     """
     items, limit = [], config.pack.row_tokens
     for row in rows:
-        text = prompts.render(row["prompt"], config, tokenizer)
+        text = prompts.render(read_prompt(row["prompt"]), config, tokenizer)
         prompt, response = templates.split_turn(text, row["response"])
         items.append(sft.example(tokenizer.encode(prompt), [*tokenizer.encode(response), tokenizer.eos_id]))
     kept = [item for item in items if len(item.tokens) <= limit]

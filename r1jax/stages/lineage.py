@@ -8,9 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from r1jax import config as configs
-from r1jax.core import tree
+from r1jax.core import distributed, tree
+from r1jax.rewards import plugins
 from r1jax.schema import Config, replace
-from r1jax.stages import common, stage0_base
+from r1jax.stages import common, problems, stage0_base
 
 # What the result of each stage is called in tables and in summary.json.
 RESULTS = {
@@ -48,7 +49,7 @@ def require(stage: str, config: Config, workdir: Path) -> Path:
     folder, preset = workdir / stage, config.input_preset or config.preset
     if (folder / common.DONE).exists():
         return folder
-    if config.data.path or config.model.checkpoint:
+    if problems.has_files(config) or config.model.checkpoint:
         raise ValueError(
             f"{folder} is missing or unfinished; make it with: python -m r1jax.launch --config={stage}:{preset} "
             f"--workdir={workdir} and the same --config.data.path and --config.model.checkpoint"
@@ -64,29 +65,48 @@ def output_digest(folder: Path) -> str:
     return json.loads((folder / common.DONE).read_text())["output"]
 
 
-def start(config: Config, workdir: Path) -> dict[str, str]:
-    """Returns {input stage: digest of its result} for the weights this stage starts from, running it when missing."""
+def inputs(config: Config, workdir: Path) -> dict[str, str]:
+    """Returns {what a stage is made from: digest of its content}: its start, its base, its problems, graders of the user's.
+
+    The stage that it starts from is run first when it is missing and can be made.
+    """
+    found = {}
+    if config.start:
+        found[config.start] = output_digest(require(config.start, config, workdir))
     if config.model.checkpoint:
-        return {config.model.checkpoint: ""}
-    if not config.start:
-        return {BASE: ""}
-    return {config.start: output_digest(require(config.start, config, workdir))}
+        found[config.model.checkpoint] = common.checkpoint_digest(config.model.checkpoint)
+    elif not config.start:
+        found[BASE] = ""
+    return found | problems.digests(config) | grader_digests(config)
+
+
+def grader_digests(config: Config) -> dict[str, str]:
+    """Returns {file: digest} of the graders of config.reward.graders that are files."""
+    files = [target.rpartition(":")[0] for target in plugins.parse(config.reward.graders).values()]
+    return {file: common.file_digest(file) for file in files if file.endswith(".py")}
+
+
+def start_folder(config: Config, workdir: Path) -> Path | None:
+    """Returns the folder of the stage whose result this one starts from, None where it starts from a base."""
+    return require(config.start, config, workdir) if config.start else None
 
 
 def start_weights(config: Config, mesh, workdir: Path) -> Any:
-    """Returns the float32 weights a stage starts from: a checkpoint of one's own, a stage's result, or the base."""
-    if config.model.checkpoint or config.start:
-        source = config.model.checkpoint or str(require(config.start, config, workdir))
-        params = common.load_weights(config, mesh, source, lambda: None)
-    else:
-        params = base_weights(config, mesh, workdir)
-    return tree.cast(params, jnp.float32)
+    """Returns the float32 weights a stage starts from: the result of config.start, else the base."""
+    folder = start_folder(config, workdir)
+    if folder is None:
+        return base_weights(config, mesh, workdir)
+    return tree.cast(common.load_weights(config, mesh, str(folder), lambda: None), jnp.float32)
 
 
 def base_weights(config: Config, mesh, workdir: Path) -> Any:
-    """Returns the base a stage compares itself with: config.model.checkpoint, else the preset's own base model."""
-    if config.model.checkpoint:
-        return tree.cast(common.load_weights(config, mesh, config.model.checkpoint, lambda: None), jnp.float32)
+    """Returns the base a stage compares itself with: config.model.checkpoint, else the preset's own base model.
+
+    A stage that starts from another one, without either, is compared with the base that one names in its config.json.
+    """
+    source = config.model.checkpoint or _named_base(config, workdir)
+    if source:
+        return tree.cast(common.load_weights(config, mesh, source, lambda: None), jnp.float32)
     known = {entry.name: entry.presets for entry in configs.entries()}["stage0_base"]
     if config.preset not in known:
         raise ValueError(
@@ -95,6 +115,15 @@ def base_weights(config: Config, mesh, workdir: Path) -> Any:
         )
     base = replace(configs.load(f"stage0_base:{config.preset}"), seed=0)
     return stage0_base.base_params(config, base, mesh, workdir)
+
+
+def _named_base(config: Config, workdir: Path) -> str:
+    """Returns config.model.checkpoint of the run that config.start was, "" without one."""
+    if not config.start:
+        return ""
+    path = Path(config.inputs or workdir) / config.start / "config.json"
+    fields = distributed.decide(lambda: json.loads(path.read_text()) if path.exists() else {}, name=str(path))
+    return fields.get("model.checkpoint", "")
 
 
 def reward_model_folders(config: Config, workdir: Path) -> dict[str, Path]:

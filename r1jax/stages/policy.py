@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -10,14 +11,14 @@ from jax.sharding import Mesh
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import checkpoint, distributed, sharding, tree
 from r1jax.core.metrics import read, read_timing
-from r1jax.evals.behaviour import TINY_REFLECTIVE_WORDS, reflective_count
+from r1jax.evals.behaviour import reflective_count
 from r1jax.report import curves, html
+from r1jax.rewards import plugins
 from r1jax.rewards.model import RewardModel
 from r1jax.rl import losses
 from r1jax.rl.disaggregated import DisaggregatedTraining
 from r1jax.rl.loop import PolicyTraining
 from r1jax.rl.ppo import PPOTraining
-from r1jax.rl.rollout import EncodedPrompt
 from r1jax.sampler import jetstream
 from r1jax.schema import Config
 from r1jax.stages import common, compute, evaluate, lineage, prompts, reward_models, template_check
@@ -30,12 +31,12 @@ def run(config: Config, workdir: Path) -> dict:
     """Trains, resuming where it was stopped, evaluates start and end on held-out problems and returns the figures."""
     folder = common.StageFolder(config, workdir)
     folder.check()
-    inputs = lineage.start(config, workdir) | lineage.reward_models(config, workdir)
+    inputs = lineage.inputs(config, workdir) | lineage.reward_models(config, workdir)
     if (figures := evaluate.finished(folder, inputs)) is not None:
         return figures
-    resolved, tokenizer, mesh = common.prepare(config)
-    reasoning, held_out = (prompts.encode(split, resolved, tokenizer) for split in prompts.load(resolved))
-    template_check.check(resolved, tokenizer, reasoning)
+    resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
+    asked = prompts.load(resolved, tokenizer)
+    template_check.check(resolved, tokenizer, asked.training.all)
     if (notice := jetstream.notice()) and distributed.is_writer():
         print(notice, file=sys.stderr)
     if losses.k1_in_loss(config.grpo) and distributed.is_writer():
@@ -47,24 +48,26 @@ def run(config: Config, workdir: Path) -> dict:
             resolved,
             tokenizer,
             mesh,
-            reasoning,
+            asked.training,
             params,
             folder.path,
             lambda update, row, timing: progress.update(update, **shown(row, timing)),
-            describe,
-            later(resolved, tokenizer, reasoning),
+            lambda texts: describe(texts, asked.source.reflective_words),
+            later(resolved, tokenizer, asked),
             reward_models=load_reward_models(resolved, tokenizer, sampler_mesh(resolved, mesh), workdir),
         )
         folder.start(inputs)
+        common.write_model(folder.path, resolved, tokenizer, prompts.template(resolved, tokenizer))
         trained = training.run()
     if distributed.is_writer():
         write_curves(folder.path)
     figures = {"seconds": round(time.monotonic() - started, 1), "updates": resolved.grpo.updates}
     figures["programs"] = training.programs.counts()
+    figures["data"] = asked.counts
     figures["compute"] = distributed.decide(lambda: compute.of_policy_training(read(folder.path), resolved))
     figures["split"] = distributed.decide(time_split, folder.path)
-    figures |= evaluate.before_and_after(resolved, tokenizer, mesh, held_out, trained, workdir, folder.path)
-    if held_out:
+    figures |= evaluate.before_and_after(resolved, tokenizer, mesh, asked, trained, workdir, folder.path)
+    if asked.held_out:
         figures["ratios"] = ratios(figures[lineage.BASE], figures[name])
     checkpoint.write_json(folder.path / "figures.json", figures)
     measured = {key: value for key, value in figures.items() if evaluate.is_evaluation(value)}
@@ -91,15 +94,33 @@ def sampler_mesh(config: Config, mesh: Mesh) -> Mesh:
     return sharding.make_mesh(config.sampler_mesh, jax.devices()[mesh.size :], "sampler_mesh")
 
 
-def later(config: Config, tokenizer: Tokenizer, reasoning: list[EncodedPrompt]):
-    """Returns (update, prompt sources, weights) of the part with general and safety prompts, or None without one."""
+def later(config: Config, tokenizer: Tokenizer, asked: prompts.StagePrompts):
+    """Returns (update, prompt sources, weights) of the part with general and safety prompts, or None without one.
+
+    Raises ValueError when there are no such prompts, or nothing rewards them: rows of files need a reward model, or a grader of
+    config.reward.graders.
+    """
     scenarios = config.scenarios
     if scenarios.from_update < 0:
         return None
-    general, safety = (prompts.encode(found, config, tokenizer) for found in prompts.load_scenarios(config))
+    found = {"general": asked.source.general(), "safety": asked.source.safety()}
+    own = plugins.parse(config.reward.graders)
+    for task, some in found.items():
+        if not some:
+            raise ValueError(
+                f"{config.stage}: no row of task {task} for config.scenarios.from_update={scenarios.from_update}; give some "
+                f"in config.data.path or config.data.{task}_path, or set it to -1"
+            )
+        field = lineage.REWARD_MODELS[task][1]
+        if asked.source.inputs and not getattr(scenarios, field) and task not in own:
+            raise ValueError(
+                f"{config.stage}: nothing rewards the rows of task {task}; name a reward model with "
+                f"--config.scenarios.{field}=FOLDER, or a grader with --config.reward.graders={task}=FILE.py:FUNCTION"
+            )
     rest = 1 - scenarios.general_fraction - scenarios.safety_fraction
-    weights = (rest, scenarios.general_fraction, scenarios.safety_fraction)
-    return scenarios.from_update, (reasoning, general, safety), weights
+    weights = [weight * rest / sum(asked.training.weights) for weight in asked.training.weights]
+    sources = [*asked.training.parts, *(prompts.encode(some, config, tokenizer) for some in found.values())]
+    return scenarios.from_update, sources, (*weights, scenarios.general_fraction, scenarios.safety_fraction)
 
 
 def load_reward_models(config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) -> dict[str, RewardModel]:
@@ -110,9 +131,9 @@ def load_reward_models(config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir
     }
 
 
-def describe(texts: list[str]) -> dict[str, float]:
-    """Returns the behaviour figures of a rollout's texts."""
-    counts = [reflective_count(text, TINY_REFLECTIVE_WORDS) for text in texts]
+def describe(texts: list[str], words: Sequence[str] = ()) -> dict[str, float]:
+    """Returns the behaviour figures of a rollout's texts; `words` are reflective ones beside those of the paper."""
+    counts = [reflective_count(text, words) for text in texts]
     return {"reflective_words": sum(counts) / max(len(counts), 1)}
 
 

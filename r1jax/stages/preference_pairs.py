@@ -10,7 +10,8 @@ from r1jax.config import config_hash
 from r1jax.core import sharding
 from r1jax.data import jsonl, preferences
 from r1jax.data.hashing import hash64
-from r1jax.data.prompts import Prompt, keyed_permutation
+from r1jax.data.problems import Problem
+from r1jax.data.prompts import keyed_permutation
 from r1jax.rewards.judge import Judge, Judgement, Pair
 from r1jax.rl import rollout
 from r1jax.sampler.engine import Engine
@@ -89,17 +90,17 @@ def answerer(config: Config):
     law = SamplingLaw(given.temperature, given.top_p, given.top_k, given.max_new_tokens, (words.eos_id,))
 
     def answer(rows: list[dict]) -> list[dict]:
-        asked = [Prompt(row["id"], "", row["prompt"], "") for row in rows]
+        asked = [Problem(row["id"], "", row["prompt"], "") for row in rows]
         encoded = prompts.encode(asked, resolved, words)
-        draws = [hash64("answers", prompt.prompt.id) % 2**32 for prompt in encoded]
+        draws = [hash64("answers", prompt.problem.id) % 2**32 for prompt in encoded]
         count = config.preferences.responses_per_prompt
         requests = rollout.requests_for(encoded, draws, count, law, config.seed, config.stage, "sample")
         texts: dict[str, list[str]] = {row["id"]: [] for row in rows}
         drawn = sampler.generate(requests, params)
         for prompt, sample in zip([p for p in encoded for _ in range(count)], drawn, strict=True):
             text = prompt.prefill + words.decode(sample.token_ids)
-            if not sample.truncated and text not in texts[prompt.prompt.id]:
-                texts[prompt.prompt.id].append(text)
+            if not sample.truncated and text not in texts[prompt.problem.id]:
+                texts[prompt.problem.id].append(text)
         return [row | {"responses": texts[row["id"]]} for row in rows]
 
     return answer

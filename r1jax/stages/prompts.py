@@ -1,105 +1,111 @@
-"""The prompts of a stage: the tiny world or a JSONL file, split, templated and tokenised."""
+"""From problems to prompts: the template in force, the ids a model sees, and which prompts are too long."""
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import distributed
-from r1jax.data import jsonl, tasks, templates
-from r1jax.data.prompts import Prompt, from_jsonl_rows, split_holdout
-from r1jax.rewards import references
-from r1jax.rewards.score import RewardRequest
-from r1jax.rl.rollout import EncodedPrompt
+from r1jax.data import templates
+from r1jax.data.problems import Message, Problem, ProblemSource
+from r1jax.data.tasks import TinyWorld
+from r1jax.rl.rollout import EncodedPrompt, Mixture
 from r1jax.schema import Config
+from r1jax.stages import problems
+
+# Stages that train a base model by RL alone: they ask it as R1-Zero was asked, whatever template its tokenizer ships.
+FROM_BASE = ("r1_zero", "student_rl", "ppo_baseline")
 
 
-def is_tiny_world(config: Config) -> bool:
-    """Returns whether the problems are the tiny world's: no file is given, and the model speaks its words."""
-    return not config.data.path and config.model.vocab_size == len(tasks.vocabulary())
+@dataclass(frozen=True)
+class StagePrompts:
+    """What a stage asks: the prompts to train on, those to evaluate, and the source they come from."""
+
+    source: ProblemSource
+    training: Mixture
+    held_out: list[EncodedPrompt]
+    counts: dict  # rows read, by task, repeated, and prompts left out by cause: for the figures
 
 
-def load(config: Config) -> tuple[list[Prompt], list[Prompt]]:
-    """Returns (training prompts, held-out prompts), having told how many references of a file can be graded.
+def load(config: Config, tokenizer: Tokenizer) -> StagePrompts:
+    """Returns the prompts of a stage that trains on problems.
 
-    Raises ValueError for a bad file, an empty split or no file at all.
+    Raises ValueError for a bad file, an empty split, a window that is too short, or no source of problems.
     """
-    if is_tiny_world(config):
-        return tasks.linear_prompts("train"), tasks.linear_prompts("test")
-    if not config.data.path:
-        raise ValueError(
-            f"{config.stage}: config.data.path is empty, and a model of {config.model.vocab_size} tokens is none of the "
-            "tiny world; give problems with --config.data.path=FILE.jsonl (rows with id, task, prompt and answer)"
-        )
-    rows = jsonl.read(config.data.path, required=("id", "prompt", "answer"))
-    if config.data.max_rows:
-        rows = rows[: config.data.max_rows]
-    problems = from_jsonl_rows(rows)
-    train, test = split_holdout(problems, config.data.holdout_fraction)
-    if not train:
-        raise ValueError(
-            f"{config.data.path}: all {len(rows)} rows are held out; lower config.data.holdout_fraction="
-            f"{config.data.holdout_fraction} or give more rows"
-        )
-    _report_references(problems, config)
-    return train, test
+    source = _source(config, tokenizer)
+    parts, weights = source.training()
+    training = Mixture([encode(part, config, tokenizer) for part in parts], weights)
+    held_out = encode(source.held_out(), config, tokenizer)
+    asked = sum(map(len, parts)) + len(source.held_out())
+    too_long = asked - len(training.all) - len(held_out)
+    return StagePrompts(source, training, held_out, source.counts | {"left_out": {"too_long": too_long}})
 
 
-def _report_references(problems: list[Prompt], config: Config) -> None:
-    """Prints how many references can be graded, before anything is sampled."""
-    if distributed.is_writer():
-        requests = [RewardRequest(prompt.id, prompt.task, prompt.text, "", prompt.answer) for prompt in problems]
-        print(f"{config.data.path}: {references.check(requests, config.reward).line()}", file=sys.stderr)
+def load_held_out(config: Config, tokenizer: Tokenizer) -> StagePrompts:
+    """Returns the prompts of an evaluation, which trains on none."""
+    source = _source(config, tokenizer)
+    held_out = encode(source.held_out(), config, tokenizer)
+    left_out = {"too_long": len(source.held_out()) - len(held_out)}
+    return StagePrompts(source, Mixture([]), held_out, source.counts | {"left_out": left_out})
 
 
-def load_scenarios(config: Config) -> tuple[list[Prompt], list[Prompt]]:
-    """Returns (general prompts, safety prompts): rows of a JSONL file by task, or those of the tiny world.
-
-    Raises ValueError when the file has none of either.
-    """
-    if not config.data.path:
-        return tasks.general_prompts(), tasks.safety_prompts()
-    rows = from_jsonl_rows(jsonl.read(config.data.path, required=("id", "prompt")))
-    found = tuple([prompt for prompt in rows if prompt.task == task] for task in ("general", "safety"))
-    if not all(found):
-        raise ValueError(f"{config.data.path}: needs rows with task general and with task safety for config.scenarios")
-    return found
+def _source(config: Config, tokenizer: Tokenizer) -> ProblemSource:
+    source = problems.source(config)
+    if isinstance(source, TinyWorld):
+        source.check_words(tokenizer.encode, tokenizer.source)
+    return source
 
 
 def template(config: Config, tokenizer: Tokenizer) -> str:
-    """Returns the template in force: as configured, else tiny for the tiny world, chat or r1_zero for the rest."""
+    """Returns the template in force: as configured, else the tiny world's own, R1-Zero's for RL on a base, chat or r1_zero."""
     if config.data.template != "auto":
         return config.data.template
-    if is_tiny_world(config):
+    if config.data.world == "tiny" and not problems.has_files(config):
         return "tiny"
+    if config.stage in FROM_BASE:
+        return "r1_zero"
     return "chat" if tokenizer.chat_template else "r1_zero"
 
 
-def render(question: str, config: Config, tokenizer: Tokenizer) -> str:
-    """Returns the prompt text of one question under the template in force."""
+def render(prompt: str | Sequence[Message], config: Config, tokenizer: Tokenizer) -> str:
+    """Returns the prompt text of a question, or of a conversation, under the template in force."""
     kind, data = template(config, tokenizer), config.data
-    return templates.render(question, kind, data.instruction, tokenizer.render_chat, data.think_prefill)
+    return templates.render(prompt, kind, data.instruction, tokenizer.render_chat, data.think_prefill)
 
 
-def encode(prompts: list[Prompt], config: Config, tokenizer: Tokenizer) -> list[EncodedPrompt]:
+def encode(asked: Sequence[Problem], config: Config, tokenizer: Tokenizer) -> list[EncodedPrompt]:
     """Returns the prompts as ids; those over config.sampler.max_prompt_tokens are left out, and said to be.
 
-    Raises ValueError when none is left.
+    Raises ValueError when none is left or more than config.data.max_left_out of them are, and when a prompt and a full
+    response exceed the positions of the model.
     """
-    limit = config.sampler.max_prompt_tokens
+    limit, new = config.sampler.max_prompt_tokens, config.sampler.max_new_tokens
     encoded, longest = [], 0
-    for prompt in prompts:
-        text = render(prompt.text, config, tokenizer)
+    for problem in asked:
+        text = render(problem.prompt, config, tokenizer)
         ids = tokenizer.encode(text)
         longest = max(longest, len(ids))
         if len(ids) <= limit:
-            encoded.append(EncodedPrompt(prompt, np.asarray(ids, np.int32), templates.prefill(text)))
-    if prompts and not encoded:
+            encoded.append(EncodedPrompt(problem, np.asarray(ids, np.int32), templates.prefill(text)))
+    dropped = len(asked) - len(encoded)
+    if asked and not encoded:
         raise ValueError(
-            f"all {len(prompts)} prompts exceed config.sampler.max_prompt_tokens={limit} (longest {longest}); raise it"
+            f"all {len(asked)} prompts exceed config.sampler.max_prompt_tokens={limit} (longest {longest}); raise it"
         )
-    if len(encoded) < len(prompts) and distributed.is_writer():
-        print(
-            f"{len(prompts) - len(encoded)} of {len(prompts)} prompts exceed {limit} tokens, left out", file=sys.stderr
+    if dropped > config.data.max_left_out * len(asked):
+        raise ValueError(
+            f"{dropped} of {len(asked)} prompts exceed config.sampler.max_prompt_tokens={limit} (longest {longest}); raise "
+            f"it, or raise config.data.max_left_out={config.data.max_left_out} to go on without them"
+        )
+    if dropped and distributed.is_writer():
+        print(f"{dropped} of {len(asked)} prompts exceed {limit} tokens, left out", file=sys.stderr)
+    kept = max((len(prompt.ids) for prompt in encoded), default=0)
+    if kept + new > config.model.max_position_embeddings:
+        raise ValueError(
+            f"a prompt of {kept} tokens and config.sampler.max_new_tokens={new} exceed the model's "
+            f"max_position_embeddings={config.model.max_position_embeddings}; lower config.sampler.max_new_tokens or "
+            "config.sampler.max_prompt_tokens"
         )
     return encoded

@@ -50,16 +50,14 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
     distributed.require_one(config.stage)
     folder = common.StageFolder(config, workdir)
     folder.check()
-    inputs = lineage.start(config, workdir)
-    if config.data.path:
-        inputs |= {config.data.path: common.file_digest(config.data.path)}
+    inputs = lineage.inputs(config, workdir)
     if (figures := folder.finished(inputs)) is not None:
         show({config.stage: figures["held_out"]})
         return figures
-    resolved, tokenizer, mesh = common.prepare(config)
+    resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
     model, reading = reward_model.architecture(resolved.model), reading_of(kind, resolved, tokenizer)
     path = folder.path / common.EXAMPLES
-    rows = [] if path.exists() or prompts.is_tiny_world(resolved) else reward_examples.read(given_data(resolved), kind)
+    rows = [] if path.exists() or _is_written(resolved) else reward_examples.read(given_data(resolved), kind)
     if blocks := config.reward_model.frozen_blocks:
         frozen.shapes(model, blocks)
     started, params = time.monotonic(), lineage.start_weights(resolved, mesh, workdir)
@@ -78,6 +76,7 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
             f"{config.pack.row_tokens} tokens; give more, or raise it or config.data.holdout_fraction"
         )
     folder.start(inputs)
+    common.write_model(folder.path, resolved, tokenizer, reading.template)
     if not path.exists():
         jsonl.write(path, rows)
     train, held_out = ([units[i] for i in side] for side in sides)
@@ -93,12 +92,17 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
     return folder.finish(figures, inputs, tree.digest(trained))
 
 
+def _is_written(config: Config) -> bool:
+    """Returns whether the stage draws and ranks its examples itself, as it can in the tiny world."""
+    return config.data.world == "tiny" and not config.data.path
+
+
 def given_data(config: Config) -> str:
     """Returns config.data.path. Raises ValueError where it is empty."""
     if not config.data.path:
         raise ValueError(
-            f"{config.stage}: config.data.path is empty, and a model of {config.model.vocab_size} tokens is none of the tiny "
-            "world; give examples with --config.data.path=FILE.jsonl (rows with prompt and chosen, rejected or a label)"
+            f"{config.stage}: config.data.path is empty, and {config.stage}:{config.preset} has no examples of "
+            "its own; give some with --config.data.path=FILE.jsonl (rows with prompt and chosen, rejected or a label)"
         )
     return config.data.path
 

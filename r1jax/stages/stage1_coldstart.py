@@ -32,14 +32,13 @@ def collect(
         config, tokenizer, mesh, train, params, settings.prompts, settings.samples_per_prompt, temperature=1.0
     )
     good = traces.passing(drawn, traces.basic_checks(settings.min_language_consistency), counts)
-    languages = {p.prompt.id: p.prompt.language for p in train}
-    rewritten = [(n, r, text) for n, r in good if (text := _rewritten(r, languages[r.problem_id])) is not None]
+    rewritten = [(n, r, text) for n, r in good if (text := _rewritten(r, r.problem.language)) is not None]
     counts["rewritten"] = len(rewritten)
     scores = traces.regrade([(response, text) for _, response, text in rewritten], config)
     rows = [
         {
-            "id": response.problem_id,
-            "prompt": response.prompt,
+            "id": response.problem.id,
+            "prompt": response.problem.text,
             "response": text,
             "provenance": traces.source(teacher, number, settings.samples_per_prompt, response.text),
         }
@@ -54,7 +53,7 @@ def collect(
 
 def _rewritten(response: Response, language: str) -> str | None:
     """Returns the rewritten trace, or None when the rewrite refuses it. Text of real models is kept, only trimmed."""
-    if rewrite.parse_linear(response.prompt) is None:
+    if rewrite.parse_linear(response.problem.text) is None:
         return response.text.strip()
-    text = rewrite.tidy(response.prompt, response.text, language)
-    return text if text is not None and rewrite.is_sound(response.prompt, text) else None
+    text = rewrite.tidy(response.problem.text, response.text, language)
+    return text if text is not None and rewrite.is_sound(response.problem.text, text) else None

@@ -12,7 +12,7 @@ from r1jax.data.hashing import hash64
 from r1jax.evals.benchmarks import Response
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config, RejectionConfig
-from r1jax.stages import common, fine_tuning, lineage, traces, wider_pool
+from r1jax.stages import common, fine_tuning, lineage, problems, traces, wider_pool
 
 TEACHER = "stage2_reasoning_rl"
 
@@ -35,8 +35,8 @@ def collect(
     checks = [*traces.basic_checks(settings.min_language_consistency), *readable(settings)]
     rows = [
         {
-            "id": response.problem_id,
-            "prompt": response.prompt,
+            "id": response.problem.id,
+            "prompt": response.problem.text,
             "response": response.text,
             "provenance": traces.source(teacher, number, samples, response.text),
         }
@@ -65,7 +65,7 @@ def readable(settings: RejectionConfig) -> list[traces.Check]:
 
 def general_examples(config: Config, wanted: int) -> list[dict]:
     """Returns general examples: rows of task general that hold a response, or the tiny world's that keep its rules."""
-    if not config.data.path:
+    if not problems.has_files(config):
         rows = corpus.preferred(wanted, hash64(config.stage, config.seed, "general") % 2**32)
         return [row | {"provenance": {"teacher": "rules of the tiny world"}} for row in rows]
     found = [row for row in jsonl.read(config.data.path, required=("id", "prompt")) if row.get("task") == "general"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.data import templates
-from r1jax.data.prompts import Prompt
+from r1jax.data.problems import Problem
 from r1jax.rewards import compose, plugins
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.rl.rollout import EncodedPrompt
@@ -17,8 +17,8 @@ from r1jax.stages import prompts
 
 # A problem of each checkable task, with a thought about it and its answer.
 PROBLEMS = {
-    "math": (Prompt("start-up check", "math", "What is 3 + 4?", "7", "en"), "3 and 4 more make 7"),
-    "linear": (Prompt("start-up check", "linear", "solve 2 x + 3 = 7 :", "2", "en"), "2 * 2 = 4 + 3 = 7 = 7 ok"),
+    "math": (Problem("start-up check", "math", "What is 3 + 4?", "7", "en"), "3 and 4 more make 7"),
+    "linear": (Problem("start-up check", "linear", "solve 2 x + 3 = 7 :", "2", "en"), "2 * 2 = 4 + 3 = 7 = 7 ok"),
 }
 MOST_SHOWN = 200  # characters of a text in the error line
 
@@ -29,21 +29,21 @@ def check(config: Config, tokenizer: Tokenizer, asked: Sequence[EncodedPrompt]) 
     A part that config.reward weighs with 0 does not count, nor does a task with a grader of config.reward.graders, whose idea
     of a right answer is its own. Raises ValueError too when a grader cannot be used, or nothing grades a task.
     """
-    compose.check(config.reward, dict.fromkeys(prompt.prompt.task for prompt in asked))
+    compose.check(config.reward, dict.fromkeys(prompt.problem.task for prompt in asked))
     own = plugins.parse(config.reward.graders)
     parts = [name for name in ("accuracy", "format") if getattr(config.reward, name)]
     for task in PROBLEMS:
-        if task not in own and any(prompt.prompt.task == task for prompt in asked):
+        if task not in own and any(prompt.problem.task == task for prompt in asked):
             _check_task(config, tokenizer, task, parts)
 
 
 def _check_task(config: Config, tokenizer: Tokenizer, task: str, parts: list[str]) -> None:
     prompt, thought = PROBLEMS[task]
-    text = prompts.render(prompt.text, config, tokenizer)
+    text = prompts.render(prompt.prompt, config, tokenizer)
     if prompt.text not in text:
         raise ValueError(f"{_fields(config, tokenizer)}: the template leaves the question out, it gives {_shown(text)}")
     opening = text.rpartition(prompt.text)[2]
-    answer = _answer(prompt.answer, task, config.reward.extraction)
+    answer = _answer(prompt.reference, task, config.reward.extraction)
     response = _rest_of_turn(opening, f"{thought}\n</think>\n{answer}", answer)
     score, graded = _score(config, tokenizer, prompt, templates.prefill(text), response)
     for name in parts:
@@ -70,11 +70,11 @@ def _rest_of_turn(opening: str, after_think: str, answer: str) -> str:
     return answer if "</think>" in inside else after_think
 
 
-def _score(config: Config, tokenizer: Tokenizer, prompt: Prompt, prefill: str, response: str) -> tuple[Score, str]:
+def _score(config: Config, tokenizer: Tokenizer, prompt: Problem, prefill: str, response: str) -> tuple[Score, str]:
     """Returns (score of the response as ids and back, the assistant turn that was graded)."""
     decoded = tokenizer.decode([*tokenizer.encode(response), tokenizer.eos_id])
     request = RewardRequest(
-        prompt.id, prompt.task, prompt.text, decoded, prompt.answer, prefill=prefill, language=prompt.language
+        prompt.id, prompt.task, prompt.text, decoded, prompt.reference, prefill=prefill, language=prompt.language
     )
     return compose.score(request, config.reward), request.text
 

@@ -14,7 +14,7 @@ from r1jax.data.prompts import keyed_permutation
 from r1jax.evals.behaviour import repetition_rate
 from r1jax.evals.benchmarks import Response
 from r1jax.rewards.pool import RewardPool
-from r1jax.rewards.score import RewardRequest, Score
+from r1jax.rewards.score import Score
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import SamplingLaw
@@ -74,10 +74,9 @@ def passing(responses: list[Response], checks: list[Check], counts: Counter) -> 
 
 
 def regrade(rows: list[tuple[Response, str]], config: Config) -> list[Score]:
-    """Returns the scores of rewritten texts in place of the responses they came from."""
-    task = "math" if config.data.path else "linear"
+    """Returns the scores of rewritten texts in place of the responses they came from, each by its own task's grader."""
     with RewardPool(config.reward) as pool:
-        return pool.score([RewardRequest(r.problem_id, task, r.prompt, text, r.answer) for r, text in rows])
+        return pool.score([response.request(text) for response, text in rows])
 
 
 def capped(rows: list[dict], per_prompt: int, most: int | None = None) -> list[dict]:

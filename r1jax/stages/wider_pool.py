@@ -6,8 +6,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.data import jsonl
-from r1jax.data.prompts import from_jsonl_rows
+from r1jax.data import files
+from r1jax.data.problems import as_text, from_row
 from r1jax.evals.benchmarks import Response
 from r1jax.schema import Config, replace
 from r1jax.stages import common, judging, prompts, traces
@@ -19,7 +19,7 @@ def inputs(config: Config) -> dict[str, str]:
     if not path:
         return {}
     judging.require_judge(config)
-    return {path: common.file_digest(path), config.judge.checkpoint: ""}
+    return {path: common.file_digest(path), config.judge.checkpoint: common.checkpoint_digest(config.judge.checkpoint)}
 
 
 def sample(config: Config, tokenizer: Tokenizer, mesh: Mesh, params: Any, counts: Counter) -> list[Response]:
@@ -30,8 +30,10 @@ def sample(config: Config, tokenizer: Tokenizer, mesh: Mesh, params: Any, counts
     settings = config.rejection
     if not settings.judged_prompts:
         return []
-    rows = jsonl.read(settings.judged_prompts, required=("id", "prompt", "answer"))
-    asked = prompts.encode(from_jsonl_rows(rows), config, tokenizer)
+    rows = files.read(settings.judged_prompts, config.data.columns).rows
+    judged = lambda task, fields: as_text(fields.get("answer"))  # noqa: E731
+    found = [from_row(row.fields, row.place, judged, "judged") for row in rows]
+    asked = prompts.encode(found, config, tokenizer)
     own = replace(config, stage=f"{config.stage}/judged")  # draws of its own
     with judging.JudgePool(config, mesh) as pool:
         drawn = traces.sample(

@@ -42,7 +42,7 @@ def examples(
     for response in drawn:
         text = summary(response.text) if kind == "helpful" else response.text
         if not response.truncated and text.strip():
-            found[response.problem_id].setdefault(text, response)
+            found[response.problem.id].setdefault(text, response)
     make = _pairs if kind == "helpful" else _labelled
     return [row for name, own in found.items() for row in make(name, list(own.values()), config)]
 
@@ -55,7 +55,7 @@ def _pairs(name: str, responses: Sequence[Response], config: Config) -> list[dic
     rows = []
     for number, place in enumerate(order[: config.reward_model.pairs_per_prompt]):
         better, worse = (responses[i] for i in places[place])
-        texts = {"prompt": better.prompt, "chosen": better.text, "rejected": worse.text}
+        texts = {"prompt": better.problem.text, "chosen": better.text, "rejected": worse.text}
         rows.append({"id": f"{name}-{number}", "source": "tiny"} | texts)
     return rows
 
@@ -63,7 +63,7 @@ def _pairs(name: str, responses: Sequence[Response], config: Config) -> list[dic
 def _labelled(name: str, responses: Sequence[Response], config: Config) -> list[dict]:
     rows = enumerate(responses)
     return [
-        {"id": f"{name}-{number}", "source": "tiny", "prompt": r.prompt, "response": r.text, "safe": _is_safe(r)}
+        {"id": f"{name}-{number}", "source": "tiny", "prompt": r.problem.text, "response": r.text, "safe": _is_safe(r)}
         for number, r in rows
     ]
 
