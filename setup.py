@@ -15,6 +15,9 @@ JETSTREAM_LIGHT = ["protobuf>=4.25", "grpcio>=1.60", "shortuuid", "prometheus-cl
 # The TPU compiler, which also runs without a TPU; jax[tpu] pins a version of its own, so none is pinned here.
 LIBTPU = "libtpu>=0.0.42; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
+# Parquet files, and data sets saved by the package datasets or named on the Hugging Face Hub; JSON Lines need neither.
+DATA = ["datasets>=3.0", "pyarrow>=15.0"]
+
 
 def inside() -> list[str]:
     """Returns r1jax and its subpackages: the folders that hold Python files."""
@@ -59,7 +62,9 @@ setup(
         "plan": [LIBTPU],
         "jetstream": ["google-jetstream==0.2.2"],
         "jetstream-light": JETSTREAM_LIGHT,
+        "data": DATA,
         "test": [
+            *DATA,
             "hypothesis>=6.100",
             LIBTPU,
             "pytest>=8.0",

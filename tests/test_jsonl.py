@@ -26,7 +26,7 @@ def test_write_leaves_the_old_file_and_no_other_when_a_row_fails(tmp_path):
     ("content", "message"),
     [
         (b'{"id": 1, "prompt": "a"}\n\n{"id": 2,}\n', "line 3: malformed JSON: "),
-        (b'["id"]\n', "line 1: list given, a JSON object is needed"),
+        (b'["id"]\n', "line 1: a JSON array; one object a line is needed"),
         (b'{"prompt": "a"}\n', "line 1: field 'id' is missing; the row has 'prompt'"),
         (b'{"id": 1, "prompt": null}\n', "line 1: field 'prompt' is missing; the row has 'id', 'prompt'"),
         (b'{"id": 1, "prompt": 5}\n', "line 1: field 'prompt' is int, a string is needed"),

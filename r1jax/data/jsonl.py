@@ -1,10 +1,16 @@
 """Reading and writing JSON Lines, with errors that name the file, the line and what is wrong there."""
 
+import codecs
 import gzip
 import json
+import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 _TEXT, _IDENTIFIER, _ANSWER = (str,), (str, int), (str, int, float)
 FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
@@ -19,7 +25,19 @@ FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
     "rejected": _TEXT,
     "text": _TEXT,
 }
-_JSON_NAMES = {str: "a string", int: "an integer", float: "a number"}
+JSON_NAMES = {str: "a string", int: "an integer", float: "a number"}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_GZIP = b"\x1f\x8b"
+_OTHER_FORMATS = {  # first bytes of a file: what to say of it
+    b"PAR1": "a Parquet file; name it .parquet",
+    b"ARROW1": "an Arrow file; give the folder of the saved data set",
+    b"PK\x03\x04": "a Zip archive; unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed with Zstandard; unpack it first",
+    b"BZh": "compressed with bzip2; unpack it first",
+    b"\xfd7zXZ": "compressed with xz; unpack it first",
+    codecs.BOM_UTF16_LE: "not UTF-8 text: looks like UTF-16; convert it with iconv -f UTF-16 -t UTF-8",
+    codecs.BOM_UTF16_BE: "not UTF-8 text: looks like UTF-16; convert it with iconv -f UTF-16 -t UTF-8",
+}
 
 
 def read(path: str | os.PathLike, required: Sequence[str] = ()) -> list[dict]:
@@ -28,19 +46,29 @@ def read(path: str | os.PathLike, required: Sequence[str] = ()) -> list[dict]:
     Each row must be an object that has every field of `required`, not null; required fields named in FIELD_TYPES must have that type.
     Raises ValueError, in one line, for a missing or unreadable file, a bad row, and a file without rows.
     """
+    return [row for _, row in read_numbered(path, required)]
+
+
+def read_numbered(path: str | os.PathLike, required: Sequence[str] = (), limit: int = 0) -> list[tuple[int, dict]]:
+    """Returns (line number from 1, row) of each row, as `read`; of the first `limit` rows alone if it is not 0.
+
+    A byte order mark, CRLF and a compressed file under any name are read. Refused, with the line: a field given twice, NaN and
+    infinite numbers, integers too long for Python, text with half of a surrogate pair, what is no UTF-8.
+    """
     path = pathlib.Path(path)
     if not path.exists():
         raise ValueError(f"no such file: {path}")
     rows = []
-    number = 0
     try:
-        with _open(path, "rt") as file:
+        with _opened(path) as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    rows.append(_row(line, required, f"{path}, line {number}"))
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text after line {number}") from None
-    except (OSError, EOFError) as error:
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                row = _row(line, required, f"{path}, line {number}")
+                if row is not None:
+                    rows.append((number, row))
+                if limit and len(rows) == limit:
+                    break
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     if not rows:
         raise ValueError(f"{path}: no rows; at least one JSON object per line is needed")
@@ -51,15 +79,17 @@ def write(path: str | os.PathLike, rows: Iterable[Mapping]) -> int:
     """Writes one JSON object per line (compressed if the name ends in `.gz`) and returns the number of rows.
 
     Makes the folders. The file appears under its name only when it is complete; a failure leaves what was there before.
+    Half of a surrogate pair, which no UTF-8 can hold, becomes U+FFFD.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     count = 0
+    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with _open(temporary, "wt") as file:
+        with opener(temporary, "wt", encoding="utf-8") as file:
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(_SURROGATE.sub("\ufffd", json.dumps(row, ensure_ascii=False)) + "\n")
                 count += 1
         os.replace(temporary, path)
     finally:
@@ -67,16 +97,53 @@ def write(path: str | os.PathLike, rows: Iterable[Mapping]) -> int:
     return count
 
 
-def _open(path: pathlib.Path, mode: str):
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, mode, encoding="utf-8")
+def fault(value: object) -> tuple[str, str] | None:
+    """Returns (path of the field, what is wrong) of the first text or number in a value that cannot be used; None without any.
+
+    Those are text with half of a surrogate pair, and numbers that are not finite. The path reads `meta.scores[2]`.
+    """
+    if isinstance(value, str):
+        return ("", "has half of a surrogate pair, which is no text") if _SURROGATE.search(value) else None
+    if isinstance(value, float):
+        return None if math.isfinite(value) else ("", f"is {value}, a finite number is needed")
+    if isinstance(value, Mapping):
+        members: Iterable = ((str(name), member) for name, member in value.items())
+        if any(isinstance(name, str) and _SURROGATE.search(name) for name in value):
+            return "", "has a name with half of a surrogate pair, which is no text"
+    elif isinstance(value, list | tuple):
+        members = ((f"[{index}]", member) for index, member in enumerate(value))
+    else:
+        return None
+    for step, member in members:
+        if found := fault(member):
+            rest = found[0] if not found[0] or found[0].startswith("[") else f".{found[0]}"
+            return step + rest, found[1]
+    return None
 
 
-def _row(line: str, required: Sequence[str], where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: malformed JSON: {error}") from None
+@contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Iterable[bytes]]:
+    """Gives the lines of a file, decompressed if it begins as gzip does. ValueError for a file of another known format."""
+    with path.open("rb") as raw:
+        start = raw.peek(8)[:8]
+        for first, what in _OTHER_FORMATS.items():
+            if start.startswith(first):
+                raise ValueError(f"{path}: {what}")
+        if not start.startswith(_GZIP):
+            yield raw
+            return
+        with gzip.GzipFile(fileobj=raw) as unpacked:
+            yield unpacked
+
+
+def _row(line: bytes, required: Sequence[str], where: str) -> dict | None:
+    """Returns the row of a line, None for a blank line."""
+    text = _text(line, where)
+    if not text.strip():
+        return None
+    row = _parsed(text, where)
+    if isinstance(row, list):
+        raise ValueError(f"{where}: a JSON array; one object a line is needed (jq -c '.[]' FILE writes that)")
     if not isinstance(row, dict):
         raise ValueError(f"{where}: {type(row).__name__} given, a JSON object is needed")
     for name in required:
@@ -86,6 +153,62 @@ def _row(line: str, required: Sequence[str], where: str) -> dict:
             )
         types = FIELD_TYPES.get(name)
         if types and (not isinstance(row[name], types) or isinstance(row[name], bool)):
-            wanted = " or ".join(_JSON_NAMES[kind] for kind in types)
+            wanted = " or ".join(JSON_NAMES[kind] for kind in types)
             raise ValueError(f"{where}: field {name!r} is {type(row[name]).__name__}, {wanted} is needed")
     return row
+
+
+def _text(line: bytes, where: str) -> str:
+    if b"\x00" in line:
+        utf16 = line.count(b"\x00") * 3 > len(line) and line.strip(b"\x00")
+        what = "not UTF-8 text: looks like UTF-16" if utf16 else "a NUL byte; the file was not written whole"
+        raise ValueError(f"{where}: {what}")
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: not UTF-8 text: byte {error.start + 1} of the line is {line[error.start]:#04x}"
+        ) from None
+
+
+def _parsed(text: str, where: str) -> object:
+    try:
+        row = json.loads(text, object_pairs_hook=_without_repeats)
+        found = fault(row)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: {_malformed(text, error)}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: malformed JSON: lists or objects nested too deeply") from None
+    except _Repeated as error:
+        raise ValueError(f"{where}: field {error.args[0]!r} is given twice") from None
+    except ValueError:
+        digits = sys.get_int_max_str_digits()
+        raise ValueError(f"{where}: an integer of more than {digits} digits; write it as text") from None
+    if found:
+        name, what = found
+        raise ValueError(f"{where}: field {name!r} {what}" if name else f"{where}: the row {what}")
+    return row
+
+
+class _Repeated(Exception):
+    """A field that an object has twice."""
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Repeated(next(name for name in names if names.count(name) > 1))
+    return row
+
+
+def _malformed(text: str, error: json.JSONDecodeError) -> str:
+    """Returns what is wrong with a line, told by how it begins where that says more than the parser does."""
+    bare = text.strip()
+    if bare.startswith("["):
+        return f"a JSON array; one object a line is needed (jq -c '.[]' FILE writes that); malformed JSON: {error}"
+    if bare == "{":
+        return "an object over several lines; one object a line is needed (jq -c . FILE writes that)"
+    if "\r" in bare:
+        return "lines end in CR alone; convert the file with tr '\\r' '\\n'"
+    return f"malformed JSON: {error}"

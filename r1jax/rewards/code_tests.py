@@ -237,7 +237,7 @@ def _names_of_program(setup: str, asserts: list[str]) -> tuple[list[str], list[s
     owners = [node.value for node in nodes if isinstance(node, ast.Attribute)]
     modules = {owner.id for owner in owners if isinstance(owner, ast.Name)} & free & sys.stdlib_module_names
     calls = [{node.func.id for node in group if _calls_name(node)} for group in groups[1:]]
-    return sorted(free - modules or set.intersection(*calls)), sorted(modules)
+    return sorted(free - modules or set.intersection(*calls) - own), sorted(modules)
 
 
 def _calls_name(node: ast.AST) -> bool:

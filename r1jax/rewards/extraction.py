@@ -3,11 +3,10 @@
 import re
 
 from r1jax.data import templates
+from r1jax.data.boxes import last_box
 from r1jax.rewards.number import LAST_NUMBER
 
 EXTRACTIONS = ("auto", "boxed", "answer_tag", "whole")
-_BOX_OPENING = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_BOX_EVENT = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _FENCE = re.compile(r"^( {0,3})(`{3,}|~{3,})([^\n`]*)$", re.MULTILINE)
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore)[\s,]+)?(?:(?:the|my)\s+)?(?:(?:final|correct|right|best)\s+)?"
@@ -61,23 +60,6 @@ def _last_answer_tag(text: str) -> str | None:
     content = text[start + len("<answer>") : end].strip()
     boxed = last_box(content)
     return (content if boxed is None else boxed) or None
-
-
-def last_box(text: str) -> str | None:
-    """One pass over the braces, so that unbalanced text of any length costs linear time."""
-    if not _BOX_OPENING.search(text):
-        return None
-    stack: list[int] = []  # start of a box's content, or -1 for another brace
-    best, span = -1, (0, 0)
-    for event in _BOX_EVENT.finditer(text):
-        token = event[0]
-        if token == "}":
-            start = stack.pop() if stack else -1
-            if start > best:
-                best, span = start, (start, event.start())
-        elif token == "{" or len(token) > 2:
-            stack.append(event.end() if len(token) > 2 else -1)
-    return text[span[0] : span[1]].strip() or None if best >= 0 else None
 
 
 def fences(text: str, flush: bool = False) -> tuple[list[tuple[str, str]], bool]:

@@ -1,0 +1,409 @@
+r"""Rows of public data sets under the field names that r1jax uses, recognised by the fields that they have.
+
+A row keeps every field that is not read as another one. What the user maps (THEIRS=OURS) is never overwritten.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+
+from r1jax.data import program_tests, turns
+from r1jax.data.boxes import last_box
+
+COLUMNS = "config.data.columns"  # the field that maps names; errors name it
+FIELDS = (
+    *(
+        "id",
+        "task",
+        "prompt",
+        "answer",
+        "reference",
+        "tests",
+        "response",
+        "messages",
+        "chosen",
+        "rejected",
+        "safe",
+        "unsafe",
+    ),
+    *("solution", "language", "source", "meta", "kind", "system", "choices", "accepted", "wrong", "generators"),
+    *turns.REASONING,
+)
+ID_FIELDS = ("unique_id", "task_id", "question_id", "problem_id", "uuid")  # read as id where they differ in every row
+SYNONYMS = {  # our field: names that public sets give it, read where exactly one of them is there
+    "prompt": ("problem", "question", "instruction", "query"),
+    "answer": ("expected_answer", "final_answer", "ground_truth"),
+    "response": ("output", "completion", "generated_solution"),
+}
+LIKELY = {  # names that a hint proposes; read only when mapped
+    "prompt": ("description", "text", "input", "user", "task_description", "question_content", "content"),
+    "answer": ("solution", "target", "label", "gold", "correct_answer", "reference", "result", "output", "response"),
+    "response": (
+        "solution",
+        "target",
+        "assistant",
+        "generation",
+        "generations",
+        "answer",
+        "text",
+        "reasoning_solution",
+    ),
+    "tests": ("test", "test_cases", "unit_tests", "input_output", "public_tests"),
+}
+KNOWN = {*FIELDS, *ID_FIELDS, *(name for names in SYNONYMS.values() for name in names), "options", "answerKey"}
+_BY_SMALL_LETTERS = {name.lower(): name for name in KNOWN}
+_OPTION_LINES = re.compile(r"^[ \t]*\(?A[.):].*\n(?:.*\n)*?[ \t]*\(?B[.):]", re.MULTILINE)
+_LETTERS = "ABCDEFGHIJ"
+_WORKED_END = re.compile(r"\s*####\s*(.*?)\s*\Z", re.DOTALL)
+
+
+def mapping(columns: Sequence[str]) -> dict[str, str]:
+    """Returns {their name: ours} of THEIRS=OURS. ValueError, naming the field, for another form, an unknown or repeated name."""
+    found: dict[str, str] = {}
+    for column in columns:
+        theirs, equals, ours = (part.strip() for part in column.partition("="))
+        if not (theirs and equals and ours):
+            raise ValueError(f"{COLUMNS}: {column!r} is not THEIRS=OURS, as in problem=prompt")
+        if ours not in FIELDS:
+            near = difflib.get_close_matches(ours, FIELDS, 1)
+            raise ValueError(
+                f"{COLUMNS}: {column!r}: no field {ours!r}; "
+                + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(FIELDS)}")
+            )
+        if theirs in found or ours in found.values():
+            raise ValueError(f"{COLUMNS}: {column!r}: {theirs if theirs in found else ours!r} is mapped twice")
+        found[theirs] = ours
+    return found
+
+
+def check_mapping(names: Mapping[str, str], rows: Sequence[Mapping], path: str) -> None:
+    """Raises ValueError when no row has a field that is mapped."""
+    for theirs, ours in names.items():
+        if all(_at(row, theirs) is None for row in rows):
+            near = difflib.get_close_matches(theirs, {name for row in rows for name in row}, 1)
+            meant = f"; did you mean {near[0]!r}?" if near else f"; the first row has {_names(rows[0])}"
+            raise ValueError(f"{path}: no row has the field {theirs!r} of {COLUMNS}={theirs}={ours}{meant}")
+
+
+def canonical(row: Mapping, names: Mapping[str, str], place: str) -> tuple[dict, list[str]]:
+    """Returns (the fields of a row under our names, remarks on what was read as what).
+
+    `names` is {their name: ours}. Raises ValueError, naming the place, for a row that has no prompt or that cannot be read.
+    """
+    fields, remarks = _renamed(row, names)
+    try:
+        for recognise in (
+            _system,
+            _preferences,
+            program_tests.read,
+            _choices,
+            _verl,
+            _alpaca,
+            _worked,
+            _synonyms,
+            _boxed,
+        ):
+            remarks += recognise(fields)
+        remarks += _conversation(fields) + _finish(fields)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    if "prompt" not in fields:
+        raise ValueError(missing("prompt", row, place))
+    return fields, remarks
+
+
+def missing(field: str, row: Mapping, place: str) -> str:
+    """Returns the error of a row without a field: what the row has, and which of it is likely the field."""
+    told = f"{place}: field {field!r} is missing; the row has {_names(row)}"
+    likely = _likely(field, list(row))
+    return (
+        f"{told}; map one with --{COLUMNS}={likely}={field}"
+        if likely
+        else f"{told}; map one with --{COLUMNS}=NAME={field}"
+    )
+
+
+def _names(row: Mapping) -> str:
+    return ", ".join(map(repr, row)) or "no fields"
+
+
+def _likely(field: str, names: list[str]) -> str:
+    """Returns which of a row's names is likely a field; "" where none is."""
+    wanted = (*SYNONYMS.get(field, ()), *LIKELY.get(field, ()))
+    small = {name.lower(): name for name in names if name not in FIELDS or name in LIKELY.get(field, ())}
+    for name in wanted:
+        if name in small:
+            return small[name]
+    for name in (field, *wanted):
+        if near := difflib.get_close_matches(name, small, 1, 0.7):
+            return small[near[0]]
+    return next((small[name] for name in small if any(word in name for word in (field, *wanted))), "")
+
+
+def _at(row: Mapping, name: str) -> object:
+    """Returns a field of a row, `a.b` also being b inside a; None without it."""
+    value: object = row.get(name)
+    if value is None and "." in name:
+        value = row
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _renamed(row: Mapping, names: Mapping[str, str]) -> tuple[dict, list[str]]:
+    fields = {name: value for name, value in row.items() if value is not None and name not in names}
+    remarks = []
+    for name in list(fields):
+        known = _BY_SMALL_LETTERS.get(name.lower(), name)
+        if known not in row and known not in names.values():
+            fields[known] = fields.pop(name)
+            remarks.append(f"{name} read as {known}")
+    for theirs, ours in names.items():
+        value = _at(row, theirs)
+        if value is not None:
+            fields[ours] = value
+            remarks.append(f"{theirs} mapped to {ours}")
+    return fields, remarks
+
+
+def _fill(fields: dict, ours: str, theirs: str, value: object) -> list[str]:
+    """Sets a field that is not there, takes theirs away and returns the remark."""
+    if ours in fields:
+        return []
+    fields.pop(theirs, None)
+    fields[ours] = value
+    return [f"{theirs} read as {ours}"]
+
+
+def _system(fields: dict) -> list[str]:
+    text = fields.get("system_prompt")
+    return _fill(fields, "system", "system_prompt", text) if isinstance(text, str) else []
+
+
+def _preferences(fields: dict) -> list[str]:
+    """Pairs of whole conversations, as messages or as one text: what both share is the prompt."""
+    pair = [fields.get(name) for name in ("chosen", "rejected")]
+    if all(isinstance(side, str) for side in pair):
+        return [] if "prompt" in fields else _transcripts(fields, pair)
+    if not any(isinstance(side, list) for side in pair):
+        return []
+    said: list[str] = []
+    before = []
+    for name, side in zip(("chosen", "rejected"), pair, strict=True):
+        found, remarks = turns.read(side, name)
+        prompt, response = turns.split_last(found)
+        if response is None:
+            raise ValueError(f"field {name!r} does not end in an assistant turn")
+        fields[name] = response
+        before.append(prompt)
+        said += remarks
+    if before[0] != before[1]:
+        raise ValueError("'chosen' and 'rejected' differ before their last turn; they need one prompt")
+    if before[0] and "prompt" not in fields:
+        fields["prompt"] = before[0]
+    elif isinstance(before[0], list) and len(before[0]) > 1:
+        fields["prompt"] = before[0]  # the row's own prompt is its first turn alone
+    return [*said, "last turns of chosen and rejected compared, the turns before them are the prompt"]
+
+
+def _transcripts(fields: dict, pair: list[str]) -> list[str]:
+    mark = "\n\nAssistant:"
+    sides = [side.rpartition(mark) for side in pair]
+    if not all(side[1] for side in sides):
+        return []
+    if sides[0][0] != sides[1][0]:
+        raise ValueError("'chosen' and 'rejected' differ before their last 'Assistant:'; they need one prompt")
+    prompt = sides[0][0].strip()
+    fields["prompt"] = prompt if "\n\nHuman:" in prompt else prompt.removeprefix("Human:").strip()
+    fields["chosen"], fields["rejected"] = (side[2].strip() for side in sides)
+    return ["transcripts of Human and Assistant: the last turn is compared, what comes before it is the prompt"]
+
+
+def _choices(fields: dict) -> list[str]:
+    """MMLU, ARC and their like: the choices become lettered lines of the prompt, the answer a letter."""
+    name = "choices" if "choices" in fields else "options"
+    labels, texts = _options(fields.get(name))
+    asked = next((key for key in ("prompt", *SYNONYMS["prompt"]) if isinstance(fields.get(key), str)), "")
+    if not texts or not asked or _OPTION_LINES.search(fields[asked]):
+        return []
+    if len(texts) > len(_LETTERS):
+        raise ValueError(f"field {name!r} has {len(texts)} choices, at most {len(_LETTERS)} can be graded")
+    given = next((key for key in ("answer", "answerKey", "answer_index", "label") if key in fields), "")
+    if given:
+        fields["answer"] = _letter(fields.pop(given), labels, texts, given)
+    lines = [f"{letter}. {text}" for letter, text in zip(_LETTERS, texts, strict=False)]
+    fields["prompt"] = "\n".join([fields.pop(asked).rstrip(), *lines])
+    fields.setdefault("task", "mcq")
+    del fields[name]
+    return [f"{asked} and {name} read as a prompt with lettered choices, task mcq"]
+
+
+def _options(value: object) -> tuple[list[str], list[str]]:
+    """Returns (labels, texts) of choices: a list of texts, {label: text}, or ARC's {label: [...], text: [...]}."""
+    labels: list = []
+    if isinstance(value, Mapping) and isinstance(value.get("text"), list):
+        labels, value = list(value.get("label", ())), value["text"]
+    elif isinstance(value, Mapping):
+        labels, value = list(value), list(value.values())
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(text, str) for text in value):
+        return [], []
+    return list(map(str, labels)) or list(_LETTERS[: len(value)]), value
+
+
+def _letter(answer: object, labels: list[str], texts: list[str], name: str) -> str:
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
+        return _LETTERS[answer]
+    if isinstance(answer, str):
+        bare = answer.strip().strip("().")
+        found = {index for index, label in enumerate(labels) if label == bare}
+        found |= {index for index, text in enumerate(texts) if text.strip() == answer.strip()} if not found else set()
+        if len(found) == 1:
+            return _LETTERS[found.pop()]
+    raise ValueError(
+        f"field {name!r} is {answer!r}, needs the number of one of {len(texts)} choices from 0, its label or its text"
+    )
+
+
+def _verl(fields: dict) -> list[str]:
+    """Rows of verl: reward_model.ground_truth is the answer, data_source the source."""
+    graded = fields.get("reward_model")
+    if not isinstance(graded, Mapping) or graded.get("ground_truth") is None:
+        return []
+    remarks = _fill(fields, "answer", "reward_model.ground_truth", graded["ground_truth"])
+    if isinstance(fields.get("data_source"), str):
+        remarks += _fill(fields, "source", "data_source", fields["data_source"])
+    return remarks
+
+
+def _alpaca(fields: dict) -> list[str]:
+    given = fields.get("input")
+    if "prompt" in fields or not isinstance(given, str) or not isinstance(fields.get("instruction"), str):
+        return []
+    fields["prompt"] = "\n\n".join(part for part in (fields.pop("instruction"), fields.pop("input")) if part.strip())
+    return ["instruction and input read as prompt"]
+
+
+def _worked(fields: dict) -> list[str]:
+    """GSM8K: the answer is a worked solution that ends in `#### 72`."""
+    answer = fields.get("answer")
+    end = _WORKED_END.search(answer) if isinstance(answer, str) else None
+    if not end or "question" not in fields:
+        return []
+    fields.setdefault("solution", answer[: end.start()])
+    fields["answer"] = end[1]
+    return ["answer taken from behind #### of the worked answer"]
+
+
+def _synonyms(fields: dict) -> list[str]:
+    remarks = []
+    for ours, names in SYNONYMS.items():
+        if ours in fields or (ours == "answer" and "tests" in fields) or (ours == "prompt" and "messages" in fields):
+            continue
+        there = [name for name in names if name in fields]
+        if len({repr(fields[name]) for name in there}) > 1:
+            told = " and ".join(map(repr, there))
+            raise ValueError(f"fields {told} may each be the {ours}; map one with --{COLUMNS}={there[0]}={ours}")
+        if there:
+            remarks += _fill(fields, ours, there[0], _only(fields[there[0]]))
+    return remarks
+
+
+def _only(value: object) -> object:
+    return value[0] if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], Mapping) else value
+
+
+def _boxed(fields: dict) -> list[str]:
+    """Worked solutions: a box holds the answer where the row has none; one with a thought is a whole response."""
+    solution = fields.get("solution")
+    if not isinstance(solution, str):
+        return []
+    remarks = []
+    if "response" not in fields and "messages" not in fields and "</think>" in solution:
+        fields["response"] = solution
+        remarks.append("solution, which has a thought, read as response too")
+    if not {"answer", "tests"} & fields.keys() and (box := last_box(solution)):
+        fields["answer"] = box
+        remarks.append("answer taken from the last \\boxed{} of the solution")
+    return remarks
+
+
+def _conversation(fields: dict) -> list[str]:
+    """Messages and conversations: the last assistant turn is the response, the turns before it are the prompt."""
+    name = next((name for name in ("messages", "conversations", "conversation") if name in fields), "")
+    remarks: list[str] = []
+    if name:
+        found, remarks = turns.read(fields.pop(name), name)
+        found = _with_system(found, fields)
+        fields["messages"] = found
+        prompt, response = turns.split_last(found)
+        if "prompt" not in fields or (response is not None and "response" not in fields and _is_first(fields, prompt)):
+            fields["prompt"] = prompt
+        if response is not None and "response" not in fields:
+            fields["response"] = response
+        remarks.append(f"{name}: the last assistant turn read as response, the turns before it as prompt")
+    prompt = fields.get("prompt")
+    if isinstance(prompt, list):
+        fields["prompt"], said = turns.read(prompt, "prompt")
+        remarks += said
+    if (
+        isinstance(prompt, str | list)
+        and not name
+        and isinstance(fields.get("system"), str)
+        and fields["system"].strip()
+    ):
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else fields["prompt"]
+        fields["prompt"] = _with_system(asked, fields)
+        remarks.append("system read as the system turn of the prompt")
+    return remarks
+
+
+def _is_first(fields: Mapping, turns_before: str | list[dict]) -> bool:
+    """Returns whether a row's own prompt is only the first of several turns, so that the response does not answer it."""
+    return isinstance(turns_before, list) and sum(turn["role"] == "user" for turn in turns_before) > 1
+
+
+def _with_system(found: list[dict], fields: Mapping) -> list[dict]:
+    system = fields.get("system")
+    if not isinstance(system, str) or not system.strip() or found[0]["role"] == "system":
+        return found
+    return [{"role": "system", "content": system}, *found]
+
+
+def _finish(fields: dict) -> list[str]:
+    """Checks types, makes id, answer and source text, and merges a thought that stands in its own column."""
+    for name in ("response", "chosen", "rejected"):
+        if isinstance(fields.get(name), list):
+            found, _ = turns.read(fields[name], name)
+            if len(found) != 1 or found[0]["role"] != "assistant":
+                raise ValueError(f"field {name!r} is a list of {len(found)} messages, one assistant turn is needed")
+            fields[name] = found[0]["content"]
+    for name, kinds in {"id": (str, int), "answer": (str, int, float), "source": (str, int)}.items():
+        value = fields.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            wanted = "a string or " + ("a number" if name == "answer" else "an integer")
+            raise ValueError(f"field {name!r} is {type(value).__name__}, {wanted} is needed")
+        fields[name] = str(value)
+    if not fields.get("id", "-").strip():
+        raise ValueError("field 'id' is empty; give it text or leave it out")
+    for name in ("task", "response", "chosen", "rejected", "language"):
+        if not isinstance(fields.get(name, ""), str):
+            raise ValueError(f"field {name!r} is {type(fields[name]).__name__}, a string is needed")
+    if not isinstance(fields.get("prompt", ""), str | list):
+        raise ValueError(
+            f"field 'prompt' is {type(fields['prompt']).__name__}, a string or a list of messages is needed"
+        )
+    return _merge_thought(fields)
+
+
+def _merge_thought(fields: dict) -> list[str]:
+    if "response" not in fields:
+        return []
+    response, remarks = turns.with_thought(fields["response"], fields)
+    if remarks:
+        messages = fields.get("messages")
+        if messages and messages[-1]["content"] == fields["response"]:
+            fields["messages"] = [*messages[:-1], messages[-1] | {"content": response}]
+        fields["response"] = response
+    return remarks

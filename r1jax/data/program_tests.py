@@ -1,0 +1,192 @@
+"""Tests of programs as public sets write them, turned into the `tests` that the code grader runs (docs/rewards.md)."""
+
+import json
+import re
+from collections.abc import Mapping
+
+OUTPUT_CHECKED = ("checker", "generated_checker", "interaction_format", "interactor")  # several outputs may be right
+_TYPING = re.compile(r"\b(?:Any|Callable|Deque|Dict|Iterable|Iterator|List|Optional|Sequence|Set|Tuple|Union)\b")
+# Tests of a function compare plain values: tuples are lists there, and the expected value may stand in a list of its own.
+SAME = """
+def _plain(value):
+    return [_plain(member) for member in value] if isinstance(value, (list, tuple)) else value
+
+def _same(got, expected):
+    return _plain(got) == expected
+"""
+SAME_OR_ONLY = """
+def _plain(value):
+    return [_plain(member) for member in value] if isinstance(value, (list, tuple)) else value
+
+def _same(got, expected):
+    got = _plain(got)
+    return got == expected or (isinstance(expected, list) and len(expected) == 1 and got == expected[0])
+"""
+UNPACK = "json.dumps(json.loads(pickle.loads(zlib.decompress(base64.b64decode(TEXT))))), in a Python of your own and only for a file you trust"
+
+
+def read(fields: dict) -> list[str]:
+    """Gives a row of a known shape `tests`, in place, and returns remarks. Raises ValueError for tests that the grader cannot run."""
+    remarks: list[str] = []
+    if "tests" in fields:
+        fields["tests"] = parsed(fields["tests"], "tests")
+    else:
+        for needed, convert in SHAPES:
+            if needed <= fields.keys():
+                remarks = [convert(fields)]
+                fields.setdefault("task", "code")
+                break
+    tests = fields.get("tests")
+    if tests is None:
+        return []
+    for name in OUTPUT_CHECKED:
+        if fields.get(name) or (isinstance(tests, Mapping) and tests.get(name)):
+            raise ValueError(
+                f"field {name!r} is given: rows with more than one right output cannot be graded; leave the row out"
+            )
+    return remarks
+
+
+def parsed(value: object, name: str) -> object:
+    """Returns a value, read from JSON if it is text. ValueError when that fails."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise ValueError(f"field {name!r} is text that is not JSON: {value[:40]!r}") from None
+
+
+def _human_eval(fields: dict) -> str:
+    fields["tests"] = {"kind": "python-check", "code": fields.pop("test"), "entry_point": fields.pop("entry_point")}
+    return "test and entry_point read as tests of kind python-check, task code"
+
+
+def _mbpp(fields: dict) -> str:
+    asserts = fields.pop("test_list")
+    if not isinstance(asserts, list) or not asserts:
+        raise ValueError("field 'test_list' is empty, a list of asserts is needed")
+    setup = [*(fields.pop("test_imports", None) or ()), fields.pop("test_setup_code", None) or ""]
+    fields["tests"] = {"kind": "python-asserts", "setup": "\n".join(setup).strip(), "asserts": asserts}
+    asked = fields.pop("text", None) if "prompt" not in fields else fields["prompt"]
+    if isinstance(asked, str) and asserts[0] not in asked:
+        fields["prompt"] = f"{asked.rstrip()}\nYour code should pass this test:\n{asserts[0]}"
+    return "test_list read as tests of kind python-asserts, the first shown in the prompt, task code"
+
+
+def _live_code_bench(fields: dict) -> str:
+    cases = []
+    for name in ("public_test_cases", "private_test_cases"):
+        text = fields.pop(name, None)
+        if isinstance(text, str) and text.strip() and not text.lstrip().startswith(("[", "{")):
+            raise ValueError(
+                f"field {name!r} is compressed and pickled, and a pickle can run code; write it as JSON: {UNPACK}"
+            )
+        found = parsed(text or [], name)
+        if not isinstance(found, list) or not all(isinstance(case, Mapping) for case in found):
+            raise ValueError(f"field {name!r} is no list of test cases")
+        cases += found
+    kinds = {case.get("testtype", "stdin") for case in cases}
+    metadata = parsed(fields.get("metadata") or {}, "metadata")
+    name = metadata.get("func_name") if isinstance(metadata, Mapping) else None
+    starter = fields.get("starter_code") or ""
+    if kinds == {"stdin"}:
+        fields["tests"] = _stdin([case.get("input") for case in cases], [case.get("output") for case in cases])
+    elif kinds == {"functional"} and name:
+        arguments = [[parsed(line, "input") for line in _lines(case.get("input"))] for case in cases]
+        expected = [parsed(case.get("output"), "output") for case in cases]
+        fields["tests"] = _calls(name, arguments, expected, "class Solution" in starter, SAME)
+    else:
+        raise ValueError(
+            f"test cases of testtype {', '.join(map(str, sorted(kinds))) or 'none'}: stdin, or functional with metadata.func_name, can be graded"
+        )
+    fields["prompt"] = _with_starter(fields.pop("question_content"), starter)
+    return "LiveCodeBench's test cases read as tests, starter_code shown in the prompt, task code"
+
+
+def _lines(text: object) -> list[str]:
+    return [line for line in str(text or "").split("\n") if line.strip()]
+
+
+def _code_contests(fields: dict) -> str:
+    files = [fields.get(name) for name in ("input_file", "output_file")]
+    if any(isinstance(name, str) and name.strip() for name in files):
+        raise ValueError(
+            "fields 'input_file' and 'output_file': programs that read or write files cannot be graded; leave the row out"
+        )
+    inputs, outputs = [], []
+    for name in ("public_tests", "private_tests", "generated_tests"):
+        found = parsed(fields.pop(name, None) or {}, name)
+        if isinstance(found, list):  # of {input, output}
+            found = {side: [case.get(side) for case in found] for side in ("input", "output")}
+        inputs += found.get("input", ())
+        outputs += found.get("output", ())
+    fields["tests"] = _stdin(inputs, outputs)
+    if "prompt" not in fields and isinstance(fields.get("description"), str):
+        fields["prompt"] = fields.pop("description")
+    return "public, private and generated tests read as tests of kind stdin-stdout, task code"
+
+
+def _apps(fields: dict) -> str:
+    found = parsed(fields.pop("input_output"), "input_output")
+    if not isinstance(found, Mapping) or not {"inputs", "outputs"} <= found.keys():
+        raise ValueError("field 'input_output' has no 'inputs' and 'outputs'; the row has no tests, leave it out")
+    starter = fields.get("starter_code") or ""
+    if name := found.get("fn_name"):
+        fields["tests"] = _calls(name, found["inputs"], found["outputs"], "class Solution" in starter, SAME_OR_ONLY)
+    else:
+        fields["tests"] = _stdin(*([_text(value) for value in found[side]] for side in ("inputs", "outputs")))
+    asked = next((name for name in ("prompt", "question", "problem") if isinstance(fields.get(name), str)), "")
+    if asked:
+        fields["prompt"] = _with_starter(fields.pop(asked), starter)
+    return "input_output read as tests, starter_code shown in the prompt, task code"
+
+
+def _text(value: object) -> object:
+    return "\n".join(value) if isinstance(value, list) and all(isinstance(line, str) for line in value) else value
+
+
+def _with_starter(question: object, starter: str) -> object:
+    if not starter.strip() or not isinstance(question, str) or starter.strip() in question:
+        return question
+    names = sorted(set(_TYPING.findall(starter))) if "import" not in starter else []
+    imports = (
+        f"from typing import {', '.join(names)}\n\n" if names else ""
+    )  # what else a signature names is not defined
+    return f"{question.rstrip()}\n\nBegin your program with this code:\n```python\n{imports}{starter.rstrip()}\n```"
+
+
+def _stdin(inputs: list, outputs: list) -> dict:
+    if not inputs or len(inputs) != len(outputs):
+        raise ValueError(
+            f"{len(inputs)} inputs and {len(outputs)} outputs of tests, as many of both and at least one are needed"
+        )
+    if not all(isinstance(text, str) for text in (*inputs, *outputs)):
+        raise ValueError("inputs and outputs of tests must be text")
+    pairs = zip(inputs, outputs, strict=True)
+    return {"kind": "stdin-stdout", "cases": [{"input": given, "output": expected} for given, expected in pairs]}
+
+
+def _calls(name: str, arguments: list, expected: list, method: bool, same: str) -> dict:
+    """Returns python-asserts that call a function, or a method of the class Solution, with plain values."""
+    if not str(name).isidentifier():
+        raise ValueError(f"the name of the tested function, {name!r}, is no identifier")
+    if not arguments or len(arguments) != len(expected) or not all(isinstance(given, list) for given in arguments):
+        raise ValueError(
+            f"{len(arguments)} lists of arguments and {len(expected)} results of tests, as many of both are needed"
+        )
+    called = f"Solution().{name}" if method else name
+    asserts = [
+        f"assert _same({called}({', '.join(map(repr, given))}), {result!r})"
+        for given, result in zip(arguments, expected, strict=True)
+    ]
+    return {"kind": "python-asserts", "setup": same, "asserts": asserts}
+
+
+SHAPES = (  # the fields that tell a shape, and what turns it into tests
+    ({"question_content", "public_test_cases"}, _live_code_bench),
+    ({"public_tests"}, _code_contests),
+    ({"input_output"}, _apps),
+    ({"prompt", "test", "entry_point"}, _human_eval),
+    ({"test_list"}, _mbpp),
+)

@@ -1,0 +1,106 @@
+"""Turns of a conversation as rows of data hold them, and the thoughts of assistant turns."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+ROLES = {  # name of a speaker in a row: role
+    **{name: "user" for name in ("user", "human", "prompter")},
+    **{name: "assistant" for name in ("assistant", "gpt", "chatgpt", "bot", "model")},
+    **{name: name for name in ("system", "developer", "tool")},
+}
+REASONING = ("reasoning_content", "reasoning", "thinking")  # fields that hold the thought of a response
+_TAG = re.compile(r"</?think>")
+ONE_THOUGHT = ["<think>", "</think>"]
+
+
+def read(value: object, name: str) -> tuple[list[dict], list[str]]:
+    """Returns (turns {role, content}, remarks) of a field: {role, content} or ShareGPT's {from, value}, as a list or as its JSON text.
+
+    A thought that a turn keeps beside its content is merged into it. Raises ValueError, which names the field, for what is no
+    conversation in text.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            pass
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"field {name!r} is {_told(value)}, a list of messages with role and content is needed")
+    turns, remarks = [], []
+    for number, message in enumerate(value, 1):
+        where = f"field {name!r}, message {number}"
+        if not isinstance(message, Mapping):
+            raise ValueError(f"{where} is {_told(message)}, an object with role and content is needed")
+        turn, said = _turn(message, where)
+        turns.append(turn)
+        remarks += said
+    return turns, list(dict.fromkeys(remarks))
+
+
+def with_thought(response: str, row: Mapping) -> tuple[str, list[str]]:
+    """Returns (the response with the thought that the row keeps in a field of its own before it, remarks)."""
+    for name in REASONING:
+        thought = row.get(name)
+        if isinstance(thought, str) and thought.strip():
+            if _TAG.search(response):
+                return response, [f"{name} is not read: the response has its own <think>"]
+            return f"<think>\n{thought.strip()}\n</think>\n\n{response.lstrip()}", [
+                f"{name} merged into the response as <think>...</think>"
+            ]
+    return response, []
+
+
+def split_last(turns: list[dict]) -> tuple[str | list[dict], str | None]:
+    """Returns (prompt, response): the last turn if it is the assistant's, and what comes before, as text if that is one user turn."""
+    answered = turns[-1]["role"] == "assistant"
+    return one_text(turns[:-1] if answered else turns), turns[-1]["content"] if answered else None
+
+
+def one_text(turns: list[dict]) -> str | list[dict]:
+    """Returns the text of a single user turn, else the turns."""
+    return turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "user" else turns
+
+
+def thoughts(responses: Iterable[str]) -> dict[str, int]:
+    """Returns how many responses lack exactly one closed `<think>...</think>`, by cause; {} when all have one."""
+    return dict(Counter(cause for cause in map(_fault_of_thought, responses) if cause))
+
+
+def _fault_of_thought(response: str) -> str:
+    tags = _TAG.findall(response)
+    if tags == ONE_THOUGHT:
+        return ""
+    if not tags:
+        return "no thought"
+    if tags == ONE_THOUGHT[1:]:
+        return "a thought that is never opened"
+    return "a thought that is never closed" if tags[-1] == "<think>" else "several thoughts"
+
+
+def _turn(message: Mapping, where: str) -> tuple[dict, list[str]]:
+    speaker = message.get("role") or message.get("from")
+    role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+    if role is None:
+        raise ValueError(f"{where}: role {speaker!r} is none of {', '.join(ROLES)}")
+    for name in ("tool_calls", "function_call"):
+        if message.get(name):
+            raise ValueError(f"{where}: {name!r} is not read; leave the row out or write the call into the content")
+    if message.get("weight") == 0:
+        raise ValueError(f"{where}: 'weight' 0 is not read, every assistant turn is trained; leave the row out")
+    content = message.get("content", message.get("value"))
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else content
+    thought = any(isinstance(message.get(name), str) for name in REASONING)
+    if content is None and role == "assistant" and thought:
+        content = ""
+    if not isinstance(content, str):
+        raise ValueError(f"{where}: the content is {_told(content)}, a string is needed")
+    content, remarks = with_thought(content, message) if role == "assistant" else (content, [])
+    return {"role": role, "content": content}, remarks
+
+
+def _told(value: object) -> str:
+    return "empty" if value in ("", [], None) else type(value).__name__
