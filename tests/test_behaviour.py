@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1jax.data.tasks import SYMBOLS, WORDS
+from r1jax.data.tasks import SYMBOLS, WORDS, TinyWorld
 from r1jax.evals.behaviour import (
     REFLECTIVE_WORDS,
     faithfulness,

@@ -184,9 +184,7 @@ def test_unreadable_reference_is_unscorable(changes, reason):
 
 
 def test_row_with_tests_becomes_a_prompt_whose_answer_the_grader_reads():
-    [prompt] = problems_of(
-        [{"id": "a", "task": "bug_fix", "prompt": "fix", "tests": {"kind": "bug-fix", **REFERENCE}}]
-    )
+    [prompt] = problems_of([{"id": "a", "task": "bug_fix", "prompt": "fix", "tests": {"kind": "bug-fix", **REFERENCE}}])
     assert bug_fix.read_reference(prompt.reference).failing == tuple(FAILING)
 
 

@@ -7,8 +7,8 @@ import sys
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-from small import problems_of
 from code_problems import LONGEST_RUN, MAXIMUM_SUM, PLACE_OF_MAXIMUM, PROBLEMS
+from small import problems_of
 
 from r1jax import launch
 from r1jax.data import jsonl

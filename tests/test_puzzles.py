@@ -122,7 +122,9 @@ def test_reasoning_gym_accepts_the_librarys_own_answer_and_no_nonsense(family):
     for prompt in reasoning_gym.prompts(family, 3, seed=11):
         own = json.loads(prompt.reference)["answer"]
         assert value("reasoning_gym", own, prompt.reference, prompt.text) == 1.0
-        assert [value("reasoning_gym", text, prompt.reference, prompt.text) for text in NONSENSE] == [0.0] * len(NONSENSE)
+        assert [value("reasoning_gym", text, prompt.reference, prompt.text) for text in NONSENSE] == [0.0] * len(
+            NONSENSE
+        )
 
 
 @pytest.mark.slow
@@ -193,6 +195,7 @@ def test_countdown_rows_of_the_data_are_graded_as_countdown(shared_data):
     grades = [value("countdown", row["answer"], prompt.reference) for row, prompt in zip(rows, prompts, strict=True)]
     assert sum(grades) == len(rows)
     bare = [
-        value("countdown", str(row["meta"]["target"]), prompt.reference) for row, prompt in zip(rows, prompts, strict=True)
+        value("countdown", str(row["meta"]["target"]), prompt.reference)
+        for row, prompt in zip(rows, prompts, strict=True)
     ]
     assert sum(bare) == 0

@@ -16,6 +16,7 @@ from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.model import Reading, RewardModel
 from r1jax.rl import rollout, scenarios
 from r1jax.rl.loop import PolicyTraining
+from r1jax.rl.rollout import Mixture
 from r1jax.schema import MeshConfig, replace
 from r1jax.stages import policy, prompts
 
@@ -34,14 +35,16 @@ def training(folder) -> PolicyTraining:
     """Returns a small run of stage 4 with reward models of random weights, ready to start."""
     config = configs.load("stage4_all_scenarios", [(name, str(given)) for name, given in SMALL.items()])
     mesh = sharding.make_mesh(MeshConfig())
-    reasoning = prompts.encode(tasks.linear_prompts("train")[:60], config, WORDS)
+    asked = prompts.load(config, WORDS)
+    reasoning = asked.training.all[:60]
+    asked = replace(asked, training=Mixture([reasoning]))
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "rl", "init"), "float32", mesh)
     shape = reward_model.architecture(replace(config.model, initializer_range=0.5))
     models = {}
     for seed, (task, name) in enumerate((("general", "helpful"), ("safety", "safety"))):
         weights = sharding.initialize(decoder.specs(shape), rng.key(seed, "model", "init"), jnp.float32, mesh)
         models[task] = RewardModel(weights, shape, mesh, Reading(name, "tiny"), WORDS, 8, 24)
-    later = policy.later(config, WORDS, reasoning)
+    later = policy.later(config, WORDS, asked)
     more = dict(describe=policy.describe, later=later, reward_models=models)
     return PolicyTraining(config, WORDS, mesh, reasoning, params, folder, **more)
 

@@ -10,7 +10,6 @@ from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
 from r1jax.core import tree
 from r1jax.core.metrics import read
-from r1jax.data import tasks
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rl import rollout as rollouts
 from r1jax.rl.journal import Journal, Rollout
