@@ -11,6 +11,7 @@ from r1jax import launch
 from r1jax.core import tree
 from r1jax.core.metrics import read
 from r1jax.data import jsonl, tasks
+from r1jax.data.problems import Problem
 from r1jax.evals.benchmarks import Response
 from r1jax.schema import RejectionConfig
 from r1jax.stages import common, lineage, recipe, stage3_rejection_sft, traces
@@ -317,7 +318,8 @@ def test_students_learn_from_stage_3s_examples_and_from_none(workdir):
 
 def response(text: str, accuracy=1.0, form=1.0, language=1.0, scorable=True) -> Response:
     parts = {"accuracy": accuracy, "format": form, "language": language}
-    return Response("p", "solve 2 x + 1 = 5 :", "2", text, len(text.split()), False, parts, scorable)
+    problem = Problem("p", "linear", "solve 2 x + 1 = 5 :", "2")
+    return Response(problem, text, len(text.split()), False, parts, scorable)
 
 
 CLEAN = "<think> 2 * 2 = 4 + 1 = 5 ok </think> <answer> 2 </answer>"
