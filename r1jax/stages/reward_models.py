@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import checkpoint, distributed, sharding, tree
 from r1jax.core.metrics import MetricsLog
-from r1jax.data import jsonl, preferences, reward_examples
+from r1jax.data import files, jsonl, preferences, reward_examples
 from r1jax.data.hashing import hash64
 from r1jax.data.prompts import keyed_permutation
 from r1jax.evals import preference
@@ -52,14 +53,14 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
     folder.check()
     inputs = lineage.start(config, workdir)
     if config.data.path:
-        inputs |= {config.data.path: common.file_digest(config.data.path)}
+        inputs |= {config.data.path: files.digest(config.data.path)}
     if (figures := folder.finished(inputs)) is not None:
         show({config.stage: figures["held_out"]})
         return figures
     resolved, tokenizer, mesh = common.prepare(config)
     model, reading = reward_model.architecture(resolved.model), reading_of(kind, resolved, tokenizer)
     path = folder.path / common.EXAMPLES
-    rows = [] if path.exists() or prompts.is_tiny_world(resolved) else reward_examples.read(given_data(resolved), kind)
+    rows = [] if path.exists() or prompts.is_tiny_world(resolved) else given_rows(resolved, kind)
     if blocks := config.reward_model.frozen_blocks:
         frozen.shapes(model, blocks)
     started, params = time.monotonic(), lineage.start_weights(resolved, mesh, workdir)
@@ -91,6 +92,14 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
     checkpoint.write_json(folder.path / "figures.json", figures)
     show({config.stage: figures["held_out"]})
     return folder.finish(figures, inputs, tree.digest(trained))
+
+
+def given_rows(config: Config, kind: str) -> list[dict]:
+    """Returns the rows of config.data.path, having said how they were read."""
+    rows, notes = reward_examples.read(given_data(config), kind)
+    for note in notes:
+        print(f"{config.data.path}: {note}", file=sys.stderr)
+    return rows
 
 
 def given_data(config: Config) -> str:
