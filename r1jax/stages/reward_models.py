@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
     resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
     model, reading = reward_model.architecture(resolved.model), reading_of(kind, resolved, tokenizer)
     path = folder.path / common.EXAMPLES
-    rows = [] if path.exists() or _is_written(resolved) else reward_examples.read(given_data(resolved), kind)
+    rows = [] if path.exists() or _is_written(resolved) else given_rows(resolved, kind)
     if blocks := config.reward_model.frozen_blocks:
         frozen.shapes(model, blocks)
     started, params = time.monotonic(), lineage.start_weights(resolved, mesh, workdir)
@@ -95,6 +96,14 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
 def _is_written(config: Config) -> bool:
     """Returns whether the stage draws and ranks its examples itself, as it can in the tiny world."""
     return config.data.world == "tiny" and not config.data.path
+
+
+def given_rows(config: Config, kind: str) -> list[dict]:
+    """Returns the rows of config.data.path, having said how they were read."""
+    rows, notes = reward_examples.read(given_data(config), kind)
+    for note in notes:
+        print(f"{config.data.path}: {note}", file=sys.stderr)
+    return rows
 
 
 def given_data(config: Config) -> str:
