@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 DONE = "DONE"
 INPUTS = "inputs.json"
 DIGEST_THREADS = 8
+TOLD_BYTES = 8 << 30  # of a checkpoint, above which it is said that its digest takes a while
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "chat_template.jinja",
@@ -301,6 +303,9 @@ def _checkpoint_digest(source: Path) -> str:
         weights = [source] if source.is_file() else sorted(beside.glob("*.safetensors*"))
         names = ("config.json", "generation_config.json", *TOKENIZER_FILES)
         files = [*weights, *(beside / name for name in names if (beside / name).exists())]
+    size = sum(path.stat().st_size for path in files)
+    if size > TOLD_BYTES:
+        print(f"{source}: reading {size / 1e9:.0f} GB once, to know these weights again", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(DIGEST_THREADS) as pool:
         found = zip((path.name for path in files), pool.map(lambda path: file_digest(str(path)), files), strict=True)
         return hashlib.sha256(repr(list(found)).encode()).hexdigest()
