@@ -321,6 +321,29 @@ def _mixture(fields: Fields, family: str, experts: int) -> dict[str, Any]:
     return found
 
 
+def token_ids(folder: Path) -> tuple[list[int], int | None]:
+    """Returns (the ids that end a response, the padding id or None) as a folder states them.
+
+    The ends are those of generation_config.json, then of config.json; the padding id is the first that is stated there.
+    """
+    ends: list[int] = []
+    pad = None
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        if not path.exists():
+            continue
+        fields = Fields(path)
+        stated = fields.get("eos_token_id", [])
+        stated = stated if isinstance(stated, list) else [stated]
+        if not all(isinstance(number, int) and not isinstance(number, bool) for number in stated):
+            raise ValueError(
+                f"{path}: eos_token_id={fields.get('eos_token_id')!r} must be an integer or a list of such"
+            )
+        ends += [number for number in stated if number >= 0 and number not in ends]
+        other = fields.whole("pad_token_id", None, None, least=-1)  # -1: none
+        pad = other if pad is None and other != -1 else pad
+    return ends, pad
+
+
 def rotary_pairs(fields: Fields) -> bool:
     """Returns whether rotary rows are stored as adjacent pairs: rope_interleave, which only deepseek_v3 has."""
     return fields.family != "deepseek_v3" or fields.flag("rope_interleave", True, null=False)
