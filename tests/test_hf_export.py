@@ -294,9 +294,12 @@ def test_stage_keeps_nothing_when_a_weight_reads_back_differently(student, tmp_p
     assert export(student, tmp_path / "out", ("export.verify", "false")).keys() == {"parameters", "tensors", "files"}
 
 
+OTHER_THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 9000.0}}
+
+
 def test_stage_keeps_nothing_when_config_json_describes_another_model(student, tmp_path, monkeypatch):
     honest = hf_export.config_fields
-    monkeypatch.setattr(hf_export, "config_fields", lambda *given: honest(*given) | {"rope_theta": 9000.0})
+    monkeypatch.setattr(hf_export, "config_fields", lambda *given: honest(*given) | OTHER_THETA)
     with pytest.raises(ValueError, match="computes other logits; nothing was kept"):
         export(student, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -134,12 +134,23 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Writes the tokenizer's own file and tokenizer_config.json, from which `from_folder` and transformers read it."""
         self.backend.save(folder)
-        config = dict(self.config)
+        config = _for_older_readers(self.config, isinstance(self.backend, JsonBackend))
         if self.chat_template:
             config["chat_template"] = self.chat_template
         (folder / "tokenizer_config.json").write_text(
             json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8"
         )
+
+
+def _for_older_readers(config: dict, is_json: bool) -> dict:
+    """Returns tokenizer_config.json without what only transformers 5 knows; 5 reads the older names too."""
+    kept = {name: value for name, value in config.items() if name not in ("backend", "is_local", "local_files_only")}
+    if kept.get("tokenizer_class") in ("TokenizersBackend", "SentencePieceBackend", "PythonBackend"):
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast" if is_json else "LlamaTokenizer"
+    if isinstance(kept.get("extra_special_tokens"), list):  # an object of named tokens in transformers 4
+        extra = kept.pop("extra_special_tokens")
+        kept["additional_special_tokens"] = kept.get("additional_special_tokens") or extra
+    return kept
 
 
 def from_folder(folder: str | Path) -> Tokenizer:

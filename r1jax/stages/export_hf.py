@@ -51,13 +51,22 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
         if config.export.verify:
             figures["logit_difference"] = verify(folder, params, own.model, mesh, kind)
 
-    hf_export.save(target, params, own.model, tokenizer, kind, card(source, fields, target.name), check=check)
+    ends, pad = stated_ids(own.model.checkpoint)
+    about = card(source, fields, target.name)
+    hf_export.save(target, params, own.model, tokenizer, kind, about, check=check, end_ids=ends, pad_id=pad)
     checked = "not read back"
     if config.export.verify:
         moved = figures["logit_difference"]
         checked = f"read back and compared, logits moved by {moved:.2g} of the largest"
     print(f"{target}: {figures['parameters']:,} parameters as {kind}, {checked}", file=sys.stderr)
     return figures
+
+
+def stated_ids(base: str) -> tuple[list[int], int | None]:
+    """Returns (end ids, padding id or None) that a run's Hugging Face base states; nothing for the tiny world's own."""
+    if not base or not common.is_hugging_face(base):
+        return [], None
+    return hf_config.token_ids(Path(base).parent if Path(base).is_file() else Path(base))
 
 
 def run_fields(folder: Path) -> dict:
