@@ -31,6 +31,7 @@ RUNTIME_FIELDS = (
     "moe_dispatch",
     "moe_buffer_factor",
     "checkpoint",
+    "vocab_used",
 )
 
 
