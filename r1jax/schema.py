@@ -107,6 +107,7 @@ class ModelConfig:
     attention_block: int = (
         0  # XLA, GQA without a cache: tokens of a block of keys, those of other samples skipped; 0: all at once
     )
+    vocab_used: int = 0  # leading rows of the vocabulary that are tokens: drawn and normalised over alone; 0: all
 
     def __post_init__(self):
         _require(
@@ -142,6 +143,10 @@ class ModelConfig:
         _require(
             self.num_nextn_predict_layers in (0, 1),
             f"ModelConfig.num_nextn_predict_layers={self.num_nextn_predict_layers} must be 0 or 1",
+        )
+        _require(
+            0 <= self.vocab_used <= self.vocab_size,
+            f"ModelConfig.vocab_used={self.vocab_used} must be between 0 (all) and vocab_size={self.vocab_size}",
         )
         _require(
             not self.mtp_loss_weight or self.num_nextn_predict_layers > 0,
@@ -258,6 +263,8 @@ class SamplerConfig:
     top_k: int = 0  # 0 is off
     windows: tuple[int, ...] = ()  # cache lengths compiled for decode, rising; () is one, the full length
     prefill_buckets: tuple[int, ...] = ()  # padded prompt lengths; () is one, max_prompt_tokens
+    stop_ids: tuple[int, ...] = ()  # tokens that end a response, beside those of tokenizer and checkpoint
+    stop_strings: tuple[str, ...] = ()  # texts that end a response at the token which completes one
     record_routed_experts: bool = True
     stall_deadline_s: float = 600.0  # a dispatch that makes no progress for this long is an error
 
@@ -265,6 +272,10 @@ class SamplerConfig:
         _require(self.slots > 0, f"SamplerConfig.slots={self.slots} must be at least 1")
         _require(self.temperature >= 0, f"SamplerConfig.temperature={self.temperature} must be 0 (greedy) or more")
         _require(0 < self.top_p <= 1, f"SamplerConfig.top_p={self.top_p} must be in (0, 1]")
+        _require(
+            min(self.stop_ids, default=0) >= 0, f"SamplerConfig.stop_ids={self.stop_ids}: a token's id is 0 or more"
+        )
+        _require(all(self.stop_strings), f"SamplerConfig.stop_strings={self.stop_strings}: an empty text ends nothing")
         _require(self.max_new_tokens > 0, f"SamplerConfig.max_new_tokens={self.max_new_tokens} must be at least 1")
         _require_rising(self.max_new_tokens_schedule, "SamplerConfig.max_new_tokens_schedule")
         longest = max((value for _, value in self.max_new_tokens_schedule), default=0)

@@ -67,6 +67,7 @@ RUNTIME_FIELDS = (
     "moe_dispatch",
     "moe_buffer_factor",
     "checkpoint",
+    "vocab_used",
 )
 _NEEDED: Any = object()  # as a default: the field must be stated; as null's meaning: null is refused
 

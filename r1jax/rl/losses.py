@@ -12,8 +12,7 @@ import numpy as np
 from flax import struct
 
 from r1jax.data.packing import PREFIXES
-from r1jax.models import decoder
-from r1jax.models.logprobs import scored_logprobs
+from r1jax.models import decoder, logprobs
 from r1jax.rl.logprobs import replayed_experts
 from r1jax.schema import GRPOConfig, ModelConfig
 from r1jax.train import step
@@ -271,8 +270,8 @@ def make_loss(model: ModelConfig, config: GRPOConfig, chunk_tokens: int = 0, tra
             prefixes=micro.get(PREFIXES),
         )
         matrix, mask = decoder.unembedding(params), micro["loss_mask"]
-        how = dict(chunk_tokens=chunk_tokens, trained_chunk=trained_chunk, implementation=model.logprob_implementation)
-        logp, entropy = scored_logprobs(hidden, matrix, micro["targets"], mask, given.temperature, **how)
+        how = dict(chunk_tokens=chunk_tokens, trained_chunk=trained_chunk, **logprobs.settings(model))
+        logp, entropy = logprobs.scored_logprobs(hidden, matrix, micro["targets"], mask, given.temperature, **how)
         total, stats = policy_loss(logp, entropy, micro, given, config)
         if experts is not None:
             stats["routing_disagreement"] = jnp.sum(mask * jnp.mean(auxiliary.differs, axis=0))
