@@ -473,7 +473,11 @@ class SFTConfig:
     """Supervised fine-tuning (P2 B.4.2): cosine 5e-5 to 5e-6, 2-3 epochs, batch 128."""
 
     epochs: int = 2
-    examples_per_update: int = 128
+    examples_per_update: int = 128  # the last update of a run takes what is left
+
+    def __post_init__(self):
+        for name in ("epochs", "examples_per_update"):
+            _require(getattr(self, name) > 0, f"SFTConfig.{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True)
