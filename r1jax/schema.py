@@ -369,8 +369,9 @@ class GRPOConfig:
     dual_clip: float = 0.0  # where A < 0 the objective is at least dual_clip * A; 0 is off
     ratio_cap: float = 0.0  # two-sided clipping: bound of the unclipped ratio; 0 is off
     sapo_temperatures: tuple[float, float] = (1.0, 1.05)  # where A > 0, where A <= 0 (arXiv 2511.20347)
-    log_ratio_clamp: float = 0.0  # bound of |log ratio|; 0 is off
+    log_ratio_clamp: float = 0.0  # bound of |log(policy / old policy)|; 0 is off, and then what float32 holds
     kl_estimator: Literal["k1", "k2", "k3", "k3_clamped", "k3_weighted", "k3_straight_through"] = "k3"
+    kl_log_ratio_clamp: float = 20.0  # k3: log(reference / policy) of a token counts at most this; 0 is off
     kl_placement: Literal["loss", "reward"] = "loss"  # reward: beta * k1 of its tokens off a sample's reward
     entropy_coef: float = 0.0  # bonus, weighted as the objective is
     old_logp: Literal["rollout", "recomputed"] = (
@@ -389,9 +390,15 @@ class GRPOConfig:
             _require(getattr(self, name) > 0, f"GRPOConfig.{name}={getattr(self, name)} must be at least 1")
         for name in (
             *("rollouts_ahead", "clip_ratio_high", "ratio_cap", "log_ratio_clamp", "kl_coef", "length_divisor"),
+            "kl_log_ratio_clamp",
             *("off_policy_threshold", "dynamic_sampling_rounds", "advantage_epsilon", "replay_check_every"),
         ):
             _require(getattr(self, name) >= 0, f"GRPOConfig.{name}={getattr(self, name)} must be 0 or more")
+        for name in ("log_ratio_clamp", "kl_log_ratio_clamp"):
+            _require(
+                getattr(self, name) <= 80,
+                f"GRPOConfig.{name}={getattr(self, name)} must be at most 80: float32 cannot hold the exp of more than 88",
+            )
         for name in ("clip_ratio", "mismatch_threshold"):
             _require(getattr(self, name) > 0, f"GRPOConfig.{name}={getattr(self, name)} must be above 0")
         _require(
@@ -502,7 +509,11 @@ class SFTConfig:
     """Supervised fine-tuning (P2 B.4.2): cosine 5e-5 to 5e-6, 2-3 epochs, batch 128."""
 
     epochs: int = 2
-    examples_per_update: int = 128
+    examples_per_update: int = 128  # the last update of a run takes what is left
+
+    def __post_init__(self):
+        for name in ("epochs", "examples_per_update"):
+            _require(getattr(self, name) > 0, f"SFTConfig.{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True)

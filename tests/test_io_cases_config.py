@@ -1,0 +1,43 @@
+"""Cases of io_cases.jsonl about fields that a stage does not read and examples that no update takes."""
+
+import json
+
+from io_cases import io_case
+
+from r1jax import launch
+from r1jax.core.metrics import read
+from r1jax.data import jsonl, tasks
+from r1jax.train import sft
+
+
+def solved(problem: tasks.Linear) -> dict:
+    """Returns a row of the tiny world: the equation and one right guess."""
+    product = problem.a * problem.x
+    thought = f"{problem.a} * {problem.x} = {product} + {problem.b} = {problem.c} = {problem.c} ok"
+    response = f"<think> {thought} </think> <answer> {problem.x} </answer>"
+    return {"prompt": problem.text("en"), "response": response}
+
+
+def test_all_examples_of_an_epoch_are_trained_and_the_figures_count_them(tmp_path, monkeypatch):
+    given = io_case("examples-that-no-update-takes")["input"]
+    train, _ = tasks.linear_problems()
+    rows = [solved(problem) for problem in train[: given["examples"]]]
+    jsonl.write(tmp_path / "rows.jsonl", [*rows, {"prompt": "tell cat :", "response": "cat " * 200}])
+    trained, make_batch = [], sft.make_batch
+
+    def recorded(items, *arguments, **more):
+        trained.append([item.tokens.tobytes() for item in items])
+        return make_batch(items, *arguments, **more)
+
+    monkeypatch.setattr(sft, "make_batch", recorded)
+    settings = {name: value for name, value in given.items() if name.startswith("sft.")}
+    settings |= {"distill.examples": tmp_path / "rows.jsonl", "evaluation.greedy": "false"}
+    settings |= {"evaluation.max_problems": 1, "evaluation.samples_per_problem": 1, "sampler.slots": 1}
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    assert launch.main(["--config=distill", *flags, f"--workdir={tmp_path}/runs"]) == 0
+    folder = tmp_path / "runs" / "distill"
+    figures = json.loads((folder / "DONE").read_text())["figures"]
+    assert [len(update) for update in trained] == [7, 5] and len(set(sum(trained, []))) == 12
+    assert (figures["examples"], figures["left_out"]) == (12, {"longer than pack.row_tokens": 1})
+    assert figures["tokens"] == sum(len(tokens) // 4 for update in trained for tokens in update)
+    assert [row["update"] for row in read(folder)] == [1, 2]
