@@ -138,8 +138,9 @@ def prepare(config: Config) -> tuple[Config, tokenizers.Tokenizer, Mesh]:
 
         beside = Path(folder).parent if Path(folder).is_file() else Path(folder)
         shape = hf_config.model_config(beside, config.model)
-        return replace(config, model=shape), tokenizers.from_folder(beside), mesh
-    tokenizer = tokenizers.tiny()
+        tokenizer = tokenizers.from_folder(beside).stopping_at(config.sampler.stop_ids)
+        return replace(config, model=tokenizers.fitted(shape, tokenizer)), tokenizer, mesh
+    tokenizer = tokenizers.tiny().stopping_at(config.sampler.stop_ids)
     if config.model.vocab_size != tokenizer.vocab_size:
         raise ValueError(
             f"config.model.vocab_size={config.model.vocab_size}, but the tiny world has {tokenizer.vocab_size} tokens; "
@@ -198,7 +199,7 @@ def shape_hash(model: ModelConfig, *more) -> str:
     """
     neutral = dict(compute_dtype="float32", scan_layers=True, moe_implementation="auto", checkpoint="")
     neutral |= dict(remat=False, remat_policy="nothing", attention_implementation="auto", attention_block=0)
-    neutral |= dict(logprob_implementation="auto")
+    neutral |= dict(logprob_implementation="auto", vocab_used=0)
     text = repr([_chosen(config) for config in (replace(model, **neutral), *more)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
