@@ -172,6 +172,23 @@ def test_stop_token_is_kept_and_lengths_are_exact(rollout):
     assert {s.finish_reason for s in samples} == {"stop", "length"}
 
 
+def test_a_stop_string_cuts_tokens_log_probs_and_experts_alike(mesh, params, rollout):
+    settings = SamplerConfig(
+        slots=10, steps_per_dispatch=5, max_prompt_tokens=16, max_new_tokens=LONGEST, stop_strings=("= ",)
+    )
+    stopping = RolloutSampler(Engine(MODEL, settings, mesh, (WORDS.eos_id,), WORDS))
+    cut = 0
+    for whole, s in zip(rollout[0], stopping.generate(requests(), params), strict=True):
+        prefixes = (n for n in range(1, len(whole.token_ids) + 1) if "= " in WORDS.decode(whole.token_ids[:n]))
+        kept = next(prefixes, len(whole.token_ids))
+        cut += kept < len(whole.token_ids)
+        assert np.array_equal(s.token_ids, whole.token_ids[:kept])
+        assert np.array_equal(s.routed_experts, whole.routed_experts[: len(s.prompt_ids) + kept])
+        assert len(s.logps) == len(s.behaviour_logps) == kept
+        assert s.finish_reason == ("stop" if kept < len(whole.token_ids) else whole.finish_reason)
+    assert cut > 10
+
+
 def test_keys_decide_the_samples(rollout, sampler, params):
     samples, _ = rollout
     again = sampler.generate(requests(groups=2), params)

@@ -184,9 +184,9 @@ def evaluate(
     if settings.max_problems:
         held_out = held_out[: settings.max_problems]
     config = replace(config, stage="evaluate")
-    sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, (tokenizer.eos_id,), tokenizer))
+    sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, tokenizer.stop_ids, tokenizer))
     params = sampler.engine.load_params(params)
-    law = SamplingLaw(settings.temperature, settings.top_p, 0, config.sampler.max_new_tokens, (tokenizer.eos_id,))
+    law = SamplingLaw(settings.temperature, settings.top_p, 0, config.sampler.max_new_tokens, tokenizer.stop_ids)
     with RewardPool(config.reward) as pool:
         ask = functools.partial(respond, config, tokenizer, sampler, pool)
         sampled = ask(held_out, params, law, settings.samples_per_problem, "evaluate")

@@ -40,6 +40,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     fields = run_fields(source)
     own, tokenizer, mesh = common.prepare(stage_config(source, fields, config), source)
     hf_export.check_dtype(own.model, config.export.dtype)
+    ends, pad = common.token_ids(tokenizer)
     tokenizer = Tokenizer(tokenizer.backend, tokenizer.config, chat_template(own, tokenizer), tokenizer.source)
     params = common.load_weights(own, mesh, str(source), lambda: None)
     figures, kind = {"parameters": tree.count(params)}, config.export.dtype
@@ -51,7 +52,6 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
         if config.export.verify:
             figures["logit_difference"] = verify(folder, params, own.model, mesh, kind)
 
-    ends, pad = stated_ids(own.model.checkpoint)
     about = card(source, fields, target.name)
     hf_export.save(target, params, own.model, tokenizer, kind, about, check=check, end_ids=ends, pad_id=pad)
     checked = "not read back"
@@ -60,13 +60,6 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
         checked = f"read back and compared, logits moved by {moved:.2g} of the largest"
     print(f"{target}: {figures['parameters']:,} parameters as {kind}, {checked}", file=sys.stderr)
     return figures
-
-
-def stated_ids(base: str) -> tuple[list[int], int | None]:
-    """Returns (end ids, padding id or None) that a run's Hugging Face base states; nothing for the tiny world's own."""
-    if not base or not common.is_hugging_face(base):
-        return [], None
-    return hf_config.token_ids(Path(base).parent if Path(base).is_file() else Path(base))
 
 
 def run_fields(folder: Path) -> dict:

@@ -78,10 +78,11 @@ def encode(rows: list[dict], config: Config, tokenizer: Tokenizer) -> list[PackI
     said to be. Raises ValueError when none is left.
     """
     items, limit = [], config.pack.row_tokens
+    end = tokenizer.end_of_turn_id if prompts.template(config, tokenizer) == "chat" else tokenizer.eos_id
     for row in rows:
         text = prompts.render(read_prompt(row["prompt"]), config, tokenizer)
         prompt, response = templates.split_turn(text, row["response"])
-        items.append(sft.example(tokenizer.encode(prompt), [*tokenizer.encode(response), tokenizer.eos_id]))
+        items.append(sft.example(tokenizer.encode_prompt(prompt), tokenizer.encode_response(response, end)))
     kept = [item for item in items if len(item.tokens) <= limit]
     longest = max((len(item.tokens) for item in items), default=0)
     if not kept:
