@@ -317,7 +317,7 @@ class RewardConfig:
     repetition_ngram: int = 3  # words; open-r1 and TRL
     reward_model: float = 0.0  # what a trained model says, where config.scenarios names one; 1 in the paper's stage 4
     rule: float = 0.0  # of a sample that a reward model scores: what its task's own grader says; told, not rewarded
-    extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"
+    extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"  # where the answer stands in a response
     graders: tuple[str, ...] = ()  # of one's own: TASK=PACKAGE.MODULE:FUNCTION or TASK=FILE.py:FUNCTION
     override_graders: bool = False  # they may replace built-in ones
     workers: int = 0  # grader processes; 0 grades plain numbers and rules in this process
@@ -490,7 +490,23 @@ class EvalConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     greedy: bool = True  # also one greedy sample per problem
-    consensus_problems: int = 0  # cons@16 is measured on this many problems; 0 leaves it out
+    pass_at: tuple[
+        int, ...
+    ] = ()  # the k of pass@k, estimated from the samples that pass@1 draws; each at most their number
+    consensus_problems: int = 0  # cons@k is measured on this many problems; 0 leaves it out
+    consensus_samples: int = 16  # the k of cons@k
+
+    def __post_init__(self):
+        for name in ("samples_per_problem", "consensus_samples"):
+            _require(getattr(self, name) > 0, f"EvalConfig.{name}={getattr(self, name)} must be at least 1")
+        for name in ("max_problems", "consensus_problems"):
+            _require(getattr(self, name) >= 0, f"EvalConfig.{name}={getattr(self, name)} must be 0 or more")
+        for k in self.pass_at:
+            _require(
+                1 <= k <= self.samples_per_problem,
+                f"EvalConfig.pass_at={self.pass_at}: k={k} must be between 1 and "
+                f"samples_per_problem={self.samples_per_problem}; raise evaluation.samples_per_problem",
+            )
 
 
 @dataclass(frozen=True)
@@ -729,7 +745,6 @@ class Config:
     set: tuple[str, ...] = ()  # graph: STAGE.FIELD=VALUE overrides of single stages
     checkpoint: str = ""  # evaluate, export: the stage folder or Hugging Face folder to read
     output: str = ""  # grade: the JSONL to write
-    extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"  # grade: where the answer stands
     rebuild_base: bool = False  # quickstart, r1_zero: pretrain the tiny base instead of using the shipped one
     ppo: PPOConfig = PPOConfig()
     bench: BenchConfig = BenchConfig()

@@ -68,6 +68,7 @@ def run(
         figures["data"] = asked.counts
         figures |= evaluate.before_and_after(resolved, tokenizer, mesh, asked, trained, workdir, folder.path)
     checkpoint.write_json(folder.path / "figures.json", figures)
+    evaluate.write_report(config, workdir, lineage.result_name(config), figures)
     return folder.finish(figures, inputs, tree.digest(trained))
 
 

@@ -30,7 +30,8 @@ READ = ("seed", "rebuild_base", "only", "from_stage", "list", "set")
 REWARD_MODELS = ("reward_helpful", "reward_safety")
 EXPORTED = ("stage4_all_scenarios", "distill")  # R1 and the student leave as Hugging Face folders
 COLUMNS = (
-    *("checkpoint", "pass@1", "pass@1_se", "greedy", "cons@16", "mean_tokens", "reflective_per_response"),
+    *("checkpoint", "problems", "pass@1", "pass@1_se", "greedy", "mean_tokens", "truncated", "unscorable"),
+    "reflective_per_response",
     *(
         "language_consistency",
         "arithmetic_true",
@@ -66,7 +67,8 @@ def run(config: Config, workdir: Path) -> dict:
     summary = summarize(workdir, round(time.monotonic() - started, 1))
     checkpoint.write_json(workdir / "summary.json", summary)
     write_report(summary, workdir)
-    table.render(rows(summary), COLUMNS, "the recipe on held-out problems")
+    table.render(rows(summary), evaluate.columns(rows(summary), COLUMNS), "the recipe on held-out problems")
+    evaluate.print_groups(rows(summary))
     evaluate.print_faithfulness(rows(summary))
     reward_models.show(summary["reward_models"])
     for name in ("report.html", "summary.json", *(f"export/{lineage.RESULTS[stage]}" for stage in EXPORTED)):
