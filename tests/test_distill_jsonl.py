@@ -14,7 +14,7 @@ from r1jax.core.metrics import read
 from r1jax.data import corpus, jsonl, tasks, templates
 from r1jax.models import decoder
 from r1jax.schema import MeshConfig, replace
-from r1jax.stages import fine_tuning, prompts
+from r1jax.stages import fine_tuning, problems, prompts
 
 SHORT = (
     "sft.epochs=1",
@@ -219,7 +219,7 @@ def test_a_real_student_without_examples_names_both_sources(tmp_path, capsys):
 
 def test_a_real_model_without_problems_is_asked_for_them_and_a_student_is_not():
     real = configs.load("distill:qwen2_5_1_5b")
-    assert not fine_tuning._has_problems(real)
+    assert not problems.given(real)
     with pytest.raises(ValueError, match=r"--config\.data\.path=FILE\.jsonl"):
-        prompts.load(real)
+        problems.source(real)
     assert prompts.template(real, tokenizer.tiny()) == "r1_zero"

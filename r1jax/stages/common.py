@@ -210,15 +210,20 @@ def read_model(folder: Path, defaults: ModelConfig) -> tuple[ModelConfig, tokeni
 
 
 def _model_of_run(folder: Path, defaults: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer, dict]:
-    """Returns the same of a folder without a record of it, by the config.json of its run."""
+    """Returns the same of a folder without a record of it: by the config.json of its run, else as the preset has it.
+
+    The run's Hugging Face folder holds its tokenizer: `defaults.checkpoint` names it where it has moved since.
+    """
     path = folder / "config.json"
-    if not path.exists():
-        raise ValueError(f"{folder} has neither {MODEL}/{SHAPE} nor config.json; give the folder of a stage")
-    fields = distributed.decide(lambda: json.loads(path.read_text(encoding="utf-8")), name=str(path))
-    if base := fields.get("model.checkpoint"):
+    fields = distributed.decide(lambda: json.loads(path.read_text()) if path.exists() else {}, name=str(path))
+    if not fields:
+        return defaults, tokenizers.tiny(), {}
+    moved = defaults.checkpoint if defaults.checkpoint and Path(defaults.checkpoint) != folder else ""
+    if base := moved or fields.get("model.checkpoint"):
         if not Path(base).exists():
             raise ValueError(
-                f"{folder} was trained from {base}, which holds its tokenizer and is not there; put it back"
+                f"{folder} was trained from {base}, which holds its tokenizer and is not there; name that folder with "
+                "--config.model.checkpoint=DIR"
             )
         shape, tokenizer = _hugging_face(base, defaults)
     else:
