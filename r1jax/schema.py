@@ -240,7 +240,6 @@ class SamplerConfig:
     top_k: int = 0  # 0 is off
     windows: tuple[int, ...] = ()  # cache lengths compiled for decode, rising; () is one, the full length
     prefill_buckets: tuple[int, ...] = ()  # padded prompt lengths; () is one, max_prompt_tokens
-    record_routed_experts: bool = True
     stall_deadline_s: float = 600.0  # a dispatch that makes no progress for this long is an error
 
     def __post_init__(self):
@@ -449,7 +448,6 @@ class PackConfig:
 class CheckpointConfig:
     every_updates: int = 20
     keep: int = 2
-    async_save: bool = False
 
 
 @dataclass(frozen=True)
@@ -577,7 +575,6 @@ class JudgeConfig:
         top_p=0.95,
         prefill_buckets=(512, 1024, 2048, 4096),
         windows=(2048, 4096, 8192),
-        record_routed_experts=False,
     )
 
 
@@ -740,13 +737,8 @@ class Config:
             not (self.grpo.routing_replay and self.grpo.advantage == "gae"),
             "Config.grpo.routing_replay=true does not go with PPO (grpo.advantage=gae): a critic has routers of its own",
         )
-        if self.grpo.routing_replay:
-            _require(
-                self.sampler.record_routed_experts,
-                "Config.grpo.routing_replay=true needs sampler.record_routed_experts=true",
-            )
-            if not self.model.checkpoint:  # whose shape is read later
-                self.require_mixture()
+        if self.grpo.routing_replay and not self.model.checkpoint:  # whose shape is read later
+            self.require_mixture()
 
     def require_mixture(self) -> None:
         """Raises ValueError when routing replay is asked of a model without routers."""

@@ -205,11 +205,13 @@ class Engine(jetstream.Engine):
         stop_ids: tuple[int, ...],
         tokenizer: Any = None,
         cache_dtype: Any = None,
+        record_experts: bool = False,
     ):
+        """With `record_experts` outputs tell the experts that each token was sent to, where the model has any."""
         if len(stop_ids) > MAX_STOP_TOKENS:
             raise ValueError(f"Engine: {len(stop_ids)} stop tokens, at most {MAX_STOP_TOKENS} fit a slot")
         self.model, self.sampler, self._mesh, self.tokenizer = model, sampler, mesh, tokenizer
-        self.stop_ids = tuple(stop_ids)
+        self.stop_ids, self.record_experts = tuple(stop_ids), record_experts
         self.cache_dtype = jnp.dtype(cache_dtype or model.compute_dtype)
         self.rows = sampler.max_prompt_tokens + sampler.max_new_tokens
         self.windows = tuple(sorted({w for w in sampler.windows if w < self.rows} | {self.rows}))
@@ -223,7 +225,7 @@ class Engine(jetstream.Engine):
         model = self.model
 
         def decode(params, state, steps, window):
-            return _decode(params, state, model, steps, window, self.sampler.record_routed_experts)
+            return _decode(params, state, model, steps, window, self.record_experts)
 
         def prefill(params, tokens, length, existing):
             return _prefill(params, tokens, length, model, self.cache_dtype, existing)
