@@ -265,7 +265,6 @@ class SamplerConfig:
     prefill_buckets: tuple[int, ...] = ()  # padded prompt lengths; () is one, max_prompt_tokens
     stop_ids: tuple[int, ...] = ()  # tokens that end a response, beside those of tokenizer and checkpoint
     stop_strings: tuple[str, ...] = ()  # texts that end a response at the token which completes one
-    record_routed_experts: bool = True
     stall_deadline_s: float = 600.0  # a dispatch that makes no progress for this long is an error
 
     def __post_init__(self):
@@ -478,7 +477,6 @@ class PackConfig:
 class CheckpointConfig:
     every_updates: int = 20
     keep: int = 2
-    async_save: bool = False
 
 
 @dataclass(frozen=True)
@@ -622,7 +620,6 @@ class JudgeConfig:
         top_p=0.95,
         prefill_buckets=(512, 1024, 2048, 4096),
         windows=(2048, 4096, 8192),
-        record_routed_experts=False,
     )
 
 
@@ -784,13 +781,8 @@ class Config:
             not (self.grpo.routing_replay and self.grpo.advantage == "gae"),
             "Config.grpo.routing_replay=true does not go with PPO (grpo.advantage=gae): a critic has routers of its own",
         )
-        if self.grpo.routing_replay:
-            _require(
-                self.sampler.record_routed_experts,
-                "Config.grpo.routing_replay=true needs sampler.record_routed_experts=true",
-            )
-            if not self.model.checkpoint:  # whose shape is read later
-                self.require_mixture()
+        if self.grpo.routing_replay and not self.model.checkpoint:  # whose shape is read later
+            self.require_mixture()
 
     def require_mixture(self) -> None:
         """Raises ValueError when routing replay is asked of a model without routers."""

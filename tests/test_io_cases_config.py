@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from io_cases import io_case
 
 from r1jax import launch
@@ -16,6 +17,46 @@ def solved(problem: tasks.Linear) -> dict:
     thought = f"{problem.a} * {problem.x} = {product} + {problem.b} = {problem.c} = {problem.c} ok"
     response = f"<think> {thought} </think> <answer> {problem.x} </answer>"
     return {"prompt": problem.text("en"), "response": response}
+
+
+def refusal(name: str, tmp_path, capsys) -> str:
+    """Returns the one line that refuses a case's command."""
+    arguments = io_case(name)["input"]["command"].split()
+    assert launch.main([*arguments, f"--workdir={tmp_path}/runs"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and not list(tmp_path.iterdir())
+    return captured.err
+
+
+def test_a_field_that_the_stage_never_reads_is_refused_in_one_line(tmp_path, capsys):
+    told = refusal("field-that-the-stage-never-reads", tmp_path, capsys)
+    assert told.startswith("error: r1_zero does not read config.sft; ")
+    assert "r1_zero does not read config.sft" in io_case("field-that-the-stage-never-reads")["expected"]
+
+
+def test_a_grpo_field_of_a_distillation_is_refused_in_one_line(tmp_path, capsys):
+    told = refusal("grpo-field-of-a-distillation", tmp_path, capsys)
+    assert told.startswith("error: distill does not read config.grpo; ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config=r1_zero", "--config.distill.examples=F.jsonl"], "r1_zero does not read config.distill"),
+        (["--config=r1_zero", "--config.pretrain.updates", "3"], "r1_zero does not read config.pretrain"),
+        (["--config=evaluate", "--config.grpo.updates=1"], "evaluate does not read config.grpo"),
+        (["--config=grade", "--config.model.vocab_size=9"], "grade does not read config.model"),
+        (["--config=stage0_base", "--config.data.path=F.jsonl"], "stage0_base does not read config.data"),
+        (["--config=export_hf", "--config.optimizer.kind=muon"], "export_hf does not read config.optimizer"),
+        (["--config=distill", "--config.pack.shared_prompts"], "distill does not read config.pack.shared_prompts"),
+        (["--config=quickstart", "--config.set=distill.grpo.updates=3"], "distill does not read config.grpo"),
+        (["--config=evaluate", "--sweep=sampler.top_p=0.5,0.9"], "config.evaluation.top_p"),
+    ],
+)
+def test_siblings_of_a_field_that_the_stage_never_reads(tmp_path, capsys, arguments, expected):
+    assert launch.main([*arguments, f"--workdir={tmp_path}/runs"]) == 2
+    told = capsys.readouterr().err
+    assert expected in told and told.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_all_examples_of_an_epoch_are_trained_and_the_figures_count_them(tmp_path, monkeypatch):

@@ -104,8 +104,16 @@ class PolicyTraining:
         self.scorer = Scorer(model, mesh, offloaded=config.grpo.offload_reference)
         placed = self.trainer.param_shardings
         self.reference_shardings = sharding.on_host(placed) if config.grpo.offload_reference else placed
+        recorded = config.grpo.routing_replay  # nothing else reads the experts of a rollout
         self.sampler = RolloutSampler(
-            Engine(model, config.sampler, sampler_mesh or mesh, tokenizer.stop_ids, tokenizer)
+            Engine(
+                model,
+                config.sampler,
+                sampler_mesh or mesh,
+                tokenizer.stop_ids,
+                tokenizer,
+                record_experts=recorded,
+            )
         )
         self._compute = tree.copier(model.compute_dtype, self.reference_shardings)
         self.state, self.reference, self.cursor = self.trainer.init(params), None, Cursor()

@@ -207,10 +207,14 @@ class Engine(jetstream.Engine):
         stop_ids: tuple[int, ...],
         tokenizer: Any = None,
         cache_dtype: Any = None,
+        record_experts: bool = False,
     ):
-        """`stop_ids` end a response, and those of config.sampler.stop_ids; ValueError for one that the model has no row for."""
+        """`stop_ids` end a response, and those of config.sampler.stop_ids; ValueError for one that the model has no row for.
+
+        With `record_experts` outputs tell the experts that each token was sent to, where the model has any.
+        """
         self.model, self.sampler, self._mesh, self.tokenizer = model, sampler, mesh, tokenizer
-        self.stop_ids = self.all_stops(stop_ids)
+        self.stop_ids, self.record_experts = self.all_stops(stop_ids), record_experts
         self.cache_dtype = jnp.dtype(cache_dtype or model.compute_dtype)
         self.rows = sampler.max_prompt_tokens + sampler.max_new_tokens
         self.windows = tuple(sorted({w for w in sampler.windows if w < self.rows} | {self.rows}))
@@ -238,7 +242,7 @@ class Engine(jetstream.Engine):
         model = self.model
 
         def decode(params, state, steps, window):
-            return _decode(params, state, model, steps, window, self.sampler.record_routed_experts)
+            return _decode(params, state, model, steps, window, self.record_experts)
 
         def prefill(params, tokens, length, existing):
             return _prefill(params, tokens, length, model, self.cache_dtype, existing)

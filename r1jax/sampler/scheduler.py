@@ -180,7 +180,7 @@ class RolloutSampler:
         prefix = self.engine.prefill(params=params, padded_tokens=padded, true_length=length)
         self.statistics.prefills += 1
         experts = None
-        if self.engine.sampler.record_routed_experts and prefix.experts is not None:
+        if self.engine.record_experts and prefix.experts is not None:
             experts = np.asarray(prefix.experts)[0, :length]
         return _Group(request, prefix, experts, deque(range(len(request.keys))))
 
