@@ -13,6 +13,13 @@ LOSS_PRESETS = (  # GRPOConfig.preset; their values: configs/_losses.py
     *("r1_paper", "deepseekmath", "dapo", "dr_grpo", "gspo", "cispo", "rloo"),
     *("trl_default", "verl_default", "tunix_default"),
 )
+COLD_START_SOURCES = ("r1_zero", "few_shot", "direct", "people")
+REASONING = "reasoning"  # the kind of rows with a rule to check them
+KINDS = (  # of rows with a response (P2 B.3.3); a kind with sub-kinds stands for all of them
+    *(REASONING, "writing", "question_answering", "self_cognition", "translation"),
+    *("software_engineering", "software_engineering/repair", "software_engineering/front_end"),
+    "software_engineering/edit",
+)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -534,19 +541,41 @@ class SFTConfig:
 class DistillConfig:
     """Where a student's examples come from (P2 B.4.3)."""
 
-    examples: str = ""  # JSONL with prompt, response and perhaps id; "" is stage 3 of the working folder
+    examples: str = ""  # rows with prompt and response, or messages (docs/data.md); "" is stage 3 of the working folder
+    grade: bool = True  # responses that the grader of their row's task finds wrong are left out
 
 
 @dataclass(frozen=True)
 class ColdStartConfig:
-    """How stage 1's examples are made from R1-Zero traces (P2 B.3.2)."""
+    """How stage 1's examples are made: whose traces, who edits them, who reviews them (P2 B.3.2, P1 section 2.3.1)."""
 
     prompts: int = 1000
     samples_per_prompt: int = 4
     max_examples: int = 1500
     min_language_consistency: float = 1.0
     max_examples_per_prompt: int = 2
-    teacher: str = ""  # folder of the R1-Zero run that is sampled; "" is workdir/r1_zero
+    sources: tuple[str, ...] = ("r1_zero",)  # any of r1_zero, few_shot, direct, people, in the order of their examples
+    teacher: str = ""  # r1_zero: folder of the R1-Zero run that is sampled; "" is workdir/r1_zero
+    prompted_model: str = ""  # few_shot, direct: Hugging Face folder or a stage's folder; "" is the stage's base
+    examples: str = ""  # people: rows with prompt and response; few_shot: long worked examples, "" has two of its own
+    editor: Literal["", "judge"] = ""  # judge: config.judge's model rewrites every trace; "": white space is trimmed
+    keep_unedited: bool = False  # a trace whose edit cannot be read stays as it was; false leaves it out
+    review: str = ""  # JSONL that people fill in with verdicts on the examples; "" is no review
+
+    def __post_init__(self):
+        unknown = [name for name in self.sources if name not in COLD_START_SOURCES]
+        _require(
+            bool(self.sources) and not unknown and len(set(self.sources)) == len(self.sources),
+            f"ColdStartConfig.sources={self.sources} must be some of {', '.join(COLD_START_SOURCES)}, each once",
+        )
+        _require(
+            "people" not in self.sources or bool(self.examples),
+            "ColdStartConfig.sources=people needs their rows: set coldstart.examples=FILE",
+        )
+        _require(
+            not self.examples or bool({"people", "few_shot"} & {*self.sources}),
+            f"ColdStartConfig.examples={self.examples} is read for sources=people or few_shot alone",
+        )
 
 
 @dataclass(frozen=True)
@@ -603,7 +632,32 @@ class RejectionConfig:
     max_paragraph_words: int = 200  # a longer paragraph in the thinking drops the trace; no threshold in the paper
     drop_code_blocks: bool = True
     general_fraction: float = 0.25  # of the mixed set: about 200k of 800k
-    judged_prompts: str = ""  # JSONL {id, prompt, answer} without a rule verifier, accepted by config.judge; "" is none
+    general_path: str = (
+        ""  # files of general rows with a response, parted by commas, beside those of task general in data.*
+    )
+    kinds: tuple[str, ...] = ()  # KIND=WEIGHT: how general rows mix, as in writing=2; () takes them as they stand
+    editor: Literal["", "judge"] = ""  # judge: config.judge's model writes thoughts for general rows that have none
+    judged_prompts: str = ""  # rows {id, prompt, answer} without a rule verifier, accepted by config.judge; "" is none
+
+    def __post_init__(self):
+        _require(
+            0 <= self.general_fraction < 1,
+            f"RejectionConfig.general_fraction={self.general_fraction} must be at least 0 and below 1",
+        )
+        self.kind_weights()
+
+    def kind_weights(self) -> dict[str, float]:
+        """Returns {kind: weight} of `kinds`. Raises ValueError for an unknown kind and a weight that is not above 0."""
+        found: dict[str, float] = {}
+        for entry in self.kinds:
+            kind, _, text = entry.partition("=")
+            weight = float(text) if text.replace(".", "", 1).isdecimal() else 0.0
+            _require(
+                kind in KINDS and weight > 0 and kind not in found,
+                f"RejectionConfig.kinds={entry}: needs KIND=WEIGHT above 0, each kind once; kinds: {', '.join(KINDS)}",
+            )
+            found[kind] = weight
+        return found
 
 
 @dataclass(frozen=True)
@@ -759,6 +813,11 @@ class Config:
             bool(self.judge.checkpoint) or not self.rejection.judged_prompts,
             f"Config.rejection.judged_prompts={self.rejection.judged_prompts} needs a judge: set judge.checkpoint",
         )
+        for name in ("coldstart", "rejection"):
+            _require(
+                bool(self.judge.checkpoint) or not getattr(self, name).editor,
+                f"Config.{name}.editor={getattr(self, name).editor} needs a model: set judge.checkpoint",
+            )
         _require(
             self.mode == "colocated" or self.grpo.advantage != "gae",
             f"Config.mode={self.mode} does not run PPO (grpo.advantage=gae); use colocated",

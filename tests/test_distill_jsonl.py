@@ -191,7 +191,7 @@ def test_examples_longer_than_a_row_are_left_out_and_counted(capsys):
         (None, "no such file"),
         ('{"prompt": "p"}\n', "line 1: field 'response' is missing"),
         ('{"prompt": "p", "response": "r"}\n{"prompt": "p", "response": 3}\n', "line 2: field 'response' is int"),
-        ('{"prompt": " ", "response": "r"}\n', "row 1: 'prompt' is empty"),
+        ('{"prompt": " ", "response": "r"}\n', "line 1 (row-1): field 'prompt' is empty"),
     ],
 )
 def test_a_bad_file_is_one_line_and_leaves_nothing(content, expected, tmp_path, capsys):

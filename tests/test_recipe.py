@@ -11,6 +11,7 @@ from r1jax import launch
 from r1jax.core import tree
 from r1jax.core.metrics import read
 from r1jax.data import jsonl, tasks
+from r1jax.data.problems import Problem
 from r1jax.evals.benchmarks import Response
 from r1jax.schema import RejectionConfig
 from r1jax.stages import common, lineage, recipe, stage3_rejection_sft, traces
@@ -301,7 +302,7 @@ def test_a_quarter_of_stage_3s_examples_is_general_and_keeps_its_rules(workdir):
     rows = jsonl.read(workdir / "stage3_rejection_sft" / "examples.jsonl")
     counts = json.loads((workdir / "stage3_rejection_sft" / "examples_counts.json").read_text())
     general = [row for row in rows if tasks.parse_linear(row["prompt"]) is None]
-    assert (len(general), len(rows)) == (counts["general"], counts["general"] + counts["kept"])
+    assert (counts["general"], counts["kept"]) == ({"general": len(general)}, {"linear": len(rows) - len(general)})
     assert abs(len(general) / len(rows) - 0.25) <= 0.5 / len(rows)
     for row in general:
         rule = tasks.general_score if len(row["prompt"].split()) == 3 else tasks.safety_score
@@ -317,7 +318,8 @@ def test_students_learn_from_stage_3s_examples_and_from_none(workdir):
 
 def response(text: str, accuracy=1.0, form=1.0, language=1.0, scorable=True) -> Response:
     parts = {"accuracy": accuracy, "format": form, "language": language}
-    return Response("p", "solve 2 x + 1 = 5 :", "2", text, len(text.split()), False, parts, scorable)
+    problem = Problem("p", "linear", "solve 2 x + 1 = 5 :", "2")
+    return Response(problem, text, len(text.split()), False, parts, scorable)
 
 
 CLEAN = "<think> 2 * 2 = 4 + 1 = 5 ok </think> <answer> 2 </answer>"
@@ -338,14 +340,15 @@ def test_each_check_drops_its_own_kind_of_trace():
         response(CODE),
         response(CLEAN + " fine"),
     ]
-    counts = Counter()
+    counts = {}
     checks = traces.basic_checks(1.0) + stage3_rejection_sft.readable(RejectionConfig(max_paragraph_words=12))
     kept = traces.passing(drawn, checks, counts)
     assert [number for number, _ in kept] == [0, 8]
-    assert counts == {
+    expected = {
         **{"sampled": 9, "right": 7, "well formed": 6, "one language": 5, "no loop": 4},
         **{"short paragraphs": 3, "no code block": 2},
     }
+    assert counts == {name: {"linear": count} for name, count in expected.items()}
 
 
 def test_paragraphs_are_counted_one_by_one_and_only_in_the_thinking():
@@ -355,6 +358,7 @@ def test_paragraphs_are_counted_one_by_one_and_only_in_the_thinking():
     assert not short(response(f"<think> {words}\n{words} </think> done"))
     allowed = stage3_rejection_sft.readable(RejectionConfig(drop_code_blocks=False))[1][1]
     assert (no_code(response(CODE)), allowed(response(CODE))) == (False, True)
+    assert no_code(response("<think> plan </think> <answer>\n```python\nprint(2)\n```\n</answer>"))
 
 
 def test_cap_drops_repeated_texts_then_holds_to_the_number_per_prompt_and_in_all():

@@ -10,12 +10,11 @@ from jax.sharding import Mesh
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import checkpoint, distributed, sharding, tree
 from r1jax.core.metrics import MetricsLog
-from r1jax.data import jsonl, templates
+from r1jax.data import jsonl
 from r1jax.data.packing import PackItem
-from r1jax.data.problems import read_prompt
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config
-from r1jax.stages import common, compute, evaluate, lineage, problems, prompts, template_check
+from r1jax.stages import common, compute, evaluate, lineage, problems, prompts, sft_rows, template_check
 from r1jax.stages.progress import Progress
 from r1jax.train import sft, step, supervised
 
@@ -56,7 +55,7 @@ def run(
             )
         checkpoint.write_json(folder.path / COUNTS, counts)
         jsonl.write(path, rows)
-    rows = jsonl.read(path, required=("prompt", "response"))
+    rows = jsonl.read(path)
     items = encode(rows, resolved, tokenizer)
     params = lineage.start_weights(resolved, mesh, workdir)
     trained, loss = fine_tune(resolved, mesh, items, params, folder)
@@ -73,17 +72,14 @@ def run(
 
 
 def encode(rows: list[dict], config: Config, tokenizer: Tokenizer) -> list[PackItem]:
-    """Returns the rows as training examples: the prompt under the template, then the trained response and its end.
+    """Returns the rows as training examples (sft_rows.items_of), of most rows one.
 
-    A `<think>` that the prompt already holds is not trained. Examples over config.pack.row_tokens are left out, and
+    Examples over config.pack.row_tokens are left out, and
     said to be. Raises ValueError when none is left.
     """
     items, limit = [], config.pack.row_tokens
-    end = tokenizer.end_of_turn_id if prompts.template(config, tokenizer) == "chat" else tokenizer.eos_id
     for row in rows:
-        text = prompts.render(read_prompt(row["prompt"]), config, tokenizer)
-        prompt, response = templates.split_turn(text, row["response"])
-        items.append(sft.example(tokenizer.encode_prompt(prompt), tokenizer.encode_response(response, end)))
+        items += sft_rows.items_of(row, config, tokenizer)
     kept = [item for item in items if len(item.tokens) <= limit]
     longest = max((len(item.tokens) for item in items), default=0)
     if not kept:

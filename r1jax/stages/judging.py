@@ -32,6 +32,14 @@ def require_judge(config: Config) -> None:
         )
 
 
+def editor_inputs(config: Config, editor: str) -> dict[str, str]:
+    """Returns {folder: digest} of the model that a stage's editor (`judge`) is; {} without one. ValueError as `require_judge`."""
+    if not editor:
+        return {}
+    require_judge(config)
+    return {config.judge.checkpoint: common.checkpoint_digest(config.judge.checkpoint)}
+
+
 def load(config: Config, mesh: Mesh) -> Judge:
     """Returns the judge of config.judge.checkpoint. Raises ValueError as `require_judge`."""
     require_judge(config)

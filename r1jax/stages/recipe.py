@@ -59,7 +59,9 @@ def run(config: Config, workdir: Path) -> dict:
             shutil.rmtree(workdir / stage, ignore_errors=True)
     for stage in chosen:
         print(f"== {stage}", file=sys.stderr)
-        importlib.import_module(f"r1jax.stages.{stage}").run(stages[stage], workdir)
+        figures = importlib.import_module(f"r1jax.stages.{stage}").run(stages[stage], workdir)
+        if awaited := figures.get("awaits"):
+            raise ValueError(f"{stage} waits for the verdicts in {awaited}; run again when they are there")
         hold_gate(stages[stage], workdir)
     if not set(EXPORTED) - {stage for stage in GRAPH if (workdir / stage / common.DONE).exists()}:
         export(config, workdir)
