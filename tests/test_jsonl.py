@@ -52,3 +52,11 @@ def test_read_names_a_missing_file_a_folder_and_a_broken_gzip(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"id": 1}\n' * 1000)[:-20])
     with pytest.raises(ValueError, match="cut.jsonl.gz: cannot be read"):
         jsonl.read(tmp_path / "cut.jsonl.gz")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_a_lone_surrogate_is_written_as_the_replacement_character_and_the_rest_as_it_is(tmp_path, name):
+    rows = [{"id": "1", "text": "a\ud800b \udc80", "k\udfffey": [{"deep": "\udbff"}]}, {"text": "😀 é"}]
+    assert jsonl.write(tmp_path / name, rows) == 2
+    back = jsonl.read(tmp_path / name)
+    assert back == [{"id": "1", "text": "a\ufffdb \ufffd", "k\ufffdey": [{"deep": "\ufffd"}]}, {"text": "😀 é"}]

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 _TEXT, _IDENTIFIER, _ANSWER = (str,), (str, int), (str, int, float)
@@ -19,6 +20,7 @@ FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
     "rejected": _TEXT,
     "text": _TEXT,
 }
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _JSON_NAMES = {str: "a string", int: "an integer", float: "a number"}
 
 
@@ -50,6 +52,7 @@ def read(path: str | os.PathLike, required: Sequence[str] = ()) -> list[dict]:
 def write(path: str | os.PathLike, rows: Iterable[Mapping]) -> int:
     """Writes one JSON object per line (compressed if the name ends in `.gz`) and returns the number of rows.
 
+    A lone surrogate of a text, which no encoding holds, becomes U+FFFD.
     Makes the folders. The file appears under its name only when it is complete; a failure leaves what was there before.
     """
     path = pathlib.Path(path)
@@ -59,7 +62,7 @@ def write(path: str | os.PathLike, rows: Iterable[Mapping]) -> int:
     try:
         with _open(temporary, "wt") as file:
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(_SURROGATE.sub("\ufffd", json.dumps(row, ensure_ascii=False)) + "\n")
                 count += 1
         os.replace(temporary, path)
     finally:
