@@ -20,6 +20,14 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_at_least(config, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(
+            value >= least, f"{type(config).__name__}.{name}={value} must be {'at least 1' if least else '0 or more'}"
+        )
+
+
 def _require_rising(schedule: Schedule, name: str) -> None:
     starts = [start for start, _ in schedule]
     rising = starts == sorted(set(starts)) and (not starts or starts[0] >= 0)
@@ -443,11 +451,18 @@ class PackConfig:
     shared_prompts: bool = False  # RL: a prompt stands once in a row for all its samples there
     trained_chunk: int = 0  # on one device logits of trained positions alone, so many at a time; 0: of all positions
 
+    def __post_init__(self):
+        _require_at_least(self, 1, "row_tokens", "rows_per_micro_batch")
+        _require_at_least(self, 0, "trained_chunk")
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_updates: int = 20
     keep: int = 2
+
+    def __post_init__(self):
+        _require_at_least(self, 1, "every_updates", "keep")
 
 
 @dataclass(frozen=True)
@@ -461,6 +476,12 @@ class EvalConfig:
     greedy: bool = True  # also one greedy sample per problem
     consensus_problems: int = 0  # cons@16 is measured on this many problems; 0 leaves it out
 
+    def __post_init__(self):
+        _require_at_least(self, 1, "samples_per_problem")
+        _require_at_least(self, 0, "max_problems", "consensus_problems")
+        _require(self.temperature >= 0, f"EvalConfig.temperature={self.temperature} must be 0 (greedy) or more")
+        _require(0 < self.top_p <= 1, f"EvalConfig.top_p={self.top_p} must be in (0, 1]")
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
@@ -472,6 +493,9 @@ class PretrainConfig:
     drill_fraction: float = 0.3
     fourier_numbers: bool = True  # start the number embeddings from sines of the number
 
+    def __post_init__(self):
+        _require_at_least(self, 1, "updates", "rows_per_update", "corpus_documents")
+
 
 @dataclass(frozen=True)
 class SFTConfig:
@@ -481,8 +505,7 @@ class SFTConfig:
     examples_per_update: int = 128  # the last update of a run takes what is left
 
     def __post_init__(self):
-        for name in ("epochs", "examples_per_update"):
-            _require(getattr(self, name) > 0, f"SFTConfig.{name}={getattr(self, name)} must be at least 1")
+        _require_at_least(self, 1, "epochs", "examples_per_update")
 
 
 @dataclass(frozen=True)
@@ -502,6 +525,9 @@ class ColdStartConfig:
     min_language_consistency: float = 1.0
     max_examples_per_prompt: int = 2
     teacher: str = ""  # folder of the R1-Zero run that is sampled; "" is workdir/r1_zero
+
+    def __post_init__(self):
+        _require_at_least(self, 1, "prompts", "samples_per_prompt", "max_examples", "max_examples_per_prompt")
 
 
 @dataclass(frozen=True)
@@ -559,6 +585,14 @@ class RejectionConfig:
     drop_code_blocks: bool = True
     general_fraction: float = 0.25  # of the mixed set: about 200k of 800k
     judged_prompts: str = ""  # JSONL {id, prompt, answer} without a rule verifier, accepted by config.judge; "" is none
+
+    def __post_init__(self):
+        _require_at_least(self, 1, "prompts", "samples_per_prompt", "max_examples_per_prompt")
+        _require(
+            0 <= self.general_fraction < 1,
+            f"RejectionConfig.general_fraction={self.general_fraction} must be in [0, 1): a set of general rows alone has "
+            "no traces",
+        )
 
 
 @dataclass(frozen=True)
