@@ -64,6 +64,8 @@ def main(argv: list[str]) -> int:
     debug = "--debug" in argv
     if not debug:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ warnings would bury a one-line error
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a text that cannot be shown ends no run
     try:
         return execute(flags.parse(argv))
     except _USER_ERRORS as error:

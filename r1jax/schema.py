@@ -27,6 +27,14 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_at_least(config, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(
+            value >= least, f"{type(config).__name__}.{name}={value} must be {'at least 1' if least else '0 or more'}"
+        )
+
+
 def _require_rising(schedule: Schedule, name: str) -> None:
     starts = [start for start, _ in schedule]
     rising = starts == sorted(set(starts)) and (not starts or starts[0] >= 0)
@@ -479,11 +487,18 @@ class PackConfig:
     shared_prompts: bool = False  # RL: a prompt stands once in a row for all its samples there
     trained_chunk: int = 0  # on one device logits of trained positions alone, so many at a time; 0: of all positions
 
+    def __post_init__(self):
+        _require_at_least(self, 1, "row_tokens", "rows_per_micro_batch")
+        _require_at_least(self, 0, "trained_chunk")
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_updates: int = 20
     keep: int = 2
+
+    def __post_init__(self):
+        _require_at_least(self, 1, "every_updates", "keep")
 
 
 @dataclass(frozen=True)
@@ -513,6 +528,12 @@ class EvalConfig:
                 f"samples_per_problem={self.samples_per_problem}; raise evaluation.samples_per_problem",
             )
 
+    def __post_init__(self):
+        _require_at_least(self, 1, "samples_per_problem")
+        _require_at_least(self, 0, "max_problems", "consensus_problems")
+        _require(self.temperature >= 0, f"EvalConfig.temperature={self.temperature} must be 0 (greedy) or more")
+        _require(0 < self.top_p <= 1, f"EvalConfig.top_p={self.top_p} must be in (0, 1]")
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
@@ -524,6 +545,9 @@ class PretrainConfig:
     drill_fraction: float = 0.3
     fourier_numbers: bool = True  # start the number embeddings from sines of the number
 
+    def __post_init__(self):
+        _require_at_least(self, 1, "updates", "rows_per_update", "corpus_documents")
+
 
 @dataclass(frozen=True)
 class SFTConfig:
@@ -533,8 +557,7 @@ class SFTConfig:
     examples_per_update: int = 128  # the last update of a run takes what is left
 
     def __post_init__(self):
-        for name in ("epochs", "examples_per_update"):
-            _require(getattr(self, name) > 0, f"SFTConfig.{name}={getattr(self, name)} must be at least 1")
+        _require_at_least(self, 1, "epochs", "examples_per_update")
 
 
 @dataclass(frozen=True)
@@ -576,6 +599,9 @@ class ColdStartConfig:
             not self.examples or bool({"people", "few_shot"} & {*self.sources}),
             f"ColdStartConfig.examples={self.examples} is read for sources=people or few_shot alone",
         )
+
+    def __post_init__(self):
+        _require_at_least(self, 1, "prompts", "samples_per_prompt", "max_examples", "max_examples_per_prompt")
 
 
 @dataclass(frozen=True)
@@ -658,6 +684,14 @@ class RejectionConfig:
             )
             found[kind] = weight
         return found
+
+    def __post_init__(self):
+        _require_at_least(self, 1, "prompts", "samples_per_prompt", "max_examples_per_prompt")
+        _require(
+            0 <= self.general_fraction < 1,
+            f"RejectionConfig.general_fraction={self.general_fraction} must be in [0, 1): a set of general rows alone has "
+            "no traces",
+        )
 
 
 @dataclass(frozen=True)
