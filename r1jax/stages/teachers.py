@@ -84,7 +84,7 @@ def prompted(config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) ->
         found = Teacher(config, tokenizer, lineage.base_weights(config, mesh, workdir), lineage.base_name(config))
     template = "chat" if found.tokenizer.chat_template else "plain"
     data = replace(found.config.data, template=template, instruction="", think_prefill=False)
-    return replace(found, config=replace(found.config, data=data))
+    return Teacher(replace(found.config, data=data), found.tokenizer, found.params, found.name)
 
 
 def sampled(
