@@ -7,6 +7,7 @@ import jax
 import pytest
 import toy_judge
 from small import problems_of
+from test_io_cases_coldstart import sampled
 
 from r1jax import config as configs
 from r1jax import launch
@@ -241,8 +242,6 @@ def test_a_teacher_is_asked_as_its_folder_records_whatever_the_stage_asks(base, 
 
 def test_what_a_base_writes_after_its_answer_is_cut_and_graded_without():
     problem = Problem("a", "math", "What is 2 + 2?", "4")
-    from test_io_cases_coldstart import sampled
-
     text = "<think> two twos </think> <answer> 4 </answer>"
     (whole,) = sampled(problem, [text + "\n\nUser: And 3?\n\nAssistant: <think>"], Config().reward)
     assert whole.parts["format"] == 0.0
@@ -494,11 +493,12 @@ def answered(name: str, task: str, right: bool) -> dict:
         ),
     }
     row, answers = told[task]
+    task = "math" if task == "countdown" else task
     return {"id": name, "task": task, "response": f"<think>so</think> <answer>\n{answers[not right]}\n</answer>"} | row
 
 
 def test_planted_wrong_answers_are_lost_exactly_and_counted_by_task(tmp_path, capsys):
-    kinds = ("math", "mcq", "countdown", "code")
+    kinds = ("math", "mcq", "countdown", "code")  # countdown as public rows have it: task math, with numbers and target
     rows = [answered(f"{task}-{n}", task, right=n != 1) for task in kinds for n in range(3)]
     rows += [{"id": "poem", "task": "general", "prompt": "A poem?", "response": "<think>hm</think>Roses."}]
     rows += [
