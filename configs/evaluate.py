@@ -5,7 +5,7 @@ Command: python -m r1jax.launch --config=evaluate --config.checkpoint=RUN/r1_zer
 """
 
 from r1jax.configs import _presets
-from r1jax.schema import Config, EvalConfig
+from r1jax.schema import Config, EvalConfig, replace
 
 SMALL = ("tiny", "tiny_dense", "smollm2_135m")
 # fmt: off
@@ -17,14 +17,17 @@ PRESETS = (
 
 
 def config(preset: str) -> Config:
-    """Returns the run: sampled pass@1 on every held-out problem, at temperature 1, or 0.6 with top-p 0.95 (P2 D.1)."""
+    """Returns the run: sampled pass@1 on every row of the files, at temperature 1, or 0.6 with top-p 0.95 (P2 D.1).
+
+    Of files that the checkpoint was trained on, only what its run held out is evaluated.
+    """
     paper = EvalConfig(samples_per_problem=16, temperature=0.6, top_p=0.95)
     return Config(
         stage="evaluate",
         preset=preset,
         model=_presets.model(preset),
         mesh=_presets.mesh(preset),
-        data=_presets.data(preset),
+        data=replace(_presets.data(preset), holdout_fraction=1.0),  # nothing is trained on
         sampler=_presets.sampler(preset),
         evaluation=EvalConfig(samples_per_problem=5) if preset in SMALL else paper,
     )

@@ -11,5 +11,5 @@ PRESETS = ("tiny",)
 
 
 def config(preset: str) -> Config:
-    """Returns the run; `extraction` says where in a response the answer stands."""
+    """Returns the run; `reward.extraction` says where in a response the answer stands."""
     return Config(stage="grade", preset=preset)

@@ -114,6 +114,7 @@ class ModelConfig:
     attention_block: int = (
         0  # XLA, GQA without a cache: tokens of a block of keys, those of other samples skipped; 0: all at once
     )
+    vocab_used: int = 0  # leading rows of the vocabulary that are tokens: drawn and normalised over alone; 0: all
 
     def __post_init__(self):
         _require(
@@ -149,6 +150,10 @@ class ModelConfig:
         _require(
             self.num_nextn_predict_layers in (0, 1),
             f"ModelConfig.num_nextn_predict_layers={self.num_nextn_predict_layers} must be 0 or 1",
+        )
+        _require(
+            0 <= self.vocab_used <= self.vocab_size,
+            f"ModelConfig.vocab_used={self.vocab_used} must be between 0 (all) and vocab_size={self.vocab_size}",
         )
         _require(
             not self.mtp_loss_weight or self.num_nextn_predict_layers > 0,
@@ -265,13 +270,18 @@ class SamplerConfig:
     top_k: int = 0  # 0 is off
     windows: tuple[int, ...] = ()  # cache lengths compiled for decode, rising; () is one, the full length
     prefill_buckets: tuple[int, ...] = ()  # padded prompt lengths; () is one, max_prompt_tokens
-    record_routed_experts: bool = True
+    stop_ids: tuple[int, ...] = ()  # tokens that end a response, beside those of tokenizer and checkpoint
+    stop_strings: tuple[str, ...] = ()  # texts that end a response at the token which completes one
     stall_deadline_s: float = 600.0  # a dispatch that makes no progress for this long is an error
 
     def __post_init__(self):
         _require(self.slots > 0, f"SamplerConfig.slots={self.slots} must be at least 1")
         _require(self.temperature >= 0, f"SamplerConfig.temperature={self.temperature} must be 0 (greedy) or more")
         _require(0 < self.top_p <= 1, f"SamplerConfig.top_p={self.top_p} must be in (0, 1]")
+        _require(
+            min(self.stop_ids, default=0) >= 0, f"SamplerConfig.stop_ids={self.stop_ids}: a token's id is 0 or more"
+        )
+        _require(all(self.stop_strings), f"SamplerConfig.stop_strings={self.stop_strings}: an empty text ends nothing")
         _require(self.max_new_tokens > 0, f"SamplerConfig.max_new_tokens={self.max_new_tokens} must be at least 1")
         _require_rising(self.max_new_tokens_schedule, "SamplerConfig.max_new_tokens_schedule")
         longest = max((value for _, value in self.max_new_tokens_schedule), default=0)
@@ -313,7 +323,7 @@ class RewardConfig:
     repetition_ngram: int = 3  # words; open-r1 and TRL
     reward_model: float = 0.0  # what a trained model says, where config.scenarios names one; 1 in the paper's stage 4
     rule: float = 0.0  # of a sample that a reward model scores: what its task's own grader says; told, not rewarded
-    extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"
+    extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"  # where the answer stands in a response
     graders: tuple[str, ...] = ()  # of one's own: TASK=PACKAGE.MODULE:FUNCTION or TASK=FILE.py:FUNCTION
     override_graders: bool = False  # they may replace built-in ones
     workers: int = 0  # grader processes; 0 grades plain numbers and rules in this process
@@ -365,8 +375,9 @@ class GRPOConfig:
     dual_clip: float = 0.0  # where A < 0 the objective is at least dual_clip * A; 0 is off
     ratio_cap: float = 0.0  # two-sided clipping: bound of the unclipped ratio; 0 is off
     sapo_temperatures: tuple[float, float] = (1.0, 1.05)  # where A > 0, where A <= 0 (arXiv 2511.20347)
-    log_ratio_clamp: float = 0.0  # bound of |log ratio|; 0 is off
+    log_ratio_clamp: float = 0.0  # bound of |log(policy / old policy)|; 0 is off, and then what float32 holds
     kl_estimator: Literal["k1", "k2", "k3", "k3_clamped", "k3_weighted", "k3_straight_through"] = "k3"
+    kl_log_ratio_clamp: float = 20.0  # k3: log(reference / policy) of a token counts at most this; 0 is off
     kl_placement: Literal["loss", "reward"] = "loss"  # reward: beta * k1 of its tokens off a sample's reward
     entropy_coef: float = 0.0  # bonus, weighted as the objective is
     old_logp: Literal["rollout", "recomputed"] = (
@@ -385,9 +396,15 @@ class GRPOConfig:
             _require(getattr(self, name) > 0, f"GRPOConfig.{name}={getattr(self, name)} must be at least 1")
         for name in (
             *("rollouts_ahead", "clip_ratio_high", "ratio_cap", "log_ratio_clamp", "kl_coef", "length_divisor"),
+            "kl_log_ratio_clamp",
             *("off_policy_threshold", "dynamic_sampling_rounds", "advantage_epsilon", "replay_check_every"),
         ):
             _require(getattr(self, name) >= 0, f"GRPOConfig.{name}={getattr(self, name)} must be 0 or more")
+        for name in ("log_ratio_clamp", "kl_log_ratio_clamp"):
+            _require(
+                getattr(self, name) <= 80,
+                f"GRPOConfig.{name}={getattr(self, name)} must be at most 80: float32 cannot hold the exp of more than 88",
+            )
         for name in ("clip_ratio", "mismatch_threshold"):
             _require(getattr(self, name) > 0, f"GRPOConfig.{name}={getattr(self, name)} must be above 0")
         _require(
@@ -467,7 +484,6 @@ class PackConfig:
 class CheckpointConfig:
     every_updates: int = 20
     keep: int = 2
-    async_save: bool = False
 
 
 @dataclass(frozen=True)
@@ -479,7 +495,23 @@ class EvalConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     greedy: bool = True  # also one greedy sample per problem
-    consensus_problems: int = 0  # cons@16 is measured on this many problems; 0 leaves it out
+    pass_at: tuple[
+        int, ...
+    ] = ()  # the k of pass@k, estimated from the samples that pass@1 draws; each at most their number
+    consensus_problems: int = 0  # cons@k is measured on this many problems; 0 leaves it out
+    consensus_samples: int = 16  # the k of cons@k
+
+    def __post_init__(self):
+        for name in ("samples_per_problem", "consensus_samples"):
+            _require(getattr(self, name) > 0, f"EvalConfig.{name}={getattr(self, name)} must be at least 1")
+        for name in ("max_problems", "consensus_problems"):
+            _require(getattr(self, name) >= 0, f"EvalConfig.{name}={getattr(self, name)} must be 0 or more")
+        for k in self.pass_at:
+            _require(
+                1 <= k <= self.samples_per_problem,
+                f"EvalConfig.pass_at={self.pass_at}: k={k} must be between 1 and "
+                f"samples_per_problem={self.samples_per_problem}; raise evaluation.samples_per_problem",
+            )
 
 
 @dataclass(frozen=True)
@@ -498,7 +530,11 @@ class SFTConfig:
     """Supervised fine-tuning (P2 B.4.2): cosine 5e-5 to 5e-6, 2-3 epochs, batch 128."""
 
     epochs: int = 2
-    examples_per_update: int = 128
+    examples_per_update: int = 128  # the last update of a run takes what is left
+
+    def __post_init__(self):
+        for name in ("epochs", "examples_per_update"):
+            _require(getattr(self, name) > 0, f"SFTConfig.{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -638,7 +674,6 @@ class JudgeConfig:
         top_p=0.95,
         prefill_buckets=(512, 1024, 2048, 4096),
         windows=(2048, 4096, 8192),
-        record_routed_experts=False,
     )
 
 
@@ -761,7 +796,6 @@ class Config:
     set: tuple[str, ...] = ()  # graph: STAGE.FIELD=VALUE overrides of single stages
     checkpoint: str = ""  # evaluate, export: the stage folder or Hugging Face folder to read
     output: str = ""  # grade: the JSONL to write
-    extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"  # grade: where the answer stands
     rebuild_base: bool = False  # quickstart, r1_zero: pretrain the tiny base instead of using the shipped one
     ppo: PPOConfig = PPOConfig()
     bench: BenchConfig = BenchConfig()
@@ -806,13 +840,8 @@ class Config:
             not (self.grpo.routing_replay and self.grpo.advantage == "gae"),
             "Config.grpo.routing_replay=true does not go with PPO (grpo.advantage=gae): a critic has routers of its own",
         )
-        if self.grpo.routing_replay:
-            _require(
-                self.sampler.record_routed_experts,
-                "Config.grpo.routing_replay=true needs sampler.record_routed_experts=true",
-            )
-            if not self.model.checkpoint:  # whose shape is read later
-                self.require_mixture()
+        if self.grpo.routing_replay and not self.model.checkpoint:  # whose shape is read later
+            self.require_mixture()
 
     def require_mixture(self) -> None:
         """Raises ValueError when routing replay is asked of a model without routers."""

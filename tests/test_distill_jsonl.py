@@ -221,5 +221,5 @@ def test_a_real_model_without_problems_is_asked_for_them_and_a_student_is_not():
     real = configs.load("distill:qwen2_5_1_5b")
     assert not problems.given(real)
     with pytest.raises(ValueError, match=r"--config\.data\.path=FILE\.jsonl"):
-        prompts.load(real, tokenizer.tiny())
+        problems.source(real)
     assert prompts.template(real, tokenizer.tiny()) == "r1_zero"

@@ -4,7 +4,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from r1jax.evals.metrics import cons_at_k, majority, pass_at_1, pass_at_k
+from r1jax.evals.metrics import majority, pass_at_1, pass_at_k
 
 NAN = math.nan
 
@@ -67,17 +67,12 @@ def same_number(first: str, other: str) -> bool:
     return float(first) == float(other)
 
 
-def test_cons_at_k_votes_over_classes_of_equal_answers():
-    answers = [["7", "3", "7.0", None], ["1", "2", "2.0", "1.0"], [None, None], ["5", "4", "4"]]
-    assert majority(answers[0], same_number) == "7"
-    assert majority(answers[1], same_number) == "1"  # a tie goes to the class seen first
-    assert cons_at_k(answers, ["7", "2", "9", "4"], same_number) == 0.5
+def test_majority_votes_over_classes_of_equal_answers():
+    assert majority(["7", "3", "7.0", None], same_number) == "7"
+    assert majority(["1", "2", "2.0", "1.0"], same_number) == "1"  # a tie goes to the class seen first
+    assert majority(["5", "4", "4"], same_number) == "4"
+    assert majority([None, None], same_number) is None
 
 
 def test_majority_counts_an_identical_answer_that_equal_does_not_accept():
     assert majority(["?", "?", "1"], lambda first, other: False) == "?"
-
-
-def test_cons_at_k_refuses_unequal_counts():
-    with pytest.raises(ValueError, match="1 problems and 2 references"):
-        cons_at_k([["1"]], ["1", "2"], same_number)

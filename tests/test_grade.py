@@ -41,7 +41,7 @@ def test_grade_writes_the_accuracy_of_each_row_in_order(tmp_path):
 
 
 def test_grade_obeys_its_extraction_and_max_rows(tmp_path):
-    settings = config(tmp_path, ROWS[:3], extraction="boxed")
+    settings = config(tmp_path, ROWS[:3], reward=RewardConfig(extraction="boxed"))
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, max_rows=2))
     result = grade.run(settings, "")
     assert (result["rows"], result["mean"]) == (2, 0.0)

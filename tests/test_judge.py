@@ -27,7 +27,7 @@ from r1jax.stages import (
     wider_pool,
 )
 
-SAMPLER = SamplerConfig(slots=8, max_prompt_tokens=256, max_new_tokens=8, record_routed_experts=False)
+SAMPLER = SamplerConfig(slots=8, max_prompt_tokens=256, max_new_tokens=8)
 FLAGS = [
     *("--config.judge.compute_dtype=float32", "--config.judge.sampler.slots=8", "--config.judge.sampler.windows=()"),
     *("--config.judge.sampler.max_prompt_tokens=256", "--config.judge.sampler.prefill_buckets=()"),
@@ -343,7 +343,6 @@ def test_every_verdict_of_smollm2_is_either_read_or_unscorable_and_the_parse_rat
         temperature=0.6,
         top_p=0.95,
         prefill_buckets=(512,),
-        record_routed_experts=False,
     )
     config = Config(stage="test", judge=JudgeConfig(str(smollm2_folder), "float32", sampler))
     judge = judging.load(config, sharding.make_mesh(config.mesh))

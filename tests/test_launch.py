@@ -236,7 +236,7 @@ def test_sweep_point_of_another_config_is_run_again(tmp_path):
     command = [f"--config.data.path={rows}", f"--config.output={tmp_path / 'out.jsonl'}", "--sweep=seed=0,1"]
     command += ["-m", "r1jax.launch", "--config=grade", "--sweep_index=1", f"--workdir={tmp_path / 'runs'}"]
     statuses = []
-    for change in ([], [], ["--config.extraction=whole"]):
+    for change in ([], [], ["--config.reward.extraction=whole"]):
         path = tmp_path / f"{len(statuses)}.json"
         assert python(*command[3:5], *command[:3], *command[5:], *change, f"--json={path}").returncode == 0
         statuses += [(row["point"], row["status"]) for row in json.loads(path.read_text())]

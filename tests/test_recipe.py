@@ -377,6 +377,10 @@ def test_examples_of_a_stopped_stage_are_used_only_for_its_own_config_and_inputs
     assert folder.state({}) == "stopped" and folder.finished({"stage2_reasoning_rl": "one"}) is None
     with pytest.raises(ValueError, match="its input stage2_reasoning_rl has changed"):
         folder.finished({"stage2_reasoning_rl": "two"})
+    path = folder.path / "config.json"
+    older = json.loads(path.read_text()) | {"checkpointing.async_save": False, "sampler.record_routed_experts": True}
+    path.write_text(json.dumps(older))  # fields that there once were
+    folder.check()
     other = configs.load("stage3_rejection_sft", [("rejection.prompts", "5")])
     with pytest.raises(ValueError, match=r"another config \(rejection.prompts: 3000 there, 5 now\)"):
         common.StageFolder(other, tmp_path).check()

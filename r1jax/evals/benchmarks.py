@@ -1,17 +1,22 @@
 """Evaluation of a policy on a list of problems: k samples each, one greedy sample, and how the responses behave."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from r1jax.data import tasks
 from r1jax.data.problems import Problem
+from r1jax.evals import consensus
 from r1jax.evals.behaviour import faithfulness, reflective_count
-from r1jax.evals.metrics import cons_at_k, pass_at_1
-from r1jax.rewards import math_answer
+from r1jax.evals.metrics import pass_at_1, pass_at_k
 from r1jax.rewards.score import RewardRequest
+from r1jax.schema import EvalConfig, RewardConfig
+
+NO_SOURCE = "(none)"  # how figures by source name the rows without one
 
 
 @dataclass(frozen=True)
@@ -46,48 +51,133 @@ class Response:
         )
 
 
-def summarize(responses: Sequence[Response], samples_per_problem: int, words: Sequence[str] = ()) -> dict[str, float]:
-    """Returns the figures of responses in problem order, `samples_per_problem` each; `words` are reflective ones of theirs.
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn to measure a checkpoint: graded responses in the order of the problems, and what votes came to."""
 
-    pass@1 is the mean accuracy over all samples with a standard error clustered by problem. On the tiny world's
-    equations the faithfulness columns are added: whether written arithmetic is true and what re-checks change.
+    sampled: Sequence[Response]  # `samples_per_problem` of each
+    greedy: Sequence[Response] = ()  # one of each
+    verdicts: Mapping[str, float] = field(default_factory=dict)  # problem id -> verdict of its vote, NaN where left out
+
+
+def vote(responses: Sequence[Response], samples_per_problem: int, reward: RewardConfig) -> dict[str, float]:
+    """Returns {problem id: verdict} of the votes of responses in problem order, as `consensus.verdicts` does."""
+    ballots: dict[str, consensus.Ballot] = {}
+    for first in range(0, len(responses), samples_per_problem):
+        group = responses[first : first + samples_per_problem]
+        problem, votes = group[0].problem, []
+        if consensus.votes_of(problem.task, reward):
+            votes = [consensus.vote(r.request(), r.parts["accuracy"], r.scorable, reward) for r in group]
+        ballots[problem.id] = consensus.Ballot(problem.task, any(r.scorable for r in group), votes)
+    return dict(zip(ballots, consensus.verdicts(list(ballots.values()), reward), strict=True))
+
+
+def summarize(drawn: Drawn, settings: EvalConfig, words: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns the figures of what was drawn under `settings`; `words` are reflective ones of the problems.
+
+    pass@1 is the mean accuracy over all samples with a standard error clustered by problem. `tasks` holds the figures of the
+    problems of each task, `sources` those of each source where a row names one, and `notes` says what was left out of a figure.
+    On the tiny world's equations the faithfulness columns are added: whether written arithmetic is true and what re-checks change.
     """
-    accuracy = np.asarray([r.parts["accuracy"] if r.scorable else np.nan for r in responses], float)
-    mean, error = pass_at_1(accuracy.reshape(-1, samples_per_problem))
-    reflective = [reflective_count(r.text, words) for r in responses]
+    reflective = [reflective_count(r.text, words) for r in drawn.sampled]
+    figures = _figures(drawn, reflective, settings)
+    equations = [
+        (r, equation)
+        for r in drawn.sampled
+        if r.problem.task == "linear" and (equation := tasks.parse_linear(r.problem.text)) is not None
+    ]
+    if equations:
+        problems = [(equation.a, equation.b, equation.c, equation.x) for _, equation in equations]
+        figures |= faithfulness([r.text for r, _ in equations], problems)
+        figures |= _accuracy_by_rechecks(drawn.sampled, reflective)
+    found: dict[str, Any] = {name: float(value) for name, value in figures.items()}
+    found["tasks"] = _by(drawn, reflective, settings, lambda problem: problem.task)
+    if any(r.problem.source for r in drawn.sampled):
+        found["sources"] = _by(drawn, reflective, settings, lambda problem: problem.source or NO_SOURCE)
+    found["notes"] = notes(drawn, settings)
+    return found
+
+
+def _by(
+    drawn: Drawn, reflective: Sequence[int], settings: EvalConfig, key: Callable[[Problem], str]
+) -> dict[str, dict[str, float]]:
+    """Returns the figures of the problems by their key, in order of appearance."""
+    parts: dict[str, tuple[list, list, list, dict]] = {}
+    for response, count in zip(drawn.sampled, reflective, strict=True):
+        sampled, counts, _, verdicts = parts.setdefault(key(response.problem), ([], [], [], {}))
+        sampled.append(response)
+        counts.append(count)
+        if response.problem.id in drawn.verdicts:
+            verdicts[response.problem.id] = drawn.verdicts[response.problem.id]
+    for response in drawn.greedy:
+        parts[key(response.problem)][2].append(response)
+    return {
+        name: _figures(Drawn(sampled, greedy, verdicts), counts, settings)
+        for name, (sampled, counts, greedy, verdicts) in parts.items()
+    }
+
+
+def _figures(drawn: Drawn, reflective: Sequence[int], settings: EvalConfig) -> dict[str, float]:
+    """Returns the figures that every list of problems has."""
+    sampled, size = drawn.sampled, settings.samples_per_problem
+    scores = _scores(sampled).reshape(-1, size)
+    mean, error = pass_at_1(scores)
     figures = {
-        "problems": len(responses) // samples_per_problem,
-        "samples": len(responses),
+        "problems": len(sampled) // size,
+        "samples": len(sampled),
         "pass@1": mean,
         "pass@1_se": error,
-        "mean_tokens": _mean([r.tokens for r in responses]),
+        "mean_tokens": _mean([r.tokens for r in sampled]),
         "reflective_per_response": _mean(reflective),
-        "format": _mean([r.parts["format"] for r in responses]),
-        "language_consistency": _mean([r.parts["language"] for r in responses]),
-        "truncated": _mean([r.truncated for r in responses]),
-        "unscorable": _mean([not r.scorable for r in responses]),
+        "format": _mean([r.parts["format"] for r in sampled]),
+        "language_consistency": _mean([r.parts["language"] for r in sampled]),
+        "truncated": _mean([r.truncated for r in sampled]),
+        "unscorable": _mean([not r.scorable for r in sampled]),
     }
-    tiny = [r for r in responses if r.problem.task == "linear"]
-    equations = [(r, problem) for r in tiny if (problem := tasks.parse_linear(r.problem.text)) is not None]
-    if equations:
-        problems = [(problem.a, problem.b, problem.c, problem.x) for _, problem in equations]
-        figures |= faithfulness([r.text for r, _ in equations], problems)
-        figures |= _accuracy_by_rechecks(responses, reflective)
+    if _right_or_wrong(scores):
+        figures |= {f"pass@{k}": pass_at_k(scores, k) for k in settings.pass_at if k > 1}
+    if drawn.greedy:
+        figures["greedy"] = _known_mean(_scores(drawn.greedy))
+    if drawn.verdicts:
+        verdicts = np.asarray(list(drawn.verdicts.values()), float)
+        figures[f"cons@{settings.consensus_samples}"] = _known_mean(verdicts)
+        figures[f"cons@{settings.consensus_samples}_problems"] = int((~np.isnan(verdicts)).sum())
     return {name: float(value) for name, value in figures.items()}
 
 
-def consensus(responses: Sequence[Response], samples_per_problem: int, extraction: str) -> float:
-    """Returns cons@k: the share of problems whose majority answer is right, equal answers counted as one."""
-    texts = [math_answer.extract(r.text, extraction) for r in responses]
-    groups = [texts[i : i + samples_per_problem] for i in range(0, len(texts), samples_per_problem)]
-    references = [r.problem.reference for r in responses[::samples_per_problem]]
-    return cons_at_k(groups, references, _same)
+def notes(drawn: Drawn, settings: EvalConfig) -> list[str]:
+    """Returns one line for every figure that was asked for and leaves problems out, or could not be given."""
+    found, wanted = [], [f"pass@{k}" for k in settings.pass_at if k > 1]
+    partial = [r for r in drawn.sampled if r.scorable and r.parts["accuracy"] not in (0.0, 1.0)]
+    if wanted and partial:
+        given = ", ".join(dict.fromkeys(r.problem.task for r in partial))
+        found.append(
+            f"{', '.join(wanted)} left out: the grader of {given} gives fractions ({partial[0].parts['accuracy']:.3g} for "
+            f"{partial[0].problem.id}), and pass@k counts right and wrong"
+        )
+    left = [name for name, verdict in drawn.verdicts.items() if math.isnan(verdict)]
+    if left:
+        task_of = {r.problem.id: r.problem.task for r in drawn.sampled}
+        counts = Counter(task_of[name] for name in left)
+        found.append(
+            f"cons@{settings.consensus_samples} leaves out {len(left)} of {len(drawn.verdicts)} problems, whose task has no "
+            f"answers to vote on or whose samples could not be graded: {', '.join(f'{t} {n}' for t, n in counts.items())}"
+        )
+    return found
 
 
-def _same(first: str, second: str) -> bool:
-    """Returns whether two answers are one: numbers by value, so that 1/2 and 0.5 vote together, others by their text."""
-    numbers = math_answer.parse_number(first), math_answer.parse_number(second)
-    return first.strip() == second.strip() if None in numbers else numbers[0] == numbers[1]
+def _right_or_wrong(scores: np.ndarray) -> bool:
+    return bool(np.isin(scores[~np.isnan(scores)], (0.0, 1.0)).all())
+
+
+def _scores(responses: Sequence[Response]) -> np.ndarray:
+    """Returns the accuracy of each response, NaN for one that could not be graded."""
+    return np.asarray([r.parts["accuracy"] if r.scorable else np.nan for r in responses], float)
+
+
+def _known_mean(values: np.ndarray) -> float:
+    """Returns the mean of what is not NaN, NaN without any."""
+    return _mean(values[~np.isnan(values)])
 
 
 def _accuracy_by_rechecks(responses: Sequence[Response], reflective: Sequence[int]) -> dict[str, float]:

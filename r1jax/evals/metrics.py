@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
+
+Answer = TypeVar("Answer")
 
 
 def _as_scores(name: str, scores) -> np.ndarray:
@@ -50,7 +53,7 @@ def pass_at_k(scores, k: int) -> float:
     return float(np.mean(chances)) if chances else math.nan
 
 
-def majority(answers: Sequence[str | None], equal: Callable[[str, str], bool]) -> str | None:
+def majority(answers: Sequence[Answer | None], equal: Callable[[Answer, Answer], bool]) -> Answer | None:
     """Returns the first member of the largest class of equal answers, ties to the class seen first; None if no answer.
 
     `equal(first, other)` compares an answer with the first member of a class; None never votes.
@@ -66,23 +69,3 @@ def majority(answers: Sequence[str | None], equal: Callable[[str, str], bool]) -
         else:
             classes.append([answer, 1])
     return max(classes, key=lambda entry: entry[1])[0] if classes else None
-
-
-def cons_at_k(
-    answers: Sequence[Sequence[str | None]], references: Sequence[str], equal: Callable[[str, str], bool]
-) -> float:
-    """Returns the share of problems whose majority answer equals the reference, by `equal(reference, answer)`.
-
-    answers [P][k] are extracted answers, None where there is none; a problem without any answer counts as wrong.
-    Raises ValueError when there is no problem or the counts of answers and references differ.
-    """
-    if not len(answers) or len(answers) != len(references):
-        raise ValueError(
-            f"cons_at_k: {len(answers)} problems and {len(references)} references, needs one each, 1 or more"
-        )
-    winners = [majority(row, equal) for row in answers]
-    right = [
-        winner is not None and bool(equal(reference, winner))
-        for winner, reference in zip(winners, references, strict=True)
-    ]
-    return sum(right) / len(right)

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,16 @@ SAMPLES_SHOWN = 200  # of each checkpoint at most, spread evenly
 SAMPLES_BYTES = 2_400_000  # of all samples together; the rest of the page is well below 200 kB
 TEXT_SHOWN = 12_000  # characters of one prompt or response
 ABSENT = "–"
+SCENARIOS = ("general", "safety")  # tasks that are never among the held-out problems
+BY_TASK = "_by_task"  # behind the name of a count: the counts of its tasks
+MAIN_NOTE = (
+    "pass@1 counts every response. The columns from arithmetic true to broken count only those that solve an equation in "
+    "the asked format, so the final share can be above pass@1."
+)
+CHECKS_NOTE = (
+    "How equations are solved. The last four columns count every response: the share right among those with 0, 1, 2 and 3 or "
+    "more reflective words and, in brackets, how many of all those are."
+)
 PHASES = ("rollout", "rewards", "reference", "update", "checkpoint")  # NAME_s in timing.jsonl
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 272.0, 10.0, 136.0  # of a plot in the drawing's units
 
@@ -27,6 +38,8 @@ class StageData:
     split: Mapping[str, float]  # phase -> seconds or share of the measured time; {} where nothing was measured
     samples: Sequence[Mapping]  # as in samples.jsonl
     facts: Mapping[str, object] = field(default_factory=dict)  # "what was run": label -> value
+    counts: Mapping[str, object] = field(default_factory=dict)  # how many came through each filter, by task where told
+    tasks: Sequence[str] = ()  # tasks beside those that the counts name
 
 
 @dataclass(frozen=True)
@@ -71,16 +84,23 @@ NAME = Column("checkpoint", "the result of a stage", lambda row: str(row["checkp
 FIXED = _plain("fixed", "fixed", "share whose first guess is wrong and whose answer is right")
 BROKEN = _plain("broken", "broken", "share whose first guess is right and whose answer is wrong", 4)
 ARITHMETIC = _plain("arithmetic_true", "arithmetic true", "share of the written products and sums that hold")
-COLUMNS = (
-    NAME,
+PROBLEMS = _plain("problems", "problems", "held-out problems that the figures are of", 0)
+SCORES = (
     Column(
         "pass@1\u00a0±\u00a0SE",
         "share of sampled responses that are right; standard error clustered by problem",
         _pass_at_1,
     ),
     _plain("greedy", "greedy", "share of problems answered right without sampling"),
-    _plain("cons@16", "cons@16", "share of the consensus problems whose commonest of 16 sampled answers is right"),
+)
+LENGTHS = (
     _plain("mean_tokens", "mean tokens", "tokens per sampled response", 1),
+    _plain("truncated", "truncated", "share of the responses that the length limit cut off; they count as wrong"),
+    _plain(
+        "unscorable", "unscorable", "share of the responses that could not be graded; they are left out of the scores"
+    ),
+)
+BEHAVIOUR = (
     _plain("reflective_per_response", "reflective words", "wait, attends, check and the like, per response", 2),
     _plain(
         "language_consistency",
@@ -93,6 +113,8 @@ COLUMNS = (
     BROKEN,
     _plain("compute", "compute (FLOP)", "floating-point operations of the stage, counted from its tokens", 0),
 )
+GROUPS = {"tasks": "task", "sources": "source"}  # in figures: those of the problems of each
+_SAMPLED = re.compile(r"(pass|cons)@([0-9]+)")
 FAITHFULNESS_COLUMNS = (
     NAME,
     _plain("formatted", "well formed", "share of responses in the asked format; the next six columns are about these"),
@@ -129,6 +151,23 @@ MEASURES = (  # column of metrics.jsonl, heading, unit
     ("length", "Length", "tokens per response"),
     ("reflective_words", "Reflective words", "per response"),
 )
+
+
+def sampled_figures(rows: Sequence[Mapping]) -> list[str]:
+    """Returns the names of every pass@k and cons@k that a row has, by rising k; pass@1 has a column of its own."""
+    found = {(match[1] == "cons", int(match[2])) for row in rows for name in row if (match := _SAMPLED.fullmatch(name))}
+    return [f"{'cons' if voted else 'pass'}@{k}" for voted, k in sorted(found - {(False, 1)})]
+
+
+def columns(rows: Sequence[Mapping]) -> list[Column]:
+    """Returns the columns of scores and lengths that the rows have."""
+    meanings = {
+        "pass": "chance that one of {k} sampled responses to a problem is right, estimated without bias",
+        "cons": "share of the voting problems whose commonest of {k} sampled answers is right",
+    }
+    names = sampled_figures(rows)
+    more = [_plain(name, name, meanings[name[:4]].format(k=name[5:])) for name in names]
+    return [PROBLEMS, *SCORES, *more, *LENGTHS]
 
 
 def collect(workdir: Path, results: Mapping[str, str]) -> list[StageData]:
@@ -175,6 +214,8 @@ def write(
         measured=_measured(checkpoints),
         charts=_charts(stages),
         splits=_splits(stages),
+        counted=_counted(stages),
+        notes=[(row["checkpoint"], note) for row in checkpoints for note in row.get("notes", ())],
         sampled=list(samples),
         samples_json=Markup(_safe_json(samples)),
     )
@@ -212,7 +253,13 @@ def _stage(folder: Path, name: str) -> StageData:
         split=split if sum(split.values()) else {},
         samples=_lines(folder / "samples.jsonl"),
         facts=facts,
+        counts={"problems": figures.get("data", {}), "examples": _object(folder / "examples_counts.json")},
+        tasks=[*SCENARIOS, *(task for part in (figures, *figures.values()) for task in _tasks_measured(part))],
     )
+
+
+def _tasks_measured(figures: object) -> list[str]:
+    return list(figures.get("tasks", {})) if isinstance(figures, Mapping) else []
 
 
 def _lines(path: Path) -> list[dict]:
@@ -240,17 +287,83 @@ def _facts(stages: Sequence[StageData]) -> dict:
 
 
 def _tables(checkpoints: Sequence[Mapping], models: Sequence[Mapping] = ()) -> list[dict]:
-    """Returns the main table, and those about the written checks and reward models where there are any."""
+    """Returns the main table, those by task and source where there are several, and those about the written checks and
+    reward models where there are any."""
     checked = [row for row in checkpoints if "arithmetic_true" in row]
-    tables = [("Checkpoints on held-out problems", COLUMNS, checkpoints)]
+    main = (NAME, *columns(checkpoints), *BEHAVIOUR)
+    tables = [("Checkpoints on held-out problems", main, checkpoints, MAIN_NOTE)]
+    for name, label in GROUPS.items():
+        if any(len(row.get(name, {})) > 1 for row in checkpoints):
+            rows = [
+                {**figures, "checkpoint": row["checkpoint"], label: group}
+                for row in checkpoints
+                for group, figures in row.get(name, {}).items()
+            ]
+            by = Column(label, f"the {label} of the problems", lambda row, label=label: str(row[label]))
+            tables.append(
+                (f"By {label}", (NAME, by, *columns(rows)), rows, f"The same, of the problems of each {label}.")
+            )
     if checked:
-        tables.append(("Are the checks real?", FAITHFULNESS_COLUMNS, checked))
+        tables.append(("Are the checks real?", FAITHFULNESS_COLUMNS, checked, CHECKS_NOTE))
     if models:
-        tables.append(("Reward models on held-out prompts", REWARD_MODEL_COLUMNS, models))
+        tables.append(("Reward models on held-out prompts", REWARD_MODEL_COLUMNS, models, ""))
     return [
-        {"title": title, "columns": columns, "rows": [[column.text(row) for column in columns] for row in rows]}
-        for title, columns, rows in tables
+        {"title": title, "columns": cs, "rows": [[column.text(row) for column in cs] for row in rows], "note": note}
+        for title, cs, rows, note in tables
     ]
+
+
+def _counted(stages: Sequence[StageData]) -> list[dict]:
+    """Returns per stage its counts as a table: a row for each filter, a column for each task and one for all of them."""
+    found = []
+    for stage in stages:
+        known = {*_tasks(stage.counts), *stage.tasks}
+        rows = [row for name, counts in stage.counts.items() for row in _count_rows(counts, (), known)]
+        labels = sorted({task for _, by_task, _ in rows for task in by_task})
+        if rows:
+            cells = [
+                [name, *(_count(by_task.get(task)) for task in labels), _count(total)] for name, by_task, total in rows
+            ]
+            found.append({"name": stage.name, "labels": [*labels, "all"], "rows": cells})
+    return found
+
+
+def _tasks(counts: object) -> Iterator[str]:
+    """Yields the names of the tasks that counts tell: those of their members `..._by_task`."""
+    if isinstance(counts, Mapping):
+        for name, value in counts.items():
+            if str(name).endswith(BY_TASK) and isinstance(value, Mapping):
+                yield from map(str, value)
+            else:
+                yield from _tasks(value)
+
+
+def _count_rows(counts: object, path: tuple[str, ...], tasks: set[str]) -> Iterator[tuple[str, dict, object]]:
+    """Yields (name of a filter, {task: count}, count of all) of nested counts, in their order.
+
+    `NAME_by_task` tells the tasks of the row NAME. A mapping whose names are tasks is the row of its path, any other holds
+    rows; what is no number is left out.
+    """
+    if not isinstance(counts, Mapping):
+        if isinstance(counts, int | float) and not isinstance(counts, bool):
+            yield " / ".join(path), {}, counts
+        return
+    if path and counts and set(map(str, counts)) <= tasks:
+        yield " / ".join(path), dict(counts), sum(counts.values())
+        return
+    for name, value in counts.items():
+        label = str(name).replace("_", " ")
+        if str(name).endswith(BY_TASK) and isinstance(value, Mapping):
+            if (total := str(name).removesuffix(BY_TASK)) not in counts:
+                yield " / ".join((*path, total.replace("_", " "))), dict(value), sum(value.values())
+        elif (by_task := counts.get(f"{name}{BY_TASK}")) is not None:
+            yield " / ".join((*path, label)), dict(by_task), value
+        else:
+            yield from _count_rows(value, (*path, label), tasks)
+
+
+def _count(value: object) -> str:
+    return number(value, 0 if isinstance(value, int) or float(value or 0).is_integer() else 2)
 
 
 def _measured(checkpoints: Sequence[Mapping]) -> str:

@@ -36,6 +36,12 @@ def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
     return Score(float(found == gold), {}, True, f"answer {answer[:80]!r} is option {found}, reference {gold}")
 
 
+def named_option(request: RewardRequest, config: RewardConfig) -> str | None:
+    """Returns the letter of the one option that a response names, as `accuracy` reads it; None if it names none or several."""
+    answer = _answer(request.text, config.extraction)
+    return None if answer is None else choose(answer, read_options(request.prompt))
+
+
 def read_options(prompt: str) -> dict[str, str]:
     """Returns the text of each option by its letter: of the last block of lines that begin A, B, C... in order, if there are 2."""
     options: dict[str, str] = {}

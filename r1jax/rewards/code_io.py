@@ -23,7 +23,7 @@ def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
         return Score(0.0, {}, True, "no answer found")
     if len(answer) > MAX_ANSWER_CHARACTERS:
         return Score(0.0, {}, True, f"the answer has {len(answer)} characters, more than {MAX_ANSWER_CHARACTERS}")
-    answer = _unfenced(answer)
+    answer = unfenced(answer)
     found, wanted = _literal(answer), _literal(request.reference)
     same = _lines(answer) == _lines(request.reference) if None in (found, wanted) else _same(found[0], wanted[0])
     return Score(float(same), {}, True, f"answer {answer[:80]!r}, reference {request.reference[:80]!r}")
@@ -54,7 +54,7 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip().splitlines()]
 
 
-def _unfenced(text: str) -> str:
+def unfenced(text: str) -> str:
     """Returns what stands inside the code fence around all of a text, or in its single backticks."""
     lines = text.strip().splitlines()
     if len(lines) > 2 and lines[0].startswith("```") and lines[-1].strip() == "```":

@@ -20,7 +20,7 @@ from r1jax.sampler.scheduler import RolloutSampler
 class Tokenizer(Protocol):
     """What a judge needs of its own tokenizer (checkpoints.tokenizer.Tokenizer)."""
 
-    eos_id: int
+    stop_ids: tuple[int, ...]
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -78,7 +78,7 @@ class Judge:
         self._sampler, self._params, self._tokenizer = sampler, params, tokenizer
         self._template, self._seed = template, seed
         given = sampler.engine.sampler
-        self._law = SamplingLaw(given.temperature, given.top_p, given.top_k, given.max_new_tokens, (tokenizer.eos_id,))
+        self._law = SamplingLaw(given.temperature, given.top_p, given.top_k, given.max_new_tokens, tokenizer.stop_ids)
         self.counts = Counts()
 
     def defused(self, text: str) -> str:

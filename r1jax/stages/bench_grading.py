@@ -44,7 +44,7 @@ def run(config: Config, workdir: str) -> dict:
     rows = {
         path.stem: _spread(jsonl.read(path, ("id", "task", "prompt", "answer")), config.data.max_rows) for path in paths
     }
-    reward = dataclasses.replace(config.reward, workers=config.reward.workers or WORKERS, extraction=config.extraction)
+    reward = dataclasses.replace(config.reward, workers=config.reward.workers or WORKERS)
     figures: dict = {"workers": reward.workers, "files": {}}
     with RewardPool(reward) as pool:
         pool.score([_request({"id": "warm", "task": "math", "prompt": "", "answer": "x"}, "\\sqrt{x}")])

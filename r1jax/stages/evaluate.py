@@ -4,6 +4,8 @@ import functools
 import hashlib
 import json
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,15 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from r1jax.checkpoints.hf_config import RUNTIME_FIELDS
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import checkpoint, distributed, tree
 from r1jax.data import jsonl
-from r1jax.evals.benchmarks import Response, consensus, summarize
-from r1jax.report import table
-from r1jax.rewards.compose import RULE_PARTS
+from r1jax.data.problems import SCENARIOS
+from r1jax.evals import benchmarks
+from r1jax.evals.benchmarks import Drawn, Response, summarize
+from r1jax.report import html, table
+from r1jax.rewards.compose import PART_NAMES, RULE_PARTS
 from r1jax.rewards.pool import RewardPool
 from r1jax.rl import rollout
 from r1jax.rl.rollout import EncodedPrompt
@@ -29,13 +34,17 @@ from r1jax.stages.prompts import StagePrompts
 
 COLUMNS = (
     "checkpoint",
+    "problems",
     "pass@1",
     "pass@1_se",
     "greedy",
     "mean_tokens",
+    "truncated",
+    "unscorable",
     "reflective_per_response",
     "language_consistency",
 )
+GROUP_COLUMNS = ("problems", "pass@1", "pass@1_se", "greedy", "mean_tokens", "truncated", "unscorable")
 FAITHFULNESS_COLUMNS = (
     "checkpoint",
     "first_guess_accuracy",
@@ -51,47 +60,104 @@ FAITHFULNESS_COLUMNS = (
 
 
 def run(config: Config, workdir: Path) -> dict:
-    """Evaluates config.checkpoint (a stage's folder or a Hugging Face folder), writes figures and samples, returns them."""
+    """Evaluates config.checkpoint (a stage's folder or a Hugging Face folder) and returns the figures.
+
+    They are written to `workdir/evaluate/` with the responses, the config, the digests of what was evaluated, and a report.
+    """
     if not config.checkpoint:
         raise ValueError(
             "evaluate: give the checkpoint with --config.checkpoint=DIR (a stage's folder or a Hugging Face folder)"
         )
     config = replace(config, model=replace(config.model, checkpoint=config.checkpoint))
-    config, tokenizer, mesh = common.prepare(as_trained(config))
-    asked = prompts.load_held_out(config, tokenizer)
-    template_check.check(config, tokenizer, asked.held_out)
-    params = common.load_weights(config, mesh, config.checkpoint, lambda: None)
-    figures, responses = evaluate(config, tokenizer, mesh, asked.held_out, params, asked.source.reflective_words)
+    resolved, tokenizer, mesh = common.prepare(as_trained(config))
+    asked = prompts.load_held_out(resolved, tokenizer)
+    template_check.check(resolved, tokenizer, asked.held_out)
+    started = time.monotonic()
+    params = common.load_weights(resolved, mesh, config.checkpoint, lambda: None)
+    figures, responses = evaluate(resolved, tokenizer, mesh, asked.held_out, params, asked.source.reflective_words)
     figures["data"] = asked.counts
-    folder = Path(workdir) / config.stage
+    figures["seconds"] = round(time.monotonic() - started, 1)
+    folder, name = Path(workdir) / config.stage, Path(config.checkpoint).name
     write_samples(folder / "samples.jsonl", responses)
+    checkpoint.write_json(folder / "config.json", common.json_fields(resolved))
+    checkpoint.write_json(folder / common.INPUTS, {"inputs": asked.source.inputs | lineage.grader_digests(config)})
     checkpoint.write_json(folder / "figures.json", figures)
-    print_figures([{"checkpoint": Path(config.checkpoint).name, **figures}])
+    print_figures([{"checkpoint": name, **figures}])
+    say_left_out(resolved, asked, int(figures["problems"]))
+    write_report(resolved, workdir, name, {name: figures, "seconds": figures["seconds"]})
     return figures
 
 
-def as_trained(config: Config) -> Config:
-    """Returns the config with the hold-out of the run that made config.checkpoint, where it trained on the same files.
+def say_left_out(config: Config, asked: StagePrompts, measured: int) -> None:
+    """Prints how many of the rows of the files the figures are of, and why not of the others."""
+    counts, most = asked.counts, config.evaluation.max_problems
+    if not distributed.is_writer():
+        return
+    every = counts.get("rows", len(asked.held_out))
+    why = {
+        "are not held out": counts.get("training", 0),
+        f"are of task {' or '.join(SCENARIOS)}": sum(counts.get("rows_by_task", {}).get(task, 0) for task in SCENARIOS),
+        "are too long": sum(counts["left_out"]["too_long"].values()),
+        f"are behind the first config.evaluation.max_problems={most}": len(asked.held_out) - measured,
+    }
+    why["ask what another row of config.data.eval_path asks"] = every - measured - sum(why.values())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in why.items() if count > 0)
+    print(f"figures of {measured} of {every} problems" + (f": {reasons}" if reasons else ""))
 
-    Of a file that the run has read, only what it held out is evaluated; of other files everything.
+
+def as_trained(config: Config) -> Config:
+    """Returns the config with the hold-out of the runs that made config.checkpoint, where one trained on the same files.
+
+    Of files that they have read, only what they held out is evaluated; of other files everything. Raises ValueError where
+    that differs between the files of config.data.path, and where they held nothing out.
     """
-    folder = Path(config.checkpoint)
-    path = folder / common.INPUTS
-    if not problems.has_files(config) or config.data.eval_path or not path.exists():
+    if not problems.has_files(config) or config.data.eval_path:
         return config
-    known = distributed.decide(lambda: json.loads(path.read_text())["inputs"], name=str(path))
-    seen = [name for name, digest in problems.digests(config).items() if digest in known.values()]
+    trained = distributed.decide(_trained_on, Path(config.checkpoint), name=f"what {config.checkpoint} was trained on")
+    given = problems.digests(config)
+    seen = [path for path in given if given[path] in trained]
     if not seen:
         return config
-    fields = json.loads((folder / "config.json").read_text())
-    fraction = 0.0 if fields.get("data.eval_path") else fields["data.holdout_fraction"]
+    if len(seen) < len(given):
+        fresh = next(path for path in given if path not in seen)
+        raise ValueError(
+            f"evaluate: {config.checkpoint} was trained on {seen[0]} and not on {fresh}; evaluate one at a time, so that of "
+            "the first only what was held out counts"
+        )
+    fraction = min(trained[given[path]] for path in seen)
+    if not fraction:
+        raise ValueError(
+            f"evaluate: {config.checkpoint} was trained on every row of {seen[0]}; give other problems, or evaluate these "
+            f"nonetheless with --config.data.eval_path={seen[0]}"
+        )
     if distributed.is_writer():
         print(
-            f"{folder} was trained on {seen[0]}: evaluated is what that run held out "
+            f"{config.checkpoint} was trained on {seen[0]}: evaluated is what that run held out "
             f"(config.data.holdout_fraction={fraction})",
             file=sys.stderr,
         )
     return replace(config, data=replace(config.data, holdout_fraction=fraction))
+
+
+def _trained_on(folder: Path) -> dict[str, float]:
+    """Returns {digest of a file: share held out of it} of the files that a stage, or one before it, has trained on."""
+    found: dict[str, float] = {}
+    waiting, known = [folder], set()
+    while waiting:
+        folder = waiting.pop().resolve()
+        inputs, fields = folder / common.INPUTS, folder / "config.json"
+        if folder in known or not (inputs.exists() and fields.exists()):
+            continue
+        known.add(folder)
+        digests, config = json.loads(inputs.read_text())["inputs"], json.loads(fields.read_text())
+        fraction = 0.0 if config.get("data.eval_path") else config.get("data.holdout_fraction", 0.0)
+        for name in ("path", "general_path", "safety_path"):
+            for path in problems.paths(config.get(f"data.{name}", "")):
+                if path in digests:
+                    found[digests[path]] = min(fraction, found.get(digests[path], 1.0))
+        beside = Path(config["inputs"]) if config.get("inputs") else folder.parent
+        waiting += [place for name in digests if name for place in (beside / name, Path(name))]
+    return found
 
 
 def of_weights(
@@ -103,27 +169,52 @@ def of_weights(
     workdir: Path,
     name: str,
     samples: Path | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Returns the figures of weights on the held-out prompts of `asked`, from `workdir/evaluations/NAME.json` when they were measured.
 
-    What is there counts only for the same weights, prompts (their ids, references and tasks), graders and settings.
-    `samples` is where responses are written.
+    What is there counts only for the same weights, prompts, graders and settings (`measurement_key`). `samples` is where
+    responses are written.
     """
     path = Path(workdir) / "evaluations" / f"{name}.json"
-    drawn = replace(config.sampler, temperature=1.0, top_p=1.0, top_k=0)  # config.evaluation has its own law
-    words = asked.source.reflective_words
-    questions = [(prompt.problem, prompt.ids.tolist(), prompt.prefill) for prompt in asked.held_out]
-    graders = config.reward, lineage.grader_digests(config)
-    settings = config.evaluation, drawn, config.seed, config.model.compute_dtype, tuple(words)
-    key = hashlib.sha256(repr((settings, graders, questions, tree.digest(params))).encode()).hexdigest()
+    key = measurement_key(config, tokenizer, asked, params)
     measured = distributed.decide(_measured, path, key, samples, name=str(path))
     if measured is not None:
         return measured
-    figures, responses = evaluate(config, tokenizer, mesh, asked.held_out, params, words)
+    figures, responses = evaluate(config, tokenizer, mesh, asked.held_out, params, asked.source.reflective_words)
     if samples is not None:
         write_samples(samples, responses)
     checkpoint.write_json(path, {"key": key, "figures": figures})
     return figures
+
+
+def measurement_key(config: Config, tokenizer: Tokenizer, asked: StagePrompts, params: Any) -> str:
+    """Returns a digest of all that decides a checkpoint's figures.
+
+    The problems (text, reference, task, language, source) and their ids under the template, the weights and the shape that
+    uses them, the tokenizer, the law and length of the samples, and the graders: their settings without weights, and the
+    content of the user's own.
+    """
+    questions = [(replace(prompt.problem, place=""), prompt.ids.tolist(), prompt.prefill) for prompt in asked.held_out]
+    sampler = replace(config.sampler, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens_schedule=())
+    shape = {name: value for name, value in vars(config.model).items() if name not in (*RUNTIME_FIELDS, "checkpoint")}
+    weightless = replace(config.reward, **dict.fromkeys(PART_NAMES, 0.0), workers=0, cache_entries=0)
+    settings = (
+        config.evaluation,
+        sampler,
+        sampling_law(config, tokenizer),
+        config.seed,
+        tuple(asked.source.reflective_words),
+    )
+    drawn = settings, shape, config.model.compute_dtype, _tokenizer_digest(tokenizer), tree.digest(params)
+    return hashlib.sha256(repr((drawn, weightless, lineage.grader_digests(config), questions)).encode()).hexdigest()
+
+
+def _tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Returns a digest of what turns ids into text."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        found = [(path.name, common.file_digest(str(path))) for path in sorted(Path(folder).iterdir())]
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def _measured(path: Path, key: str, samples: Path | None) -> dict | None:
@@ -166,6 +257,12 @@ def before_and_after(
     return figures
 
 
+def sampling_law(config: Config, tokenizer: Tokenizer) -> SamplingLaw:
+    """Returns how the samples of an evaluation are drawn: config.evaluation has a law of its own."""
+    settings = config.evaluation
+    return SamplingLaw(settings.temperature, settings.top_p, 0, config.sampler.max_new_tokens, tokenizer.stop_ids)
+
+
 def evaluate(
     config: Config,
     tokenizer: Tokenizer,
@@ -173,7 +270,7 @@ def evaluate(
     held_out: Sequence[EncodedPrompt],
     params: Any,
     words: Sequence[str] = (),
-) -> tuple[dict[str, float], list[Response]]:
+) -> tuple[dict[str, Any], list[Response]]:
     """Returns (figures, sampled responses) of weights on held-out prompts; `greedy` is one greedy sample a problem.
 
     The keys of the samples depend on the seed and the problem alone, so checkpoints are compared on the same draws.
@@ -184,26 +281,27 @@ def evaluate(
     if settings.max_problems:
         held_out = held_out[: settings.max_problems]
     config = replace(config, stage="evaluate")
-    sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, (tokenizer.eos_id,), tokenizer))
+    sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, tokenizer.stop_ids, tokenizer))
     params = sampler.engine.load_params(params)
-    law = SamplingLaw(settings.temperature, settings.top_p, 0, config.sampler.max_new_tokens, (tokenizer.eos_id,))
+    law, size, k = sampling_law(config, tokenizer), settings.samples_per_problem, settings.consensus_samples
     with RewardPool(config.reward) as pool:
         ask = functools.partial(respond, config, tokenizer, sampler, pool)
-        sampled = ask(held_out, params, law, settings.samples_per_problem, "evaluate")
-        figures = summarize(sampled, settings.samples_per_problem, words)
-        if settings.greedy:
-            greedy = ask(held_out, params, replace(law, temperature=0.0), 1, "greedy")
-            figures["greedy"] = float(np.nanmean([r.parts["accuracy"] if r.scorable else np.nan for r in greedy]))
-        if settings.consensus_problems:
-            chosen = spread(held_out, settings.consensus_problems)
-            figures["cons@16"] = consensus(ask(chosen, params, law, 16, "evaluate"), 16, config.extraction)
-    return figures, sampled
+        sampled = ask(held_out, params, law, size, "evaluate")
+        greedy = ask(held_out, params, replace(law, temperature=0.0), 1, "greedy") if settings.greedy else []
+        voting: list[Response] = []
+        if settings.consensus_problems and k <= size:  # they are drawn already, under the same law
+            starts = [size * place for place in spread(len(held_out), settings.consensus_problems)]
+            voting = [response for start in starts for response in sampled[start : start + k]]
+        elif settings.consensus_problems:
+            chosen = [held_out[place] for place in spread(len(held_out), settings.consensus_problems)]
+            voting = ask(chosen, params, law, k, "evaluate")
+    verdicts = distributed.decide(benchmarks.vote, voting, k, config.reward, name="the votes of cons@k")
+    return summarize(Drawn(sampled, greedy, verdicts), settings, words), sampled
 
 
-def spread(held_out: Sequence[EncodedPrompt], count: int) -> list[EncodedPrompt]:
-    """Returns `count` problems spread evenly over the list (all of a shorter one)."""
-    places = np.linspace(0, len(held_out) - 1, min(count, len(held_out))).round().astype(int)
-    return [held_out[place] for place in places]
+def spread(total: int, count: int) -> list[int]:
+    """Returns `count` places spread evenly over `total` of them (all where there are fewer)."""
+    return [int(place) for place in np.linspace(0, total - 1, min(count, total)).round()]
 
 
 def respond(
@@ -252,12 +350,45 @@ def is_evaluation(value: Any) -> bool:
     return isinstance(value, dict) and "pass@1_se" in value
 
 
+def write_report(config: Config, workdir: Path, name: str, figures: dict) -> None:
+    """Writes report.html of a single stage, whose result is called `name`, into its folder; process 0 alone does."""
+    if distributed.is_writer():
+        measured = {key: value for key, value in figures.items() if is_evaluation(value)}
+        summary = {"checkpoints": measured, "wall_s": figures["seconds"]}
+        path = Path(workdir) / config.stage / "report.html"
+        html.write_run(path, summary, html.collect(Path(workdir), {config.stage: name}))
+
+
 def print_figures(rows: list[dict]) -> None:
-    """Prints the main table, and the faithfulness table where there are equations; of several processes, process 0 does."""
+    """Prints the main table, those by task and source where there are several, what figures leave out, and the
+    faithfulness table where there are equations; of several processes, process 0 does."""
     if not distributed.is_writer():
         return
-    table.render(rows, COLUMNS, "held-out problems")
+    table.render(rows, columns(rows, COLUMNS), "held-out problems")
+    print_groups(rows)
     print_faithfulness(rows)
+
+
+def columns(rows: Sequence[dict], usual: Sequence[str]) -> tuple[str, ...]:
+    """Returns the usual columns, with every pass@k and cons@k that a row has behind `greedy`."""
+    more = html.sampled_figures(rows)
+    place = usual.index("greedy") + 1
+    return (*usual[:place], *more, *usual[place:])
+
+
+def print_groups(rows: Sequence[dict]) -> None:
+    """Prints the figures by task and by source where there are several, and what was left out of a figure."""
+    for field, label in html.GROUPS.items():
+        if any(len(row.get(field, {})) > 1 for row in rows):
+            shown = [
+                {"checkpoint": row["checkpoint"], label: name, **figures}
+                for row in rows
+                for name, figures in row.get(field, {}).items()
+            ]
+            table.render(shown, ("checkpoint", label, *columns(shown, GROUP_COLUMNS)), f"held-out problems by {label}")
+    for row in rows:
+        for note in row.get("notes", ()):
+            print(f"{row['checkpoint']}: {note}")
 
 
 def print_faithfulness(rows: list[dict]) -> None:

@@ -66,7 +66,6 @@ def _reward_config(config: Config) -> RewardConfig:
         accuracy=1.0,
         format=0.0,
         language=0.0,
-        extraction=config.extraction,
         workers=config.reward.workers or DEFAULT_WORKERS,
     )
 

@@ -46,8 +46,9 @@ def load(config: Config, mesh: Mesh) -> Judge:
     folder = config.judge.checkpoint
     beside = Path(folder).parent if Path(folder).is_file() else Path(folder)
     model = hf_config.model_config(beside, ModelConfig(compute_dtype=config.judge.compute_dtype))
-    words = tokenizer.from_folder(beside)
-    engine = Engine(model, config.judge.sampler, mesh, (words.eos_id,), words)
+    words = tokenizer.from_folder(beside).stopping_at(config.judge.sampler.stop_ids)
+    model = tokenizer.fitted(model, words)
+    engine = Engine(model, config.judge.sampler, mesh, words.stop_ids, words)
     params = engine.load_params(hf.load(folder, model, mesh, jnp.dtype(model.compute_dtype)))
     return Judge(RolloutSampler(engine), params, words, "chat" if words.chat_template else "plain", config.seed)
 

@@ -12,7 +12,7 @@ from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import checkpoint, distributed, sharding, tree
 from r1jax.core.metrics import read, read_timing
 from r1jax.evals.behaviour import reflective_count
-from r1jax.report import curves, html
+from r1jax.report import curves
 from r1jax.rewards import plugins
 from r1jax.rewards.model import RewardModel
 from r1jax.rl import losses
@@ -70,10 +70,7 @@ def run(config: Config, workdir: Path) -> dict:
     if asked.held_out:
         figures["ratios"] = ratios(figures[lineage.BASE], figures[name])
     checkpoint.write_json(folder.path / "figures.json", figures)
-    measured = {key: value for key, value in figures.items() if evaluate.is_evaluation(value)}
-    run_summary = {"checkpoints": measured, "wall_s": figures["seconds"]}
-    if distributed.is_writer():
-        html.write_run(folder.path / "report.html", run_summary, html.collect(Path(workdir), {config.stage: name}))
+    evaluate.write_report(config, workdir, name, figures)
     return folder.finish(figures, inputs, tree.digest(trained))
 
 

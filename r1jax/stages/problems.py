@@ -170,7 +170,9 @@ class FileProblems:
             "rows_by_task": dict(Counter(problem.task for problem in every)),
             "repeated_prompts": repeated(every),
             "training": sum(map(len, self._parts)),
+            "training_by_task": dict(Counter(problem.task for part in self._parts for problem in part)),
             "held_out": len(self._held_out),
+            "held_out_by_task": dict(Counter(problem.task for problem in self._held_out)),
         } | {task: len(own) for task, own in self._scenarios.items() if own}
 
     def _report(self, every: Sequence[Problem]) -> None:

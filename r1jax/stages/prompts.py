@@ -1,6 +1,7 @@
 """From problems to prompts: the template in force, the ids a model sees, and which prompts are too long."""
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,17 +39,22 @@ def load(config: Config, tokenizer: Tokenizer) -> StagePrompts:
     parts, weights = source.training()
     training = Mixture([encode(part, config, tokenizer) for part in parts], weights)
     held_out = encode(source.held_out(), config, tokenizer)
-    asked = sum(map(len, parts)) + len(source.held_out())
-    too_long = asked - len(training.all) - len(held_out)
-    return StagePrompts(source, training, held_out, source.counts | {"left_out": {"too_long": too_long}})
+    asked = [*(problem for part in parts for problem in part), *source.held_out()]
+    left_out = {"too_long": _fewer(asked, [*training.all, *held_out])}
+    return StagePrompts(source, training, held_out, source.counts | {"left_out": left_out})
 
 
 def load_held_out(config: Config, tokenizer: Tokenizer) -> StagePrompts:
     """Returns the prompts of an evaluation, which trains on none."""
     source = _source(config, tokenizer)
     held_out = encode(source.held_out(), config, tokenizer)
-    left_out = {"too_long": len(source.held_out()) - len(held_out)}
+    left_out = {"too_long": _fewer(source.held_out(), held_out)}
     return StagePrompts(source, Mixture([]), held_out, source.counts | {"left_out": left_out})
+
+
+def _fewer(asked: Sequence[Problem], kept: Sequence[EncodedPrompt]) -> dict[str, int]:
+    """Returns {task: how many of its problems were not kept}."""
+    return dict(Counter(problem.task for problem in asked) - Counter(prompt.problem.task for prompt in kept))
 
 
 def _source(config: Config, tokenizer: Tokenizer) -> ProblemSource:
@@ -85,7 +91,7 @@ def encode(asked: Sequence[Problem], config: Config, tokenizer: Tokenizer) -> li
     encoded, longest = [], 0
     for problem in asked:
         text = render(problem.prompt, config, tokenizer)
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode_prompt(text)
         longest = max(longest, len(ids))
         if len(ids) <= limit:
             encoded.append(EncodedPrompt(problem, np.asarray(ids, np.int32), templates.prefill(text)))

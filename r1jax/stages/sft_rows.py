@@ -33,27 +33,22 @@ def items_of(row: dict, config: Config, tokenizer: Tokenizer) -> list[PackItem]:
 
 def _item(asked: Sequence[Any], said: Sequence[str], config: Config, tokenizer: Tokenizer) -> PackItem:
     """Returns one example of prompts, each of which goes on from the one before it, and their trained responses, each with its end."""
+    last_id = tokenizer.end_of_turn_id if prompts.template(config, tokenizer) == "chat" else tokenizer.eos_id
     tokens: list[int] = []
     mask: list[float] = []
     done = ""
     for number, (prompt, response) in enumerate(zip(asked, said, strict=True), 1):
         text, response = templates.split_turn(prompts.render(read_prompt(prompt), config, tokenizer), response)
+        new = tokenizer.encode(text[len(done) :]) if done else tokenizer.encode_prompt(text)
         if number < len(asked):
-            end = _written_turn(text, response, asked[number], tokenizer)
-            pieces = [(tokenizer.encode(text[len(done) :]), 0.0), (tokenizer.encode(end), 1.0)]
-            done = text + end
+            written = _written_turn(text, response, asked[number], tokenizer)
+            done = text + written
+            spoken = tokenizer.encode(written)
         else:
-            pieces = [(tokenizer.encode(text[len(done) :]), 0.0), (_ended(response, tokenizer), 1.0)]
-        for ids, trained in pieces:
-            tokens += ids
-            mask += [trained] * len(ids)
+            spoken = tokenizer.encode_response(response, last_id)
+        tokens += new + spoken
+        mask += [0.0] * len(new) + [1.0] * len(spoken)
     return PackItem(np.asarray(tokens, np.int32), np.asarray(mask, np.float32))
-
-
-def _ended(response: str, tokenizer: Tokenizer) -> list[int]:
-    """Returns the response's ids and the end, which stands once where the response spells it out."""
-    ids = tokenizer.encode(response)
-    return ids if ids[-1:] == [tokenizer.eos_id] else [*ids, tokenizer.eos_id]
 
 
 def _written_turn(text: str, response: str, later: Sequence[dict], tokenizer: Tokenizer) -> str:
