@@ -97,6 +97,14 @@ def test_reference_that_is_empty_and_prompt_that_is_too_long_are_unscorable(judg
     assert "reference is empty" in empty.detail and "longer than the judge's sampler allows" in long.detail
 
 
+def test_prompt_that_leaves_no_room_for_a_reply_in_the_models_window_is_unscorable(judge, monkeypatch):
+    given = request("a", toy_judge.reply("good", 2))
+    engine = judge._sampler.engine
+    monkeypatch.setattr(engine, "model", replace(engine.model, max_position_embeddings=SAMPLER.max_new_tokens + 20))
+    score = judge.accuracy([given])[0]
+    assert not score.scorable and "longer than the judge's sampler allows" in score.detail
+
+
 def test_untaught_judge_gives_no_readable_verdict_and_the_parse_rate_says_so(judge):
     stuck = Judge(judge._sampler, judge._params, toy_judge.tokenizer(), "plain")
     asked = [request(str(n), "word word") for n in range(2)] + [request("long", "good " * 300)]

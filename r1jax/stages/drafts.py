@@ -30,11 +30,10 @@ class Draft:
     def task(self) -> str:
         return self.problem.task
 
-    def request(self, text: str | None = None) -> RewardRequest:
-        """Returns what the problem's grader reads of it, or of another text in its place."""
+    def request(self) -> RewardRequest:
+        """Returns what its task's grader reads."""
         p = self.problem
-        text = self.text if text is None else text
-        return RewardRequest(p.id, p.task, p.text, text, p.reference, language=p.language, source=p.source)
+        return RewardRequest(p.id, p.task, p.text, self.text, p.reference, language=p.language, source=p.source)
 
     def row(self) -> dict:
         """Returns the row of examples.jsonl."""
@@ -67,11 +66,6 @@ def tally(counts: Counts, name: str, tasks: Iterable[str]) -> None:
     found = Counter(counts.get(name, {}))
     found.update(task or NO_TASK for task in tasks)
     counts[name] = dict(found)
-
-
-def total(counts: Counts, name: str) -> int:
-    """Returns how many of all tasks a check let through."""
-    return sum(counts.get(name, {}).values())
 
 
 def line(stage: str, counts: Counts) -> str:

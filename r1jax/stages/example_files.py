@@ -6,7 +6,7 @@ from typing import Any
 
 from r1jax.core import distributed
 from r1jax.data import files, turns
-from r1jax.data.problems import SCENARIOS, Problem, read_prompt
+from r1jax.data.problems import SCENARIOS, Problem, is_countdown, read_prompt
 from r1jax.rewards import compose, plugins, references, rules
 from r1jax.schema import KINDS, Config
 from r1jax.stages.drafts import NO_TASK, Counts, Draft, grade, tally
@@ -35,6 +35,7 @@ def draft(row: files.Row, path: str, config: Config, task: str = "") -> Draft:
     if not response.strip():
         raise ValueError(f"{row.place}: field 'response' is empty, text is needed")
     task = fields.get("task") or task
+    task = "countdown" if task == "math" and is_countdown(fields) else task
     gradable = task in compose.graders(config.reward) and task not in SCENARIOS and _has_reference(task, fields, config)
     try:
         problem = Problem(

@@ -107,7 +107,7 @@ def _sampled(
     settings = config.coldstart
     if source == TEACHER:
         folder = Path(settings.teacher) if settings.teacher else lineage.require(TEACHER, config, workdir)
-        teacher = teachers.load(config, mesh, folder)
+        teacher = teachers.load(config, mesh, folder, TEACHER)
         drawn = teachers.sampled(teacher, mesh, train, settings.prompts, settings.samples_per_prompt, temperature=1.0)
     else:
         teacher = teachers.prompted(config, tokenizer, mesh, workdir)

@@ -62,16 +62,17 @@ class Teacher:
     name: str
 
 
-def load(config: Config, mesh: Mesh, folder: str | Path) -> Teacher:
+def load(config: Config, mesh: Mesh, folder: str | Path, stage: str = "") -> Teacher:
     """Returns the model of a stage's folder or a Hugging Face folder, to be asked as it was trained.
 
-    A stage's folder tells its template; without that it is R1-Zero's, or the chat template that a Hugging Face folder ships.
+    A stage's folder tells its template; one that does not is asked as `stage` asks ("" is the config's own), a Hugging Face folder in
+    the chat template that it ships, else as R1-Zero.
     """
     data = replace(config.data, template="auto")
     own, tokenizer, _ = common.prepare(replace(config, model=replace(config.model, checkpoint=str(folder)), data=data))
     if own.data.template == "auto":
-        stage = config.stage if common.is_hugging_face(folder) else prompts.FROM_BASE[0]
-        own = replace(own, data=replace(own.data, template=prompts.template(replace(own, stage=stage), tokenizer)))
+        asking = replace(own, stage=config.stage if common.is_hugging_face(folder) or not stage else stage)
+        own = replace(own, data=replace(own.data, template=prompts.template(asking, tokenizer)))
     params = common.load_weights(own, mesh, str(folder), lambda: None)
     return Teacher(own, tokenizer, params, Path(folder).name)
 
@@ -84,7 +85,7 @@ def prompted(config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) ->
         found = Teacher(config, tokenizer, lineage.base_weights(config, mesh, workdir), lineage.base_name(config))
     template = "chat" if found.tokenizer.chat_template else "plain"
     data = replace(found.config.data, template=template, instruction="", think_prefill=False)
-    return replace(found, config=replace(found.config, data=data))
+    return Teacher(replace(found.config, data=data), found.tokenizer, found.params, found.name)
 
 
 def sampled(
