@@ -517,22 +517,16 @@ class EvalConfig:
     consensus_samples: int = 16  # the k of cons@k
 
     def __post_init__(self):
-        for name in ("samples_per_problem", "consensus_samples"):
-            _require(getattr(self, name) > 0, f"EvalConfig.{name}={getattr(self, name)} must be at least 1")
-        for name in ("max_problems", "consensus_problems"):
-            _require(getattr(self, name) >= 0, f"EvalConfig.{name}={getattr(self, name)} must be 0 or more")
+        _require_at_least(self, 1, "samples_per_problem", "consensus_samples")
+        _require_at_least(self, 0, "max_problems", "consensus_problems")
+        _require(self.temperature >= 0, f"EvalConfig.temperature={self.temperature} must be 0 (greedy) or more")
+        _require(0 < self.top_p <= 1, f"EvalConfig.top_p={self.top_p} must be in (0, 1]")
         for k in self.pass_at:
             _require(
                 1 <= k <= self.samples_per_problem,
                 f"EvalConfig.pass_at={self.pass_at}: k={k} must be between 1 and "
                 f"samples_per_problem={self.samples_per_problem}; raise evaluation.samples_per_problem",
             )
-
-    def __post_init__(self):
-        _require_at_least(self, 1, "samples_per_problem")
-        _require_at_least(self, 0, "max_problems", "consensus_problems")
-        _require(self.temperature >= 0, f"EvalConfig.temperature={self.temperature} must be 0 (greedy) or more")
-        _require(0 < self.top_p <= 1, f"EvalConfig.top_p={self.top_p} must be in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -586,6 +580,7 @@ class ColdStartConfig:
     review: str = ""  # JSONL that people fill in with verdicts on the examples; "" is no review
 
     def __post_init__(self):
+        _require_at_least(self, 1, "prompts", "samples_per_prompt", "max_examples", "max_examples_per_prompt")
         unknown = [name for name in self.sources if name not in COLD_START_SOURCES]
         _require(
             bool(self.sources) and not unknown and len(set(self.sources)) == len(self.sources),
@@ -599,9 +594,6 @@ class ColdStartConfig:
             not self.examples or bool({"people", "few_shot"} & {*self.sources}),
             f"ColdStartConfig.examples={self.examples} is read for sources=people or few_shot alone",
         )
-
-    def __post_init__(self):
-        _require_at_least(self, 1, "prompts", "samples_per_prompt", "max_examples", "max_examples_per_prompt")
 
 
 @dataclass(frozen=True)
@@ -666,9 +658,11 @@ class RejectionConfig:
     judged_prompts: str = ""  # rows {id, prompt, answer} without a rule verifier, accepted by config.judge; "" is none
 
     def __post_init__(self):
+        _require_at_least(self, 1, "prompts", "samples_per_prompt", "max_examples_per_prompt")
         _require(
             0 <= self.general_fraction < 1,
-            f"RejectionConfig.general_fraction={self.general_fraction} must be at least 0 and below 1",
+            f"RejectionConfig.general_fraction={self.general_fraction} must be in [0, 1): a set of general rows alone has "
+            "no traces",
         )
         self.kind_weights()
 
@@ -684,14 +678,6 @@ class RejectionConfig:
             )
             found[kind] = weight
         return found
-
-    def __post_init__(self):
-        _require_at_least(self, 1, "prompts", "samples_per_prompt", "max_examples_per_prompt")
-        _require(
-            0 <= self.general_fraction < 1,
-            f"RejectionConfig.general_fraction={self.general_fraction} must be in [0, 1): a set of general rows alone has "
-            "no traces",
-        )
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ EVERY = ("seed",)
 _PLACE = ("start", "inputs", "input_preset", "rebuild_base", "checkpointing", "evaluation")
 _MODEL = ("model", "mesh", "data", "sampler", "reward")
 _TRAINING = (*_MODEL, *_PLACE, "optimizer", "pack")
-_RL = (*_TRAINING, "mode", "sampler_mesh", "grpo", "ppo", "scenarios", "extraction")
-_SFT = (*_TRAINING, "sft", "extraction")
+_RL = (*_TRAINING, "mode", "sampler_mesh", "grpo", "ppo", "scenarios")
+_SFT = (*_TRAINING, "sft")
 _LAW = ("temperature", "top_p", "top_k", "max_new_tokens_schedule")
 _WEIGHTS = dict.fromkeys((f"reward.{name}" for name in ("accuracy", "format", "language")), "")
 BY_GRAPH = ("gate",)  # of a stage's config, what the graph that runs it reads
@@ -48,7 +48,7 @@ STAGES: dict[str, Stage] = {
     "stage2_reasoning_rl": _RL_STAGE,
     "stage4_all_scenarios": _RL_STAGE,
     "student_rl": _RL_STAGE,
-    "stage1_coldstart": Stage((*_SFT, "coldstart"), _EVALUATION | _NO_RL),
+    "stage1_coldstart": Stage((*_SFT, "coldstart", "judge"), _EVALUATION | _NO_RL),
     "stage3_rejection_sft": Stage(
         (*_SFT, "rejection", "judge"), _EVALUATION | _NO_RL | {"sampler.temperature": "rejection.temperature"}
     ),
@@ -60,14 +60,14 @@ STAGES: dict[str, Stage] = {
         _NO_RL | {"pack.trained_chunk": ""},
     ),
     "evaluate": Stage(
-        (*_MODEL, "evaluation", "checkpoint", "extraction"),
+        (*_MODEL, "evaluation", "checkpoint"),
         _EVALUATION | {"model.checkpoint": "checkpoint"},
         shared=True,
     ),
     "export_hf": Stage(("model.checkpoint", "mesh", "checkpoint", "output", "export")),
     "grade": Stage(
-        ("data.path", "data.max_rows", "output", "reward", "extraction"),
-        _WEIGHTS | {"reward.extraction": "extraction"},
+        ("data.path", "data.max_rows", "output", "reward"),
+        _WEIGHTS,
     ),
     "build_tests": Stage(
         ("data.path", "data.max_rows", "output", "mesh", "judge", "build_tests", "reward"),
@@ -83,7 +83,7 @@ STAGES: dict[str, Stage] = {
     "bench_code": Stage(
         ("bench.code_files", "bench.samples", "bench.mutants_per_row", "data.max_rows", "reward"), _WEIGHTS
     ),
-    "bench_grading": Stage(("data.path", "data.max_rows", "reward", "extraction"), {"reward.extraction": "extraction"}),
+    "bench_grading": Stage(("data.path", "data.max_rows", "reward")),
     "bench_import": Stage(("model", "optimizer.param_dtype")),
     "bench_kernels": Stage(("bench.topology",)),
     "bench_loss": Stage(

@@ -143,7 +143,8 @@ class Chain:
             f"--config={name}{preset}",
             f"--workdir={self.folder / 'runs'}",
         ]
-        command += [f"--config.{key}={value}" for key, value in given.items()] + [f"--json={figures}"]
+        command += [f"--config.{key}={value}" for key, value in given.items() if value is not None]
+        command.append(f"--json={figures}")
         started = time.monotonic()
         done = subprocess.run(
             command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
@@ -177,7 +178,7 @@ def test_five_tasks_and_two_scenarios_go_through_the_whole_recipe(tmp_path, smol
     rejection = {"rejection.prompts": 48, "rejection.samples_per_prompt": 2, "rejection.general_fraction": 0}
     dev3 = chain.run("stage3_rejection_sft", SMALL | SFT | rejection)
     for kind in ("helpful", "safety"):
-        reward = REWARD | {"data.path": tmp_path / f"{kind}.jsonl", "reward.graders": ""}
+        reward = REWARD | {"data.path": tmp_path / f"{kind}.jsonl", "reward.graders": None}
         chain.run(f"reward_{kind}", reward)
     last = chain.run("stage4_all_scenarios", SMALL | RL | {"scenarios.from_update": 1})
     told = read(tmp_path / "runs" / "stage4_all_scenarios")
@@ -189,8 +190,8 @@ def test_five_tasks_and_two_scenarios_go_through_the_whole_recipe(tmp_path, smol
         "general",
         "safety",
     }
-    export = {"checkpoint": tmp_path / "runs" / "stage2_reasoning_rl", "output": tmp_path / "out", "data.path": ""}
-    chain.run("export_hf", export | {"reward.graders": ""}, checkpoint=False)
+    export = {"checkpoint": tmp_path / "runs" / "stage2_reasoning_rl", "output": tmp_path / "out", "data.path": None}
+    chain.run("export_hf", export | {"reward.graders": None}, checkpoint=False)
     assert (tmp_path / "out" / "tokenizer.json").exists()
     counts = {
         stage: json.loads((tmp_path / "runs" / stage / "examples_counts.json").read_text())

@@ -79,7 +79,7 @@ def world(tmp_path):
 def run(name: str, world, *more: str, fields: dict = RL) -> int:
     folder, file, workdir = world
     given = {"model.checkpoint": folder, "data.path": file, "data.holdout_fraction": 0.4} | fields
-    flags = [f"--config.{key}={value}" for key, value in given.items()]
+    flags = [f"--config.{key}={value}" for key, value in given.items() if value is not None]
     return launch.main([f"--config={name}", f"--workdir={workdir}", *flags, *more])
 
 
@@ -124,7 +124,7 @@ def test_a_stage_starts_from_the_stage_before_it_with_the_shape_and_tokenizer_of
 def test_the_chain_goes_on_without_naming_the_model_again(world):
     assert run("r1_zero", world) == 0
     shutil.copytree(world[2] / "r1_zero", world[2] / "stage1_coldstart")
-    assert run("stage2_reasoning_rl", world, fields=RL | {"model.checkpoint": ""}) == 0
+    assert run("stage2_reasoning_rl", world, fields=RL | {"model.checkpoint": None}) == 0
     assert set(done(world, "stage2_reasoning_rl")["inputs"]) == {"stage1_coldstart", str(world[1])}
 
 
@@ -133,7 +133,7 @@ def test_a_stage_of_a_real_model_is_evaluated_from_its_folder_alone(world, capsy
     assert run("r1_zero", world) == 0
     trained = done(world, "r1_zero")["figures"]["r1_zero"]
     capsys.readouterr()
-    fields = SMALL | {"checkpoint": world[2] / "r1_zero", "model.checkpoint": "", "data.template": "auto"}
+    fields = SMALL | {"checkpoint": world[2] / "r1_zero", "model.checkpoint": None, "data.template": "auto"}
     figures = world[2] / "figures.json"
     assert run("evaluate", world, f"--json={figures}", fields=fields) == 0
     found = json.loads(figures.read_text())
@@ -176,7 +176,7 @@ def test_code_rows_need_tests_and_no_answer(config, world, capsys):
     write_rows(world[1], rows(4) + again)
     fields = {"sampler.max_prompt_tokens": 64, "pack.row_tokens": 80, "reward.workers": 2}
     if config == "evaluate":
-        fields = SMALL | {"checkpoint": world[0], "model.checkpoint": "", "sampler.max_prompt_tokens": 64}
+        fields = SMALL | {"checkpoint": world[0], "model.checkpoint": None, "sampler.max_prompt_tokens": 64}
         assert run("evaluate", world, fields=fields) == 0
     elif config == "r1_zero":
         assert run("r1_zero", world, fields=RL | fields) == 0

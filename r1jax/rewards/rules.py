@@ -57,14 +57,6 @@ _SYMBOLS = frozenset(
 )
 
 
-def canonical_language(name: str) -> str:
-    """Returns en, zh or fr for a language's code or English name. Raises ValueError for another one."""
-    short = {"english": "en", "chinese": "zh", "french": "fr"}.get(name.lower(), name.lower().split("-")[0])
-    if short not in LANGUAGES:
-        raise ValueError(f"{name!r} is not known to the language reward; known are {', '.join(LANGUAGES)}")
-    return short
-
-
 def format_score(text: str, require_answer_tag: bool = True) -> float:
     """Returns 1.0 if the assistant turn has the asked form, else 0.0.
 
