@@ -214,7 +214,7 @@ def test_code_rows_of_mbpp_make_two_updates_with_graded_samples(tmp_path, smollm
     chain = Chain(tmp_path, smollm2_folder)
     fields = {
         "data.path": shared_data / "mbpp.jsonl",
-        "reward.graders": "",
+        "reward.graders": None,
         "grpo.updates": 2,
         "evaluation.max_problems": 2,
     }
