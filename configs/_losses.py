@@ -10,7 +10,15 @@ FIELDS = (
     *("clip_ratio", "kl_coef", "kl_coef_schedule", "aggregation", "length_divisor", "advantage_epsilon", "truncated"),
     *("advantage", "advantage_ddof", "advantage_guard", "singleton", "denominator", "ratio", "surrogate"),
     *("clip_ratio_high", "dual_clip", "ratio_cap", "sapo_temperatures", "log_ratio_clamp", "kl_estimator"),
-    *("kl_placement", "entropy_coef", "old_logp", "mismatch", "mismatch_threshold", "off_policy_threshold"),
+    *(
+        "kl_log_ratio_clamp",
+        "kl_placement",
+        "entropy_coef",
+        "old_logp",
+        "mismatch",
+        "mismatch_threshold",
+        "off_policy_threshold",
+    ),
     *("dynamic_sampling_rounds", "overlong_buffer_fraction"),
 )
 _CHANGES = {

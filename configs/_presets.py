@@ -205,7 +205,7 @@ _LONG = SamplerConfig(
 _SAMPLERS = {
     "tiny": SamplerConfig(slots=128, steps_per_dispatch=8, max_prompt_tokens=16, max_new_tokens=88, windows=(40, 64)),
     "smollm2_135m": SamplerConfig(
-        slots=32, steps_per_dispatch=8, max_prompt_tokens=128, max_new_tokens=64, prefill_buckets=(64,)
+        slots=32, steps_per_dispatch=8, max_prompt_tokens=320, max_new_tokens=128, prefill_buckets=(64, 192)
     ),
     **dict.fromkeys(STUDENTS, _LONG),
     "v3_671b": replace(_LONG, slots=512),  # 78,080 bytes of cache a token on a TPU: 1.4 TB in all
@@ -214,7 +214,7 @@ _SAMPLERS = {
 }
 _PACKS = {
     "tiny": PackConfig(row_tokens=96, rows_per_micro_batch=32),
-    "smollm2_135m": PackConfig(row_tokens=192, rows_per_micro_batch=4),
+    "smollm2_135m": PackConfig(row_tokens=448, rows_per_micro_batch=2),
     "moonlight_16b": PackConfig(row_tokens=8192, rows_per_micro_batch=8),
 }
 # Devices of 95 GB over which 14 bytes a parameter (float32 masters and moments, bfloat16 copy) leave room to compute.

@@ -5,16 +5,23 @@ Command: python -m r1jax.launch --config=stage3_rejection_sft
 """
 
 from r1jax.configs import stage1_coldstart
-from r1jax.schema import Config, RejectionConfig, SFTConfig, replace
+from r1jax.schema import ColdStartConfig, Config, RejectionConfig, SFTConfig, replace
 
-PRESETS = ("tiny",)
+PRESETS = ("tiny", "smollm2_135m")
 
 
 def config(preset: str) -> Config:
     """Returns the run: the cold start's optimiser, more examples (P2 B.3.3)."""
+    base, real = stage1_coldstart.config(preset), preset == "smollm2_135m"
     return replace(
-        stage1_coldstart.config(preset),
+        base,
         stage="stage3_rejection_sft",
-        sft=SFTConfig(epochs=2, examples_per_update=48),
-        rejection=RejectionConfig(prompts=3000, samples_per_prompt=4, max_examples_per_prompt=2),
+        coldstart=ColdStartConfig(),
+        sft=base.sft if real else SFTConfig(epochs=2, examples_per_update=48),
+        rejection=RejectionConfig(
+            prompts=32 if real else 3000,
+            samples_per_prompt=4,
+            max_examples_per_prompt=2,
+            min_language_consistency=base.coldstart.min_language_consistency,
+        ),
     )

@@ -7,7 +7,7 @@ Command: python -m r1jax.launch --config=stage4_all_scenarios
 from r1jax.configs import stage2_reasoning_rl
 from r1jax.schema import Config, ScenarioConfig, replace
 
-PRESETS = ("tiny",)
+PRESETS = ("tiny", "smollm2_135m")
 
 
 def config(preset: str) -> Config:
@@ -15,14 +15,16 @@ def config(preset: str) -> Config:
 
     A third of stage 2's rate, where the paper keeps it: at the full rate this size loses accuracy at temperature 1.
     """
-    base = stage2_reasoning_rl.config(preset)
+    base, real = stage2_reasoning_rl.config(preset), preset == "smollm2_135m"
     return replace(
         base,
         stage="stage4_all_scenarios",
         start="stage3_rejection_sft",
-        optimizer=replace(base.optimizer, learning_rate=1e-4),
+        optimizer=base.optimizer if real else replace(base.optimizer, learning_rate=1e-4),
         sampler=replace(base.sampler, temperature=0.7),
-        grpo=replace(base.grpo, updates=60),
+        grpo=base.grpo if real else replace(base.grpo, updates=60),
         reward=replace(base.reward, reward_model=1.0),
-        scenarios=ScenarioConfig(from_update=40, helpful_model="reward_helpful", safety_model="reward_safety"),
+        scenarios=ScenarioConfig(
+            from_update=3 if real else 40, helpful_model="reward_helpful", safety_model="reward_safety"
+        ),
     )

@@ -114,10 +114,10 @@ def _even(total: int, most: int, multiple: int) -> int:
     return rounded(size, multiple)
 
 
-def _score(hidden, unembedding_DV, targets, temperature):
+def _score(hidden, unembedding_DV, targets, temperature, used: int = 0):
     """Returns (log p(target), entropy) of [..., D] hidden states; no operation mixes parts of a divided vocabulary."""
     logits = jnp.einsum("...D,DV->...V", hidden, unembedding_DV, preferred_element_type=jnp.float32)
-    logits = logits.astype(jnp.float32) / temperature
+    logits = _held(logits.astype(jnp.float32) / temperature, 0, used or None)
     norm = jax.nn.logsumexp(logits, axis=-1)
     at_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
     picked = jnp.sum(jnp.where(at_target, logits, 0), axis=-1)
@@ -125,7 +125,7 @@ def _score(hidden, unembedding_DV, targets, temperature):
     return picked - norm, norm - probs_logits
 
 
-@functools.partial(jax.jit, static_argnames=("chunk_tokens", "chunk_vocab", "layout", "kernel"), inline=True)
+@functools.partial(jax.jit, static_argnames=("chunk_tokens", "chunk_vocab", "layout", "kernel", "used"), inline=True)
 def token_logprobs(
     hidden: jax.Array,
     unembedding: jax.Array,
@@ -135,8 +135,11 @@ def token_logprobs(
     chunk_vocab: int = 0,
     layout: Layout | None = None,
     kernel: Kernel | None = None,
+    used: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (log p(target), entropy), float32 [B, T] in nats, of softmax(hidden @ unembedding / temperature).
+
+    With `used` > 0 it is the softmax over the first `used` columns alone; targets are among these.
 
     hidden is [B, T, D], unembedding [D, V], targets int32 [B, T], temperature a scalar. At most chunk_tokens *
     chunk_vocab logits exist at once on a device, forward and backward; a chunk of 0 is chosen (`tile_of`). Both results
@@ -156,18 +159,18 @@ def token_logprobs(
         if layout is not None:
             place = NamedSharding(layout.mesh, PartitionSpec(None, layout.vocab or None))
             unembedding = jax.lax.with_sharding_constraint(unembedding, place)
-        return _score(hidden, unembedding, targets, temperature)
+        return _score(hidden, unembedding, targets, temperature, used)
     tiles = tiles_of(tile or Tile(tokens, vocab), kernel, tokens, vocab, hidden, layout)
-    return _tiled(tiles, layout, hidden, unembedding, targets, jnp.asarray(temperature, jnp.float32))
+    return _tiled(tiles, layout, used, hidden, unembedding, targets, jnp.asarray(temperature, jnp.float32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tiled(tiles, layout, hidden, unembedding, targets, temperature):
-    return _forward(tiles, layout, hidden, unembedding, targets, temperature)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _tiled(tiles, layout, used, hidden, unembedding, targets, temperature):
+    return _forward(tiles, layout, used, hidden, unembedding, targets, temperature)[0]
 
 
-def _forward(tiles, layout, hidden, unembedding, targets, temperature):
-    function = functools.partial(forward_part, tiles.forward, layout)
+def _forward(tiles, layout, used, hidden, unembedding, targets, temperature):
+    function = functools.partial(forward_part, tiles.forward, layout, used=used)
     if layout is not None:
         rows, states, matrix, scalar = _specs(layout)
         function = jax.shard_map(
@@ -181,8 +184,8 @@ def _forward(tiles, layout, hidden, unembedding, targets, temperature):
     return (logp, entropy), (hidden, unembedding, targets, temperature, top, log_sum, entropy)
 
 
-def _backward(tiles, layout, saved, gradients):
-    function = functools.partial(backward_part, tiles.backward, layout)
+def _backward(tiles, layout, used, saved, gradients):
+    function = functools.partial(backward_part, tiles.backward, layout, used=used)
     if layout is not None:
         rows, states, matrix, scalar = _specs(layout)
         function = jax.shard_map(
@@ -227,23 +230,24 @@ def _summed(d_w, layout):
     return jax.lax.psum(d_w, rest) if rest else d_w
 
 
-def forward_part(tile, layout, hidden, unembedding, targets, temperature, tiles=None):
+def forward_part(tile, layout, hidden, unembedding, targets, temperature, tiles=None, used=0):
     """Returns log p(target), entropy, largest logit and log of the sum of exp(logit - largest) of a device's tokens.
 
-    With `tiles` an int32 scalar, only that many leading tiles of tokens are computed; the rest means nothing.
+    With `tiles` an int32 scalar, only that many leading tiles of tokens are computed; the rest means nothing. `used` as in
+    `token_logprobs`.
     """
     flat_ND, targets_N = hidden.reshape(-1, hidden.shape[-1]), _local_targets(targets, unembedding, layout)
+    limit = _local_limit(used, unembedding, layout)
 
     def columns(start, size, sums):
         w_DV = _columns(unembedding, start, size, layout)
         if tile.blocks is not None:
-            return logprob_tile.forward_tile(
-                flat_ND, w_DV, targets_N - start, temperature, sums, tile.blocks, tile.interpret, _count(tile, tiles)
-            )
+            how = tile.blocks, tile.interpret, _count(tile, tiles), _rest(limit, start)
+            return logprob_tile.forward_tile(flat_ND, w_DV, targets_N - start, temperature, sums, *how)
 
         def some_tokens(first, count, sums):
             top, total, weighted, picked = (_part(value, first, count) for value in sums)
-            logits = _logits(_part(flat_ND, first, count), w_DV, temperature)
+            logits = _held(_logits(_part(flat_ND, first, count), w_DV, temperature), start, limit)
             higher = jnp.maximum(top, logits.max(axis=-1))
             below = logits - higher[:, None]
             exps = jnp.exp(below)
@@ -283,13 +287,26 @@ def _moved(total, weighted, shift):
 
 
 def backward_part(
-    tile, layout, hidden, unembedding, targets, temperature, top, log_sum, entropy, d_logp, d_entropy, tiles=None
+    tile,
+    layout,
+    hidden,
+    unembedding,
+    targets,
+    temperature,
+    top,
+    log_sum,
+    entropy,
+    d_logp,
+    d_entropy,
+    tiles=None,
+    used=0,
 ):
-    """Returns the gradients of a device's hidden states and its part of the unembedding; `tiles` as in `forward_part`.
+    """Returns the gradients of a device's hidden states and its part of the unembedding; the last two as in `forward_part`.
 
     With p the softmax and H its entropy, d log p_t / d logit_j = [j = t] - p_j and dH / d logit_j = -p_j (log p_j + H).
     """
     flat_ND, targets_N = hidden.reshape(-1, hidden.shape[-1]), _local_targets(targets, unembedding, layout)
+    limit = _local_limit(used, unembedding, layout)
     per_token = [value.reshape(-1) for value in (top, log_sum, entropy, d_logp / temperature, d_entropy / temperature)]
 
     def columns(start, size, gradients):
@@ -298,6 +315,7 @@ def backward_part(
         if tile.blocks is not None:
             given = targets_N - start, temperature, per_token[:3], per_token[3:]
             how = _sum_dtypes(tile, layout, hidden, unembedding), tile.blocks, tile.interpret, _count(tile, tiles)
+            how = *how, _rest(limit, start)
             d_states, d_w = logprob_tile.backward_tile(flat_ND, w_DV, *given, *how)
             d_flat = d_states if size == unembedding.shape[1] else d_flat + d_states
             return d_flat, _put(d_unembedding, _summed(d_w, layout).astype(unembedding.dtype), start, axis=1)
@@ -311,7 +329,7 @@ def backward_part(
             d_logits = jnp.where(at_target, d_logp, 0) - jnp.exp(log_probs) * (
                 d_logp + d_entropy * (log_probs + entropy)
             )
-            d_logits = d_logits.astype(hidden.dtype)
+            d_logits = _held(d_logits, start, limit, 0.0).astype(hidden.dtype)
             d_states = jnp.einsum("NV,DV->ND", d_logits, w_DV, preferred_element_type=jnp.float32)
             d_w += jnp.einsum("ND,NV->DV", states, d_logits, preferred_element_type=jnp.float32)
             return _put(d_flat, _part(d_flat, first, count) + d_states, first), d_w
@@ -339,6 +357,26 @@ def _local_targets(targets, unembedding, layout):
     if layout is None or not layout.vocab:
         return flat
     return flat - jax.lax.axis_index(layout.vocab) * unembedding.shape[1]
+
+
+def _local_limit(used: int, unembedding, layout):
+    """Returns how many columns of this device's part of the vocabulary count, int32, perhaps below 0; None where all do."""
+    if not used:
+        return None
+    divided = layout is not None and layout.vocab
+    return used - jax.lax.axis_index(layout.vocab) * unembedding.shape[1] if divided else jnp.int32(used)
+
+
+def _rest(limit, start):
+    return None if limit is None else limit - start
+
+
+def _held(values, start, limit, instead=LOWEST):
+    """Returns values [..., V] of columns from `start` on, those from `limit` on replaced; as they are without a limit."""
+    if limit is None:
+        return values
+    column = start + jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
+    return jnp.where(column < limit, values, instead)
 
 
 def _logits(states_ND, w_DV, temperature):

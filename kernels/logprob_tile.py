@@ -90,18 +90,21 @@ def _fit(room: float, value: int, most: int, size: Size, token_sum: int, column_
     return Size(tokens, columns, min(size.part, tokens))
 
 
-def forward_tile(states_ND, w_DV, targets_N, temperature, sums, blocks: Blocks, interpret=False, count=None):
+def forward_tile(
+    states_ND, w_DV, targets_N, temperature, sums, blocks: Blocks, interpret=False, count=None, limit=None
+):
     """Returns (largest logit, sum of exp, sum of exp times what is below the largest, logit of the target), float32 [N]
     each, moved on from `sums` by the logits of these columns.
 
     targets_N int32 is the column of each token's target among these, outside where it lies elsewhere. With `count` an
-    int32 scalar, only about that many leading tokens are computed; the rest means nothing.
+    int32 scalar, only about that many leading tokens are computed; the rest means nothing. With `limit` an int32 scalar,
+    only that many leading columns count.
     """
     tokens, width = states_ND.shape
     states, before = _padded(blocks, states_ND), _numbers(blocks, count, _own(targets_N, w_DV), *sums)
     size = blocks.forward
     found = pl.pallas_call(
-        functools.partial(_forward, size, w_DV.shape[1]),
+        functools.partial(_forward, size, w_DV.shape[1], limit is not None),
         grid=_grid(size, states, w_DV, count),
         in_specs=[
             pl.BlockSpec(memory_space=pltpu.SMEM),
@@ -114,7 +117,7 @@ def forward_tile(states_ND, w_DV, targets_N, temperature, sums, blocks: Blocks, 
         compiler_params=_params(blocks),
         interpret=interpret,
         name=NAMES[0],
-    )(_inverse(temperature), states, w_DV, before)
+    )(_scalars(temperature, w_DV, limit), states, w_DV, before)
     return tuple(found[:tokens, place] for place in (TOP, TOTAL, WEIGHTED, PICKED))
 
 
@@ -129,17 +132,18 @@ def backward_tile(
     blocks: Blocks,
     interpret=False,
     count=None,
+    limit=None,
 ):
     """Returns (gradient of the hidden states through these columns [N, D], of the columns [D, V]), summed in float32 and
     rounded once to the two `dtypes`.
 
     saved are [N] of all columns: largest logit, log of the sum of exp(logit - largest), entropy. gradients are those of log
-    p(target) and entropy, [N], divided by the temperature. targets_N and `count` are as in `forward_tile`; gradients of the
-    states past them mean nothing.
+    p(target) and entropy, [N], divided by the temperature. targets_N, `count` and `limit` are as in `forward_tile`; gradients
+    of the states past `count` mean nothing, those of columns past `limit` are 0.
     """
     (tokens, width), vocab = states_ND.shape, w_DV.shape[1]
     states, numbers = _padded(blocks, states_ND), _numbers(blocks, count, _own(targets_N, w_DV), *saved, *gradients)
-    arrays = (_inverse(temperature), states, w_DV, numbers)
+    arrays = (_scalars(temperature, w_DV, limit), states, w_DV, numbers)
 
     def call(name, kernel, size, sums_tokens: bool, dtype):
         """Calls a kernel that sums over tokens for each block of columns, or the other way round; the last axis sums."""
@@ -149,7 +153,7 @@ def backward_tile(
             at_token, at_column = (lambda v, t: (t, 0)), (lambda v, t: (0, v))
             grid, block, place, whole = grid[::-1], (width, size.columns), at_column, w_DV
         return pl.pallas_call(
-            functools.partial(kernel, size, vocab),
+            functools.partial(kernel, size, vocab, limit is not None),
             grid=grid,
             in_specs=[
                 pl.BlockSpec(memory_space=pltpu.SMEM),
@@ -173,8 +177,12 @@ def _params(blocks: Blocks):
     return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_bytes)
 
 
-def _inverse(temperature):
-    return jnp.reshape(1 / jnp.asarray(temperature, jnp.float32), 1)
+def _scalars(temperature, w_DV, limit):
+    """Returns [1 / temperature], and behind it, where there is a limit, the columns that count; below 2**24 they are exact."""
+    inverse = jnp.reshape(1 / jnp.asarray(temperature, jnp.float32), 1)
+    if limit is None:
+        return inverse
+    return jnp.append(inverse, jnp.clip(limit, 0, w_DV.shape[1]).astype(jnp.float32))
 
 
 def _padded(blocks: Blocks, array):
@@ -211,18 +219,26 @@ def _at_target(numbers_ref, part, first, shape):
     return _column(first, shape) == numbers_ref[part, TARGET : TARGET + 1].astype(jnp.int32)
 
 
-def _edge(vocab: int, size: Size, block, work):
-    """Runs work(whether columns of the block lie past the vocabulary), the check only where the last block has such."""
-    if vocab % size.columns == 0:
+def _counted(vocab: int, limited: bool, scalars):
+    """Returns how many columns count: all, or where there is a limit as many as it says."""
+    return scalars[1].astype(jnp.int32) if limited else vocab
+
+
+def _edge(vocab, size: Size, block, work):
+    """Runs work(whether columns of the block lie past the vocabulary), the check only where the last block has such.
+
+    Of a vocabulary known only on the device, blocks wholly past it are left out.
+    """
+    if isinstance(vocab, int) and vocab % size.columns == 0:
         return work(False)
     last = vocab // size.columns
     pl.when(block < last)(lambda: work(False))
     pl.when(block == last)(lambda: work(True))
 
 
-def _forward(size, vocab, inverse, states_ref, w_ref, before_ref, after_ref):
+def _forward(size, vocab, limited, scalars, states_ref, w_ref, before_ref, after_ref):
     block = pl.program_id(1)
-    first = block * size.columns
+    first, vocab = block * size.columns, _counted(vocab, limited, scalars)
 
     @pl.when(block == 0)
     def _():
@@ -231,7 +247,7 @@ def _forward(size, vocab, inverse, states_ref, w_ref, before_ref, after_ref):
     def work(edge: bool):
         for start in range(0, size.tokens, size.part):
             part = pl.ds(start, size.part)
-            logits = dot(states_ref[part, :], w_ref[...], (1, 0)) * inverse[0]
+            logits = dot(states_ref[part, :], w_ref[...], (1, 0)) * scalars[0]
             if edge:
                 logits = jnp.where(_column(first, logits.shape) < vocab, logits, LOWEST)
             top, total, weighted, picked = (
@@ -253,12 +269,12 @@ def _forward(size, vocab, inverse, states_ref, w_ref, before_ref, after_ref):
     _edge(vocab, size, block, work)
 
 
-def _d_logits(edge, vocab, first, part, inverse, states_ref, w, numbers_ref):
+def _d_logits(edge, vocab, first, part, scalars, states_ref, w, numbers_ref):
     """With p the softmax and H its entropy, d log p_t / d logit_j = [j = t] - p_j and dH / d logit_j = -p_j (log p_j + H)."""
     top, log_sum, entropy, d_logp, d_entropy = (
         numbers_ref[part, place : place + 1] for place in (TOP, LOG_SUM, ENTROPY, D_LOGP, D_ENTROPY)
     )
-    log_probs = (dot(states_ref[part, :], w, (1, 0)) * inverse[0] - top) - log_sum
+    log_probs = (dot(states_ref[part, :], w, (1, 0)) * scalars[0] - top) - log_sum
     hot = jnp.where(_at_target(numbers_ref, part, first, log_probs.shape), d_logp, 0)
     found = hot - jnp.exp(log_probs) * (d_logp + d_entropy * (log_probs + entropy))
     if edge:
@@ -266,29 +282,31 @@ def _d_logits(edge, vocab, first, part, inverse, states_ref, w, numbers_ref):
     return found.astype(states_ref.dtype)
 
 
-def _hidden(size, vocab, inverse, states_ref, w_ref, numbers_ref, *refs):
+def _hidden(size, vocab, limited, scalars, states_ref, w_ref, numbers_ref, *refs):
     block, sums = pl.program_id(1), refs[-1]
-    first = block * size.columns
+    first, vocab = block * size.columns, _counted(vocab, limited, scalars)
     _cleared(sums)
 
     def work(edge: bool):
         w = jnp.where(_column(first, w_ref.shape) < vocab, w_ref[...], 0) if edge else w_ref[...]
         for start in range(0, size.tokens, size.part):
             part = pl.ds(start, size.part)
-            d_logits = _d_logits(edge, vocab, first, part, inverse, states_ref, w, numbers_ref)
+            d_logits = _d_logits(edge, vocab, first, part, scalars, states_ref, w, numbers_ref)
             sums[part, :] += dot(d_logits, w, (1, 1))
 
     _edge(vocab, size, block, work)
     _rounded(refs)
 
 
-def _columns(size, vocab, inverse, states_ref, w_ref, numbers_ref, *refs):
+def _columns(size, vocab, limited, scalars, states_ref, w_ref, numbers_ref, *refs):
     sums = refs[-1]
     _cleared(sums)
     first = pl.program_id(0) * size.columns
     for start in range(0, size.tokens, size.part):
         part = pl.ds(start, size.part)
-        d_logits = _d_logits(False, vocab, first, part, inverse, states_ref, w_ref[...], numbers_ref)
+        d_logits = _d_logits(
+            limited, _counted(vocab, limited, scalars), first, part, scalars, states_ref, w_ref[...], numbers_ref
+        )
         sums[...] += dot(states_ref[part, :], d_logits, (0, 0))
     _rounded(refs)
 

@@ -13,42 +13,43 @@ from r1jax.kernels.fused_logprob import Kernel, backward_part, forward_part, til
 
 
 def trained_logprobs(
-    hidden, unembedding, targets, mask, temperature, chunk: int, kernel: Kernel | None = None
+    hidden, unembedding, targets, mask, temperature, chunk: int, kernel: Kernel | None = None, used: int = 0
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (log p(target), entropy), float32 [B, T] in nats, where mask > 0, and 0 elsewhere.
 
     hidden is [B, T, D], unembedding [D, V], targets int32 and mask [B, T]; values and gradients are those of
     `fused_logprob.token_logprobs`. `chunk` tokens are scored at a time, and the work is that of whole chunks; with `kernel`
-    the Pallas kernels score those chunks in blocks of their own. Arrays are not divided over a mesh. Raises ValueError for a
+    the Pallas kernels score those chunks in blocks of their own. `used` as in `fused_logprob.token_logprobs`. Arrays are not divided over a mesh. Raises ValueError for a
     chunk below 1.
     """
     if chunk < 1:
         raise ValueError(f"trained_logprobs: chunk={chunk} must be at least 1")
     chunk, vocab = min(chunk, targets.size), unembedding.shape[1]
     tiles = tiles_of(tile_of(chunk, vocab, chunk), kernel, chunk, vocab, hidden)
-    return _scored(tiles, hidden, unembedding, targets, mask, jnp.float32(temperature))
+    return _scored(tiles, used, hidden, unembedding, targets, mask, jnp.float32(temperature))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scored(form, hidden, unembedding, targets, mask, temperature):
-    return _forward(form, hidden, unembedding, targets, mask, temperature)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scored(form, used, hidden, unembedding, targets, mask, temperature):
+    return _forward(form, used, hidden, unembedding, targets, mask, temperature)[0]
 
 
-def _forward(form, hidden, unembedding, targets, mask, temperature):
+def _forward(form, used, hidden, unembedding, targets, mask, temperature):
     places, tiles = _places(form.forward.tokens, mask)
     states, goals = _gathered(places, hidden.reshape(-1, hidden.shape[-1])), _gathered(places, targets.reshape(-1))
-    logp, entropy, top, log_sum = forward_part(form.forward, None, states, unembedding, goals, temperature, tiles)
+    given = states, unembedding, goals, temperature, tiles, used
+    logp, entropy, top, log_sum = forward_part(form.forward, None, *given)
     found = tuple(_scattered(places, value, mask) for value in (logp, entropy))
     return found, (hidden, unembedding, targets, mask, temperature, top, log_sum, entropy)
 
 
-def _backward(form, saved, gradients):
+def _backward(form, used, saved, gradients):
     hidden, unembedding, targets, mask, temperature, *sums = saved
     places, tiles = _places(form.forward.tokens, mask)
     states, goals = _gathered(places, hidden.reshape(-1, hidden.shape[-1])), _gathered(places, targets.reshape(-1))
     given = [_gathered(places, value.reshape(-1)) for value in gradients]
     d_states, d_unembedding = backward_part(
-        form.backward, None, states, unembedding, goals, temperature, *sums, *given, tiles=tiles
+        form.backward, None, states, unembedding, goals, temperature, *sums, *given, tiles=tiles, used=used
     )
     d_hidden = jnp.zeros((targets.size, hidden.shape[-1]), hidden.dtype).at[places].set(d_states, mode="drop")
     return d_hidden.reshape(hidden.shape), d_unembedding, None, jnp.zeros_like(mask), jnp.zeros_like(temperature)

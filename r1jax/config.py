@@ -107,6 +107,11 @@ def override(config: schema.Config, overrides: Iterable[tuple[str, str]]) -> sch
     return _replace(config, changes)
 
 
+def keys(overrides: Iterable[tuple[str, str]]) -> list[str]:
+    """Returns the dotted keys that overrides set, as the schema names them."""
+    return [_ALIASES.get(key, key) for key, _ in overrides]
+
+
 def _replace(node, changes: dict):
     values = {
         name: _replace(getattr(node, name), change) if isinstance(change, dict) else change

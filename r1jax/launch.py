@@ -11,13 +11,9 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from r1jax import config, flags, schema, sweep
+from r1jax import config, flags, schema, stage_table, sweep
 
 _USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-
-
-# What several processes can share; every other stage runs in one.
-_SHARED = ("quickstart", "r1_zero", "stage2_reasoning_rl", "stage4_all_scenarios", "student_rl", "evaluate")
 
 
 def stage_function(name: str) -> Callable:
@@ -38,6 +34,7 @@ def execute(arguments: flags.Arguments) -> int:
         if arguments.coordinator or arguments.num_processes:
             raise ValueError("--sweep runs its points in processes of one machine; give it without --coordinator")
         return sweep.run(arguments, resolved)
+    stage_table.check(resolved, config.keys(arguments.overrides))
     if not arguments.dry_run:
         return _run(resolved, arguments)
     print(config.dump(resolved), end="")
@@ -53,7 +50,7 @@ def _run(resolved: schema.Config, arguments: flags.Arguments) -> int:
     run = stage_function(resolved.stage)
     heartbeat_s = distributed.HEARTBEAT_S if arguments.heartbeat_s is None else arguments.heartbeat_s
     distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id, heartbeat_s)
-    if resolved.stage not in _SHARED:
+    if not stage_table.shared(resolved.stage):
         distributed.require_one(resolved.stage)
     figures = run(resolved, arguments.workdir)
     if arguments.json is not None and distributed.is_writer():
@@ -67,6 +64,8 @@ def main(argv: list[str]) -> int:
     debug = "--debug" in argv
     if not debug:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ warnings would bury a one-line error
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a text that cannot be shown ends no run
     try:
         return execute(flags.parse(argv))
     except _USER_ERRORS as error:

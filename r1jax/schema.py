@@ -13,11 +13,26 @@ LOSS_PRESETS = (  # GRPOConfig.preset; their values: configs/_losses.py
     *("r1_paper", "deepseekmath", "dapo", "dr_grpo", "gspo", "cispo", "rloo"),
     *("trl_default", "verl_default", "tunix_default"),
 )
+COLD_START_SOURCES = ("r1_zero", "few_shot", "direct", "people")
+REASONING = "reasoning"  # the kind of rows with a rule to check them
+KINDS = (  # of rows with a response (P2 B.3.3); a kind with sub-kinds stands for all of them
+    *(REASONING, "writing", "question_answering", "self_cognition", "translation"),
+    *("software_engineering", "software_engineering/repair", "software_engineering/front_end"),
+    "software_engineering/edit",
+)
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _require_at_least(config, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(
+            value >= least, f"{type(config).__name__}.{name}={value} must be {'at least 1' if least else '0 or more'}"
+        )
 
 
 def _require_rising(schedule: Schedule, name: str) -> None:
@@ -107,6 +122,7 @@ class ModelConfig:
     attention_block: int = (
         0  # XLA, GQA without a cache: tokens of a block of keys, those of other samples skipped; 0: all at once
     )
+    vocab_used: int = 0  # leading rows of the vocabulary that are tokens: drawn and normalised over alone; 0: all
 
     def __post_init__(self):
         _require(
@@ -142,6 +158,10 @@ class ModelConfig:
         _require(
             self.num_nextn_predict_layers in (0, 1),
             f"ModelConfig.num_nextn_predict_layers={self.num_nextn_predict_layers} must be 0 or 1",
+        )
+        _require(
+            0 <= self.vocab_used <= self.vocab_size,
+            f"ModelConfig.vocab_used={self.vocab_used} must be between 0 (all) and vocab_size={self.vocab_size}",
         )
         _require(
             not self.mtp_loss_weight or self.num_nextn_predict_layers > 0,
@@ -258,13 +278,18 @@ class SamplerConfig:
     top_k: int = 0  # 0 is off
     windows: tuple[int, ...] = ()  # cache lengths compiled for decode, rising; () is one, the full length
     prefill_buckets: tuple[int, ...] = ()  # padded prompt lengths; () is one, max_prompt_tokens
-    record_routed_experts: bool = True
+    stop_ids: tuple[int, ...] = ()  # tokens that end a response, beside those of tokenizer and checkpoint
+    stop_strings: tuple[str, ...] = ()  # texts that end a response at the token which completes one
     stall_deadline_s: float = 600.0  # a dispatch that makes no progress for this long is an error
 
     def __post_init__(self):
         _require(self.slots > 0, f"SamplerConfig.slots={self.slots} must be at least 1")
         _require(self.temperature >= 0, f"SamplerConfig.temperature={self.temperature} must be 0 (greedy) or more")
         _require(0 < self.top_p <= 1, f"SamplerConfig.top_p={self.top_p} must be in (0, 1]")
+        _require(
+            min(self.stop_ids, default=0) >= 0, f"SamplerConfig.stop_ids={self.stop_ids}: a token's id is 0 or more"
+        )
+        _require(all(self.stop_strings), f"SamplerConfig.stop_strings={self.stop_strings}: an empty text ends nothing")
         _require(self.max_new_tokens > 0, f"SamplerConfig.max_new_tokens={self.max_new_tokens} must be at least 1")
         _require_rising(self.max_new_tokens_schedule, "SamplerConfig.max_new_tokens_schedule")
         longest = max((value for _, value in self.max_new_tokens_schedule), default=0)
@@ -358,8 +383,9 @@ class GRPOConfig:
     dual_clip: float = 0.0  # where A < 0 the objective is at least dual_clip * A; 0 is off
     ratio_cap: float = 0.0  # two-sided clipping: bound of the unclipped ratio; 0 is off
     sapo_temperatures: tuple[float, float] = (1.0, 1.05)  # where A > 0, where A <= 0 (arXiv 2511.20347)
-    log_ratio_clamp: float = 0.0  # bound of |log ratio|; 0 is off
+    log_ratio_clamp: float = 0.0  # bound of |log(policy / old policy)|; 0 is off, and then what float32 holds
     kl_estimator: Literal["k1", "k2", "k3", "k3_clamped", "k3_weighted", "k3_straight_through"] = "k3"
+    kl_log_ratio_clamp: float = 20.0  # k3: log(reference / policy) of a token counts at most this; 0 is off
     kl_placement: Literal["loss", "reward"] = "loss"  # reward: beta * k1 of its tokens off a sample's reward
     entropy_coef: float = 0.0  # bonus, weighted as the objective is
     old_logp: Literal["rollout", "recomputed"] = (
@@ -378,9 +404,15 @@ class GRPOConfig:
             _require(getattr(self, name) > 0, f"GRPOConfig.{name}={getattr(self, name)} must be at least 1")
         for name in (
             *("rollouts_ahead", "clip_ratio_high", "ratio_cap", "log_ratio_clamp", "kl_coef", "length_divisor"),
+            "kl_log_ratio_clamp",
             *("off_policy_threshold", "dynamic_sampling_rounds", "advantage_epsilon", "replay_check_every"),
         ):
             _require(getattr(self, name) >= 0, f"GRPOConfig.{name}={getattr(self, name)} must be 0 or more")
+        for name in ("log_ratio_clamp", "kl_log_ratio_clamp"):
+            _require(
+                getattr(self, name) <= 80,
+                f"GRPOConfig.{name}={getattr(self, name)} must be at most 80: float32 cannot hold the exp of more than 88",
+            )
         for name in ("clip_ratio", "mismatch_threshold"):
             _require(getattr(self, name) > 0, f"GRPOConfig.{name}={getattr(self, name)} must be above 0")
         _require(
@@ -455,12 +487,18 @@ class PackConfig:
     shared_prompts: bool = False  # RL: a prompt stands once in a row for all its samples there
     trained_chunk: int = 0  # on one device logits of trained positions alone, so many at a time; 0: of all positions
 
+    def __post_init__(self):
+        _require_at_least(self, 1, "row_tokens", "rows_per_micro_batch")
+        _require_at_least(self, 0, "trained_chunk")
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_updates: int = 20
     keep: int = 2
-    async_save: bool = False
+
+    def __post_init__(self):
+        _require_at_least(self, 1, "every_updates", "keep")
 
 
 @dataclass(frozen=True)
@@ -479,10 +517,10 @@ class EvalConfig:
     consensus_samples: int = 16  # the k of cons@k
 
     def __post_init__(self):
-        for name in ("samples_per_problem", "consensus_samples"):
-            _require(getattr(self, name) > 0, f"EvalConfig.{name}={getattr(self, name)} must be at least 1")
-        for name in ("max_problems", "consensus_problems"):
-            _require(getattr(self, name) >= 0, f"EvalConfig.{name}={getattr(self, name)} must be 0 or more")
+        _require_at_least(self, 1, "samples_per_problem", "consensus_samples")
+        _require_at_least(self, 0, "max_problems", "consensus_problems")
+        _require(self.temperature >= 0, f"EvalConfig.temperature={self.temperature} must be 0 (greedy) or more")
+        _require(0 < self.top_p <= 1, f"EvalConfig.top_p={self.top_p} must be in (0, 1]")
         for k in self.pass_at:
             _require(
                 1 <= k <= self.samples_per_problem,
@@ -501,32 +539,61 @@ class PretrainConfig:
     drill_fraction: float = 0.3
     fourier_numbers: bool = True  # start the number embeddings from sines of the number
 
+    def __post_init__(self):
+        _require_at_least(self, 1, "updates", "rows_per_update", "corpus_documents")
+
 
 @dataclass(frozen=True)
 class SFTConfig:
     """Supervised fine-tuning (P2 B.4.2): cosine 5e-5 to 5e-6, 2-3 epochs, batch 128."""
 
     epochs: int = 2
-    examples_per_update: int = 128
+    examples_per_update: int = 128  # the last update of a run takes what is left
+
+    def __post_init__(self):
+        _require_at_least(self, 1, "epochs", "examples_per_update")
 
 
 @dataclass(frozen=True)
 class DistillConfig:
     """Where a student's examples come from (P2 B.4.3)."""
 
-    examples: str = ""  # JSONL with prompt, response and perhaps id; "" is stage 3 of the working folder
+    examples: str = ""  # rows with prompt and response, or messages (docs/data.md); "" is stage 3 of the working folder
+    grade: bool = True  # responses that the grader of their row's task finds wrong are left out
 
 
 @dataclass(frozen=True)
 class ColdStartConfig:
-    """How stage 1's examples are made from R1-Zero traces (P2 B.3.2)."""
+    """How stage 1's examples are made: whose traces, who edits them, who reviews them (P2 B.3.2, P1 section 2.3.1)."""
 
     prompts: int = 1000
     samples_per_prompt: int = 4
     max_examples: int = 1500
     min_language_consistency: float = 1.0
     max_examples_per_prompt: int = 2
-    teacher: str = ""  # folder of the R1-Zero run that is sampled; "" is workdir/r1_zero
+    sources: tuple[str, ...] = ("r1_zero",)  # any of r1_zero, few_shot, direct, people, in the order of their examples
+    teacher: str = ""  # r1_zero: folder of the R1-Zero run that is sampled; "" is workdir/r1_zero
+    prompted_model: str = ""  # few_shot, direct: Hugging Face folder or a stage's folder; "" is the stage's base
+    examples: str = ""  # people: rows with prompt and response; few_shot: long worked examples, "" has two of its own
+    editor: Literal["", "judge"] = ""  # judge: config.judge's model rewrites every trace; "": white space is trimmed
+    keep_unedited: bool = False  # a trace whose edit cannot be read stays as it was; false leaves it out
+    review: str = ""  # JSONL that people fill in with verdicts on the examples; "" is no review
+
+    def __post_init__(self):
+        _require_at_least(self, 1, "prompts", "samples_per_prompt", "max_examples", "max_examples_per_prompt")
+        unknown = [name for name in self.sources if name not in COLD_START_SOURCES]
+        _require(
+            bool(self.sources) and not unknown and len(set(self.sources)) == len(self.sources),
+            f"ColdStartConfig.sources={self.sources} must be some of {', '.join(COLD_START_SOURCES)}, each once",
+        )
+        _require(
+            "people" not in self.sources or bool(self.examples),
+            "ColdStartConfig.sources=people needs their rows: set coldstart.examples=FILE",
+        )
+        _require(
+            not self.examples or bool({"people", "few_shot"} & {*self.sources}),
+            f"ColdStartConfig.examples={self.examples} is read for sources=people or few_shot alone",
+        )
 
 
 @dataclass(frozen=True)
@@ -583,7 +650,34 @@ class RejectionConfig:
     max_paragraph_words: int = 200  # a longer paragraph in the thinking drops the trace; no threshold in the paper
     drop_code_blocks: bool = True
     general_fraction: float = 0.25  # of the mixed set: about 200k of 800k
-    judged_prompts: str = ""  # JSONL {id, prompt, answer} without a rule verifier, accepted by config.judge; "" is none
+    general_path: str = (
+        ""  # files of general rows with a response, parted by commas, beside those of task general in data.*
+    )
+    kinds: tuple[str, ...] = ()  # KIND=WEIGHT: how general rows mix, as in writing=2; () takes them as they stand
+    editor: Literal["", "judge"] = ""  # judge: config.judge's model writes thoughts for general rows that have none
+    judged_prompts: str = ""  # rows {id, prompt, answer} without a rule verifier, accepted by config.judge; "" is none
+
+    def __post_init__(self):
+        _require_at_least(self, 1, "prompts", "samples_per_prompt", "max_examples_per_prompt")
+        _require(
+            0 <= self.general_fraction < 1,
+            f"RejectionConfig.general_fraction={self.general_fraction} must be in [0, 1): a set of general rows alone has "
+            "no traces",
+        )
+        self.kind_weights()
+
+    def kind_weights(self) -> dict[str, float]:
+        """Returns {kind: weight} of `kinds`. Raises ValueError for an unknown kind and a weight that is not above 0."""
+        found: dict[str, float] = {}
+        for entry in self.kinds:
+            kind, _, text = entry.partition("=")
+            weight = float(text) if text.replace(".", "", 1).isdecimal() else 0.0
+            _require(
+                kind in KINDS and weight > 0 and kind not in found,
+                f"RejectionConfig.kinds={entry}: needs KIND=WEIGHT above 0, each kind once; kinds: {', '.join(KINDS)}",
+            )
+            found[kind] = weight
+        return found
 
 
 @dataclass(frozen=True)
@@ -600,7 +694,6 @@ class JudgeConfig:
         top_p=0.95,
         prefill_buckets=(512, 1024, 2048, 4096),
         windows=(2048, 4096, 8192),
-        record_routed_experts=False,
     )
 
 
@@ -740,6 +833,11 @@ class Config:
             bool(self.judge.checkpoint) or not self.rejection.judged_prompts,
             f"Config.rejection.judged_prompts={self.rejection.judged_prompts} needs a judge: set judge.checkpoint",
         )
+        for name in ("coldstart", "rejection"):
+            _require(
+                bool(self.judge.checkpoint) or not getattr(self, name).editor,
+                f"Config.{name}.editor={getattr(self, name).editor} needs a model: set judge.checkpoint",
+            )
         _require(
             self.mode == "colocated" or self.grpo.advantage != "gae",
             f"Config.mode={self.mode} does not run PPO (grpo.advantage=gae); use colocated",
@@ -762,13 +860,8 @@ class Config:
             not (self.grpo.routing_replay and self.grpo.advantage == "gae"),
             "Config.grpo.routing_replay=true does not go with PPO (grpo.advantage=gae): a critic has routers of its own",
         )
-        if self.grpo.routing_replay:
-            _require(
-                self.sampler.record_routed_experts,
-                "Config.grpo.routing_replay=true needs sampler.record_routed_experts=true",
-            )
-            if not self.model.checkpoint:  # whose shape is read later
-                self.require_mixture()
+        if self.grpo.routing_replay and not self.model.checkpoint:  # whose shape is read later
+            self.require_mixture()
 
     def require_mixture(self) -> None:
         """Raises ValueError when routing replay is asked of a model without routers."""

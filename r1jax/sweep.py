@@ -17,7 +17,7 @@ import rich.console
 import rich.table
 
 import r1jax
-from r1jax import config, flags, schema
+from r1jax import config, flags, schema, stage_table
 
 _TABLE_FIGURES = 8  # columns of figures in the printed table; table.json has them all
 _LOG_WIDTH = 160  # characters, where the output is not a terminal
@@ -42,6 +42,8 @@ def run(arguments: flags.Arguments, base: schema.Config) -> int:
     With `sweep_index` only that point runs, and table.json stays as it is, since other jobs may be at work beside it.
     """
     points = config.sweep(base, arguments.sweep, arguments.overrides)
+    for point in points:
+        stage_table.check(point.config, config.keys(arguments.overrides + point.overrides))
     index = arguments.sweep_index
     if index is not None and not 0 <= index < len(points):
         raise ValueError(f"--sweep_index={index}: the sweep has {len(points)} points, 0 to {len(points) - 1}")

@@ -26,11 +26,15 @@ MESHES = {  # rows of 8 tokens, 4 of them; 60 words of width 16
     "tensor4_vocabulary_does_not_divide": (MeshConfig(tensor=4), 59),
 }
 CHUNKS = {"tokens": (3, 0), "vocab": (0, 7), "both": (3, 7), "kernels": (0, 0, "pallas"), "forward": (3, 7, "pallas")}
+CHUNKS |= {"used_whole": (0, 0, "auto", 37), "used": (3, 7, "auto", 37), "used_kernels": (0, 0, "pallas", 37)}
 RUNS = [f"{mesh}/{kind}" for mesh in MESHES for kind in ("both", "kernels")] + [
     "tensor4/tokens",
     "tensor4/vocab",
     "tensor4/forward",
     "fsdp2_tensor2_context2/forward",
+    *(f"tensor4/{kind}" for kind in ("used_whole", "used", "used_kernels")),  # of four parts one is cut, one left out
+    *(f"fsdp2_tensor2_context2/{kind}" for kind in ("used", "used_kernels")),
+    *(f"data2_fsdp2_expert2/{kind}" for kind in ("used", "used_kernels")),
 ]
 fused_logprob.GATHERED_COLUMNS = 16  # so that the kernels are called on more columns than once
 
@@ -39,7 +43,7 @@ def run(config, vocab, chunks):
     """Returns (logp, entropy, gradients of hidden and unembedding) and the compiled program's text."""
     generator = np.random.default_rng(0)
     hidden, matrix = generator.normal(size=(4, 8, 16)) * 2, generator.normal(size=(16, vocab))
-    targets = generator.integers(0, vocab, (4, 8)).astype(np.int32)
+    targets = generator.integers(0, (*chunks, 0, 0)[3] or vocab, (4, 8)).astype(np.int32)
     weights = generator.normal(size=(2, 4, 8)).astype(np.float32)
     mesh = sharding.make_mesh(config)
     axes = (("batch", "sequence", None), ("embed", "vocab"), ("batch", "sequence"))
@@ -62,7 +66,8 @@ def relative(a, b):
 
 
 def main():
-    report, single = {}, {vocab: run(MeshConfig(), vocab, CHUNKS["both"])[0] for vocab in (59, 60)}
+    single = {(vocab, False): run(MeshConfig(), vocab, CHUNKS["both"])[0] for vocab in (59, 60)}
+    report, single[60, True] = {}, run(MeshConfig(), 60, CHUNKS["used"])[0]
     for name in RUNS:
         mesh, kind = name.split("/")
         config, vocab = MESHES[mesh]
@@ -71,7 +76,9 @@ def main():
         found, text = run(config, vocab, CHUNKS[kind])
         floats = {int(n) for dims in re.findall(r"f32\[([\d,]+)\]", text) for n in dims.split(",")}
         report[name] = {
-            "difference": max(relative(a, b) for a, b in zip(single[vocab], found, strict=True)),
+            "difference": max(
+                relative(a, b) for a, b in zip(single[vocab, kind.startswith("used")], found, strict=True)
+            ),
             "smallest": min(float(np.abs(a).max()) for a in found),
             "widths": sorted(floats & {15, 30, 59, 60}),
         }

@@ -8,8 +8,9 @@ central differences over `logp` give the gradient of the source's loss.
 import numpy as np
 
 
-def k3(sample):
-    gap = sample["reference"] - sample["logp"]
+def k3(sample, bound=20.0):
+    """k3 of arXiv 2402.03300, eq. 4; a log-ratio above the bound counts as the bound (ours: the sources have none)."""
+    gap = np.minimum(sample["reference"] - sample["logp"], bound)
     return np.exp(gap) - gap - 1
 
 
@@ -173,7 +174,7 @@ def _clamped(s):
 
 def _straight_through(s):
     """verl's k3+: the value of k3, the gradient of k2."""
-    gap, k2 = s["reference"] - s["frozen"], lambda logp: (logp - s["reference"]) ** 2 / 2
+    gap, k2 = np.minimum(s["reference"] - s["frozen"], 20), lambda logp: (logp - s["reference"]) ** 2 / 2
     return np.exp(gap) - gap - 1 + k2(s["logp"]) - k2(s["frozen"])
 
 

@@ -283,6 +283,35 @@ def test_sweep_refuses_with_one_exact_line(axes, expected):
     assert message(config.sweep, config.load("r1_zero", fixed), axes, fixed) == expected
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        *(
+            (f"pack.{name}", "0", f"PackConfig.{name}=0 must be at least 1")
+            for name in ("row_tokens", "rows_per_micro_batch")
+        ),
+        *(
+            (f"checkpointing.{name}", "0", f"CheckpointConfig.{name}=0 must be at least 1")
+            for name in ("every_updates", "keep")
+        ),
+        ("evaluation.samples_per_problem", "0", "EvalConfig.samples_per_problem=0 must be at least 1"),
+        ("evaluation.max_problems", "-1", "EvalConfig.max_problems=-1 must be 0 or more"),
+        ("evaluation.temperature", "-0.5", "EvalConfig.temperature=-0.5 must be 0 (greedy) or more"),
+        ("evaluation.top_p", "0", "EvalConfig.top_p=0.0 must be in (0, 1]"),
+        ("pretrain.updates", "0", "PretrainConfig.updates=0 must be at least 1"),
+        ("coldstart.prompts", "0", "ColdStartConfig.prompts=0 must be at least 1"),
+        ("rejection.samples_per_prompt", "0", "RejectionConfig.samples_per_prompt=0 must be at least 1"),
+        (
+            "rejection.general_fraction",
+            "1",
+            "RejectionConfig.general_fraction=1.0 must be in [0, 1): a set of general rows alone has no traces",
+        ),
+    ],
+)
+def test_a_value_with_which_a_run_would_end_later_is_refused_at_once(field, value, expected):
+    assert message(config.load, "r1_zero", [(field, value)]) == expected
+
+
 def test_write_json_replaces_the_file_whole_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "new" / "figures.json"
     config.write_json(path, {"a": float("nan"), "b": (1, 2)})

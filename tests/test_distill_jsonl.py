@@ -14,7 +14,7 @@ from r1jax.core.metrics import read
 from r1jax.data import corpus, jsonl, tasks, templates
 from r1jax.models import decoder
 from r1jax.schema import MeshConfig, replace
-from r1jax.stages import fine_tuning, prompts
+from r1jax.stages import fine_tuning, problems, prompts
 
 SHORT = (
     "sft.epochs=1",
@@ -191,7 +191,7 @@ def test_examples_longer_than_a_row_are_left_out_and_counted(capsys):
         (None, "no such file"),
         ('{"prompt": "p"}\n', "line 1: field 'response' is missing"),
         ('{"prompt": "p", "response": "r"}\n{"prompt": "p", "response": 3}\n', "line 2: field 'response' is int"),
-        ('{"prompt": " ", "response": "r"}\n', "row 1: 'prompt' is empty"),
+        ('{"prompt": " ", "response": "r"}\n', "line 1 (row-1): field 'prompt' is empty"),
     ],
 )
 def test_a_bad_file_is_one_line_and_leaves_nothing(content, expected, tmp_path, capsys):
@@ -219,7 +219,7 @@ def test_a_real_student_without_examples_names_both_sources(tmp_path, capsys):
 
 def test_a_real_model_without_problems_is_asked_for_them_and_a_student_is_not():
     real = configs.load("distill:qwen2_5_1_5b")
-    assert not fine_tuning._has_problems(real)
+    assert not problems.given(real)
     with pytest.raises(ValueError, match=r"--config\.data\.path=FILE\.jsonl"):
-        prompts.load(real)
+        problems.source(real)
     assert prompts.template(real, tokenizer.tiny()) == "r1_zero"

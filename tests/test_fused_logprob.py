@@ -69,6 +69,26 @@ def test_tiled_equals_the_formula_in_values_and_gradients(chunks, temperature):
     assert_equal(found, reference(hidden, matrix, targets, temperature, d_logp, d_entropy))
 
 
+def narrowed(hidden, matrix, targets, temperature, d_logp, d_entropy, used):
+    """Returns the `reference` of the first `used` columns alone; the others have a gradient of 0."""
+    found = reference(hidden, matrix[:, :used], targets, temperature, d_logp, d_entropy)
+    return *found[:3], np.pad(found[3], ((0, 0), (0, matrix.shape[1] - used)))
+
+
+@pytest.mark.parametrize("used", [1, 9, 14, 21])
+@pytest.mark.parametrize("chunks", [(0, 0), (4, 7), (5, 22), (1, 1)])
+def test_columns_beyond_the_used_ones_neither_count_nor_move(chunks, used):
+    hidden, matrix, targets, d_logp, d_entropy = problem(2, 9, 16, 23, scale=3.0)
+    matrix, targets = matrix.at[:, used:].mul(20.0), targets % used  # much larger logits than all others
+    found, pull = jax.vjp(
+        lambda h, m: token_logprobs(h, m, targets, 0.7, *chunks, used=used),
+        hidden,
+        matrix,
+    )
+    given = jnp.asarray(d_logp), jnp.asarray(d_entropy)
+    assert_equal((*found, *pull(given)), narrowed(hidden, matrix, targets, 0.7, d_logp, d_entropy, used))
+
+
 @pytest.mark.parametrize("kept", ["logp", "entropy"])
 def test_each_result_has_a_gradient_of_its_own(kept):
     hidden, matrix, targets, d_logp, d_entropy = problem(3, 5, 8, 31, scale=2.0)

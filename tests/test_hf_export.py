@@ -294,9 +294,12 @@ def test_stage_keeps_nothing_when_a_weight_reads_back_differently(student, tmp_p
     assert export(student, tmp_path / "out", ("export.verify", "false")).keys() == {"parameters", "tensors", "files"}
 
 
+OTHER_THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 9000.0}}
+
+
 def test_stage_keeps_nothing_when_config_json_describes_another_model(student, tmp_path, monkeypatch):
     honest = hf_export.config_fields
-    monkeypatch.setattr(hf_export, "config_fields", lambda *given: honest(*given) | {"rope_theta": 9000.0})
+    monkeypatch.setattr(hf_export, "config_fields", lambda *given: honest(*given) | OTHER_THETA)
     with pytest.raises(ValueError, match="computes other logits; nothing was kept"):
         export(student, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -334,8 +337,9 @@ def test_stage_refuses_folders_that_are_not_what_it_needs(tmp_path, monkeypatch,
 
 def test_a_base_folder_that_has_moved_is_named_again_on_the_command_line(tmp_path):
     fields = {"model.checkpoint": str(tmp_path / "gone"), "model.hidden_size": 32, "data.path": "rows.jsonl"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=r"gone, which holds its tokenizer.*--config\.model\.checkpoint=DIR"):
-        export_hf.stage_config(tmp_path, fields, Config())
+        common.read_model(tmp_path, export_hf.stage_config(tmp_path, fields, Config()).model)
     own = export_hf.stage_config(tmp_path, fields, Config(model=ModelConfig(checkpoint=str(tmp_path))))
     assert (own.model.checkpoint, own.model.hidden_size, own.data.path) == (str(tmp_path), 32, "rows.jsonl")
 

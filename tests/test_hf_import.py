@@ -299,8 +299,8 @@ def test_model_config_reads_all_three_ways_to_write_rope_scaling(tmp_path, field
     assert config.rope_scaling == RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=2.0)
 
 
-def test_model_config_derives_the_yarn_factor_from_the_lengths_when_it_is_not_stated(tmp_path):
-    scaling = {"rope_type": "yarn", "original_max_position_embeddings": 128}
+def test_model_config_derives_a_yarn_factor_of_null_from_the_lengths(tmp_path):
+    scaling = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 128}
     config = hf_config.model_config(write(tmp_path, QWEN2 | {"rope_scaling": scaling}), ModelConfig())
     assert config.rope_scaling.factor == 4.0
 
@@ -328,6 +328,7 @@ def test_model_config_leaves_frequencies_alone_without_scaling(tmp_path):
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' is not supported"),
         (LLAMA, {"rope_scaling": {"type": "llama3"}}, "needs factor"),
+        (LLAMA, {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 128}}, "needs factor"),
         (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 2.0}}, "attention_factor=2.0"),
         (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}}, "truncate=false"),
         (QWEN2, {"use_sliding_window": True}, "sliding window"),
@@ -462,7 +463,7 @@ def test_load_skips_rotary_buffers_prediction_layers_and_a_tied_head(tmp_path):
     extra = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32),
         "model.layers.3.eh_proj.weight": np.ones((16, 32), np.float32),
-        "lm_head.weight": np.ones((11, 16), np.float32),
+        "lm_head.weight": tensors_of("deepseek_v3")["model.embed_tokens.weight"],
     }
     folder = write(tmp_path, DEEPSEEK | {"tie_word_embeddings": True}, tensors_of("deepseek_v3") | extra)
     params, config = load(folder, num_nextn_predict_layers=0)

@@ -11,8 +11,9 @@ BELOW = {  # part of r1jax: the parts it may import; itself and schema always
     "configs": set(),
     "config": {"configs"},
     "flags": {"config"},
-    "sweep": {"config", "flags"},
-    "launch": {"flags", "config", "sweep", "stages", "core"},  # of core, what starts several processes
+    "stage_table": set(),
+    "sweep": {"config", "flags", "stage_table"},
+    "launch": {"flags", "config", "sweep", "stage_table", "stages", "core"},  # of core, what starts several processes
     "core": set(),
     "kernels": set(),
     "data": set(),
@@ -27,11 +28,12 @@ BELOW = {  # part of r1jax: the parts it may import; itself and schema always
     "rl": {"sampler", "rewards", "data", "train", "models", "core"},
     "stages": {
         *("rl", "train", "sampler", "data", "rewards", "evals", "checkpoints", "report", "plan", "models", "core"),
+        "stage_table",  # the graph and ablations give overrides to other stages
         "config",  # a stage writes its flattened config and its hash
     },
 }
 MODEL_REWARDS = {"rewards/model.py", "rewards/judge.py"}  # these two run a model
-WITHOUT_JAX = {"schema", "configs", "config", "flags", "sweep", "launch", "data", "report", "rewards"}
+WITHOUT_JAX = {"schema", "configs", "config", "flags", "sweep", "stage_table", "launch", "data", "report", "rewards"}
 JAX_FAMILY = {"jax", "jaxlib", "flax", "optax", "orbax", "jetstream"}
 
 

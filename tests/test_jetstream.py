@@ -344,6 +344,8 @@ class Utf8:
     def encode(self, text):
         return list(text.encode())
 
+    encode_prompt = encode
+
     def decode(self, ids):
         return bytes(ids).decode(errors="replace")
 

@@ -52,3 +52,33 @@ def test_read_names_a_missing_file_a_folder_and_a_broken_gzip(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"id": 1}\n' * 1000)[:-20])
     with pytest.raises(ValueError, match="cut.jsonl.gz: cannot be read"):
         jsonl.read(tmp_path / "cut.jsonl.gz")
+
+
+def test_read_numbered_gives_true_lines_and_stops_at_its_limit(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('\n{"id": 1}\n\n{"id": 2}\n{"id": 3, broken\n')
+    assert jsonl.read_numbered(path, ("id",), limit=2) == [(2, {"id": 1}), (4, {"id": 2})]
+    with pytest.raises(ValueError, match="rows.jsonl, line 5: malformed JSON"):
+        jsonl.read_numbered(path, ("id",), limit=3)
+
+
+def test_write_replaces_half_of_a_surrogate_pair_and_keeps_the_rest(tmp_path):
+    rows = [{"text": "a\ud83db", "more": ["\udc00", "\U0001f600"]}, {"text": "c"}]
+    for name in ("rows.jsonl", "rows.jsonl.gz"):
+        assert jsonl.write(tmp_path / name, rows) == 2
+        expected = [{"text": "a\ufffdb", "more": ["\ufffd", "\U0001f600"]}, {"text": "c"}]
+        assert jsonl.read(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("start", "told"),
+    [
+        (b"PK\x03\x04", "a Zip archive; unpack it first"),
+        (b"\x28\xb5\x2f\xfd", "compressed with Zstandard; unpack it first"),
+        (b"ARROW1\x00\x00", "an Arrow file; give the folder of the saved data set"),
+    ],
+)
+def test_files_of_other_formats_are_named(tmp_path, start, told):
+    (tmp_path / "rows.jsonl").write_bytes(start + b"rest")
+    with pytest.raises(ValueError, match=f"rows.jsonl: {told}$"):
+        jsonl.read(tmp_path / "rows.jsonl")

@@ -27,7 +27,7 @@ from r1jax.stages import (
     wider_pool,
 )
 
-SAMPLER = SamplerConfig(slots=8, max_prompt_tokens=256, max_new_tokens=8, record_routed_experts=False)
+SAMPLER = SamplerConfig(slots=8, max_prompt_tokens=256, max_new_tokens=8)
 FLAGS = [
     *("--config.judge.compute_dtype=float32", "--config.judge.sampler.slots=8", "--config.judge.sampler.windows=()"),
     *("--config.judge.sampler.max_prompt_tokens=256", "--config.judge.sampler.prefill_buckets=()"),
@@ -95,6 +95,14 @@ def test_reference_that_is_empty_and_prompt_that_is_too_long_are_unscorable(judg
     empty, long = judge.accuracy([request("a", "word good", " "), request("b", "good " * 300)])
     assert (empty.scorable, long.scorable) == (False, False)
     assert "reference is empty" in empty.detail and "longer than the judge's sampler allows" in long.detail
+
+
+def test_prompt_that_leaves_no_room_for_a_reply_in_the_models_window_is_unscorable(judge, monkeypatch):
+    given = request("a", toy_judge.reply("good", 2))
+    engine = judge._sampler.engine
+    monkeypatch.setattr(engine, "model", replace(engine.model, max_position_embeddings=SAMPLER.max_new_tokens + 20))
+    score = judge.accuracy([given])[0]
+    assert not score.scorable and "longer than the judge's sampler allows" in score.detail
 
 
 def test_untaught_judge_gives_no_readable_verdict_and_the_parse_rate_says_so(judge):
@@ -257,9 +265,9 @@ def wider(folder, tmp_path):
 
 
 def test_wider_pool_takes_the_judges_verdict_as_accuracy(wider, judge):
-    counts = Counter()
+    counts = {}
     found = wider_pool.sample(*wider, counts)
-    assert Counter(response.problem_id for response in found) == {f"open-{n}": 3 for n in range(3)}
+    assert Counter(response.problem.id for response in found) == {f"open-{n}": 3 for n in range(3)}
     assert sum(not response.truncated for response in found) > 3
     asked = [RewardRequest("", "", r.problem.text, r.text, r.problem.reference, truncated=r.truncated) for r in found]
     expected = judge.accuracy(asked)
@@ -270,7 +278,7 @@ def test_wider_pool_takes_the_judges_verdict_as_accuracy(wider, judge):
 def test_share_of_verdicts_that_could_be_read_is_told(wider):
     config, words, mesh, params = wider
     config = replace(config, judge=replace(config.judge, sampler=replace(config.judge.sampler, max_new_tokens=1)))
-    counts = Counter()
+    counts = {}
     found = wider_pool.sample(config, words, mesh, params, counts)
     assert counts == {"judged": 9, "verdicts read, %": 0} and not any(r.scorable for r in found if not r.truncated)
 
@@ -286,19 +294,19 @@ def test_stage_three_keeps_of_the_wider_pool_what_judge_and_checks_accept(wider,
     jsonl.write(config.rejection.judged_prompts, rows)
     train = prompts.encode(linear_prompts("train")[100:110], config, words)
     found, counts = stage3_rejection_sft.collect(config, words, mesh, train, tmp_path)
-    drawn = wider_pool.sample(config, words, mesh, params, Counter())
+    drawn = wider_pool.sample(config, words, mesh, params, {})
     checks = [*traces.basic_checks(1.0), *stage3_rejection_sft.readable(config.rejection)]
-    accepted = {(r.problem_id, r.text) for _, r in traces.passing(drawn, checks, Counter())}
+    accepted = {(r.problem.id, r.text) for _, r in traces.passing(drawn, checks, {})}
     kept = [(row["id"], row["response"]) for row in found if row["id"].startswith("open-")]
     assert kept and set(kept) <= accepted
     assert {name for name, _ in kept} == {name for name, _ in accepted}  # of each prompt at most two
-    assert counts["judged"] == 24 and counts["sampled"] == 24 + 12
+    assert counts["judged"] == 24 and counts["sampled"] == {"judged": 24, "linear": 12}
 
 
 def test_wider_pool_is_off_without_a_file_and_an_input_of_the_stage_with_one(wider, tmp_path):
     config = wider[0]
     off = configs.load("stage3_rejection_sft")
-    assert wider_pool.inputs(off) == {} and wider_pool.sample(off, *wider[1:], Counter()) == []
+    assert wider_pool.inputs(off) == {} and wider_pool.sample(off, *wider[1:], {}) == []
     path = config.rejection.judged_prompts
     before = wider_pool.inputs(config)
     assert set(before) == {path, config.judge.checkpoint}
@@ -335,7 +343,6 @@ def test_every_verdict_of_smollm2_is_either_read_or_unscorable_and_the_parse_rat
         temperature=0.6,
         top_p=0.95,
         prefill_buckets=(512,),
-        record_routed_experts=False,
     )
     config = Config(stage="test", judge=JudgeConfig(str(smollm2_folder), "float32", sampler))
     judge = judging.load(config, sharding.make_mesh(config.mesh))

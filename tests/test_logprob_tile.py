@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from test_fused_logprob import assert_equal, problem, reference
+from test_fused_logprob import assert_equal, narrowed, problem, reference
 
 from r1jax.kernels import logprob_tile
 from r1jax.kernels.fused_logprob import Kernel, token_logprobs
@@ -103,6 +103,23 @@ def test_the_loss_by_kernels_is_the_formula_whole_and_of_trained_tokens_alone(ke
     trained = lambda h, m: trained_logprobs(h, m, jnp.asarray(targets), jnp.asarray(mask * 1.0), 0.7, 16, kernel)  # noqa: E731
     found, pull = jax.vjp(trained, hidden, matrix)
     logp, entropy, *gradients = reference(hidden, matrix, targets, 0.7, d_logp * mask, d_entropy * mask)
+    assert_equal((*found, *pull(given)), (logp * mask, entropy * mask, *gradients))
+
+
+@pytest.mark.parametrize("used", [3, 256, 511, 599])  # a block has 256 columns
+@pytest.mark.parametrize("kernel", [BOTH, FORWARD, None], ids=["both", "forward", "xla"])
+def test_columns_beyond_the_used_ones_neither_count_nor_move(kernel, used):
+    hidden, matrix, targets, d_logp, d_entropy = problem(3, 40, 8, 600)
+    matrix, targets = matrix.at[:, used:].mul(20.0), targets % used
+    given = jnp.asarray(d_logp), jnp.asarray(d_entropy)
+    found, pull = jax.vjp(lambda h, m: token_logprobs(h, m, targets, 0.7, kernel=kernel, used=used), hidden, matrix)
+    assert_equal((*found, *pull(given)), narrowed(hidden, matrix, targets, 0.7, d_logp, d_entropy, used))
+    mask = np.random.default_rng(1).random(targets.shape) < 0.4
+    trained = lambda h, m: trained_logprobs(  # noqa: E731
+        h, m, jnp.asarray(targets), jnp.asarray(mask * 1.0), 0.7, 16, kernel, used
+    )
+    found, pull = jax.vjp(trained, hidden, matrix)
+    logp, entropy, *gradients = narrowed(hidden, matrix, targets, 0.7, d_logp * mask, d_entropy * mask, used)
     assert_equal((*found, *pull(given)), (logp * mask, entropy * mask, *gradients))
 
 

@@ -152,6 +152,72 @@ def test_a_ratio_above_eleven_is_cut_where_the_advantage_is_positive_and_followe
         assert float(stats["clip_fraction"]) == (advantage > 0)
 
 
+def far(gap, advantage=1.0, behaviour=0.0):
+    """Returns one sample of three tokens: at the second, log(reference / policy) is `gap` and log(policy / sampler) `behaviour`."""
+    logp = np.asarray([-1.0, -2.0, -1.5])
+    reference, sampler = logp + [0.1, gap, -0.2], logp - [0.0, behaviour, 0.0]
+    found = dict(logp=logp, old=sampler, behaviour=sampler, reference=reference, entropy=logp * 0, frozen=logp)
+    return found | {"advantage": advantage, "trained": True}
+
+
+KL_OPTIONS = [(fields, loss) for fields, loss in theirs.OPTIONS if "kl_estimator" in fields]
+
+
+@pytest.mark.parametrize("gap", [8.0, 21.0, 200.0, -200.0])
+@pytest.mark.parametrize("fields, reference", KL_OPTIONS, ids=lambda value: str(value)[:60])
+def test_a_token_far_from_the_reference_has_the_loss_and_gradient_of_the_clamped_formula(fields, reference, gap):
+    found = [far(gap), *samples(huge=4.0)[:1]]
+    # A step that leaves differences of a loss of 1e8 some digits in float64.
+    expected, gradients = reference(found, LONGEST), theirs.gradient(reference, found, LONGEST, step=1e-3)
+    value, grads, stats = ours(found, [[0, 1]], GRPOConfig(**fields))
+    assert value == pytest.approx(expected, rel=1e-5)
+    for grad, wanted in zip(grads, gradients, strict=True):
+        np.testing.assert_allclose(grad, wanted, rtol=1e-4, atol=1e-3)
+    clamped = {"k3_clamped": abs(gap) > 20}.get(fields["kl_estimator"], gap > 20)
+    assert float(stats.get("kl_clamped", clamped)) == clamped
+
+
+def test_the_bound_of_the_kl_terms_log_ratio_is_a_field_and_what_no_float_holds_is_refused():
+    for bound in (2.0, 30.0):
+        _, _, stats = ours([far(25.0)], [[0]], GRPOConfig(kl_coef=0.5, kl_log_ratio_clamp=bound))
+        assert float(stats["kl_clamped"]) == (bound == 2.0)
+    for field in ("kl_log_ratio_clamp", "log_ratio_clamp"):
+        with pytest.raises(ValueError, match=f"GRPOConfig.{field}=100 must be at most 80"):
+            GRPOConfig(**{field: 100})
+
+
+@pytest.mark.parametrize("estimator", [*theirs.KLS])
+@pytest.mark.parametrize("clamp", [0.0, 20.0])
+def test_a_coefficient_of_zero_leaves_the_kl_term_out_of_value_and_gradient_whatever_it_is(estimator, clamp):
+    schedule = dict(kl_coef=0.0, kl_coef_schedule=((0, 0.0), (10, 0.5)))
+    with_term = GRPOConfig(**schedule, kl_estimator=estimator, kl_log_ratio_clamp=clamp)
+    found = [far(200.0), *samples(huge=4.0)]
+    rows = [[number] for number in range(len(found))]
+    value, grads, stats = ours(found, rows, with_term)
+    without, expected, _ = ours(found, rows, GRPOConfig(kl_coef=0.0))
+    assert value == without and "kl" in stats
+    for grad, wanted in zip(grads, expected, strict=True):
+        assert np.array_equal(grad, wanted)
+
+
+def test_what_stands_at_untrained_tokens_does_not_reach_the_gradient():
+    found = [far(200.0) | {"trained": False}, far(0.3)]
+    value, grads, _ = ours(found, [[0, 1]], GRPOConfig(kl_coef=0.5, kl_log_ratio_clamp=0.0))
+    alone, expected, _ = ours(found[1:], [[0]], GRPOConfig(kl_coef=0.5, kl_log_ratio_clamp=0.0))
+    assert value == pytest.approx(alone / 2, rel=1e-6) and not grads[0].any()
+    np.testing.assert_allclose(grads[1], expected[0] / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence", "sequence_token"])
+@pytest.mark.parametrize("advantage", [1.0, 0.0])
+def test_a_ratio_that_overflows_is_clipped_and_not_nan(ratio, advantage):
+    config = GRPOConfig(kl_coef=0.0, ratio=ratio)
+    value, grads, _ = ours([far(0.0, advantage, behaviour=400.0)], [[0]], config)
+    assert np.isfinite(value) and np.isfinite(grads[0]).all()
+    if ratio == "token":
+        assert value == pytest.approx(-advantage * (1 + 11 + 1) / 3, rel=1e-6) and grads[0][1] == 0
+
+
 # Advantages
 
 

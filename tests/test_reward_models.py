@@ -223,13 +223,15 @@ LABEL = {"id": "a", "prompt": "p", "response": "r", "safe": True}
 BAD_ROWS = {
     "no rejected": ("helpful", [{"id": "a", "prompt": "p", "chosen": "c"}], "line 1", "rejected"),
     "not text": ("helpful", [PAIR | {"chosen": 3}], "line 1", "chosen"),
-    "same text": ("helpful", [PAIR, PAIR | {"id": "b", "rejected": "c"}], "row 2", "the same text"),
-    "empty prompt": ("helpful", [PAIR | {"prompt": " "}], "row 1", "'prompt' is empty"),
-    "same id": ("helpful", [PAIR, PAIR], "row 2", "also the id of row 1"),
-    "no label": ("safety", [{"id": "a", "prompt": "p", "response": "r"}], "row 1", "no label; needs one of 'safe'"),
-    "no boolean": ("safety", [LABEL | {"safe": "yes"}], "row 1", "safe='yes'; needs"),
-    "both labels": ("safety", [LABEL | {"unsafe": False}], "row 1", "needs one of 'safe' and 'unsafe'"),
-    "no text": ("safety", [LABEL | {"response": 7}], "row 1", "'response' is 7"),
+    "same text": ("helpful", [PAIR, PAIR | {"id": "b", "rejected": "c"}], "line 2", "the same text"),
+    "empty prompt": ("helpful", [PAIR | {"prompt": " "}], "line 1", "'prompt' is empty"),
+    "same id": ("helpful", [PAIR, PAIR], "line 2", "also the id of "),
+    "no label": ("safety", [{"id": "a", "prompt": "p", "response": "r"}], "line 1", "no label; needs one of 'safe'"),
+    "no boolean": ("safety", [LABEL | {"safe": "yes"}], "line 1", "safe='yes'; needs"),
+    "both labels": ("safety", [LABEL | {"unsafe": False}], "line 1", "needs one of 'safe' and 'unsafe'"),
+    "no text": ("safety", [LABEL | {"response": 7}], "line 1", "'response' is int, a string is needed"),
+    "empty text": ("safety", [LABEL | {"prompt": "", "response": " "}], "line 1", "'response' is ' ', needs text"),
+    "several turns": ("helpful", [PAIR | {"prompt": [{"role": "system", "content": "s"}]}], "line 1", "several turns"),
 }
 
 
@@ -239,7 +241,7 @@ def test_bad_row_is_one_line_with_file_and_place(name, tmp_path):
     path = tmp_path / "rows.jsonl"
     jsonl.write(path, rows)
     with pytest.raises(ValueError) as caught:
-        reward_examples.read(path, kind)
+        reward_examples.read(str(path), kind)
     text = str(caught.value)
     assert text.startswith(f"{path}, {place}: ") and told in text and "\n" not in text
 
@@ -247,7 +249,8 @@ def test_bad_row_is_one_line_with_file_and_place(name, tmp_path):
 def test_label_may_be_safe_or_unsafe_and_a_row_without_response_is_itself_judged(tmp_path):
     path = tmp_path / "rows.jsonl"
     jsonl.write(path, [LABEL, {"prompt": "some text", "unsafe": True}])
-    first, second = reward_examples.read(path, "safety")
+    (first, second), notes = reward_examples.read(str(path), "safety")
+    assert notes == ["1 of 2 rows have no id; they are called row-1, row-2, ... by their number"]
     assert (first["prompt"], first["response"], first["safe"]) == ("p", "r", True)
     assert (second["id"], second["prompt"], second["response"], second["safe"]) == ("row-2", "", "some text", False)
 

@@ -274,6 +274,46 @@ def test_language_consistency_agrees_with_words_counted_by_hand(trace):
     assert rules.language_consistency(trace["text"], trace["target"]) == share
 
 
+@pytest.mark.parametrize(
+    ("spellings", "language"),
+    [
+        ("en EN English english en-US en_GB en_US.UTF-8 eng anglais 英语", "en"),
+        ("zh ZH zh-CN zh_TW zh-Hans-CN zho cmn Chinese Mandarin 中文 简体中文", "zh"),
+        ("fr FR French français FRANÇAIS francais fr-CA fr_FR.utf8 fra fre 法语", "fr"),
+    ],
+)
+def test_a_language_is_known_by_its_names_and_codes(spellings, language):
+    for spelling in [
+        *spellings.split(),
+        f" {spellings.split()[1]} ",
+        "franc\u0327ais"[: 99 * (language == "fr")] or language,
+    ]:
+        assert rules.canonical_language(spelling) == language, spelling
+        rules.check_language(spelling)
+        text = {"en": "two words", "zh": "两个词", "fr": "deux mots"}[language]
+        assert rules.language_consistency(text, spelling) == 1.0
+
+
+@pytest.mark.parametrize(
+    "name", ["german", "de", "de-AT", "e", "klingon", "en fr", "english and chinese", "xx-en", "eng1", "-"]
+)
+def test_a_language_that_the_rule_does_not_know_is_refused_with_those_it_knows(name):
+    for function in (rules.canonical_language, rules.check_language):
+        with pytest.raises(ValueError, match=f"^language {name!r} is none that the language reward knows: en, zh, fr"):
+            function(name)
+
+
+def test_a_row_without_a_language_is_taken_from_its_prompt():
+    rules.check_language("")
+
+
+def test_the_reward_of_a_row_takes_its_language_as_data_sets_spell_it():
+    asked = dict(id="1", task="math", prompt="1+1", response="<think>一共是二</think>\\boxed{2}", reference="2")
+    for spelling, share in (("zh-CN", 1.0), ("Chinese", 1.0), ("English", 0.0)):
+        found = compose.score(RewardRequest(**asked, language=spelling), RewardConfig())
+        assert found.parts["language"] == share
+
+
 @pytest.mark.parametrize(("name", "language"), [("cmath", "zh"), ("gsm8k_test", "en"), ("math500", "en")])
 def test_the_language_of_every_real_prompt_is_detected(shared_data, name, language):
     rows = [json.loads(line) for line in (shared_data / f"{name}.jsonl").read_text().splitlines()]

@@ -196,12 +196,24 @@ def test_a_journal_written_before_a_term_existed_is_read_by_name_with_0_for_it(t
         assert np.array_equal(found.dropped_parts, expected[:2]) and found.dropped_tokens == 9
 
 
+def test_experts_are_recorded_for_routing_replay_alone(watched):
+    training, _, _, kept, _ = watched
+    assert training.config.model.num_moe_layers and not training.config.grpo.routing_replay
+    assert all(sample.routed_experts is None for scored in kept.values() for sample in scored.samples)
+
+
 def test_a_rollout_in_the_journal_is_used_instead_of_a_new_one(watched, tmp_path):
+    """Its record of experts, which runs once made without reading it, changes nothing."""
     _, folder, _, kept, _ = watched
     training = build(tmp_path)
     training.roll_out = lambda start, *more: pytest.fail(f"rollout {start} was sampled again")
+    shape = training.config.model.num_moe_layers, training.config.model.num_experts_per_tok
     for start, scored in kept.items():
-        training.journal.write(start, scored)
+        recorded = [
+            replace(s, routed_experts=np.zeros((len(s.prompt_ids) + len(s.token_ids), *shape), np.int16))
+            for s in scored.samples
+        ]
+        training.journal.write(start, replace(scored, samples=recorded))
     training.run()
     assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
 

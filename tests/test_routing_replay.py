@@ -175,7 +175,7 @@ def draw(dtype):
     """Returns a rollout of MODEL sampled in a compute dtype."""
     mesh, generator = sharding.make_mesh(MeshConfig()), np.random.default_rng(1)
     sampler = SamplerConfig(slots=GROUPS * SAMPLES, max_prompt_tokens=PROMPT, max_new_tokens=LONGEST)
-    scheduler = RolloutSampler(Engine(replace(MODEL, compute_dtype=dtype), sampler, mesh, (0,)))
+    scheduler = RolloutSampler(Engine(replace(MODEL, compute_dtype=dtype), sampler, mesh, (0,), record_experts=True))
     requests = [
         RolloutRequest(
             number,
@@ -270,8 +270,6 @@ def test_a_sample_without_a_record_and_a_model_without_routers_are_refused():
     bare = replace(scored, samples=[replace(s, routed_experts=None) for s in scored.samples])
     with pytest.raises(ValueError, match=r"sample 0/0 was journalled without the experts.*routing_replay=false"):
         rollouts.pack_mini_batch(bare, np.arange(4), judged(scored), settings(), LONGEST)
-    with pytest.raises(ValueError, match=r"routing_replay=true needs sampler.record_routed_experts=true"):
-        replace(settings(), sampler=SamplerConfig(record_routed_experts=False))
     with pytest.raises(ValueError, match=r"needs a model with mixture-of-experts layers \(model.n_routed_experts=0\)"):
         configs.load("r1_zero:tiny_dense", [("grpo.routing_replay", "true")])
     with pytest.raises(ValueError, match=r"replay_check_every=2 needs routing_replay=true"):

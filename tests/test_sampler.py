@@ -47,11 +47,11 @@ def requests(law=None, groups=GROUPS, samples=SAMPLES, seed=0):
     return result
 
 
-def build(mesh, slots, steps, windows=()):
+def build(mesh, slots, steps, windows=(), record=True):
     sampler = SamplerConfig(
         slots=slots, steps_per_dispatch=steps, max_prompt_tokens=16, max_new_tokens=LONGEST, windows=windows
     )
-    return RolloutSampler(Engine(MODEL, sampler, mesh, (WORDS.eos_id,), WORDS))
+    return RolloutSampler(Engine(MODEL, sampler, mesh, (WORDS.eos_id,), WORDS, record_experts=record))
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,14 @@ def test_tokens_do_not_depend_on_slots_steps_windows_or_order(rollout, mesh, par
         twin = found[sample.request_id, sample.sample_index]
         assert np.array_equal(sample.token_ids, twin.token_ids)
         assert sample.finish_reason == twin.finish_reason
+
+
+def test_without_a_record_of_experts_tokens_and_log_probs_have_the_same_bits(rollout, mesh, params):
+    plain = build(mesh, slots=16, steps=8, record=False).generate(requests(), params)
+    for sample, twin in zip(rollout[0], plain, strict=True):
+        assert sample.routed_experts is not None and twin.routed_experts is None
+        for name in ("token_ids", "logps", "behaviour_logps"):
+            assert np.array_equal(getattr(sample, name), getattr(twin, name)), name
 
 
 def teacher_forced(params, batch):
@@ -170,6 +178,23 @@ def test_stop_token_is_kept_and_lengths_are_exact(rollout):
         else:
             assert s.finish_reason == "length" and len(s.token_ids) == LONGEST and not stops.size
     assert {s.finish_reason for s in samples} == {"stop", "length"}
+
+
+def test_a_stop_string_cuts_tokens_log_probs_and_experts_alike(mesh, params, rollout):
+    settings = SamplerConfig(
+        slots=10, steps_per_dispatch=5, max_prompt_tokens=16, max_new_tokens=LONGEST, stop_strings=("= ",)
+    )
+    stopping = RolloutSampler(Engine(MODEL, settings, mesh, (WORDS.eos_id,), WORDS))
+    cut = 0
+    for whole, s in zip(rollout[0], stopping.generate(requests(), params), strict=True):
+        prefixes = (n for n in range(1, len(whole.token_ids) + 1) if "= " in WORDS.decode(whole.token_ids[:n]))
+        kept = next(prefixes, len(whole.token_ids))
+        cut += kept < len(whole.token_ids)
+        assert np.array_equal(s.token_ids, whole.token_ids[:kept])
+        assert np.array_equal(s.routed_experts, whole.routed_experts[: len(s.prompt_ids) + kept])
+        assert len(s.logps) == len(s.behaviour_logps) == kept
+        assert s.finish_reason == ("stop" if kept < len(whole.token_ids) else whole.finish_reason)
+    assert cut > 10
 
 
 def test_keys_decide_the_samples(rollout, sampler, params):

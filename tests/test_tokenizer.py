@@ -316,6 +316,19 @@ def test_sentencepiece_ids_equal_transformers(spoken, tmp_path, text, legacy):
     assert ours.backend.decode(ids) == text
 
 
+@pytest.mark.parametrize("stated", [None, True, False])
+def test_sentencepiece_prompts_begin_as_transformers_begins_them(spoken, tmp_path, stated):
+    transformers = parity()
+    shutil.copytree(spoken, tmp_path, dirs_exist_ok=True)
+    config = json.loads((spoken / "tokenizer_config.json").read_text())
+    config |= {} if stated is None else {"add_bos_token": stated}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), tokenizer.from_folder(tmp_path)
+    for text in SPOKEN:
+        assert ours.encode_prompt(text) == theirs.encode(text)
+        assert ours.encode_prompt(f"<s>{text}")[:2].count(ours.bos_id) == 1
+
+
 def test_saved_sentencepiece_folder_reads_the_same_and_holds_the_same_model(spoken, tmp_path):
     original = tokenizer.from_folder(spoken)
     original.chat_template = CHAT

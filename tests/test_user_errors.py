@@ -1,6 +1,7 @@
 """Claims about what a user sees after a mistake: one line, exit code 2, nothing half-written."""
 
 import json
+import shutil
 
 import pytest
 
@@ -64,7 +65,7 @@ def test_mistake_is_one_clear_line_and_leaves_nothing(name, tmp_path, capsys):
         ("", "no rows"),
         ('{"id": "a"\n', "line 1"),
         ('{"id": "a", "prompt": "p", "answer": "1"}\n[]\n', "line 2"),
-        ('{"id": "a", "prompt": "p"}\n', "answer"),
+        ('{"id": "a", "task": "math", "prompt": "p"}\n', "answer"),
     ],
 )
 def test_bad_data_is_named_by_file_and_line(content, expected, tmp_path, capsys, smollm2_folder):
@@ -85,8 +86,9 @@ def test_checkpoint_of_another_shape_is_named_by_array(tmp_path, capsys):
         + ["--config.model.num_hidden_layers=2", f"--workdir={tmp_path}/runs"],
         capsys,
     )
+    shutil.copytree(tmp_path / "runs" / "stage0_base" / "checkpoints", tmp_path / "bare" / "checkpoints")
     code, lines = run(
-        ["--config=evaluate", f"--config.checkpoint={tmp_path}/runs/stage0_base", f"--workdir={tmp_path}/runs"], capsys
+        ["--config=evaluate", f"--config.checkpoint={tmp_path}/bare", f"--workdir={tmp_path}/runs"], capsys
     )
     assert code == 2
     assert len(lines) <= 3

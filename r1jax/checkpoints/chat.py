@@ -1,19 +1,25 @@
 """Chat templates of checkpoints, which are programs of strangers: rendered in a sandbox, within limits."""
 
 import contextlib
+import datetime
 import functools
 import json
 import signal
+import sys
 import threading
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from r1jax.core import distributed
 
 MOST_REPEATED = 1_000_000  # items that `*` may make of a text or list
 LARGEST_POWER_BITS = 10_000
 DEADLINE_S = 5.0  # of one rendering, in the main thread
+TODAY = datetime.datetime.combine(datetime.date.today(), datetime.time())  # `strftime_now`: one for all of a process
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -33,15 +39,48 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
+class _Generation(Extension):
+    """`{% generation %} ... {% endgeneration %}`, which marks what a model writes; rendered as its content."""
+
+    tags = {"generation"}
+
+    def parse(self, parser) -> nodes.CallBlock:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+
+    def _content(self, caller) -> str:
+        return caller()
+
+
 def _refuse(message: str) -> None:
     raise TemplateError(message)
 
 
+def _json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """Returns JSON as transformers' filter writes it; Jinja's own would escape what HTML reserves."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(form: str) -> str:
+    _say_date()
+    return TODAY.strftime(form)
+
+
+@functools.cache
+def _say_date() -> None:
+    """Prints, once a run, the date that templates are told."""
+    if distributed.is_writer():
+        print(f"the chat template states a date: all prompts of this run say {TODAY:%Y-%m-%d}", file=sys.stderr)
+
+
 @functools.lru_cache(maxsize=8)
 def _compiled(template: str):
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.globals["raise_exception"] = _refuse
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _strftime_now}
+    environment.filters["tojson"] = _json
     return environment.from_string(template)
 
 

@@ -5,15 +5,15 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.checkpoints import fp8, hf_names
-from r1jax.checkpoints.hf_config import INDEX_FILE, SINGLE_FILE, Fields, read_json
+from r1jax.checkpoints import fp8, hf_hints, hf_names
+from r1jax.checkpoints.hf_config import INDEX_FILE, SINGLE_FILE, Fields, read_json, rotary_pairs
 from r1jax.checkpoints.hf_names import Array, Entry, leaf_path
 from r1jax.checkpoints.tensor_file import TYPES, TensorFile
 from r1jax.core import sharding
@@ -63,7 +63,7 @@ class TensorFiles:
                 file = TensorFile(path)
                 self._files.append(file)
                 for name in file.tensors:
-                    if name not in self._file_of or weight_map.get(name) == path.name:
+                    if name not in self._file_of or weight_map.get(name) == path:
                         self._file_of[name] = file
         except ValueError:
             self.close()
@@ -104,16 +104,20 @@ class TensorFiles:
         return fp8.dequantise(value, self.read(name + fp8.SCALE), block)
 
 
-def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """Returns the folder's weight files, and the file of each tensor as far as an index says so."""
-    weight_map: dict[str, str] = {}
-    if (folder / INDEX_FILE).exists():
-        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{folder / INDEX_FILE} has no weight_map; copy it again")
-        files = [folder / str(name) for name in sorted(set(map(str, weight_map.values())))]
-    elif (folder / SINGLE_FILE).exists():
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
+    """Returns the folder's weight files, and the file of each tensor as far as an index says so.
+
+    An index beside the one file is left aside, as by transformers. Raises ValueError for files that lack or lie outside.
+    """
+    weight_map: dict[str, Path] = {}
+    if (folder / SINGLE_FILE).exists():
         files = [folder / SINGLE_FILE]
+    elif (folder / INDEX_FILE).exists():
+        stated = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(stated, dict) or not stated:
+            raise ValueError(f"{folder / INDEX_FILE} has no weight_map; copy it again")
+        weight_map = {name: folder / _inside(folder, name, file) for name, file in stated.items()}
+        files = sorted(set(weight_map.values()))
     else:
         raise ValueError(
             f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; save the weights as safetensors there"
@@ -122,6 +126,15 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if absent:
         raise ValueError(f"{folder} lacks {len(absent)} of {len(files)} weight files, first {absent[0]}; copy it again")
     return files, weight_map
+
+
+def _inside(folder: Path, name: str, file: Any) -> str:
+    """Returns the file that an index names for a tensor. Raises ValueError when it is not one of the folder's own."""
+    if not isinstance(file, str) or not file:
+        raise ValueError(f"{folder / INDEX_FILE}: the file of {name} is {file!r}; a file name is needed")
+    if PurePath(file).is_absolute() or ".." in PurePath(file).parts:
+        raise ValueError(f"{folder / INDEX_FILE}: the file of {name} is {file!r}; weight files lie in the folder")
+    return file
 
 
 def tensors(
@@ -161,13 +174,13 @@ def load(folder: str | Path, config: ModelConfig, mesh: Mesh, dtype: Any) -> dec
     `folder` is a Hugging Face folder, or one safetensors file beside its config.json. FP8 in blocks is multiplied out
     in float32. Leaves are built one after the other, and of each only what this process's devices hold; beside that
     the host holds one tensor. Rotary buffers, prediction layers that the config leaves out and the head of a tied
-    model are skipped; repeated tensors are compared with what they repeat. A scalar head and a softmax router's bias,
-    which checkpoints do not have, are zero. Raises ValueError when files are missing or cut short, tensors do not fit
-    the config, or a type is not read.
+    model are skipped; repeated tensors, such a head too, are compared with what they repeat. A scalar head and a
+    softmax router's bias, which checkpoints do not have, are zero. Raises ValueError when files are missing or cut
+    short, tensors do not fit the config, or a type is not read.
     """
     source = Path(folder)
     fields = Fields((source.parent if source.is_file() else source) / "config.json")
-    interleaved, block = bool(fields.get("rope_interleave", True)), fp8.block_size(fields)
+    interleaved, block = rotary_pairs(fields), fp8.block_size(fields)
     table = {entry.path: entry for entry in hf_names.name_table(config, interleaved)}
     with TensorFiles(source) as files:
         _check(source, files, fields, config, block)
@@ -213,21 +226,24 @@ def _fill(files: TensorFiles, entry: Entry, parts: dict[Ranges, Array], block: t
                 part[tuple(i - r.start for i, r in zip(place, ranges, strict=False))] = tensor[inner]
 
 
-def _skipped(name: str, fields: Fields, config: ModelConfig) -> bool:
+def _skipped(name: str, files: TensorFiles, config: ModelConfig) -> bool:
     """Returns whether a tensor is known to have no place in the decoder."""
-    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
+    if name.endswith("rotary_emb.inv_freq") or 0 in files.shape(name):
         return True
+    if name == hf_hints.HEAD:
+        return config.tie_word_embeddings
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if layer is None or config.family != "deepseek_v3":
         return False
-    extra = fields.get("num_nextn_predict_layers", fields.get("num_mtp_layers", 1))
-    layers = config.num_hidden_layers
-    return layers + config.num_nextn_predict_layers <= int(layer[1]) < layers + extra
+    number, read = int(layer[1]), config.num_hidden_layers + config.num_nextn_predict_layers
+    return number >= read and f"model.layers.{number}.eh_proj.weight" in files
 
 
 def _check(source: Path, files: TensorFiles, fields: Fields, config: ModelConfig, block) -> None:
     """Raises ValueError when the stored tensors are not exactly those that the model is made of."""
-    stored = {name: files.shape(name) for name in files if not _skipped(name, fields, config)}
+    if why := hf_hints.misnamed(list(files)) or hf_hints.fused(list(files)):
+        raise ValueError(f"{source}: {why}")
+    stored = {name: files.shape(name) for name in files if not _skipped(name, files, config)}
     small = {name: None for name in stored if files.dtype(name) == "F8_E4M3"}
     if small and block is None:
         raise ValueError(
@@ -235,7 +251,7 @@ def _check(source: Path, files: TensorFiles, fields: Fields, config: ModelConfig
             "state weight_block_size"
         )
     repeats = hf_names.copies(config)
-    expected = tensors(config, block=block, interleaved=bool(fields.get("rope_interleave", True)))
+    expected = tensors(config, block=block, interleaved=rotary_pairs(fields))
     shapes = {}
     for name, tensor in expected.items():
         original = name.removesuffix(fp8.SCALE)
@@ -243,6 +259,10 @@ def _check(source: Path, files: TensorFiles, fields: Fields, config: ModelConfig
             continue  # a copy may be left out, and a matrix that is not in FP8 has no factors
         shapes[name] = tensor.shape
     if problems := shape_problems(stored, shapes, MOST_PROBLEMS):
+        stated = fields.get("tie_word_embeddings")
+        tie = "it is not stated" if stated is None else f"it is {str(stated).lower()}"
+        beside = INDEX_FILE if all((source / name).exists() for name in (INDEX_FILE, SINGLE_FILE)) else ""
+        problems += hf_hints.remedies(stored, shapes, tie, beside)
         raise ValueError(f"{source} does not fit the model of its config.json ({config.family}): {problems}")
     for name in stored:
         kind, may_be_small = files.dtype(name), expected[name].dtype == fp8.TYPE
@@ -251,16 +271,29 @@ def _check(source: Path, files: TensorFiles, fields: Fields, config: ModelConfig
                 f"{source}: {name} is {kind}; it must be float32, float16 or bfloat16"
                 + (", or FP8 as F8_E4M3 in blocks" if may_be_small else "")
             )
+    _check_repeats(source, files, config, {name: repeats[name] for name in repeats if name in stored})
+
+
+def _check_repeats(source: Path, files: TensorFiles, config: ModelConfig, repeats: dict[str, str]) -> None:
+    """Raises ValueError when a tensor differs from the one that is used in its place."""
     for name, original in repeats.items():
-        if name in stored:
-            _compare(source, files, name, original)
+        if not _equal(files, name, original):
+            raise ValueError(f"{source}: {name} differs from {original}, which the model uses in its place")
+    embedding = "model.embed_tokens.weight"
+    if config.tie_word_embeddings and hf_hints.HEAD in files and not _equal(files, hf_hints.HEAD, embedding):
+        raise ValueError(
+            f"{source}: {hf_hints.HEAD} differs from {embedding}, but config.json's tie_word_embeddings=true makes them "
+            f"one; set it to false to use both, or remove {hf_hints.HEAD}"
+        )
 
 
-def _compare(source: Path, files: TensorFiles, name: str, original: str) -> None:
-    """Raises ValueError when two tensors of one shape differ in any value."""
-    shape = files.shape(name)
+def _equal(files: TensorFiles, name: str, original: str) -> bool:
+    """Returns whether two tensors have the same shape and values."""
+    if (shape := files.shape(name)) != files.shape(original):
+        return False
     step = max(_COMPARED_BYTES // max(8 * int(np.prod(shape[1:])), 1), 1)
     for start in range(0, shape[0], step):
         one, other = (files.read(tensor, slice(start, start + step)) for tensor in (name, original))
         if one.tobytes() != other.tobytes() and not np.array_equal(one.astype("f8"), other.astype("f8")):
-            raise ValueError(f"{source}: {name} differs from {original}, which the model uses in its place")
+            return False
+    return True

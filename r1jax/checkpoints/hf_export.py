@@ -43,13 +43,16 @@ def save(
     shard_bytes: int = 5_000_000_000,
     check: Callable[[Path], Any] = lambda folder: None,
     block: tuple[int, int] = fp8.BLOCK,
+    end_ids: Sequence[int] = (),
+    pad_id: int | None = None,
 ) -> None:
     """Writes weights, config.json, generation_config.json, tokenizer and README.md under a temporary name; renames it.
 
     `card` is the text of README.md. A file holds at most `shard_bytes` of weights (a larger tensor stands alone); with
     several files there is an index. `check` is called with the temporary folder before it gets its name; when it, or
-    anything else, raises, nothing stays. `block` is that of FP8. Raises ValueError when the folder exists or the
-    family cannot hold the model.
+    anything else, raises, nothing stays. `block` is that of FP8. `end_ids` end a response beside the tokenizer's
+    eos_id, and `pad_id` pads (None: the tokenizer's). Raises ValueError when the folder exists or the family cannot hold
+    the model.
     """
     folder = Path(folder)
     refuse_existing(folder)
@@ -59,8 +62,9 @@ def save(
     temporary.mkdir(parents=True)
     try:
         write_weights(temporary, tensors(c, dtype, block), Leaves(params).value, shard_bytes, block)
-        _write_json(temporary / "config.json", config_fields(c, tokenizer, dtype, block))
-        _write_json(temporary / "generation_config.json", _token_ids(tokenizer) | EVALUATION_SAMPLING)
+        ids = _token_ids(tokenizer, end_ids, pad_id)
+        _write_json(temporary / "config.json", config_fields(c, tokenizer, dtype, block) | ids)
+        _write_json(temporary / "generation_config.json", ids | EVALUATION_SAMPLING)
         tokenizer.save(temporary)
         (temporary / "README.md").write_text(card or f"# {folder.name}\n\nTrained with r1jax.\n", encoding="utf-8")
         check(temporary)
@@ -116,8 +120,17 @@ def _check(params: decoder.Params, c: ModelConfig, tokenizer: Tokenizer, dtype: 
 # config.json
 
 
-def _token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
-    return {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+def _token_ids(
+    tokenizer: Tokenizer, end_ids: Sequence[int] = (), pad_id: int | None = None
+) -> dict[str, int | list[int] | None]:
+    """Returns the ids of config.json: eos_token_id is a list where several end a response, with the tokenizer's in it."""
+    ends = list(dict.fromkeys(end_ids))
+    ends = ends if tokenizer.eos_id in ends else [tokenizer.eos_id, *ends]
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
+        "pad_token_id": tokenizer.pad_id if pad_id is None else pad_id,
+    }
 
 
 def config_fields(
@@ -130,7 +143,7 @@ def config_fields(
     fields |= {"model_type": c.family, "architectures": [ARCHITECTURES[c.family]], "hidden_act": "silu"}
     fields |= {"torch_dtype": "bfloat16" if dtype == "fp8" else dtype, "use_cache": True, "attention_dropout": 0.0}
     fields |= _token_ids(tokenizer)
-    fields["rope_scaling"] = _rope_scaling(c)
+    fields |= _rope(c)
     if dtype == "fp8":
         quantisation = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
         fields["quantization_config"] = quantisation | {"weight_block_size": list(block)}
@@ -160,18 +173,19 @@ def _grouped_fields(c: ModelConfig) -> dict[str, Any]:
     return fields | {"use_sliding_window": False}
 
 
-def _rope_scaling(c: ModelConfig) -> dict[str, Any] | None:
+def _rope(c: ModelConfig) -> dict[str, Any]:
+    """Returns rope_scaling, which transformers 4 reads with rope_theta, and rope_parameters, of which 5 has both."""
     s = c.rope_scaling
     if s.kind == "none":
-        return None
-    fields: dict[str, Any] = {"rope_type": s.kind, "type": s.kind, "factor": s.factor}
+        return {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
+    fields: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
     fields["original_max_position_embeddings"] = s.original_max_position_embeddings
     if s.kind == "yarn":
         fields |= {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow}
         fields |= {name: getattr(s, name) for name in ("mscale", "mscale_all_dim") if getattr(s, name)}
     else:
         fields |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
-    return fields
+    return {"rope_scaling": fields | {"type": s.kind}, "rope_parameters": fields | {"rope_theta": c.rope_theta}}
 
 
 # Weights

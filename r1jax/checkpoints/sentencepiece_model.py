@@ -63,6 +63,9 @@ class SentencePieceBackend:
         processor.LoadFromSerializedProto(changed.SerializeToString())
         return processor
 
+    def prompt_prefix(self) -> None:
+        """Returns nothing: a model file names a bos token, but does not say whether texts begin with it."""
+
     def _at(self, start: bool) -> sentencepiece.SentencePieceProcessor:
         return self._prefixed if self._prefix == "always" or (start and self._prefix == "first") else self._bare
 

@@ -1,8 +1,10 @@
 """Tokenizers: a Hugging Face folder's tokenizer.json or sentencepiece model, and the tiny world's own word list."""
 
+import copy
 import functools
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,15 +13,23 @@ import tokenizers
 
 from r1jax.checkpoints import chat
 from r1jax.checkpoints import sentencepiece_model as spm
+from r1jax.core import distributed
 from r1jax.data import tasks
+from r1jax.schema import ModelConfig, replace
+
+GENERATION = "generation_config.json"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+PROBE = "r1jax7741"  # stands for a text whose place in a rendered or encoded one is looked for
 
 
 class Backend(Protocol):
     """What turns text into ids and back; special tokens spelled out in the text are one id each."""
 
-    vocab_size: int
+    vocab_size: int  # the highest id and 1
 
     def encode(self, text: str) -> list[int]: ...
+
+    def prompt_prefix(self) -> list[int] | None: ...  # ids that it puts before a text by itself; None: not stated
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -36,12 +46,18 @@ class JsonBackend:
     def __init__(self, inner: tokenizers.Tokenizer):
         self._inner = inner
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
-        return self._inner.get_vocab_size(with_added_tokens=True)
+        return max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
         return self._inner.encode(text, add_special_tokens=False).ids
+
+    def prompt_prefix(self) -> list[int] | None:
+        """Returns what the post-processor puts before a text; None where it puts nothing."""
+        plain, whole = self.encode(PROBE), self._inner.encode(PROBE, add_special_tokens=True).ids
+        places = range(len(whole) - len(plain) + 1)
+        return whole[: next((at for at in places if whole[at : at + len(plain)] == plain), 0)] or None
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._inner.decode(list(ids), skip_special_tokens=False)
@@ -56,6 +72,12 @@ class JsonBackend:
         self._inner.save(str(folder / "tokenizer.json"))
 
 
+def _in_parts(message: dict) -> dict:
+    """Returns a message whose content is a list of parts, as those of images and text together have it."""
+    content = message["content"]
+    return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
 def _token_text(value: Any) -> str | None:
     """Returns a special token's text from tokenizer_config.json, where it is a string or an object with `content`."""
     text = value.get("content") if isinstance(value, dict) else value
@@ -65,10 +87,15 @@ def _token_text(value: Any) -> str | None:
 class Tokenizer:
     """Text to ids and back, with the special tokens and the chat template of a checkpoint."""
 
-    def __init__(self, backend: Backend, special: dict, chat_template: str = "", source: str = ""):
-        """`special` is tokenizer_config.json. Without a pad_token, padding is the end token. ValueError without an end."""
+    def __init__(
+        self, backend: Backend, special: dict, chat_template: str = "", source: str = "", stop_ids: Sequence[int] = ()
+    ):
+        """`special` is tokenizer_config.json, `stop_ids` further ids at which a response ends.
+
+        Without a pad_token, padding is the end token. ValueError without an end.
+        """
         self.backend, self.chat_template, self.source = backend, chat_template, source
-        self.config = special
+        self.config, self._more_stops = special, tuple(stop_ids)
         self._spelled: re.Pattern | None = None
         self.bos_id = self._special_id("bos_token")
         eos = self._special_id("eos_token")
@@ -91,9 +118,91 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.backend.vocab_size
 
+    # Where a response ends
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids at which a response ends: eos_id first, those of the folder's config.json and generation_config.json,
+        those that `stopping_at` gave, and the chat template's end of turn."""
+        return tuple(dict.fromkeys((self.eos_id, *self._more_stops, self.end_of_turn_id)))
+
+    @functools.cached_property
+    def end_of_turn_id(self) -> int:
+        """The one special token that the chat template writes after what an assistant says; without one, eos_id.
+
+        An end of turn that is no special token is said once on stderr: no single id can stop there.
+        """
+        after = self._after_turn()
+        known = [text for text in self.backend.special_texts() if text.strip()]
+        found = max((text for text in known if after.startswith(text.strip())), key=len, default=None)
+        if found is not None:
+            return self.backend.token_to_id(found)
+        if after and distributed.is_writer():
+            print(
+                f"tokenizer {self.source}: the chat template ends a turn with {after.splitlines()[0]!r}, which is no special "
+                "token: responses end at the end token alone; set --config.sampler.stop_strings to end them there too",
+                file=sys.stderr,
+            )
+        return self.eos_id
+
+    def _after_turn(self) -> str:
+        """Returns what the chat template writes after an assistant's words, stripped; "" without a template."""
+        turns = [{"role": "user", "content": PROBE[::-1]}, {"role": "assistant", "content": PROBE}]
+        try:
+            text = self.render_chat(turns, add_generation_prompt=False) if self.chat_template else ""
+        except ValueError:  # rendering the prompts says what is wrong with the template
+            return ""
+        return text.rpartition(PROBE)[2].strip() if PROBE in text else ""
+
+    def stopping_at(self, ids: Sequence[int]) -> "Tokenizer":
+        """Returns this tokenizer with further stop ids. Raises ValueError for one that it has no token for."""
+        if bad := [index for index in ids if not 0 <= index < self.vocab_size]:
+            raise ValueError(f"stop id {bad[0]} is none of the {self.vocab_size} ids of tokenizer {self.source}")
+        if set(ids) <= set(self.stop_ids):
+            return self
+        further = copy.copy(self)
+        further._more_stops = (*self._more_stops, *ids)
+        further.__dict__.pop("stop_ids", None)
+        return further
+
+    # Text to ids
+
     def encode(self, text: str) -> list[int]:
-        """Returns ids without any special token that the text does not spell out."""
-        return self.backend.encode(text)
+        """Returns ids without any special token that the text does not spell out. ValueError for a lone surrogate."""
+        try:
+            return self.backend.encode(text)
+        except Exception:  # the libraries differ in what they raise
+            if (lone := _SURROGATE.search(text)) is None:
+                raise
+            raise ValueError(
+                f"tokenizer {self.source}: the text has a lone surrogate, {ascii(lone[0])} at character {lone.start()}, "
+                "which UTF-8 cannot hold; mend or leave out the row that it comes from"
+            ) from None
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the ids of a prompt, which begin with the bos token, once, where the tokenizer puts one before a text."""
+        ids, prefix = self.encode(text), self._prompt_prefix
+        starts = ids[: len(prefix)] == prefix or (self.bos_id is not None and ids[:1] == [self.bos_id])
+        return ids if starts else prefix + ids
+
+    @functools.cached_property
+    def _prompt_prefix(self) -> list[int]:
+        """What the post-processor puts before a text; where it states nothing, bos where add_bos_token is true."""
+        stated = self.backend.prompt_prefix()
+        if stated is not None:
+            return stated
+        return [self.bos_id] if self.config.get("add_bos_token") is True and self.bos_id is not None else []
+
+    def encode_response(self, text: str, end_id: int | None = None) -> list[int]:
+        """Returns the ids of a whole turn with one end token, `end_id` or else end_of_turn_id, as the last.
+
+        Special tokens among the stop ids that the text already ends in, and white space after them, are left out.
+        """
+        special = {self.backend.token_to_id(spelled): spelled for spelled in self.backend.special_texts()}
+        ends = tuple(special[index] for index in self.stop_ids if index in special)
+        while (bare := text.rstrip()).endswith(ends):
+            text = bare.removesuffix(next(end for end in ends if bare.endswith(end)))
+        return [*self.encode(text), self.end_of_turn_id if end_id is None else end_id]
 
     def defused(self, text: str) -> str:
         """Returns the text with a space inside every special token that it spells out, so that `encode` makes none of it.
@@ -108,38 +217,81 @@ class Tokenizer:
             text = broken
         return text
 
+    # Ids to text
+
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ids, special tokens included except pad and eos."""
-        return self.backend.decode([int(i) for i in ids if i not in (self.eos_id, self.pad_id)])
+        """Returns the text of ids, special tokens included except pad and eos, and except stop ids at the end."""
+        kept = [int(index) for index in ids if index not in (self.eos_id, self.pad_id)]
+        while kept and kept[-1] in self.stop_ids:
+            kept.pop()
+        return self.backend.decode(kept)
 
     def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
         return [self.decode(row) for row in rows]
 
-    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Returns the chat template applied to messages, rendered in a sandbox.
+    # Chat
 
-        Raises ValueError without a template, and in one line for whatever goes wrong inside it.
+    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Returns the chat template applied to messages (role, content), rendered in a sandbox.
+
+        Where that leaves out what a user says, or fails, contents are given as lists of one text part, which some templates
+        ask for. Raises ValueError without a template, and in one line for whatever goes wrong inside it.
         """
         if not self.chat_template:
             raise ValueError(f"tokenizer {self.source}: no chat template; set --config.data.template=r1_zero or plain")
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        tokens = {name: _token_text(self.config.get(name)) or "" for name in names}
+        asked = [m["content"].strip() for m in messages if m["role"] == "user" and isinstance(m["content"], str)]
         try:
-            return chat.render(
-                self.chat_template, dict(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
-            )
-        except ValueError as error:
+            text, error = self._render(messages, add_generation_prompt), None
+        except ValueError as failed:
+            text, error = "", failed
+        if error or not all(question in text for question in asked):
+            try:
+                by_parts = self._render([_in_parts(message) for message in messages], add_generation_prompt)
+            except ValueError:
+                by_parts = ""
+            if by_parts and all(question in by_parts for question in asked):
+                return by_parts
+        if error:
             raise ValueError(f"tokenizer {self.source}: the chat template failed: {error}") from None
+        return text
+
+    def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        """Returns the template with the names that transformers gives it: every special token that is named, no tools."""
+        extra = self.config.get("extra_special_tokens")
+        named = {name: value for name, value in self.config.items() if name.endswith("_token")}
+        tokens = {
+            name: _token_text(value) for name, value in (named | (extra if isinstance(extra, dict) else {})).items()
+        }
+        given = {name: text for name, text in tokens.items() if text is not None}
+        given |= dict(messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt)
+        return chat.render(self.chat_template, given)
 
     def save(self, folder: Path) -> None:
-        """Writes the tokenizer's own file and tokenizer_config.json, from which `from_folder` and transformers read it."""
+        """Writes the tokenizer's own file and tokenizer_config.json, from which `from_folder` and transformers read it.
+
+        Stop ids that these do not name stand in generation_config.json, where the folder has none yet.
+        """
         self.backend.save(folder)
-        config = dict(self.config)
+        config = _for_older_readers(self.config, isinstance(self.backend, JsonBackend))
         if self.chat_template:
             config["chat_template"] = self.chat_template
         (folder / "tokenizer_config.json").write_text(
             json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8"
         )
+        if self._more_stops and not (folder / GENERATION).exists():
+            stops = {"eos_token_id": list(dict.fromkeys((self.eos_id, *self._more_stops)))}
+            (folder / GENERATION).write_text(json.dumps(stops, indent=2), encoding="utf-8")
+
+
+def _for_older_readers(config: dict, is_json: bool) -> dict:
+    """Returns tokenizer_config.json without what only transformers 5 knows; 5 reads the older names too."""
+    kept = {name: value for name, value in config.items() if name not in ("backend", "is_local", "local_files_only")}
+    if kept.get("tokenizer_class") in ("TokenizersBackend", "SentencePieceBackend", "PythonBackend"):
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast" if is_json else "LlamaTokenizer"
+    if isinstance(kept.get("extra_special_tokens"), list):  # an object of named tokens in transformers 4
+        extra = kept.pop("extra_special_tokens")
+        kept["additional_special_tokens"] = kept.get("additional_special_tokens") or extra
+    return kept
 
 
 def from_folder(folder: str | Path) -> Tokenizer:
@@ -157,12 +309,54 @@ def from_folder(folder: str | Path) -> Tokenizer:
         config[name] = value if config.get(name) is None else config[name]
     template = _chat_template(folder, config.pop("chat_template", None))
     if (folder / "tokenizer.json").exists():
-        return Tokenizer(_json_backend(folder / "tokenizer.json"), config, template, str(folder))
+        backend = _json_backend(folder / "tokenizer.json")
+        return Tokenizer(backend, config, template, str(folder), _stated_stops(folder, backend))
     backend = _sentencepiece_backend(folder, config)
     # What the model names itself is written into the config, so that a saved folder states it.
     given = {name: value for name, value in config.items() if value is not None}
     config = backend.own_tokens() | {"tokenizer_class": "LlamaTokenizer"} | given
-    return Tokenizer(backend, config, template, str(folder))
+    return Tokenizer(backend, config, template, str(folder), _stated_stops(folder, backend))
+
+
+def _stated_stops(folder: Path, backend: Backend) -> list[int]:
+    """Returns the eos_token_id (a number or several) of config.json and generation_config.json, those that are tokens.
+
+    An id that is no token, or an ordinary one, is said on stderr. Raises ValueError for what is no id.
+    """
+    special = {backend.token_to_id(text) for text in backend.special_texts()}
+    found: dict[int, str] = {}
+    for name in ("config.json", GENERATION):
+        stated = _read_json(folder / name).get("eos_token_id")
+        ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+        if bad := [index for index in ids if not isinstance(index, int) or isinstance(index, bool)]:
+            raise ValueError(
+                f"tokenizer: {folder / name}: eos_token_id holds {bad[0]!r}, needs a token's number or several"
+            )
+        found |= {index: name for index in ids if index not in found}
+    kept = [index for index in found if 0 <= index < backend.vocab_size]
+    for index, name in found.items():
+        told = f"tokenizer {folder}: eos_token_id {index} of {name} is"
+        if distributed.is_writer() and index not in kept:
+            print(
+                f"{told} none of the {backend.vocab_size} ids of the tokenizer: no response ends there", file=sys.stderr
+            )
+        elif distributed.is_writer() and index not in special:
+            print(f"{told} the ordinary token {backend.decode([index])!r}: responses end there too", file=sys.stderr)
+    return kept
+
+
+def fitted(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """Returns the model with `vocab_used` set: rows beyond the tokenizer's highest id are neither drawn nor normalised over.
+
+    Raises ValueError where the tokenizer has ids that the model has no rows for.
+    """
+    size = tokenizer.vocab_size
+    if size > model.vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer.source} has {size} ids, but the model only {model.vocab_size} rows (vocab_size of "
+            "config.json); give the tokenizer that belongs to the weights"
+        )
+    return replace(model, vocab_used=0 if size == model.vocab_size else size)
 
 
 def _chat_template(folder: Path, stated: Any) -> str:

@@ -54,6 +54,7 @@ KNOWN = {*FIELDS, *ID_FIELDS, *(name for names in SYNONYMS.values() for name in 
 _BY_SMALL_LETTERS = {name.lower(): name for name in KNOWN}
 _OPTION_LINES = re.compile(r"^[ \t]*\(?A[.):].*\n(?:.*\n)*?[ \t]*\(?B[.):]", re.MULTILINE)
 _LETTERS = "ABCDEFGHIJ"
+_OWN_LETTER = re.compile(r"\s*\(?([A-J])[.):]\s*")  # of a choice that brings its letter
 _WORKED_END = re.compile(r"\s*####\s*(.*?)\s*\Z", re.DOTALL)
 
 
@@ -245,9 +246,15 @@ def _options(value: object) -> tuple[list[str], list[str]]:
         labels, value = list(value.get("label", ())), value["text"]
     elif isinstance(value, Mapping):
         labels, value = list(value), list(value.values())
-    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(text, str) for text in value):
+    if not isinstance(value, list) or len(value) < 2 or any(isinstance(text, Mapping | list) for text in value):
         return [], []
-    return list(map(str, labels)) or list(_LETTERS[: len(value)]), value
+    if None in value:
+        raise ValueError(f"one of the choices {value} is null, each needs text")
+    texts = [str(text) for text in value]
+    own = [_OWN_LETTER.match(text) for text in texts]
+    if all(match and match[1] == letter for match, letter in zip(own, _LETTERS, strict=False)):
+        texts = [text[match.end() :] for text, match in zip(texts, own, strict=False)]
+    return list(map(str, labels)) or list(_LETTERS[: len(texts)]), texts
 
 
 def _letter(answer: object, labels: list[str], texts: list[str], name: str) -> str:

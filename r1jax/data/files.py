@@ -8,6 +8,7 @@ import datetime
 import decimal
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,6 +58,8 @@ def read(path: str, columns: Sequence[str] = (), limit: int = 0) -> Table:
     for place, given in raw:
         fields, remarks = dialects.canonical(given, mapping, place)
         counts.update(remarks)
+        if "meta" in fields:
+            fields["meta"] = _without_nan(fields["meta"])
         rows.append(Row(fields, place))
     if not rows:
         raise ValueError(f"{path}: no rows, at least one is needed")
@@ -272,7 +275,7 @@ def _saved_rows(dataset, path: str, limit: int) -> Iterator[tuple[str, dict]]:
 
 def _finite(row: dict, place: str) -> dict:
     """Returns a row of a table without the columns whose numbers are not finite; ValueError for one that we read."""
-    faults = {name: found for name, value in row.items() if (found := jsonl.fault({name: value}))}
+    faults = {name: found for name, value in row.items() if (found := jsonl.fault({name: value}, jsonl.FREE))}
     for name, (field, what) in faults.items():
         if name in dialects.KNOWN:
             raise ValueError(f"{place}: field {field!r} {what}")
@@ -289,6 +292,15 @@ def _one_line_errors(path: object) -> Iterator[None]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _without_nan(value: object) -> object:
+    """Returns a value with None for every number that is not finite."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(member) for name, member in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(member) for member in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _file_digest(path: Path) -> str:

@@ -25,7 +25,8 @@ FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
     "rejected": _TEXT,
     "text": _TEXT,
 }
-JSON_NAMES = {str: "a string", int: "an integer", float: "a number"}
+FREE = ("meta",)  # may hold NaN, as remarks of public sets do
+_JSON_NAMES = {str: "a string", int: "an integer", float: "a number"}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _GZIP = b"\x1f\x8b"
 _OTHER_FORMATS = {  # first bytes of a file: what to say of it
@@ -53,7 +54,7 @@ def read_numbered(path: str | os.PathLike, required: Sequence[str] = (), limit: 
     """Returns (line number from 1, row) of each row, as `read`; of the first `limit` rows alone if it is not 0.
 
     A byte order mark, CRLF and a compressed file under any name are read. Refused, with the line: a field given twice, NaN and
-    infinite numbers, integers too long for Python, text with half of a surrogate pair, what is no UTF-8.
+    infinite numbers outside `meta`, integers too long for Python, text with half of a surrogate pair, what is no UTF-8.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -97,25 +98,30 @@ def write(path: str | os.PathLike, rows: Iterable[Mapping]) -> int:
     return count
 
 
-def fault(value: object) -> tuple[str, str] | None:
+def fault(value: object, free: Sequence[str] = ()) -> tuple[str, str] | None:
     """Returns (path of the field, what is wrong) of the first text or number in a value that cannot be used; None without any.
 
-    Those are text with half of a surrogate pair, and numbers that are not finite. The path reads `meta.scores[2]`.
+    Those are text with half of a surrogate pair, and numbers that are not finite, which only the fields named in `free` may hold.
+    The path reads `tests.cases[2].input`.
     """
+    return _fault(value, True, free)
+
+
+def _fault(value: object, finite: bool, free: Sequence[str]) -> tuple[str, str] | None:
     if isinstance(value, str):
         return ("", "has half of a surrogate pair, which is no text") if _SURROGATE.search(value) else None
     if isinstance(value, float):
-        return None if math.isfinite(value) else ("", f"is {value}, a finite number is needed")
+        return None if math.isfinite(value) or not finite else ("", f"is {value}, a finite number is needed")
     if isinstance(value, Mapping):
-        members: Iterable = ((str(name), member) for name, member in value.items())
-        if any(isinstance(name, str) and _SURROGATE.search(name) for name in value):
+        if any(_SURROGATE.search(str(name)) for name in value):
             return "", "has a name with half of a surrogate pair, which is no text"
+        members: Iterable = ((str(name), member) for name, member in value.items())
     elif isinstance(value, list | tuple):
         members = ((f"[{index}]", member) for index, member in enumerate(value))
     else:
         return None
     for step, member in members:
-        if found := fault(member):
+        if found := _fault(member, finite and step not in free, ()):
             rest = found[0] if not found[0] or found[0].startswith("[") else f".{found[0]}"
             return step + rest, found[1]
     return None
@@ -153,7 +159,7 @@ def _row(line: bytes, required: Sequence[str], where: str) -> dict | None:
             )
         types = FIELD_TYPES.get(name)
         if types and (not isinstance(row[name], types) or isinstance(row[name], bool)):
-            wanted = " or ".join(JSON_NAMES[kind] for kind in types)
+            wanted = " or ".join(_JSON_NAMES[kind] for kind in types)
             raise ValueError(f"{where}: field {name!r} is {type(row[name]).__name__}, {wanted} is needed")
     return row
 
@@ -174,7 +180,7 @@ def _text(line: bytes, where: str) -> str:
 def _parsed(text: str, where: str) -> object:
     try:
         row = json.loads(text, object_pairs_hook=_without_repeats)
-        found = fault(row)
+        found = fault(row, FREE)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: {_malformed(text, error)}") from None
     except RecursionError:

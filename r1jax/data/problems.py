@@ -33,6 +33,7 @@ class Problem:
     reference: str = ""  # what the task's grader compares with (for code the tests as JSON), "" where it needs nothing
     language: str = ""  # of the chain of thought: en, zh or fr; "" is the prompt's own
     source: str = ""
+    kind: str = ""  # what the row is about: one of schema.KINDS, "" where it does not say
     place: str = field(default="", compare=False)  # FILE, line N: how an error names it
 
     @property
@@ -75,7 +76,7 @@ class ProblemSource(Protocol):
 
 
 def from_row(fields: Mapping[str, Any], place: str, reference: ReadReference, task: str = "") -> Problem:
-    """Returns the problem of one row {id, prompt, task?, language?, source? and what the task's grader needs}.
+    """Returns the problem of one row {id, prompt, task?, language?, source?, kind? and what the task's grader needs}.
 
     `task` is that of rows that name none. Raises ValueError, beginning with `place`, for a missing or ill-typed field, an
     empty prompt, a row without a task, and whatever `reference` refuses.
@@ -83,7 +84,7 @@ def from_row(fields: Mapping[str, Any], place: str, reference: ReadReference, ta
     name = fields.get("id")
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"{place}: field 'id' is {name!r}, text is needed")
-    labels = {key: fields.get(key) or "" for key in ("task", "language", "source")}
+    labels = {key: fields.get(key) or "" for key in ("task", "language", "source", "kind")}
     for key, label in labels.items():
         if not isinstance(label, str):
             raise ValueError(f"{place} ({name}): field {key!r} is {label!r}, text is needed")
@@ -103,6 +104,7 @@ def from_row(fields: Mapping[str, Any], place: str, reference: ReadReference, ta
             reference=reference(labels["task"], fields),
             language=labels["language"],
             source=labels["source"],
+            kind=labels["kind"],
             place=place,
         )
     except ValueError as error:

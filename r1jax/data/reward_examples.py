@@ -1,9 +1,8 @@
-"""Examples of reward models: preference pairs and labelled responses, read from JSON Lines and split by prompt."""
+"""Examples of reward models: preference pairs and labelled responses, read from files and split by prompt."""
 
-import os
 from collections.abc import Mapping, Sequence
 
-from r1jax.data import jsonl
+from r1jax.data import dialects, files
 from r1jax.data.problems import split_by
 
 FIELDS = {
@@ -12,26 +11,30 @@ FIELDS = {
 }
 
 
-def read(path: str | os.PathLike, kind: str) -> list[dict]:
-    """Returns the rows of a file with the FIELDS of a kind; a row without id gets its number.
+def read(path: str, kind: str, columns: Sequence[str] = ()) -> tuple[list[dict], list[str]]:
+    """Returns (rows with the FIELDS of a kind, remarks on how the file was read); files and `columns` as `data.files` reads them.
 
     helpful: prompt, chosen, rejected. safety: prompt, response and `safe` or `unsafe`, true or false; a row without a
     response is itself what is judged: its prompt becomes the response to an empty one. Raises ValueError, naming file and
-    row, for a bad one.
+    line, for a bad one.
     """
-    required = ("prompt", "chosen", "rejected") if kind == "helpful" else ("prompt",)
+    table = files.read(path, columns)
     rows, seen = [], {}
-    for number, row in enumerate(jsonl.read(path, required=required), 1):
-        place = f"{path}, row {number}"
-        found = {"id": str(row.get("id") or f"row-{number}"), "source": str(row.get("source") or "")}
-        found |= _pair(row, place) if kind == "helpful" else _labelled(row, place)
-        if seen.setdefault(found["id"], number) != number:
-            raise ValueError(f"{place}: id {found['id']!r} is also the id of row {seen[found['id']]}; give it its own")
+    for row in table.rows:
+        if isinstance(row.fields["prompt"], list):
+            raise ValueError(f"{row.place}: 'prompt' has several turns; write them as one text, as in 'Human: ...'")
+        found = {"id": row.fields["id"], "source": row.fields.get("source", "")}
+        found |= _pair(row.fields, row.place) if kind == "helpful" else _labelled(row.fields, row.place)
+        if seen.setdefault(found["id"], row.place) != row.place:
+            raise ValueError(f"{row.place}: id {found['id']!r} is also the id of {seen[found['id']]}; give it its own")
         rows.append(found)
-    return rows
+    return rows, table.notes
 
 
 def _pair(row: Mapping, place: str) -> dict:
+    for name in ("chosen", "rejected"):
+        if name not in row:
+            raise ValueError(dialects.missing(name, row, place))
     if not row["prompt"].strip():
         raise ValueError(f"{place}: 'prompt' is empty, needs text")
     if row["chosen"] == row["rejected"]:
@@ -44,8 +47,8 @@ def _labelled(row: Mapping, place: str) -> dict:
     if len(given) != 1 or not isinstance(row[given[0]], bool):
         told = ", ".join(f"{name}={row[name]!r}" for name in given) or "no label"
         raise ValueError(f"{place}: {told}; needs one of 'safe' and 'unsafe', true or false")
-    prompt, response = (row["prompt"], row["response"]) if row.get("response") is not None else ("", row["prompt"])
-    if not isinstance(response, str) or not (prompt + response).strip():
+    prompt, response = (row["prompt"], row["response"]) if "response" in row else ("", row["prompt"])
+    if not (prompt + response).strip():
         raise ValueError(f"{place}: 'response' is {response!r}, needs text")
     return {"prompt": prompt, "response": response, "safe": row[given[0]] == (given[0] == "safe")}
 

@@ -17,6 +17,8 @@ from r1jax.schema import ModelConfig
 
 # Up to this many new tokens per slot the latent cache is attended to directly (absorbed); above, keys are expanded.
 ABSORBED_MAX_QUERIES = 4
+# Of the norms of both latents, whatever config.json's rms_norm_eps is. Source: DeepSeek-V3's released modeling code.
+LATENT_NORM_EPS = 1e-6
 ROWS, HEADS = ("batch", "sequence", None), ("batch", "sequence", "heads", None)  # axes of a latent, of keys and values
 
 
@@ -133,14 +135,14 @@ def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
 def latent_attention(p: LatentAttention, x_BTD, context: Context, c: ModelConfig, cache, layer, window: int):
     """Returns (output [B, T, D], cache). Absorbed form for few queries on a cache, expanded keys otherwise."""
     if p.q_a is not None:
-        x_q = rms_norm(jnp.einsum("BTD,DR->BTR", x_BTD, p.q_a), p.q_a_norm, c.rms_norm_eps)
+        x_q = rms_norm(jnp.einsum("BTD,DR->BTR", x_BTD, p.q_a), p.q_a_norm, LATENT_NORM_EPS)
     else:
         x_q = x_BTD
     q_BTNH = constrain(jnp.einsum("BTR,RNH->BTNH", x_q, p.q_b), "batch", "sequence", "heads", None)
     q_nope, q_rope = q_BTNH[..., : c.qk_nope_head_dim], q_BTNH[..., c.qk_nope_head_dim :]
     q_rope = rope.rotate(q_rope, context.cos, context.sin)
     latent = jnp.einsum("BTD,DR->BTR", x_BTD, p.kv_a)
-    normed = rms_norm(latent[..., : c.kv_lora_rank], p.kv_a_norm, c.rms_norm_eps)
+    normed = rms_norm(latent[..., : c.kv_lora_rank], p.kv_a_norm, LATENT_NORM_EPS)
     k_rope = rope.rotate(latent[..., None, c.kv_lora_rank :], context.cos, context.sin)[:, :, 0]
     latent = jnp.concatenate([normed, k_rope], axis=-1)
     queries, width = x_BTD.shape[1], latent.shape[-1]

@@ -55,11 +55,12 @@ def unembedding(params: Params) -> jax.Array:
     return params.embedding.T if params.unembedding is None else params.unembedding
 
 
-def logits(params: Params, hidden: jax.Array) -> jax.Array:
-    """Returns float32 logits [..., V] of final hidden states [..., D]."""
+def logits(params: Params, hidden: jax.Array, vocab_used: int = 0) -> jax.Array:
+    """Returns float32 logits [..., V] of final hidden states [..., D]; with vocab_used > 0 those from there on are -inf."""
     matrix = constrain(unembedding(params), None, "vocab")  # whole in D: no sums of whole logits between devices
     out = jnp.einsum("...D,DV->...V", hidden, matrix, preferred_element_type=jnp.float32)
-    return out.astype(jnp.float32)
+    out = out.astype(jnp.float32)
+    return jnp.where(jnp.arange(out.shape[-1]) < vocab_used, out, -jnp.inf) if vocab_used else out
 
 
 def scalars(params: Params, hidden: jax.Array) -> jax.Array:

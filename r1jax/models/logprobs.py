@@ -4,6 +4,12 @@ import jax
 
 from r1jax.core import sharding
 from r1jax.kernels import fused_logprob, trained_logprob
+from r1jax.schema import ModelConfig
+
+
+def settings(model: ModelConfig) -> dict:
+    """Returns what the functions below take from a model's config: how they compute, and which rows are tokens."""
+    return dict(implementation=model.logprob_implementation, vocab_used=model.vocab_used)
 
 
 def token_logprobs(
@@ -14,17 +20,17 @@ def token_logprobs(
     chunk_tokens: int = 0,
     chunk_vocab: int = 0,
     implementation: str = "auto",
+    vocab_used: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (log p(target), entropy), float32 [B, T] in nats, as `fused_logprob.token_logprobs` does.
 
     Rows, tokens and the output matrix lie where the logical axes batch, sequence, embed and vocab lie on the mesh being
-    traced under. `implementation` is config.model.logprob_implementation.
+    traced under. `implementation` is config.model.logprob_implementation, `vocab_used` config.model.vocab_used.
     The entropy has a gradient: a loss that only reports it stops it.
     """
     layout = _layout(targets.shape, unembedding.shape)
-    return fused_logprob.token_logprobs(
-        hidden, unembedding, targets, temperature, chunk_tokens, chunk_vocab, layout, _kernel(implementation)
-    )
+    how = chunk_tokens, chunk_vocab, layout, _kernel(implementation), vocab_used
+    return fused_logprob.token_logprobs(hidden, unembedding, targets, temperature, *how)
 
 
 def scored_logprobs(
@@ -36,6 +42,7 @@ def scored_logprobs(
     chunk_tokens: int = 0,
     trained_chunk: int = 0,
     implementation: str = "auto",
+    vocab_used: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (log p(target), entropy), float32 [B, T] in nats; what stands where mask [B, T] is 0 means nothing.
 
@@ -44,10 +51,10 @@ def scored_logprobs(
     """
     layout = _layout(targets.shape, unembedding.shape)
     if trained_chunk and layout is None:
-        return trained_logprob.trained_logprobs(
-            hidden, unembedding, targets, mask, temperature, trained_chunk, _kernel(implementation)
-        )
-    return token_logprobs(hidden, unembedding, targets, temperature, chunk_tokens, implementation=implementation)
+        how = trained_chunk, _kernel(implementation), vocab_used
+        return trained_logprob.trained_logprobs(hidden, unembedding, targets, mask, temperature, *how)
+    how = dict(implementation=implementation, vocab_used=vocab_used)
+    return token_logprobs(hidden, unembedding, targets, temperature, chunk_tokens, **how)
 
 
 def _kernel(implementation: str) -> fused_logprob.Kernel | None:

@@ -20,7 +20,7 @@ from r1jax.sampler.scheduler import RolloutSampler
 class Tokenizer(Protocol):
     """What a judge needs of its own tokenizer (checkpoints.tokenizer.Tokenizer)."""
 
-    eos_id: int
+    stop_ids: tuple[int, ...]
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -78,7 +78,7 @@ class Judge:
         self._sampler, self._params, self._tokenizer = sampler, params, tokenizer
         self._template, self._seed = template, seed
         given = sampler.engine.sampler
-        self._law = SamplingLaw(given.temperature, given.top_p, given.top_k, given.max_new_tokens, (tokenizer.eos_id,))
+        self._law = SamplingLaw(given.temperature, given.top_p, given.top_k, given.max_new_tokens, tokenizer.stop_ids)
         self.counts = Counts()
 
     def defused(self, text: str) -> str:
@@ -88,11 +88,13 @@ class Judge:
     def replies(self, requests: Sequence[Request]) -> list[list[str | None]]:
         """Returns the whole turns that answer each request, one a key; None where the prompt or the turn is too long."""
         found: list[list[str | None]] = [[None] * len(request.keys) for request in requests]
-        asked, opened = [], {}
+        asked, opened, engine = [], {}, self._sampler.engine
+        window = engine.model.max_position_embeddings - engine.sampler.max_new_tokens  # what a whole reply leaves
+        longest = min(engine.sampler.max_prompt_tokens, window)
         for index, request in enumerate(requests):
             text = templates.render(request.text, self._template, chat=self._tokenizer.render_chat)
             ids = np.asarray(self._tokenizer.encode(text), np.int32)
-            if request.keys and 0 < len(ids) <= self._sampler.engine.sampler.max_prompt_tokens:
+            if request.keys and 0 < len(ids) <= longest:
                 keys = np.asarray([divmod(key, 1 << 32) for key in request.keys], np.uint32)
                 asked.append(RolloutRequest(index, ids, keys, self._law))
                 opened[index] = templates.prefill(text)

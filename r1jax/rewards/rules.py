@@ -15,6 +15,24 @@ END_OF_SEQUENCE = (
     "<｜end▁of▁sentence｜>",
 )
 LANGUAGES = ("en", "zh", "fr")
+_CODES = {
+    "en": "en",
+    "eng": "en",
+    "zh": "zh",
+    "zho": "zh",
+    "chi": "zh",
+    "cmn": "zh",
+    "fr": "fr",
+    "fra": "fr",
+    "fre": "fr",
+}
+_NAMES = {  # as rows of data sets spell them, case apart
+    **dict.fromkeys(("english", "anglais", "英语", "英語", "英文"), "en"),
+    **dict.fromkeys(("chinese", "mandarin", "mandarin chinese", "simplified chinese", "traditional chinese"), "zh"),
+    **dict.fromkeys(("中文", "汉语", "漢語", "简体中文", "繁體中文", "繁体中文", "普通话", "chinois"), "zh"),
+    **dict.fromkeys(("french", "français", "francais", "法语", "法語", "法文"), "fr"),
+}
+_TAG = re.compile(r"([a-z]{2,3})(?:-[a-z0-9]{1,8})*(?:\.[a-z0-9-]+)?")  # BCP-47, or a locale with its encoding
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _END = re.compile("|".join(map(re.escape, END_OF_SEQUENCE)))
 _MARKUP = re.compile("|".join(map(re.escape, (*_TAGS, *END_OF_SEQUENCE))))
@@ -37,14 +55,6 @@ _SYMBOLS = frozenset(
     "sin cos tan cot arcsin arccos arctan log ln lg exp lim max min gcd lcm mod det "
     "mm cm dm km mg kg ml mL cL dL Hz kHz MHz GHz Pa kPa kW kWh kJ mol rad μm".split()
 )
-
-
-def canonical_language(name: str) -> str:
-    """Returns en, zh or fr for a language's code or English name. Raises ValueError for another one."""
-    short = {"english": "en", "chinese": "zh", "french": "fr"}.get(name.lower(), name.lower().split("-")[0])
-    if short not in LANGUAGES:
-        raise ValueError(f"{name!r} is not known to the language reward; known are {', '.join(LANGUAGES)}")
-    return short
 
 
 def format_score(text: str, require_answer_tag: bool = True) -> float:
@@ -79,16 +89,42 @@ def chain_of_thought(text: str) -> str:
     return text[start + len("<think>") :].split("</think>", 1)[0]
 
 
+@functools.lru_cache(1 << 10)
+def canonical_language(text: str) -> str:
+    """Returns `en`, `zh` or `fr` of a language's name ("English", "français", "中文") or code ("EN", "zh-CN", "fra", "en_US").
+
+    Raises ValueError for any other, naming those that are known.
+    """
+    spelling = unicodedata.normalize("NFKC", str(text)).casefold().partition("(")[0].strip()
+    if spelling in _NAMES:
+        return _NAMES[spelling]
+    tag = _TAG.fullmatch(spelling.replace("_", "-"))
+    if tag is None or tag[1] not in _CODES:
+        raise ValueError(
+            f"language {text!r} is none that the language reward knows: {', '.join(LANGUAGES)} (also by name, or as zh-CN)"
+        )
+    return _CODES[tag[1]]
+
+
+def check_language(name: str) -> None:
+    """Raises ValueError, naming those that are known, for a row's language that `language_consistency` would not take.
+
+    An empty one is taken from the prompt.
+    """
+    if name:
+        canonical_language(name)
+
+
 def language_consistency(text: str, target: str, lexicon: Mapping[str, str] | None = None) -> float:
     """Returns the share of the chain of thought's words that are in the target language, in [0, 1].
 
     Source: DeepSeek-R1, eq. 7; what a word is, it does not say. Here each Han character is one. Digits, LaTeX, code, addresses,
     tags, units, names of functions, single Latin or Greek letters and up to four capitals (triangle ABC) are none.
     Without `lexicon` the script decides: Latin letters count for `en` and `fr`, Han for `zh`, other scripts for none.
-    With `lexicon` (word -> language) only its words count. No words at all give 0. Raises ValueError for another target.
+    With `lexicon` (word -> language) only its words count. No words at all give 0. `target` as in `canonical_language`;
+    raises ValueError for another.
     """
-    if target not in LANGUAGES:
-        raise ValueError(f"language_consistency: target={target!r} must be one of {', '.join(LANGUAGES)}")
+    target = canonical_language(target)
     languages = _word_languages(chain_of_thought(text), lexicon)
     if not languages:
         return 0.0

@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 from r1jax.core import distributed, sharding
 from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PREFIXES
-from r1jax.models import decoder
-from r1jax.models.logprobs import token_logprobs
+from r1jax.models import decoder, logprobs
 from r1jax.schema import ModelConfig
 
 ROUTED = "routed_experts"  # in a batch with routing replay: int16 [.., R, T, Lm, k], -1 at padding
@@ -25,8 +24,8 @@ def replayed_experts(micro: dict[str, jax.Array]) -> jax.Array | None:
 
 def log_probs(model: ModelConfig, params: decoder.Params, hidden, micro: dict, temperature) -> jax.Array:
     """Returns log p(target) of softmax(logits / temperature), float32 [R, T]."""
-    matrix, how = decoder.unembedding(params), dict(implementation=model.logprob_implementation)
-    return token_logprobs(hidden, matrix, micro["targets"], temperature, **how)[0]
+    matrix, how = decoder.unembedding(params), logprobs.settings(model)
+    return logprobs.token_logprobs(hidden, matrix, micro["targets"], temperature, **how)[0]
 
 
 def values(model: ModelConfig, params: decoder.Params, hidden, micro: dict, temperature) -> jax.Array:

@@ -87,7 +87,7 @@ class PolicyTraining:
         sampler_mesh: Mesh | None = None,
         reward_models: Mapping[str, RewardModel] | None = None,
     ):
-        """`tokenizer` gives eos_id and decode_batch; `describe` adds figures about a rollout's texts to its metrics.
+        """`tokenizer` gives stop_ids and decode_batch; `describe` adds figures about a rollout's texts to its metrics.
 
         `later` is (update, sources, weights): the mixture of prompts from that update on, in place of `prompts`. The
         sampler lies on `sampler_mesh`, by default on `mesh`. `reward_models` score the samples of their task.
@@ -104,8 +104,16 @@ class PolicyTraining:
         self.scorer = Scorer(model, mesh, offloaded=config.grpo.offload_reference)
         placed = self.trainer.param_shardings
         self.reference_shardings = sharding.on_host(placed) if config.grpo.offload_reference else placed
+        recorded = config.grpo.routing_replay  # nothing else reads the experts of a rollout
         self.sampler = RolloutSampler(
-            Engine(model, config.sampler, sampler_mesh or mesh, (tokenizer.eos_id,), tokenizer)
+            Engine(
+                model,
+                config.sampler,
+                sampler_mesh or mesh,
+                tokenizer.stop_ids,
+                tokenizer,
+                record_experts=recorded,
+            )
         )
         self._compute = tree.copier(model.compute_dtype, self.reference_shardings)
         self.state, self.reference, self.cursor = self.trainer.init(params), None, Cursor()
@@ -444,7 +452,7 @@ class PolicyTraining:
         """Returns the sampling law of the rollout that starts at an update."""
         s = self.config.sampler
         longest = int(schedules.value_at(s.max_new_tokens_schedule, start, s.max_new_tokens))
-        return SamplingLaw(s.temperature, s.top_p, s.top_k, longest, (self.tokenizer.eos_id,))
+        return SamplingLaw(s.temperature, s.top_p, s.top_k, longest, self.tokenizer.stop_ids)
 
     def arguments(self, start: int) -> losses.LossArguments:
         """Returns the loss arguments of the rollout that starts at an update."""

@@ -12,12 +12,12 @@ import numpy as np
 from flax import struct
 
 from r1jax.data.packing import PREFIXES
-from r1jax.models import decoder
-from r1jax.models.logprobs import scored_logprobs
+from r1jax.models import decoder, logprobs
 from r1jax.rl.logprobs import replayed_experts
 from r1jax.schema import GRPOConfig, ModelConfig
 from r1jax.train import step
 
+LARGEST_LOG_RATIO = 80.0  # nats; float32 holds exp(88)
 K1_WARNING = (
     "grpo.kl_estimator=k1 in the loss does not pull towards the reference: on samples of the policy the expected gradient "
     "of log p - log p_ref is 0; k3 (r1_paper) or k2 do, and k1 does in the reward"
@@ -64,13 +64,16 @@ def sample_means(values: jax.Array, mask: jax.Array, segments: jax.Array) -> jax
     return over_samples(mask * values, segments) / jnp.maximum(over_samples(mask, segments), 1)
 
 
-def kl_divergence(logp: jax.Array, reference_logp: jax.Array, estimator: str, ratio: jax.Array | None = None):
+def kl_divergence(
+    logp: jax.Array, reference_logp: jax.Array, estimator: str, ratio: jax.Array | None = None, clamp: float = 0.0
+) -> jax.Array:
     """Returns the per-token estimate of KL(policy || reference) in nats, [rows, tokens].
 
     With d = reference - policy log-prob: k1 is -d, k2 d^2 / 2, k3 exp(d) - 1 - d, which is never negative and unbiased
     for samples of the policy (DeepSeek-R1, eq. 2; arXiv 2402.03300, eq. 4). k3_clamped bounds d to 20 and the value to
     10 either way (verl's low_var_kl); k3_weighted multiplies by the `ratio`, which keeps it unbiased for samples of an older
     policy (DeepSeek-V3.2, arXiv 2512.02556); k3_straight_through has k3's value and k2's gradient (verl's k3+).
+    k3 takes d above `clamp` for it, without a gradient there; 0 is off. Below, exp(d) cannot overflow and d stays as it is.
     """
     difference = reference_logp - logp
     if estimator == "k1":
@@ -80,7 +83,8 @@ def kl_divergence(logp: jax.Array, reference_logp: jax.Array, estimator: str, ra
     if estimator == "k3_clamped":
         difference = jnp.clip(difference, -20.0, 20.0)
         return jnp.clip(jnp.expm1(difference) - difference, -10.0, 10.0)
-    k3 = jnp.expm1(difference) - difference
+    held = jnp.minimum(difference, clamp) if clamp else difference
+    k3 = jnp.expm1(held) - held
     if estimator == "k3_weighted":
         return ratio * k3
     if estimator == "k3_straight_through":
@@ -89,14 +93,23 @@ def kl_divergence(logp: jax.Array, reference_logp: jax.Array, estimator: str, ra
     return k3
 
 
+def kl_clamped(logp: jax.Array, reference_logp: jax.Array, config: GRPOConfig) -> jax.Array:
+    """Returns where `kl_divergence` holds the log-ratio, bool [rows, tokens]."""
+    difference = reference_logp - logp
+    if config.kl_estimator == "k3_clamped":
+        return jnp.abs(difference) > 20.0
+    return difference > (config.kl_log_ratio_clamp or np.inf)
+
+
 def importance_ratio(log_ratio: jax.Array, mask: jax.Array, segments: jax.Array, config: GRPOConfig) -> jax.Array:
     """Returns policy / old policy at each token, [rows, tokens]: of the token or of its whole sample.
 
     sequence is exp(mean log-ratio of the sample) (GSPO, arXiv 2507.18071, eq. 7); sequence_token has its value, and the
-    gradient of each token's own log-prob (eq. 14).
+    gradient of each token's own log-prob (eq. 14). Where config.log_ratio_clamp is off the log-ratio is held within what
+    float32 can hold: an infinite ratio times an advantage, or a gradient, of 0 is not a number.
     """
-    if config.log_ratio_clamp:
-        log_ratio = jnp.clip(log_ratio, -config.log_ratio_clamp, config.log_ratio_clamp)
+    bound = config.log_ratio_clamp or LARGEST_LOG_RATIO
+    log_ratio = jnp.clip(log_ratio, -bound, bound)
     if config.ratio == "token":
         return jnp.exp(log_ratio)
     mean = sample_means(log_ratio, mask, segments)
@@ -165,6 +178,25 @@ def on_policy_enough(logp, behaviour_logp, advantage, mask, segments, config: GR
     return ((advantage >= 0) | (drift <= config.off_policy_threshold)).astype(jnp.float32)
 
 
+def kl_term(
+    logp, reference_logp, ratio, mask, given: LossArguments, config: GRPOConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns (KL of each trained token, [rows, tokens], its statistics).
+
+    What the loss does not take, tokens that are not trained and every token while beta is 0, is left out before the
+    estimate is made, so that none of it reaches a gradient; `kl` is told all the same.
+    """
+    kind, clamp = config.kl_estimator, config.kl_log_ratio_clamp
+    still = jax.lax.stop_gradient(logp)
+    trained = jnp.where(mask > 0, reference_logp, still)
+    told = kl_divergence(still, trained, kind, jax.lax.stop_gradient(ratio), clamp)
+    stats = {"kl": jnp.sum(mask * told)}
+    if kind.startswith("k3"):
+        stats["kl_clamped"] = jnp.sum(mask * kl_clamped(still, trained, config))
+    used = (mask > 0) & (given.kl_coef > 0)
+    return kl_divergence(jnp.where(used, logp, still), jnp.where(used, trained, still), kind, ratio, clamp), stats
+
+
 def policy_loss(
     logp: jax.Array,
     entropy: jax.Array,
@@ -187,9 +219,8 @@ def policy_loss(
     clipped = _clipped(value, ratio, advantage, given, config)
     kl, stats = jnp.zeros_like(logp), {}
     if config.uses_reference:
-        kl = kl_divergence(logp, batch["reference_logp"], config.kl_estimator, ratio)
-        kl = jnp.where(mask > 0, kl, 0)
-        stats["kl"] = jnp.sum(mask * kl)
+        kl, told = kl_term(logp, batch["reference_logp"], ratio, mask, given, config)
+        stats |= told
     if config.off_policy_threshold:
         kept = on_policy_enough(logp, batch["behaviour_logp"], advantage, mask, segments, config)
         value, stats["off_policy_kept"] = value * kept, jnp.sum(mask * kept)
@@ -215,7 +246,7 @@ def policy_loss(
 
 
 TOKEN_MEANS = (  # statistics to divide by `tokens`
-    *("kl", "entropy", "clip_fraction", "importance_ratio", "mismatch_weight", "off_policy_kept"),
+    *("kl", "kl_clamped", "entropy", "clip_fraction", "importance_ratio", "mismatch_weight", "off_policy_kept"),
     *("mean_logprob_difference", "routing_disagreement"),
 )
 
@@ -271,8 +302,8 @@ def make_loss(model: ModelConfig, config: GRPOConfig, chunk_tokens: int = 0, tra
             prefixes=micro.get(PREFIXES),
         )
         matrix, mask = decoder.unembedding(params), micro["loss_mask"]
-        how = dict(chunk_tokens=chunk_tokens, trained_chunk=trained_chunk, implementation=model.logprob_implementation)
-        logp, entropy = scored_logprobs(hidden, matrix, micro["targets"], mask, given.temperature, **how)
+        how = dict(chunk_tokens=chunk_tokens, trained_chunk=trained_chunk, **logprobs.settings(model))
+        logp, entropy = logprobs.scored_logprobs(hidden, matrix, micro["targets"], mask, given.temperature, **how)
         total, stats = policy_loss(logp, entropy, micro, given, config)
         if experts is not None:
             stats["routing_disagreement"] = jnp.sum(mask * jnp.mean(auxiliary.differs, axis=0))

@@ -6,6 +6,7 @@ Random draws are keyed by each slot's own key and the position, so tokens depend
 """
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from r1jax.sampler import jetstream
 from r1jax.schema import ModelConfig, SamplerConfig
 
 RUNNING, STOPPED, LENGTH, CAPACITY = range(4)  # why a slot is or is no longer decoding
-MAX_STOP_TOKENS = 4
+MAX_STOP_TOKENS = 16
 
 
 @struct.dataclass
@@ -115,7 +116,8 @@ def _step(params, state: DecodeState, config: ModelConfig, window: int):
     hidden, cache, auxiliary = decoder.forward(
         params, token[:, None], state.length[:, None], active[:, None].astype(jnp.int32), config, state.cache, window
     )
-    logits = jnp.where(active[:, None], decoder.logits(params, hidden[:, 0]), state.logits)
+    logits = decoder.logits(params, hidden[:, 0], config.vocab_used)
+    logits = jnp.where(active[:, None], logits, state.logits)
     experts = None if auxiliary.experts is None else auxiliary.experts[:, :, 0].swapaxes(0, 1).astype(jnp.int16)
     state = state.replace(cache=cache, logits=logits, length=state.length + active, generated=generated, status=status)
     return state, StepOutput(token, active, logp, behaviour, status, experts)
@@ -167,7 +169,7 @@ def _prefill(params, tokens, length, config: ModelConfig, dtype, existing: Prefi
     experts = None if auxiliary.experts is None else auxiliary.experts.transpose(1, 2, 0, 3).astype(jnp.int16)
     if experts is not None and existing is not None:
         experts = jnp.concatenate([existing.experts, experts], axis=1)
-    return Prefix(cache, decoder.logits(params, last), before + length, experts)
+    return Prefix(cache, decoder.logits(params, last, config.vocab_used), before + length, experts)
 
 
 def _insert(prefix: Prefix, state: DecodeState, slots: jax.Array, slot_params: SlotParams) -> DecodeState:
@@ -205,11 +207,14 @@ class Engine(jetstream.Engine):
         stop_ids: tuple[int, ...],
         tokenizer: Any = None,
         cache_dtype: Any = None,
+        record_experts: bool = False,
     ):
-        if len(stop_ids) > MAX_STOP_TOKENS:
-            raise ValueError(f"Engine: {len(stop_ids)} stop tokens, at most {MAX_STOP_TOKENS} fit a slot")
+        """`stop_ids` end a response, and those of config.sampler.stop_ids; ValueError for one that the model has no row for.
+
+        With `record_experts` outputs tell the experts that each token was sent to, where the model has any.
+        """
         self.model, self.sampler, self._mesh, self.tokenizer = model, sampler, mesh, tokenizer
-        self.stop_ids = tuple(stop_ids)
+        self.stop_ids, self.record_experts = self.all_stops(stop_ids), record_experts
         self.cache_dtype = jnp.dtype(cache_dtype or model.compute_dtype)
         self.rows = sampler.max_prompt_tokens + sampler.max_new_tokens
         self.windows = tuple(sorted({w for w in sampler.windows if w < self.rows} | {self.rows}))
@@ -219,11 +224,25 @@ class Engine(jetstream.Engine):
         self._forks = sampler.slots  # width of an insert: one program for any set of slots
         self._compile()
 
+    def all_stops(self, stop_ids: Iterable[int]) -> tuple[int, ...]:
+        """Returns stop ids with those of config.sampler.stop_ids. ValueError where they do not fit a slot, or the model."""
+        every = tuple(dict.fromkeys((*stop_ids, *self.sampler.stop_ids)))
+        if len(every) > MAX_STOP_TOKENS:
+            raise ValueError(
+                f"sampler: {len(every)} stop ids {every}, at most {MAX_STOP_TOKENS} fit a slot; shorten "
+                "config.sampler.stop_ids or the eos_token_id of config.json and generation_config.json"
+            )
+        if bad := [index for index in every if not 0 <= index < self.model.vocab_size]:
+            raise ValueError(
+                f"sampler: stop id {bad[0]} is none of the model's vocab_size={self.model.vocab_size} rows"
+            )
+        return every
+
     def _compile(self) -> None:
         model = self.model
 
         def decode(params, state, steps, window):
-            return _decode(params, state, model, steps, window, self.sampler.record_routed_experts)
+            return _decode(params, state, model, steps, window, self.record_experts)
 
         def prefill(params, tokens, length, existing):
             return _prefill(params, tokens, length, model, self.cache_dtype, existing)

@@ -9,7 +9,10 @@ FINISH_REASONS = {1: "stop", 2: "length", 3: "capacity"}  # by the engine's stat
 
 @dataclass(frozen=True)
 class SamplingLaw:
-    """How tokens are drawn. temperature 0 is greedy; top_p 1 and top_k 0 are off."""
+    """How tokens are drawn. temperature 0 is greedy; top_p 1 and top_k 0 are off.
+
+    Beside `stop_ids`, config.sampler's stop_ids and stop_strings end every response.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -35,7 +38,7 @@ class RolloutSample:
     request_id: int
     sample_index: int
     prompt_ids: np.ndarray  # int32 [P]
-    token_ids: np.ndarray  # int32 [N], the stop token included
+    token_ids: np.ndarray  # int32 [N], the stop token, or the tokens of a stop string, included
     logps: np.ndarray  # float32 [N], of softmax(logits)
     behaviour_logps: np.ndarray  # float32 [N], of the law sampled from (after temperature and filters)
     finish_reason: str  # stop, length or capacity

@@ -12,6 +12,7 @@ import numpy as np
 
 from r1jax.sampler.engine import MAX_STOP_TOKENS, RUNNING, Engine, Prefix, SlotParams, StepOutput
 from r1jax.sampler.sample import FINISH_REASONS, RolloutRequest, RolloutSample
+from r1jax.sampler.stop_strings import StopStrings
 
 
 @dataclass
@@ -50,6 +51,8 @@ class _Running:
     behaviour: list[np.ndarray] = field(default_factory=list)
     experts: list[np.ndarray] = field(default_factory=list)
     emitted: int = 0
+    stops: StopStrings | None = None  # config.sampler.stop_strings
+    stopped: bool = False  # by one of them
 
 
 class RolloutSampler:
@@ -65,7 +68,12 @@ class RolloutSampler:
         steps_per_dispatch: int | None = None,
         stalled: Callable[[float], bool] | None = None,
     ):
-        """`stalled` tells whether a dispatch has taken too long; without it, config.sampler.stall_deadline_s does."""
+        """`stalled` tells whether a dispatch has taken too long; without it, config.sampler.stall_deadline_s does.
+
+        Raises ValueError for config.sampler.stop_strings where the engine has no tokenizer.
+        """
+        if engine.sampler.stop_strings and engine.tokenizer is None:
+            raise ValueError("config.sampler.stop_strings need a tokenizer: build the engine with tokenizer=")
         self.engine = engine
         self.steps = steps_per_dispatch or engine.sampler.steps_per_dispatch
         self.deadline_s = engine.sampler.stall_deadline_s
@@ -133,7 +141,8 @@ class RolloutSampler:
                 state = self.engine.bulk_insert(
                     group.prefix, state, slots, slot_params=self._slot_params(group.request, taken)
                 )
-                running |= {slot: _Running(group, index) for slot, index in zip(slots, taken, strict=True)}
+                started = (_Running(group, index, stops=self._stop_strings()) for index in taken)
+                running |= dict(zip(slots, started, strict=True))
                 if not group.waiting:
                     group = None
             longest = max(len(r.group.request.prompt_ids) + r.emitted for r in running.values())
@@ -142,10 +151,14 @@ class RolloutSampler:
             out = self._fetch(out, running)
             self.statistics.dispatches += 1
             self.statistics.steps_times_slots += int(out.valid.any(axis=0).sum()) * len(out.status)
-            for slot in self._collect(out, running):
+            done = self._collect(out, running)
+            if cut := [slot for slot in done if out.status[slot] == RUNNING]:  # the device would go on with them
+                state = self.engine.release(state, cut)
+            for slot in done:
                 finished = running.pop(slot)
                 free.append(slot)
-                yield finished.group.request, _sample(finished, FINISH_REASONS[int(out.status[slot])], version)
+                reason = "stop" if finished.stopped else FINISH_REASONS[int(out.status[slot])]
+                yield finished.group.request, _sample(finished, reason, version)
             free.sort()
         self._state = state
 
@@ -156,10 +169,7 @@ class RolloutSampler:
             raise ValueError(
                 f"request {request.request_id}: {len(request.prompt_ids)} prompt tokens fill the {rows} cache rows"
             )
-        if len(law.stop_ids) > MAX_STOP_TOKENS:
-            raise ValueError(
-                f"request {request.request_id}: {len(law.stop_ids)} stop tokens, at most {MAX_STOP_TOKENS} fit"
-            )
+        self.engine.all_stops(law.stop_ids)
         if len(request.keys) == 0:
             raise ValueError(f"request {request.request_id}: no keys, so no samples are asked for")
 
@@ -170,14 +180,14 @@ class RolloutSampler:
         prefix = self.engine.prefill(params=params, padded_tokens=padded, true_length=length)
         self.statistics.prefills += 1
         experts = None
-        if self.engine.sampler.record_routed_experts and prefix.experts is not None:
+        if self.engine.record_experts and prefix.experts is not None:
             experts = np.asarray(prefix.experts)[0, :length]
         return _Group(request, prefix, experts, deque(range(len(request.keys))))
 
     def _slot_params(self, request: RolloutRequest, indices: list[int]) -> SlotParams:
         law, count = request.law, len(indices)
-        stop = np.full((count, MAX_STOP_TOKENS), -1, np.int32)
-        stop[:, : len(law.stop_ids)] = law.stop_ids
+        stop, stop_ids = np.full((count, MAX_STOP_TOKENS), -1, np.int32), self.engine.all_stops(law.stop_ids)
+        stop[:, : len(stop_ids)] = stop_ids
         return SlotParams(
             temperature=np.full(count, law.temperature, np.float32),
             top_p=np.full(count, law.top_p, np.float32),
@@ -186,6 +196,10 @@ class RolloutSampler:
             key=np.asarray(request.keys[indices], np.uint32),
             stop_ids=stop,
         )
+
+    def _stop_strings(self) -> StopStrings | None:
+        texts = self.engine.sampler.stop_strings
+        return StopStrings(self.engine.tokenizer.decode, texts) if texts else None
 
     def _fetch(self, out: StepOutput, running: dict[int, _Running]) -> StepOutput:
         """Returns the output on the host. Raises TimeoutError when the device does not answer before the deadline."""
@@ -200,11 +214,16 @@ class RolloutSampler:
         return jax.device_get(out)
 
     def _collect(self, out: StepOutput, running: dict[int, _Running]) -> list[int]:
-        """Appends what each slot emitted and returns the slots that are done."""
+        """Appends what each slot emitted and returns the slots that are done.
+
+        What a slot emitted after the end of a stop string is dropped, as if it had never been drawn.
+        """
         finished, emitted = [], 0
         for slot, sample in running.items():
             valid = out.valid[slot]
             count = int(valid.sum())
+            if sample.stops is not None and (kept := sample.stops.count(out.tokens[slot][:count])) is not None:
+                count, sample.stopped = kept, True
             emitted += count
             sample.emitted += count
             sample.tokens.append(out.tokens[slot][:count])
@@ -212,7 +231,7 @@ class RolloutSampler:
             sample.behaviour.append(out.behaviour_logp[slot][:count])
             if out.experts is not None:
                 sample.experts.append(out.experts[slot][:count])
-            if out.status[slot] != RUNNING:
+            if sample.stopped or out.status[slot] != RUNNING:
                 finished.append(slot)
         if not emitted:
             raise RuntimeError(f"decode emitted nothing for {len(running)} running slots")

@@ -19,6 +19,7 @@ from typing import Any, Self
 import numpy as np
 
 from r1jax.sampler import jetstream
+from r1jax.sampler.stop_strings import StopStrings
 
 SMALLEST_BUCKET = 16  # tokens; prompts are padded to powers of two from here on, where the engine names no buckets
 
@@ -39,9 +40,9 @@ def prefill_buckets(engine: Any) -> tuple[int, ...]:
 
 
 class DriverTokenizer(jetstream.Tokenizer):
-    """A tokenizer with encode(text) -> ids, decode(ids) -> text, eos_id and pad_id, behind JetStream's interface.
+    """A tokenizer with encode_prompt(text) -> ids, decode(ids) -> text, eos_id and pad_id, behind JetStream's interface.
 
-    It adds no bos: a text is encoded as the trainer encodes it, with the special tokens that it spells out. Decoding ends
+    A text is encoded as the trainer encodes a prompt, so JetStream is told of no bos to add. Decoding ends
     at `stop_ids` (the tokenizer's eos if None). Without a tokenizer it serves token prompts only.
     """
 
@@ -53,7 +54,7 @@ class DriverTokenizer(jetstream.Tokenizer):
         """Returns (int32 token ids, not padded, and their number). ValueError without a tokenizer."""
         if self._tokenizer is None:
             raise ValueError("serving: a text prompt needs a tokenizer; build the engine with tokenizer=")
-        ids = np.asarray(self._tokenizer.encode(s), np.int32)
+        ids = np.asarray(self._tokenizer.encode_prompt(s), np.int32)
         return ids, len(ids)
 
     def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str:
@@ -152,13 +153,21 @@ class _Collector:
 class _Channel:
     """The return channel of one open request, known to the driver until it is closed.
 
-    It ends the request in the step that brings its last token (JetStream takes one more), frees the slot of a client
-    that has gone, and is not disturbed by a client whose event loop is closed. Text goes out in whole characters;
+    It ends the request in the step that brings its last token (JetStream takes one more) or the end of a stop string,
+    frees the slot of a client that has gone, and is not disturbed by a client whose event loop is closed. Text goes out in whole characters;
     JetStream decodes token by token.
     """
 
-    def __init__(self, driver: "SafeDriverMethods", request: Any, inner: Any, text: TextStream | None):
+    def __init__(
+        self,
+        driver: "SafeDriverMethods",
+        request: Any,
+        inner: Any,
+        text: TextStream | None,
+        stops: StopStrings | None = None,
+    ):
         self._driver = driver
+        self._stops = stops
         self._request = request
         self._inner = inner
         self._text = text
@@ -166,11 +175,12 @@ class _Channel:
 
     def add_result(self, samples: list[Any]) -> None:
         self._tokens += len(samples[0].token_ids)
+        stopped = self._stops is not None and self._stops.count(samples[0].token_ids) is not None
         if self._text is not None:
-            last = self._request.complete.all() or self._tokens >= self._request.max_tokens
+            last = stopped or self._request.complete.all() or self._tokens >= self._request.max_tokens
             samples[0].text = [self._text.add(samples[0].token_ids, last)]
         delivered = self._deliver(self._inner.add_result, samples)
-        if not delivered or self._inner.cancelled() or self._tokens >= self._request.max_tokens:
+        if stopped or not delivered or self._inner.cancelled() or self._tokens >= self._request.max_tokens:
             self._request.complete[:] = True  # the detokenize thread, which calls this, looks at it next
 
     def set_exception(self, error: Exception) -> None:
@@ -277,13 +287,18 @@ class SafeDriverMethods:
             raise ValueError(f"serving: max_tokens={request.max_tokens} must be at least 1")
         request.prefill_content = self._token_ids(request.prefill_content, with_bos=not request.history_path)
         text = None if request.is_client_side_tokenization else TextStream(self._tokenizer.decode)
-        channel = _Channel(self, request, request.return_channel, text)
+        channel = _Channel(self, request, request.return_channel, text, self._stop_strings())
         with self._lock:
             if self._closed is not None:
                 raise RuntimeError(str(self._closed)) from self._closed.__cause__
             request.return_channel = channel
             self._open.add(channel)
             self._prefill_backlog.put(request, block=False)
+
+    def _stop_strings(self) -> StopStrings | None:
+        """Returns a follower of config.sampler.stop_strings, which engines of others have not."""
+        texts = getattr(getattr(self._engine, "sampler", None), "stop_strings", ())
+        return StopStrings(self._tokenizer.decode, texts) if texts else None
 
     def forget(self, channel: _Channel) -> None:
         """Takes a request that has ended off the list of open ones."""

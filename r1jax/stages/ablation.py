@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from r1jax import config as configs
+from r1jax import stage_table
 from r1jax.core import checkpoint
 from r1jax.report import table
 from r1jax.schema import Config, replace
@@ -34,12 +35,14 @@ def run(config: Config, workdir: Path) -> dict:
 
     Returns {variant: figures} and writes it to `workdir/NAME/table.json`. With config.seeds each seed has its own
     `workdir/seed_N`, inputs and table in it, and what is returned and written are the figures' means over the seeds, their
-    sample standard deviations as FIGURE_sd, and the number of seeds. Raises ValueError for a malformed variant or a seed
-    that is given twice.
+    sample standard deviations as FIGURE_sd, and the number of seeds. Raises ValueError for a malformed variant, one with a
+    field that its stage does not read, or a seed that is given twice.
     """
     parsed, workdir = [parse(variant) for variant in config.variants], Path(workdir)
     if len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"config.seeds={config.seeds}: a seed is given twice")
+    for _, stage, overrides in parsed:  # before the first one runs
+        stage_table.check(configs.load(f"{stage}:{config.preset}", overrides), configs.keys(overrides))
     folder = workdir / config.stage / config.output
     if not config.seeds:
         found = _one_seed(config, parsed, workdir)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,12 +25,17 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 DONE = "DONE"
 INPUTS = "inputs.json"
 DIGEST_THREADS = 8
+TOLD_BYTES = 8 << 30  # of a checkpoint, above which it is said that its digest takes a while
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "chat_template.jinja",
 )
 EXAMPLES = "examples.jsonl"
-MODEL, SHAPE = "model", "shape.json"  # in a stage's folder: what its weights are used with
+MODEL, SHAPE, GENERATION = (
+    "model",
+    "shape.json",
+    "generation_config.json",
+)  # in a stage's folder: what its weights are used with
 
 
 class StageFolder:
@@ -141,33 +147,23 @@ def prepare(config: Config, start: Path | None = None) -> tuple[Config, tokenize
     runtime.setup()
     mesh = sharding.make_mesh(config.mesh)
     folder = start or config.model.checkpoint
+    shape = config.model
     if not folder:
         tokenizer = tokenizers.tiny()
     elif is_hugging_face(folder):
-        shape, tokenizer = _hugging_face(folder, config.model)
-        config = replace(config, model=shape)
+        shape, tokenizer = _hugging_face(folder, shape)
     else:
-        shape, tokenizer, template = read_model(Path(folder), config.model)
-        config = replace(config, model=shape)
+        shape, tokenizer, template = read_model(Path(folder), shape)
         if config.data.template == "auto" and template:
             config = replace(config, data=replace(config.data, **template))
-    _check_fits(config, tokenizer)
+    if not folder and tokenizer.vocab_size != shape.vocab_size:
+        raise ValueError(
+            f"{config.stage}:{config.preset} brings no weights and no tokenizer; give a Hugging Face folder, or a stage's, "
+            "with --config.model.checkpoint=DIR"
+        )
+    tokenizer = tokenizer.stopping_at(config.sampler.stop_ids)
+    config = replace(config, model=tokenizers.fitted(shape, tokenizer))
     return config, tokenizer, mesh
-
-
-def _check_fits(config: Config, tokenizer: tokenizers.Tokenizer) -> None:
-    """Raises ValueError when the tokenizer has ids that the model has not, or does not know the words of the tiny world."""
-    model = config.model
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {tokenizer.source} has {tokenizer.vocab_size} tokens, the model of "
-            f"{model.checkpoint or config.preset} has {model.vocab_size} (vocab_size); give the model's own tokenizer"
-        )
-    if tokenizer is tokenizers.tiny() and tokenizer.vocab_size != model.vocab_size:
-        raise ValueError(
-            f"config.model.vocab_size={model.vocab_size}, but the tiny world has {tokenizer.vocab_size} tokens; give a "
-            "Hugging Face folder with --config.model.checkpoint=DIR"
-        )
 
 
 def _hugging_face(folder: str | Path, defaults: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer]:
@@ -186,8 +182,19 @@ def write_model(folder: Path, config: Config, tokenizer: tokenizers.Tokenizer, t
     target.mkdir(parents=True, exist_ok=True)
     tokenizer.save(target)
     asked = {"template": template, "instruction": config.data.instruction, "think_prefill": config.data.think_prefill}
+    ends, pad = token_ids(tokenizer)
+    checkpoint.write_json(target / GENERATION, {"eos_token_id": ends, "pad_token_id": pad})
     record = {"model": dataclasses.asdict(replace(config.model, checkpoint="")), "data": asked}
     checkpoint.write_json(target / SHAPE, record)
+
+
+def token_ids(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], int]:
+    """Returns (ids that end a response, padding id): what the tokenizer's folder states, then the tokenizer's own."""
+    from r1jax.checkpoints import hf_config
+
+    folder = Path(tokenizer.source)
+    ends, pad = hf_config.token_ids(folder) if folder.is_dir() else ([], None)
+    return list(dict.fromkeys([*ends, *tokenizer.stop_ids])), tokenizer.pad_id if pad is None else pad
 
 
 def read_model(folder: Path, defaults: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer, dict]:
@@ -203,15 +210,20 @@ def read_model(folder: Path, defaults: ModelConfig) -> tuple[ModelConfig, tokeni
 
 
 def _model_of_run(folder: Path, defaults: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer, dict]:
-    """Returns the same of a folder without a record of it, by the config.json of its run."""
+    """Returns the same of a folder without a record of it: by the config.json of its run, else as the preset has it.
+
+    The run's Hugging Face folder holds its tokenizer: `defaults.checkpoint` names it where it has moved since.
+    """
     path = folder / "config.json"
-    if not path.exists():
-        raise ValueError(f"{folder} has neither {MODEL}/{SHAPE} nor config.json; give the folder of a stage")
-    fields = distributed.decide(lambda: json.loads(path.read_text(encoding="utf-8")), name=str(path))
-    if base := fields.get("model.checkpoint"):
+    fields = distributed.decide(lambda: json.loads(path.read_text()) if path.exists() else {}, name=str(path))
+    if not fields:
+        return defaults, tokenizers.tiny(), {}
+    moved = defaults.checkpoint if defaults.checkpoint and Path(defaults.checkpoint) != folder else ""
+    if base := moved or fields.get("model.checkpoint"):
         if not Path(base).exists():
             raise ValueError(
-                f"{folder} was trained from {base}, which holds its tokenizer and is not there; put it back"
+                f"{folder} was trained from {base}, which holds its tokenizer and is not there; name that folder with "
+                "--config.model.checkpoint=DIR"
             )
         shape, tokenizer = _hugging_face(base, defaults)
     else:
@@ -301,6 +313,9 @@ def _checkpoint_digest(source: Path) -> str:
         weights = [source] if source.is_file() else sorted(beside.glob("*.safetensors*"))
         names = ("config.json", "generation_config.json", *TOKENIZER_FILES)
         files = [*weights, *(beside / name for name in names if (beside / name).exists())]
+    size = sum(path.stat().st_size for path in files)
+    if size > TOLD_BYTES:
+        print(f"{source}: reading {size / 1e9:.0f} GB once, to know these weights again", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(DIGEST_THREADS) as pool:
         found = zip((path.name for path in files), pool.map(lambda path: file_digest(str(path)), files), strict=True)
         return hashlib.sha256(repr(list(found)).encode()).hexdigest()
@@ -313,7 +328,7 @@ def shape_hash(model: ModelConfig, *more) -> str:
     """
     neutral = dict(compute_dtype="float32", scan_layers=True, moe_implementation="auto", checkpoint="")
     neutral |= dict(remat=False, remat_policy="nothing", attention_implementation="auto", attention_block=0)
-    neutral |= dict(logprob_implementation="auto")
+    neutral |= dict(logprob_implementation="auto", vocab_used=0)
     text = repr([_chosen(config) for config in (replace(model, **neutral), *more)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,15 +1,15 @@
 """Distillation: a dense student is fine-tuned on a teacher's examples; hard targets, no RL (P2 B.4.3)."""
 
-from collections import Counter
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.data import jsonl
+from r1jax.data import files, jsonl
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config
-from r1jax.stages import common, fine_tuning, lineage
+from r1jax.stages import common, example_files, fine_tuning, lineage
+from r1jax.stages.drafts import Counts, Draft, tally, tell
 
 SOURCE = "stage3_rejection_sft"
 
@@ -20,34 +20,37 @@ def run(config: Config, workdir: Path) -> dict:
     Raises ValueError, before anything is written, when the base or the examples are not given or not readable.
     """
     _check_inputs(config, workdir)
-    if not config.distill.examples:
+    path = config.distill.examples
+    if not path:
         return fine_tuning.run(config, workdir, (SOURCE,), collect)
-    rows, digest = read_examples(config.distill.examples)
-    counted = rows, Counter(kept=len(rows))
-    return fine_tuning.run(config, workdir, (), lambda *given: counted, {config.distill.examples: digest})
+    drafts, notes = example_files.read(path, config)
+
+    def graded(*given) -> tuple[list[dict], Counts]:
+        example_files.say(example_files.remarks(path, drafts, notes))
+        return of_file(drafts, config)
+
+    return fine_tuning.run(config, workdir, (), graded, {path: files.digest(path)})
 
 
 def collect(
     config: Config, tokenizer: Tokenizer, mesh: Mesh, train: list[EncodedPrompt], workdir: Path
-) -> tuple[list[dict], Counter]:
-    """Returns stage 3's examples as they are, and their number."""
-    rows = jsonl.read(lineage.require(SOURCE, config, workdir) / fine_tuning.EXAMPLES, required=("prompt", "response"))
-    return rows, Counter(kept=len(rows))
+) -> tuple[list[dict], Counts]:
+    """Returns stage 3's examples as they are, and their number by task."""
+    rows = jsonl.read(lineage.require(SOURCE, config, workdir) / fine_tuning.EXAMPLES)
+    counts: Counts = {}
+    tally(counts, "kept", (row.get("task", "") for row in rows))
+    return rows, counts
 
 
-def read_examples(path: str) -> tuple[list[dict], str]:
-    """Returns (rows {id, prompt, response, provenance}, sha256 of the file). A row without id gets its number.
-
-    Raises ValueError, naming file and line, for a bad file or row.
-    """
-    rows = []
-    for number, row in enumerate(jsonl.read(path, required=("prompt", "response")), 1):
-        for name in ("prompt", "response"):
-            if not row[name].strip():
-                raise ValueError(f"{path}, row {number}: {name!r} is empty, needs text")
-        kept = {"id": str(row.get("id") or f"row-{number}"), "prompt": row["prompt"], "response": row["response"]}
-        rows.append(kept | {"provenance": {"teacher": path}})
-    return rows, common.file_digest(path)
+def of_file(drafts: list[Draft], config: Config) -> tuple[list[dict], Counts]:
+    """Returns (rows of a file without those that their task's grader finds wrong, counts by task); all with distill.grade=false."""
+    counts: Counts = {}
+    tally(counts, "rows", (draft.task for draft in drafts))
+    if config.distill.grade:
+        drafts = example_files.right(drafts, config, counts)
+    tally(counts, "kept", (draft.task for draft in drafts))
+    tell(config.stage, counts)
+    return [draft.row() for draft in drafts], counts
 
 
 def _check_inputs(config: Config, workdir: Path) -> None:

@@ -260,7 +260,7 @@ def before_and_after(
 def sampling_law(config: Config, tokenizer: Tokenizer) -> SamplingLaw:
     """Returns how the samples of an evaluation are drawn: config.evaluation has a law of its own."""
     settings = config.evaluation
-    return SamplingLaw(settings.temperature, settings.top_p, 0, config.sampler.max_new_tokens, (tokenizer.eos_id,))
+    return SamplingLaw(settings.temperature, settings.top_p, 0, config.sampler.max_new_tokens, tokenizer.stop_ids)
 
 
 def evaluate(
@@ -281,7 +281,7 @@ def evaluate(
     if settings.max_problems:
         held_out = held_out[: settings.max_problems]
     config = replace(config, stage="evaluate")
-    sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, (tokenizer.eos_id,), tokenizer))
+    sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, tokenizer.stop_ids, tokenizer))
     params = sampler.engine.load_params(params)
     law, size, k = sampling_law(config, tokenizer), settings.samples_per_problem, settings.consensus_samples
     with RewardPool(config.reward) as pool:

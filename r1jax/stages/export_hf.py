@@ -40,6 +40,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     fields = run_fields(source)
     own, tokenizer, mesh = common.prepare(stage_config(source, fields, config), source)
     hf_export.check_dtype(own.model, config.export.dtype)
+    ends, pad = common.token_ids(tokenizer)
     tokenizer = Tokenizer(tokenizer.backend, tokenizer.config, chat_template(own, tokenizer), tokenizer.source)
     params = common.load_weights(own, mesh, str(source), lambda: None)
     figures, kind = {"parameters": tree.count(params)}, config.export.dtype
@@ -51,7 +52,8 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
         if config.export.verify:
             figures["logit_difference"] = verify(folder, params, own.model, mesh, kind)
 
-    hf_export.save(target, params, own.model, tokenizer, kind, card(source, fields, target.name), check=check)
+    about = card(source, fields, target.name)
+    hf_export.save(target, params, own.model, tokenizer, kind, about, check=check, end_ids=ends, pad_id=pad)
     checked = "not read back"
     if config.export.verify:
         moved = figures["logit_difference"]

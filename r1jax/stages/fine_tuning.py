@@ -10,19 +10,17 @@ from jax.sharding import Mesh
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import checkpoint, distributed, sharding, tree
 from r1jax.core.metrics import MetricsLog
-from r1jax.data import jsonl, templates
-from r1jax.data.hashing import hash64
+from r1jax.data import jsonl
 from r1jax.data.packing import PackItem
-from r1jax.data.problems import read_prompt
-from r1jax.data.prompts import keyed_permutation
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config
-from r1jax.stages import common, compute, evaluate, lineage, problems, prompts, template_check
+from r1jax.stages import common, compute, evaluate, lineage, problems, prompts, sft_rows, template_check
 from r1jax.stages.progress import Progress
 from r1jax.train import sft, step, supervised
 
 EXAMPLES = common.EXAMPLES
 COUNTS = "examples_counts.json"
+TOO_LONG = "longer than pack.row_tokens"  # why an example is left out
 
 # (config, tokenizer, mesh, training prompts, workdir) -> (rows {id, prompt, response, provenance}, counts by check)
 Collect = Callable[[Config, Tokenizer, Mesh, list[EncodedPrompt], Path], tuple[list[dict], dict[str, float]]]
@@ -57,11 +55,13 @@ def run(
             )
         checkpoint.write_json(folder.path / COUNTS, counts)
         jsonl.write(path, rows)
-    items = encode(jsonl.read(path, required=("prompt", "response")), resolved, tokenizer)
+    rows = jsonl.read(path)
+    items = encode(rows, resolved, tokenizer)
     params = lineage.start_weights(resolved, mesh, workdir)
     trained, loss = fine_tune(resolved, mesh, items, params, folder)
     tokens = sum(len(item.tokens) for item in items) * resolved.sft.epochs
-    figures = {"seconds": round(time.monotonic() - started, 1), "examples": len(items), "loss": loss}
+    figures = {"seconds": round(time.monotonic() - started, 1), "examples": len(items), "tokens": tokens}
+    figures |= {"loss": loss, "left_out": {TOO_LONG: len(rows) - len(items)}}
     figures["compute"] = compute.of_fine_tuning(tokens, resolved.model)
     if asked:
         figures["data"] = asked.counts
@@ -72,16 +72,14 @@ def run(
 
 
 def encode(rows: list[dict], config: Config, tokenizer: Tokenizer) -> list[PackItem]:
-    """Returns the rows as training examples: the prompt under the template, then the trained response and its end.
+    """Returns the rows as training examples (sft_rows.items_of), of most rows one.
 
-    A `<think>` that the prompt already holds is not trained. Examples over config.pack.row_tokens are left out, and
+    Examples over config.pack.row_tokens are left out, and
     said to be. Raises ValueError when none is left.
     """
     items, limit = [], config.pack.row_tokens
     for row in rows:
-        text = prompts.render(read_prompt(row["prompt"]), config, tokenizer)
-        prompt, response = templates.split_turn(text, row["response"])
-        items.append(sft.example(tokenizer.encode(prompt), [*tokenizer.encode(response), tokenizer.eos_id]))
+        items += sft_rows.items_of(row, config, tokenizer)
     kept = [item for item in items if len(item.tokens) <= limit]
     longest = max((len(item.tokens) for item in items), default=0)
     if not kept:
@@ -97,24 +95,21 @@ def encode(rows: list[dict], config: Config, tokenizer: Tokenizer) -> list[PackI
 
 
 def fine_tune(config: Config, mesh: Mesh, items: list[PackItem], params, folder: common.StageFolder):
-    """Returns (weights, last loss) after the configured epochs over the examples."""
-    size = min(config.sft.examples_per_update, len(items))
-    per_epoch = len(items) // size
-    updates = per_epoch * config.sft.epochs
+    """Returns (weights, last loss) after the configured epochs over the examples, each of which is trained in each."""
+    given = config.sft
+    chosen = supervised.examples_of_updates(
+        len(items), given.epochs, given.examples_per_update, config.stage, config.seed
+    )
+    updates = len(chosen)
     loss = sft.make_loss(config.model, config.pack.trained_chunk)
     trainer = step.Trainer(config.model, config.optimizer, mesh, loss, updates)
-    orders = [
-        keyed_permutation(len(items), hash64(config.stage, config.seed, "shuffle", epoch))
-        for epoch in range(config.sft.epochs)
-    ]
-    flat = [order[start : start + size] for order in orders for start in range(0, per_epoch * size, size)]
-    micro_batches = max(sft.rows_of([items[i] for i in chosen], config.pack) for chosen in flat)
+    micro_batches = max(sft.rows_of([items[i] for i in some], config.pack) for some in chosen)
     micro_batches = -(-micro_batches // config.pack.rows_per_micro_batch)
 
     shards = sharding.row_shards(config.pack.rows_per_micro_batch, config.mesh)
 
     def batch_at(update: int):
-        return sft.make_batch([items[i] for i in flat[update]], config.pack, micro_batches, shards=shards)
+        return sft.make_batch([items[i] for i in chosen[update]], config.pack, micro_batches, shards=shards)
 
     store, log = folder.checkpoints(), MetricsLog(folder.path)
     with Progress(lineage.result_name(config), updates) as progress:

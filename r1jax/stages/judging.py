@@ -32,14 +32,23 @@ def require_judge(config: Config) -> None:
         )
 
 
+def editor_inputs(config: Config, editor: str) -> dict[str, str]:
+    """Returns {folder: digest} of the model that a stage's editor (`judge`) is; {} without one. ValueError as `require_judge`."""
+    if not editor:
+        return {}
+    require_judge(config)
+    return {config.judge.checkpoint: common.checkpoint_digest(config.judge.checkpoint)}
+
+
 def load(config: Config, mesh: Mesh) -> Judge:
     """Returns the judge of config.judge.checkpoint. Raises ValueError as `require_judge`."""
     require_judge(config)
     folder = config.judge.checkpoint
     beside = Path(folder).parent if Path(folder).is_file() else Path(folder)
     model = hf_config.model_config(beside, ModelConfig(compute_dtype=config.judge.compute_dtype))
-    words = tokenizer.from_folder(beside)
-    engine = Engine(model, config.judge.sampler, mesh, (words.eos_id,), words)
+    words = tokenizer.from_folder(beside).stopping_at(config.judge.sampler.stop_ids)
+    model = tokenizer.fitted(model, words)
+    engine = Engine(model, config.judge.sampler, mesh, words.stop_ids, words)
     params = engine.load_params(hf.load(folder, model, mesh, jnp.dtype(model.compute_dtype)))
     return Judge(RolloutSampler(engine), params, words, "chat" if words.chat_template else "plain", config.seed)
 

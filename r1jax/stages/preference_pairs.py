@@ -85,9 +85,9 @@ def answerer(config: Config):
             "--config.model.checkpoint=DIR"
         )
     params = common.load_weights(resolved, mesh, config.model.checkpoint, lambda: None)
-    sampler = RolloutSampler(Engine(resolved.model, resolved.sampler, mesh, (words.eos_id,), words))
+    sampler = RolloutSampler(Engine(resolved.model, resolved.sampler, mesh, words.stop_ids, words))
     params, given = sampler.engine.load_params(params), resolved.sampler
-    law = SamplingLaw(given.temperature, given.top_p, given.top_k, given.max_new_tokens, (words.eos_id,))
+    law = SamplingLaw(given.temperature, given.top_p, given.top_k, given.max_new_tokens, words.stop_ids)
 
     def answer(rows: list[dict]) -> list[dict]:
         asked = [Problem(row["id"], "", row["prompt"], "") for row in rows]

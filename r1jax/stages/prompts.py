@@ -91,7 +91,7 @@ def encode(asked: Sequence[Problem], config: Config, tokenizer: Tokenizer) -> li
     encoded, longest = [], 0
     for problem in asked:
         text = render(problem.prompt, config, tokenizer)
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode_prompt(text)
         longest = max(longest, len(ids))
         if len(ids) <= limit:
             encoded.append(EncodedPrompt(problem, np.asarray(ids, np.int32), templates.prefill(text)))

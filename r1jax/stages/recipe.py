@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from r1jax import config as configs
+from r1jax import stage_table
 from r1jax.core import checkpoint
 from r1jax.report import html, table
 from r1jax.schema import Config, replace
@@ -25,8 +26,6 @@ GRAPH: dict[str, tuple[str, ...]] = {
     "distill": ("stage3_rejection_sft",),
     "student_rl": (),
 }
-# Settings of the graph itself; `evaluation` is the only other one that stages take from it.
-READ = ("seed", "rebuild_base", "only", "from_stage", "list", "set")
 REWARD_MODELS = ("reward_helpful", "reward_safety")
 EXPORTED = ("stage4_all_scenarios", "distill")  # R1 and the student leave as Hugging Face folders
 COLUMNS = (
@@ -60,7 +59,9 @@ def run(config: Config, workdir: Path) -> dict:
             shutil.rmtree(workdir / stage, ignore_errors=True)
     for stage in chosen:
         print(f"== {stage}", file=sys.stderr)
-        importlib.import_module(f"r1jax.stages.{stage}").run(stages[stage], workdir)
+        figures = importlib.import_module(f"r1jax.stages.{stage}").run(stages[stage], workdir)
+        if awaited := figures.get("awaits"):
+            raise ValueError(f"{stage} waits for the verdicts in {awaited}; run again when they are there")
         hold_gate(stages[stage], workdir)
     if not set(EXPORTED) - {stage for stage in GRAPH if (workdir / stage / common.DONE).exists()}:
         export(config, workdir)
@@ -94,6 +95,7 @@ def stage_configs(config: Config) -> dict[str, Config]:
         shared = dict(seed=config.seed, rebuild_base=config.rebuild_base, evaluation=config.evaluation)
         own = replace(configs.load(f"{stage}:{config.preset}"), **shared)
         result[stage] = configs.override(own, overrides[stage])
+        stage_table.check(result[stage], configs.keys(overrides[stage]), also=stage_table.BY_GRAPH)
     return result
 
 
@@ -101,10 +103,8 @@ def _refuse_unread(config: Config) -> None:
     """Raises ValueError for a changed field that the graph hands to no stage."""
     usual = configs.flatten(configs.load(f"{config.stage}:{config.preset}"))
     for name, value in configs.flatten(config).items():
-        if value != usual[name] and name not in READ and not name.startswith("evaluation."):
-            raise ValueError(
-                f"config.{name} is no setting of the whole graph; give it to a stage: --config.set=STAGE.{name}=VALUE"
-            )
+        if value != usual[name]:
+            stage_table.check(config, [name])
 
 
 def chosen_stages(config: Config) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from r1jax.train.reward import Unit
 
 RECORD = "reward_model.json"  # what one has to know to use the model
 WHOLE = "whole"  # the model put together again, where a part of it was frozen
+NOTHING, TOO_LONG = "with nothing to judge", "longer than pack allows"  # why an example is left out
 CENTER_UNITS = 256  # training pairs whose mean score is the center of a helpful model
 COLUMNS = (
     "model",
@@ -57,7 +59,7 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
     resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
     model, reading = reward_model.architecture(resolved.model), reading_of(kind, resolved, tokenizer)
     path = folder.path / common.EXAMPLES
-    rows = [] if path.exists() or _is_written(resolved) else reward_examples.read(given_data(resolved), kind)
+    rows = [] if path.exists() or _is_written(resolved) else given_rows(resolved, kind)
     if blocks := config.reward_model.frozen_blocks:
         frozen.shapes(model, blocks)
     started, params = time.monotonic(), lineage.start_weights(resolved, mesh, workdir)
@@ -75,6 +77,10 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
             f"{len(rows)} do not fit {config.pack.rows_per_micro_batch} rows of config.pack.row_tokens="
             f"{config.pack.row_tokens} tokens; give more, or raise it or config.data.holdout_fraction"
         )
+    left_out = {NOTHING: units.count(None), TOO_LONG: fitting.count(False) - units.count(None)}
+    if any(left_out.values()):
+        told = ", ".join(f"{count} {why}" for why, count in left_out.items())
+        print(f"{config.stage}: of {len(rows)} examples left out: {told}", file=sys.stderr)
     folder.start(inputs)
     common.write_model(folder.path, resolved, tokenizer, reading.template)
     if not path.exists():
@@ -83,7 +89,7 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
     trained, loss = fit(resolved, mesh, kind, train, reward_model.from_decoder(params, model), folder)
     scorer = make_scorer(trained, model, mesh, reading, tokenizer, config.pack)
     figures = {"seconds": round(time.monotonic() - started, 1), "examples": len(train), "loss": loss}
-    figures |= {"left_out": fitting.count(False), "held_out": evaluate(scorer, held_out, [rows[i] for i in sides[1]])}
+    figures |= {"left_out": left_out, "held_out": evaluate(scorer, held_out, [rows[i] for i in sides[1]])}
     some = keyed_permutation(len(train), hash64(config.stage, config.seed, "center"))[:CENTER_UNITS]
     center = _center(scorer, [train[i] for i in some]) if kind == "helpful" else 0.0
     write_record(folder.path, kind, model, reading, config, center)
@@ -95,6 +101,14 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
 def _is_written(config: Config) -> bool:
     """Returns whether the stage draws and ranks its examples itself, as it can in the tiny world."""
     return config.data.world == "tiny" and not config.data.path
+
+
+def given_rows(config: Config, kind: str) -> list[dict]:
+    """Returns the rows of config.data.path, having said how they were read."""
+    rows, notes = reward_examples.read(given_data(config), kind)
+    for note in notes:
+        print(f"{config.data.path}: {note}", file=sys.stderr)
+    return rows
 
 
 def given_data(config: Config) -> str:
@@ -144,13 +158,9 @@ def fit(
     if settings.frozen_blocks:
         lower_model, model = frozen.shapes(model, settings.frozen_blocks)
         lower, params = frozen.cut(params, reward_model.architecture(config.model), settings.frozen_blocks)
-    size = min(settings.examples_per_update, len(units))
-    per_epoch = len(units) // size
-    orders = [
-        keyed_permutation(len(units), hash64(config.stage, config.seed, "shuffle", epoch))
-        for epoch in range(settings.epochs)
-    ]
-    chosen = [order[start : start + size] for order in orders for start in range(0, per_epoch * size, size)]
+    chosen = supervised.examples_of_updates(
+        len(units), settings.epochs, settings.examples_per_update, config.stage, config.seed
+    )
     room = max(len(reward.micro_batches([units[i] for i in some], config.pack)) for some in chosen)
     shards = sharding.row_shards(config.pack.rows_per_micro_batch, config.mesh)
     trainer = step.Trainer(model, config.optimizer, mesh, reward.make_loss(model, kind), len(chosen))

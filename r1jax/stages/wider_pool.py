@@ -1,6 +1,5 @@
 """Stage 3's wider pool: prompts with a reference but without a rule verifier, whose responses a judge accepts (P2 B.3.3)."""
 
-from collections import Counter
 from typing import Any
 
 from jax.sharding import Mesh
@@ -11,6 +10,7 @@ from r1jax.data.problems import as_text, from_row
 from r1jax.evals.benchmarks import Response
 from r1jax.schema import Config, replace
 from r1jax.stages import common, judging, prompts, traces
+from r1jax.stages.drafts import Counts
 
 
 def inputs(config: Config) -> dict[str, str]:
@@ -19,10 +19,10 @@ def inputs(config: Config) -> dict[str, str]:
     if not path:
         return {}
     judging.require_judge(config)
-    return {path: common.file_digest(path), config.judge.checkpoint: common.checkpoint_digest(config.judge.checkpoint)}
+    return {path: files.digest(path), config.judge.checkpoint: common.checkpoint_digest(config.judge.checkpoint)}
 
 
-def sample(config: Config, tokenizer: Tokenizer, mesh: Mesh, params: Any, counts: Counter) -> list[Response]:
+def sample(config: Config, tokenizer: Tokenizer, mesh: Mesh, params: Any, counts: Counts) -> list[Response]:
     """Returns the policy's responses to config.rejection.judged_prompts, their accuracy the judge's verdict; [] without any.
 
     `counts` gets their number and the share of verdicts, in percent, that could be read.

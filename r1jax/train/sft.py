@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from r1jax.data.packing import PackItem, pack, pack_batch, rows_needed, spread
-from r1jax.models import decoder
-from r1jax.models.logprobs import scored_logprobs
+from r1jax.models import decoder, logprobs
 from r1jax.schema import ModelConfig, PackConfig
 from r1jax.train import step
 
@@ -22,8 +21,8 @@ def make_loss(model: ModelConfig, trained_chunk: int = 0) -> step.Loss:
     def loss(params: decoder.Params, micro: dict[str, jax.Array], inverse_tokens: jax.Array):
         hidden, _, auxiliary = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], model)
         matrix, mask = decoder.unembedding(params), micro["loss_mask"]
-        how = dict(trained_chunk=trained_chunk, implementation=model.logprob_implementation)
-        logp, _ = scored_logprobs(hidden, matrix, micro["targets"], mask, **how)
+        how = dict(trained_chunk=trained_chunk, **logprobs.settings(model))
+        logp, _ = logprobs.scored_logprobs(hidden, matrix, micro["targets"], mask, **how)
         weights = micro["loss_mask"] * inverse_tokens
         extra, stats = step.auxiliary_loss(params, hidden, auxiliary, micro, weights, model)
         return extra - jnp.sum(logp * micro["loss_mask"]) * inverse_tokens, stats

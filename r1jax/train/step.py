@@ -19,8 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from r1jax.core import distributed, sharding, tree
 from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PackedBatch
-from r1jax.models import decoder, moe, mtp
-from r1jax.models.logprobs import token_logprobs
+from r1jax.models import decoder, logprobs, moe, mtp
 from r1jax.schema import ModelConfig, OptimizerConfig, PackConfig
 from r1jax.train import guard
 from r1jax.train import optimizer as optimizers
@@ -238,8 +237,8 @@ def auxiliary_loss(
         params, hidden, auxiliary, micro["tokens"], micro["positions"], micro["segments"], model
     )
     targets = mtp.following(micro["targets"], micro["segments"])
-    matrix = decoder.unembedding(params)
-    logp, _ = token_logprobs(further, matrix, targets, implementation=model.logprob_implementation)
+    matrix, how = decoder.unembedding(params), logprobs.settings(model)
+    logp, _ = logprobs.token_logprobs(further, matrix, targets, **how)
     stats["mtp"] = -jnp.sum(logp * mtp.following(weights, micro["segments"]))
     total += model.mtp_loss_weight * stats["mtp"]
     if routing.experts is not None:

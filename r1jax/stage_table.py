@@ -1,0 +1,161 @@
+"""Which parts of the config each stage reads, and which stages several processes may share. Imports no JAX.
+
+An override of anything else is refused before a run: it would change nothing but the run's name and hash. The values of
+a preset are its author's and are not checked. Every stage takes a seed.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from r1jax.schema import Config
+
+EVERY = ("seed",)
+# What all stages read that take their start, or examples, from others in the working folder and evaluate what they make.
+_PLACE = ("start", "inputs", "input_preset", "rebuild_base", "checkpointing", "evaluation")
+_MODEL = ("model", "mesh", "data", "sampler", "reward")
+_TRAINING = (*_MODEL, *_PLACE, "optimizer", "pack")
+_RL = (*_TRAINING, "mode", "sampler_mesh", "grpo", "ppo", "scenarios")
+_SFT = (*_TRAINING, "sft")
+_LAW = ("temperature", "top_p", "top_k", "max_new_tokens_schedule")
+_WEIGHTS = dict.fromkeys((f"reward.{name}" for name in ("accuracy", "format", "language")), "")
+BY_GRAPH = ("gate",)  # of a stage's config, what the graph that runs it reads
+_GRAPH = ("rebuild_base", "only", "from_stage", "list", "set", "evaluation")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage reads: everything under `reads` but what is under `unread`, which says what it reads instead."""
+
+    reads: tuple[str, ...]  # dotted: a part of the config, or a field
+    unread: Mapping[str, str] = field(default_factory=dict)  # dotted -> field that counts in its place, "" for none
+    shared: bool = False  # several processes can run it together
+
+
+def _law(**instead: str) -> dict[str, str]:
+    """Returns the fields of the sampling law of a stage that draws by another one."""
+    return {f"sampler.{name}": instead.get(name, "") for name in _LAW}
+
+
+_EVALUATION = _law(temperature="evaluation.temperature", top_p="evaluation.top_p")
+_NO_RL = {"pack.shared_prompts": ""}
+_RL_STAGE = Stage(_RL, shared=True)
+_REWARD_MODEL = Stage((*_TRAINING, "reward_model"), _law() | _NO_RL | {"pack.trained_chunk": ""})
+_RECIPE = Stage(_GRAPH)
+
+STAGES: dict[str, Stage] = {
+    "r1_zero": _RL_STAGE,
+    "ppo_baseline": Stage(_RL),
+    "stage2_reasoning_rl": _RL_STAGE,
+    "stage4_all_scenarios": _RL_STAGE,
+    "student_rl": _RL_STAGE,
+    "stage1_coldstart": Stage((*_SFT, "coldstart", "judge"), _EVALUATION | _NO_RL),
+    "stage3_rejection_sft": Stage(
+        (*_SFT, "rejection", "judge"), _EVALUATION | _NO_RL | {"sampler.temperature": "rejection.temperature"}
+    ),
+    "distill": Stage((*_SFT, "distill"), _EVALUATION | _NO_RL),
+    "reward_helpful": _REWARD_MODEL,
+    "reward_safety": _REWARD_MODEL,
+    "stage0_base": Stage(
+        ("model", "mesh", "optimizer", "pack", "checkpointing", "pretrain", "output"),
+        _NO_RL | {"pack.trained_chunk": ""},
+    ),
+    "evaluate": Stage(
+        (*_MODEL, "evaluation", "checkpoint"),
+        _EVALUATION | {"model.checkpoint": "checkpoint"},
+        shared=True,
+    ),
+    "export_hf": Stage(("model.checkpoint", "mesh", "checkpoint", "output", "export")),
+    "grade": Stage(
+        ("data.path", "data.max_rows", "output", "reward"),
+        _WEIGHTS,
+    ),
+    "build_tests": Stage(
+        ("data.path", "data.max_rows", "output", "mesh", "judge", "build_tests", "reward"),
+        _WEIGHTS,
+    ),
+    "preference_pairs": Stage(
+        ("model", "mesh", "data", "sampler", "output", "judge", "preferences"),
+        {"sampler.max_new_tokens_schedule": "", "data.holdout_fraction": ""},
+    ),
+    "quickstart": Stage(_GRAPH, shared=True),
+    "r1": _RECIPE,
+    "ablation": Stage(("variants", "seeds", "output", "evaluation")),
+    "bench_code": Stage(
+        ("bench.code_files", "bench.samples", "bench.mutants_per_row", "data.max_rows", "reward"), _WEIGHTS
+    ),
+    "bench_grading": Stage(("data.path", "data.max_rows", "reward")),
+    "bench_import": Stage(("model", "optimizer.param_dtype")),
+    "bench_kernels": Stage(("bench.topology",)),
+    "bench_loss": Stage(
+        (
+            *("pack.row_tokens", "pack.rows_per_micro_batch"),
+            *("model.hidden_size", "model.vocab_size", "model.compute_dtype"),
+        )
+    ),
+    "bench_rewards": Stage(("bench.samples", "reward")),
+    "bench_update": Stage(
+        ("model", "mesh", "optimizer", "sampler", "reward", "grpo", "pack", "checkpointing", "bench"),
+        dict.fromkeys(("bench.code_files", "bench.mutants_per_row", "bench.topology"), ""),
+    ),
+}
+# Parts that are read under a condition alone: part -> (what it needs, whether a config meets it).
+_CONDITIONS = {
+    "ppo": ("grpo.advantage=gae", lambda config: config.grpo.advantage == "gae"),
+    "sampler_mesh": ("mode=disaggregated", lambda config: config.mode == "disaggregated"),
+}
+
+
+def reads(stage: str, key: str) -> bool:
+    """Returns whether a stage reads the field, or anything of the part, at a dotted key."""
+    return _covers((*EVERY, *STAGES[stage].reads), key) and not _covers(STAGES[stage].unread, key)
+
+
+def shared(stage: str) -> bool:
+    """Returns whether several processes can run a stage together; every other stage runs in one."""
+    return stage in STAGES and STAGES[stage].shared
+
+
+def check(config: Config, keys: Iterable[str], also: tuple[str, ...] = ()) -> None:
+    """Raises ValueError, in one line, for the first overridden key that config.stage does not read.
+
+    `also` are parts that whoever runs the stage reads. A stage that is not in the table is not checked.
+    """
+    for key in keys:
+        if config.stage not in STAGES or _covers(also, key):
+            continue
+        if not reads(config.stage, key):
+            raise ValueError(_refusal(config.stage, key))
+        needed, met = _CONDITIONS.get(key.partition(".")[0], ("", lambda config: True))
+        if not met(config):
+            raise ValueError(f"config.{key} is read with config.{needed} alone; set that, or leave it out")
+
+
+def _covers(parts: Iterable[str], key: str) -> bool:
+    return any(key == part or key.startswith(f"{part}.") for part in parts)
+
+
+def _refusal(stage: str, key: str) -> str:
+    if STAGES[stage].reads == _GRAPH:
+        return f"config.{key} is no setting of the whole graph; give it to a stage: --config.set=STAGE.{key}=VALUE"
+    part = _unread_part(stage, key)
+    others = [name for name in STAGES if reads(name, key) and name != stage]
+    if instead := STAGES[stage].unread.get(part):
+        remedy = f"what counts here is config.{instead}"
+    elif _covers(BY_GRAPH, key):
+        remedy = f"the graph does: --config=r1 --config.set={stage}.{key}=VALUE"
+    elif stage == "ablation" and any(STAGES[name].reads != _GRAPH for name in others):
+        remedy = f"give it to a variant: --config.variants=('NAME STAGE {key}=VALUE',)"
+    else:
+        shown = ", ".join(others[:6]) + (", ..." if len(others) > 6 else "")
+        remedy = f"leave it out (it is read by {shown})" if others else "leave it out"
+    return f"{stage} does not read config.{part}; {remedy}"
+
+
+def _unread_part(stage: str, key: str) -> str:
+    """Returns the shortest beginning of a key under which the stage reads nothing."""
+    names, table = key.split("."), STAGES[stage]
+    for length in range(1, len(names)):
+        part = ".".join(names[:length])
+        if not reads(stage, part) and not any(name.startswith(f"{part}.") for name in table.reads):
+            return part
+    return key

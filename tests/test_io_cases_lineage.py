@@ -1,0 +1,248 @@
+"""Stages that follow one another on a model and on files of one's own: what they start from, and what makes them stale."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+from io_cases import io_case
+
+from r1jax import launch
+from r1jax.checkpoints import hf_export, tokenizer
+from r1jax.core import rng, sharding
+from r1jax.models import decoder
+from r1jax.schema import MeshConfig, ModelConfig
+from r1jax.stages import common
+
+# A model of one's own, of another shape than any preset.
+SHAPE = ModelConfig(
+    family="llama",
+    vocab_size=196,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    max_position_embeddings=256,
+    initializer_range=0.3,
+)
+SMALL = {
+    "sampler.slots": 8,
+    "sampler.max_new_tokens": 8,
+    "sampler.windows": "",
+    "data.template": "tiny",
+    "evaluation.samples_per_problem": 1,
+    "evaluation.greedy": "false",
+}
+RL = SMALL | {
+    "grpo.group_size": 2,
+    "grpo.prompts_per_update": 2,
+    "grpo.updates_per_rollout": 1,
+    "grpo.updates": 1,
+    "pack.row_tokens": 32,
+    "pack.rows_per_micro_batch": 4,
+}
+
+
+def write_model(folder: pathlib.Path, seed: int, template: str = "") -> pathlib.Path:
+    """Writes a Hugging Face folder of random weights, with the tiny world's tokenizer."""
+    params = sharding.initialize(
+        decoder.specs(SHAPE), rng.key(seed, "cases", "init"), "float32", sharding.make_mesh(MeshConfig())
+    )
+    own = tokenizer.tiny()
+    words = tokenizer.Tokenizer(own.backend, own.config, template, "cases") if template else own
+    shutil.rmtree(folder, ignore_errors=True)
+    hf_export.save(folder, params, SHAPE, words, "float32")
+    return folder
+
+
+def rows(count: int, task: str = "math", name: str = "q") -> list[dict]:
+    return [
+        {"id": f"{name}{i}", "task": task, "prompt": f"solve 7 x + {i} = {7 * (i % 9) + i} :", "answer": str(i % 9)}
+        for i in range(count)
+    ]
+
+
+def write_rows(path: pathlib.Path, some: list[dict]) -> pathlib.Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in some))
+    return path
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Returns (Hugging Face folder, file of 12 equations, working folder)."""
+    folder = write_model(tmp_path / "base", 0)
+    return folder, write_rows(tmp_path / "F.jsonl", rows(12)), tmp_path / "W"
+
+
+def run(name: str, world, *more: str, fields: dict = RL) -> int:
+    folder, file, workdir = world
+    given = {"model.checkpoint": folder, "data.path": file, "data.holdout_fraction": 0.4} | fields
+    flags = [f"--config.{key}={value}" for key, value in given.items() if value is not None]
+    return launch.main([f"--config={name}", f"--workdir={workdir}", *flags, *more])
+
+
+def done(world, stage: str) -> dict:
+    return json.loads((world[2] / stage / common.DONE).read_text())
+
+
+def test_replaced_base_weights_make_a_finished_stage_stale(world, capsys):
+    io_case("replaced-base-weights")
+    assert run("r1_zero", world) == 0
+    write_model(world[0], 1)
+    capsys.readouterr()
+    assert run("r1_zero", world) == 2
+    assert f"is stale: its input {world[0]} has changed since" in capsys.readouterr().err
+
+
+def test_a_changed_row_makes_a_finished_stage_stale_and_a_moved_file_does_not(world, capsys):
+    assert run("r1_zero", world) == 0
+    write_rows(world[1], rows(12, name="other"))
+    capsys.readouterr()
+    assert run("r1_zero", world) == 2
+    assert f"is stale: its input {world[1]} has changed since" in capsys.readouterr().err
+
+
+def test_a_stage_starts_from_the_stage_before_it_with_the_shape_and_tokenizer_of_the_model(world, capsys):
+    io_case("stage-after-stage-on-a-real-model")
+    assert run("stage2_reasoning_rl", world) == 2
+    said = capsys.readouterr().err
+    assert (
+        "stage1_coldstart is missing or unfinished; make it with: python -m r1jax.launch --config=stage1_cold" in said
+    )
+    assert run("r1_zero", world) == 0
+    shutil.copytree(world[2] / "r1_zero", world[2] / "stage1_coldstart")  # a finished stage of this model
+    assert run("stage2_reasoning_rl", world) == 0
+    before, after = done(world, "stage1_coldstart"), done(world, "stage2_reasoning_rl")
+    assert after["inputs"]["stage1_coldstart"] == before["output"]
+    assert after["inputs"][str(world[0])] == common.checkpoint_digest(world[0])
+    shape, words, _ = common.read_model(world[2] / "stage2_reasoning_rl", ModelConfig())
+    assert (shape.hidden_size, shape.family, words.vocab_size) == (32, "llama", 196)
+
+
+def test_the_chain_goes_on_without_naming_the_model_again(world):
+    assert run("r1_zero", world) == 0
+    shutil.copytree(world[2] / "r1_zero", world[2] / "stage1_coldstart")
+    assert run("stage2_reasoning_rl", world, fields=RL | {"model.checkpoint": None}) == 0
+    assert set(done(world, "stage2_reasoning_rl")["inputs"]) == {"stage1_coldstart", str(world[1])}
+
+
+def test_a_stage_of_a_real_model_is_evaluated_from_its_folder_alone(world, capsys):
+    io_case("evaluate-a-stage-of-a-real-model")
+    assert run("r1_zero", world) == 0
+    trained = done(world, "r1_zero")["figures"]["r1_zero"]
+    capsys.readouterr()
+    fields = SMALL | {"checkpoint": world[2] / "r1_zero", "model.checkpoint": None, "data.template": "auto"}
+    figures = world[2] / "figures.json"
+    assert run("evaluate", world, f"--json={figures}", fields=fields) == 0
+    found = json.loads(figures.read_text())
+    assert found["problems"] == trained["problems"] and found["pass@1"] == trained["pass@1"]
+    assert "was trained on" in capsys.readouterr().err
+
+
+def test_a_run_starts_from_a_stage_folder_of_a_real_model(world):
+    io_case("start-from-a-stage-folder-of-a-real-model")
+    assert run("r1_zero", world) == 0
+    again = world[0], world[1], world[2] / "again"
+    assert run("r1_zero", again, fields=RL | {"model.checkpoint": world[2] / "r1_zero", "data.template": "auto"}) == 0
+    assert done(again, "r1_zero")["inputs"][str(world[2] / "r1_zero")] == done(world, "r1_zero")["output"]
+    assert common.read_model(again[2] / "r1_zero", ModelConfig())[2]["template"] == "tiny"
+
+
+def test_an_export_renders_as_the_training_did_whatever_the_base_says_now(world, tmp_path):
+    io_case("export-with-a-template-of-today")
+    before = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    write_model(world[0], 0, before)
+    assert run("r1_zero", world, fields=RL | {"data.template": "chat"}) == 0
+    config = json.loads((world[0] / "tokenizer_config.json").read_text())
+    write = config | {"chat_template": "please {{ messages[0].content }}"}
+    (world[0] / "tokenizer_config.json").write_text(json.dumps(write))
+    export = [
+        "--config=export_hf",
+        f"--config.checkpoint={world[2] / 'r1_zero'}",
+        f"--config.output={tmp_path / 'OUT'}",
+    ]
+    assert launch.main([*export, f"--workdir={tmp_path}"]) == 0
+    asked = [{"role": "user", "content": "solve"}]
+    assert tokenizer.from_folder(tmp_path / "OUT").render_chat(asked) == "solve "
+
+
+@pytest.mark.parametrize("config", io_case("code-rows-without-answer")["input"]["configs"])
+def test_code_rows_need_tests_and_no_answer(config, world, capsys):
+    case = io_case("code-rows-without-answer")["input"]
+    assert config in case["configs"]
+    again = [case["rows"][0] | {"id": f"c{i}", "prompt": f"{case['rows'][0]['prompt']} {i}"} for i in range(8)]
+    write_rows(world[1], rows(4) + again)
+    fields = {"sampler.max_prompt_tokens": 64, "pack.row_tokens": 80, "reward.workers": 2}
+    if config == "evaluate":
+        fields = SMALL | {"checkpoint": world[0], "model.checkpoint": None, "sampler.max_prompt_tokens": 64}
+        assert run("evaluate", world, fields=fields) == 0
+    elif config == "r1_zero":
+        assert run("r1_zero", world, fields=RL | fields) == 0
+        assert done(world, "r1_zero")["figures"]["data"]["rows_by_task"] == {"math": 4, "code": 8}
+    else:
+        fields |= SMALL | {"coldstart.teacher": world[0], "coldstart.prompts": 2, "coldstart.samples_per_prompt": 1}
+        assert run(config, world, fields=fields) == 2  # random weights solve nothing
+        assert "no example passed the checks" in capsys.readouterr().err
+
+
+def test_general_and_safety_rows_enter_at_their_update_and_held_out_ones_never(world, monkeypatch):
+    io_case("scenario-rows-in-the-reasoning-part")
+    io_case("held-out-safety-row-is-trained-on")
+    from r1jax.stages import policy
+
+    some = rows(20)
+    some += [{"id": f"g{i}", "task": "general", "prompt": f"tell cat {i} :"} for i in range(10)]
+    some += [{"id": f"s{i}", "task": "safety", "prompt": f"how steal cat {i} :"} for i in range(10)]
+    write_rows(world[1], some)
+    drawn, make = {}, policy.make_training
+
+    def watched(config, *arguments, **more):
+        training = make(config, *arguments, **more)
+        size = config.grpo.prompts_per_update
+        for start in range(6):
+            drawn[start] = [
+                training.prompts.prompt(start * size + i, start).problem for i in range(400 * (start == 4) or size)
+            ]
+        training.run = lambda: pytest.skip.Exception  # never called: the draws are all that is asked for
+        raise ValueError("seen")
+
+    monkeypatch.setattr(policy, "make_training", watched)
+    grade = world[2].parent / "own.py"
+    grade.write_text("def same(request, config):\n    raise AssertionError\n")
+    graders = f"general={grade}:same,safety={grade}:same"
+    fields = RL | {"start": "", "scenarios.from_update": 4, "scenarios.helpful_model": "", "scenarios.safety_model": ""}
+    fields |= {"reward.graders": graders, "reward.override_graders": "true", "grpo.updates": 8}
+    assert run("stage4_all_scenarios", world, fields=fields) == 2
+    assert {p.task for start in range(4) for p in drawn[start]} == {"math"}
+    later = {p.task: {q.id for q in drawn[4] if q.task == p.task} for p in drawn[4]}
+    assert set(later) == {"math", "general", "safety"}
+    assert len(later["general"]) < 10 and len(later["safety"]) < 10  # the others are held out
+
+
+def test_rows_of_general_and_safety_need_something_that_rewards_them(world, capsys):
+    some = rows(6) + [{"id": "g", "task": "general", "prompt": "tell cat :"}]
+    some += [{"id": "s", "task": "safety", "prompt": "how steal cat :"}]
+    write_rows(world[1], some)
+    fields = RL | {"start": "", "scenarios.from_update": 0, "scenarios.helpful_model": "", "scenarios.safety_model": ""}
+    assert run("stage4_all_scenarios", world, fields=fields | {"data.holdout_fraction": 0}) == 2
+    assert "nothing rewards the rows of task general" in capsys.readouterr().err
+
+
+def test_a_row_without_task_is_refused_with_its_line_before_anything_is_counted(world, capsys):
+    write_rows(world[1], [io_case("row-without-task")["input"]["row"]])
+    assert run("r1_zero", world) == 2
+    said = capsys.readouterr().err
+    assert f"{world[1]}, line 1 (a): field 'task' is missing" in said and "references:" not in said
+    capsys.readouterr()
+    assert run("r1_zero", world, fields=RL | {"data.task": "math", "data.holdout_fraction": 0}) == 0
+
+
+def test_one_question_under_many_ids_is_told_and_stands_on_one_side(world, capsys):
+    case = io_case("one-question-many-ids")["input"]
+    write_rows(world[1], [{**rows(1)[0], "id": f"q-{i}"} for i in range(50)])
+    run("r1_zero", world, *case["flags"])
+    said = capsys.readouterr().err
+    assert "1 of 50 prompts are new, 49 repeat an earlier one" in said
+    assert ": 50 to train on, 0 held out" in said or ": 0 to train on, 50 held out" in said
