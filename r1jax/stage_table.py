@@ -48,7 +48,7 @@ STAGES: dict[str, Stage] = {
     "stage2_reasoning_rl": _RL_STAGE,
     "stage4_all_scenarios": _RL_STAGE,
     "student_rl": _RL_STAGE,
-    "stage1_coldstart": Stage((*_SFT, "coldstart"), _EVALUATION | _NO_RL),
+    "stage1_coldstart": Stage((*_SFT, "coldstart", "judge"), _EVALUATION | _NO_RL),
     "stage3_rejection_sft": Stage(
         (*_SFT, "rejection", "judge"), _EVALUATION | _NO_RL | {"sampler.temperature": "rejection.temperature"}
     ),
