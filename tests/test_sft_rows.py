@@ -6,7 +6,7 @@ import tokenizers
 
 from r1jax.checkpoints.tokenizer import JsonBackend, Tokenizer
 from r1jax.schema import Config, DataConfig
-from r1jax.stages import sft_rows
+from r1jax.stages import fine_tuning, sft_rows
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -118,3 +118,11 @@ def test_an_end_that_a_response_spells_out_is_trained_once():
     (spelled,) = sft_rows.items_of({"prompt": "q", "response": "5<|im_end|>"}, CHAT, own)
     (bare,) = sft_rows.items_of({"prompt": "q", "response": "5"}, CHAT, own)
     np.testing.assert_array_equal(spelled.tokens, bare.tokens)
+
+
+def test_examples_that_do_not_fit_are_counted_by_example_not_by_row(capsys):
+    own = words(WITHOUT_THOUGHTS)
+    items = sft_rows.items_of(row(), CHAT, own)
+    lengths = sorted(len(item.tokens) for item in items)
+    assert len(fine_tuning.fitting(items, lengths[0])) == 1
+    assert f"1 of 2 examples exceed {lengths[0]} tokens (longest {lengths[1]}), left out" in capsys.readouterr().err

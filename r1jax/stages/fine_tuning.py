@@ -56,12 +56,13 @@ def run(
         checkpoint.write_json(folder.path / COUNTS, counts)
         jsonl.write(path, rows)
     rows = jsonl.read(path)
-    items = encode(rows, resolved, tokenizer)
+    every = [item for row in rows for item in sft_rows.items_of(row, resolved, tokenizer)]
+    items = fitting(every, resolved.pack.row_tokens)
     params = lineage.start_weights(resolved, mesh, workdir)
     trained, loss = fine_tune(resolved, mesh, items, params, folder)
     tokens = sum(len(item.tokens) for item in items) * resolved.sft.epochs
     figures = {"seconds": round(time.monotonic() - started, 1), "examples": len(items), "tokens": tokens}
-    figures |= {"loss": loss, "left_out": {TOO_LONG: len(rows) - len(items)}}
+    figures |= {"loss": loss, "left_out": {TOO_LONG: len(every) - len(items)}}
     figures["compute"] = compute.of_fine_tuning(tokens, resolved.model)
     if asked:
         figures["data"] = asked.counts
@@ -72,14 +73,12 @@ def run(
 
 
 def encode(rows: list[dict], config: Config, tokenizer: Tokenizer) -> list[PackItem]:
-    """Returns the rows as training examples (sft_rows.items_of), of most rows one.
+    """Returns the rows as training examples (sft_rows.items_of), of most rows one, those that fit as `fitting`."""
+    return fitting([item for row in rows for item in sft_rows.items_of(row, config, tokenizer)], config.pack.row_tokens)
 
-    Examples over config.pack.row_tokens are left out, and
-    said to be. Raises ValueError when none is left.
-    """
-    items, limit = [], config.pack.row_tokens
-    for row in rows:
-        items += sft_rows.items_of(row, config, tokenizer)
+
+def fitting(items: list[PackItem], limit: int) -> list[PackItem]:
+    """Returns the examples of at most `limit` tokens; others are left out, and said to be. Raises ValueError when none is left."""
     kept = [item for item in items if len(item.tokens) <= limit]
     longest = max((len(item.tokens) for item in items), default=0)
     if not kept:
