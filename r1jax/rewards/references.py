@@ -43,13 +43,14 @@ def read(task: str, fields: Mapping[str, Any], config: RewardConfig) -> str:
         raise ValueError(f"task {task!r} has no grader; known tasks: {', '.join(known)}; add one with {plugins.FIELD}")
     built_in = known[task] == compose.GRADERS.get(task)
     wanted = NEEDS.get(task, ()) if built_in else ()
-    given = [name for name in wanted or ANY if fields.get(name) is not None]
+    puzzle = problems.is_countdown(fields)
+    given = [name for name in wanted or ANY if fields.get(name) is not None and (name != "meta" or puzzle)]
     if not given:
         if wanted:
             has = ", ".join(map(repr, fields)) or "no fields"
             raise ValueError(f"task {task} needs the field {' or '.join(map(repr, wanted[:1]))}; the row has {has}")
         return ""
-    if "meta" in wanted and given[0] != "meta" and problems.is_countdown(fields):
+    if "meta" in wanted and given[0] != "meta" and puzzle:
         given = ["meta"]
     value = fields[given[0]]
     if given[0] == "meta":

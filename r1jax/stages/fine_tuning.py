@@ -51,7 +51,8 @@ def run(
         rows, counts = collect(resolved, tokenizer, mesh, train, Path(workdir))
         if not rows:
             raise ValueError(
-                f"{config.stage}: no example passed the checks ({dict(counts)}); train the stage before longer"
+                f"{config.stage}: no example passed the checks ({dict(counts)}); train the stage before longer, give easier "
+                "problems, or rows written by people (coldstart.sources)"
             )
         checkpoint.write_json(folder.path / COUNTS, counts)
         jsonl.write(path, rows)
