@@ -17,7 +17,7 @@ from r1jax.sampler import jetstream, serve
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import RolloutRequest, SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.schema import MeshConfig, ModelConfig, SamplerConfig
+from r1jax.schema import MeshConfig, ModelConfig, SamplerConfig, replace
 
 pytestmark = pytest.mark.skipif(not jetstream.AVAILABLE, reason="google-jetstream 0.2.2 is not installed")
 
@@ -156,3 +156,16 @@ def test_text_prompts_are_served_with_the_training_tokenizer():
     expected = without_stop(scheduled(engine, params, [ids], 8)[0])
     assert channel.token_ids == expected
     assert "".join(request_text) == WORDS.decode(expected)
+
+
+def test_the_driver_ends_at_a_stop_string_as_the_rollout_sampler_does():
+    engine, params = build(GROUPED_DENSE)
+    prompts = random_prompts(12)
+    free = scheduled(engine, params, prompts)
+    text = WORDS.decode(max((sample.token_ids for sample in free), key=len)[2:4])
+    engine = Engine(GROUPED_DENSE, replace(SAMPLER, stop_strings=(text,)), engine.mesh, STOP_IDS, tokenizer=WORDS)
+    samples = scheduled(engine, params, prompts)
+    cut = [len(sample.token_ids) < len(whole.token_ids) for sample, whole in zip(samples, free, strict=True)]
+    expected = [s.token_ids.tolist() if ended else without_stop(s) for s, ended in zip(samples, cut, strict=True)]
+    assert any(cut) and not all(cut)
+    assert serve.generate_many(engine, params, prompts, MAX_NEW, deadline_s=60) == expected
