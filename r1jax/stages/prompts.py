@@ -81,6 +81,11 @@ def render(prompt: str | Sequence[Message], config: Config, tokenizer: Tokenizer
     return templates.render(prompt, kind, data.instruction, tokenizer.render_chat, data.think_prefill)
 
 
+def ids_of(text: str, config: Config, tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids of a rendered prompt: a chat template writes its own bos token, other prompts get the tokenizer's, once."""
+    return tokenizer.encode(text) if template(config, tokenizer) == "chat" else tokenizer.encode_prompt(text)
+
+
 def encode(asked: Sequence[Problem], config: Config, tokenizer: Tokenizer) -> list[EncodedPrompt]:
     """Returns the prompts as ids; those over config.sampler.max_prompt_tokens are left out, and said to be.
 
@@ -91,7 +96,7 @@ def encode(asked: Sequence[Problem], config: Config, tokenizer: Tokenizer) -> li
     encoded, longest = [], 0
     for problem in asked:
         text = render(problem.prompt, config, tokenizer)
-        ids = tokenizer.encode_prompt(text)
+        ids = ids_of(text, config, tokenizer)
         longest = max(longest, len(ids))
         if len(ids) <= limit:
             encoded.append(EncodedPrompt(problem, np.asarray(ids, np.int32), templates.prefill(text)))

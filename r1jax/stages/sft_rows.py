@@ -39,7 +39,7 @@ def _item(asked: Sequence[Any], said: Sequence[str], config: Config, tokenizer: 
     done = ""
     for number, (prompt, response) in enumerate(zip(asked, said, strict=True), 1):
         text, response = templates.split_turn(prompts.render(read_prompt(prompt), config, tokenizer), response)
-        new = tokenizer.encode(text[len(done) :]) if done else tokenizer.encode_prompt(text)
+        new = tokenizer.encode(text[len(done) :]) if done else prompts.ids_of(text, config, tokenizer)
         if number < len(asked):
             written = _written_turn(text, response, asked[number], tokenizer)
             done = text + written
