@@ -66,6 +66,8 @@ def test_a_student_trains_on_the_rows_of_a_file_without_any_stage_before_it(tmp_
     assert set(record["inputs"]) == {"base", path} and len(record["inputs"][path]) == 64
     assert record["figures"]["examples"] == 64 and [row["update"] for row in read(folder)] == [1, 2, 3, 4]
     assert not (tmp_path / "runs" / "stage3_rejection_sft").exists()
+    page = (folder / "report.html").read_text()
+    assert "student_distilled" in page and "How many came through each filter" in page
 
 
 def test_a_changed_file_makes_the_finished_run_stale(tmp_path, capsys):

@@ -234,3 +234,49 @@ def test_damaged_row_is_named_with_file_and_line(tmp_path):
     (tmp_path / "r1_zero" / "samples.jsonl").write_text('{"prompt": 1}\n{"pro\n{"prompt": 2}\n')
     with pytest.raises(ValueError, match=r"samples\.jsonl, line 2: not JSON"):
         html.collect(tmp_path, {"r1_zero": "r1_zero"})
+
+
+def test_counts_of_every_filter_are_shown_by_task(tmp_path):
+    folder = tmp_path / "stage1_coldstart"
+    folder.mkdir()
+    data = {
+        **{"rows": 9, "rows_by_task": {"math": 6, "code": 2, "general": 1}, "training": 7},
+        **{"training_by_task": {"math": 5, "code": 2}, "left_out": {"too_long": {"math": 1}}, "repeated_prompts": 0},
+    }
+    (folder / "figures.json").write_text(json.dumps({"data": data, "dev1": {"pass@1_se": 0.1, "tasks": {"mcq": {}}}}))
+    examples = {"sampled": {"math": 20, "mcq": 4}, "right": {"math": 3}, "kept": {"math": 3, "": 2}, "parse rate": 0.25}
+    (folder / "examples_counts.json").write_text(json.dumps(examples))
+    stages = html.collect(tmp_path, {"stage1_coldstart": "dev1"})
+    assert html._counted(stages) == [
+        {
+            "name": "dev1",
+            "labels": ["(none)", "code", "general", "math", "mcq", "all"],
+            "rows": [
+                ["rows", "–", "2", "1", "6", "–", "9"],
+                ["training", "–", "2", "–", "5", "–", "7"],
+                ["left out / too long", "–", "–", "–", "1", "–", "1"],
+                ["repeated prompts", "–", "–", "–", "–", "–", "0"],
+                ["sampled", "–", "–", "–", "20", "4", "24"],
+                ["right", "–", "–", "–", "3", "–", "3"],
+                ["kept", "2", "–", "–", "3", "–", "5"],
+                ["parse rate", "–", "–", "–", "–", "–", "0.25"],
+            ],
+        }
+    ]
+    html.write_run(tmp_path / "report.html", {"checkpoints": {}, "wall_s": 1.0}, stages)
+    body = (tmp_path / "report.html").read_text().split("<script")[0]
+    assert cells(body, "left out / too long") == [["–", "–", "–", "1", "–", "1"]]
+
+
+def test_tasks_and_sources_have_a_table_where_there_are_several(tmp_path):
+    each = {"problems": 3, "pass@1": 0.5, "pass@4": 0.75, "truncated": 0.25, "unscorable": 0.125, "mean_tokens": 9.5}
+    figures = {**each, "tasks": {"math": each, "mcq": {**each, "pass@1": 0.25}}, "sources": {"one": each}}
+    figures["notes"] = ["cons@16 leaves out 1 of 2 problems"]
+    html.write_run(tmp_path / "report.html", {"checkpoints": {"r1": figures}, "wall_s": 1.0}, [])
+    body = (tmp_path / "report.html").read_text().split("<script")[0]
+    assert "<h2>By task</h2>" in body and "<h2>By source</h2>" not in body
+    assert cells(body, "r1")[1:] == [
+        ["math", "3", "0.500", "–", "0.750", "9.5", "0.250", "0.125"],
+        ["mcq", "3", "0.250", "–", "0.750", "9.5", "0.250", "0.125"],
+    ]
+    assert "<p>r1: cons@16 leaves out 1 of 2 problems</p>" in body

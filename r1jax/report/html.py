@@ -15,6 +15,7 @@ SAMPLES_SHOWN = 200  # of each checkpoint at most, spread evenly
 SAMPLES_BYTES = 2_400_000  # of all samples together; the rest of the page is well below 200 kB
 TEXT_SHOWN = 12_000  # characters of one prompt or response
 ABSENT = "–"
+NO_TASK = "(none)"  # the column of what names no task
 SCENARIOS = ("general", "safety")  # tasks that are never among the held-out problems
 BY_TASK = "_by_task"  # behind the name of a count: the counts of its tasks
 MAIN_NOTE = (
@@ -247,19 +248,24 @@ def _stage(folder: Path, name: str) -> StageData:
     facts = {"stage": folder.name} | {key: config.get(key, ABSENT) for key in ("preset", "seed")}
     facts |= {key: figures.get(key, ABSENT) for key in ("updates", "examples")}
     facts["seconds"] = number(figures.get("seconds"), 0)
+    examples = _object(folder / "examples_counts.json")  # {check: {task: count}}
+    tasks = [task for part in (figures, *figures.values()) for task in _members(part, "tasks")]
+    tasks += [task for check in examples for task in _members(examples, check)]
     return StageData(
         name=name,
         rows=_lines(folder / "metrics.jsonl"),
         split=split if sum(split.values()) else {},
         samples=_lines(folder / "samples.jsonl"),
         facts=facts,
-        counts={"problems": figures.get("data", {}), "examples": _object(folder / "examples_counts.json")},
-        tasks=[*SCENARIOS, *(task for part in (figures, *figures.values()) for task in _tasks_measured(part))],
+        counts={"problems": figures.get("data", {}), "examples": examples},
+        tasks=[*SCENARIOS, *tasks],
     )
 
 
-def _tasks_measured(figures: object) -> list[str]:
-    return list(figures.get("tasks", {})) if isinstance(figures, Mapping) else []
+def _members(record: object, name: str) -> list[str]:
+    """Returns the names in a member of a record, [] where there is no such mapping."""
+    inner = record.get(name) if isinstance(record, Mapping) else None
+    return list(inner) if isinstance(inner, Mapping) else []
 
 
 def _lines(path: Path) -> list[dict]:
@@ -324,7 +330,9 @@ def _counted(stages: Sequence[StageData]) -> list[dict]:
             cells = [
                 [name, *(_count(by_task.get(task)) for task in labels), _count(total)] for name, by_task, total in rows
             ]
-            found.append({"name": stage.name, "labels": [*labels, "all"], "rows": cells})
+            found.append(
+                {"name": stage.name, "labels": [*(label or NO_TASK for label in labels), "all"], "rows": cells}
+            )
     return found
 
 
