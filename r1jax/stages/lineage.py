@@ -1,6 +1,7 @@
 """Where a stage's starting weights come from, which stages it needs, and what to do when one is missing."""
 
 import importlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,14 @@ def inputs(config: Config, workdir: Path) -> dict[str, str]:
 
 
 def grader_digests(config: Config) -> dict[str, str]:
-    """Returns {file: digest} of the graders of config.reward.graders that are files."""
-    files = [target.rpartition(":")[0] for target in plugins.parse(config.reward.graders).values()]
-    return {file: common.file_digest(file) for file in files if file.endswith(".py")}
+    """Returns {file or module: digest of its source} of the graders of config.reward.graders."""
+    found = {}
+    for target in plugins.parse(config.reward.graders).values():
+        name = target.rpartition(":")[0]
+        path = name if name.endswith(".py") else getattr(importlib.util.find_spec(name), "origin", None)
+        if path and Path(path).is_file():
+            found[name] = common.file_digest(path)
+    return found
 
 
 def start_folder(config: Config, workdir: Path) -> Path | None:
