@@ -86,7 +86,10 @@ def grader_digests(config: Config) -> dict[str, str]:
     found = {}
     for target in plugins.parse(config.reward.graders).values():
         name = target.rpartition(":")[0]
-        path = name if name.endswith(".py") else getattr(importlib.util.find_spec(name), "origin", None)
+        try:
+            path = name if name.endswith(".py") else getattr(importlib.util.find_spec(name), "origin", None)
+        except (ImportError, ValueError):
+            continue  # plugins.check says what is wrong with it
         if path and Path(path).is_file():
             found[name] = common.file_digest(path)
     return found
