@@ -16,6 +16,7 @@ from r1jax.checkpoints import fp8, hf, hf_config, hf_export, hf_names, tensor_fi
 from r1jax.checkpoints.tensor_file import TensorFile, Writer
 from r1jax.core import sharding, tree
 from r1jax.data import templates
+from r1jax.data.problems import Message
 from r1jax.models import decoder
 from r1jax.schema import Config, DataConfig, MeshConfig, ModelConfig, RopeScaling, replace
 from r1jax.stages import common, evaluate, export_hf, stage0_base
@@ -347,15 +348,30 @@ def test_a_base_folder_that_has_moved_is_named_again_on_the_command_line(tmp_pat
 @pytest.mark.parametrize("kind", ["r1_zero", "plain", "tiny"])
 def test_chat_template_renders_a_question_as_training_did(kind):
     own, question = tokenizer.tiny(), 'What is "7 \\n 5"?\nThink.'
-    template = export_hf.chat_template(Config(data=DataConfig(path="rows.jsonl", template=kind)), own)
-    made = tokenizer.Tokenizer(own.backend, own.config, template)
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": question}]
-    assert made.render_chat(messages) == templates.render(question, kind)
+    turns = [Message("system", "s"), Message("user", question), Message("assistant", "a"), Message("user", "b\nc")]
+    for instruction in ("", 'Say "it".'):
+        template = export_hf.chat_template(
+            Config(data=DataConfig(path="f", template=kind, instruction=instruction)), own
+        )
+        made = tokenizer.Tokenizer(own.backend, own.config, template)
+        for asked in (turns[1:2], turns[:2], turns):
+            messages = [turn._asdict() for turn in asked]
+            assert made.render_chat(messages) == templates.render(asked, kind, instruction)
 
 
 def test_chat_template_of_the_base_is_kept_when_training_used_it():
     own = tokenizer.Tokenizer(tokenizer.tiny().backend, tokenizer.tiny().config, "<{{ messages }}>")
     assert export_hf.chat_template(Config(data=DataConfig(path="rows.jsonl")), own) == "<{{ messages }}>"
+
+
+def test_chat_template_of_the_base_puts_the_instruction_of_the_run_before_the_question():
+    base = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    own = tokenizer.Tokenizer(tokenizer.tiny().backend, tokenizer.tiny().config, base)
+    settings = Config(data=DataConfig(path="f", template="chat", instruction="Be short."))
+    made = tokenizer.Tokenizer(own.backend, own.config, export_hf.chat_template(settings, own))
+    asked = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    expected = templates.render(asked, "chat", "Be short.", own.render_chat)
+    assert made.render_chat([turn._asdict() for turn in asked]) == expected == "<user>a<assistant>b<user>Be short.\nc"
 
 
 # FP8

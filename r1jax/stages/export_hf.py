@@ -21,7 +21,18 @@ from r1jax.stages import common, lineage, prompts
 # Of the run's config.json: what an export must agree with.
 RUN_FIELDS = ("model.", "data.world", "data.path", "data.template", "data.instruction", "data.think_prefill")
 PATHS = ("model.checkpoint", "data.path", "distill.examples", "coldstart.teacher", "inputs", "checkpoint", "output")
-QUESTION = "(messages | selectattr('role', 'equalto', 'user') | list | last)['content']"
+# A conversation as templates.flat writes it: system texts, then one turn as it is, or every turn under its role.
+FLAT = (
+    "{% set said = messages | rejectattr('role', 'equalto', 'system') | list %}"
+    "{% for turn in messages if turn['role'] == 'system' %}{{ turn['content'] + '\\n\\n' }}{% endfor %}"
+    "{% for turn in said %}{{ turn['content'] if said | length == 1 else (turn['role'] | capitalize) + ': ' + turn['content'] }}"
+    "{{ '' if loop.last else '\\n\\n' }}{% endfor %}"
+)
+# Puts TEXT before the last message where that is the user's.
+INSTRUCTED = (
+    "{% if messages[-1]['role'] == 'user' %}{% set messages = messages[:-1] + "
+    "[{'role': 'user', 'content': TEXT + messages[-1]['content']}] %}{% endif %}"
+)
 ASKED = "{% if add_generation_prompt and messages[-1]['role'] != 'tool' %}"  # a turn goes on after a tool's output
 
 
@@ -87,21 +98,24 @@ def stage_config(folder: Path, fields: dict, config: Config) -> Config:
 
 
 def chat_template(config: Config, tokenizer: Tokenizer) -> str:
-    """Returns the Jinja template that renders a question as the run's training did.
+    """Returns the Jinja template that renders a conversation as the run's training did.
 
-    The tokenizer's own for `chat`; for the other templates one that asks the last user message. With
-    config.data.think_prefill its generation prompt ends in `<think>` and a line break.
+    The tokenizer's own for `chat`; for the other templates one that writes it as one question (templates.flat). The last
+    user message begins with config.data.instruction. With config.data.think_prefill the generation prompt ends in `<think>`
+    and a line break.
     """
-    kind, opened = prompts.template(config, tokenizer), config.data.think_prefill
+    kind, opened, instruction = prompts.template(config, tokenizer), config.data.think_prefill, config.data.instruction
+    told = INSTRUCTED.replace("TEXT", json.dumps(f"{instruction}\n", ensure_ascii=False)) if instruction else ""
     if kind == "chat":
         if not opened:
-            return tokenizer.chat_template
+            return told + tokenizer.chat_template
         shut, open_ = (templates.render("1", kind, "", tokenizer.render_chat, prefilled) for prefilled in (False, True))
         missing = json.dumps(open_.removeprefix(shut), ensure_ascii=False)
-        return tokenizer.chat_template + (f"{ASKED}{{{{ {missing} }}}}{{% endif %}}" if open_ != shut else "")
-    before, after = templates.render("\0", kind, think_prefill=opened).split("\0")
-    parts = [json.dumps(before, ensure_ascii=False), QUESTION, json.dumps(after, ensure_ascii=False)]
-    return "{{ " + " + ".join(part for part in parts if part != '""') + " }}"
+        opening = f"{ASKED}{{{{ {missing} }}}}{{% endif %}}" if open_ != shut else ""
+        return told + tokenizer.chat_template + opening
+    parts = templates.render("\0", kind, think_prefill=opened).split("\0")
+    before, after = (f"{{{{ {json.dumps(part, ensure_ascii=False)} }}}}" if part else "" for part in parts)
+    return f"{told}{before}{FLAT}{after}"
 
 
 def verify(folder: Path, params: decoder.Params, model: ModelConfig, mesh: Mesh, dtype: str) -> float:
