@@ -12,7 +12,7 @@ from toy_checkpoint import CHATML, SPECIAL
 from r1jax import config as configs
 from r1jax.checkpoints import chat, tokenizer
 from r1jax.core import metrics, rng
-from r1jax.data.prompts import Prompt
+from r1jax.data.problems import Problem
 from r1jax.models import decoder, logprobs
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.loop import PolicyTraining
@@ -22,7 +22,7 @@ from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import Config, ModelConfig, PackConfig, SamplerConfig, replace
 from r1jax.stages import common, fine_tuning, prompts
 
-PROBLEMS = [Prompt(f"p{n}", "math", f"{n}+{n}", str(2 * n), "en") for n in range(6)]
+PROBLEMS = [Problem(f"p{n}", "math", f"{n}+{n}", str(2 * n), "en") for n in range(6)]
 END, START, TURN = 256, 257, 258  # ids of SPECIAL
 
 

@@ -53,7 +53,9 @@ def ours(student):
     _, target, _ = student
     config = configs.load("evaluate:tiny_dense", [("model.checkpoint", str(target)), ("sampler.slots", str(PROBLEMS))])
     config, words, mesh = common.prepare(config)
-    asked = prompts.encode(prompts.load(config)[1][:PROBLEMS], config, words)
+    asked = prompts.encode(
+        [prompt.problem for prompt in prompts.load(config, words).held_out[:PROBLEMS]], config, words
+    )
     sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, (words.eos_id,), words))
     params = hf.load(target, config.model, mesh, np.float32)
     law = SamplingLaw(temperature=0.0, max_new_tokens=config.sampler.max_new_tokens, stop_ids=(words.eos_id,))
