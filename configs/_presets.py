@@ -214,7 +214,7 @@ _SAMPLERS = {
 }
 _PACKS = {
     "tiny": PackConfig(row_tokens=96, rows_per_micro_batch=32),
-    "smollm2_135m": PackConfig(row_tokens=448, rows_per_micro_batch=2),
+    "smollm2_135m": PackConfig(row_tokens=448, rows_per_micro_batch=1),
     "moonlight_16b": PackConfig(row_tokens=8192, rows_per_micro_batch=8),
 }
 # Devices of 95 GB over which 14 bytes a parameter (float32 masters and moments, bfloat16 copy) leave room to compute.
