@@ -100,9 +100,12 @@ def preference_rows(count: int) -> dict[str, list[dict]]:
 
 
 SMALL = {
+    "sampler.slots": 8,
+    "sampler.max_prompt_tokens": 256,
     "sampler.max_new_tokens": 64,
+    "sampler.prefill_buckets": "",
     "evaluation.samples_per_problem": 1,
-    "evaluation.max_problems": 16,
+    "evaluation.max_problems": 8,
     "evaluation.greedy": "false",
     "data.holdout_fraction": 0.2,
     "reward.workers": 1,
@@ -112,10 +115,10 @@ RL = {
     "grpo.group_size": 4,
     "grpo.prompts_per_update": 2,
     "optimizer.learning_rate": 1e-5,
-    "pack.row_tokens": 384,
+    "pack.row_tokens": 320,
     "pack.rows_per_micro_batch": 1,
 }
-SFT = {"optimizer.learning_rate": 2e-4, "pack.row_tokens": 384, "pack.rows_per_micro_batch": 2, "sft.epochs": 2}
+SFT = {"optimizer.learning_rate": 2e-4, "pack.row_tokens": 320, "pack.rows_per_micro_batch": 2, "sft.epochs": 2}
 REWARD = {"data.holdout_fraction": 0.25, "pack.row_tokens": 128, "reward_model.examples_per_update": 16}
 
 
