@@ -56,7 +56,7 @@ STAGES: dict[str, Stage] = {
     "reward_helpful": _REWARD_MODEL,
     "reward_safety": _REWARD_MODEL,
     "stage0_base": Stage(
-        ("model", "mesh", "optimizer", "pack", "checkpointing", "pretrain", "output"),
+        ("model", "mesh", "optimizer", "pack", "checkpointing", "pretrain", "output", "sampler.stop_ids"),
         _NO_RL | {"pack.trained_chunk": ""},
     ),
     "evaluate": Stage(

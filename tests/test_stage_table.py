@@ -48,10 +48,6 @@ FIELDS = list(configs.flatten(schema.Config()))
             "evaluate does not read config.model.checkpoint; what counts here is config.checkpoint",
         ),
         (
-            ["--config=grade", "--config.reward.extraction=boxed"],
-            "grade does not read config.reward.extraction; what counts here is config.extraction",
-        ),
-        (
             ["--config=grade", "--config.data.template=chat"],
             "grade does not read config.data.template; leave it out (it is read by r1_zero, ppo_baseline, "
             "stage2_reasoning_rl, stage4_all_scenarios, student_rl, stage1_coldstart, ...)",
@@ -100,7 +96,7 @@ def test_a_field_that_the_stage_does_not_read_is_one_exact_line_before_anything_
         ],
         ["--config=ppo_baseline", "--sweep=ppo.gae_lambda=0.95,1.0", "--sweep=seed=0,1"],
         ["--config=quickstart", "--config.from=r1_zero", "--config.evaluation.greedy=false", "--config.seed=3"],
-        ["--config=grade", "--config.extraction=boxed", "--config.reward.workers=3", "--config.seed=1"],
+        ["--config=grade", "--config.reward.extraction=boxed", "--config.reward.workers=3", "--config.seed=1"],
         ["--config=evaluate", "--config.checkpoint=DIR", "--config.sampler.max_new_tokens=9"],
     ],
 )
@@ -254,9 +250,9 @@ SMALL = [
 
 # Read only once the stage has put other values there: the folder that is named, the run's own config.
 OVERWRITTEN = {
-    "grade": ("reward.accuracy", "reward.format", "reward.language", "reward.extraction"),
+    "grade": ("reward.accuracy", "reward.format", "reward.language"),
     "evaluate": "model.checkpoint",
-    "export_hf": ("model.", "data.path", "data.template", "data.think_prefill"),
+    "export_hf": ("model.", "data.", "sampler.stop_ids"),
 }
 MODEL = configs.load("stage2_reasoning_rl", SMALL).model
 

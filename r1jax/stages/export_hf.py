@@ -19,11 +19,13 @@ from r1jax.schema import Config, ModelConfig, replace
 from r1jax.stages import common, lineage, prompts
 
 # Of the run's config.json: what an export must agree with.
-RUN_FIELDS = ("model.", "data.world", "data.path", "data.template", "data.instruction", "data.think_prefill")
+RUN_FIELDS = ("model.", "data.", "sampler.stop_ids")
 PATHS = ("model.checkpoint", "data.path", "distill.examples", "coldstart.teacher", "inputs", "checkpoint", "output")
-# A conversation as templates.flat writes it: system texts, then one turn as it is, or every turn under its role.
+# A conversation as templates.flat writes it: system texts, then one turn as it is, or every turn under its role. A last
+# turn of the assistant is what such a prompt asks for, and no part of it.
 FLAT = (
     "{% set said = messages | rejectattr('role', 'equalto', 'system') | list %}"
+    "{% if said and said[-1]['role'] == 'assistant' %}{% set said = said[:-1] %}{% endif %}"
     "{% for turn in messages if turn['role'] == 'system' %}{{ turn['content'] + '\\n\\n' }}{% endfor %}"
     "{% for turn in said %}{{ turn['content'] if said | length == 1 else (turn['role'] | capitalize) + ': ' + turn['content'] }}"
     "{{ '' if loop.last else '\\n\\n' }}{% endfor %}"
