@@ -310,15 +310,24 @@ def _checkpoint_digest(source: Path) -> str:
         files = sorted(path for path in (source / "checkpoints" / str(newest)).rglob("*") if path.is_file())
     else:
         beside = source.parent if source.is_file() else source
-        weights = [source] if source.is_file() else sorted(beside.glob("*.safetensors*"))
         names = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-        files = [*weights, *(beside / name for name in names if (beside / name).exists())]
+        files = [*_weight_files(source), *(beside / name for name in names if (beside / name).exists())]
     size = sum(path.stat().st_size for path in files)
     if size > TOLD_BYTES:
         print(f"{source}: reading {size / 1e9:.0f} GB once, to know these weights again", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(DIGEST_THREADS) as pool:
         found = zip((path.name for path in files), pool.map(lambda path: file_digest(str(path)), files), strict=True)
         return hashlib.sha256(repr(list(found)).encode()).hexdigest()
+
+
+def _weight_files(source: Path) -> list[Path]:
+    """Returns the files that the weights of a Hugging Face folder are read from, with their index; a file itself."""
+    from r1jax.checkpoints import hf
+
+    if source.is_file():
+        return [source]
+    files, weight_map = hf.weight_files(source)
+    return [*files, *([source / hf.INDEX_FILE] if weight_map else [])]
 
 
 def shape_hash(model: ModelConfig, *more) -> str:

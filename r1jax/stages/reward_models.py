@@ -52,7 +52,7 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
     distributed.require_one(config.stage)
     folder = common.StageFolder(config, workdir)
     folder.check()
-    inputs = lineage.inputs(config, workdir)
+    inputs = lineage.inputs(config, workdir, compared=False)
     if (figures := folder.finished(inputs)) is not None:
         show({config.stage: figures["held_out"]})
         return figures
