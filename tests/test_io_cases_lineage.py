@@ -192,6 +192,19 @@ def test_a_digest_is_of_the_weight_files_that_are_read(tmp_path):
     assert common.checkpoint_digest(folder) != inside
 
 
+def test_what_a_folder_is_does_not_depend_on_folders_inside(tmp_path):
+    folder = write_model(tmp_path / "base", 0)
+    (folder / "checkpoints").mkdir()  # of the program that saved it
+    assert common.is_hugging_face(folder)
+    stopped = tmp_path / "r1_zero"  # before its first checkpoint
+    stopped.mkdir()
+    (stopped / "config.json").write_text('{"stage": "r1_zero"}')
+    (stopped / common.INPUTS).write_text('{"inputs": {}}')
+    assert not common.is_hugging_face(stopped)
+    with pytest.raises(ValueError, match="r1_zero holds no finished checkpoint; run that stage to its end first"):
+        common.checkpoint_digest(stopped)
+
+
 def test_a_run_starts_from_a_stage_folder_of_a_real_model(world):
     io_case("start-from-a-stage-folder-of-a-real-model")
     assert run("r1_zero", world) == 0

@@ -31,6 +31,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 EXAMPLES = "examples.jsonl"
+REWARD_MODEL = "reward_model.json"  # what one has to know to use a reward model
 MODEL, SHAPE, GENERATION = (
     "model",
     "shape.json",
@@ -257,11 +258,21 @@ def is_hugging_face(folder: str | Path) -> bool:
         path = path.parent
     if not path.is_dir():
         raise ValueError(f"no such checkpoint folder: {folder}; give a Hugging Face folder or a stage's folder")
+    if (path / INPUTS).is_file():
+        return False  # of a stage, also of one stopped before its first checkpoint
     if (path / "checkpoints").is_dir():
-        return False
+        return _names_its_family(path / "config.json")
     if not (path / "config.json").exists():
         raise ValueError(f"{folder} is no checkpoint: it has neither config.json nor a checkpoints folder")
     return True
+
+
+def _names_its_family(path: Path) -> bool:
+    """Returns whether a config.json is one of Hugging Face, which names a model_type."""
+    try:
+        return "model_type" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def load_weights(config: Config, mesh: Mesh, source: str, default: Callable[[], decoder.Params]) -> decoder.Params:
@@ -272,6 +283,10 @@ def load_weights(config: Config, mesh: Mesh, source: str, default: Callable[[], 
         from r1jax.checkpoints import hf
 
         return hf.load(source, config.model, mesh, jnp.float32)
+    if (Path(source) / REWARD_MODEL).exists():
+        raise ValueError(
+            f"{source} holds a reward model, which gives scores and no text; give the folder of another stage"
+        )
     store = checkpoint.CheckpointStore(Path(source) / "checkpoints")
     number = store.latest()
     if number is None:

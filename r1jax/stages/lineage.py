@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from r1jax import config as configs
 from r1jax.core import distributed, tree
+from r1jax.data import files
 from r1jax.rewards import plugins
 from r1jax.schema import Config, replace
 from r1jax.stages import common, problems, stage0_base
@@ -64,6 +65,19 @@ def require(stage: str, config: Config, workdir: Path) -> Path:
 def output_digest(folder: Path) -> str:
     """Returns the digest of a finished stage's result, as its DONE marker tells it."""
     return json.loads((folder / common.DONE).read_text())["output"]
+
+
+def digest_now(name: str, workdir: Path, usual: str) -> str:
+    """Returns the digest of what an input of a stage is now: a stage of `workdir`, a checkpoint or a file; `usual` for others,
+    and for what is not there."""
+    if (workdir / name / common.DONE).exists():
+        return output_digest(workdir / name)
+    path = Path(name)
+    if not usual or name in RESULTS or not path.exists():
+        return usual
+    if path.suffix == ".safetensors" or any((path / inside).exists() for inside in ("checkpoints", "config.json")):
+        return common.checkpoint_digest(path)
+    return files.digest(name)
 
 
 def inputs(config: Config, workdir: Path, compared: bool = True) -> dict[str, str]:
