@@ -6,7 +6,7 @@ import math
 import pytest
 
 from r1jax import config as configs
-from r1jax.stages import ablation
+from r1jax.stages import ablation, r1_zero
 
 SHORT = "grpo.updates=1 grpo.updates_per_rollout=1 grpo.prompts_per_update=2 grpo.group_size=4 sampler.slots=8"
 FIELDS = [
@@ -46,3 +46,15 @@ def test_a_seed_given_twice_and_a_malformed_variant_are_errors_before_anything_r
     with pytest.raises(ValueError, match="is not NAME STAGE FIELD=VALUE"):
         ablation.run(configs.load("ablation_language:tiny", [("variants", "('zero',)"), ("seeds", "(1,2)")]), tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["reward_helpful", "stage0_base", "evaluate"])
+def test_a_stage_without_held_out_problems_is_no_variant(stage):
+    with pytest.raises(ValueError, match="is not NAME STAGE FIELD=VALUE ...; stages: r1_zero"):
+        ablation.parse(f"one {stage} seed=1")
+
+
+def test_a_variant_that_held_nothing_out_is_an_error_and_no_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(r1_zero, "run", lambda config, workdir: {"seconds": 1.0, "compute": 2.0})
+    with pytest.raises(ValueError, match="with has no held-out problems to be compared on"):
+        ablation.run(configs.load("ablation_language:tiny", FIELDS), tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 
 import pytest
 from io_cases import io_case
@@ -17,8 +18,8 @@ from r1jax.evals import benchmarks
 from r1jax.evals.benchmarks import Drawn, Response
 from r1jax.models import decoder
 from r1jax.report import html
-from r1jax.schema import EvalConfig, MeshConfig, RewardConfig, replace
-from r1jax.stages import evaluate, prompts
+from r1jax.schema import Config, DataConfig, EvalConfig, MeshConfig, RewardConfig, replace
+from r1jax.stages import common, evaluate, prompts
 
 TINY = ["--config.evaluation.samples_per_problem=2", "--config.evaluation.greedy=false"]
 LENGTHS = ["--config.sampler.max_prompt_tokens=40", "--config.sampler.max_new_tokens=8", "--config.sampler.windows=()"]
@@ -214,6 +215,18 @@ def test_of_a_file_that_the_run_trained_on_only_what_it_held_out_is_evaluated(tr
     ]
     assert launch.main(both) == 2
     assert "was trained on" in (error := capsys.readouterr().err) and "evaluate one at a time" in error
+    measured = json.loads((tmp_path / "evaluate" / "inputs.json").read_text())["inputs"]
+    assert measured[str(workdir / "r1_zero")] == common.checkpoint_digest(workdir / "r1_zero")
+    written(path, linear_rows(30) + linear_rows(1, source="later", task="mcq", prompt="(A) 1 (B) 2", answer="A"))
+    try:
+        changed = evaluate.as_trained(
+            Config(
+                stage="evaluate", checkpoint=str(workdir / "r1_zero"), data=DataConfig(path=path, holdout_fraction=1.0)
+            )
+        )
+        assert changed.data.holdout_fraction < 1 and "which has changed since" in capsys.readouterr().err
+    finally:
+        written(path, linear_rows(30))
 
 
 def test_files_of_a_run_count_as_trained_on_through_the_stages_after_it(tmp_path):
@@ -233,13 +246,17 @@ def test_files_of_a_run_count_as_trained_on_through_the_stages_after_it(tmp_path
     stage("stage1", {"r1_zero": "x", "a.jsonl": "A"}, **{"data.path": "a.jsonl", "data.holdout_fraction": 0.1})
     evaluation = {"data.path": "c.jsonl", "data.eval_path": "d.jsonl", "data.holdout_fraction": 0.1}
     stage("stage2", {"stage1": "y", "c.jsonl": "C", "d.jsonl": "D"}, **evaluation)
-    assert evaluate._trained_on(tmp_path / "r1_zero") == {"A": 0.2, "B": 0.2}
-    assert evaluate._trained_on(tmp_path / "stage1") == {"A": 0.1, "B": 0.2}
-    assert evaluate._trained_on(tmp_path / "stage2") == {
-        "A": 0.1,
-        "B": 0.2,
-        "C": 0.0,
-    }  # D was evaluated, not trained on
+    examples = {"data.holdout_fraction": 0.1, "distill.examples": "e.jsonl", "coldstart.examples": "f.jsonl"}
+    stage("distill", {"e.jsonl": "E", "f.jsonl": "F"}, **examples)
+
+    def found(name: str) -> dict[str, float]:
+        return {key: share for key, share in evaluate._trained_on(tmp_path / name).items() if key in "ABCDEF"}
+
+    assert found("r1_zero") == {"A": 0.2, "B": 0.2}
+    assert found("stage1") == {"A": 0.1, "B": 0.2}
+    assert found("stage2") == {"A": 0.1, "B": 0.2, "C": 0.0}  # D was evaluated, not trained on
+    assert found("distill") == {"E": 0.0}  # people's examples are of stages with that source
+    assert evaluate._trained_on(tmp_path / "r1_zero")[str((pathlib.Path.cwd() / "a.jsonl").resolve())] == 0.2
     assert evaluate._trained_on(tmp_path / "a_hugging_face_folder") == {}
 
 

@@ -125,7 +125,8 @@ def test_the_chain_goes_on_without_naming_the_model_again(world):
     assert run("r1_zero", world) == 0
     shutil.copytree(world[2] / "r1_zero", world[2] / "stage1_coldstart")
     assert run("stage2_reasoning_rl", world, fields=RL | {"model.checkpoint": None}) == 0
-    assert set(done(world, "stage2_reasoning_rl")["inputs"]) == {"stage1_coldstart", str(world[1])}
+    inputs = done(world, "stage2_reasoning_rl")["inputs"]
+    assert set(inputs) == {"stage1_coldstart", str(world[0]), str(world[1])}  # the base is in the table
 
 
 def test_a_stage_of_a_real_model_is_evaluated_from_its_folder_alone(world, capsys):
@@ -139,6 +140,69 @@ def test_a_stage_of_a_real_model_is_evaluated_from_its_folder_alone(world, capsy
     found = json.loads(figures.read_text())
     assert found["problems"] == trained["problems"] and found["pass@1"] == trained["pass@1"]
     assert "was trained on" in capsys.readouterr().err
+
+
+def test_the_base_that_a_chain_is_compared_with_is_the_one_that_it_began_from(world, tmp_path, capsys):
+    assert run("r1_zero", world) == 0
+    shutil.copytree(world[2] / "r1_zero", world[2] / "stage1_coldstart")  # a finished stage of this model
+    other = write_model(tmp_path / "other", 1), world[1], world[2]
+    capsys.readouterr()
+    assert run("stage2_reasoning_rl", other) == 2
+    said = capsys.readouterr().err
+    assert f"stage1_coldstart was made from {world[0]}, which is another model than config.model.checkpoint=" in said
+    moved = world[0].rename(tmp_path / "moved")
+    unnamed = RL | {"model.checkpoint": None}
+    assert run("stage2_reasoning_rl", world, fields=unnamed) == 2
+    assert f"stage1_coldstart was made from {world[0]}, which is not there; name its place" in capsys.readouterr().err
+    assert run("stage2_reasoning_rl", (moved, *world[1:])) == 0
+    write_model(world[0], 1)  # another model in the old place
+    shutil.rmtree(world[2] / "stage2_reasoning_rl")
+    capsys.readouterr()
+    assert run("stage2_reasoning_rl", world, fields=unnamed) == 2
+    assert f"made from {world[0]}, which is another model by now" in capsys.readouterr().err
+
+
+def test_a_chain_of_starts_names_its_base_and_a_base_replaced_afterwards_makes_it_stale(world, tmp_path, capsys):
+    unnamed = RL | {"model.checkpoint": None}
+    assert run("r1_zero", world) == 0
+    shutil.copytree(world[2] / "r1_zero", world[2] / "stage1_coldstart")
+    assert run("stage2_reasoning_rl", world, fields=unnamed) == 0
+    again = unnamed | {"start": "stage2_reasoning_rl", "scenarios.from_update": -1}
+    assert run("stage4_all_scenarios", world, fields=again) == 0
+    base = done(world, "stage2_reasoning_rl")["figures"]["base"]
+    assert done(world, "stage4_all_scenarios")["figures"]["base"] == base
+    write_model(world[0], 1)
+    capsys.readouterr()
+    assert run("stage4_all_scenarios", world, fields=again) == 2
+    assert f"{world[0]}, which is another model by now" in capsys.readouterr().err
+
+
+def test_a_digest_is_of_the_weight_files_that_are_read(tmp_path):
+    folder = write_model(tmp_path / "base", 0)
+    before = common.checkpoint_digest(folder)
+    (folder / "old.safetensors").write_bytes(b"read by nobody")
+    assert common.checkpoint_digest(folder) == before
+    (folder / "parts").mkdir()
+    (folder / "model.safetensors").rename(folder / "parts" / "a.safetensors")
+    index = {"weight_map": {"model.norm.weight": "parts/a.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    inside = common.checkpoint_digest(folder)
+    write_model(tmp_path / "other", 1)
+    shutil.copy(tmp_path / "other" / "model.safetensors", folder / "parts" / "a.safetensors")
+    assert common.checkpoint_digest(folder) != inside
+
+
+def test_what_a_folder_is_does_not_depend_on_folders_inside(tmp_path):
+    folder = write_model(tmp_path / "base", 0)
+    (folder / "checkpoints").mkdir()  # of the program that saved it
+    assert common.is_hugging_face(folder)
+    stopped = tmp_path / "r1_zero"  # before its first checkpoint
+    stopped.mkdir()
+    (stopped / "config.json").write_text('{"stage": "r1_zero"}')
+    (stopped / common.INPUTS).write_text('{"inputs": {}}')
+    assert not common.is_hugging_face(stopped)
+    with pytest.raises(ValueError, match="r1_zero holds no finished checkpoint; run that stage to its end first"):
+        common.checkpoint_digest(stopped)
 
 
 def test_a_run_starts_from_a_stage_folder_of_a_real_model(world):

@@ -1,6 +1,7 @@
 """The judge as a model: a small one taught in seconds, and SmolLM2, through prompt, tokenizer, sampler and parser."""
 
 import json
+import pathlib
 import sys
 from collections import Counter
 
@@ -182,6 +183,27 @@ def test_stopped_run_goes_on_and_gives_the_same_file(folder, tmp_path, monkeypat
     assert launch.main(arguments(folder, tmp_path)) == 0
     assert [part[0] for part in asked] == ["row-0/0", "row-4/0", "row-4/0", "row-8/0"]
     assert (tmp_path / "out.jsonl").read_bytes() == expected
+
+
+def test_parts_of_a_stopped_run_belong_to_the_models_that_made_them(tmp_path):
+    """A judge that was replaced while a run was stopped judges every pair, and so with the model that answers."""
+    jsonl.write(tmp_path / "in.jsonl", rows(2))
+    folders = []
+    for name in ("judge", "writer"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(b"old")
+        folders.append(str(tmp_path / name))
+    config = Config(stage="preference_pairs", output=str(tmp_path / "out.jsonl"))
+    config = replace(config, data=replace(config.data, path=str(tmp_path / "in.jsonl")))
+    keys = [judging.work_key(config, *folders), judging.work_key(config, folders[0], "")]
+    assert judging.work_key(replace(config, output="other"), *folders) == keys[0]
+    for folder in folders:
+        (pathlib.Path(folder) / "model.safetensors").write_bytes(b"new")
+        keys.append(judging.work_key(config, *folders))
+    jsonl.write(tmp_path / "in.jsonl", rows(3))
+    keys.append(judging.work_key(config, *folders))
+    assert len(set(keys)) == 5
 
 
 @pytest.mark.parametrize(

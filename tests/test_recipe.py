@@ -10,7 +10,7 @@ from r1jax import config as configs
 from r1jax import launch
 from r1jax.core import tree
 from r1jax.core.metrics import read
-from r1jax.data import jsonl, tasks
+from r1jax.data import files, jsonl, tasks
 from r1jax.data.problems import Problem
 from r1jax.evals.benchmarks import Response
 from r1jax.schema import RejectionConfig
@@ -173,6 +173,32 @@ def test_listing_tells_done_stages_and_a_changed_one_with_its_dependents_as_stal
     changed = states(workdir, "stage3_rejection_sft.sft.epochs=1", capsys=capsys)
     assert changed == dict.fromkeys(STAGES, "done") | stale
     assert stamps(workdir) == before
+
+
+def test_a_changed_file_or_checkpoint_is_stale_in_the_listing_and_one_that_is_not_there_is_left_to_the_run(tmp_path):
+    file, model = tmp_path / "rows.jsonl", tmp_path / "model"
+    file.write_text("{}")
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"weights")
+    stages = {"r1_zero": configs.load("r1_zero:tiny")}
+    folder = common.StageFolder(stages["r1_zero"], tmp_path)
+    inputs = {
+        str(file): files.digest(str(file)),
+        str(model): common.checkpoint_digest(model),
+        "base": "",
+        "gone.py": "x",
+    }
+    folder.start(inputs)
+    folder.finish({}, inputs, "digest")
+    assert recipe.state("r1_zero", stages, tmp_path) == "done"
+    (model / "model.safetensors").write_bytes(b"other weights")
+    assert recipe.state("r1_zero", stages, tmp_path) == "stale"
+    (model / "model.safetensors").write_bytes(b"weights")
+    file.write_text('{"id": 1}')
+    assert recipe.state("r1_zero", stages, tmp_path) == "stale"
+    file.unlink()
+    assert recipe.state("r1_zero", stages, tmp_path) == "done"
 
 
 def test_listing_of_an_empty_folder_tells_all_as_missing(tmp_path, capsys):

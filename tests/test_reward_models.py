@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy_checkpoint
 from small import MIXTURE, Stopped
 
 from r1jax import config as configs
 from r1jax import launch
 from r1jax.checkpoints import tokenizer as tokenizers
+from r1jax.checkpoints.tokenizer import from_folder
 from r1jax.core import rng, sharding, tree
 from r1jax.data import jsonl, reward_examples, tasks
 from r1jax.evals import preference
@@ -356,6 +358,8 @@ def test_stage_learns_a_known_rule_and_can_be_loaded_again(blocks, tmp_path):
     )
     with pytest.raises(ValueError, match="holds a reward model of kind helpful, needs safety"):
         reward_models.load(folder, "safety", tokenizer, mesh, config.pack, config.model)
+    with pytest.raises(ValueError, match="holds a reward model, which gives scores and no text"):
+        common.load_weights(config, mesh, str(folder), lambda: None)
 
 
 @pytest.mark.parametrize("blocks", [0, 1])
@@ -414,3 +418,13 @@ def test_mistake_is_one_line_and_leaves_nothing(flags, told, tmp_path, capsys):
     lines = capsys.readouterr().err.strip().splitlines()
     assert told in lines[-1] and len(lines) == 1
     assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+
+
+def test_a_reward_model_of_another_tokenizer_of_the_same_size_is_told_by_its_first_other_token(tmp_path):
+    words = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    own = from_folder(toy_checkpoint.write_tokenizer(tmp_path / "policy", words))
+    other = toy_checkpoint.write_tokenizer(tmp_path / "other", ("<|endoftext|>", "<|im_end|>", "<|im_start|>"))
+    assert reward_models._other_token(tmp_path / "policy", own) is None
+    assert reward_models._other_token(other, own) == 257
+    longer = toy_checkpoint.write_tokenizer(tmp_path / "longer", (*words, "<|more|>"))
+    assert reward_models._other_token(longer, own) == 259

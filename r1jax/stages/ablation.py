@@ -24,6 +24,8 @@ COLUMNS = (
     "arithmetic_true",
     "compute",
 )
+# Stages whose result is measured on held-out problems.
+COMPARED = tuple(stage for stage in lineage.RESULTS if stage not in ("stage0_base", "reward_helpful", "reward_safety"))
 SEEDS_COLUMNS = (
     *("variant", "seeds", "pass@1", "pass@1_sd", "language_consistency", "language_consistency_sd"),
     *("mean_tokens", "mean_tokens_sd"),
@@ -63,7 +65,12 @@ def _one_seed(config: Config, variants: list[tuple[str, str, list[tuple[str, str
         own = replace(own, seed=config.seed, evaluation=config.evaluation, inputs=str(workdir))
         print(f"== {name}, seed {config.seed}", file=sys.stderr)
         figures = importlib.import_module(f"r1jax.stages.{stage}").run(own, folder / name)
-        found[name] = figures[lineage.RESULTS[stage]] | {"compute": figures["compute"]}
+        if (result := lineage.RESULTS[stage]) not in figures:
+            raise ValueError(
+                f"config.variants: {name} has no held-out problems to be compared on; give some with {stage}'s "
+                "data.eval_path, or a data.holdout_fraction above 0"
+            )
+        found[name] = figures[result] | {"compute": figures["compute"]}
     table.render([{"variant": name, **figures} for name, figures in found.items()], COLUMNS, config.output)
     checkpoint.write_json(folder / "table.json", found)
     return found
@@ -86,9 +93,9 @@ def over_seeds(runs: Sequence[dict[str, float]]) -> dict[str, float]:
 def parse(variant: str) -> tuple[str, str, list[tuple[str, str]]]:
     """Returns (name, stage, overrides) of `NAME STAGE FIELD=VALUE ...`. Raises ValueError for anything else."""
     name, *rest = variant.split()
-    if not rest or rest[0] not in lineage.RESULTS or not all("=" in entry for entry in rest[1:]):
+    if not rest or rest[0] not in COMPARED or not all("=" in entry for entry in rest[1:]):
         raise ValueError(
-            f"config.variants: {variant!r} is not NAME STAGE FIELD=VALUE ...; stages: {', '.join(lineage.RESULTS)}"
+            f"config.variants: {variant!r} is not NAME STAGE FIELD=VALUE ...; stages: {', '.join(COMPARED)}"
         )
     overrides = [tuple(entry.split("=", 1)) for entry in rest[1:]]
     return name, rest[0], overrides

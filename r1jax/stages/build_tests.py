@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from r1jax.config import config_hash
 from r1jax.core import sharding
 from r1jax.data import jsonl
 from r1jax.data.hashing import hash64
@@ -14,7 +13,7 @@ from r1jax.rewards import code_cases, code_tests
 from r1jax.rewards.judge import Judge, Request
 from r1jax.rewards.sandbox import open_sandbox
 from r1jax.schema import Config, replace
-from r1jax.stages import common, judging
+from r1jax.stages import judging
 
 ROWS_PER_PART = 8
 
@@ -33,7 +32,7 @@ def run(config: Config, workdir: Path) -> dict:
     writer = None
     if any(not problem.generators for problem in problems.values()):
         writer = generator_writer(config)
-    key = config_hash(replace(config, output=""))[:16] + common.file_digest(config.data.path)[:16]
+    key = judging.work_key(config, config.judge.checkpoint if writer else "")
 
     def work(part: list[dict]) -> list[dict]:
         return [built_row(with_generators(problems[row["id"]], writer, config), config) for row in part]

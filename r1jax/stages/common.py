@@ -31,6 +31,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 EXAMPLES = "examples.jsonl"
+REWARD_MODEL = "reward_model.json"  # what one has to know to use a reward model
 MODEL, SHAPE, GENERATION = (
     "model",
     "shape.json",
@@ -257,11 +258,21 @@ def is_hugging_face(folder: str | Path) -> bool:
         path = path.parent
     if not path.is_dir():
         raise ValueError(f"no such checkpoint folder: {folder}; give a Hugging Face folder or a stage's folder")
+    if (path / INPUTS).is_file():
+        return False  # of a stage, also of one stopped before its first checkpoint
     if (path / "checkpoints").is_dir():
-        return False
+        return _names_its_family(path / "config.json")
     if not (path / "config.json").exists():
         raise ValueError(f"{folder} is no checkpoint: it has neither config.json nor a checkpoints folder")
     return True
+
+
+def _names_its_family(path: Path) -> bool:
+    """Returns whether a config.json is one of Hugging Face, which names a model_type."""
+    try:
+        return "model_type" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def load_weights(config: Config, mesh: Mesh, source: str, default: Callable[[], decoder.Params]) -> decoder.Params:
@@ -272,6 +283,10 @@ def load_weights(config: Config, mesh: Mesh, source: str, default: Callable[[], 
         from r1jax.checkpoints import hf
 
         return hf.load(source, config.model, mesh, jnp.float32)
+    if (Path(source) / REWARD_MODEL).exists():
+        raise ValueError(
+            f"{source} holds a reward model, which gives scores and no text; give the folder of another stage"
+        )
     store = checkpoint.CheckpointStore(Path(source) / "checkpoints")
     number = store.latest()
     if number is None:
@@ -310,15 +325,24 @@ def _checkpoint_digest(source: Path) -> str:
         files = sorted(path for path in (source / "checkpoints" / str(newest)).rglob("*") if path.is_file())
     else:
         beside = source.parent if source.is_file() else source
-        weights = [source] if source.is_file() else sorted(beside.glob("*.safetensors*"))
         names = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-        files = [*weights, *(beside / name for name in names if (beside / name).exists())]
+        files = [*_weight_files(source), *(beside / name for name in names if (beside / name).exists())]
     size = sum(path.stat().st_size for path in files)
     if size > TOLD_BYTES:
         print(f"{source}: reading {size / 1e9:.0f} GB once, to know these weights again", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(DIGEST_THREADS) as pool:
         found = zip((path.name for path in files), pool.map(lambda path: file_digest(str(path)), files), strict=True)
         return hashlib.sha256(repr(list(found)).encode()).hexdigest()
+
+
+def _weight_files(source: Path) -> list[Path]:
+    """Returns the files that the weights of a Hugging Face folder are read from, with their index; a file itself."""
+    from r1jax.checkpoints import hf
+
+    if source.is_file():
+        return [source]
+    files, weight_map = hf.weight_files(source)
+    return [*files, *([source / hf.INDEX_FILE] if weight_map else [])]
 
 
 def shape_hash(model: ModelConfig, *more) -> str:

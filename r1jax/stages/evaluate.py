@@ -58,6 +58,10 @@ FAITHFULNESS_COLUMNS = (
     "comparison_true",
 )
 
+# Fields of a run that name files it was trained on: those of which it held a share out, and those of which it held nothing out.
+DIVIDED = ("data.path", "data.general_path", "data.safety_path")
+WHOLE = ("distill.examples", "coldstart.examples", "rejection.judged_prompts")
+
 
 def run(config: Config, workdir: Path) -> dict:
     """Evaluates config.checkpoint (a stage's folder or a Hugging Face folder) and returns the figures.
@@ -80,7 +84,9 @@ def run(config: Config, workdir: Path) -> dict:
     folder, name = Path(workdir) / config.stage, Path(config.checkpoint).name
     write_samples(folder / "samples.jsonl", responses)
     checkpoint.write_json(folder / "config.json", common.json_fields(resolved))
-    checkpoint.write_json(folder / common.INPUTS, {"inputs": asked.source.inputs | lineage.grader_digests(config)})
+    made_from = {config.checkpoint: common.checkpoint_digest(config.checkpoint)}
+    made_from |= asked.source.inputs | lineage.grader_digests(config)
+    checkpoint.write_json(folder / common.INPUTS, {"inputs": made_from})
     checkpoint.write_json(folder / "figures.json", figures)
     print_figures([{"checkpoint": name, **figures}])
     say_left_out(resolved, asked, int(figures["problems"]))
@@ -108,14 +114,15 @@ def say_left_out(config: Config, asked: StagePrompts, measured: int) -> None:
 def as_trained(config: Config) -> Config:
     """Returns the config with the hold-out of the runs that made config.checkpoint, where one trained on the same files.
 
-    Of files that they have read, only what they held out is evaluated; of other files everything. Raises ValueError where
-    that differs between the files of config.data.path, and where they held nothing out.
+    Of files that they have read, also such as have changed since, only what they held out is evaluated; of other files
+    everything. Raises ValueError where that differs between the files of config.data.path, and where they held nothing out.
     """
     if not problems.has_files(config) or config.data.eval_path:
         return config
     trained = distributed.decide(_trained_on, Path(config.checkpoint), name=f"what {config.checkpoint} was trained on")
     given = problems.digests(config)
-    seen = [path for path in given if given[path] in trained]
+    keys = {path: {given[path], str(Path(path).resolve())} & trained.keys() for path in given}
+    seen = [path for path in given if keys[path]]
     if not seen:
         return config
     if len(seen) < len(given):
@@ -124,23 +131,24 @@ def as_trained(config: Config) -> Config:
             f"evaluate: {config.checkpoint} was trained on {seen[0]} and not on {fresh}; evaluate one at a time, so that of "
             "the first only what was held out counts"
         )
-    fraction = min(trained[given[path]] for path in seen)
+    fraction = min(trained[key] for path in seen for key in keys[path])
     if not fraction:
         raise ValueError(
             f"evaluate: {config.checkpoint} was trained on every row of {seen[0]}; give other problems, or evaluate these "
             f"nonetheless with --config.data.eval_path={seen[0]}"
         )
     if distributed.is_writer():
+        changed = ", which has changed since" if given[seen[0]] not in trained else ""
         print(
-            f"{config.checkpoint} was trained on {seen[0]}: evaluated is what that run held out "
-            f"(config.data.holdout_fraction={fraction})",
+            f"{config.checkpoint} was trained on {seen[0]}{changed}: evaluated is what that run held out "
+            f"(config.data.holdout_fraction={fraction}); --config.data.eval_path evaluates every row",
             file=sys.stderr,
         )
     return replace(config, data=replace(config.data, holdout_fraction=fraction))
 
 
 def _trained_on(folder: Path) -> dict[str, float]:
-    """Returns {digest of a file: share held out of it} of the files that a stage, or one before it, has trained on."""
+    """Returns {digest of a file, and its place: share held out of it} of what a stage, or one before it, has trained on."""
     found: dict[str, float] = {}
     waiting, known = [folder], set()
     while waiting:
@@ -151,10 +159,13 @@ def _trained_on(folder: Path) -> dict[str, float]:
         known.add(folder)
         digests, config = json.loads(inputs.read_text())["inputs"], json.loads(fields.read_text())
         fraction = 0.0 if config.get("data.eval_path") else config.get("data.holdout_fraction", 0.0)
-        for name in ("path", "general_path", "safety_path"):
-            for path in problems.paths(config.get(f"data.{name}", "")):
-                if path in digests:
-                    found[digests[path]] = min(fraction, found.get(digests[path], 1.0))
+        shares = dict.fromkeys(DIVIDED, fraction) | dict.fromkeys(WHOLE, 0.0)
+        if "people" not in config.get("coldstart.sources", ()):
+            del shares["coldstart.examples"]  # they stand before a question, if anywhere
+        for name, share in shares.items():
+            for path in problems.paths(config.get(name, "")):
+                for key in (digests[path], str(Path(path).resolve())) if path in digests else ():
+                    found[key] = min(share, found.get(key, 1.0))
         beside = Path(config["inputs"]) if config.get("inputs") else folder.parent
         waiting += [place for name in digests if name for place in (beside / name, Path(name))]
     return found

@@ -1,5 +1,6 @@
 """What stages that ask a judge share: loading it, grading by it, and work on many rows that a stopped run does not lose."""
 
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from r1jax.checkpoints import hf, hf_config, tokenizer
+from r1jax.config import config_hash
 from r1jax.core import distributed
 from r1jax.data import jsonl
 from r1jax.rewards import compose
@@ -15,7 +17,7 @@ from r1jax.rewards.judge import Judge
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.schema import Config, ModelConfig
+from r1jax.schema import Config, ModelConfig, replace
 from r1jax.stages import common
 from r1jax.stages.progress import Progress
 
@@ -77,6 +79,15 @@ class JudgePool:
         verdicts = self._judge.accuracy(requests)
         pairs = zip(requests, verdicts, strict=True)
         return [compose.compose(request, self._config.reward, verdict) for request, verdict in pairs]
+
+
+def work_key(config: Config, *models: str) -> str:
+    """Returns a digest of what work on the rows of config.data.path is made from: the settings, the rows, and the models, of
+    folders, "" for none."""
+    made_from = [common.file_digest(config.data.path)]
+    made_from += [common.checkpoint_digest(folder) if folder else "" for folder in models]
+    settings = config_hash(replace(config, output=""))
+    return settings[:16] + hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
 
 
 def in_parts(

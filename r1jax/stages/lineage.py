@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from r1jax import config as configs
 from r1jax.core import distributed, tree
+from r1jax.data import files
 from r1jax.rewards import plugins
 from r1jax.schema import Config, replace
 from r1jax.stages import common, problems, stage0_base
@@ -66,19 +67,54 @@ def output_digest(folder: Path) -> str:
     return json.loads((folder / common.DONE).read_text())["output"]
 
 
-def inputs(config: Config, workdir: Path) -> dict[str, str]:
+def digest_now(name: str, workdir: Path, usual: str) -> str:
+    """Returns the digest of what an input of a stage is now: a stage of `workdir`, a checkpoint or a file; `usual` for others,
+    and for what is not there."""
+    if (workdir / name / common.DONE).exists():
+        return output_digest(workdir / name)
+    path = Path(name)
+    if not usual or name in RESULTS or not path.exists():
+        return usual
+    if path.suffix == ".safetensors" or any((path / inside).exists() for inside in ("checkpoints", "config.json")):
+        return common.checkpoint_digest(path)
+    return files.digest(name)
+
+
+def inputs(config: Config, workdir: Path, compared: bool = True) -> dict[str, str]:
     """Returns {what a stage is made from: digest of its content}: its start, its base, its problems, graders of the user's.
 
-    The stage that it starts from is run first when it is missing and can be made.
+    The stage that it starts from is run first when it is missing and can be made. `compared`: its result is compared with the
+    base, which is then an input of its figures also where config.model.checkpoint does not name it.
     """
     found = {}
     if config.start:
         found[config.start] = output_digest(require(config.start, config, workdir))
-    if config.model.checkpoint:
-        found[config.model.checkpoint] = common.checkpoint_digest(config.model.checkpoint)
+    named, then = _base_of_start(config, workdir)
+    if base := config.model.checkpoint or (named if compared else ""):
+        found[base] = _base_digest(config, base, named, then)
     elif not config.start:
         found[BASE] = ""
     return found | problems.digests(config) | grader_digests(config)
+
+
+def _base_digest(config: Config, base: str, named: str, then: str) -> str:
+    """Returns the digest of a stage's base; `named` is the one that its start was made from, `then` that one's digest.
+
+    Raises ValueError where the base is not there, or is another Hugging Face model than that one.
+    """
+    if base == named and not Path(base).exists():
+        raise ValueError(
+            f"{config.stage}: {config.start} was made from {named}, which is not there; name its place with "
+            "--config.model.checkpoint=DIR"
+        )
+    digest = common.checkpoint_digest(base)
+    if then and digest != then and not (Path(named).exists() and not common.is_hugging_face(named)):
+        now = "is another model by now" if base == named else f"is another model than config.model.checkpoint={base}"
+        raise ValueError(
+            f"{config.stage}: {config.start} was made from {named}, which {now}; make {config.start} again from the base that "
+            "counts, or give the one that it was made from with --config.model.checkpoint=DIR"
+        )
+    return digest
 
 
 def grader_digests(config: Config) -> dict[str, str]:
@@ -113,7 +149,7 @@ def base_weights(config: Config, mesh, workdir: Path) -> Any:
 
     A stage that starts from another one, without either, is compared with the base that one names in its config.json.
     """
-    source = config.model.checkpoint or _named_base(config, workdir)
+    source = config.model.checkpoint or _base_of_start(config, workdir)[0]
     if source:
         return tree.cast(common.load_weights(config, mesh, source, lambda: None), jnp.float32)
     known = {entry.name: entry.presets for entry in configs.entries()}["stage0_base"]
@@ -126,13 +162,27 @@ def base_weights(config: Config, mesh, workdir: Path) -> Any:
     return stage0_base.base_params(config, base, mesh, workdir)
 
 
-def _named_base(config: Config, workdir: Path) -> str:
-    """Returns config.model.checkpoint of the run that config.start was, "" without one."""
+def _base_of_start(config: Config, workdir: Path) -> tuple[str, str]:
+    """Returns (config.model.checkpoint of the run that config.start was, or of the nearest one before it that names one; its
+    digest then), "" for what is not known."""
     if not config.start:
-        return ""
-    path = Path(config.inputs or workdir) / config.start / "config.json"
-    fields = distributed.decide(lambda: json.loads(path.read_text()) if path.exists() else {}, name=str(path))
-    return fields.get("model.checkpoint", "")
+        return "", ""
+    folder = Path(config.inputs or workdir) / config.start
+    return distributed.decide(_base_of_run, folder, name=f"the base of {folder}")
+
+
+def _base_of_run(folder: Path) -> tuple[str, str]:
+    seen: set[Path] = set()
+    while folder not in seen and (folder / "config.json").exists():
+        seen.add(folder)
+        fields = json.loads((folder / "config.json").read_text())
+        if base := fields.get("model.checkpoint", ""):
+            marker = folder / common.DONE
+            return base, json.loads(marker.read_text())["inputs"].get(base, "") if marker.exists() else ""
+        if not fields.get("start"):
+            break
+        folder = Path(fields.get("inputs") or folder.parent) / fields["start"]
+    return "", ""
 
 
 def reward_model_folders(config: Config, workdir: Path) -> dict[str, Path]:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from r1jax.config import config_hash
 from r1jax.core import sharding
 from r1jax.data import jsonl, preferences
 from r1jax.data.hashing import hash64
@@ -17,7 +16,7 @@ from r1jax.rl import rollout
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.schema import Config, replace
+from r1jax.schema import Config
 from r1jax.stages import common, judging, prompts
 
 
@@ -32,7 +31,7 @@ def run(config: Config, workdir: Path) -> dict:
     judging.require_judge(config)
     started, folder = time.monotonic(), Path(workdir) / config.stage
     rows = read(config)
-    key = config_hash(replace(config, output=""))[:16] + common.file_digest(config.data.path)[:16]
+    key = judging.work_key(config, config.judge.checkpoint, config.model.checkpoint)
     mesh = sharding.make_mesh(config.mesh)
     if missing := [row for row in rows if not row["responses"]]:
         answered = judging.in_parts(folder, f"{key}-answers", missing, answerer(config), "answers")

@@ -142,11 +142,7 @@ def _own_state(stage: str, stages: dict[str, Config], workdir: Path) -> str:
     if not marker.exists():
         return folder.state({})
     recorded = json.loads(marker.read_text())["inputs"]
-    current = {
-        name: lineage.output_digest(workdir / name) if (workdir / name / common.DONE).exists() else digest
-        for name, digest in recorded.items()
-    }
-    return folder.state(current)
+    return folder.state({name: lineage.digest_now(name, workdir, digest) for name, digest in recorded.items()})
 
 
 def listing(stages: dict[str, Config], workdir: Path) -> dict:
@@ -183,6 +179,8 @@ def summarize(workdir: Path, wall_s: float) -> dict:
         if stage in REWARD_MODELS:
             models[name] = figures["held_out"]
             continue
+        if name not in figures:
+            continue  # it had no held-out problems
         if stage == "r1_zero":
             checkpoints[lineage.BASE] = figures[lineage.BASE] | {"compute": 0.0}
         checkpoints[name] = figures[name] | {"compute": figures["compute"]}

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.checkpoints.tokenizer import Tokenizer, from_folder
 from r1jax.core import checkpoint, distributed, sharding, tree
 from r1jax.core.metrics import MetricsLog
 from r1jax.data import jsonl, preferences, reward_examples
@@ -27,7 +27,6 @@ from r1jax.stages.progress import Progress
 from r1jax.train import frozen, reward, step, supervised
 from r1jax.train.reward import Unit
 
-RECORD = "reward_model.json"  # what one has to know to use the model
 WHOLE = "whole"  # the model put together again, where a part of it was frozen
 NOTHING, TOO_LONG = "with nothing to judge", "longer than pack allows"  # why an example is left out
 CENTER_UNITS = 256  # training pairs whose mean score is the center of a helpful model
@@ -52,7 +51,7 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
     distributed.require_one(config.stage)
     folder = common.StageFolder(config, workdir)
     folder.check()
-    inputs = lineage.inputs(config, workdir)
+    inputs = lineage.inputs(config, workdir, compared=False)
     if (figures := folder.finished(inputs)) is not None:
         show({config.stage: figures["held_out"]})
         return figures
@@ -264,7 +263,7 @@ def write_record(folder: Path, kind: str, model: ModelConfig, reading: Reading, 
     """Writes what `load` reads beside the weights."""
     record = {"kind": kind, "model": dataclasses.asdict(model), "reading": dataclasses.asdict(reading)}
     record |= {"weights": WHOLE if config.reward_model.frozen_blocks else "checkpoints", "center": center}
-    checkpoint.write_json(folder / RECORD, record)
+    checkpoint.write_json(folder / common.REWARD_MODEL, record)
 
 
 def load(
@@ -272,7 +271,7 @@ def load(
 ) -> RewardModel:
     """Returns the finished reward model of a stage's folder, which reads with the tokenizer of the policy.
 
-    Raises ValueError when the folder holds none, one of the other kind, or one of another vocabulary.
+    Raises ValueError when the folder holds none, one of the other kind, or one whose tokens are not the policy's.
     """
     record = distributed.decide(_record, Path(folder), kind, name=f"the reward model of {folder}")
     scaling = RopeScaling(**record["model"].pop("rope_scaling"))
@@ -282,6 +281,11 @@ def load(
             f"{folder}: a reward model of {model.vocab_size} tokens cannot read a policy of {policy.vocab_size}; train it "
             "from a checkpoint with the policy's tokenizer"
         )
+    if (own := Path(folder) / common.MODEL).is_dir() and (token := _other_token(own, tokenizer)) is not None:
+        raise ValueError(
+            f"{folder}: id {token} is another token to this reward model than to the policy; train it from a checkpoint with "
+            "the policy's tokenizer"
+        )
     store = checkpoint.CheckpointStore(Path(folder) / record["weights"])
     target = sharding.abstract(decoder.specs(model), jnp.float32, mesh)
     params = store.restore(store.latest(), {"params": target})["params"]
@@ -289,10 +293,21 @@ def load(
     return make_scorer(params, model, mesh, Reading(**record["reading"]), tokenizer, size, record["center"])
 
 
+def _other_token(folder: Path, tokenizer: Tokenizer) -> int | None:
+    """Returns the first id that is not the same text to the tokenizer of a folder as to another, None where all are."""
+    own = from_folder(folder)
+    size = max(own.vocab_size, tokenizer.vocab_size)
+    texts = (
+        [words.decode([index]) if index < words.vocab_size else None for index in range(size)]
+        for words in (own, tokenizer)
+    )
+    return next((index for index, (one, other) in enumerate(zip(*texts, strict=True)) if one != other), None)
+
+
 def _record(folder: Path, kind: str) -> dict:
-    if not (folder / common.DONE).exists() or not (folder / RECORD).exists():
+    if not (folder / common.DONE).exists() or not (folder / common.REWARD_MODEL).exists():
         raise ValueError(f"{folder} holds no finished reward model; run --config=reward_{kind} to its end first")
-    record = json.loads((folder / RECORD).read_text())
+    record = json.loads((folder / common.REWARD_MODEL).read_text())
     if record["kind"] != kind:
         raise ValueError(f"{folder} holds a reward model of kind {record['kind']}, needs {kind}")
     return record
