@@ -76,6 +76,26 @@ def test_a_bad_row_is_refused_with_its_place_and_field(row, message):
         problems_of([row], task="math")
 
 
+def test_a_row_without_what_its_grader_needs_is_told_which_column_it_may_be(tmp_path):
+    rows = written(tmp_path / "a.jsonl", [{"task": "math", "problem": "1 + 1 =", "gold": "2"}])
+    with pytest.raises(
+        ValueError, match=r"line 1 \(row-1\): task math needs the field 'answer'; .*columns=gold=answer$"
+    ):
+        source(path=rows)
+
+
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_an_empty_answer_is_refused_with_its_line(tmp_path, answer):
+    rows = written(tmp_path / "a.jsonl", [{"id": "a", "task": "math", "prompt": "p", "answer": answer}])
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1 \(a\): field 'answer' is empty, task math needs it"):
+        source(path=rows)
+
+
+def test_references_are_counted_only_where_there_are_any(tmp_path, capsys):
+    rows = written(tmp_path / "a.jsonl", [{"id": "a", "task": "code", "prompt": "p", "tests": ASSERTS}])
+    assert "can be graded" not in source(capsys, path=rows, holdout_fraction=0).said
+
+
 def test_questions_are_split_by_what_they_ask_and_not_by_their_ids():
     rows = asked(2000)
     train, test = split_holdout(rows, 0.1)

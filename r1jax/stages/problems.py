@@ -179,7 +179,9 @@ class FileProblems:
         """Says how many references can be graded, how many questions repeat, and how the rows are divided."""
         requests = [RewardRequest(p.id, p.task, p.text, "", p.reference) for p in every]
         name = ", ".join(self.inputs)
-        self.notes.append(f"{name}: {references.check(requests, self._config.reward).line()}")
+        checked = references.check(requests, self._config.reward)
+        if checked.checked:
+            self.notes.append(f"{name}: {checked.line()}")
         if again := self.counts["repeated_prompts"]:
             self.notes.append(
                 f"{name}: {len(every) - again} of {len(every)} prompts are new, {again} repeat an earlier one (all rows of a "
