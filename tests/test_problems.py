@@ -138,6 +138,15 @@ def test_every_row_of_an_evaluation_file_is_held_out_and_its_questions_are_train
     assert not {question_key(p) for p in reasoning} & {question_key(p) for p in found.held_out()}
 
 
+def test_general_rows_that_no_update_draws_are_said(tmp_path, capsys):
+    rows = written(tmp_path / "f.jsonl", [*math_rows(2), {"id": "g", "task": "general", "prompt": "hello"}])
+    told = "are not drawn: config.scenarios.from_update=-1"
+    assert told in source(capsys, path=rows, holdout_fraction=0).said
+    given = [("data.path", rows), ("data.holdout_fraction", "0"), ("scenarios.from_update", "2")]
+    problems.source(configs.load("r1_zero:smollm2_135m", given))
+    assert told not in capsys.readouterr().err
+
+
 def test_several_files_mix_by_their_weights_and_may_share_ids(tmp_path):
     one, two = (written(tmp_path / f"{name}.jsonl", math_rows(10, text)) for name, text in (("a", "x"), ("b", "x")))
     pathless = math_rows(10, "y")

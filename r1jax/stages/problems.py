@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from r1jax import stage_table
 from r1jax.core import distributed
 from r1jax.data import files
 from r1jax.data.problems import (
@@ -193,6 +194,12 @@ class FileProblems:
             f"{name}: {len(every)} rows ({tasks}): {self.counts['training']} to train on{scenarios}, "
             f"{self.counts['held_out']} held out"
         )
+        stage = self._config.stage
+        if scenarios and stage_table.reads(stage, "scenarios") and self._config.scenarios.from_update < 0:
+            self.notes.append(
+                f"{name}: the rows of task general and safety are not drawn: config.scenarios.from_update=-1; set it to the "
+                "update from which they are"
+            )
 
 
 def _with_language(problem: Problem) -> Problem:
