@@ -4,7 +4,7 @@ An override of anything else is refused before a run: it would change nothing bu
 a preset are its author's and are not checked. Every stage takes a seed.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from r1jax.schema import Config
@@ -14,6 +14,7 @@ EVERY = ("seed",)
 _PLACE = ("start", "inputs", "input_preset", "rebuild_base", "checkpointing", "evaluation")
 _MODEL = ("model", "mesh", "data", "sampler", "reward")
 _TRAINING = (*_MODEL, *_PLACE, "optimizer", "pack")
+_RL_STAGES = ("r1_zero", "ppo_baseline", "stage2_reasoning_rl", "stage4_all_scenarios", "student_rl")
 _RL = (*_TRAINING, "mode", "sampler_mesh", "grpo", "ppo", "scenarios")
 _SFT = (*_TRAINING, "sft")
 _LAW = ("temperature", "top_p", "top_k", "max_new_tokens_schedule")
@@ -98,11 +99,44 @@ STAGES: dict[str, Stage] = {
         dict.fromkeys(("bench.code_files", "bench.mutants_per_row", "bench.topology"), ""),
     ),
 }
-# Parts that are read under a condition alone: part -> (what it needs, whether a config meets it).
+
+
+def _reads_rows(config: Config) -> bool:
+    """Returns whether a config names a file of rows, of whatever kind."""
+    data = config.data
+    listed = (data.path, data.eval_path, data.general_path, data.safety_path, config.distill.examples)
+    more = (config.coldstart.examples, config.rejection.general_path, config.rejection.judged_prompts)
+    return any((*listed, *more))
+
+
+def _holds_out(config: Config) -> bool:
+    """Returns whether a share of the rows is held out, which those of config.data.eval_path replace."""
+    return bool(config.data.path) and not (config.data.eval_path and config.data.holdout_fraction)
+
+
+_WITH_ROWS = ("data.path", _reads_rows)
+_LATER = ("scenarios.from_update>=0", lambda config: config.scenarios.from_update >= 0)
+# Parts and fields that are read under a condition alone: key -> (what it needs, whether a config meets it).
 _CONDITIONS = {
     "ppo": ("grpo.advantage=gae", lambda config: config.grpo.advantage == "gae"),
     "sampler_mesh": ("mode=disaggregated", lambda config: config.mode == "disaggregated"),
+    "data.weights": ("data.path", lambda config: bool(config.data.path)),
+    "data.columns": _WITH_ROWS,
+    "data.task": _WITH_ROWS,
+    **{
+        f"scenarios.{name}": _LATER
+        for name in (
+            "general_fraction",
+            "safety_fraction",
+            "helpful_model",
+            "safety_model",
+            "hacking_window",
+            "hacking_errors",
+        )
+    },
 }
+_HOLDOUT = ("data.path and without config.data.eval_path", _holds_out)  # of stages that ask problems
+_ASKS_PROBLEMS = (*_RL_STAGES, "stage1_coldstart", "stage3_rejection_sft", "distill", "evaluate")
 
 
 def reads(stage: str, key: str) -> bool:
@@ -125,9 +159,15 @@ def check(config: Config, keys: Iterable[str], also: tuple[str, ...] = ()) -> No
             continue
         if not reads(config.stage, key):
             raise ValueError(_refusal(config.stage, key))
-        needed, met = _CONDITIONS.get(key.partition(".")[0], ("", lambda config: True))
-        if not met(config):
-            raise ValueError(f"config.{key} is read with config.{needed} alone; set that, or leave it out")
+        for needed, met in _conditions(config.stage, key):
+            if not met(config):
+                raise ValueError(f"config.{key} is read with config.{needed} alone; set that, or leave it out")
+
+
+def _conditions(stage: str, key: str) -> list[tuple[str, Callable[[Config], bool]]]:
+    """Returns what must hold for a stage to read a key, as (what it needs, whether a config meets it)."""
+    found = [condition for part, condition in _CONDITIONS.items() if _covers((part,), key)]
+    return [*found, _HOLDOUT] if key == "data.holdout_fraction" and stage in _ASKS_PROBLEMS else found
 
 
 def _covers(parts: Iterable[str], key: str) -> bool:

@@ -49,6 +49,11 @@ CASES = {
         {"question": "p", "answer": "48/2 = <<48/2=24>>24\n#### 1,072 "},
         {"prompt": "p", "answer": "1,072", "solution": "48/2 = <<48/2=24>>24"},
     ),
+    "GSM8K under another name": (
+        {"prompt": "p", "answer": "#### A plan\n48/2 = 24\n#### 24"},
+        {"prompt": "p", "answer": "24", "solution": "#### A plan\n48/2 = 24"},
+    ),
+    "a heading in an answer": ({"question": "p", "answer": "#### No\nend"}, {"prompt": "p", "answer": "#### No\nend"}),
     "question/answer": ({"question": "p", "answer": "the #1"}, {"prompt": "p", "answer": "the #1"}),
     "alpaca": ({"instruction": "Add.", "input": "2, 2", "output": "4"}, {"prompt": "Add.\n\n2, 2", "response": "4"}),
     "alpaca without input": ({"instruction": "p", "input": "", "output": "4"}, {"prompt": "p", "response": "4"}),
@@ -105,6 +110,10 @@ CASES = {
     "ARC": (
         {"question": "p", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
         {"prompt": "p\nA. x\nB. y", "answer": "B", "task": "mcq"},
+    ),
+    "ARC with its label as a number": (
+        {"question": "p", "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answerKey": 1},
+        {"prompt": "p\nA. x\nB. y\nC. z", "answer": "A", "task": "mcq"},
     ),
     "options by letter": (
         {"question": "p", "options": {"A": "x", "B": "y"}, "answer": "y"},

@@ -50,6 +50,17 @@ def test_a_grpo_field_of_a_distillation_is_refused_in_one_line(tmp_path, capsys)
         (["--config=export_hf", "--config.optimizer.kind=muon"], "export_hf does not read config.optimizer"),
         (["--config=distill", "--config.pack.shared_prompts"], "distill does not read config.pack.shared_prompts"),
         (["--config=quickstart", "--config.set=distill.grpo.updates=3"], "distill does not read config.grpo"),
+        (["--config=r1_zero", "--config.data.holdout_fraction=0.5"], "config.data.holdout_fraction is read with"),
+        (["--config=r1_zero", "--config.data.columns=a=prompt"], "config.data.columns is read with config.data.path"),
+        (["--config=stage2_reasoning_rl", "--config.data.weights=1,2"], "config.data.weights is read with config.data"),
+        (
+            ["--config=r1_zero", "--config.scenarios.safety_fraction=0.1"],
+            "config.scenarios.safety_fraction is read with",
+        ),
+        (
+            ["--config=evaluate", "--config.data.eval_path=F", "--config.data.holdout_fraction=0.5"],
+            "without config.data.eval_path",
+        ),
         (["--config=evaluate", "--sweep=sampler.top_p=0.5,0.9"], "config.evaluation.top_p"),
     ],
 )

@@ -47,6 +47,9 @@ def test_byte_order_mark(tmp_path):
     assert [row.fields for row in files.read(str(path)).rows] == [GOOD, GOOD]
     path.write_bytes(b"\xef\xbb\xbf")
     assert "no rows" in refused(str(path))
+    joined = b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\n"
+    path.write_bytes(joined * 2)
+    assert [row.fields for row in files.read(str(path)).rows] == [GOOD, GOOD]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32-le"])
@@ -87,6 +90,22 @@ def test_number_of_5001_digits(tmp_path):
     assert io_case("number-of-5001-digits")["input"]["row"].endswith('"answer": 1 and 5000 zeros}')
     told = refused(made(tmp_path, '{"id":"a","prompt":"p","answer": 1' + "0" * 5000 + "}"))
     assert told == ", line 2: an integer of more than 4300 digits; write it as text"
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("123456789012345678901234567890.5", "123456789012345678901234567890.5"),
+        ("3.14159265358979323846", "3.14159265358979323846"),
+        ("1e-400", "1e-400"),
+        ("1e-99999999999999999999999", "1e-99999999999999999999999"),
+        ("0.10", "0.1"),
+        ("2.5", "2.5"),
+        ("1" * 4000, "1" * 4000),
+    ],
+)
+def test_a_number_keeps_its_digits(tmp_path, written, read):
+    assert last(made(tmp_path, f'{{"prompt": "p", "answer": {written}}}'))["answer"] == read
 
 
 def test_half_a_surrogate_pair(tmp_path):
@@ -130,6 +149,9 @@ def test_a_bad_line_is_named(tmp_path, line, told):
 def test_conversational_prompt(tmp_path):
     row = io_case("conversational-prompt")["input"]["row"]
     assert last(made(tmp_path, row)) == row
+    assert last(made(tmp_path, row | {"prompt": json.dumps(row["prompt"])})) == row
+    for text in ('["role", "content"]', "[1, 2] summed?", '[{"role": "user"}]', "["):
+        assert last(made(tmp_path, {"prompt": text}))["prompt"] == text
     row["prompt"][0]["role"] = "wizard"
     assert refused(made(tmp_path, row)).startswith(
         ", line 2: field 'prompt', message 1: role 'wizard' is none of user,"
@@ -186,6 +208,9 @@ def test_thought_in_its_own_column(tmp_path):
     assert responses == ["<think>\n2 and 2 are 4\n</think>\n\n4", "<think>2 and 2"]
     assert "reasoning_content merged into the response as <think>...</think> (1 of 3 rows)" in table.notes
     assert turns.thoughts(responses) == {"a thought that is never closed": 1}
+    for name in ("thinking", "thought", "thoughts", "reasoning_trace", "chain_of_thought", "cot"):
+        found = last(made(tmp_path, {"prompt": "2+2?", "response": "4", name: "2 and 2 are 4"}))
+        assert found["response"] == responses[0]
     own = {"prompt": "2+2?", "response": "<think>a</think>4", "reasoning": "b"}
     table = files.read(made(tmp_path, own))
     assert table.rows[1].fields["response"] == own["response"]

@@ -238,9 +238,9 @@ def test_code_rows_need_tests_and_no_answer(config, world, capsys):
     assert config in case["configs"]
     again = [case["rows"][0] | {"id": f"c{i}", "prompt": f"{case['rows'][0]['prompt']} {i}"} for i in range(8)]
     write_rows(world[1], rows(4) + again)
-    fields = {"sampler.max_prompt_tokens": 64, "pack.row_tokens": 80, "reward.workers": 2}
+    fields = {"sampler.max_prompt_tokens": 128, "pack.row_tokens": 144, "reward.workers": 2}
     if config == "evaluate":
-        fields = SMALL | {"checkpoint": world[0], "model.checkpoint": None, "sampler.max_prompt_tokens": 64}
+        fields = SMALL | {"checkpoint": world[0], "model.checkpoint": None, "sampler.max_prompt_tokens": 128}
         assert run("evaluate", world, fields=fields) == 0
     elif config == "r1_zero":
         assert run("r1_zero", world, fields=RL | fields) == 0

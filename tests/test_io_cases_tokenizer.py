@@ -363,6 +363,24 @@ def test_every_named_special_token_is_given_to_the_template(tmp_path):
 def test_content_is_given_as_parts_where_the_template_wants_them(tmp_path):
     words = with_template(tmp_path, io_case("content-parts")["input"]["template"])
     assert words.render_chat([{"role": "user", "content": "the question"}]) == "the question"
+    mixed = "{% for m in messages %}{{ m.content if m.role == 'system' else m.content[0]['text'] }}{% endfor %}"
+    turns = [{"role": "system", "content": "rules "}, {"role": "user", "content": "the question"}]
+    assert with_template(tmp_path, mixed).render_chat(turns) == "rules the question"
+
+
+def test_a_default_template_among_named_ones_is_used_and_its_lack_is_said(tmp_path, capsys):
+    named = {"default": "D{{ messages[0].content }}", "tool_use": "T"}
+    assert with_template(tmp_path, named).chat_template == named.pop("default")
+    assert with_template(tmp_path, named).chat_template == ""
+    assert "none of the chat templates (tool_use) is named default" in capsys.readouterr().err
+
+
+def test_stops_of_a_text_part_count_and_stop_strings_are_said_not_to_be_read(tmp_path, capsys):
+    folder = toy_checkpoint.write_tokenizer(tmp_path / "several")
+    (folder / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": [258]}}), encoding="utf-8")
+    (folder / "generation_config.json").write_text('\ufeff{"stop_strings": ["User:"]}', encoding="utf-8")
+    assert tokenizer.from_folder(folder).stop_ids == (256, 258)
+    assert "stop_strings of generation_config.json are not read" in capsys.readouterr().err
 
 
 OTHERS = {

@@ -214,6 +214,8 @@ def test_parts_of_a_stopped_run_belong_to_the_models_that_made_them(tmp_path):
         ({"responses": ["a", ""]}, "'responses' must be a list of texts"),
         ({"responses": ["a", "b"], "id": "row-0"}, "id 'row-0' was used before"),
         ({}, "no model is given to write them"),
+        ({"responses": ["a", "a"], "prompt": "  "}, "in.jsonl, line 2: 'prompt' must be one text"),
+        ({"responses": ["a", "a"]}, "in.jsonl, line 2: 'responses' holds one text"),
     ],
 )
 def test_bad_row_is_named_in_one_line_and_nothing_is_written(folder, tmp_path, capsys, row, message):

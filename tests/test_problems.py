@@ -76,6 +76,26 @@ def test_a_bad_row_is_refused_with_its_place_and_field(row, message):
         problems_of([row], task="math")
 
 
+def test_a_row_without_what_its_grader_needs_is_told_which_column_it_may_be(tmp_path):
+    rows = written(tmp_path / "a.jsonl", [{"task": "math", "problem": "1 + 1 =", "gold": "2"}])
+    with pytest.raises(
+        ValueError, match=r"line 1 \(row-1\): task math needs the field 'answer'; .*columns=gold=answer$"
+    ):
+        source(path=rows)
+
+
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_an_empty_answer_is_refused_with_its_line(tmp_path, answer):
+    rows = written(tmp_path / "a.jsonl", [{"id": "a", "task": "math", "prompt": "p", "answer": answer}])
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1 \(a\): field 'answer' is empty, task math needs it"):
+        source(path=rows)
+
+
+def test_references_are_counted_only_where_there_are_any(tmp_path, capsys):
+    rows = written(tmp_path / "a.jsonl", [{"id": "a", "task": "code", "prompt": "p", "tests": ASSERTS}])
+    assert "can be graded" not in source(capsys, path=rows, holdout_fraction=0).said
+
+
 def test_questions_are_split_by_what_they_ask_and_not_by_their_ids():
     rows = asked(2000)
     train, test = split_holdout(rows, 0.1)
@@ -90,7 +110,7 @@ def test_questions_are_split_by_what_they_ask_and_not_by_their_ids():
 @pytest.mark.parametrize("again", ["What is  1 + 1?", "what is 1 + 1?\n", "Ｗhat is 1 + 1?", "What is 1 + 1?\u00a0"])
 def test_spacing_case_and_width_make_no_other_question(again):
     assert question_key(Problem("a", "math", again)) == question_key(Problem("b", "math", "What is 1 + 1?"))
-    one_turn = read_prompt([{"role": "user", "content": again}])
+    one_turn = read_prompt([{"role": "system", "content": "Be short."}, {"role": "user", "content": again}])
     assert question_key(Problem("c", "math", one_turn)) == question_key(Problem("b", "math", "What is 1 + 1?"))
 
 
@@ -116,6 +136,15 @@ def test_every_row_of_an_evaluation_file_is_held_out_and_its_questions_are_train
     assert len(found.held_out()) == 30 and len(reasoning) == 15
     assert "5 rows ask what config.data.eval_path asks, left out" in found.said
     assert not {question_key(p) for p in reasoning} & {question_key(p) for p in found.held_out()}
+
+
+def test_general_rows_that_no_update_draws_are_said(tmp_path, capsys):
+    rows = written(tmp_path / "f.jsonl", [*math_rows(2), {"id": "g", "task": "general", "prompt": "hello"}])
+    told = "are not drawn: config.scenarios.from_update=-1"
+    assert told in source(capsys, path=rows, holdout_fraction=0).said
+    given = [("data.path", rows), ("data.holdout_fraction", "0"), ("scenarios.from_update", "2")]
+    problems.source(configs.load("r1_zero:smollm2_135m", given))
+    assert told not in capsys.readouterr().err
 
 
 def test_several_files_mix_by_their_weights_and_may_share_ids(tmp_path):

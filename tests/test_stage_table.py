@@ -48,6 +48,11 @@ FIELDS = list(configs.flatten(schema.Config()))
             "evaluate does not read config.model.checkpoint; what counts here is config.checkpoint",
         ),
         (
+            ["--config=grade", "--config.reward.format=0.5"],
+            "grade does not read config.reward.format; leave it out (it is read by r1_zero, ppo_baseline, "
+            "stage2_reasoning_rl, stage4_all_scenarios, student_rl, stage1_coldstart, ...)",
+        ),
+        (
             ["--config=grade", "--config.data.template=chat"],
             "grade does not read config.data.template; leave it out (it is read by r1_zero, ppo_baseline, "
             "stage2_reasoning_rl, stage4_all_scenarios, student_rl, stage1_coldstart, ...)",

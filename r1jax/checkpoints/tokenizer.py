@@ -72,10 +72,14 @@ class JsonBackend:
         self._inner.save(str(folder / "tokenizer.json"))
 
 
-def _in_parts(message: dict) -> dict:
-    """Returns a message whose content is a list of parts, as those of images and text together have it."""
-    content = message["content"]
-    return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+def _in_parts(messages: Sequence[dict], texts: Sequence[str] = ()) -> list[dict]:
+    """Returns messages whose content is a list of parts, as those of images and text together have it; text for the roles of `texts`."""
+    return [
+        message
+        if message["role"] in texts or not isinstance(message["content"], str)
+        else message | {"content": [{"type": "text", "text": message["content"]}]}
+        for message in messages
+    ]
 
 
 def _token_text(value: Any) -> str | None:
@@ -235,7 +239,7 @@ class Tokenizer:
         """Returns the chat template applied to messages (role, content), rendered in a sandbox.
 
         Where that leaves out what a user says, or fails, contents are given as lists of one text part, which some templates
-        ask for. Raises ValueError without a template, and in one line for whatever goes wrong inside it.
+        ask for, of all turns or of those that are not the system's. Raises ValueError without a template, and in one line for whatever goes wrong inside it.
         """
         if not self.chat_template:
             raise ValueError(f"tokenizer {self.source}: no chat template; set --config.data.template=r1_zero or plain")
@@ -245,12 +249,13 @@ class Tokenizer:
         except ValueError as failed:
             text, error = "", failed
         if error or not all(question in text for question in asked):
-            try:
-                by_parts = self._render([_in_parts(message) for message in messages], add_generation_prompt)
-            except ValueError:
-                by_parts = ""
-            if by_parts and all(question in by_parts for question in asked):
-                return by_parts
+            for texts in ((), ("system", "developer"), ("system", "developer", "assistant")):
+                try:
+                    by_parts = self._render(_in_parts(messages, texts), add_generation_prompt)
+                except ValueError:
+                    continue
+                if by_parts and all(question in by_parts for question in asked) and "{'type': 'text'" not in by_parts:
+                    return by_parts
         if error:
             raise ValueError(f"tokenizer {self.source}: the chat template failed: {error}") from None
         return text
@@ -321,13 +326,21 @@ def from_folder(folder: str | Path) -> Tokenizer:
 def _stated_stops(folder: Path, backend: Backend) -> list[int]:
     """Returns the eos_token_id (a number or several) of config.json and generation_config.json, those that are tokens.
 
-    An id that is no token, or an ordinary one, is said on stderr. Raises ValueError for what is no id.
+    The text part of a model of several media counts too. An id that is no token, or an ordinary one, and stop_strings, which are not
+    read, are said on stderr. Raises ValueError for what is no id.
     """
     special = {backend.token_to_id(text) for text in backend.special_texts()}
     found: dict[int, str] = {}
     for name in ("config.json", GENERATION):
-        stated = _read_json(folder / name).get("eos_token_id")
-        ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+        stated = _read_json(folder / name)
+        if stated.get("stop_strings") and distributed.is_writer():
+            print(
+                f"tokenizer {folder}: stop_strings of {name} are not read; set --config.sampler.stop_strings to end responses there",
+                file=sys.stderr,
+            )
+        inner = stated.get("text_config")
+        both = [part.get("eos_token_id") for part in (stated, inner) if isinstance(part, dict)]
+        ids = [index for ids in both if ids is not None for index in (ids if isinstance(ids, list) else [ids])]
         if bad := [index for index in ids if not isinstance(index, int) or isinstance(index, bool)]:
             raise ValueError(
                 f"tokenizer: {folder / name}: eos_token_id holds {bad[0]!r}, needs a token's number or several"
@@ -364,8 +377,14 @@ def _chat_template(folder: Path, stated: Any) -> str:
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if isinstance(stated, list):  # several with names
-        named = {entry.get("name"): entry.get("template") for entry in stated if isinstance(entry, dict)}
-        stated = named.get("default")
+        stated = {entry.get("name"): entry.get("template") for entry in stated if isinstance(entry, dict)}
+    if isinstance(stated, dict):
+        if "default" not in stated and distributed.is_writer():
+            print(
+                f"tokenizer {folder}: none of the chat templates ({', '.join(map(str, stated))}) is named default: none is used",
+                file=sys.stderr,
+            )
+        stated = stated.get("default")
     if not isinstance(stated, str | None):
         raise ValueError(f"tokenizer: {folder / 'tokenizer_config.json'}: chat_template must be text")
     return stated or ""
@@ -376,7 +395,7 @@ def _read_json(path: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"tokenizer: {path} is not JSON: {error}") from None
     if not isinstance(value, dict):

@@ -55,7 +55,7 @@ _BY_SMALL_LETTERS = {name.lower(): name for name in KNOWN}
 _OPTION_LINES = re.compile(r"^[ \t]*\(?A[.):].*\n(?:.*\n)*?[ \t]*\(?B[.):]", re.MULTILINE)
 _LETTERS = "ABCDEFGHIJ"
 _OWN_LETTER = re.compile(r"\s*\(?([A-J])[.):]\s*")  # of a choice that brings its letter
-_WORKED_END = re.compile(r"\s*####\s*(.*?)\s*\Z", re.DOTALL)
+_WORKED_END = re.compile(r"\s*(?<!#)####(?!#)[ \t]*(\S[^\n]*?)\s*\Z")
 
 
 def mapping(columns: Sequence[str]) -> dict[str, str]:
@@ -82,7 +82,11 @@ def check_mapping(names: Mapping[str, str], rows: Sequence[Mapping], path: str) 
     for theirs, ours in names.items():
         if all(_at(row, theirs) is None for row in rows):
             near = difflib.get_close_matches(theirs, {name for row in rows for name in row}, 1)
-            meant = f"; did you mean {near[0]!r}?" if near else f"; the first row has {_names(rows[0])}"
+            meant = (
+                f"; did you mean {near[0]!r}?"
+                if near
+                else f"; the first row has {', '.join(map(repr, rows[0])) or 'no fields'}"
+            )
             raise ValueError(f"{path}: no row has the field {theirs!r} of {COLUMNS}={theirs}={ours}{meant}")
 
 
@@ -115,17 +119,13 @@ def canonical(row: Mapping, names: Mapping[str, str], place: str) -> tuple[dict,
 
 def missing(field: str, row: Mapping, place: str) -> str:
     """Returns the error of a row without a field: what the row has, and which of it is likely the field."""
-    told = f"{place}: field {field!r} is missing; the row has {_names(row)}"
-    likely = _likely(field, list(row))
-    return (
-        f"{told}; map one with --{COLUMNS}={likely}={field}"
-        if likely
-        else f"{told}; map one with --{COLUMNS}=NAME={field}"
-    )
+    return f"{place}: field {field!r} is missing; {what_it_has(field, row)}"
 
 
-def _names(row: Mapping) -> str:
-    return ", ".join(map(repr, row)) or "no fields"
+def what_it_has(field: str, row: Mapping) -> str:
+    """Returns, for the error of a row without a field, what the row has and how the field that is likely meant is mapped."""
+    likely = _likely(field, list(row)) or "NAME"
+    return f"the row has {', '.join(map(repr, row)) or 'no fields'}; map one with --{COLUMNS}={likely}={field}"
 
 
 def _likely(field: str, names: list[str]) -> str:
@@ -258,8 +258,11 @@ def _options(value: object) -> tuple[list[str], list[str]]:
 
 
 def _letter(answer: object, labels: list[str], texts: list[str], name: str) -> str:
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
-        return _LETTERS[answer]
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if str(answer) in labels:
+            return _LETTERS[labels.index(str(answer))]
+        if 0 <= answer < len(texts):
+            return _LETTERS[answer]
     if isinstance(answer, str):
         bare = answer.strip().strip("().")
         found = {index for index, label in enumerate(labels) if label == bare}
@@ -294,7 +297,7 @@ def _worked(fields: dict) -> list[str]:
     """GSM8K: the answer is a worked solution that ends in `#### 72`."""
     answer = fields.get("answer")
     end = _WORKED_END.search(answer) if isinstance(answer, str) else None
-    if not end or "question" not in fields:
+    if not end or not {"prompt", *SYNONYMS["prompt"]} & fields.keys():
         return []
     fields.setdefault("solution", answer[: end.start()])
     fields["answer"] = end[1]
@@ -349,6 +352,9 @@ def _conversation(fields: dict) -> list[str]:
             fields["response"] = response
         remarks.append(f"{name}: the last assistant turn read as response, the turns before it as prompt")
     prompt = fields.get("prompt")
+    if isinstance(prompt, str) and turns.is_written(prompt):
+        remarks.append("prompt, a conversation as JSON text, read as messages")
+        prompt = fields["prompt"] = turns.read(prompt, "prompt")[0]
     if isinstance(prompt, list):
         fields["prompt"], said = turns.read(prompt, "prompt")
         remarks += said

@@ -1,6 +1,7 @@
 """Reading and writing JSON Lines, with errors that name the file, the line and what is wrong there."""
 
 import codecs
+import decimal
 import gzip
 import json
 import math
@@ -53,7 +54,8 @@ def read(path: str | os.PathLike, required: Sequence[str] = ()) -> list[dict]:
 def read_numbered(path: str | os.PathLike, required: Sequence[str] = (), limit: int = 0) -> list[tuple[int, dict]]:
     """Returns (line number from 1, row) of each row, as `read`; of the first `limit` rows alone if it is not 0.
 
-    A byte order mark, CRLF and a compressed file under any name are read. Refused, with the line: a field given twice, NaN and
+    A byte order mark (also further down, where files were joined), CRLF and a compressed file under any name are read; a number
+    that no float holds exactly keeps its digits as text (`str`). Refused, with the line: a field given twice, NaN and
     infinite numbers outside `meta`, integers too long for Python, text with half of a surrogate pair, what is no UTF-8.
     """
     path = pathlib.Path(path)
@@ -63,8 +65,7 @@ def read_numbered(path: str | os.PathLike, required: Sequence[str] = (), limit: 
     try:
         with _opened(path) as file:
             for number, line in enumerate(file, start=1):
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                row = _row(line, required, f"{path}, line {number}")
+                row = _row(line.removeprefix(codecs.BOM_UTF8), required, f"{path}, line {number}")
                 if row is not None:
                     rows.append((number, row))
                 if limit and len(rows) == limit:
@@ -179,7 +180,7 @@ def _text(line: bytes, where: str) -> str:
 
 def _parsed(text: str, where: str) -> object:
     try:
-        row = json.loads(text, object_pairs_hook=_without_repeats)
+        row = json.loads(text, object_pairs_hook=_without_repeats, parse_float=_number)
         found = fault(row, FREE)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: {_malformed(text, error)}") from None
@@ -194,6 +195,31 @@ def _parsed(text: str, where: str) -> object:
         name, what = found
         raise ValueError(f"{where}: field {name!r} {what}" if name else f"{where}: the row {what}")
     return row
+
+
+class _Written(float):
+    """A number with more digits than a float holds; as text it is what was written."""
+
+    def __new__(cls, text: str) -> "_Written":
+        number = super().__new__(cls, text)
+        number._text = text
+        return number
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __reduce__(self) -> tuple:
+        return _Written, (self._text,)
+
+
+def _number(text: str) -> float:
+    """Returns the number of a text of JSON, as `_Written` where a float would change it. An infinite one is refused later."""
+    value = float(text)
+    try:
+        exact = not math.isfinite(value) or decimal.Decimal(text) == decimal.Decimal(repr(value))
+    except decimal.InvalidOperation:  # an exponent beyond all bounds
+        exact = False
+    return value if exact else _Written(text)
 
 
 class _Repeated(Exception):

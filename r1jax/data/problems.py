@@ -152,9 +152,9 @@ _SPACE = re.compile(r"\s+")
 
 
 def question_key(problem: Problem) -> str:
-    """Returns the normalised text of a prompt: problems that share it are the same question, whatever their ids."""
-    text = "\n".join(f"{turn.role}: {turn.content}" for turn in problem.messages)
-    return _SPACE.sub(" ", unicodedata.normalize("NFKC", text)).strip().casefold()
+    """Returns the normalised text that the user asks: problems that share it are the same question, whatever their ids, and
+    whatever the system is told beside it."""
+    return _SPACE.sub(" ", unicodedata.normalize("NFKC", problem.text)).strip().casefold()
 
 
 def split_holdout(problems: Iterable[Problem], fraction: float) -> tuple[list[Problem], list[Problem]]:

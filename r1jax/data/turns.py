@@ -10,7 +10,10 @@ ROLES = {  # name of a speaker in a row: role
     **{name: "assistant" for name in ("assistant", "gpt", "chatgpt", "bot", "model")},
     **{name: name for name in ("system", "developer", "tool")},
 }
-REASONING = ("reasoning_content", "reasoning", "thinking")  # fields that hold the thought of a response
+REASONING = (  # fields that hold the thought of a response
+    *("reasoning_content", "reasoning", "thinking", "thinking_content", "thought", "thoughts", "think"),
+    *("reasoning_trace", "reasoning_text", "thinking_trajectory", "chain_of_thought", "cot"),
+)
 _TAG = re.compile(r"</?think>")
 ONE_THOUGHT = ["<think>", "</think>"]
 
@@ -37,6 +40,24 @@ def read(value: object, name: str) -> tuple[list[dict], list[str]]:
         turns.append(turn)
         remarks += said
     return turns, list(dict.fromkeys(remarks))
+
+
+def is_written(text: str) -> bool:
+    """Returns whether a text is a conversation written as JSON: a list of messages and nothing else."""
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(turn, Mapping) and {"content", "value"} & turn.keys() and {"role", "from"} & turn.keys()
+            for turn in value
+        )
+    )
 
 
 def with_thought(response: str, row: Mapping) -> tuple[str, list[str]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from r1jax.data import problems
+from r1jax.data import dialects, problems
 from r1jax.rewards import bug_fix, code_tests, compose, plugins
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
@@ -47,9 +47,10 @@ def read(task: str, fields: Mapping[str, Any], config: RewardConfig) -> str:
     given = [name for name in wanted or ANY if fields.get(name) is not None and (name != "meta" or puzzle)]
     if not given:
         if wanted:
-            has = ", ".join(map(repr, fields)) or "no fields"
-            raise ValueError(f"task {task} needs the field {' or '.join(map(repr, wanted[:1]))}; the row has {has}")
+            raise ValueError(f"task {task} needs the field {wanted[0]!r}; {dialects.what_it_has(wanted[0], fields)}")
         return ""
+    if wanted and isinstance(fields[given[0]], str) and not fields[given[0]].strip():
+        raise ValueError(f"field {given[0]!r} is empty, task {task} needs it")
     if "meta" in wanted and given[0] != "meta" and puzzle:
         given = ["meta"]
     value = fields[given[0]]

@@ -49,11 +49,11 @@ def run(config: Config, workdir: Path) -> dict:
 
 
 def read(config: Config) -> list[code_cases.Problem]:
-    """Returns the problems of config.data.path. Raises ValueError with file and row for a bad one."""
+    """Returns the problems of config.data.path. Raises ValueError with file and line for a bad one."""
     found: dict[str, code_cases.Problem] = {}
-    rows = jsonl.read(config.data.path, required=("id", "prompt", "accepted", "wrong"))
-    for number, row in enumerate(rows[: config.data.max_rows or None], 1):
-        where = f"{config.data.path}, row {number}"
+    rows = jsonl.read_numbered(config.data.path, ("id", "prompt", "accepted", "wrong"), config.data.max_rows)
+    for line, row in rows:
+        where = f"{config.data.path}, line {line}"
         if str(row["id"]) in found:
             raise ValueError(f"{where}: id {row['id']!r} was used before, needs its own")
         if not isinstance(row["accepted"], list) or len(row["accepted"]) < 2:

@@ -66,7 +66,7 @@ def _has_reference(task: str, fields: dict, config: Config) -> bool:
     """Returns whether a row holds what its task's grader compares with."""
     if task in plugins.parse(config.reward.graders):
         return True
-    return any(fields.get(name) is not None for name in references.NEEDS.get(task, references.ANY))
+    return any(fields.get(name) not in (None, "") for name in references.NEEDS.get(task, references.ANY))
 
 
 def _conversation(fields: dict, problem: Problem) -> tuple[dict, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from r1jax.core import sharding
-from r1jax.data import jsonl, preferences
+from r1jax.data import files, jsonl, preferences
 from r1jax.data.hashing import hash64
 from r1jax.data.problems import Problem
 from r1jax.data.prompts import keyed_permutation
@@ -57,22 +57,24 @@ def run(config: Config, workdir: Path) -> dict:
 def read(config: Config) -> list[dict]:
     """Returns rows {id, prompt, responses}, `responses` a list of two or more distinct texts, or empty where the row has none.
 
-    Raises ValueError with file and row for anything else and for an id given twice.
+    Raises ValueError with file and line for anything else and for an id given twice.
     """
     rows, seen = [], set()
-    for number, row in enumerate(jsonl.read(config.data.path, required=("id", "prompt")), 1):
-        where = f"{config.data.path}, row {number}"
+    for given in files.read(config.data.path, config.data.columns, config.data.max_rows).rows:
+        row, where = given.fields, given.place
+        if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+            raise ValueError(f"{where}: 'prompt' must be one text that is not empty")
         responses = row.get("responses") or []
         if not isinstance(responses, list) or not all(isinstance(text, str) and text.strip() for text in responses):
             raise ValueError(f"{where}: 'responses' must be a list of texts that are not empty")
         distinct = list(dict.fromkeys(responses))
         if len(distinct) == 1:
             raise ValueError(f"{where}: 'responses' holds one text, needs two different ones or none")
-        if str(row["id"]) in seen:
+        if row["id"] in seen:
             raise ValueError(f"{where}: id {row['id']!r} was used before, needs its own")
-        seen.add(str(row["id"]))
-        rows.append({"id": str(row["id"]), "prompt": row["prompt"], "responses": distinct})
-    return rows[: config.data.max_rows or None]
+        seen.add(row["id"])
+        rows.append({"id": row["id"], "prompt": row["prompt"], "responses": distinct})
+    return rows
 
 
 def answerer(config: Config):

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from r1jax import stage_table
 from r1jax.core import distributed
 from r1jax.data import files
 from r1jax.data.problems import (
@@ -179,7 +180,9 @@ class FileProblems:
         """Says how many references can be graded, how many questions repeat, and how the rows are divided."""
         requests = [RewardRequest(p.id, p.task, p.text, "", p.reference) for p in every]
         name = ", ".join(self.inputs)
-        self.notes.append(f"{name}: {references.check(requests, self._config.reward).line()}")
+        checked = references.check(requests, self._config.reward)
+        if checked.checked:
+            self.notes.append(f"{name}: {checked.line()}")
         if again := self.counts["repeated_prompts"]:
             self.notes.append(
                 f"{name}: {len(every) - again} of {len(every)} prompts are new, {again} repeat an earlier one (all rows of a "
@@ -191,6 +194,12 @@ class FileProblems:
             f"{name}: {len(every)} rows ({tasks}): {self.counts['training']} to train on{scenarios}, "
             f"{self.counts['held_out']} held out"
         )
+        stage = self._config.stage
+        if scenarios and stage_table.reads(stage, "scenarios") and self._config.scenarios.from_update < 0:
+            self.notes.append(
+                f"{name}: the rows of task general and safety are not drawn: config.scenarios.from_update=-1; set it to the "
+                "update from which they are"
+            )
 
 
 def _with_language(problem: Problem) -> Problem:
