@@ -19,9 +19,9 @@ def solved(problem: tasks.Linear) -> dict:
     return {"prompt": problem.text("en"), "response": response}
 
 
-def refusal(name: str, tmp_path, capsys) -> str:
+def refusal(case: dict, tmp_path, capsys) -> str:
     """Returns the one line that refuses a case's command."""
-    arguments = io_case(name)["input"]["command"].split()
+    arguments = case["input"]["command"].split()
     assert launch.main([*arguments, f"--workdir={tmp_path}/runs"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and not list(tmp_path.iterdir())
@@ -29,13 +29,13 @@ def refusal(name: str, tmp_path, capsys) -> str:
 
 
 def test_a_field_that_the_stage_never_reads_is_refused_in_one_line(tmp_path, capsys):
-    told = refusal("field-that-the-stage-never-reads", tmp_path, capsys)
+    told = refusal(io_case("field-that-the-stage-never-reads"), tmp_path, capsys)
     assert told.startswith("error: r1_zero does not read config.sft; ")
     assert "r1_zero does not read config.sft" in io_case("field-that-the-stage-never-reads")["expected"]
 
 
 def test_a_grpo_field_of_a_distillation_is_refused_in_one_line(tmp_path, capsys):
-    told = refusal("grpo-field-of-a-distillation", tmp_path, capsys)
+    told = refusal(io_case("grpo-field-of-a-distillation"), tmp_path, capsys)
     assert told.startswith("error: distill does not read config.grpo; ")
 
 

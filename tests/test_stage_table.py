@@ -293,7 +293,7 @@ def place(tmp_path_factory):
         pytest.param("stage3_rejection_sft", {}, marks=pytest.mark.slow),
         pytest.param(
             "reward_helpful",
-            {"data.path": "pairs.jsonl", "model.checkpoint": "stage2_reasoning_rl"},
+            {"data.path": "pairs.jsonl", "model.checkpoint": "stage2_reasoning_rl", "start": ""},
             marks=pytest.mark.slow,
         ),
     ],
