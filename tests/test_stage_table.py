@@ -300,7 +300,7 @@ def place(tmp_path_factory):
 )
 def test_what_a_running_stage_reads_is_in_the_table(place, tmp_path, stage, own):
     seen: set[str] = set()
-    files = [(name, str(place / value)) for name, value in own.items()]
+    files = [(name, str(place / value) if value else "") for name, value in own.items()]
     config = configs.load(stage, [*SMALL, *files, ("data.template", "tiny")])
     config = watched(schema.replace(config, model=schema.replace(MODEL, checkpoint=config.model.checkpoint)), seen)
     workdir = place if stage == "stage3_rejection_sft" else tmp_path
