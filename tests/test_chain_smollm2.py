@@ -168,7 +168,7 @@ def test_five_tasks_and_two_scenarios_go_through_the_whole_recipe(tmp_path, smol
     chain = Chain(tmp_path, smollm2_folder)
     zero = chain.run("r1_zero", SMALL | RL)
     by_task = {"math": 16, "mcq": 16, "code": 16, "countdown": 16, "echo": 16, "general": 16, "safety": 16}
-    assert zero["data"]["rows_by_task"] == by_task and zero["data"]["left_out"] == {"too_long": 0}
+    assert zero["data"]["rows_by_task"] == by_task and zero["data"]["left_out"] == {"too_long": {}}
     cold = {
         "coldstart.sources": "r1_zero,people",
         "coldstart.examples": tmp_path / "people.jsonl",
