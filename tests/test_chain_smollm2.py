@@ -215,13 +215,9 @@ def test_five_tasks_and_two_scenarios_go_through_the_whole_recipe(tmp_path, smol
 @pytest.mark.slow
 def test_code_rows_of_mbpp_make_two_updates_with_graded_samples(tmp_path, smollm2_folder, shared_data):
     chain = Chain(tmp_path, smollm2_folder)
-    fields = {
-        "data.path": shared_data / "mbpp.jsonl",
-        "reward.graders": None,
-        "grpo.updates": 2,
-        "evaluation.max_problems": 2,
-    }
-    figures = chain.run("r1_zero", fields | {"evaluation.samples_per_problem": 1, "evaluation.greedy": "false"})
+    fields = RL | {"sampler.slots": 8, "sampler.prefill_buckets": "", "pack.row_tokens": 448, "reward.graders": None}
+    fields |= {"evaluation.samples_per_problem": 1, "evaluation.greedy": "false", "evaluation.max_problems": 2}
+    figures = chain.run("r1_zero", fields | {"data.path": shared_data / "mbpp.jsonl"})
     assert figures["data"]["rows_by_task"] == {"code": 974}
     rows = read(tmp_path / "runs" / "r1_zero")
     assert len(rows) == 2 and all(row["unscorable"] < 32 for row in rows)
