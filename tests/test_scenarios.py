@@ -145,7 +145,7 @@ def test_truncated_responses_to_the_other_prompts_earn_nothing():
 
 def test_every_prompt_of_the_tiny_world_can_earn_its_whole_reward():
     best = {row["prompt"]: row["response"] for row in corpus.preferred(4000, 0)}
-    found = prompts.load_scenarios(configs.load("stage4_all_scenarios"))
+    found = tasks.TinyWorld().general(), tasks.TinyWorld().safety()
     assert [len(part) for part in found] == [20, 120]
     assert all(value(p.task, p.text, best[p.text]) == 1.0 for part in found for p in part)
 

@@ -221,11 +221,12 @@ def measurement_key(config: Config, tokenizer: Tokenizer, asked: StagePrompts, p
 
 
 def _tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Returns a digest of what turns ids into text."""
+    """Returns a digest of what turns ids into text and of the ids that end one, wherever the tokenizer was read from."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
-        found = [(path.name, common.file_digest(str(path))) for path in sorted(Path(folder).iterdir())]
-    return hashlib.sha256(repr(found).encode()).hexdigest()
+        files = [path for path in sorted(Path(folder).iterdir()) if path.name != common.GENERATION]
+        found = [(path.name, common.file_digest(str(path))) for path in files]
+    return hashlib.sha256(repr((found, sorted(tokenizer.stop_ids))).encode()).hexdigest()
 
 
 def _measured(path: Path, key: str, samples: Path | None) -> dict | None:
