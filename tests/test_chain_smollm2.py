@@ -33,7 +33,7 @@ ECHO = '''from r1jax.rewards.score import Score
 
 def echo(request, config):
     """Returns 1 when the response ends with the word that was asked for."""
-    said = request.response.replace("</answer>", "").split()
+    said = request.response.replace("<answer>", " ").replace("</answer>", " ").split()
     right = bool(said) and said[-1].strip(".").lower() == request.reference
     return Score(float(right), {}, True, f"the last of {len(said)} words")
 '''

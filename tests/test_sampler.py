@@ -184,7 +184,7 @@ def test_a_stop_string_cuts_tokens_log_probs_and_experts_alike(mesh, params, rol
     settings = SamplerConfig(
         slots=10, steps_per_dispatch=5, max_prompt_tokens=16, max_new_tokens=LONGEST, stop_strings=("= ",)
     )
-    stopping = RolloutSampler(Engine(MODEL, settings, mesh, (WORDS.eos_id,), WORDS))
+    stopping = RolloutSampler(Engine(MODEL, settings, mesh, (WORDS.eos_id,), WORDS, record_experts=True))
     cut = 0
     for whole, s in zip(rollout[0], stopping.generate(requests(), params), strict=True):
         prefixes = (n for n in range(1, len(whole.token_ids) + 1) if "= " in WORDS.decode(whole.token_ids[:n]))
