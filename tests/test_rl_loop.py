@@ -296,6 +296,6 @@ def test_general_and_safety_prompts_enter_at_the_first_rollout_after_their_updat
     found = [phases.prompt(draw, 1312).problem.task for draw in range(boundary, boundary + 1000)]
     assert [found.count(task) for task in ("linear", "general", "safety")] == [500, 200, 300]
     later = [phases.prompt(boundary + 7, start) for start in (1312, 1328)]
-    assert later[0].prompt == later[1].prompt
+    assert later[0].problem == later[1].problem
     # Drawing again takes more numbers than there are places: the rollout decides, not the number.
     assert {phases.prompt(draw, 1296).problem.task for draw in range(boundary, boundary + 200)} == {"linear"}
