@@ -560,9 +560,7 @@ def test_distillation_says_what_rows_lack_and_loses_a_planted_wrong_answer(tmp_p
 
 @pytest.mark.slow
 def test_smollm2_edits_its_own_traces_and_every_edit_is_read_or_counted(smollm2_folder, tmp_path):
-    sampler = SamplerConfig(
-        slots=2, max_prompt_tokens=768, max_new_tokens=192, temperature=0.6, record_routed_experts=False
-    )
+    sampler = SamplerConfig(slots=2, max_prompt_tokens=768, max_new_tokens=192, temperature=0.6)
     config = Config(stage="test", judge=JudgeConfig(str(smollm2_folder), "float32", sampler))
     editor, counts = judging.load(config, sharding.make_mesh(config.mesh)), {}
     given = [trace("a"), trace("b")]
