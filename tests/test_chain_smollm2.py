@@ -84,8 +84,10 @@ def written_by_people(rows: list[dict]) -> list[dict]:
 def preference_rows(count: int) -> dict[str, list[dict]]:
     """Returns pairs for the helpful model and labelled responses for the safety model, by a rule."""
     asked = [f"Say something kind about the {WORDS[i % len(WORDS)]} and {i}." for i in range(count)]
+    kind = ("Lovely.", "I like it very much, it is lovely and kind of you.")
+    rude = ("No, go away with it, nobody wants to hear of that.", "Go away.")  # as often the longer one as the shorter
     pairs = [
-        {"prompt": text, "chosen": f"I like it, it is lovely. {i}", "rejected": f"No, go away. {i}"}
+        {"prompt": text, "chosen": f"{kind[i % 2]} {i}", "rejected": f"{rude[i % 2]} {i}"}
         for i, text in enumerate(asked)
     ]
     labels = [

@@ -80,6 +80,7 @@ def test_every_model_and_file_that_examples_are_made_from_is_an_input(name, tmp_
     judge = tmp_path / "judge"
     judge.mkdir()
     (judge / "config.json").write_text("{}")
+    (judge / "model.safetensors").write_bytes(b"weights")
     jsonl.write(rows, [{"prompt": "p", "response": "r"}])
     fields = {
         "coldstart.sources": "r1_zero,few_shot,people",
