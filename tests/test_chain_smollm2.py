@@ -1,4 +1,4 @@
-"""The recipe on a real model and a file of several tasks, stage by stage through the command line (about 25 minutes)."""
+"""The recipe on a real model and a file of several tasks, stage by stage through the command line."""
 
 import json
 import os
