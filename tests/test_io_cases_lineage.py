@@ -232,7 +232,7 @@ def test_an_export_renders_as_the_training_did_whatever_the_base_says_now(world,
     assert tokenizer.from_folder(tmp_path / "OUT").render_chat(asked) == "solve "
 
 
-@pytest.mark.parametrize("config", io_case("code-rows-without-answer")["input"]["configs"])
+@pytest.mark.parametrize("config", ["r1_zero", "evaluate", "stage1_coldstart"])
 def test_code_rows_need_tests_and_no_answer(config, world, capsys):
     case = io_case("code-rows-without-answer")["input"]
     assert config in case["configs"]
@@ -269,8 +269,7 @@ def test_general_and_safety_rows_enter_at_their_update_and_held_out_ones_never(w
             drawn[start] = [
                 training.prompts.prompt(start * size + i, start).problem for i in range(400 * (start == 4) or size)
             ]
-        training.run = lambda: pytest.skip.Exception  # never called: the draws are all that is asked for
-        raise ValueError("seen")
+        raise ValueError("the draws are all that is asked for")
 
     monkeypatch.setattr(policy, "make_training", watched)
     grade = world[2].parent / "own.py"
