@@ -192,7 +192,7 @@ def test_the_graph_stops_where_a_stage_waits_for_review(reviewed, capsys, monkey
 @pytest.mark.parametrize("source", ["few_shot", "direct"])
 def test_a_prompted_model_makes_a_dev1_whose_rows_hold_the_bare_question(source, base, tmp_path):
     jsonl.write(tmp_path / "worked.jsonl", [solved(problem) for problem in equations(2)])
-    examples = f"coldstart.examples={tmp_path}/worked.jsonl" if source == "few_shot" else "seed=0"
+    examples = f"coldstart.examples={tmp_path / 'worked.jsonl'}" if source == "few_shot" else "seed=0"
     wider = ("sampler.max_prompt_tokens=200", "sampler.windows=()", "coldstart.prompts=80")
     given = (f"coldstart.sources={source}", f"coldstart.prompted_model={base.parent}/chat", examples, *wider)
     assert run(tmp_path / "runs", *given) == 0
