@@ -148,11 +148,8 @@ def test_general_rows_that_no_update_draws_are_said(tmp_path, capsys):
 
 
 def test_several_files_mix_by_their_weights_and_may_share_ids(tmp_path):
-    one, two = (written(tmp_path / f"{name}.jsonl", math_rows(10, text)) for name, text in (("a", "x"), ("b", "x")))
-    pathless = math_rows(10, "y")
-    for row, again in zip(pathless, math_rows(10, "x"), strict=True):
-        row["id"] = again["id"]
-    written(tmp_path / "b.jsonl", pathless)
+    others = [row | {"id": same["id"]} for row, same in zip(math_rows(10, "y"), math_rows(10, "x"), strict=True)]
+    one, two = written(tmp_path / "a.jsonl", math_rows(10, "x")), written(tmp_path / "b.jsonl", others)
     found = source(path=f"{one},{two}", weights="(3, 1)", holdout_fraction=0)
     parts, weights = found.training()
     assert [len(part) for part in parts] == [10, 10] and weights == (3.0, 1.0)

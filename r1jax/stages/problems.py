@@ -21,7 +21,7 @@ from r1jax.data.problems import (
 from r1jax.data.tasks import TinyWorld
 from r1jax.rewards import references, rules
 from r1jax.rewards.score import RewardRequest
-from r1jax.schema import Config, DataConfig, replace
+from r1jax.schema import Config, replace
 
 FIELDS = ("path", "eval_path", "general_path", "safety_path")  # of config.data: the files that problems are read from
 
@@ -221,8 +221,3 @@ def _distinct_ids(read: dict[tuple[str, str], list[Problem]]) -> dict[tuple[str,
         (name, path): [replace(p, id=f"{name}/{Path(path).stem}/{p.id}") if counted[p.id] > 1 else p for p in found]
         for (name, path), found in read.items()
     }
-
-
-def without_files(data: DataConfig) -> DataConfig:
-    """Returns the settings of the data without the names of files, whose content counts."""
-    return replace(data, **dict.fromkeys(FIELDS, ""))
