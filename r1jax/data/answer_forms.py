@@ -86,6 +86,8 @@ def _quantity(gold: str) -> tuple[Fraction, str, str] | None:
         value = Fraction(match["decimal"].replace(",", ""))
     else:
         bottom = int(match["bottom"] or match["bottom_digit"])
+        if bottom == 0:
+            return None
         value = int(match["whole"] or 0) + Fraction(int(match["top"] or match["top_digit"]), bottom)
     return -value if match["sign"] else value, match["currency"] or "", match["unit"] or ""
 

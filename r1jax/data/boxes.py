@@ -1,26 +1,73 @@
-r"""Finds LaTeX's `\boxed{...}`."""
+r"""Finds LaTeX's `\boxed{...}`, with and without braces."""
 
 import re
+from typing import NamedTuple
 
-_OPENING = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_OPENING = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _EVENT = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BARE = re.compile(
+    r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?!\{)(-?(?:\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z]))|\\[A-Za-z]+(?:\s*\{[^{}]*\}){0,2})"
+)
+# What may stand between boxes that are one answer together.
+_BETWEEN = re.compile(
+    r"(?:[\s$,;.&]|\\[,;: ()\[\]]|\\(?:text|quad|qquad|mathrm)(?![A-Za-z])|\{\s*(?:,|and|or)?\s*\}|and\b|or\b|和|或|、|，|；)*(?:[A-Za-z](?:_\{?\w{1,3}\}?)?\s*=\s*)?\$?\s*"
+)
 
 
-def last_box(text: str) -> str | None:
-    r"""Returns the content of the last complete `\boxed{...}`, braces balanced; None without one.
+class Box(NamedTuple):
+    """A box with content: where it begins and ends, and what stands in it."""
+
+    start: int
+    end: int
+    content: str
+
+
+def boxes(text: str) -> list[Box]:
+    """Returns the complete boxes that are not empty and not inside another one, in order; braces must balance.
 
     One pass over the braces, so that unbalanced text of any length costs linear time.
     """
     if not _OPENING.search(text):
-        return None
-    stack: list[int] = []  # start of a box's content, or -1 for another brace
-    best, span = -1, (0, 0)
+        return []
+    stack: list[tuple[int, int]] = []  # (start, start of content) of a box, or (-1, -1) of another brace
+    found = [Box(match.start(), match.end(), match[1]) for match in _BARE.finditer(text)]
     for event in _EVENT.finditer(text):
         token = event[0]
         if token == "}":
-            start = stack.pop() if stack else -1
-            if start > best:
-                best, span = start, (start, event.start())
+            start, content = stack.pop() if stack else (-1, -1)
+            if start >= 0 and (inside := text[content : event.start()].strip()):
+                found.append(Box(start, event.end(), inside))
         elif token == "{" or len(token) > 2:
-            stack.append(event.end() if len(token) > 2 else -1)
-    return text[span[0] : span[1]].strip() or None if best >= 0 else None
+            stack.append((event.start(), event.end()) if len(token) > 2 else (-1, -1))
+    found.sort(key=lambda box: (box.start, -box.end))
+    outermost: list[Box] = []
+    for box in found:
+        if not outermost or box.start >= outermost[-1].end:
+            outermost.append(box)
+    return outermost
+
+
+def last_box(text: str) -> str | None:
+    r"""Returns the content of the last complete `\boxed{...}` that is not empty; None without one. Of nested ones the inner."""
+    content = None
+    while found := boxes(text):
+        content = text = found[-1].content
+    return content
+
+
+def last_boxes(text: str) -> str | None:
+    r"""Returns what the last box holds, or, of boxes side by side (`\boxed{2}, \boxed{7}`), what each holds, joined by commas.
+
+    The same content is taken once. None without a box.
+    """
+    found = boxes(text)
+    if not found:
+        return None
+    group = [found[-1]]
+    for box in reversed(found[:-1]):
+        between = text[box.end : group[0].start]
+        if len(between) > 40 or not _BETWEEN.fullmatch(between):
+            break
+        group.insert(0, box)
+    contents = list(dict.fromkeys(box.content for box in group))
+    return ", ".join(contents)

@@ -3,8 +3,8 @@
 import re
 
 from r1jax.data import templates
-from r1jax.data.boxes import last_box
-from r1jax.rewards.number import LAST_NUMBER
+from r1jax.data.boxes import last_boxes
+from r1jax.rewards.answers import words
 
 EXTRACTIONS = ("auto", "boxed", "answer_tag", "whole")
 _FENCE = re.compile(r"^( {0,3})(`{3,}|~{3,})([^\n`]*)$", re.MULTILINE)
@@ -15,13 +15,53 @@ _LEAD = re.compile(
 )
 
 
+# "The answer is", and what may stand between it and the answer.
+_PHRASE = re.compile(
+    r"\b(?:answers?|result|solution|(?:correct|right|best)\s+(?:option|choice))\b(?:\s+(?:to|of|for)\s[^.\n:=]{0,60}?)?\**\s*(?:(?:is|are|would\s+be|will\s+be|should\s+be|must\s+be|equals|becomes)\b|[:=])\**[ \t]*"
+    r"(?:(?:therefore|thus|then|simply|just|exactly|equal\s+to|given\s+by)\b\s*)?[:=]?\s*|"
+    r"(?:最终)?(?:正确)?(?:答案|结果)\s*(?:应该|应)?\s*(?:是|为|等于|[:：=])\s*[:：]?\s*",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(
+    r"\b(?:not|never|no|isn't|wasn't|cannot|wrong|incorrect|rejected|false|bad|invalid)\b|不是|并非|错误|不对",
+    re.IGNORECASE,
+)
+_MARKER = re.compile(r"^[ \t]*####[ \t]*(?!#)(?=[-+−$€£¥(\[\\]|\d)(?!\d+[.)]\s+[A-Za-z])([^\n]+)", re.MULTILINE)
+_COUNTED = re.compile(
+    r"([-+−$€£¥]{0,2}\s?\d[\d,]*(?:\.\d+)?%?(?:\s[A-Za-z]+)?)((?:\s[A-Za-z]+)*?)(?:\sout)?\s(?:in|of|for|per|from|at|on|each|with|over|during|among)\s.*"
+)
+_CHANGING = words.CHANGING | words.NUMBER_WORDS
+_NEXT_QUESTION = re.compile(
+    r"^[ \t*#]*(?:Question|Q|Problem|Exercise|Input|User|问题|问|题目)[ \t]*\d*[ \t]*[:：]",
+    re.MULTILINE | re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"(?<!\bvs)(?<!\d)[.!?。！？](?=\s|$)|(?<=\d)[.!?](?=\s+[^\d]|\s*$)|[。！？\n]")
+_FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|\\\[((?:(?!\\\[).)+?)\\\]|\\\(((?:(?!\\\().)+?)\\\)|(?<![\\$])\$(?![\s$])([^$\n]+?)(?<![\s\\])\$(?![\d$])|(?<![\\$\d])\$\s+([^$\n]*?[\\=^_][^$\n]*?)\s+\$(?![\d$])|"
+    r"\\begin\{(?:equation|align|gather)\*?\}(.+?)\\end\{(?:equation|align|gather)\*?\}",
+    re.DOTALL,
+)
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf|textit|mbox|operatorname)\s*\{[^{}]*\}")
+_COMMAND = re.compile(r"\\(?:begin|end)\s*\{[A-Za-z]+\*?\}|\\[A-Za-z]+")
+_BOLD = re.compile(r"(?<![\w*)])\*\*([^*\n]+)\*\*(?![\w*(])")
+_TELLING = re.compile(r"\d|\w[\^=<>+*/]|^[=<>]")  # a run of letters alone is no answer
+_CHUNK = re.compile(r"\S+")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_FORMULA_WORDS = frozenset(
+    "sin cos tan cot sec csc log ln exp sqrt pi theta alpha beta gamma lambda arcsin arccos arctan max min gcd lcm infty infinity oo frac cdot times le ge ne pm "
+    "leq geq neq left right text cup cap in circ binom dfrac tfrac".split()
+)
+_JOINING = frozenset(("and", "or", "和", "或"))
+
+
 def extract(response: str, extraction: str) -> str | None:
     r"""Returns the answer's text in an assistant turn, or None if there is none.
 
     Only what follows the last `</think>` is read; a `<think>` that never closes leaves no answer.
-    `answer_tag`: the last `<answer>...</answer>`, and a box inside it if there is one. `boxed`: the last complete
-    `\boxed{...}`, braces balanced. `whole`: all of it. `auto`: the answer tag, else the box, else the last number.
-    Raises ValueError for another `extraction`.
+    `answer_tag`: the last `<answer>...</answer>`, and the boxes inside it if there are some. `boxed`: the last complete
+    `\boxed{...}`, or the last ones where they stand side by side. `whole`: all of it. `auto`: the first that is there of the
+    answer tag, the boxes, what follows "the answer is", what follows `####`, the last formula between dollar signs or brackets, and
+    the last number or formula that stands alone. Raises ValueError for another `extraction`.
     """
     if extraction not in EXTRACTIONS:
         raise ValueError(f"extract: extraction={extraction!r} must be one of {', '.join(EXTRACTIONS)}")
@@ -29,27 +69,111 @@ def extract(response: str, extraction: str) -> str | None:
     if extraction == "whole":
         return text or None
     if extraction == "boxed":
-        return last_box(text)
+        return last_boxes(text)
     tagged = _last_answer_tag(text)
     if extraction == "answer_tag" or tagged is not None:
         return tagged
-    boxed = last_box(text)
-    return boxed if boxed is not None else _last_number(text)
+    text = _BOLD.sub(r"\1", text)
+    for find in (last_boxes, _stated, _marked, _last_formula, _formula_alone, _last_alone):
+        if (found := find(text)) is not None:
+            return found
+    return None
 
 
 def reference_answer(reference: str) -> str:
-    r"""Returns the final answer of a reference: after GSM8K's last `####`, or the last `\boxed{}`, or all of it."""
+    r"""Returns the final answer of a reference: after GSM8K's last `####`, or the last `\boxed{}`s, or all of it."""
     text = reference.rsplit("####", 1)[-1].strip() if "####" in reference else reference.strip()
-    boxed = last_box(text)
+    boxed = last_boxes(text)
     text = text if boxed is None else boxed
     return without_dollars(text)
 
 
-def _last_number(text: str) -> str | None:
+def _stated(text: str) -> str | None:
+    """Returns the sentence behind the last "the answer is", before a first `####`."""
+    if marker := _MARKER.search(text):
+        text = text[: marker.start()]
+    phrases = list(_PHRASE.finditer(text))
+    if not phrases:
+        return None
+    if question := _NEXT_QUESTION.search(text, phrases[0].end()):
+        text = text[: question.start()]
+        phrases = [found for found in phrases if found.end() <= len(text)]
+    phrase = phrases[-1]
+    line = text.rfind("\n", 0, phrase.start()) + 1
+    before = re.split(r"[.;!?。；]\s*", text[line : phrase.start()])[-1]
+    if _DENIED.search(before):
+        return text[line:].split("\n", 1)[0].strip()  # "this is not the answer: 5" says nothing of what is
+    rest = text[phrase.end() :].lstrip("*_ \t\r\n")
+    formula = _FORMULA.match(rest)
+    start = formula.end() if formula else 0
+    end = _SENTENCE_END.search(rest, start)
+    sentence = rest[: end.start()] if end else rest
+    return sentence.strip().strip("*_").strip() or None
+
+
+def _marked(text: str) -> str | None:
+    """Returns what follows the last `####` with a number, GSM8K's mark, before another question begins (few-shot turns)."""
+    first = _MARKER.search(text)
+    if first is None:
+        return None
+    end = _NEXT_QUESTION.search(text, first.end())
+    marker = list(_MARKER.finditer(text, first.start(), end.start() if end else len(text)))[-1]
+    counted = _COUNTED.match(marker[1])
+    if counted and not {word.lower() for word in counted[2].split()} & _CHANGING:
+        return counted[1]
+    return marker[1].strip()
+
+
+def _last_formula(text: str) -> str | None:
     last = None
-    for match in LAST_NUMBER.finditer(text):
-        last = match[0]
-    return None if last is None else last.strip().rstrip(".")
+    for match in _FORMULA.finditer(text):
+        last = match
+    return None if last is None else next(group for group in last.groups() if group is not None).strip() or None
+
+
+def _formula_alone(text: str) -> str | None:
+    r"""Returns a text of one line that is a formula, words in `\text{}` aside, or no more than two words, and nothing else."""
+    if not text or "\n" in text or len(text) > 300 or "<answer>" in text:
+        return None
+    outside = _TEXT.sub(" ", text)
+    named = _COMMAND.sub(" ", outside)
+    found = [word for word in _WORD.findall(named) if word not in _FORMULA_WORDS]
+    short = len(found) <= 2 and len(named.split()) <= 2
+    formula = not found and (bool(_COMMAND.search(text)) or len(named.split()) > 1 or not re.search(r"[^\W\d_]", named))
+    return text.strip() if short or formula else None
+
+
+def _last_alone(text: str) -> str | None:
+    """Returns the last run of a text that is a number or formula between words: `7`, `3 * 4 = 12`, `[0, 7)`, `2 and 5`."""
+    run: list[str] = []
+    best: list[str] = []
+    before, telling = "", False
+    for chunk in _CHUNK.findall(text):
+        label, before = before.lower() in words.LABELS, chunk
+        if label and re.fullmatch(r"\(?\w{1,3}\)?[.,:;]?", chunk):
+            run, telling = [], False
+            continue
+        bare = chunk if chunk in ("*", "-") else chunk.strip('*_"`')
+        if _is_formula(bare) or (run and bare in (*_JOINING, "-", "–", "—")):
+            run.append(bare)
+            telling = telling or bool(_TELLING.search(bare))
+            if telling:
+                best = run
+            if bare.endswith((".", ":", "!", "?", "。")):
+                run, telling = [], False
+        else:
+            run, telling = [], False
+    while best and best[-1] in _JOINING:
+        best.pop()
+    found = " ".join(best).rstrip(".,:;!?。，").lstrip(",:;!?。，").strip()
+    return found or None
+
+
+def _is_formula(chunk: str) -> bool:
+    """Returns whether a text without spaces is part of a formula and no word."""
+    if chunk in ("a", "A", "I", "-", "–", "—", ""):
+        return False
+    return all(word in _FORMULA_WORDS for word in _WORD.findall(chunk)) and bool(re.search(r"[\w=<>+*/^√π∞-]", chunk))
 
 
 def _last_answer_tag(text: str) -> str | None:
@@ -58,7 +182,7 @@ def _last_answer_tag(text: str) -> str | None:
     if start < 0:
         return None
     content = text[start + len("<answer>") : end].strip()
-    boxed = last_box(content)
+    boxed = last_boxes(content)
     return (content if boxed is None else boxed) or None
 
 

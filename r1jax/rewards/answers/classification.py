@@ -1,0 +1,382 @@
+"""From nodes (formula.py) to typed values (values.py)."""
+
+import dataclasses
+from fractions import Fraction
+
+from mpmath import mp
+
+from r1jax.rewards.answers import units
+from r1jax.rewards.answers.evaluation import letters, mentions, real, same
+from r1jax.rewards.answers.formula import Node
+from r1jax.rewards.answers.tokens import (
+    Unreadable,
+)
+from r1jax.rewards.answers.values import (
+    Based,
+    Congruence,
+    Matrix,
+    Named,
+    Pieces,
+    Quantity,
+    Ratio,
+    RealSet,
+    Relation,
+    Several,
+    Value,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One of the values that stand side by side: as a value, and as the node it was read from, where there is one."""
+
+    value: Value
+    node: Node | None = None
+
+
+def classified(node: Node) -> Value:
+    """Returns the value of a node. Raises Unreadable for one that is no answer."""
+    kind = node[0]
+    if kind == "unit":
+        return _united(node)
+    if kind in ("mul", "div", "neg", "add") and mentions(node, frozenset(("unit",))):
+        return _with_inner_unit(node)
+    if kind in _CLASSES:
+        return _CLASSES[kind](node)
+    if mentions(node, frozenset(("matrix",))) and not mentions(node, frozenset(("det", "trace"))):
+        return _scaled_matrix(node)
+    if mentions(node, frozenset(("tuple", "set", "union", "meet", "minus", "rel", "list"))):
+        return _around_sets(node)
+    if mentions(node, frozenset(("pm",))):
+        return Several("list", tuple(map(Quantity, _with_signs(node))))
+    if mentions(node, frozenset(("deg",))):
+        plain, found = _without_degrees(node)
+        return Quantity(plain, units.unit({"deg": Fraction(1)}) if found else ())
+    return Quantity(node)
+
+
+def _united(node: Node) -> Value:
+    inner = classified(node[1])
+    if isinstance(inner, Quantity):
+        return dataclasses.replace(inner, unit=node[2])
+    if isinstance(inner, Several):
+        members = tuple(
+            dataclasses.replace(m, unit=m.unit or node[2]) if isinstance(m, Quantity) else m for m in inner.members
+        )
+        return dataclasses.replace(inner, members=members)
+    return inner
+
+
+def _with_inner_unit(node: Node) -> Value:
+    """Reads 2(3 cm)/2: the one unit inside a product is the unit of the whole."""
+    found: list[units.Unit] = []
+
+    def plain(part):
+        if isinstance(part, tuple) and part and part[0] == "unit":
+            found.append(part[2])
+            return plain(part[1])
+        return tuple(plain(inner) if isinstance(inner, tuple) else inner for inner in part)
+
+    inner = plain(node)
+    if len(set(found)) != 1 or (len(found) > 1 and node[0] != "add"):
+        raise Unreadable("several units")
+    return _united(("unit", inner, found[0]))
+
+
+def _around_sets(node: Node) -> Value:
+    """Reads a capital letter before a point, A(1, 2)."""
+    if node[0] == "mul" and node[1][0] == "sym" and node[2][0] == "tuple" and node[1][1][:1].isupper():
+        return classified(node[2])
+    raise Unreadable("a set inside an expression")
+
+
+def _with_signs(node: Node) -> list[Node]:
+    r"""Returns the expressions that a plus-minus sign makes: two where \mp follows the sign, all combinations of several \pm."""
+    signs = _signs(node)
+    if len(signs) == 1 or -1 in signs or len(signs) > 3:
+        return [_with_sign(node, sign) for sign in (1, -1)]
+    found = [node]
+    for _ in signs:
+        found = [_first_sign(one, sign)[0] for one in found for sign in (1, -1)]
+    return found
+
+
+def _signs(node) -> list[int]:
+    found = [node[1]] if isinstance(node, tuple) and node and node[0] == "pm" else []
+    for part in node if isinstance(node, tuple) else ():
+        found += _signs(part)
+    return found
+
+
+def _first_sign(node, sign: int):
+    """Returns (node with its first plus-minus decided, whether it had one)."""
+    if not isinstance(node, tuple):
+        return node, False
+    if node and node[0] == "pm":
+        return (node[2] if sign > 0 else ("neg", node[2])), True
+    parts, done = [], False
+    for part in node:
+        if not done:
+            part, done = _first_sign(part, sign)
+        parts.append(part)
+    return tuple(parts), done
+
+
+def _with_sign(node: Node, sign: int) -> Node:
+    if not isinstance(node, tuple):
+        return node
+    if node and node[0] == "pm":
+        inner = _with_sign(node[2], sign)
+        return inner if node[1] * sign > 0 else ("neg", inner)
+    return tuple(_with_sign(part, sign) if isinstance(part, tuple) else part for part in node)
+
+
+def _without_degrees(node: Node) -> tuple[Node, bool]:
+    """Returns (node without degree signs, whether it had any), those of a function's argument aside."""
+    if node[0] == "deg":
+        return node[1], True
+    if node[0] == "fn" or node[0] in ("num", "sym", "const"):
+        return node, False
+    parts = [
+        (_without_degrees(part) if isinstance(part, tuple) and part and isinstance(part[0], str) else (part, False))
+        for part in node[1:]
+    ]
+    return (node[0], *(part for part, _ in parts)), any(found for _, found in parts)
+
+
+def _several(node: Node) -> Value:
+    if node[0] == "set":
+        return Several("set", _flat(classified(item) for item in node[1]))
+    return Several("tuple", tuple(classified(item) for item in node[3]), node[1], node[2])
+
+
+def _flat(values) -> tuple[Value, ...]:
+    members = []
+    for value in values:
+        members += value.members if isinstance(value, Several) and value.kind == "list" else (value,)
+    return tuple(members)
+
+
+def _listed(node: Node) -> Value:
+    return joined([Part(classified(item), item) for item in node[1]], ["," if j == "," else j for j in node[2]])
+
+
+def _united_sets(node: Node) -> Value:
+    sides = [classified(side) for side in node[1:3]]
+    if node[0] == "union" and any(isinstance(side, Several) and side.kind == "set" for side in sides):
+        sets = [side if isinstance(side, Several) else Several("set", (side,)) for side in sides]  # {3} reads as 3
+        if all(side.kind == "set" for side in sets):
+            return Several("set", sets[0].members + sets[1].members)
+    return RealSet(node)
+
+
+def _relation(node: Node) -> Value:
+    first, sides = node[1], node[2:]
+    signs = [sign for sign, _ in sides]
+    if set(signs) <= {"=", "approx", "equiv", "cong"}:
+        equal = [side for sign, side in sides if sign == "="]
+        if not equal and not letters(first):
+            return classified(first)
+        last = equal[-1] if equal else sides[0][1]
+        everything = [first, *equal] if equal else [first, last]
+        if not any(letters(side) for side in everything) and not agree(everything):
+            return Relation(first, tuple(("=", side) for side in everything[1:]))
+        if (
+            _is_identity(everything)
+            or not any(letters(side) for side in everything)
+            and not any(mentions(side, _SETS) for side in everything)
+        ):
+            return classified(last)
+        if any(mentions(side, _SETS) or side[0] == "matrix" for side in everything):
+            if (
+                first[0] == last[0] == "tuple"
+                and len(first[3]) == len(last[3])
+                and all(name[0] == "sym" for name in first[3])
+            ):
+                return Several(
+                    "list",
+                    tuple(Named(name[1], classified(item), None) for name, item in zip(first[3], last[3], strict=True)),
+                )
+            if first[0] == "sym" or letters(first):
+                return Named(str(first[1]), classified(last), None)
+            raise Unreadable("sets on both sides")
+        if first[0] == "sym" and agree([side for side in equal if not letters(side)]):
+            return Named(first[1], classified(last), ("rel", first, ("=", last)))
+        return Relation(first, tuple(("=", side) for side in equal) or (("=", last),))
+    if signs == ["in"] and first[0] == "sym":
+        return Named(first[1], classified(sides[0][1]), None)
+    if signs == ["in"] and first[0] in ("const", "app", "tuple"):
+        return classified(sides[0][1])
+    first, sides = _without_application(first, sides)
+    for _, side in sides:
+        if side[0] in ("unit", "deg"):
+            sides = tuple((sign, side[1] if side[0] in ("unit", "deg") else side) for sign, side in sides)
+    return Relation(first, tuple(sides))
+
+
+def agree(sides: list[Node]) -> bool:
+    """Returns whether numbers written equal are, rounding aside."""
+    found = []
+    for side in sides:
+        try:
+            found.append(real(side))
+        except (ArithmeticError, AttributeError):
+            continue  # a set, or what is not evaluated
+    finite = [value for value in found if mp.isfinite(value)]
+    return all(abs(value - finite[0]) <= abs(finite[0]) / 50 for value in finite[1:])
+
+
+def _is_identity(sides: list[Node]) -> bool:
+    """Returns whether sides with letters are one expression in several forms, so that the last one is the answer."""
+    if sides[0][0] == "sym" or not letters(sides[0]):
+        return False
+    try:
+        return all(same(sides[0], side) for side in sides[1:])
+    except ArithmeticError:
+        return False
+
+
+def _without_application(first: Node, sides) -> tuple[Node, tuple]:
+    """Reads f(x) in `0 < f(x) < 1` as one letter."""
+    found = {part for part in (first, *(side for _, side in sides)) if part[0] == "app"}
+    if len(found) != 1:
+        return first, tuple(sides)
+    application = found.pop()
+    letter = ("sym", f"{application[1]}()")
+    return letter if first == application else first, tuple(
+        (sign, letter if side == application else side) for sign, side in sides
+    )
+
+
+_SETS = frozenset(("tuple", "set", "union", "meet", "minus", "field", "such"))
+
+
+def _such(node: Node) -> Value:
+    conditions = node[2]
+    return classified(conditions)
+
+
+def _matrix(node: Node) -> Value:
+    return Matrix(node[1])
+
+
+def _scaled_matrix(node: Node) -> Matrix:
+    kind = node[0]
+    if kind == "matrix":
+        return Matrix(node[1])
+    if kind == "add":
+        return _matrix_sum([_scaled_matrix(term) for term in node[1:]])
+    if kind == "mul" and all(mentions(part, frozenset(("matrix",))) for part in node[1:]):
+        return _matrix_product(_scaled_matrix(node[1]), _scaled_matrix(node[2]))
+    if kind == "neg":
+        return _each(_scaled_matrix(node[1]), lambda cell: ("neg", cell))
+    if kind == "div" and not mentions(node[2], frozenset(("matrix",))):
+        return _each(_scaled_matrix(node[1]), lambda cell: ("div", cell, node[2]))
+    if kind == "mul" and not mentions(node[1], frozenset(("matrix",))):
+        return _each(_scaled_matrix(node[2]), lambda cell: ("mul", node[1], cell))
+    if kind == "mul" and not mentions(node[2], frozenset(("matrix",))):
+        return _each(_scaled_matrix(node[1]), lambda cell: ("mul", node[2], cell))
+    raise Unreadable("an expression of matrices")
+
+
+def _matrix_sum(terms: list[Matrix]) -> Matrix:
+    if len({(len(term.rows), len(term.rows[0])) for term in terms}) != 1:
+        raise Unreadable("matrices of different shapes")
+    return Matrix(
+        tuple(
+            tuple(("add", *cells) for cells in zip(*rows, strict=True))
+            for rows in zip(*(t.rows for t in terms), strict=True)
+        )
+    )
+
+
+def _matrix_product(first: Matrix, second: Matrix) -> Matrix:
+    if len(first.rows[0]) != len(second.rows) or len(second.rows) > 6:
+        raise Unreadable("matrices that do not multiply")
+    columns = list(zip(*second.rows, strict=True))
+    return Matrix(
+        tuple(
+            tuple(("add", *(("mul", a, b) for a, b in zip(row, column, strict=True))) for column in columns)
+            for row in first.rows
+        )
+    )
+
+
+def _each(matrix: Matrix, change) -> Matrix:
+    return Matrix(tuple(tuple(change(cell) for cell in row) for row in matrix.rows))
+
+
+def _cases(node: Node) -> Value:
+    rows = node[1]
+    if all(len(row) == 1 for row in rows):
+        parts = []
+        for (cell,) in rows:
+            parts.append(Part(classified(cell), cell))
+        return joined(parts, ["and"] * (len(parts) - 1))
+    if all(len(row) == 2 for row in rows):
+        return Pieces(tuple((classified(value), classified(condition)) for value, condition in rows))
+    raise Unreadable("cases")
+
+
+_CLASSES = {
+    "set": _several, "tuple": _several, "list": _listed, "union": _united_sets, "meet": _united_sets, "minus": _united_sets,
+    "field": lambda node: RealSet(node), "rel": _relation, "such": _such, "matrix": _matrix, "cases": _cases,
+    "ratio": lambda node: Ratio(tuple(part for part in node[1])), "based": lambda node: Based(node[1], node[2]),
+    "congruent": lambda node: Congruence(*node[1:]),
+}  # fmt: skip
+
+
+def joined(parts: list[Part], joints: list[str]) -> Value:
+    """Returns the value of several answers side by side: conditions on the first go, names are shared."""
+    first = parts[0]
+    kept = [first, *(part for part in parts[1:] if not _conditions(part, first))]
+    if len(kept) == 1:
+        return first.value
+    values = [part.value for part in kept]
+    if all(isinstance(value, Relation) for value in values) and (found := _combined(values, joints)) is not None:
+        return found
+    names = [value.name if isinstance(value, Named) else "" for value in values]
+    if names[0] and all(name in (names[0], "") for name in names):
+        members = _flat(value.value if isinstance(value, Named) else value for value in values)
+        return Named(names[0], Several("list", members), None, values[0].parameters)
+    return Several("list", _flat(values))
+
+
+def _conditions(part: Part, first: Part) -> bool:
+    """Returns whether a part is a condition on the letters of the first one: `n \\in Z` behind `2n`."""
+    if isinstance(first.value, Relation) or part.node is None or part.node[0] != "rel":
+        return False
+    if all(sign == "=" for sign, _ in part.node[2:]):
+        return False
+    if isinstance(first.value, Named):
+        known = frozenset(first.value.parameters) | {first.value.name}
+        known |= _letters_of(first.value.value)
+        if isinstance(first.value.value, Quantity) and not letters(first.value.value.node):
+            return False
+    else:
+        known = _letters_of(first.value)
+    mine = frozenset().union(
+        *(letters(side) for side in (part.node[1], *(side for _, side in part.node[2:])) if side[0] != "field")
+    )
+    return bool(mine & known)
+
+
+def _letters_of(value: Value) -> frozenset[str]:
+    if isinstance(value, Quantity):
+        return letters(value.node)
+    if isinstance(value, Several):
+        return frozenset().union(*map(_letters_of, value.members))
+    return frozenset()
+
+
+def _combined(relations: list[Relation], joints: list[str]) -> Value | None:
+    """Returns inequalities of one letter as one set: joined by "or" their union, by "and" or a comma what they share."""
+    names = frozenset().union(*(letters(side) for r in relations for side in (r.first, *(side for _, side in r.sides))))
+    inequalities = all(sign in ("<", ">", "le", "ge", "ne") for relation in relations for sign, _ in relation.sides)
+    if len(names) != 1 or not inequalities:
+        return None
+    kind = "union" if "or" in joints else "meet" if "and" in joints else "either"
+    node = ("rel", relations[0].first, *relations[0].sides)
+    for relation in relations[1:]:
+        node = (kind, node, ("rel", relation.first, *relation.sides))
+    return RealSet(node, next(iter(names)))
