@@ -83,6 +83,7 @@ def extract(response: str, extraction: str) -> str | None:
 def reference_answer(reference: str) -> str:
     r"""Returns the final answer of a reference: after GSM8K's last `####`, or the last `\boxed{}`s, or all of it."""
     text = reference.rsplit("####", 1)[-1].strip() if "####" in reference else reference.strip()
+    text = text.replace(r"\\boxed", r"\boxed")  # escaped twice
     boxed = last_boxes(text)
     text = text if boxed is None else boxed
     return without_dollars(text)
@@ -147,7 +148,7 @@ def _last_alone(text: str) -> str | None:
     """Returns the last run of a text that is a number or formula between words: `7`, `3 * 4 = 12`, `[0, 7)`, `2 and 5`."""
     run: list[str] = []
     best: list[str] = []
-    before, telling = "", False
+    before, telling, said = "", False, []
     for chunk in _CHUNK.findall(text):
         label, before = before.lower() in words.LABELS, chunk
         if label and re.fullmatch(r"\(?\w{1,3}\)?[.,:;]?", chunk):
@@ -155,6 +156,8 @@ def _last_alone(text: str) -> str | None:
             continue
         bare = chunk if chunk in ("*", "-") else chunk.strip('*_"`')
         if _is_formula(bare) or (run and bare in (*_JOINING, "-", "–", "—")):
+            if not run and _DENIED.search(" ".join(said[-2:])):
+                run = said[-2:]  # "it is not 7" says nothing of what it is
             run.append(bare)
             telling = telling or bool(_TELLING.search(bare))
             if telling:
@@ -163,6 +166,7 @@ def _last_alone(text: str) -> str | None:
                 run, telling = [], False
         else:
             run, telling = [], False
+        said = [] if chunk.endswith((".", "!", "?", ";", "。")) else [*said[-2:], bare]
     while best and best[-1] in _JOINING:
         best.pop()
     found = " ".join(best).rstrip(".,:;!?。，").lstrip(",:;!?。，").strip()

@@ -5,12 +5,15 @@ and compare the values by their types (answers/comparison.py). No text is ever e
 bounded: what is too large to decide is wrong.
 """
 
+import dataclasses
 import functools
+import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from r1jax.rewards.answers import comparison, evaluation, notation, reading
 from r1jax.rewards.answers.tokens import Unreadable
-from r1jax.rewards.answers.values import Based, Choice, Clock, Date, Quantity, Text, Value
+from r1jax.rewards.answers.values import Based, Choice, Clock, Date, Quantity, Several, Text, Value
 from r1jax.rewards.choice import choose
 from r1jax.rewards.extraction import extract, reference_answer, without_dollars, without_lead
 from r1jax.rewards.number import parse_number
@@ -18,6 +21,7 @@ from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
 
 MAX_ANSWER_CHARACTERS = reading.MAX_CHARACTERS  # a longer "answer" is wrong without a closer look
+_DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
 _AT_ONCE = (Text, Choice, Clock, Date, Based)  # types whose comparison takes no time
 
 
@@ -96,7 +100,12 @@ def explain(response: str, reference: str, extraction: str) -> Explanation:
     verdict, rule = _compared(wanted, value)
     if not verdict and isinstance(wanted, Text) and reading.words_of(answer) == wanted:
         return Explanation(*texts, wanted, wanted, "text: the same words", True)
-    if not verdict and (other := _with_plain_units(wanted, value, gold, answer)) is not None:
+    other = (
+        None
+        if verdict
+        else _with_plain_units(wanted, value, gold, answer) or _with_decimal_comma(wanted, value, gold, answer)
+    )
+    if other is not None:
         wanted, value = other
         verdict, rule = _compared(wanted, value)
     return Explanation(*texts, value, wanted, rule, verdict)
@@ -121,6 +130,16 @@ def _with_plain_units(wanted: Value, value: Value, gold: str, answer: str) -> tu
     except Unreadable:
         return None
     return found if all(isinstance(side, Quantity) and side.unit for side in found) else None
+
+
+def _with_decimal_comma(wanted: Value, value: Value, gold: str, answer: str) -> tuple[Value, Value] | None:
+    """Returns both values where one side is a decimal fraction and the other, `1,22`, may be one; else None."""
+    sides = [(wanted, gold), (value, answer)]
+    for (number, _), (pair, text) in (sides, sides[::-1]):
+        if isinstance(number, Quantity) and isinstance(pair, Several) and _DECIMAL_COMMA.fullmatch(text):
+            found = dataclasses.replace(number, node=("num", Fraction(text.replace(",", "."))), unit=())
+            return (found, value) if pair is wanted else (wanted, found)
+    return None
 
 
 def accuracy(request: RewardRequest, config: RewardConfig) -> Score:

@@ -335,11 +335,28 @@ def joined(parts: list[Part], joints: list[str]) -> Value:
     values = [part.value for part in kept]
     if all(isinstance(value, Relation) for value in values) and (found := _combined(values, joints)) is not None:
         return found
+    if any(_is_pair(value) for value in values):  # (x, y) = (5, 8) and (8, 5)
+        values = [_as_tuple(value) for value in values]
     names = [value.name if isinstance(value, Named) else "" for value in values]
     if names[0] and all(name in (names[0], "") for name in names):
         members = _flat(value.value if isinstance(value, Named) else value for value in values)
         return Named(names[0], Several("list", members), None, values[0].parameters)
     return Several("list", _flat(values))
+
+
+def _is_pair(value: Value) -> bool:
+    return isinstance(value, Several) and value.kind == "tuple"
+
+
+def _as_tuple(value: Value) -> Value:
+    """Returns the values that (x, y) = (5, 8) gives its names as a tuple; another value as it is."""
+    if (
+        isinstance(value, Several)
+        and value.kind == "list"
+        and all(isinstance(member, Named) for member in value.members)
+    ):
+        return Several("tuple", tuple(member.value for member in value.members), "(", ")")
+    return value
 
 
 def _conditions(part: Part, first: Part) -> bool:

@@ -164,31 +164,27 @@ def _several(first: Several, second: Several) -> bool:
         return False
     systems = [_system(value) for value in (first, second)]
     if "tuple" in kinds:
-        pair = first if first.kind == "tuple" else second
-        ordered = [system or value.members for system, value in zip(systems, (first, second), strict=True)]
+        pair, other = (first, second) if first.kind == "tuple" else (second, first)
         interval = len(pair.members) == 2 and (pair.opening, pair.closing) != ("(", ")")
-        return not interval and _in_order(*ordered)
+        return not interval and any(_in_order(pair.members, values) for values in _system(other) or [other.members])
     if (systems[0] is None) != (systems[1] is None):
-        if "set" in kinds:
-            return False
-        return _in_order(*(system or value.members for system, value in zip(systems, (first, second), strict=True)))
+        named, other = (systems[0], second) if systems[0] else (systems[1], first)
+        return "set" not in kinds and any(_in_order(values, other.members) for values in named)
     points = all(isinstance(member, Several) for member in (*first.members, *second.members))
     return _in_any_order(first.members, second.members, "set" in kinds or points)
 
 
-def _system(value: Several) -> tuple[Value, ...] | None:
-    """Returns the values of `x = 1, y = 2` in the order of their names; None for anything else."""
+def _system(value: Several) -> list[tuple[Value, ...]] | None:
+    """Returns the values of `x = 1, y = 2` in the order of their names, and as they stand; None for anything else."""
     names = [member.name for member in value.members if isinstance(member, Named)]
     if value.kind != "list" or len(names) != len(value.members) or len(set(names)) != len(names):
         return None
     if all(_INDEXED.fullmatch(name) for name in names) and len({name.partition("_")[0] for name in names}) == 1:
         return None  # x_1 and x_2 have no order
-    members = (
-        sorted(value.members, key=lambda member: member.name)
-        if all(len(name) == 1 for name in names)
-        else value.members
-    )
-    return tuple(member.value for member in members)
+    orders = [value.members]
+    if all(len(name) == 1 for name in names):
+        orders.append(tuple(sorted(value.members, key=lambda member: member.name)))
+    return [tuple(member.value for member in members) for members in orders]
 
 
 def _in_order(first: tuple[Value, ...], second: tuple[Value, ...]) -> bool:

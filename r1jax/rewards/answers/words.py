@@ -56,7 +56,7 @@ CHANGING = (
         "maybe perhaps possibly probably might could may either guess guessing idea unsure uncertain unknown think-not broken "
         "or and if every all any each-of some several many "
         "dozen dozens score gross pair-of plus-or-minus per-cent-of "
-        "first second third fourth fifth next previous last before after ago until "
+        "first second third fourth fifth next previous last "
         "mehr weniger mindestens höchstens als mal halb hälfte doppelt tausend millionen million hundert dutzend plus moins fois demi moitié mille milliers cents douzaine "
         "más menos veces mitad doble mil millones docena hundredfold "
         "不 不是 非 没有 除 至少 至多 最多 最少 大于 小于 超过 不足 以上 以下 左右 或 和 倍 一半 平方 立方 分之 几 多".split()
