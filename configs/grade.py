@@ -3,6 +3,7 @@
 Rows {id, task, reference, response} become rows {id, value, scorable, detail}.
 Hardware: any; no accelerator and no JAX.
 Command: python -m r1jax.launch --config=grade --config.data.path=FILE.jsonl --config.output=OUT.jsonl
+One row, step by step: python -m r1jax.launch --config=grade --config.data.path=FILE.jsonl --explain=ID
 """
 
 from r1jax.schema import Config

@@ -35,6 +35,7 @@ def parse(argv: list[str]) -> Arguments:
     """Returns the arguments in `argv` (without the program's name); raises ValueError with one line for a bad one."""
     values = _define()
     overrides, rest = _take_overrides(argv)
+    rest = _with_value("--explain", rest)
     try:
         positional = values(["r1jax", *rest])[1:]
     except absl_flags.UnrecognizedFlagError as error:
@@ -51,6 +52,10 @@ def parse(argv: list[str]) -> Arguments:
         if values.config.partition(":")[0] != "bench_kernels":
             raise ValueError(f"--topology={values.topology} goes with --config=bench_kernels alone")
         overrides.append(("bench.topology", values.topology))
+    if values.explain is not None:
+        if values.config.partition(":")[0] != "grade":
+            raise ValueError("--explain goes with --config=grade alone")
+        overrides.append(("explain", values.explain))
     return Arguments(
         spec=values.config,
         overrides=tuple(overrides),
@@ -75,6 +80,12 @@ def _define() -> absl_flags.FlagValues:
     absl_flags.DEFINE_string("workdir", "runs", "Folder for checkpoints, metrics and reports.", **shared)
     absl_flags.DEFINE_string("json", None, "File for the run's figures, as JSON.", **shared)
     absl_flags.DEFINE_string("topology", None, "bench_kernels: the TPU to compile for, such as v5p:1x1x1.", **shared)
+    absl_flags.DEFINE_string(
+        "explain",
+        None,
+        "grade: show how the row of this id is graded, step by step; without an id the first rows.",
+        **shared,
+    )
     absl_flags.DEFINE_multi_string(
         "sweep", [], "FIELD=v1,v2: one run a value; repeat the flag for a product.", **shared
     )
@@ -133,6 +144,16 @@ def _take_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
             text = _following_value(key, pending)
         overrides.append((key, text))
     return overrides, rest
+
+
+def _with_value(flag: str, arguments: list[str]) -> list[str]:
+    """Returns the arguments with an empty value for a flag that stands alone."""
+    behind = [*arguments[1:], "-"]
+    alone = [
+        given.lstrip("-") == flag.lstrip("-") and given[:1] == "-" and after[:1] == "-"
+        for given, after in zip(arguments, behind, strict=True)
+    ]
+    return [f"{given}=" if bare else given for given, bare in zip(arguments, alone, strict=True)]
 
 
 def _following_value(key: str, pending: list[str]) -> str:

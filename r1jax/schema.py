@@ -816,6 +816,9 @@ class Config:
     set: tuple[str, ...] = ()  # graph: STAGE.FIELD=VALUE overrides of single stages
     checkpoint: str = ""  # evaluate, export: the stage folder or Hugging Face folder to read
     output: str = ""  # grade: the JSONL to write
+    explain: str | None = (
+        None  # grade, --explain[=ID]: show how this row is graded, "" the first rows, and write nothing
+    )
     rebuild_base: bool = False  # quickstart, r1_zero: pretrain the tiny base instead of using the shipped one
     ppo: PPOConfig = PPOConfig()
     bench: BenchConfig = BenchConfig()

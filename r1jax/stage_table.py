@@ -67,7 +67,7 @@ STAGES: dict[str, Stage] = {
     ),
     "export_hf": Stage(("model.checkpoint", "mesh", "checkpoint", "output", "export")),
     "grade": Stage(
-        ("data.path", "data.max_rows", "output", "reward"),
+        ("data.path", "data.max_rows", "output", "explain", "reward"),
         _WEIGHTS,
     ),
     "build_tests": Stage(

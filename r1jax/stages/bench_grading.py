@@ -1,4 +1,4 @@
-"""Measure what the graders get right: known answers, the same written otherwise, and near misses."""
+"""Measure what the graders get right: known answers, the same written otherwise, and near misses; or cases with their verdicts."""
 
 import dataclasses
 import pathlib
@@ -12,6 +12,7 @@ from r1jax.report import table
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import Config
+from r1jax.stages import grading_cases
 
 FILES = ("gsm8k_test.jsonl", "math500.jsonl", "mmlu_stem.jsonl")  # of a folder
 WORKERS = 2
@@ -32,19 +33,23 @@ def run(config: Config, workdir: str) -> dict:
     """Returns, by file: rows, samples, samples_per_s, fewest_rewritings (of an answer), shares, shares by kind and misses.
 
     `config.data.path` is a JSONL file with task math or mcq, or a folder of FILES; `config.data.max_rows` takes as many rows of
-    each, evenly spread. `gold` and `rewritten` are shares graded right, `perturbed` those graded wrong; an unscorable
-    sample counts as neither. Raises ValueError for a missing file, a bad row or another task.
+    each, evenly spread. A file of cases (grading_cases.py) gives {workers, cases: its figures} instead.
+    `gold` and `rewritten` are shares graded right, `perturbed` those graded wrong; an unscorable sample counts as neither. Raises ValueError for a missing file, a bad row or another task.
     """
     if not config.data.path:
         raise ValueError(
             f"bench_grading: config.data.path is empty; give a JSONL file, or a folder with {', '.join(FILES)}"
         )
     path = pathlib.Path(config.data.path)
+    reward = dataclasses.replace(config.reward, workers=config.reward.workers or WORKERS)
+    if path.is_file() and grading_cases.holds(path):
+        found = grading_cases.measure(_spread(grading_cases.read(path), config.data.max_rows), reward)
+        grading_cases.show(found)
+        return {"workers": reward.workers, "cases": found}
     paths = [path / name for name in FILES] if path.is_dir() else [path]
     rows = {
         path.stem: _spread(jsonl.read(path, ("id", "task", "prompt", "answer")), config.data.max_rows) for path in paths
     }
-    reward = dataclasses.replace(config.reward, workers=config.reward.workers or WORKERS)
     figures: dict = {"workers": reward.workers, "files": {}}
     with RewardPool(reward) as pool:
         pool.score([_request({"id": "warm", "task": "math", "prompt": "", "answer": "x"}, "\\sqrt{x}")])
