@@ -147,13 +147,12 @@ def _take_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _with_value(flag: str, arguments: list[str]) -> list[str]:
-    """Returns the arguments with an empty value for a flag that stands alone."""
-    behind = [*arguments[1:], "-"]
-    alone = [
-        given.lstrip("-") == flag.lstrip("-") and given[:1] == "-" and after[:1] == "-"
-        for given, after in zip(arguments, behind, strict=True)
+    """Returns the arguments with an empty value for a flag that stands alone: last, or before another flag."""
+    names = (flag, flag[1:])
+    return [
+        f"{given}=" if given in names and after.startswith("-") else given
+        for given, after in zip(arguments, [*arguments[1:], "-"], strict=False)
     ]
-    return [f"{given}=" if bare else given for given, bare in zip(arguments, alone, strict=True)]
 
 
 def _following_value(key: str, pending: list[str]) -> str:

@@ -76,6 +76,23 @@ def test_a_negative_number_may_follow_its_field():
 
 
 @pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        (["--explain"], ""),
+        (["--explain", "--config.seed=1"], ""),
+        (["-explain", "--json=a.json"], ""),
+        (["--explain=row 7"], "row 7"),
+        (["--explain", "row-7"], "row-7"),
+        (["--explain=-7"], "-7"),
+        ([], None),
+    ],
+)
+def test_explain_takes_an_id_or_stands_alone(arguments, value):
+    parsed = flags.parse(["--config=grade", *arguments])
+    assert config.load(parsed.spec, parsed.overrides).explain == value
+
+
+@pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["--sweeep=seed=1"], "unknown flag --sweeep; did you mean '--sweep'?"),
@@ -83,6 +100,7 @@ def test_a_negative_number_may_follow_its_field():
         (["--config=grade", "--config.seed"], "--config.seed needs a value: --config.seed=VALUE"),
         (["--config=grade", "--config.sed"], "Config has no field 'sed' (in config.sed); did you mean 'seed'?"),
         (["--config=grade", "--sweep_index=0"], "--sweep_index=0 needs at least one --sweep=FIELD=v1,v2"),
+        (["--config=bench_grading", "--explain=a"], "--explain goes with --config=grade alone"),
         (["--config=grade", "--json=."], "--json=. is a folder; give a file"),
         (
             ["--config=grade", "--workdir=setup.py/runs"],
@@ -155,7 +173,12 @@ def test_stage_figures_are_written_as_json(tmp_path):
         *("-m", "r1jax.launch", "--config=grade", f"--json={figures}", f"--workdir={tmp_path / 'runs'}"),
         *(f"--config.data.path={rows}", f"--config.output={out}"),
     )
-    assert (done.returncode, done.stderr) == (0, "references: 1 of 1 can be graded (100.00%)\n")
+    lines = [
+        "references: 1 of 1 can be graded (100.00%)",
+        "references by type: number 1",
+        "golds graded as answers: 1 of 1 score 1",
+    ]
+    assert (done.returncode, done.stderr.splitlines()) == (0, lines)
     written = json.loads(figures.read_text())
     assert (written["rows"], written["mean"], written["scorable"]) == (1, 1.0, 1)
 

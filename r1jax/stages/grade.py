@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from r1jax import config as configs
 from r1jax.data import jsonl
-from r1jax.rewards import explaining, references
+from r1jax.rewards import explaining, golds, references
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import Score
 from r1jax.schema import Config, RewardConfig
@@ -41,7 +41,8 @@ def run(config: Config, workdir: str) -> dict:
     started = time.monotonic()
     reward = _reward_config(config)
     requests = [graded_rows.request(row) for row in rows]
-    print(references.check(requests, reward).line(), file=sys.stderr)
+    checked = references.check(requests, reward)
+    print(checked.line(), *golds.check(requests, checked.unscorable, reward).lines(), sep="\n", file=sys.stderr)
     scores = _score(rows, reward)
     jsonl.write(
         pathlib.Path(config.output),

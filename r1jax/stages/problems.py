@@ -19,7 +19,7 @@ from r1jax.data.problems import (
     split_holdout,
 )
 from r1jax.data.tasks import TinyWorld
-from r1jax.rewards import references, rules
+from r1jax.rewards import golds, references, rules
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import Config, replace
 
@@ -183,6 +183,8 @@ class FileProblems:
         checked = references.check(requests, self._config.reward)
         if checked.checked:
             self.notes.append(f"{name}: {checked.line()}")
+            tried = golds.check(requests, checked.unscorable, self._config.reward)
+            self.notes += [f"{name}: {line}" for line in tried.lines()]
         if again := self.counts["repeated_prompts"]:
             self.notes.append(
                 f"{name}: {len(every) - again} of {len(every)} prompts are new, {again} repeat an earlier one (all rows of a "
