@@ -335,7 +335,7 @@ class RewardConfig:
     graders: tuple[str, ...] = ()  # of one's own: TASK=PACKAGE.MODULE:FUNCTION or TASK=FILE.py:FUNCTION
     override_graders: bool = False  # they may replace built-in ones
     workers: int = 0  # grader processes; 0 grades plain numbers and rules in this process
-    deadline_s: float = 10.0  # per sample, in a worker
+    deadline_s: float = 10.0  # per sample, in a worker; an answer not decided by then is wrong if its reference is
     batch_deadline_s: float = 600.0  # for all samples of a rollout
     sandbox: SandboxConfig = SandboxConfig()
     cache_entries: int = 65536  # scores from workers kept by content, the least recently used leaving first; 0: none

@@ -35,9 +35,8 @@ def test_hostile_answers_earn_nothing_within_their_deadlines_and_a_right_one_sti
         started = time.monotonic()
         *scores, right = pool.score(requests)
         seconds = time.monotonic() - started
-    assert {name: score.parts["accuracy"] for name, score in zip(HOSTILE, scores, strict=True)} == dict.fromkeys(
-        HOSTILE, 0.0
-    )
+    found = {name: (score.parts["accuracy"], score.scorable) for name, score in zip(HOSTILE, scores, strict=True)}
+    assert found == dict.fromkeys(HOSTILE, (0.0, True))
     assert (right.scorable, right.parts["accuracy"]) == (True, 1.0), right.detail
     assert seconds < len(requests) * (SECONDS + 5.0)  # a killed worker is replaced
 
@@ -50,5 +49,4 @@ def test_deadlines_hold_outside_the_main_thread():
         thread.start()
         thread.join(60.0)
     assert not thread.is_alive()
-    assert (scores[0].scorable, scores[0].parts["accuracy"]) == (False, 0.0)
-    assert scores[0].detail == f"sample 'tower': grading passed the deadline of {SECONDS:g} s"
+    assert (scores[0].scorable, scores[0].parts["accuracy"]) == (True, 0.0)

@@ -11,21 +11,19 @@ import uuid
 
 import pytest
 
-from r1jax.rewards import pool as pool_module
+from r1jax.rewards import compose, worker
 from r1jax.rewards.compose import RULE_PARTS
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
 
-HANGS = "\\boxed{9^{9^{9^{9}}}}"  # sympy computes the power
 
-
-def request(name, response, reference):
+def math(name, response, reference="5"):
     return RewardRequest(name, "math", "What is it?", response, reference)
 
 
 def symbolic(name, correct=True):
-    return request(name, "\\boxed{\\sqrt{12}}", "2\\sqrt{3}" if correct else "3\\sqrt{3}")
+    return math(name, "\\boxed{\\sqrt{12}}", "2\\sqrt{3}" if correct else "3\\sqrt{3}")
 
 
 class Unreadable(Exception):
@@ -63,7 +61,7 @@ def misbehave(request, config):
         case "returns nothing":
             return None
         case "exhausts memory":
-            bytearray(pool_module.WORKER_MEMORY_BYTES)
+            bytearray(worker.WORKER_MEMORY_BYTES)
         case "recurses":
             recurse = lambda: recurse()  # noqa: E731
             recurse()
@@ -88,37 +86,168 @@ def loaded(request, config):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_score_returns_one_score_per_request_in_order(workers):
-    requests = [
-        symbolic("a"),
-        request("b", "<answer>5</answer>", "5"),
-        symbolic("c", False),
-        request("d", "<answer>6</answer>", "5"),
-    ]
+    requests = [symbolic("a"), math("b", "<answer>5</answer>"), symbolic("c", False), math("d", "<answer>6</answer>")]
     with RewardPool(RewardConfig(workers=workers)) as pool:
         assert [score.parts["accuracy"] for score in pool.score(requests)] == [1.0, 1.0, 0.0, 0.0]
         assert pool.score([]) == []
 
 
-def test_a_hanging_sample_is_unscorable_and_the_others_and_the_pool_survive():
-    requests = [symbolic("a"), request("slow-7", HANGS, "5"), symbolic("b"), symbolic("c", False)]
-    with RewardPool(RewardConfig(workers=0, deadline_s=4.0)) as pool:
+def busy(seconds):
+    """Computes for so many seconds of the processor, whatever `Exception` it meets."""
+    ends = time.process_time() + seconds
+    while time.process_time() < ends:
+        try:
+            sum(range(1000))
+        except Exception:
+            pass
+
+
+def stubborn(request, config):
+    """A grader in the place of the built-in ones: 1 for the response "right", and trouble that a text or a reference names."""
+    if "counted" in request.prompt:
+        (pathlib.Path(request.prompt.split()[1]) / uuid.uuid4().hex).touch()
+    match request.reference if request.reference in TROUBLE else request.response:
+        case "computes":
+            busy(1000)
+        case "computes in C":
+            pow(7, 10**9)
+        case "sleeps":
+            time.sleep(1000)
+        case "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "exhausts memory":
+            bytearray(worker.WORKER_MEMORY_BYTES)
+        case "raises":
+            raise RuntimeError("two\nlines")
+        case "thinks":
+            busy(1.0)
+            return compose.compose(request, config, Score(1.0, {}, True, ""))
+    if request.reference == "unreadable":
+        return compose.compose(request, config, Score(0.0, {}, False, "the reference is unreadable"))
+    return compose.compose(request, config, Score(float(request.response == "right"), {}, True, ""))
+
+
+TROUBLE = {
+    "computes": "grading passed the deadline of 2 s",
+    "computes in C": "grading passed the deadline of 2 s",
+    "sleeps": "grading passed the deadline of 2 s",
+    "is killed": "the grader's process ended with code -9",
+    "exhausts memory": "the grader raised MemoryError: ",
+    "raises": "the grader raised RuntimeError: two lines",
+}
+
+
+@pytest.fixture
+def stubborn_math(monkeypatch):
+    monkeypatch.setattr(compose, "score", stubborn)
+
+
+def test_an_answer_that_is_not_decided_is_wrong_and_its_neighbours_are_right(stubborn_math):
+    requests = [math(f"right {number}", "right") for number in range(8)]
+    requests[4:4] = [math(what, what) for what in TROUBLE]
+    with RewardPool(RewardConfig(workers=2, deadline_s=2.0, batch_deadline_s=120.0)) as pool:
+        scores = {request.id: score for request, score in zip(requests, pool.score(requests), strict=True)}
+        assert pool.score([math("later", "right")])[0].parts["accuracy"] == 1.0
+    assert all(score.scorable for score in scores.values())
+    assert [name for name, score in scores.items() if score.parts["accuracy"] != 1.0] == list(TROUBLE)
+    for what, reason in TROUBLE.items():
+        assert scores[what].detail.startswith(f"the answer was not decided: {reason}")
+        assert tuple(scores[what].parts) == RULE_PARTS
+
+
+def test_an_answer_that_is_not_decided_keeps_the_other_parts_of_its_text(stubborn_math):
+    config = RewardConfig(workers=1, deadline_s=0.5, language=1.0)
+    text = RewardRequest("a", "math", "What is it?", "computes", "5")
+    with RewardPool(config) as pool:
+        [score] = pool.score([text])
+    assert score == compose.compose(text, config, Score(0.0, {}, True, score.detail))
+    assert (score.value, score.parts["language"]) == (1.0, 1.0)
+
+
+def test_a_sample_is_unscorable_when_its_reference_alone_is_not_decided_either(stubborn_math):
+    cases = {**TROUBLE, "unreadable": "grading passed the deadline of 2 s"}
+    requests = [math(reference, "computes", reference) for reference in cases]
+    with RewardPool(RewardConfig(workers=2, deadline_s=2.0, batch_deadline_s=120.0)) as pool:
+        scores = pool.score(requests)
+    assert not any(score.scorable or any(score.parts.values()) for score in scores)
+    for (reference, reason), score in zip(cases.items(), scores, strict=True):
+        assert score.detail.startswith(f"sample {reference!r}: {reason}")
+
+
+def test_a_batch_of_which_half_is_hostile_has_all_its_right_answers_right_by_a_deadline_that_fits_only_them(
+    stubborn_math,
+):
+    batch = [math(f"{kind} {number}", kind, str(number)) for number in range(40) for kind in ("computes", "right")]
+    with RewardPool(RewardConfig(workers=2, deadline_s=20.0, batch_deadline_s=15.0)) as pool:
+        scores = pool.score(batch)
+    assert [score.parts["accuracy"] for score in scores] == [0.0, 1.0] * 40
+    assert all(score.scorable for score in scores)
+    assert "not decided: not graded within the batch deadline of 15 s" in scores[0].detail
+
+
+def test_a_slow_answer_is_graded_when_the_others_are_through(stubborn_math):
+    batch = [math("slow", "thinks"), *(math(f"{number}", "computes", f"{number}") for number in range(3))]
+    with RewardPool(RewardConfig(workers=1, deadline_s=30.0, batch_deadline_s=10.0)) as pool:
+        scores = pool.score(batch)
+    assert [score.parts["accuracy"] for score in scores] == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_a_reference_is_asked_about_once_for_all_its_samples_and_batches(stubborn_math, tmp_path):
+    def undecided(names, reference="5"):
+        prompt = f"counted {tmp_path}"
+        scores = pool.score([RewardRequest(name, "math", prompt, "raises", reference, prefill=name) for name in names])
+        assert all(score.scorable for score in scores)
+        return len(list(tmp_path.iterdir()))
+
+    with RewardPool(RewardConfig(workers=1, deadline_s=0.2)) as pool:  # one turn each, and a probe
+        assert [undecided("a"), undecided("bc"), undecided("d", "6")] == [2, 4, 6]
+
+
+def test_the_batch_deadline_leaves_what_had_no_turn_unscorable(stubborn_math):
+    long = "x" * 100_000
+    requests = [math("sleeps", "sleeps"), *(math(f"{number}", f"{number}{long}") for number in range(40))]
+    with RewardPool(RewardConfig(workers=1, deadline_s=60.0, batch_deadline_s=1.0)) as pool:
+        scores = pool.score(requests)
+        assert not any(score.scorable for score in scores)
+        assert scores[40].detail == "sample '39': not graded within the batch deadline of 1 s"
+        assert pool.score([math("later", "right")])[0].parts["accuracy"] == 1.0
+
+
+def test_gradings_begun_apart_are_finished_together_in_order_under_one_batch_deadline(stubborn_math):
+    with RewardPool(RewardConfig(workers=1, deadline_s=60.0, batch_deadline_s=4.0)) as pool:
         started = time.monotonic()
-        scores = pool.score(requests)
-        assert time.monotonic() - started < 40.0
-        assert [score.scorable for score in scores] == [True, False, True, True]
-        assert [score.parts["accuracy"] for score in scores] == [1.0, 0.0, 1.0, 0.0]
-        assert scores[1].detail == "sample 'slow-7': grading passed the deadline of 4 s"
-        assert tuple(scores[1].parts) == RULE_PARTS
-        assert pool.score([symbolic("d")])[0].parts["accuracy"] == 1.0
+        begun = [
+            pool.begin([math("a", "right"), math("b", "wrong")]),
+            pool.begin([math("c", "right"), math("d", "computes")]),
+        ]
+        assert time.monotonic() - started < 3.0  # a fork server has to start, but nothing is waited for
+        scores = pool.finish(begun)
+    assert [score.parts["accuracy"] for score in scores] == [1.0, 0.0, 1.0, 0.0]
+    assert [score.scorable for score in scores] == [True] * 4
+    assert "batch deadline of 4 s" in scores[3].detail
 
 
-def test_the_batch_deadline_leaves_the_unfinished_samples_unscorable():
-    requests = [symbolic("a"), *(request(f"slow-{index}", HANGS, "5") for index in range(3))]
-    with RewardPool(RewardConfig(workers=1, deadline_s=60.0, batch_deadline_s=3.0)) as pool:
-        scores = pool.score(requests)
-        assert [score.scorable for score in scores] == [True, False, False, False]
-        assert scores[3].detail == "sample 'slow-2': not graded within the batch deadline of 3 s"
-        assert pool.score([symbolic("b")])[0].parts["accuracy"] == 1.0
+def test_a_limit_is_kept_whatever_is_caught_and_rings_no_more_afterwards():
+    with pytest.raises(worker.OutOfTime):
+        worker.within(0.05, busy, 1000)
+    assert worker.within(0.05, int, "7") == 7
+    assert signal.getitimer(signal.ITIMER_PROF) == signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    busy(0.5)  # past the limit and its kill
+
+
+def test_a_limit_does_not_interrupt_an_import(tmp_path, monkeypatch):
+    source = "import time\nwhile time.process_time() < AT: pass\nDONE = True\n"
+    (tmp_path / "slow_module.py").write_text(source.replace("AT", repr(time.process_time() + 0.5)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def imports():
+        import slow_module
+
+        busy(1000 if slow_module.DONE else 0)
+
+    with pytest.raises(worker.OutOfTime):
+        worker.within(0.05, imports)
+    assert sys.modules.pop("slow_module").DONE
 
 
 MISBEHAVIOUR = {
@@ -314,16 +443,3 @@ def test_no_worker_outlives_a_killed_trainer_even_when_it_hangs(tmp_path):
     result = run_script(tmp_path, "killed")  # returns when the last holder of its output, workers included, has ended
     assert result.returncode == -signal.SIGKILL
     assert time.monotonic() - started < 30.0  # the sample's own deadline is 100 s
-
-
-def test_gradings_begun_apart_are_finished_together_in_order_under_one_batch_deadline():
-    with RewardPool(RewardConfig(workers=1, deadline_s=60.0, batch_deadline_s=3.0)) as pool:
-        started = time.monotonic()
-        begun = [
-            pool.begin([symbolic("a"), symbolic("b", False)]),
-            pool.begin([symbolic("c"), request("d", HANGS, "5")]),
-        ]
-        assert time.monotonic() - started < 3.0  # a fork server has to start, but nothing is waited for
-        scores = pool.finish(begun)
-    assert [score.parts["accuracy"] for score in scores] == [1.0, 0.0, 1.0, 0.0]
-    assert [score.scorable for score in scores] == [True, True, True, False]

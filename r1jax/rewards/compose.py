@@ -1,5 +1,6 @@
 """The sum of the rule rewards for one sample."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -30,6 +31,9 @@ GRADERS = {  # task -> module:function, a Grader that is imported when first use
 # Tasks whose grader is quick whatever a sample says, and may run in the trainer.
 IN_PROCESS = frozenset(("linear", "general", "safety", "mcq"))
 SANDBOXED = frozenset(("code", "bug_fix"))  # tasks whose grader runs programs of the model
+# Tasks whose grader reads the reference, and compares the answer with it.
+COMPARED = frozenset(("math", "mcq", "linear", "reasoning_gym", "countdown", "code_io"))
+_PROBE = "<answer>\\boxed{1}</answer>"  # any answer, so that the comparison runs too
 
 
 def graders(config: RewardConfig) -> Mapping[str, str]:
@@ -94,6 +98,21 @@ def quick(request: RewardRequest, config: RewardConfig) -> Score | None:
 def grader(task: str, config: RewardConfig) -> Grader:
     """Returns the function that grades a task of `graders(config)`."""
     return plugins.load(graders(config)[task])
+
+
+def compares(task: str, config: RewardConfig) -> bool:
+    """Returns whether a built-in grader compares the task's answers with a reference."""
+    return task in COMPARED and graders(config)[task] == GRADERS[task]
+
+
+def probe(request: RewardRequest) -> RewardRequest:
+    """Returns a request with the same reference and a harmless answer: scorable if the reference can be graded by."""
+    return dataclasses.replace(request, response=_PROBE, prefill="", language="", truncated=False)
+
+
+def undecided(request: RewardRequest, config: RewardConfig, reason: str) -> Score:
+    """Returns the Score of a request whose reference can be graded by and whose answer its grader did not decide: accuracy 0."""
+    return compose(request, config, Score(0.0, {}, True, f"the answer was not decided: {reason}"))
 
 
 def failed(detail: str) -> Score:

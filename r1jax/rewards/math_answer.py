@@ -116,6 +116,8 @@ def _compared(wanted: Value, value: Value) -> tuple[bool, str]:
         return comparison.rule(wanted, value)
     except evaluation.TooLarge as error:
         return False, f"too large to decide: {error}"
+    except RecursionError:
+        return False, "too deep to decide"
 
 
 def _with_plain_units(wanted: Value, value: Value, gold: str, answer: str) -> tuple[Value, Value] | None:

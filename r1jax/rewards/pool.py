@@ -1,104 +1,34 @@
-"""Grades many samples with deadlines, in worker processes that are killed when they hang."""
+"""Grades many samples with deadlines, in worker processes that are killed when they hang.
 
-import contextlib
-import ctypes
+A sample that is compared with a reference first gets a short turn, and what that does not decide waits until the others had
+theirs: it costs them a turn and not its deadline. What is not decided at all is wrong, if its reference can be graded by: the
+pool asks that with an answer of its own, a probe.
+"""
+
 import dataclasses
 import hashlib
-import multiprocessing.context
-import os
 import signal
-import sys
-import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Future, wait
 from dataclasses import dataclass
-from multiprocessing import forkserver
 
 from pebble import ProcessExpired, ProcessPool
 
-from r1jax.rewards import compose, math_answer, sandbox_attack
+from r1jax.rewards import compose, sandbox_attack, worker
 from r1jax.rewards.score import RewardRequest, Score
+from r1jax.rewards.worker import ScoreFunction
 from r1jax.schema import RewardConfig
 
-WORKER_MEMORY_BYTES = 4 << 30  # address space of one worker; a huge number ends in MemoryError, not in swap
-BREAKDOWN_CHECK_S = 1.0  # from one look at the state of the workers to the next
+SECOND_TURN_S = 0.5  # of the processor
+LONGER = 5.0  # each further turn is this many times the one before, up to the deadline
+LOADING_TURN_S = {"reasoning_gym": 4.0}  # the first turn where each worker loads a library at its first sample
+BUSY = 5.0  # a turn may last this many times its seconds of the processor, on a busy machine or asleep
+KILL_AFTER_S = 0.3  # past that, or past the deadline, a grading that was not interrupted ends with its worker
+AHEAD = 2  # later turns that are given to the workers at a time, for each of them
+LOOK_S = 0.1  # from one look at the results and the workers to the next
 ATTEMPTS = 3  # a sample is given to this many pools of workers, when the ones before broke down
-_main_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def _main_module_hidden() -> Iterator[None]:
-    """Keeps a new worker from importing the user's __main__ (slow, may import jax, needs a guard): it uses nothing of it."""
-    main = sys.modules["__main__"]
-    with _main_lock:
-        saved = {name: vars(main)[name] for name in ("__spec__", "__file__") if name in vars(main)}
-        vars(main).update(dict.fromkeys(saved))
-        try:
-            yield
-        finally:
-            vars(main).update(saved)
-
-
-class _WorkerProcess(multiprocessing.context.ForkServerProcess):
-    def start(self) -> None:
-        with _main_module_hidden():
-            super().start()
-
-
-class _WorkerContext(multiprocessing.context.ForkServerContext):
-    """Workers fork from a small server process that has sympy loaded: never from the trainer, and quickly."""
-
-    def __init__(self):
-        super().__init__()
-        self.started = 0  # worker processes until now
-
-    def Process(self, *arguments, **more) -> _WorkerProcess:
-        self.started += 1
-        return _WorkerProcess(*arguments, **more)
-
-
-def _start_worker(sandboxes: Sequence[str] = ()) -> None:
-    """Runs first in each worker. `sandboxes`: backends that the trainer has attacked already."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler would wait for C code that never returns
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _end_with_trainer()
-    math_answer.load()
-    sandbox_attack.withstood.update(sandboxes)
-
-
-def _end_with_trainer() -> None:
-    """Makes the kernel kill this worker when the trainer ends, even while C code holds the interpreter.
-
-    The fork server ends when nobody holds its alive pipe, and a worker inherits one end: closing it leaves the trainer's.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        os.close(forkserver._forkserver._forkserver_alive_fd)
-        forkserver._forkserver._forkserver_alive_fd = None
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, Linux
-
-
-def _grade(score_function: "ScoreFunction", request: RewardRequest, config: RewardConfig) -> Score | str:
-    """Runs in a worker and returns the Score, made of plain values, or what went wrong.
-
-    Whatever a grader raises or returns stays here: an exception or object of its own could be unreadable to the trainer,
-    and SystemExit would end it.
-    """
-    try:
-        found = score_function(request, config)
-        parts = {str(name): float(value) for name, value in found.parts.items()}
-        return Score(float(found.value), parts, bool(found.scorable), str(found.detail))
-    except BaseException as error:
-        reason = " ".join(str(error).split())[:200]
-        return f"the grader raised {type(error).__name__}: {reason}"
-
-
-ScoreFunction = Callable[[RewardRequest, RewardConfig], Score]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +38,35 @@ class Grading:
     requests: list[RewardRequest]
     scores: list[Score | None]
     keys: dict[int, bytes]  # place -> key of the content that a worker grades
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a content has no score, and whether the answer may be the cause: it was graded, and its grader did not decide."""
+
+    reason: str
+    undecided: bool
+
+
+Outcome = Score | _Failure
+
+
+@dataclass(eq=False)
+class _Job:
+    """A content that the workers have been given."""
+
+    request: RewardRequest
+    limit_s: (
+        float | None
+    )  # this turn's seconds of the processor, 0: worker.FIRST_TURN_S; None: the deadline, without turns
+    future: Future
+    later: bool = False  # turns before did not decide it
+    waits: bool = False  # for its next turn, which the workers have not been given yet
+    attempts: int = 1  # pools of workers that it was given to, one after the other's breakdown
+
+    def done(self) -> bool:
+        """Returns whether its turn has ended and has not been looked at."""
+        return self.future.done() and not self.waits
 
 
 @dataclass(frozen=True)
@@ -135,17 +94,16 @@ class RewardPool:
         self._config = config
         self._quick = compose.quick if score_function is None and config.workers == 0 else None
         self._score_function = score_function or compose.score
-        self._checked = score_function is None
+        self._built_in = score_function is None
         self._pool: ProcessPool | None = None
-        self._running: dict[bytes, tuple[RewardRequest, Future]] = {}
+        self._running: dict[bytes, _Job] = {}
         self._cache: OrderedDict[bytes, Score] = OrderedDict()
-        self._context = _WorkerContext()
-        self._context.set_forkserver_preload(["r1jax.rewards.pool", "math_verify"])
+        self._context = worker.WorkerContext()
         self._samples = self._cache_hits = self._workers_told = 0
 
     @property
     def batch_deadline_s(self) -> float:
-        """Seconds after which `score` returns whatever is not graded by then as unscorable."""
+        """Seconds after which `score` returns, whatever is not graded by then."""
         return self._config.batch_deadline_s
 
     def __enter__(self) -> "RewardPool":
@@ -156,8 +114,8 @@ class RewardPool:
 
     def close(self) -> None:
         """Kills the workers. A later `score` starts new ones."""
-        self._running = {}
         self._stop()
+        self._running = {}
 
     def take_usage(self) -> Usage:
         """Returns what was done since the last call."""
@@ -168,8 +126,10 @@ class RewardPool:
     def score(self, requests: Sequence[RewardRequest]) -> list[Score]:
         """Returns one Score per request, in order.
 
-        A sample that reaches `deadline_s`, is unfinished at `batch_deadline_s`, or ends its worker, gets scorable False and a
-        detail with its id; the others are not affected. Raises ValueError if nothing grades a request's task.
+        A sample that reaches `deadline_s`, is unfinished at `batch_deadline_s`, ends its worker or makes its grader raise is
+        wrong, with accuracy 0, if it is compared with a reference (compose.compares) that another answer can be graded by;
+        else it gets scorable False and a detail with its id. The others are not affected. Raises ValueError if nothing
+        grades a request's task.
         """
         return self.finish([self.begin(requests)])
 
@@ -178,7 +138,7 @@ class RewardPool:
 
         Raises ValueError if nothing grades a request's task.
         """
-        if self._checked:
+        if self._built_in:
             for request in requests:
                 compose.check_task(request, self._config)
         self._samples += len(requests)
@@ -196,55 +156,93 @@ class RewardPool:
     def finish(self, gradings: Sequence[Grading]) -> list[Score]:
         """Returns the scores of several gradings in order; the batch deadline counts from here, for all of them."""
         wanted = {key: grading.requests[place] for grading in gradings for place, key in grading.keys.items()}
-        found: dict[bytes, Score | str] = {key: self._cache[key] for key in wanted if key in self._cache}
-        keys = [key for key in wanted if key not in found]
-        for key in keys:
-            if key not in self._running:  # it ended without a score for another grading
-                self._schedule(key, wanted[key])
-        late = self._await(keys)
-        found |= {key: self._result(key, late) for key in keys}
+        found, probes = self._settle(wanted)
         for grading in gradings:
             for place, key in grading.keys.items():
-                grading.scores[place] = _named(found[key], grading.requests[place])
-        self._running = {key: entry for key, entry in self._running.items() if key not in found}
+                probe = found.get(probes.get(key))
+                grading.scores[place] = self._verdict(found[key], probe, grading.requests[place])
         self._keep({key: score for key, score in found.items() if isinstance(score, Score)})
-        if late:
-            self._stop()  # drops what is still queued or running
         return [score for grading in gradings for score in grading.scores]
 
-    def _await(self, keys: Sequence[bytes]) -> set[Future]:
-        """Waits for the results of the keys and returns the futures that are late for the batch deadline.
-
-        When the workers break down (one is killed while none grades, or their server ends), what they left goes to new ones.
-        """
+    def _settle(self, wanted: Mapping[bytes, RewardRequest]) -> tuple[dict[bytes, Outcome], dict[bytes, bytes]]:
+        """Returns what was found of contents by the batch deadline, and the keys of the probes of those that were not decided."""
         ends = time.monotonic() + self._config.batch_deadline_s
-        for attempt in range(1, ATTEMPTS + 1):
-            late = self._wait([self._running[key][1] for key in keys], ends)
-            broken = [key for key in keys if self._running[key][1] not in late and _broke(self._running[key][1])]
-            if late or not broken or attempt == ATTEMPTS:
-                break
-            self._stop()
-            for key in broken:
-                self._schedule(key, self._running[key][0])
-        return late
-
-    def _wait(self, futures: Sequence[Future], ends: float) -> set[Future]:
-        """Returns those that are not done at a time; when the pool breaks down, none is left undone."""
-        left = set(futures)
+        found: dict[bytes, Outcome] = {key: self._cache[key] for key in wanted if key in self._cache}
+        probes: dict[bytes, bytes] = {}
+        left = _left(wanted, found, probes)
+        for key in left:
+            if key not in self._running:  # it ended without a score for another grading
+                self._schedule(key, wanted[key])
         while left and time.monotonic() < ends:
-            left = wait(left, timeout=min(BREAKDOWN_CHECK_S, max(0.0, ends - time.monotonic()))).not_done
-            if left and not self._pool.active:
-                self._stop()
-                left = {future for future in left if not (future.done() or future.cancel())}
-        return left
+            self._look(left, ends)
+            for key in [key for key in left if self._running[key].done()]:
+                outcome = self._outcome(self._running[key])
+                if key in wanted and not isinstance(outcome, Score) and self._compares(wanted[key]):
+                    probes[key] = self._probe(wanted[key], found)
+                if outcome is None:
+                    self._again(self._running[key])
+                else:
+                    found[key] = outcome
+            left = _left(wanted, found, probes)
+            self._resume([self._running[key] for key in left])
+        late = f"not graded within the batch deadline of {self._config.batch_deadline_s:g} s"
+        found |= {key: _Failure(late, self._running[key].later) for key in left if key in wanted}
+        self._drop([*found, *probes.values()], stop=bool(left))
+        return found, probes
+
+    def _look(self, keys: Iterable[bytes], ends: float) -> None:
+        """Waits a little for the results of the keys; when the workers broke down, none is left without one."""
+        timeout_s = max(0.0, min(LOOK_S, ends - time.monotonic()))
+        left = wait([self._running[key].future for key in keys], timeout=timeout_s).not_done
+        if left and not (self._pool and self._pool.active):
+            self._stop()
+
+    def _compares(self, request: RewardRequest) -> bool:
+        return self._built_in and compose.compares(request.task, self._config)
+
+    def _probe(self, request: RewardRequest, found: dict[bytes, Outcome]) -> bytes:
+        """Returns the key of the request's probe, which from now on is in `found` or with the workers."""
+        probe = compose.probe(request)
+        key = _content_key(probe)
+        if key in self._cache:
+            found[key] = self._cache[key]
+        elif key not in found and key not in self._running:
+            self._schedule(key, probe)
+        return key
 
     def _schedule(self, key: bytes, request: RewardRequest) -> None:
-        task = dict(args=(self._score_function, request, self._config), timeout=self._config.deadline_s)
+        limit_s = None
+        if self._compares(request):
+            limit_s = LOADING_TURN_S.get(request.task, 0.0)
+            if self._config.deadline_s <= max(limit_s, *worker.FIRST_TURN_S):
+                limit_s = self._config.deadline_s  # one turn
+        self._running[key] = _Job(request, limit_s, self._submit(request, limit_s))
+
+    def _again(self, job: _Job) -> None:
+        """Lets a job wait for a longer turn; gives it to the workers as before when they broke down."""
+        if _broke(job.future):
+            job.attempts += 1
+            job.future = self._submit(job.request, job.limit_s)
+        else:
+            job.limit_s = min(self._config.deadline_s, LONGER * job.limit_s or SECOND_TURN_S)
+            job.later = job.waits = True
+
+    def _resume(self, jobs: Sequence[_Job]) -> None:
+        """Gives the workers what waits when they run out of other jobs, the shortest turn first."""
+        waiting = sorted((job for job in jobs if job.waits), key=lambda job: job.limit_s)
+        given = sum(not (job.waits or job.future.done()) for job in jobs)
+        for job in waiting[: max(0, AHEAD * max(1, self._config.workers) - given)]:
+            job.waits, job.future = False, self._submit(job.request, job.limit_s)
+
+    def _submit(self, request: RewardRequest, limit_s: float | None) -> Future:
+        timeout_s = self._config.deadline_s
+        if limit_s is not None:
+            timeout_s = min(timeout_s, BUSY * (limit_s or max(worker.FIRST_TURN_S))) + KILL_AFTER_S
+        task = dict(args=(self._score_function, request, self._config, limit_s), timeout=timeout_s)
         try:
-            future = self._running_pool().schedule(_grade, **task)
+            return self._running_pool().schedule(worker.grade, **task)
         except RuntimeError:  # it broke down since it was looked at
-            future = self._running_pool().schedule(_grade, **task)
-        self._running[key] = request, future
+            return self._running_pool().schedule(worker.grade, **task)
 
     def _running_pool(self) -> ProcessPool:
         if self._pool is not None and not self._pool.active:
@@ -252,7 +250,7 @@ class RewardPool:
         if self._pool is None:
             workers = max(1, self._config.workers)
             self._pool = ProcessPool(
-                workers, initializer=_start_worker, initargs=(tuple(sandbox_attack.withstood),), context=self._context
+                workers, initializer=worker.start, initargs=(tuple(sandbox_attack.withstood),), context=self._context
             )
         return self._pool
 
@@ -261,20 +259,44 @@ class RewardPool:
             pool, self._pool = self._pool, None
             pool.stop()
             pool.join()
+            for job in self._running.values():
+                job.future.cancel()  # does nothing to one that is done
 
-    def _result(self, key: bytes, late: set[Future]) -> Score | str:
-        """Returns the Score of a content, or why there is none."""
-        future = self._running[key][1]
-        if future in late:
-            return f"not graded within the batch deadline of {self._config.batch_deadline_s:g} s"
+    def _drop(self, keys: Iterable[bytes], stop: bool) -> None:
+        """Forgets contents that are done with, and ends those that still run; with `stop` all that runs or is queued ends."""
+        if stop:
+            self._stop()
+        for key in keys:
+            if key in self._running:
+                self._running.pop(key).future.cancel()
+
+    def _outcome(self, job: _Job) -> Outcome | None:
+        """Returns what became of a job that is done, or None if it is to be given to the workers again."""
+        again = job.limit_s is not None and job.limit_s < self._config.deadline_s
+        undecided = True
         try:
-            return future.result()
+            outcome = job.future.result()
         except TimeoutError:
-            return f"grading passed the deadline of {self._config.deadline_s:g} s"
+            outcome = None
         except ProcessExpired as error:
-            return f"the grader's process ended with code {error.exitcode}"
+            killed = error.exitcode == -signal.SIGVTALRM  # by itself, at its limit
+            outcome = None if killed else f"the grader's process ended with code {error.exitcode}"
         except (BrokenExecutor, CancelledError):
-            return f"the workers broke down {ATTEMPTS} times"
+            outcome, again = f"the workers broke down {ATTEMPTS} times", job.attempts < ATTEMPTS
+            undecided = False
+        if isinstance(outcome, Score):
+            return outcome
+        if again:  # whatever happened: memory that runs out may be a neighbour's doing
+            return None
+        return _Failure(outcome or f"grading passed the deadline of {self._config.deadline_s:g} s", undecided)
+
+    def _verdict(self, outcome: Outcome, probe: Outcome | None, request: RewardRequest) -> Score:
+        """Returns the Score of a request: wrong, if its answer was not decided and another one to its reference was."""
+        if isinstance(outcome, Score):
+            return outcome
+        if outcome.undecided and isinstance(probe, Score) and probe.scorable:
+            return compose.undecided(request, self._config, outcome.reason)
+        return compose.failed(f"sample {request.id!r}: {outcome.reason}")
 
     def _cached(self, key: bytes) -> Score | None:
         if key in self._cache:
@@ -298,5 +320,9 @@ def _broke(future: Future) -> bool:
     return future.cancelled() or isinstance(future.exception(), BrokenExecutor)
 
 
-def _named(found: Score | str, request: RewardRequest) -> Score:
-    return found if isinstance(found, Score) else compose.failed(f"sample {request.id!r}: {found}")
+def _left(
+    wanted: Mapping[bytes, RewardRequest], found: Mapping[bytes, Outcome], probes: Mapping[bytes, bytes]
+) -> list[bytes]:
+    """Returns the keys that are waited for: of contents, and of probes whose content has no score yet, or will have none."""
+    asked = [probe for key, probe in probes.items() if not isinstance(found.get(key), Score)]
+    return [key for key in dict.fromkeys([*wanted, *asked]) if key not in found]

@@ -12,9 +12,6 @@ from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import RewardConfig
 
-TASKS = frozenset(
-    ("math", "mcq", "linear", "reasoning_gym", "countdown", "code_io")
-)  # whose graders read the reference first
 # Task -> the fields of a row that may hold what its grader compares with; one of them is needed. Rows of tasks that stand
 # elsewhere, graded by a model or by a grader of the user's, need none.
 NEEDS = {
@@ -29,7 +26,6 @@ NEEDS = {
 }
 ANY = ("answer", "reference", "tests")  # what the rows of other tasks may hold
 IDS_SHOWN = 5
-_PROBE = "<answer>\\boxed{1}</answer>"  # any answer, so that the comparison runs too
 
 
 def read(task: str, fields: Mapping[str, Any], config: RewardConfig) -> str:
@@ -79,7 +75,7 @@ def _check_usable(task: str, reference: str, prompt: Any) -> None:
 
 @dataclass(frozen=True)
 class ReferenceReport:
-    """How many references of TASKS there are, and the ids of those that make their samples unscorable, with the reason."""
+    """How many references of compose.COMPARED there are, and the ids of those that make their samples unscorable, with the reason."""
 
     checked: int
     unscorable: dict[str, str]
@@ -102,17 +98,11 @@ class ReferenceReport:
 
 
 def check(requests: Sequence[RewardRequest], config: RewardConfig) -> ReferenceReport:
-    """Returns the report of the requests' references; their responses are not read, and tasks outside TASKS or with a grader of the user's not counted.
+    """Returns the report of the requests' references; their responses are not read, and tasks without comparison (compose.compares) not counted.
 
     Under the deadlines of `config`: a reference that the grader cannot read in time counts as unscorable.
     """
-    chosen = [dataclasses.replace(request, response=_PROBE, prefill="", truncated=False) for request in requests]
-    graders = compose.graders(config)
-    chosen = [
-        request
-        for request in chosen
-        if request.task in TASKS and graders[request.task] == compose.GRADERS[request.task]
-    ]
+    chosen = [compose.probe(request) for request in requests if compose.compares(request.task, config)]
     with RewardPool(dataclasses.replace(config, workers=0)) as pool:  # numbers and words need no worker
         scores = pool.score(chosen)
     found = {request.id: score.detail for request, score in zip(chosen, scores, strict=True) if not score.scorable}

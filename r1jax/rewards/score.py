@@ -8,7 +8,8 @@ class Score:
     """The result of grading one sample.
 
     `value` is the reward; `parts` holds the unweighted terms by name. With `scorable` False the grader could not
-    decide (unreadable reference, deadline, crash): the sample must leave its group's statistics, and `value` is no verdict.
+    decide whatever the answer (unreadable reference, no time for the sample, a crash of a program's grader): the sample must
+    leave its group's statistics, and `value` is no verdict.
     """
 
     value: float

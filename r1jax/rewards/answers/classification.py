@@ -47,11 +47,11 @@ def classified(node: Node) -> Value:
         return _scaled_matrix(node)
     if mentions(node, frozenset(("tuple", "set", "union", "meet", "minus", "rel", "list"))):
         return _around_sets(node)
-    if mentions(node, frozenset(("pm",))):
+    if mentions(node, frozenset(("plusminus",))):
         return Several("list", tuple(map(Quantity, _with_signs(node))))
     if mentions(node, frozenset(("deg",))):
         plain, found = _without_degrees(node)
-        return Quantity(plain, units.unit({"deg": Fraction(1)}) if found else ())
+        return Quantity(plain, units.unit({"degrees": Fraction(1)}) if found else ())
     return Quantity(node)
 
 
@@ -102,7 +102,7 @@ def _with_signs(node: Node) -> list[Node]:
 
 
 def _signs(node) -> list[int]:
-    found = [node[1]] if isinstance(node, tuple) and node and node[0] == "pm" else []
+    found = [node[1]] if isinstance(node, tuple) and node and node[0] == "plusminus" else []
     for part in node if isinstance(node, tuple) else ():
         found += _signs(part)
     return found
@@ -112,7 +112,7 @@ def _first_sign(node, sign: int):
     """Returns (node with its first plus-minus decided, whether it had one)."""
     if not isinstance(node, tuple):
         return node, False
-    if node and node[0] == "pm":
+    if node and node[0] == "plusminus":
         return (node[2] if sign > 0 else ("neg", node[2])), True
     parts, done = [], False
     for part in node:
@@ -125,7 +125,7 @@ def _first_sign(node, sign: int):
 def _with_sign(node: Node, sign: int) -> Node:
     if not isinstance(node, tuple):
         return node
-    if node and node[0] == "pm":
+    if node and node[0] == "plusminus":
         inner = _with_sign(node[2], sign)
         return inner if node[1] * sign > 0 else ("neg", inner)
     return tuple(_with_sign(part, sign) if isinstance(part, tuple) else part for part in node)

@@ -76,9 +76,9 @@ def _quantities(first: Quantity, second: Quantity) -> bool:
         return evaluation.same(part.node, whole.node) or evaluation.same(("div", part.node, number(100)), whole.node)
     if not one or not other:
         return evaluation.same(first.node, second.node)
-    if {tuple(one), tuple(other)} == {("deg",), ("rad",)}:
+    if {tuple(one), tuple(other)} == {("degrees",), ("rad",)}:
         turned = [
-            ("deg", value.node) if "deg" in unit else value.node for value, unit in ((first, one), (second, other))
+            ("deg", value.node) if "degrees" in unit else value.node for value, unit in ((first, one), (second, other))
         ]
         return evaluation.same(*turned)
     scale = units.ratio(units.unit(one), units.unit(other))
@@ -313,8 +313,10 @@ def _same_side(one: Node, other: Node) -> bool:
 def _one_relation(first: Relation, second: Relation) -> bool | None:
     """Compares two relations of one sign each; None where their forms do not decide."""
     (sign, right), (other_sign, other_right) = first.sides[0], second.sides[0]
-    if (sign == "=") != (other_sign == "=") or (sign == "ne") != (other_sign == "ne"):
+    if (sign == "=") != (other_sign == "="):
         return False
+    if (sign == "ne") != (other_sign == "ne"):
+        return None
     if sign not in ("=", "ne", "<", ">", "le", "ge"):
         return sign == other_sign and _same_side(first.first, second.first) and _same_side(right, other_right)
     ratio = evaluation.constant_ratio(("add", first.first, ("neg", right)), ("add", second.first, ("neg", other_right)))

@@ -16,6 +16,7 @@ from r1jax.rewards.answers.formula import Node
 MAX_BITS = 60_000  # of an exact power or factorial
 MAX_TERMS = 2_000  # of a sum or product
 MAX_DIGITS = 1_500
+MAX_STEPS = 30_000  # parts of an expression evaluated for one comparison at one point
 BASE_DIGITS = 50  # beyond the range of magnitudes that an expression runs through
 MARGIN_DIGITS = 25  # of them, those in which equal expressions agree
 _APPROXIMATE_DIGITS = 30  # of integrals and infinite series
@@ -108,6 +109,8 @@ def _exact_function(node: Node) -> Fraction | None:
     values = _exact_all(node[2:])
     if values is None:
         return None
+    if len(values) != _ARGUMENTS.get(name, len(values)) or not values:
+        raise Undefined("number of arguments")
     if name in ("gcd", "lcm", "binom") and any(value.denominator != 1 for value in values):
         return None
     if name == "binom" and not 0 <= values[1] <= values[0] <= 5000:
@@ -117,6 +120,7 @@ def _exact_function(node: Node) -> Fraction | None:
     return Fraction(_RATIONAL_FUNCTIONS[name](*values))
 
 
+_ARGUMENTS = {"abs": 1, "floor": 1, "ceil": 1, "sgn": 1, "mod": 2, "binom": 2}
 _RATIONAL_FUNCTIONS = {
     "abs": abs,
     "floor": math.floor,
@@ -197,10 +201,14 @@ class Evaluator:
         self.point, self.whole = point, whole
         self.bound: dict[str, object] = {}
         self.low, self.high = 0, 0  # powers of ten
+        self.steps = 0
         self.approximate = False
 
     def value(self, node: Node):
         """Returns the complex value of a node. Raises Undefined or TooLarge."""
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise TooLarge("too many parts")
         method = getattr(self, f"_{node[0]}", None)
         if method is None:
             raise Undefined(f"{node[0]} is no expression")

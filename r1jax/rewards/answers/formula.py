@@ -2,7 +2,7 @@ r"""A parser of mathematical notation, LaTeX and plain, into nodes: nested tuple
 
 Expressions: ("num", Fraction), ("sym", name), ("const", "pi" | "e" | "i" | "inf"), ("add", a, b, ...), ("mul", a, b, ...),
 ("neg", a), ("div", a, b), ("pow", a, b), ("root", index, a), ("fn", name, a, ...), ("app", name, a, ...), ("fact", a), ("deg", a),
-("pm", sign, a), ("series", kind, letter, low, high, body), ("integral", letter, low, high, body).
+("plusminus", sign, a), ("series", kind, letter, low, high, body), ("integral", letter, low, high, body).
 Structures: ("tuple", opening, closing, items), ("set", items), ("such", letter, conditions), ("matrix", rows), ("cases", rows),
 ("union" | "meet" | "minus", a, b), ("field", name), ("unit", a, unit), ("ratio", items), ("based", digits, base),
 ("rel", first, (sign, side), ...), ("congruent", a, b, modulus), ("list", items, joints).
@@ -185,7 +185,11 @@ class _Parser:
                 sign = sign if self.take().text == "+" else {"+": "-", "-": "+"}.get(sign, sign)
             term = self.product()
             terms.append(
-                term if sign == "+" else ("neg", term) if sign == "-" else ("pm", 1 if sign == "pm" else -1, term)
+                term
+                if sign == "+"
+                else ("neg", term)
+                if sign == "-"
+                else ("plusminus", 1 if sign == "pm" else -1, term)
             )
         node = terms[0] if len(terms) == 1 else ("add", *terms)
         return self.with_unit(node)
@@ -199,7 +203,7 @@ class _Parser:
             return ("neg", self.nested(self.signed))
         if self.at("pm", "mp"):
             sign = 1 if self.take().text == "pm" else -1
-            return ("pm", sign, self.product())
+            return ("plusminus", sign, self.product())
         return self.product()
 
     def with_unit(self, node: Node) -> Node:

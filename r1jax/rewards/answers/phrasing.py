@@ -194,11 +194,8 @@ def without_remarks(tokens: list[Token]) -> list[Token]:
     """Returns the tokens without a last bracket of words or of a condition."""
     while len(tokens) > 2 and tokens[-1].text == ")":
         depths = depths_of(tokens)
-        start = (
-            max(place for place, token in enumerate(tokens) if token.text in ("(", "[") and depths[place] == 0)
-            if 0 in depths
-            else 0
-        )
+        opening = [place for place, token in enumerate(tokens) if token.text in ("(", "[") and depths[place] == 0]
+        start = opening[-1] if opening else 0
         inside = tokens[start + 1 : -1]
         has_words = any(token.kind == WORD and units.named(token.text) is None for token in inside)
         relation = any(token.text in ("ne", "<", ">", "le", "ge", "in") and token.kind != WORD for token in inside)

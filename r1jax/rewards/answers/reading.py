@@ -231,6 +231,8 @@ class _Reader:
             if part is None:
                 return None
             found.append(part)
+        if not found:
+            return None
         return found[0].value if len(found) == 1 else joined(found, joints)
 
     def segment(self, tokens: list[Token]) -> Part | None:

@@ -3,15 +3,18 @@
 Inequalities are solved by hand where a letter stands alone or linearly, else by sympy.
 """
 
+import itertools
+
 from mpmath import mp
 
-from r1jax.rewards.answers.evaluation import BASE_DIGITS, TooLarge, Undefined, letters, real
+from r1jax.rewards.answers.evaluation import BASE_DIGITS, TooLarge, Undefined, letters, mentions, real
 from r1jax.rewards.answers.formula import Node, number
 
 Interval = tuple  # (low, whether it belongs, high, whether it belongs)
 _DIGITS = 40  # in which two ends agree
 _SPECIAL = {"R": ("", ""), "R^+": (0, False), "R_+": (0, False), "R^{+}": (0, False)}
 _TURNED = {"<": ">", ">": "<", "le": "ge", "ge": "le", "ne": "ne", "=": "="}
+_CURVED = frozenset(("fn", "pow", "root", "fact", "series", "integral", "app"))
 _WHOLE = [(-mp.inf, False, mp.inf, False)]
 
 
@@ -136,10 +139,12 @@ def _of_one(left: Node, sign: str, right: Node, name: str) -> list[Interval]:
         left, sign, right = right, _TURNED[sign], left
     if left == letter and name not in letters(right):
         return _from(sign, real(right))
-    at = [_at(("add", left, ("neg", right)), name, value) for value in (0, 1, 2, -3)]
-    slope = at[1] - at[0]
-    if slope and all(_close_to_zero(at[i] - at[0] - value * slope, at) for i, value in ((2, 2), (3, -3))):
-        return _from(sign if slope > 0 else _TURNED[sign], -at[0] / slope)
+    difference = ("add", left, ("neg", right))
+    if not mentions(difference, _CURVED):
+        at = [_at(difference, name, value) for value in (0, 1, 2, -3)]
+        slope = at[1] - at[0]
+        if slope and all(_close_to_zero(at[i] - at[0] - value * slope, at) for i, value in ((2, 2), (3, -3))):
+            return _from(sign if slope > 0 else _TURNED[sign], -at[0] / slope)
     return _solved(left, sign, right, name)
 
 
@@ -174,12 +179,52 @@ def _solved(left: Node, sign: str, right: Node, name: str) -> list[Interval]:
 
     symbol = sympy.Symbol("x", real=True)
     difference = to_sympy(("add", left, ("neg", right)), {name: symbol})
+    if difference.free_symbols <= {symbol}:
+        top, bottom = sympy.fraction(sympy.together(difference))
+        if all(part.is_polynomial(symbol) for part in (top, bottom)):
+            return _of_signs(top, bottom, sign, symbol)
     kinds = {"<": sympy.Lt, ">": sympy.Gt, "le": sympy.Le, "ge": sympy.Ge, "ne": sympy.Ne, "=": sympy.Eq}
     try:
         found = sympy.solveset(kinds[sign](difference, 0), symbol, sympy.S.Reals)
     except (NotImplementedError, ValueError, TypeError, AttributeError):
         raise Undefined("not solved") from None
     return _from_sympy(found)
+
+
+def _of_signs(top, bottom, sign: str, symbol) -> list[Interval]:
+    """Returns where a quotient of two polynomials is below, above or at 0: between its roots its sign stays."""
+    zeros, poles = _roots(top, symbol), _roots(bottom, symbol)
+    ends = [-mp.inf, *sorted(zeros + poles), mp.inf]
+    wanted = {"<": (-1,), "le": (-1, 0), ">": (1,), "ge": (1, 0), "ne": (-1, 1), "=": (0,)}[sign]
+    found = [
+        (zero, True, zero, True) for zero in zeros if 0 in wanted and not any(_close(zero, pole) for pole in poles)
+    ]
+    for low, high in itertools.pairwise(ends):
+        if mp.isinf(low) or mp.isinf(high):
+            inner = 0 if mp.isinf(low) and mp.isinf(high) else high - 1 if mp.isinf(low) else low + 1
+        else:
+            inner = (low + high) / 2
+        if _sign_at(top, symbol, inner) * _sign_at(bottom, symbol, inner) in wanted:
+            found.append((low, False, high, False))
+    return found
+
+
+def _sign_at(polynomial, symbol, value) -> int:
+    import sympy
+
+    return int(sympy.sign(polynomial.subs(symbol, sympy.Rational(mp.nstr(mp.mpf(value), 30))).evalf(20)))
+
+
+def _roots(polynomial, symbol) -> list:
+    """Returns the different real roots of a polynomial."""
+    import sympy
+
+    poly = sympy.Poly(polynomial, symbol)
+    if poly.degree() < 1:
+        return []
+    coefficients = [mp.mpf(str(sympy.N(value, mp.dps))) for value in poly.sqf_part().all_coeffs()]
+    found = mp.polyroots(coefficients, maxsteps=300, extraprec=300)
+    return [mp.re(root) for root in found if abs(mp.im(root)) < mp.mpf(10) ** -_DIGITS]
 
 
 def _from_sympy(found) -> list[Interval]:

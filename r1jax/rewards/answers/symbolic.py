@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from r1jax.rewards.answers.evaluation import Undefined
 from r1jax.rewards.answers.formula import Node
 
+MAX_POWER = 12
+MAX_PARTS = 80
 _SAME = frozenset("sin cos tan cot sec csc sinh cosh tanh floor".split())
 _NAMES = {
     "arcsin": "asin",
@@ -19,10 +21,17 @@ _NAMES = {
 }
 
 
+def size(node) -> int:
+    """Returns how many parts a node has."""
+    return 1 + sum(size(part) for part in node if isinstance(part, tuple))
+
+
 def to_sympy(node: Node, symbols: Mapping[str, object]):
     """Returns the sympy expression of a node, its letters looked up in `symbols`. Raises Undefined for other letters and forms."""
     import sympy
 
+    if size(node) > MAX_PARTS:
+        raise Undefined("an expression too large to solve")
     kind = node[0]
     if kind == "num":
         return sympy.Rational(node[1].numerator, node[1].denominator)
@@ -41,7 +50,7 @@ def to_sympy(node: Node, symbols: Mapping[str, object]):
             raise Undefined(node[1])
         return getattr(sympy, name)(*parts)
     parts = [to_sympy(part, symbols) for part in node[1:]]
-    if kind == "pow" and parts[1].is_number and abs(parts[1]) > 50:
+    if kind == "pow" and parts[1].is_number and abs(parts[1]) > MAX_POWER:
         raise Undefined("a power too large to solve")
     return {
         "neg": lambda: -parts[0],

@@ -149,9 +149,10 @@ class _Scanner:
             thousands = (
                 all(len(part.split(".")[0]) == 3 for part in parts[1:]) and len(parts[0]) < 4 and parts[0] != "0"
             )
-            if not thousands and len(parts) > 2:
+            text = ("" if thousands else ".").join(parts)
+            if text.count(".") > 1:
                 raise Unreadable("separators")
-            self._add(NUMBER, comma[0], len(comma[0]), Fraction(("" if thousands else ".").join(parts)))
+            self._add(NUMBER, comma[0], len(comma[0]), Fraction(text))
         else:
             plain = _DECIMAL.match(text, place)
             if plain is None or len(plain[0]) > 400:

@@ -75,7 +75,7 @@ _QUANTITIES = {  # key -> (name in sympy.physics.units or "", names, matched as 
     "mol": ("mole", "mol mole moles 摩尔"),
     "M": ("", "molar"),
     "rad": ("radian", "rad rads radian radians 弧度"),
-    "deg": ("degree", "degree degrees deg degs 度"),
+    "degrees": ("degree", "degree degrees deg degs 度"),
     "sr": ("steradian", "sr"),
     "dB": ("", "dB"),
     "mph": ("mile / hour", "mph"),
