@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from r1jax.data import answer_forms
 from r1jax.rewards import math_answer
+from r1jax.rewards.answers.values import Choice
 from r1jax.rewards.extraction import EXTRACTIONS
 
 PROCESSOR_S = 5.0  # of the processor that one verdict may take, many times what one does take
@@ -61,10 +62,18 @@ def test_every_gold_of_real_data_is_right_as_an_answer_in_a_tag_and_in_a_box(sha
 
 
 def asymmetric(first: str, second: str) -> bool:
-    """Returns whether two answers, both of which can be references, are equal one way round alone."""
+    """Returns whether two answers, both of which can be references, are equal one way round alone.
+
+    An option's letter is named by an answer, which has no letter to be named by: that is not symmetric.
+    """
     with bounded():
-        verdicts = {verdict(first, second), verdict(second, first)}
-    return verdicts == {True, False}
+        found = [
+            math_answer.explain(f"<answer>{answer}</answer>", reference, "answer_tag")
+            for answer, reference in ((first, second), (second, first))
+        ]
+    if any(isinstance(side.reference_value, Choice) for side in found):
+        return False
+    return {side.verdict for side in found} == {True, False}
 
 
 @functools.cache
@@ -156,6 +165,12 @@ PLACES = {  # where a number stands in an answer, beside others that no drawn nu
     "percent": "{}\\%",
     "named": "x = {}",
     "inequality": "x < {}",
+    "square": "x^2 \\le {}",
+    "equation": "{} x + y = 1",
+    "sum": "\\sqrt{{2}} + {}",
+    "root": "\\sqrt[3]{{{}}}",
+    "part": "\\frac{{x}}{{{}}}",
+    "all but one": "\\mathbb{{R}} \\setminus \\{{{}\\}}",
     "factor": "{} \\cdot x + 1",
     "counted": "{} \\text{{ apples}}",
     "money": "\\${}",
