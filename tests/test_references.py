@@ -42,7 +42,7 @@ def test_a_reference_that_takes_too_long_is_reported_and_not_waited_for():
         requests([("math", "9^{9^{9^{9}}}"), ("math", "\\sqrt{2}")]), RewardConfig(deadline_s=5.0)
     )
     assert list(report.unscorable) == ["math-0"]
-    assert "deadline of 5 s" in report.unscorable["math-0"]
+    assert "too large" in report.unscorable["math-0"]
 
 
 def test_problems_of_a_file_are_reported_before_anything_is_sampled(tmp_path, capsys):

@@ -14,7 +14,7 @@ Interval = tuple  # (low, whether it belongs, high, whether it belongs)
 _DIGITS = 40  # in which two ends agree
 _SPECIAL = {"R": ("", ""), "R^+": (0, False), "R_+": (0, False), "R^{+}": (0, False)}
 _TURNED = {"<": ">", ">": "<", "le": "ge", "ge": "le", "ne": "ne", "=": "="}
-_CURVED = frozenset(("fn", "pow", "root", "fact", "series", "integral", "app"))
+_CURVED = frozenset(("fn", "pow", "root", "fact", "series", "integral", "app", "div"))
 _WHOLE = [(-mp.inf, False, mp.inf, False)]
 
 
