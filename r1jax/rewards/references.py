@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1jax.data import dialects, problems
-from r1jax.rewards import bug_fix, code_tests, compose, plugins
+from r1jax.rewards import bug_fix, code_rows, compose, plugins
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import RewardConfig
@@ -70,8 +70,8 @@ def _check_usable(task: str, reference: str, prompt: Any) -> None:
     """Raises ValueError for tests, or a repository, that no program could be run against."""
     if task == "code":
         try:
-            code_tests.read_tests(reference, prompt if isinstance(prompt, str) else "")
-        except code_tests.MalformedTests as error:
+            code_rows.read_tests(reference, prompt if isinstance(prompt, str) else "")
+        except code_rows.MalformedTests as error:
             raise ValueError(f"field 'tests' cannot be used: {error}") from None
     if task == "bug_fix":
         bug_fix.read_reference(reference)
