@@ -29,6 +29,7 @@ _FAILING = (
     "testmod",
 )  # how calls that may fail begin
 _COMPARING = ("isclose", "allclose")
+_COMPUTING = frozenset("abs bool dict float frozenset int len list max min round set sorted str sum tuple".split())
 _NESTED = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.BoolOp, ast.IfExp, ast.Starred)
 _ENDS = (ast.Return, ast.Raise, ast.Break, ast.Continue)
 
@@ -241,18 +242,33 @@ class _Scan:
         else:
             direct = isinstance(test, ast.Call) and _root(test) in self.program
             return direct or (isinstance(test, ast.Name) and test.id in self.returned)
-        found = [self._returned(side) for side in sides]
+        if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Is | ast.IsNot | ast.NotEq):
+            if any(isinstance(side, ast.Call) and _root(side) not in self.program for side in sides):
+                return False  # what is made of a result is never None
+        found = [self._returned(side) or self._holds_returned(side) for side in sides]
         return found in ([True, False], [False, True]) and self._is_plain(sides[found.index(False)])
 
     def _returned(self, node: ast.expr) -> bool:
-        """Returns whether an expression holds a call of the program, or what one returned, outside nested scopes."""
-        if isinstance(node, _NESTED):
-            return False
-        if isinstance(node, ast.Call) and _root(node) in self.program:
-            return True
-        if isinstance(node, ast.Name) and node.id in self.returned:
-            return True
-        return any(self._returned(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr))
+        """Returns whether an expression is what the program returned, a part of it, or computed from it."""
+        match node:
+            case ast.Call() if _root(node) in self.program:
+                return True
+            case ast.Name():
+                return node.id in self.returned
+            case ast.Subscript() | ast.Attribute():
+                return self._returned(node.value)
+            case ast.Call(func=ast.Attribute()):
+                return self._returned(node.func.value)
+            case ast.Call(func=ast.Name(id=name)) if name in _COMPUTING and node.args:
+                return self._returned(node.args[0])
+            case ast.BinOp():
+                return self._returned(node.left) or self._returned(node.right)
+            case ast.UnaryOp():
+                return self._returned(node.operand)
+        return False
+
+    def _holds_returned(self, node: ast.expr) -> bool:
+        return isinstance(node, ast.List | ast.Tuple) and any(map(self._returned, node.elts))
 
     def _is_plain(self, node: ast.expr) -> bool:
         """Returns whether an expression is made of constants, built-in names and names of plain values alone."""
