@@ -140,7 +140,7 @@ Only B fits.|A: wrong. B: correct. C: wrong. D: wrong.|The only option that fits
 I would choose B.|I'd go with option B.|I pick B.|I vote B.|I'd say B.|Let's go with B.|Choose B.|Locking in B.|My choice is B.|We should select B.
 It is B.|So it must be B.|So, B.|Hence (B).|=> B|That leaves B.|We are left with B.|This corresponds to option B.|Finally, B.|Then B.
 I first thought A, but the answer is B.|At first A seems right, but B is correct.|A might look right, but the answer is B.|Between A and B, I choose B.
-Might it be D? No. It is B.|Is it C? No, B.|The answer is C. Wait, no: the answer is B.|The answer is C. Actually, it is B.|If France is meant, B is correct.
+Clearly B.|I think B.|Which gives us B.|B ✓|Only B is on the Seine.|对应B选项|Might it be D? No. It is B.|Is it C? No, B.|The answer is C. Wait, no: the answer is B.|The answer is C. Actually, it is B.|If France is meant, B is correct.
 The answer is B. It is not C.|The answer is B.\\n\\nExplanation: it is on the Seine.|B\\n\\nIt is on the Seine.|The answer is:\\n\\nB|# Answer\\n\\n**B**
 <answer>The answer is B.</answer>|<answer>B, not C</answer>|<answer>B because it is on the Seine</answer>|\\boxed{\\text{Option B}}|The answer is Ｂ|The answer is Ⓑ
 答案是B|答案为B。|正确答案：（B）|本题答案选B。|【答案】B|选择 B|故选B。|应选B|我选B|所以选择B选项。|B选项正确|A错，B对。|不是A，而是B。|选B，不选C。|只有B是对的|B才是正确答案
@@ -157,7 +157,7 @@ I would not choose B.|I wouldn't choose B.|I can't choose B.|I refuse to choose 
 B is tempting, but the answer is D|B looks right, but D is correct.|The answer is D, not B.|The answer is D rather than B.|Unlike B, option D is correct.|Instead of B, choose C.
 Although B looks right, D is the answer.|Many would choose B, but the answer is D.|The answer is D because B is in Germany.|B is out, so C.|A is better than B.|D, not B
 The answer is B. Wait, it is C.|The answer is B. No, the answer is C.|The answer is B. That is wrong.|The answer is B.\\nThe answer is D.|B\\nD|First B, finally A.
-It might be B.|Maybe B.|Perhaps the answer is B.|The answer might be B.|B could be correct.|If B is correct, Berlin is wrong.|Suppose B is correct.|Let's say B is correct; then A fails.
+I initially chose B.|I almost chose B.|My first answer was B.|The answer is B or, possibly, C.|Wrong: B|It might be B.|Maybe B.|Perhaps the answer is B.|The answer might be B.|B could be correct.|If B is correct, Berlin is wrong.|Suppose B is correct.|Let's say B is correct; then A fails.
 Is it B?|Would you choose B?|B?|B? No.|Which option is correct, B?|I cannot decide between B and C.|I'm not sure whether it is B.|So B is too small|The answer is B) Berlin|(B) Rome
 <answer>B or C</answer>|<answer>not B</answer>|<answer>B is incorrect</answer>|<answer>B\\nC</answer>|\\boxed{B, C}|\\boxed{BC}|\\boxed{\\text{not B}}|Plan B|The answer is 12.
 不选B|答案不是B|答案不是B，是C。|不是B，而是C。|B错误|B不正确|B不对|B不是答案|选B或C|选B和C|故选BC|故选B、C|可能是B|答案可能是B|排除B|如果选B，则不对。|答案是B吗|选B还是选C|答案是C而非B
@@ -177,6 +177,27 @@ def test_mcq_reads_an_option_that_a_sentence_claims(response):
 @pytest.mark.parametrize("response", statements(HEDGES))
 def test_mcq_refuses_options_that_are_denied_doubted_or_several(response):
     assert value(response, "B", CITY) == 0.0
+
+
+def test_mcq_reads_what_is_false_as_the_question_asks():
+    asked = "Which of these is NOT a city?\nA. Rome\nB. Rhine\nC. Paris\nD. Madrid"
+    for response in (
+        "The answer is B. B is not a city.",
+        "The false statement is B.",
+        "不正确的是B",
+        "The incorrect option is B.",
+    ):
+        assert (value(response, "B", asked), value(response, "B", CITY)) == (
+            1.0,
+            float(response.startswith("The answer")),
+        ), response
+    for response in (
+        "The wrong answer is B.",
+        "The least likely answer is B.",
+        "错误答案是B",
+        "La mauvaise réponse est B.",
+    ):
+        assert value(response, "B", CITY) == 0.0
 
 
 def test_mcq_takes_true_and_no_for_the_text_of_an_option():

@@ -13,6 +13,10 @@ LETTERS = "ABCDEFGHIJ"
 _OPTION_LINE = re.compile(r"[ \t]*\(?([A-J])[.):][ \t]*(.*)")
 _LABEL = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:,)]*")
 _LABEL_AND_TEXT = re.compile(r"(?:[(\[]([A-J])[)\]][.:]?|([A-J])[.):])\s*(\S.*)", re.DOTALL)
+_ASKS_FALSE = re.compile(
+    r"\b(?:not|false|incorrect|incorrectly|wrong|except|least|untrue|never|cannot|isn['’]t|doesn['’]t)\b[^\n]*(?:[?:.]|$)|不正确|错误|不是|不属于|不符合|不能|有误",
+    re.IGNORECASE | re.MULTILINE,
+)
 _WRAPPING = str.maketrans("", "", "$*`\"'“”")
 
 
@@ -32,7 +36,7 @@ def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
     answer, marked = _answer(request.text, config.extraction)
     if answer is None:
         return Score(0.0, {}, True, "no answer found")
-    found = named(answer, options, marked)
+    found = named(answer, options, marked, asks_false(request.prompt))
     shown = answer[:80] if marked else answer[-80:]
     return Score(float(found == gold), {}, True, f"answer {shown!r} is option {found}, reference {gold}")
 
@@ -46,14 +50,15 @@ def gold_letter(reference: str, options: Mapping[str, str]) -> str | None:
 def named_option(request: RewardRequest, config: RewardConfig) -> str | None:
     """Returns the letter of the one option that a response names, as `accuracy` reads it; None if it names none or several."""
     answer, marked = _answer(request.text, config.extraction)
-    return None if answer is None else named(answer, read_options(request.prompt), marked)
+    return None if answer is None else named(answer, read_options(request.prompt), marked, asks_false(request.prompt))
 
 
-def named(answer: str, options: Mapping[str, str], marked: bool = True) -> str | None:
+def named(answer: str, options: Mapping[str, str], marked: bool = True, false: bool = False) -> str | None:
     """Returns the letter of the one option that an answer names: as `choose` reads it, else by what its sentences claim.
 
     An answer that is `marked`, by a tag or box, may claim no other option. Of a whole text the last line counts if it is an
-    option, else the last claim; of one without claims a first line that is an option, if the rest is about no other.
+    option, else the last claim; of one without claims a first line that is an option, if the rest is about no other. `false` is
+    whether the question asks for what is false.
     """
     if direct := choose(answer, options):
         return direct
@@ -62,20 +67,27 @@ def named(answer: str, options: Mapping[str, str], marked: bool = True) -> str |
     if not lines or (marked and len(answer) > MAX_ANSWER_CHARACTERS):
         return None
     read = functools.partial(choose, options=options)
+    question = choice_statements.Question(known, read, false)
     if marked:
-        claims, letter = choice_statements.decided(text, known, read, agree=True)
-        return letter if claims or len(lines) > 1 else choice_statements.opening(text, known, read)
+        claims, letter = choice_statements.decided(text, question, agree=True)
+        return letter if claims or len(lines) > 1 else choice_statements.opening(text, question)
     last = read(lines[-1])
     listed = last and len(lines) > 1 and read(lines[-2]) not in (None, last)  # the options, said again
     if last and not listed:
         return last
-    claims, letter = choice_statements.decided(text, known, read)
+    claims, letter = choice_statements.decided(text, question)
     if claims:
         return letter
     first = read(choice_statements.plain(answer.strip().split("\n", 1)[0][:MAX_ANSWER_CHARACTERS]))
     if first and {*choice_statements.letters_of("\n".join(lines[1:]), known)} <= {first}:
         return first
-    return last or choice_statements.opening(lines[-1], known, read)
+    return last or choice_statements.opening(lines[-1], question)
+
+
+def asks_false(prompt: str) -> bool:
+    """Returns whether a question asks for the option that is false, missing or least fitting."""
+    question = re.split(r"\n[ \t]*\(?A[.):]", prompt, maxsplit=1)[0]
+    return _ASKS_FALSE.search(question) is not None
 
 
 def read_options(prompt: str) -> dict[str, str]:
