@@ -51,7 +51,7 @@ _MATH_TEXT = re.compile(
 )
 # A call as programs and formulas write it: no space before the bracket, arguments without two words side by side.
 _CALL = re.compile(
-    r"(?<![^\W_])[A-Za-z_][A-Za-z_0-9]{0,60}(?:\.[A-Za-z_][A-Za-z_0-9]{0,60}){0,4}\((?!e?s\)|ren\)|d\)|ly\)|n\)|r\))"
+    r"(?<![^\W_])[A-Za-z_][A-Za-z_0-9]{0,60}(?:\.[A-Za-z_][A-Za-z_0-9]{0,60}){0,4}\("
     r"((?:\"[^\"\n]*\"|'[^'\n]*'|[^()\"'\n]){0,200})\)"
 )
 _PROSE = re.compile(r"[A-Za-z]{2,}[,;:]?\s+[A-Za-z]{2,}|[^\x00-\x7f]{2}")
@@ -200,8 +200,19 @@ def _word_languages(text: str, lexicon: Mapping[str, str] | None) -> list[str]:
 
 
 def _without_calls(text: str) -> str:
-    """Returns a text without its innermost calls, `solve(x)`: what looks like one and holds prose, such as "time(in hours)", stays."""
-    return _CALL.sub(lambda call: call[0] if _is_prose(call[1]) else " ", text)
+    """Returns a text without its innermost calls, `solve(x)`. What looks like one stays if it holds prose, "time(in hours)", or is a plural, "number(s)"."""
+
+    def replaced(call: re.Match) -> str:
+        before, after = (
+            text[max(0, call.start() - 2) : call.start()].rstrip(" ")[-1:],
+            text[call.end() : call.end() + 2].strip()[:1],
+        )
+        plural = (
+            call[1] in ("s", "es") and before < "\u2e80" and (not after or after.isascii() and after not in "=+-*/<>")
+        )
+        return call[0] if plural or _is_prose(call[1]) else " "
+
+    return _CALL.sub(replaced, text)
 
 
 def _is_prose(arguments: str) -> bool:
