@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 MAX_CHARACTERS = 4000  # of the end of a text, where its claims are looked for
-MAX_MARKS = 60  # at the end of a sentence that are read
+MAX_SENTENCE_CHARACTERS = 500  # of the end of a sentence that are read
 MAX_OBJECT_CHARACTERS = 200  # of what stands behind a cue
 
 
@@ -230,7 +230,7 @@ def contradicts(text: str, letter: str, known: Collection[str]) -> bool:
 
 def opening(line: str, question: Question) -> str | None:
     """Returns the one option that a line, made plain, begins with and goes on to explain: "B, because 8 is even", "B (8)"."""
-    marks = _marks(line, 0, len(line), question.known)
+    marks = _marks(line, 0, min(len(line), MAX_SENTENCE_CHARACTERS), question.known)
     if not marks or marks[0].kind != "group" or len(marks[0].letters) != 1:
         return None
     [letter] = marks[0].letters
@@ -254,9 +254,10 @@ def letters_of(text: str, known: Collection[str]) -> tuple[str, ...]:
 
 def _claims(text: str, sentence: re.Match, question: Question) -> list[Claim]:
     """Returns what one sentence claims and denies, in order; what is asked is doubted."""
-    if not _WORTH_READING.search(text, sentence.start(), sentence.end()):
+    start = max(sentence.start(), sentence.end() - MAX_SENTENCE_CHARACTERS)
+    if not _WORTH_READING.search(text, start, sentence.end()):
         return []
-    marks = _marks(text, sentence.start(), sentence.end(), question.known)
+    marks = _marks(text, start, sentence.end(), question.known)
     asked = sentence[0].strip().rstrip("。").endswith(("?", "吗", "呢"))
     found: list[tuple[int, Claim]] = []
     for place, mark in enumerate(marks):
@@ -292,7 +293,7 @@ def _marks(text: str, start: int, end: int, known: Collection[str]) -> list[Mark
                 letters = letters[:1] if letters[:1] == (match[0],) else ()
             kind = "group" if letters else "word"
         marks.append(Mark(kind, match.start(), match.end(), letters))
-    return marks[-MAX_MARKS:]
+    return marks
 
 
 def _of_group(text: str, marks: Sequence[Mark], place: int, question: Question) -> Claim | None:
