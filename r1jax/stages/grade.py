@@ -33,7 +33,8 @@ def run(config: Config, workdir: str) -> dict:
     rows = rows[: config.data.max_rows or None]
     started = time.monotonic()
     requests, reward = [_request(row) for row in rows], _reward_config(config)
-    print(references.check(requests, reward).line(), file=sys.stderr)
+    checked = references.check(requests, reward)
+    print(checked.line(), *checked.warnings, sep="\n", file=sys.stderr)
     scores = _score(requests, reward)
     jsonl.write(
         pathlib.Path(config.output),
