@@ -40,8 +40,8 @@ setup(
         "flax>=0.10",
         "jax>=0.7",
         "jinja2>=3.1",
-        "math-verify[antlr4_13_2]>=0.8",
         "matplotlib>=3.8",
+        "mpmath>=1.3",
         "numpy>=2.0",
         "optax>=0.2.4",
         "orbax-checkpoint>=0.11.20",
@@ -73,6 +73,12 @@ setup(
             "setuptools>=68",
             "wheel>=0.40",
         ],
-        "parity": ["gguf", "torch==2.13.0", "transformers>=4.51", "trl==1.16.0"],  # Tunix: launch/venv.sh
+        "parity": [  # Tunix: launch/venv.sh
+            "gguf",
+            "math-verify[antlr4_13_2]>=0.8",
+            "torch==2.13.0",
+            "transformers>=4.51",
+            "trl==1.16.0",
+        ],
     },
 )

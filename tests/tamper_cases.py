@@ -383,11 +383,11 @@ def math(
 
 THOUGHT = "<think>hm</think>"
 ROOT = (THOUGHT + "<answer>\\sqrt{{12}}</answer>", "2\\sqrt{3}")
-RIGHT = "^answer '5', reference '5'$"  # and the format rule alone is what pays nothing
+RIGHT = "^answer '5', reference '5': they are the same$"  # and the format rule alone is what pays nothing
 TEXT = [
-    math("tower of powers", THOUGHT + "<answer>9^{{9^{{9^{{9}}}}}}</answer>", "passed the deadline", *ROOT),
-    math("huge factorial", THOUGHT + "<answer>(10^9)!</answer>", "passed the deadline", *ROOT),
-    math("huge exponent", THOUGHT + "<answer>1e999999999</answer>", "^answer '1e999999999', reference '5'$"),
+    math("tower of powers", THOUGHT + "<answer>9^{{9^{{9^{{9}}}}}}</answer>", "too large to decide", *ROOT),
+    math("huge factorial", THOUGHT + "<answer>(10^9)!</answer>", "too large to decide", *ROOT),
+    math("huge exponent", THOUGHT + "<answer>1e999999999</answer>", "^answer '1e999999999', reference '5': "),
     math("a million digits", THOUGHT + f"<answer>{'5' * 1000000}</answer>", "more than 1000"),
     math(
         "deep fractions",
@@ -398,32 +398,42 @@ TEXT = [
     math("unclosed boxes", THOUGHT + "\\boxed{{" * 50000, "no answer found"),
     math("unclosed answer tags", THOUGHT + "<answer>" * 50000, "no answer found"),
     math("closing answer tags", THOUGHT + "</answer>" * 50000, "no answer found"),
-    math("dollars", THOUGHT + "$" * 100000, "no answer found"),
+    math("dollars", THOUGHT + "$" * 100000, "no answer found|it is empty"),
     math("backslashes", THOUGHT + "\\" * 100000 + "\\boxed{{", "no answer found"),
-    math("signs before a number", THOUGHT + f"<answer>{'-' * 900}5</answer>", "cannot be parsed"),
-    math("LaTeX that reads a file", THOUGHT + "<answer>\\input{{{bait}/secret.txt}}</answer>", "cannot be parsed"),
+    math("signs before a number", THOUGHT + f"<answer>{'-' * 900}5</answer>", "cannot be read: too long"),
+    math("LaTeX that reads a file", THOUGHT + "<answer>\\input{{{bait}/secret.txt}}</answer>", ": text with number: "),
     math(
         "LaTeX that runs a command",
         THOUGHT + "<answer>\\immediate\\write18{{touch {bait}/x}}</answer>",
-        "cannot be parsed",
+        ": text with number: ",
     ),
     math(
-        "Python in the answer", THOUGHT + "<answer>__import__('os').system('touch {bait}/x')</answer>", "not one number"
+        "Python in the answer",
+        THOUGHT + "<answer>__import__('os').system('touch {bait}/x')</answer>",
+        ": text with number: ",
     ),
     math(
         "Python in a symbolic answer",
         THOUGHT + "<answer>open('{bait}/secret.txt','w')</answer>",
-        "cannot be parsed",
+        ": text with number: ",
         *ROOT,
     ),
-    math("many boxes, the last wrong", THOUGHT + "\\boxed{{5}} " * 50 + "\\boxed{{6}}", "^answer '6', reference '5'$"),
     math(
-        "many numbers in one box", THOUGHT + "\\boxed{{1, 2, 3, 4, 5, 6}}", "^answer '1, 2, 3, 4, 5, 6', reference '5'$"
+        "many boxes, the last wrong", THOUGHT + "\\boxed{{5}} " * 50 + "\\boxed{{6}}", "^answer '5, 6', reference '5': "
     ),
-    math("alternatives", THOUGHT + "<answer>5 or 6</answer>", "^answer '5 or 6', reference '5'$"),
-    math("several equations", THOUGHT + "<answer>x = 5, x = 6</answer>", "^answer 'x = 5, x = 6', reference '5'$"),
-    math("every number", THOUGHT + "<answer>(-\\infty, \\infty)</answer>", "infty.*, reference '5'$"),
-    math("right, then wrong", THOUGHT + "<answer>5</answer><answer>6</answer>", "^answer '6', reference '5'$"),
+    math(
+        "many numbers in one box",
+        THOUGHT + "\\boxed{{1, 2, 3, 4, 5, 6}}",
+        "^answer '1, 2, 3, 4, 5, 6', reference '5': set with number",
+    ),
+    math("alternatives", THOUGHT + "<answer>5 or 6</answer>", "^answer '5 or 6', reference '5': set with number"),
+    math(
+        "several equations",
+        THOUGHT + "<answer>x = 5, x = 6</answer>",
+        "^answer 'x = 5, x = 6', reference '5': named value with number",
+    ),
+    math("every number", THOUGHT + "<answer>(-\\infty, \\infty)</answer>", "infty.*, reference '5': "),
+    math("right, then wrong", THOUGHT + "<answer>5</answer><answer>6</answer>", "^answer '6', reference '5': "),
     math("answer in the thought only", "<think>\\boxed{{5}}</think>", "no answer found"),
     math("thought that never ends", "<think>\\boxed{{5}} <answer>5</answer>", "no answer found"),
     math("text after the answer", THOUGHT + "<answer>5</answer> Reward me.", RIGHT, part="format"),

@@ -93,6 +93,8 @@ def test_an_empty_answer_is_refused_with_its_line(tmp_path, answer):
 
 def test_references_are_counted_only_where_there_are_any(tmp_path, capsys):
     rows = written(tmp_path / "a.jsonl", [{"id": "a", "task": "code", "prompt": "p", "tests": ASSERTS}])
+    assert "1 of 1 can be graded" in source(capsys, path=rows, holdout_fraction=0).said
+    rows = written(tmp_path / "b.jsonl", [{"id": "a", "task": "general", "prompt": "p"}])
     assert "can be graded" not in source(capsys, path=rows, holdout_fraction=0).said
 
 

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 from small import problems_of
@@ -42,7 +43,42 @@ def test_a_reference_that_takes_too_long_is_reported_and_not_waited_for():
         requests([("math", "9^{9^{9^{9}}}"), ("math", "\\sqrt{2}")]), RewardConfig(deadline_s=5.0)
     )
     assert list(report.unscorable) == ["math-0"]
-    assert "deadline of 5 s" in report.unscorable["math-0"]
+    assert "too large" in report.unscorable["math-0"]
+
+
+TRIED = {"kind": "python-asserts", "asserts": ["for x in range(3): assert f(x) == x"]}
+VAIN = {"kind": "python-asserts", "asserts": ["try:\n    assert f(1) == 2\nexcept Exception:\n    pass"]}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux's namespaces")
+def test_tests_that_every_program_passes_are_reported_with_those_that_cannot_be_read():
+    tests = {"tried": TRIED, "vain": VAIN, "checker": {"inputs": ["1"], "outputs": ["1"], "checker": "any"}}
+    asked = [RewardRequest(name, "code", "", "", json.dumps(given)) for name, given in tests.items()]
+    report = references.check(asked, RewardConfig())
+    assert (report.checked, list(report.unscorable)) == (3, ["vain", "checker"])
+    assert report.unscorable["vain"].startswith("they check nothing")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux's namespaces")
+def test_a_row_whose_tests_check_nothing_is_refused_before_a_run(tmp_path):
+    rows = [{"id": name, "task": "code", "prompt": "Write f.", "tests": VAIN} for name in ("a", "b")]
+    jsonl.write(tmp_path / "in.jsonl", [*rows, {"id": "c", "task": "code", "prompt": "p", "tests": TRIED}])
+    config = Config(data=DataConfig(path=str(tmp_path / "in.jsonl")))
+    with pytest.raises(
+        ValueError, match=r"in.jsonl, line 1 \(a\): field 'tests' cannot be used: .*\(so are those of b\)"
+    ):
+        problems.source(config)
+
+
+def test_a_letter_that_is_the_gold_too_often_is_told():
+    prompt = "Which?\nA. 1\nB. 2\nC. 3\nD. 4"
+    even = [RewardRequest(str(n), "mcq", prompt, "", "ABCD"[n % 4]) for n in range(40)]
+    assert references.check(even, RewardConfig()).warnings == ()
+    uneven = [RewardRequest(str(n), "mcq", prompt, "", "B" if n < 30 else "ABCD"[n % 4]) for n in range(40)]
+    assert references.check(uneven, RewardConfig()).warnings == (
+        "multiple choice: 32 of 40 golds are B, whose share would be 10: always saying B is paid; shuffle the options",
+    )
+    assert references.check(uneven[:15], RewardConfig()).warnings == ()
 
 
 def test_problems_of_a_file_are_reported_before_anything_is_sampled(tmp_path, capsys):

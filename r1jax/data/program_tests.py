@@ -1,10 +1,22 @@
 """Tests of programs as public sets write them, turned into the `tests` that the code grader runs (docs/rewards.md)."""
 
+import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
-OUTPUT_CHECKED = ("checker", "generated_checker", "interaction_format", "interactor")  # several outputs may be right
+OUTPUT_CHECKED = (  # several outputs may be right
+    *("checker", "generated_checker", "custom_checker", "checker_code", "special_judge", "spj", "validator"),
+    *("interactive", "interaction_format", "interactor"),
+)
+FUNCTION_NAMES = ("fn_name", "func_name", "function_name")  # fields that name the function which a test calls
+TYPES = ("testtype", "test_type", "type")  # fields that say how a test is run, by one of the next two
+BY_INPUT = ("stdin", "stdio", "stdin_stdout", "stdin-stdout", "standard_input")
+BY_CALL = ("functional", "function", "function_call", "call", "call_based", "call-based")
+IGNORED = frozenset(  # fields of tests that do not change what is right, or ask for less time and memory than the sandbox gives
+    "id name source url split version comment comments note notes description explanation difficulty rating tags score weight "
+    "points hidden public is_public time_limit time_limit_s timeout memory_limit".split()
+)
 _TYPING = re.compile(r"\b(?:Any|Callable|Deque|Dict|Iterable|Iterator|List|Optional|Sequence|Set|Tuple|Union)\b")
 # Tests of a function compare plain values: tuples are lists there, and the expected value may stand in a list of its own.
 SAME = """
@@ -22,6 +34,14 @@ def _same(got, expected):
     got = _plain(got)
     return got == expected or (isinstance(expected, list) and len(expected) == 1 and got == expected[0])
 """
+EITHER = """
+def _tested():
+    try:
+        solution = Solution()
+    except KeyError:
+        return {name}
+    return solution.{name}
+"""
 UNPACK = "json.dumps(json.loads(pickle.loads(zlib.decompress(base64.b64decode(TEXT))))), in a Python of your own and only for a file you trust"
 
 
@@ -29,7 +49,7 @@ def read(fields: dict) -> list[str]:
     """Gives a row of a known shape `tests`, in place, and returns remarks. Raises ValueError for tests that the grader cannot run."""
     remarks: list[str] = []
     if "tests" in fields:
-        fields["tests"] = parsed(fields["tests"], "tests")
+        fields["tests"] = as_calls(parsed(fields["tests"], "tests"), fields)
     else:
         for needed, convert in SHAPES:
             if needed <= fields.keys():
@@ -41,10 +61,104 @@ def read(fields: dict) -> list[str]:
         return []
     for name in OUTPUT_CHECKED:
         if fields.get(name) or (isinstance(tests, Mapping) and tests.get(name)):
-            raise ValueError(
-                f"field {name!r} is given: rows with more than one right output cannot be graded; leave the row out"
-            )
+            raise ValueError(_checked(name))
     return remarks
+
+
+def _checked(name: str) -> str:
+    return f"field {name!r} is given: rows with more than one right output cannot be graded; leave the row out"
+
+
+def refuse_unknown(tests: Mapping, known: Iterable[str]) -> None:
+    """Raises ValueError for the first field of tests, or of one test, that is not known and may change what is right."""
+    for name, value in tests.items():
+        if name in known or name in IGNORED or value is None or value in ("", [], {}):
+            continue
+        if name in OUTPUT_CHECKED and value is False:
+            continue
+        if name in OUTPUT_CHECKED:
+            raise ValueError(_checked(name))
+        near = difflib.get_close_matches(name, known, 1, 0.5)
+        remedy = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"field {name!r} is {str(value)[:60]!r}, which this grader does not read and which may change what is right; "
+            f"{remedy}Take the field away if equality is what is right, else leave the row out"
+        )
+
+
+def as_calls(tests: object, row: Mapping) -> object:
+    """Returns tests that call a function with plain values as python-asserts; all others as they are.
+
+    Such are cases {input, output} of type functional (LiveCodeBench: each line of the input is an argument, in JSON) and
+    inputs and outputs beside `fn_name` (APPS: lists of arguments). The function's name stands in the tests, in one of them, in their metadata
+    or in the row's. Raises ValueError for those that name no function, for types that are not known and mixed ones, and
+    for fields that cannot be read.
+    """
+    if isinstance(tests, list):
+        tests = {"cases": tests}
+        unchanged = tests["cases"]
+    else:
+        unchanged = tests
+    if not isinstance(tests, Mapping) or tests.get("kind", "functional") not in ("functional", "stdin-stdout"):
+        return unchanged
+    cases = _as_cases(tests)
+    if cases is None:
+        return unchanged
+    places = [*cases, tests]
+    kinds = {str(place[name]).lower() for place in places for name in TYPES if place.get(name)}
+    if unknown := sorted(kinds - {*BY_INPUT, *BY_CALL}):
+        raise ValueError(
+            f"a test is of type {unknown[0]!r}; {BY_INPUT[0]} and {BY_CALL[0]} can be graded, leave the row out"
+        )
+    names = {str(name) for place in (*places, row) for name in _names(place)}
+    named = any(name for place in places for name in _names(place))
+    if not (named or kinds & {*BY_CALL} or tests.get("kind") == "functional"):
+        return unchanged
+    if kinds & {*BY_INPUT}:
+        raise ValueError("some tests are of type stdin and some call a function; give the row one kind of tests")
+    if len(names) != 1:
+        found = ", ".join(sorted(names)) or "none"
+        raise ValueError(
+            f"the tests are of type functional and name the function: {found}; give its name as 'fn_name', or leave the row out"
+        )
+    own = (*FUNCTION_NAMES, *TYPES, "metadata")
+    refuse_unknown(tests, ("kind", "cases", "test_cases", "inputs", "outputs", "starter_code", *own))
+    for case in cases:
+        refuse_unknown(case, ("input", "output", *own))
+    arguments = [_arguments(case.get("input")) for case in cases]
+    expected = [_expected(case) for case in cases]
+    return _calls(names.pop(), arguments, expected, None, SAME_OR_ONLY if "inputs" in tests else SAME)
+
+
+def _as_cases(tests: Mapping) -> list[Mapping] | None:
+    """Returns the tests one by one as {input, output, ...}; None where they are no list of objects and no two lists of one length."""
+    inputs, outputs = tests.get("inputs"), tests.get("outputs")
+    if isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs):
+        return [{"input": given, "output": expected} for given, expected in zip(inputs, outputs, strict=True)]
+    cases = tests.get("cases", tests.get("test_cases"))
+    return cases if isinstance(cases, list) and all(isinstance(case, Mapping) for case in cases) else None
+
+
+def _names(place: Mapping) -> Iterator[str]:
+    """Yields the names of the tested function that a row, its tests, one test or the metadata of one of them gives."""
+    metadata = place.get("metadata")
+    if isinstance(metadata, str):
+        try:
+            metadata = json.loads(metadata)
+        except (ValueError, RecursionError):
+            metadata = None
+    for found in (place, metadata):
+        if isinstance(found, Mapping):
+            yield from (found[name] for name in FUNCTION_NAMES if found.get(name))
+
+
+def _arguments(given: object) -> list:
+    return given if isinstance(given, list) else [parsed(line, "input") for line in _lines(given)]
+
+
+def _expected(case: Mapping) -> object:
+    output = case.get("output")
+    return output if isinstance(case.get("input"), list) else parsed(output, "output")
 
 
 def parsed(value: object, name: str) -> object:
@@ -167,8 +281,11 @@ def _stdin(inputs: list, outputs: list) -> dict:
     return {"kind": "stdin-stdout", "cases": [{"input": given, "output": expected} for given, expected in pairs]}
 
 
-def _calls(name: str, arguments: list, expected: list, method: bool, same: str) -> dict:
-    """Returns python-asserts that call a function, or a method of the class Solution, with plain values."""
+def _calls(name: str, arguments: list, expected: list, method: bool | None, same: str) -> dict:
+    """Returns python-asserts that call a function, or a method of the class Solution, with plain values.
+
+    With `method` None it is a method where the program defines that class.
+    """
     if not str(name).isidentifier():
         raise ValueError(f"the name of the tested function, {name!r}, is no identifier")
     if not arguments or len(arguments) != len(expected) or not all(isinstance(given, list) for given in arguments):
@@ -176,6 +293,8 @@ def _calls(name: str, arguments: list, expected: list, method: bool, same: str) 
             f"{len(arguments)} lists of arguments and {len(expected)} results of tests, as many of both are needed"
         )
     called = f"Solution().{name}" if method else name
+    if method is None:
+        same, called = same + EITHER.format(name=name), "_tested()"
     asserts = [
         f"assert _same({called}({', '.join(map(repr, given))}), {result!r})"
         for given, result in zip(arguments, expected, strict=True)

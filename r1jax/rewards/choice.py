@@ -1,9 +1,10 @@
 """Multiple choice: the response must name exactly the reference's option, by its letter, its text or both."""
 
+import functools
 import re
 from collections.abc import Mapping
 
-from r1jax.rewards import extraction, number
+from r1jax.rewards import choice_statements, extraction, number
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
 
@@ -12,7 +13,10 @@ LETTERS = "ABCDEFGHIJ"
 _OPTION_LINE = re.compile(r"[ \t]*\(?([A-J])[.):][ \t]*(.*)")
 _LABEL = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:,)]*")
 _LABEL_AND_TEXT = re.compile(r"(?:[(\[]([A-J])[)\]][.:]?|([A-J])[.):])\s*(\S.*)", re.DOTALL)
-_STATEMENT = re.compile(r"\b(?:answer|option|choice)\b[ \t]*(?:is\b|:)[ \t]*:?\s*([^\n]+)", re.IGNORECASE)
+_ASKS_FALSE = re.compile(
+    r"\b(?:not|false|incorrect|incorrectly|wrong|except|least|untrue|never|cannot|isn['’]t|doesn['’]t)\b[^\n]*(?:[?:.]|$)|不正确|错误|不是|不属于|不符合|不能|有误",
+    re.IGNORECASE | re.MULTILINE,
+)
 _WRAPPING = str.maketrans("", "", "$*`\"'“”")
 
 
@@ -20,26 +24,70 @@ def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
     """Returns a Score with value 1 if the response names the reference's option and no other, else 0.
 
     The reference is an option's letter, alone or before its text. The options' texts are read from the lines of the prompt
-    that begin `A.`, `(A)`, `A)` or `A:`. With extraction `auto` the answer stands in an answer tag, else in a box, else behind the last
-    "answer is", else in the last line. A reference that is no option gives scorable False.
+    that begin `A.`, `(A)`, `A)` or `A:`. With extraction `auto` the answer stands in an answer tag, else in a box, else in the
+    last statement of the text, else in its last line. A reference that is no option gives scorable False.
     """
     options = read_options(request.prompt)
-    gold = choose(request.reference, {}) or choose(request.reference, options)
-    if gold is None or (options and gold not in options):
+    gold = gold_letter(request.reference, options)
+    if gold is None:
         return Score(
             0.0, {}, False, f"the reference {request.reference[:80]!r} is none of the options {', '.join(options)}"
         )
-    answer = _answer(request.text, config.extraction)
+    answer, marked = _answer(request.text, config.extraction)
     if answer is None:
         return Score(0.0, {}, True, "no answer found")
-    found = choose(answer, options)
-    return Score(float(found == gold), {}, True, f"answer {answer[:80]!r} is option {found}, reference {gold}")
+    found = named(answer, options, marked, asks_false(request.prompt))
+    shown = answer[:80] if marked else answer[-80:]
+    return Score(float(found == gold), {}, True, f"answer {shown!r} is option {found}, reference {gold}")
+
+
+def gold_letter(reference: str, options: Mapping[str, str]) -> str | None:
+    """Returns the letter of the option that a reference is, by its letter or text; None where it is none of the options."""
+    gold = choose(reference, {}) or choose(reference, options)
+    return None if options and gold not in options else gold
 
 
 def named_option(request: RewardRequest, config: RewardConfig) -> str | None:
     """Returns the letter of the one option that a response names, as `accuracy` reads it; None if it names none or several."""
-    answer = _answer(request.text, config.extraction)
-    return None if answer is None else choose(answer, read_options(request.prompt))
+    answer, marked = _answer(request.text, config.extraction)
+    return None if answer is None else named(answer, read_options(request.prompt), marked, asks_false(request.prompt))
+
+
+def named(answer: str, options: Mapping[str, str], marked: bool = True, false: bool = False) -> str | None:
+    """Returns the letter of the one option that an answer names: as `choose` reads it, else by what its sentences claim.
+
+    An answer that is `marked`, by a tag or box, may claim no other option. Of a whole text the last line counts if it is an
+    option, else the last claim; of one without claims a first line that is an option, if the rest is about no other. `false` is
+    whether the question asks for what is false.
+    """
+    if direct := choose(answer, options):
+        return direct
+    text, known = choice_statements.plain(answer), options or LETTERS
+    lines = [line for line in text.split("\n") if line]
+    if not lines or (marked and len(answer) > MAX_ANSWER_CHARACTERS):
+        return None
+    read = functools.partial(choose, options=options)
+    question = choice_statements.Question(known, read, false)
+    if marked:
+        claims, letter = choice_statements.decided(text, question, agree=True)
+        return letter if claims or len(lines) > 1 else choice_statements.opening(text, question)
+    last = read(lines[-1])
+    listed = last and len(lines) > 1 and read(lines[-2]) not in (None, last)  # the options, said again
+    if last and not listed:
+        return last
+    claims, letter = choice_statements.decided(text, question)
+    if claims:
+        return letter
+    first = read(choice_statements.plain(answer.strip().split("\n", 1)[0][:MAX_ANSWER_CHARACTERS]))
+    if first and {*choice_statements.letters_of("\n".join(lines[1:]), known)} <= {first}:
+        return first
+    return last or choice_statements.opening(lines[-1], question)
+
+
+def asks_false(prompt: str) -> bool:
+    """Returns whether a question asks for the option that is false, missing or least fitting."""
+    question = re.split(r"\n[ \t]*\(?A[.):]", prompt, maxsplit=1)[0]
+    return _ASKS_FALSE.search(question) is not None
 
 
 def read_options(prompt: str) -> dict[str, str]:
@@ -76,28 +124,28 @@ def choose(answer: str, options: Mapping[str, str]) -> str | None:
             return letter if letter in (options or LETTERS) else None
     if labelled := _LABEL_AND_TEXT.fullmatch(text):
         letter, rest = labelled[1] or labelled[2], labelled[3]
-        return letter if _says_only(rest, letter, options) else None
+        if _plain(rest) == _plain(options.get(letter, "")):
+            return letter
+        told = choice_statements.plain(f"{letter}: {rest}")
+        agrees = _says_only(rest, letter, options) and not choice_statements.contradicts(
+            told, letter, options or LETTERS
+        )
+        return letter if agrees else None
     return _by_text(text, options)
 
 
-def _answer(response: str, where: str) -> str | None:
-    """Returns what `extraction.extract` finds; for `auto` without tag and box, the last statement of an answer or the last line."""
-    if where != "auto":
-        return extraction.extract(response, where)
-    tagged = extraction.extract(response, "answer_tag") or extraction.extract(response, "boxed")
-    if tagged is not None:
-        return tagged
-    text = extraction.extract(response, "whole")
-    if text is None:
-        return None
-    statements = _STATEMENT.findall(text)
-    return statements[-1] if statements else text.splitlines()[-1]
+def _answer(response: str, where: str) -> tuple[str | None, bool]:
+    """Returns (what `extraction.extract` finds, whether a tag or box marks it); for `auto` without either, all of the text after the thought."""
+    if where in ("boxed", "answer_tag"):
+        return extraction.extract(response, where), True
+    marked = extraction.extract(response, "answer_tag") or extraction.extract(response, "boxed")
+    if where == "auto" and marked is not None:
+        return marked, True
+    return extraction.extract(response, "whole"), False
 
 
 def _says_only(rest: str, letter: str, options: Mapping[str, str]) -> bool:
     """Returns whether the text behind a label is its option's, or at least names no other option."""
-    if _plain(rest) == _plain(options.get(letter, "")):
-        return True
     others = [key for key in (options or LETTERS) if key != letter]
     if _by_text(rest, options) in others or set(re.findall(r"\b[A-J]\b", rest)) & set(others):
         return False

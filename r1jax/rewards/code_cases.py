@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from r1jax.data.hashing import hash64
 from r1jax.rewards import code_tests
+from r1jax.rewards.code_programs import Source
 from r1jax.rewards.sandbox import PYTHON, Outcome, Program, Sandbox, open_sandbox
 from r1jax.schema import BuildTestsConfig, RewardConfig, replace
 
@@ -56,8 +57,8 @@ class Problem:
 
     id: str
     statement: str
-    accepted: tuple[code_tests.Source, ...]
-    wrong: tuple[code_tests.Source, ...]
+    accepted: tuple[Source, ...]
+    wrong: tuple[Source, ...]
     generators: tuple[str, ...]
     float_tolerance: float | None = None
 
@@ -156,7 +157,7 @@ def _texts(outcome: Outcome, count: int) -> list[str]:
     return [text for text in made if isinstance(text, str)]
 
 
-def _program(source: code_tests.Source, reward: RewardConfig) -> Program | str:
+def _program(source: Source, reward: RewardConfig) -> Program | str:
     """Returns a program as the sandbox runs it, or why it does not compile."""
     if source.language == "python":
         return Program([*PYTHON, "main.py"], {"main.py": source.text.encode("utf-8", "surrogatepass")})

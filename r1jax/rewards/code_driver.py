@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import sys
+import types
 
 sys.path.insert(0, os.getcwd())
 import code_wire  # noqa: E402
@@ -45,8 +46,21 @@ def result(reply):
     raise ProgramError("the program sent no reply but something else")
 
 
+def importable():
+    """Lets tests import the program's names from the module `solution`."""
+
+    def named(name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return code_wire.Remote(name)
+
+    sys.modules["solution"] = module = types.ModuleType("solution")
+    module.__getattr__ = named
+
+
 def run_tests(tests):
     """Runs every test to its end. Raises whatever the first that fails raises."""
+    importable()
     space = {"__name__": "tests"}
     if tests["kind"] == "python-check":
         exec(compile(tests["prompt"], "prompt", "exec"), space)

@@ -7,7 +7,10 @@ from r1jax.data.boxes import last_boxes
 from r1jax.rewards.answers import words
 
 EXTRACTIONS = ("auto", "boxed", "answer_tag", "whole")
-_FENCE = re.compile(r"^( {0,3})(`{3,}|~{3,})([^\n`]*)$", re.MULTILINE)
+# The marks of a block, behind white space, the mark of a list's item and those of a quotation.
+_FENCE = re.compile(
+    r"^([ \t]*(?:>[ \t]*)*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)?)(`{3,}(?=[^\n`]*$)|~{3,})([^\n]*)$", re.MULTILINE
+)
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore)[\s,]+)?(?:(?:the|my)\s+)?(?:(?:final|correct|right|best)\s+)?"
     r"(?:answer|option|choice)\b(?:\s+(?:is|would\s+be)\b)?\s*[:=]?\s*(?:(?:option|choice)\b\s*)?",
@@ -193,7 +196,8 @@ def _last_answer_tag(text: str) -> str | None:
 def fences(text: str, flush: bool = False) -> tuple[list[tuple[str, str]], bool]:
     """Returns ([(what stands behind the opening marks, content)] of fenced blocks, whether the last one never closes).
 
-    A block ends at marks like its own, or more of them, with nothing behind. With `flush` marks count at the start of a line alone.
+    A block ends at marks like its own, or more of them, with nothing behind and not indented by four columns more. Its content loses the indent of
+    the opening marks, and the marks of a quotation around it. With `flush` marks count at the start of a line alone.
     """
     blocks, opened = [], None
     for fence in _FENCE.finditer(text):
@@ -201,10 +205,34 @@ def fences(text: str, flush: bool = False) -> tuple[list[tuple[str, str]], bool]
             continue
         if opened is None:
             opened = fence
-        elif fence[2].startswith(opened[2]) and not fence[3].strip():
-            blocks.append((opened[3].strip(), text[opened.end() + 1 : fence.start()]))
+        elif fence[2].startswith(opened[2]) and not fence[3].strip() and _closes(fence[1], opened[1]):
+            content = text[opened.end() + 1 : fence.start()]
+            blocks.append((opened[3].strip(), _outdented(content, opened[1]) if opened[1] else content))
             opened = None
     return blocks, opened is not None
+
+
+def _closes(before: str, opened: str) -> bool:
+    """Returns whether what stands before the marks at a block's end may stand there: no mark of an item, no far indent."""
+    return not before.strip(" \t>") and _width(before) < _width(opened) + 4
+
+
+def _width(before: str) -> int:
+    return len(before.expandtabs(4))
+
+
+def _outdented(content: str, before: str) -> str:
+    """Returns the lines of a block without what stands before its opening marks: quotation marks, and as much white space at most."""
+    quotes = before.count(">")
+    width = _width(before.rpartition(">")[2].removeprefix(" ") if quotes else before)
+    lines = []
+    for line in content.split("\n"):
+        for _ in range(quotes):
+            line = line.lstrip(" \t").removeprefix(">").removeprefix(" ") if line.lstrip(" \t")[:1] == ">" else line
+        indent = len(line) - len(line.lstrip(" \t"))
+        spaces = line[:indent].expandtabs(4)
+        lines.append((spaces[width:] + line[indent:]) if width and indent else line)
+    return "\n".join(lines)
 
 
 def without_lead(answer: str) -> str:

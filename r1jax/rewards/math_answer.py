@@ -157,7 +157,17 @@ def load() -> None:
 
 @functools.lru_cache(maxsize=1024)
 def _gold(text: str) -> Value:
-    return reading.read(text, reference=True)
+    """Returns the value of a reference. Raises Unreadable for one that cannot be read, or is a number too large to say."""
+    value = reading.read(text, reference=True)
+    if isinstance(value, Quantity) and value.type == "number":
+        try:
+            if evaluation.exact(value.node) is None:
+                evaluation.values([value.node], 0)
+        except evaluation.TooLarge as error:
+            raise Unreadable(str(error)) from None
+        except ArithmeticError:
+            pass  # a division by zero equals itself
+    return value
 
 
 def _answer(response: str, where: str) -> str | None:

@@ -1,14 +1,19 @@
 """What each task's grader needs of a row, and which references can be graded at all: told before a run, not sample by sample."""
 
+import contextlib
 import dataclasses
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from r1jax.data import dialects, problems
-from r1jax.rewards import bug_fix, code_tests, compose, plugins
+from r1jax.rewards import bug_fix, choice, code_rows, code_tests, compose, plugins
 from r1jax.rewards.pool import RewardPool
+from r1jax.rewards.sandbox import SandboxUnavailable
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import RewardConfig
 
@@ -26,6 +31,9 @@ NEEDS = {
 }
 ANY = ("answer", "reference", "tests")  # what the rows of other tasks may hold
 IDS_SHOWN = 5
+MIN_GOLDS = 20  # of multiple choice, below which their letters say nothing
+UNEVEN = 2.0  # times its share that a letter may be the gold
+_SANDBOXES = 4  # that tests are tried in at a time
 
 
 def read(task: str, fields: Mapping[str, Any], config: RewardConfig) -> str:
@@ -66,8 +74,8 @@ def _check_usable(task: str, reference: str, prompt: Any) -> None:
     """Raises ValueError for tests, or a repository, that no program could be run against."""
     if task == "code":
         try:
-            code_tests.read_tests(reference, prompt if isinstance(prompt, str) else "")
-        except code_tests.MalformedTests as error:
+            code_rows.read_tests(reference, prompt if isinstance(prompt, str) else "")
+        except code_rows.MalformedTests as error:
             raise ValueError(f"field 'tests' cannot be used: {error}") from None
     if task == "bug_fix":
         bug_fix.read_reference(reference)
@@ -75,10 +83,14 @@ def _check_usable(task: str, reference: str, prompt: Any) -> None:
 
 @dataclass(frozen=True)
 class ReferenceReport:
-    """How many references of compose.COMPARED there are, and the ids of those that make their samples unscorable, with the reason."""
+    """How many references of compose.COMPARED and tests of programs there are, and the ids of those that make their samples unscorable, with the reason.
+
+    `warnings` are lines about references that can be graded and teach something else.
+    """
 
     checked: int
     unscorable: dict[str, str]
+    warnings: tuple[str, ...] = ()
 
     @property
     def rate(self) -> float:
@@ -102,8 +114,54 @@ def check(requests: Sequence[RewardRequest], config: RewardConfig) -> ReferenceR
 
     Under the deadlines of `config`: a reference that the grader cannot read in time counts as unscorable.
     """
-    chosen = [compose.probe(request) for request in requests if compose.compares(request.task, config)]
+    graders = compose.graders(config)
+    own = [request for request in requests if graders.get(request.task) == compose.GRADERS.get(request.task, "")]
+    chosen = [request for request in requests if compose.compares(request.task, config)]
+    probes = [compose.probe(request) for request in chosen]
     with RewardPool(dataclasses.replace(config, workers=0)) as pool:  # numbers and words need no worker
-        scores = pool.score(chosen)
+        scores = pool.score(probes)
     found = {request.id: score.detail for request, score in zip(chosen, scores, strict=True) if not score.scorable}
-    return ReferenceReport(len(chosen), found)
+    programs = [request for request in own if request.task == "code"]
+    found |= unusable_tests(programs, config)
+    uneven = uneven_letters([request for request in own if request.task == "mcq"])
+    return ReferenceReport(len(chosen) + len(programs), found, tuple(uneven))
+
+
+def unusable_tests(requests: Sequence[RewardRequest], config: RewardConfig) -> dict[str, str]:
+    """Returns {id: why} of the rows of programs whose tests cannot run, or would pass every program.
+
+    Where programs cannot be isolated, and so nothing will be graded, none is run to find out.
+    """
+
+    def reason(request: RewardRequest) -> str:
+        with contextlib.suppress(SandboxUnavailable):
+            try:
+                return code_tests.checks_nothing(request.reference, request.prompt, config)
+            except code_rows.MalformedTests as error:
+                return str(error)
+        return ""
+
+    with ThreadPoolExecutor(_SANDBOXES) as pool:
+        reasons = list(pool.map(reason, requests))
+    return {request.id: why for request, why in zip(requests, reasons, strict=True) if why}
+
+
+def uneven_letters(requests: Sequence[RewardRequest]) -> list[str]:
+    """Returns a line for each letter that is the gold of far more multiple-choice rows than its share: saying it always would pay."""
+    golds: Counter[str] = Counter()
+    shares: Counter[str] = Counter()
+    read = [choice.read_options(request.prompt) for request in requests]
+    letters = [choice.gold_letter(request.reference, options) for request, options in zip(requests, read, strict=True)]
+    seen = {letter for letter in letters if letter}
+    for letter, options in zip(letters, read, strict=True):
+        if letter:
+            golds[letter] += 1
+            shares.update(dict.fromkeys(options or seen, 1 / len(options or seen)))
+    if golds.total() < MIN_GOLDS:
+        return []
+    return [
+        f"multiple choice: {count} of {golds.total()} golds are {letter}, whose share would be {shares[letter]:.0f}: always saying "
+        f"{letter} is paid; shuffle the options"
+        for letter, count in sorted(golds.items())
+        if count > UNEVEN * shares[letter] and count > shares[letter] + 3 * math.sqrt(shares[letter])
+    ]

@@ -44,6 +44,19 @@ _LATEX = re.compile(
     r"\\begin\{(\w+\*?)\}(?:(?!\\begin\{).)*?\\end\{\1\}|\\(?:begin|end)\{\w+\*?\}|\\[A-Za-z]+",
     re.DOTALL,
 )
+# Words of a formula outside its delimiters, and names of it. A brace within is balanced once.
+_MATH_TEXT = re.compile(
+    r"\\(?:text(?!color|size)[a-z]*|math[a-z]+|operatorname\*?|[mhf]box|label|ref|eqref|cite|tag|color|textcolor|unit|si|ce)(?![A-Za-z])"
+    r"\s*\{(?:[^{}]|\{[^{}]*\})*\}"
+)
+# A call as programs and formulas write it: no space before the bracket, arguments without two words side by side.
+_CALL = re.compile(
+    r"(?<![^\W_])[A-Za-z_][A-Za-z_0-9]{0,60}(?:\.[A-Za-z_][A-Za-z_0-9]{0,60}){0,4}\("
+    r"((?:\"[^\"\n]*\"|'[^'\n]*'|[^()\"'\n]){0,200})\)"
+)
+_PROSE = re.compile(r"[A-Za-z]{2,}[,;:]?\s+[A-Za-z]{2,}|[^\x00-\x7f]{2}")
+_MAX_NESTED_CALLS = 6
+_CODE_WORDS = re.compile(r"(?<=[\w)\]]\s)(?:for|in|if|else|and|or|not|is|lambda|await)\b")
 _WORD = re.compile(r"[^\W_](?:[\w'’-]*[^\W_])?")
 _HAN = r"\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 _KANA = r"\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\uff66-\uff9d"
@@ -52,8 +65,8 @@ _IS_KANA = re.compile(f"[{_KANA}]")
 _REPEATED = re.compile(rf"[{_HAN}]|[^\s{_HAN}]+")
 # Words of mathematics and units, which are the same in every language.
 _SYMBOLS = frozenset(
-    "sin cos tan cot arcsin arccos arctan log ln lg exp lim max min gcd lcm mod det "
-    "mm cm dm km mg kg ml mL cL dL Hz kHz MHz GHz Pa kPa kW kWh kJ mol rad μm".split()
+    "sin cos tan cot sec csc sinh cosh tanh coth arcsin arccos arctan log ln lg exp lim max min sup inf gcd lcm mod det dim ker deg sgn sqrt "
+    "print printf println cout cin len str int elif endl argmax argmin mm cm dm km mg kg ml mL cL dL Hz kHz MHz GHz Pa kPa kW kWh kJ mol rad μm".split()
 )
 
 
@@ -118,8 +131,8 @@ def check_language(name: str) -> None:
 def language_consistency(text: str, target: str, lexicon: Mapping[str, str] | None = None) -> float:
     """Returns the share of the chain of thought's words that are in the target language, in [0, 1].
 
-    Source: DeepSeek-R1, eq. 7; what a word is, it does not say. Here each Han character is one. Digits, LaTeX, code, addresses,
-    tags, units, names of functions, single Latin or Greek letters and up to four capitals (triangle ABC) are none.
+    Source: DeepSeek-R1, eq. 7; what a word is, it does not say. Here each Han character is one. Digits, LaTeX with the
+    words in its text, code, calls, addresses, tags, units, names of functions, single Latin or Greek letters and up to four capitals (triangle ABC) are none.
     Without `lexicon` the script decides: Latin letters count for `en` and `fr`, Han for `zh`, other scripts for none.
     With `lexicon` (word -> language) only its words count. No words at all give 0. `target` as in `canonical_language`;
     raises ValueError for another.
@@ -171,8 +184,12 @@ def _has_content(text: str) -> bool:
 
 def _word_languages(text: str, lexicon: Mapping[str, str] | None) -> list[str]:
     """Returns one language (with a lexicon) or script per word of the text."""
-    for pattern in (_MARKUP, _CODE, _ADDRESS, _LATEX):
+    for pattern in (_MARKUP, _CODE, _ADDRESS, _MATH_TEXT, _LATEX):
         text = pattern.sub(" ", text)
+    for _ in range(_MAX_NESTED_CALLS):
+        text, left = _without_calls(text), text
+        if text == left:
+            break
     if lexicon is not None:
         return [lexicon[word] for word in (token.lower() for token in _WORD.findall(text)) if word in lexicon]
     languages = []
@@ -180,6 +197,27 @@ def _word_languages(text: str, lexicon: Mapping[str, str] | None) -> list[str]:
         languages += ["other" if _IS_KANA.search(run) else "zh"] * len(run)
     scripts = map(_script, _WORD.findall(_CJK_RUN.sub(" ", text)))
     return languages + [script for script in scripts if script]
+
+
+def _without_calls(text: str) -> str:
+    """Returns a text without its innermost calls, `solve(x)`. What looks like one stays if it holds prose, "time(in hours)", or is a plural, "number(s)"."""
+
+    def replaced(call: re.Match) -> str:
+        before, after = (
+            text[max(0, call.start() - 2) : call.start()].rstrip(" ")[-1:],
+            text[call.end() : call.end() + 2].strip()[:1],
+        )
+        plural = (
+            call[1] in ("s", "es") and before < "\u2e80" and (not after or after.isascii() and after not in "=+-*/<>")
+        )
+        return call[0] if plural or _is_prose(call[1]) else " "
+
+    return _CALL.sub(replaced, text)
+
+
+def _is_prose(arguments: str) -> bool:
+    outside = re.sub(r"\"[^\"]*\"|'[^']*'", "0", arguments)
+    return bool(_PROSE.search(_CODE_WORDS.sub(",", outside)))
 
 
 @functools.lru_cache(1 << 16)

@@ -9,7 +9,7 @@ from pathlib import Path
 from r1jax.data import jsonl
 from r1jax.data.hashing import hash64
 from r1jax.report import table
-from r1jax.rewards.code_tests import MalformedTests, read_tests
+from r1jax.rewards.code_rows import MalformedTests, read_tests
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.sandbox import BACKENDS, SandboxUnavailable, open_sandbox
 from r1jax.rewards.score import RewardRequest, Score

@@ -9,7 +9,8 @@ from pathlib import Path
 from r1jax.core import sharding
 from r1jax.data import jsonl
 from r1jax.data.hashing import hash64
-from r1jax.rewards import code_cases, code_tests
+from r1jax.rewards import code_cases
+from r1jax.rewards.code_programs import Source, extract_program
 from r1jax.rewards.judge import Judge, Request
 from r1jax.rewards.sandbox import open_sandbox
 from r1jax.schema import Config, replace
@@ -71,12 +72,12 @@ def read(config: Config) -> list[code_cases.Problem]:
     return list(found.values())
 
 
-def source(given: object, where: str) -> code_tests.Source:
+def source(given: object, where: str) -> Source:
     """Returns a program given as Python text or as {language: python or cpp, text}. Raises ValueError for anything else."""
     if isinstance(given, str):
-        return code_tests.Source(given, "python")
+        return Source(given, "python")
     if isinstance(given, dict) and given.get("language") in ("python", "cpp") and isinstance(given.get("text"), str):
-        return code_tests.Source(given["text"], given["language"])
+        return Source(given["text"], given["language"])
     raise ValueError(
         f"{where}: a program must be Python text or {{language: python or cpp, text}}, not {str(given)[:60]!r}"
     )
@@ -103,7 +104,7 @@ def with_generators(problem: code_cases.Problem, writer: Judge | None, config: C
 
 def generators_of(replies: Iterable[str | None]) -> tuple[str, ...]:
     """Returns the distinct Python programs in a model's replies; a reply without one (or None) gives none."""
-    programs = [code_tests.extract_program(reply) for reply in replies if reply]
+    programs = [extract_program(reply) for reply in replies if reply]
     return tuple(dict.fromkeys(program.text for program in programs if program and program.language == "python"))
 
 

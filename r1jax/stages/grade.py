@@ -42,7 +42,8 @@ def run(config: Config, workdir: str) -> dict:
     reward = _reward_config(config)
     requests = [graded_rows.request(row) for row in rows]
     checked = references.check(requests, reward)
-    print(checked.line(), *golds.check(requests, checked.unscorable, reward).lines(), sep="\n", file=sys.stderr)
+    tried = golds.check(requests, checked.unscorable, reward)
+    print(checked.line(), *tried.lines(), *checked.warnings, sep="\n", file=sys.stderr)
     scores = _score(rows, reward)
     jsonl.write(
         pathlib.Path(config.output),

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from r1jax import stage_table
@@ -181,10 +181,13 @@ class FileProblems:
         requests = [RewardRequest(p.id, p.task, p.text, "", p.reference) for p in every]
         name = ", ".join(self.inputs)
         checked = references.check(requests, self._config.reward)
+        decided = distributed.decide(lambda: checked.unscorable, name="which tests can be used")
+        _refuse_tests([problem for problem in every if problem.task == "code"], decided)
         if checked.checked:
             self.notes.append(f"{name}: {checked.line()}")
             tried = golds.check(requests, checked.unscorable, self._config.reward)
             self.notes += [f"{name}: {line}" for line in tried.lines()]
+        self.notes += [f"{name}: {line}" for line in checked.warnings]
         if again := self.counts["repeated_prompts"]:
             self.notes.append(
                 f"{name}: {len(every) - again} of {len(every)} prompts are new, {again} repeat an earlier one (all rows of a "
@@ -202,6 +205,16 @@ class FileProblems:
                 f"{name}: the rows of task general and safety are not drawn: config.scenarios.from_update=-1; set it to the "
                 "update from which they are"
             )
+
+
+def _refuse_tests(programs: Sequence[Problem], unscorable: Mapping[str, str]) -> None:
+    """Raises ValueError, with the place and every id, for rows of programs whose tests every program would pass."""
+    bad = [problem for problem in programs if problem.id in unscorable]
+    if bad:
+        others = f" (so are those of {', '.join(problem.id for problem in bad[1:])})" if bad[1:] else ""
+        raise ValueError(
+            f"{bad[0].place} ({bad[0].id}): field 'tests' cannot be used: {unscorable[bad[0].id]}; leave the row out{others}"
+        )
 
 
 def _with_language(problem: Problem) -> Problem:

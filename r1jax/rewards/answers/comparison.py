@@ -216,8 +216,6 @@ def _several_quantity(first: Several, second: Quantity) -> bool:
     """a set of one member, or a vector in its basis"""
     if first.kind == "set" and len(first.members) == 1:
         return equal(first.members[0], second)
-    if first.kind == "list" and len(first.members) > 1:
-        return all(equal(member, second) for member in first.members) and False
     vector = _vector(second.node)
     if first.kind == "tuple" and vector is not None:
         parts = vector[: len(first.members)]
@@ -477,6 +475,3 @@ def _spelling(node: Node) -> str:
         parts = [_spelling(part) for part in node[1:]]
         return "".join(parts) if all(parts) else ""
     return ""
-
-
-__all__ = ["Date", "equal", "rule"]

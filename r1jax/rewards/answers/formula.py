@@ -62,7 +62,7 @@ EMPTY_SET = ("set", ())
 
 def parse(tokens: list[Token], plain_units: bool = False) -> Node:
     """Returns the node of all tokens. With `plain_units` letters behind a number may be units. Raises Unreadable."""
-    parser = _Parser(tokens, plain_units)
+    parser = Parser(tokens, plain_units)
     node = parser.listed()
     if parser.place < len(tokens):
         raise Unreadable(f"unexpected {tokens[parser.place].text}")
@@ -73,7 +73,7 @@ def number(value: int | Fraction) -> Node:
     return ("num", Fraction(value))
 
 
-class _Parser:
+class Parser:
     """Recursive descent: one method per level of precedence, from lists down to single symbols."""
 
     def __init__(self, tokens: list[Token], plain_units: bool):

@@ -21,14 +21,8 @@ from r1jax.rewards.answers.values import (
 )
 
 IS = frozenset("is are equals equal was be becomes gives as 是 为 等于".split())
-
-
 DENIALS = words.HEDGES | words.NEGATIONS
-
-
 _CURRENCY = frozenset(units.CURRENCY_SIGNS)
-
-
 REMARKS = frozenset(
     (
         "no other values",
@@ -41,14 +35,10 @@ REMARKS = frozenset(
         "no more",
     )
 )
-
-
 PARTITIVES = frozenset(
     "half third quarter thirds quarters square cube root reciprocal inverse multiple multiples divisor divisors factor factors power powers negative opposite "
     "double triple most part percent any none one out number digits logarithm factorial complement outside instead because multiples list".split()
 )
-
-
 BEFORE = frozenset("after before next previous following preceding every any since until twice".split())
 
 

@@ -57,32 +57,16 @@ from r1jax.rewards.answers.values import (
 from r1jax.rewards.answers.written import TEXT_BRACES, whole_form
 
 MAX_CHARACTERS = 1000
-
-
 MAX_PLAIN_WORDS = 2  # of a reference that is words: more are prose
-
-
 MAX_TEXT_WORDS = 10  # of a reference inside \text{}
-
-
 MAX_HAN = 8
-
-
 _FORMULA = re.compile(
     r"\$\$(.+?)\$\$|(?<!\\)\$(?!\s)([^$\n]+?)(?<![\s\\])\$(?!\d)|\\\(((?:(?!\\\().)+?)\\\)|\\\[((?:(?!\\\[).)+?)\\\]",
     re.DOTALL,
 )
-
-
 _COMMAND_OR_BRACES = re.compile(r"\\(?:begin|end)\s*\{[A-Za-z]+\*?\}|\\[A-Za-z]+")
-
-
 _LONG_WORD = re.compile(r"[^\W\d_]{3,}")
-
-
 _SIGNS_OF_FORMULA = re.compile(r"[\\^_{}=<>+*]")
-
-
 _EQUALITIES = frozenset(("=", "approx", "equiv", "cong"))
 
 
@@ -362,7 +346,7 @@ def _point(value: Value) -> Value:
 
 def _parsed(tokens: list[Token], plain_units: bool) -> tuple[Node, int]:
     """Returns (node, place behind it) of the formula that tokens begin with."""
-    parser = formula._Parser(list(tokens), plain_units)
+    parser = formula.Parser(list(tokens), plain_units)
     node = parser.relation()
     added = len(parser.tokens) - len(tokens)  # numerals that were split into digits
     return node, parser.place - added

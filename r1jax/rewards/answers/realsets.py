@@ -7,14 +7,14 @@ import itertools
 
 from mpmath import mp
 
-from r1jax.rewards.answers.evaluation import BASE_DIGITS, TooLarge, Undefined, letters, mentions, real
+from r1jax.rewards.answers.evaluation import BASE_DIGITS, Undefined, letters, mentions, real
 from r1jax.rewards.answers.formula import Node, number
 
 Interval = tuple  # (low, whether it belongs, high, whether it belongs)
 _DIGITS = 40  # in which two ends agree
 _SPECIAL = {"R": ("", ""), "R^+": (0, False), "R_+": (0, False), "R^{+}": (0, False)}
 _TURNED = {"<": ">", ">": "<", "le": "ge", "ge": "le", "ne": "ne", "=": "="}
-_CURVED = frozenset(("fn", "pow", "root", "fact", "series", "integral", "app"))
+_CURVED = frozenset(("fn", "pow", "root", "fact", "series", "integral", "app", "div"))
 _WHOLE = [(-mp.inf, False, mp.inf, False)]
 
 
@@ -250,6 +250,3 @@ def _from_sympy(found) -> list[Interval]:
     if isinstance(found, sympy.Complement):
         return _met(_merged(_from_sympy(found.args[0])), _complement(_merged(_from_sympy(found.args[1]))))
     raise Undefined("a set that is no union of intervals")
-
-
-__all__ = ["TooLarge", "Undefined", "intervals", "same"]

@@ -17,32 +17,16 @@ TEXT_BRACES = re.compile(r"\\(?:text|mathrm|operatorname|mathbf)\s*\{([^{}]*)\}"
 _CLOCK = re.compile(
     r"(\d{1,2}):(\d{2})(?::00)?\s*(?:([ap])\s*\.?\s*m\.?|(noon|midnight|o'clock|hours|hrs?))?", re.IGNORECASE
 )
-
-
 _HOUR = re.compile(r"(\d{1,2})\s*([ap])\s*\.?\s*m\.?", re.IGNORECASE)
-
-
 _ISO_DATE = re.compile(r"(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})")
-
-
 _MONTHS = "january february march april may june july august september october november december".split()
-
-
 _WRITTEN_DATE = re.compile(
     r"([a-z]{3,9})\.?\s+(\d{1,2})(?:st|nd|rd|th)?,?\s+(\d{4})|(\d{1,2})(?:st|nd|rd|th)?\s+([a-z]{3,9})\.?,?\s+(\d{4})",
     re.IGNORECASE,
 )
-
-
 _HAN_DATE = re.compile(r"(\d{4})年(\d{1,2})月(\d{1,2})[日号]")
-
-
 _SLASH_DATE = re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})")
-
-
 _BASED = re.compile(r"\(?((?=[0-9A-F]*\d|[A-F]{2,})[0-9A-Fa-f]+)\)?_\{?\(?\s*(?:base\s*)?(\d{1,2})\s*\)?\}?")
-
-
 _CHOICE = re.compile(r"\(\s*([A-J])\s*\)")
 
 
