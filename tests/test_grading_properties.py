@@ -165,7 +165,7 @@ PLACES = {  # where a number stands in an answer, beside others that no drawn nu
     "percent": "{}\\%",
     "named": "x = {}",
     "inequality": "x < {}",
-    "square": "x^2 \\le {}",
+    "two letters": "x + y \\le {}",
     "equation": "{} x + y = 1",
     "sum": "\\sqrt{{2}} + {}",
     "root": "\\sqrt[3]{{{}}}",
