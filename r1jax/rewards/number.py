@@ -1,4 +1,7 @@
-"""Numbers as people write them, read exactly."""
+"""Plain numbers, read exactly: what the tiny world's equations and the options of multiple choice are compared by.
+
+Answers of mathematics are read by answers/reading.py.
+"""
 
 import re
 from fractions import Fraction
@@ -11,19 +14,16 @@ _SCALAR = re.compile(rf"([+-]?)\s*({_DECIMAL})([eE][+-]?\d{{1,3}})?")
 _MIXED_SLASH = re.compile(rf"([+-]?)\s*(?:(\d+)\s+)?({_DECIMAL})\s*/\s*([+-]?{_DECIMAL})")
 _PART = rf"\s*(?:\{{\s*([+-]?{_DECIMAL})\s*\}}|(\d))"
 _MIXED_LATEX = re.compile(rf"([+-]?)\s*(\d+)?\s*\\frac{_PART}{_PART}")
-LAST_NUMBER = re.compile(
-    rf"(?:(?<![\w)\]}}.])[+-]\s?)?[$£€¥]?(?:\\[dt]?frac\{{-?\d+\}}\{{\d+\}}|{_DECIMAL}(?:\s?/\s?\d+)?)(?:\s?\\?%)?"
-)
 TEXT_COMMAND = r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox|operatorname)(?![A-Za-z])\s*"
-WHOLE_TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*)\}")
-TRAILING_TEXT_UNIT = re.compile(r"\s*" + TEXT_COMMAND + r"\{([^{}\d]*)\}\s*(?:\^\s*\{?\s*[23]\s*\}?)?$")
+_WHOLE_TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*)\}")
+_TRAILING_TEXT_UNIT = re.compile(r"\s*" + TEXT_COMMAND + r"\{([^{}\d]*)\}\s*(?:\^\s*\{?\s*[23]\s*\}?)?$")
 _TRAILING_WORDS = re.compile(r"^(.*?[\d}.])(\s*)([A-Za-z][A-Za-z .'/-]*)(?:\^\s*\{?\s*[23]\s*\}?)?$")
 _HAN_UNIT = re.compile(r"(?<=[\d%])\s*(?:(?![十百千万亿])[\u4e00-\u9fff]){1,4}$")
 _POWER_OF_TEN = re.compile(r"(?<=[\d.])\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*\{?\s*([+-]?\d{1,3})\s*\}?$")
 _VARIABLE = re.compile(r"[A-Za-z]\s*=\s*")
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|°|\\degrees?\b")
 SPACES = re.compile(r"(?<!\\)\\[!,;:> ]|\\q?quad\b|~")
-MATH_WORDS = frozenset("sin cos tan cot sec csc log ln exp sqrt pi max min lim mod gcd lcm inf infinity oo".split())
+_MATH_WORDS = frozenset("sin cos tan cot sec csc log ln exp sqrt pi max min lim mod gcd lcm inf infinity oo".split())
 _SMALL_WORDS = frozenset("a an at in of on to".split())
 _UNITS = frozenset(
     "mm cm km kg mg ml hr hrs mi ft lb lbs oz min mins sec secs mph kph dollar dollars cent cents euro euros pound pounds yen yuan "
@@ -49,8 +49,8 @@ def parse_number(text: str, strict_units: bool = False) -> Number | None:
     if len(text) > _MAX_NUMBER_CHARACTERS:
         return None
     text = _normalize(text)
-    whole = WHOLE_TEXT.fullmatch(text)
-    text = whole[1].strip() if whole else TRAILING_TEXT_UNIT.sub("", text)
+    whole = _WHOLE_TEXT.fullmatch(text)
+    text = whole[1].strip() if whole else _TRAILING_TEXT_UNIT.sub("", text)
     text = text.rstrip(" .。") if not re.fullmatch(r"\d+\.", text) else text[:-1]
     text = _HAN_UNIT.sub("", text)
     words = _TRAILING_WORDS.match(text)
@@ -64,14 +64,6 @@ def parse_number(text: str, strict_units: bool = False) -> Number | None:
         percent, text = True, text[:-1].rstrip()
     value = _parse_fraction(text)
     return None if value is None else Number(value, percent)
-
-
-def equal(answer: Number, gold: Number) -> bool:
-    """A percent sign on one side only may be a unit (50% for 50) or a factor (50% for 0.5)."""
-    if answer.percent == gold.percent:
-        return answer.value == gold.value
-    scaled = (answer.value / 100, gold.value) if answer.percent else (answer.value, gold.value / 100)
-    return answer.value == gold.value or scaled[0] == scaled[1]
 
 
 def _normalize(text: str) -> str:
@@ -116,16 +108,8 @@ def _parse_fraction(text: str) -> Fraction | None:
 
 def _are_units(text: str, spaced: bool, strict: bool) -> bool:
     words = re.findall(r"[A-Za-z]+", text.lower())
-    if any(word in MATH_WORDS and word not in _UNITS for word in words):
+    if any(word in _MATH_WORDS and word not in _UNITS for word in words):
         return False
     if strict or not spaced:
         return all(word in _UNITS for word in words)
     return all(len(word) >= 3 or word in _UNITS or word in _SMALL_WORDS for word in words)
-
-
-def only_number(text: str) -> Number | None:
-    """Returns the one number of a sentence, or the one behind its last `=`; None if there are several or none."""
-    if re.search(r"[+*^_{}]", text):
-        return None
-    numbers = {parse_number(match[0]) for match in LAST_NUMBER.finditer(text.rsplit("=", 1)[-1])} - {None}
-    return numbers.pop() if len(numbers) == 1 else None

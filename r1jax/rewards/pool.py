@@ -82,7 +82,7 @@ class RewardPool:
     """A context manager whose `score` grades samples under the deadlines of a RewardConfig.
 
     With `config.workers == 0` numbers and rules are graded in this process, and one worker starts when a sample first
-    needs math-verify or a grader of one's own. Otherwise that many workers grade everything.
+    needs more than that. Otherwise that many workers grade everything.
     `score_function(request, config)` replaces `compose.score`; it must be importable by the workers, and then all samples
     go to them. What workers found is kept by content: all of a request but its id, on which no score may depend.
     Not for several threads at once.

@@ -40,7 +40,7 @@ def run(config: Config, workdir: Path) -> dict:
 
 
 def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
-    """Returns what math-verify says, or nothing, ever, for the response HANGS."""
+    """Returns what the grader of mathematics says, or nothing, ever, for the response HANGS."""
     while request.response == HANGS:
         pass
     return math_answer.accuracy(request, config)
