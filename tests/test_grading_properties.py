@@ -224,6 +224,8 @@ ANYTHING = st.one_of(st.text(max_size=80), LATEX, PIECED)
 @example(answer="(" * 900, reference="{" * 900, extraction="whole")
 @example(answer="\\frac" * 180, reference="5", extraction="whole")
 @example(answer="-" * 990 + "1", reference="1", extraction="whole")
+@example(answer="\\sin 999999!", reference="5", extraction="whole")
+@example(answer="", reference="À一", extraction="whole")
 @example(answer="1" * 1000, reference="1" * 999, extraction="whole")
 @settings(max_examples=1500, deadline=None)
 def test_no_text_is_an_error_or_takes_long_as_an_answer_or_as_a_reference(answer, reference, extraction):
