@@ -240,7 +240,8 @@ def opening(line: str, question: Question) -> str | None:
     if [m.kind for m in marks if line[m.start].isalnum()][-1:] == ["deny"]:
         return None
     ends = len(marks) == 1 or marks[1].kind in ("stop", "why", "deny") or rest.strip() == "!"
-    return letter if ends and not others and question.read(rest.strip(" ,-(—).!")) in (None, letter) else None
+    named = {question.read(rest.strip(marks)) for marks in (" ,-—.!", " ,-(—).!")}  # the text's own brackets may count
+    return letter if ends and not others and named <= {None, letter} else None
 
 
 def letters_of(text: str, known: Collection[str]) -> tuple[str, ...]:

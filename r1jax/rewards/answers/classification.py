@@ -329,6 +329,8 @@ _CLASSES = {
 def joined(parts: list[Part], joints: list[str]) -> Value:
     """Returns the value of several answers side by side: conditions on the first go, names are shared."""
     first = parts[0]
+    if (narrowed := _narrowed(parts)) is not None:
+        return narrowed
     kept = [first, *(part for part in parts[1:] if not _conditions(part, first))]
     if len(kept) == 1:
         return first.value
@@ -342,6 +344,37 @@ def joined(parts: list[Part], joints: list[str]) -> Value:
         members = _flat(value.value if isinstance(value, Named) else value for value in values)
         return Named(names[0], Several("list", members), None, values[0].parameters)
     return Several("list", _flat(values))
+
+
+def _narrowed(parts: list[Part]) -> RealSet | None:
+    r"""Returns the set of `x \in R, x \ne 1`: what a letter is in, and relations of that letter; None for anything else."""
+    named = parts[0].value
+    if not isinstance(named, Named) or not isinstance(named.value, RealSet | Several) or len(parts) < 2:
+        return None
+    relations = [part.value for part in parts[1:]]
+    if not all(isinstance(relation, Relation) and _letters_in(relation) == {named.name} for relation in relations):
+        return None
+    inner = named.value
+    node = inner.node if isinstance(inner, RealSet) else as_set(inner)
+    if node is None:
+        return None
+    for relation in relations:
+        node = ("meet", node, ("rel", relation.first, *relation.sides))
+    return RealSet(node, named.name)
+
+
+def _letters_in(relation: Relation) -> frozenset[str]:
+    return frozenset().union(*(letters(side) for side in (relation.first, *(side for _, side in relation.sides))))
+
+
+def as_set(value: Several) -> Node | None:
+    """Returns the node of an interval or set of numbers; None for other members."""
+    if not all(isinstance(member, Quantity) for member in value.members):
+        return None
+    nodes = tuple(member.node for member in value.members)
+    if value.kind == "tuple":
+        return ("tuple", value.opening, value.closing, nodes)
+    return ("set", nodes) if value.kind == "set" else None
 
 
 def _is_pair(value: Value) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from r1jax.rewards.answers import evaluation, realsets, units
+from r1jax.rewards.answers.classification import as_set
 from r1jax.rewards.answers.evaluation import TooLarge, Undefined, letters
 from r1jax.rewards.answers.formula import Node, number
 from r1jax.rewards.answers.tokens import GREEK
@@ -245,19 +246,10 @@ def _with_basis(node, name: str):
 @_for(Several, RealSet, Relation)
 def _several_real(first: Several, second: Value) -> bool:
     """intervals compared"""
-    node = _as_set(first)
+    node = as_set(first)
     if node is None:
         return False
     return realsets.same(realsets.intervals(node), _intervals(second))
-
-
-def _as_set(value: Several) -> Node | None:
-    if not all(isinstance(member, Quantity) for member in value.members):
-        return None
-    nodes = tuple(member.node for member in value.members)
-    if value.kind == "tuple":
-        return ("tuple", value.opening, value.closing, nodes)
-    return ("set", nodes) if value.kind == "set" else None
 
 
 def _intervals(value: Value) -> list:

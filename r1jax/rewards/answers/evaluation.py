@@ -25,6 +25,7 @@ POINTS = len(_RANGES)
 SIGNED_POINTS = 3  # further ones, with negative letters, for what depends on signs
 _SIGNED = frozenset(("abs", "floor", "ceil", "sgn", "max", "min"))
 _INTEGER = frozenset(("binom",))
+_PERIODIC = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))  # whose large arguments are divided by pi
 
 
 class Undefined(ArithmeticError):
@@ -314,6 +315,8 @@ class Evaluator:
         value = self.value(node[1])
         if abs(value) > 10**7:
             raise TooLarge("a factorial too large")
+        if isinstance(value, mp.mpf) and 0 <= value <= 5000 and value == int(value):
+            return mp.mpf(math.factorial(int(value)))
         return mp.gamma(value + 1)
 
     def _deg(self, node: Node):
@@ -333,6 +336,8 @@ class Evaluator:
         if name in ("trace",):
             raise Undefined(name)
         values = [self.value(part) for part in node[2:]]
+        if name in _PERIODIC and mp.isfinite(values[0]) and values[0] and mp.mag(values[0]) * 0.30103 > MAX_DIGITS:
+            raise TooLarge(f"{name} of a number too large")
         found = _FUNCTIONS[name](*values)
         scale = (
             max([mp.mpf(1), *map(abs, values)]) if name in ("sin", "cos", "tan", "log", "ln", "log10") else abs(found)
@@ -418,22 +423,33 @@ def _whole(value) -> int:
     return int(value)
 
 
-def values(nodes: list[Node], point: int) -> tuple[list, object]:
+def _stated(node: Node) -> int:
+    """Returns how many digits the longest numeral of a node has: a change in its last place is as small beside its value."""
+    if node[0] == "num":
+        return int(max(node[1].numerator.bit_length(), node[1].denominator.bit_length()) * 0.30103) + 1
+    return max(map(_stated, _parts(node)), default=0)
+
+
+def values(nodes: list[Node], point: int, spread: int = 0) -> tuple[list, object]:
     """Returns (values, tolerance) of several expressions at one point, with enough digits to tell them apart.
 
-    Values of equal expressions differ by less than the tolerance. Raises Undefined or TooLarge.
+    Values of equal expressions differ by less than the tolerance, which is smaller by the digits that numerals state twice over, and by
+    `spread` times the range of magnitudes. Raises Undefined or TooLarge.
     """
     whole = frozenset().union(*map(_whole_letters, nodes))
-    digits = BASE_DIGITS
+    stated = 2 * max(map(_stated, nodes))
+    digits = max(BASE_DIGITS + stated, mp.dps)
     while True:
         with mp.workdps(digits):
             evaluator = Evaluator(point, whole)
             found = [evaluator.value(node) for node in nodes]
-            needed = BASE_DIGITS + evaluator.high - evaluator.low
+            magnitudes = evaluator.high - evaluator.low
+            needed = BASE_DIGITS + stated + (1 + 2 * spread) * magnitudes
             if needed <= digits + 5:
-                margin = _APPROXIMATE_DIGITS - 15 if evaluator.approximate else MARGIN_DIGITS
+                exact_digits = MARGIN_DIGITS + stated + spread * magnitudes
+                margin = _APPROXIMATE_DIGITS - 15 if evaluator.approximate else exact_digits
                 return found, mp.mpf(10) ** (evaluator.low - margin)
-        if needed > MAX_DIGITS:
+        if needed > MAX_DIGITS * (1 + spread) or BASE_DIGITS + magnitudes > MAX_DIGITS:
             raise TooLarge("magnitudes too far apart")
         digits = needed + 10
 
@@ -489,18 +505,18 @@ def constant_ratio(first: Node, second: Node) -> object | None:
     met = 0
     for point in range(POINTS + SIGNED_POINTS):
         try:
-            (one, other), _ = values([first, second], point)
+            (one, other), tolerance = values([first, second], point, spread=2)
         except Undefined:
             continue
         if one == 0 or other == 0 or not mp.isfinite(one) or not mp.isfinite(other):
             return None
-        with mp.workdps(BASE_DIGITS):
+        with mp.workdps(BASE_DIGITS + int(-mp.log10(tolerance))):
             here = one / other
             if isinstance(here, mp.mpc):
-                if abs(here.imag) > abs(here.real) * mp.mpf(10) ** -MARGIN_DIGITS:
+                if abs(here.imag) > abs(here.real) * tolerance:
                     return None
                 here = here.real
-            if ratio is not None and abs(here - ratio) > abs(ratio) * mp.mpf(10) ** -MARGIN_DIGITS:
+            if ratio is not None and abs(here - ratio) > abs(ratio) * tolerance:
                 return None
         ratio, met = here, met + 1
     return ratio if met >= 2 else None

@@ -7,11 +7,12 @@ import itertools
 
 from mpmath import mp
 
-from r1jax.rewards.answers.evaluation import BASE_DIGITS, Undefined, letters, mentions, real
+from r1jax.rewards.answers.evaluation import Undefined, letters, mentions, real
 from r1jax.rewards.answers.formula import Node, number
 
 Interval = tuple  # (low, whether it belongs, high, whether it belongs)
-_DIGITS = 40  # in which two ends agree
+_DIGITS = 100  # in which two ends agree
+_WORKING_DIGITS = 140
 _SPECIAL = {"R": ("", ""), "R^+": (0, False), "R_+": (0, False), "R^{+}": (0, False)}
 _TURNED = {"<": ">", ">": "<", "le": "ge", "ge": "le", "ne": "ne", "=": "="}
 _CURVED = frozenset(("fn", "pow", "root", "fact", "series", "integral", "app", "div"))
@@ -20,7 +21,7 @@ _WHOLE = [(-mp.inf, False, mp.inf, False)]
 
 def intervals(node: Node) -> list[Interval]:
     """Returns the intervals of a node, apart and in order. Raises Undefined for one that is no set of real numbers, and TooLarge."""
-    with mp.workdps(BASE_DIGITS + 20):
+    with mp.workdps(_WORKING_DIGITS):
         return _merged(_intervals(node))
 
 
@@ -28,7 +29,7 @@ def same(first: list[Interval], second: list[Interval]) -> bool:
     """Returns whether two sets of intervals are one set."""
     if len(first) != len(second):
         return False
-    with mp.workdps(BASE_DIGITS + 20):
+    with mp.workdps(_WORKING_DIGITS):
         return all(
             _close(a[0], b[0]) and _close(a[2], b[2]) and (a[1], a[3]) == (b[1], b[3])
             for a, b in zip(first, second, strict=True)
@@ -235,7 +236,7 @@ def _from_sympy(found) -> list[Interval]:
             return mp.inf if end == sympy.oo else -mp.inf
         if not end.is_number or end.is_real is False:
             raise Undefined("ends that are no numbers")
-        return mp.mpf(str(sympy.N(end, BASE_DIGITS + 10)))
+        return mp.mpf(str(sympy.N(end, mp.dps)))
 
     if found is sympy.S.EmptySet:
         return []

@@ -164,8 +164,8 @@ class _Scanner:
         if han := _HAN.match(text, place):
             self._add(WORD, han[0], len(han[0]))
             return
-        whole = _OTHER_WORD.match(text, place)[0]
-        if not whole.isascii() and not _HAN.search(whole):
+        whole = _HAN.split(_OTHER_WORD.match(text, place)[0], maxsplit=1)[0]
+        if not whole.isascii():
             self._add(WORD, whole, len(whole))
             return
         run = _LETTERS.match(text, place)[0]

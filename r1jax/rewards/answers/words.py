@@ -79,7 +79,7 @@ ARTICLES = frozenset("the a an".split())
 SHORT_WORDS = frozenset(  # of two or three letters; other runs of letters that short are products
     "am an and any are as at be but by can did do for had has he her his how if in is it its may me my no nor not now of off on one or our out "
     "per she six so ten the to too two up us was we who why yes yet you all odd red boy cat day dog man men new old own put say see set top way "
-    "tie ice car sun mon tue wed thu fri sat jan feb mar apr jun jul aug sep oct nov dec dne nan nil both only pm".split()
+    "get got let use add say tie ice car sun mon tue wed thu fri sat jan feb mar apr jun jul aug sep oct nov dec dne nan nil both only pm".split()
 )
 
 EMPTY, REALS, NO_LIMIT, MANY = "no solution", "all real numbers", "does not exist", "infinitely many"
