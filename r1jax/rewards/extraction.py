@@ -31,9 +31,9 @@ _DENIED = re.compile(
 )
 _MARKER = re.compile(r"^[ \t]*####[ \t]*(?!#)(?=[-+−$€£¥(\[\\]|\d)(?!\d+[.)]\s+[A-Za-z])([^\n]+)", re.MULTILINE)
 _COUNTED = re.compile(
-    r"([-+−$€£¥]{0,2}\s?\d[\d,]*(?:\.\d+)?%?(?:\s[A-Za-z]+)?)((?:\s[A-Za-z]+)*?)(?:\sout)?\s(?:in|of|for|per|from|at|on|each|with|over|during|among)\s.*"
+    r"([-+−$€£¥]{0,2}\s?\d[\d,]*(?:\.\d+)?%?(?:\s[A-Za-z]+)?)((?:\s[A-Za-z]+)*?)(?:\sout)?\s(?:in|of|for|per|from|at|on|each|with|over|during|among)\s([^,;]*)"
 )
-_CHANGING = words.CHANGING | words.NUMBER_WORDS
+_CHANGING = words.CHANGING | words.NUMBER_WORDS | frozenset(("case", "most", "least"))
 _NEXT_QUESTION = re.compile(
     r"^[ \t*#]*(?:Question|Q|Problem|Exercise|Input|User|问题|问|题目)[ \t]*\d*[ \t]*[:：]",
     re.MULTILINE | re.IGNORECASE,
@@ -123,7 +123,7 @@ def _marked(text: str) -> str | None:
     end = _NEXT_QUESTION.search(text, first.end())
     marker = list(_MARKER.finditer(text, first.start(), end.start() if end else len(text)))[-1]
     counted = _COUNTED.match(marker[1])
-    if counted and not {word.lower() for word in counted[2].split()} & _CHANGING:
+    if counted and not {word.lower() for part in counted.group(2, 3) for word in part.split()} & _CHANGING:
         return counted[1]
     return marker[1].strip()
 

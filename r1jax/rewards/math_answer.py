@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from r1jax.rewards.answers import comparison, evaluation, notation, reading
+from r1jax.rewards.answers import comparison, evaluation, notation, reading, words
 from r1jax.rewards.answers.tokens import Unreadable
 from r1jax.rewards.answers.values import Based, Choice, Clock, Date, Quantity, Several, Text, Value
 from r1jax.rewards.choice import choose
@@ -21,6 +21,7 @@ from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
 
 MAX_ANSWER_CHARACTERS = reading.MAX_CHARACTERS  # a longer "answer" is wrong without a closer look
+_TEXT_BRACES = re.compile(r"\\(?:text|mathrm)\s*\{([^{}]*)\}")
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
 _AT_ONCE = (Text, Choice, Clock, Date, Based)  # types whose comparison takes no time
 
@@ -89,16 +90,25 @@ def explain(response: str, reference: str, extraction: str) -> Explanation:
     if answer is None:
         return Explanation(*texts, None, wanted, "no answer found", False)
     if isinstance(wanted, Choice) and len(answer) <= MAX_ANSWER_CHARACTERS:
-        verdict = choose(answer, {}) == wanted.letter
+        plain = notation.without_wrapping(spelled)
+        denied = any(words.changes(word) for word in re.findall(r"[a-z']+|[\u4e00-\u9fff]+", answer.lower()))
+        plain = _TEXT_BRACES.sub(r"\1", plain).strip("{} ")
+        verdict = not denied and wanted.letter in (choose(answer, {}), choose(plain, {}))
         return Explanation(*texts, Text(spelled), wanted, "choice: the one letter that the answer names", verdict)
     try:
         value = reading.read(answer)
     except Unreadable as error:
         return Explanation(*texts, None, wanted, f"the answer cannot be read: {error}", False)
+    if isinstance(wanted, Quantity) and isinstance(value, Based) and value.base == 10 and value.digits.isdigit():
+        value = Quantity(("num", Fraction(value.digits)))
     if isinstance(wanted, Quantity) and isinstance(value, Based):
         return Explanation(*texts, value, wanted, "digits in another base than ten are another number", False)
     verdict, rule = _compared(wanted, value)
-    if not verdict and isinstance(wanted, Text) and reading.words_of(answer) == wanted:
+    if (
+        not verdict
+        and isinstance(wanted, Text)
+        and wanted in (reading.words_of(answer), reading.words_behind_is(answer))
+    ):
         return Explanation(*texts, wanted, wanted, "text: the same words", True)
     other = (
         None

@@ -85,7 +85,8 @@ def _with_inner_unit(node: Node) -> Value:
 
 def _around_sets(node: Node) -> Value:
     """Reads a capital letter before a point, A(1, 2)."""
-    if node[0] == "mul" and node[1][0] == "sym" and node[2][0] == "tuple" and node[1][1][:1].isupper():
+    point = node[0] == "mul" and node[1][0] == "sym" and node[2][0] == "tuple" and node[1][1][:1].isupper()
+    if point:
         return classified(node[2])
     raise Unreadable("a set inside an expression")
 
@@ -176,6 +177,8 @@ def _relation(node: Node) -> Value:
     if set(signs) <= {"=", "approx", "equiv", "cong"}:
         equal = [side for sign, side in sides if sign == "="]
         if not equal and not letters(first):
+            if not agree([first, *(side for _, side in sides)]):
+                raise Unreadable("sides that are not nearly equal")
             return classified(first)
         last = equal[-1] if equal else sides[0][1]
         everything = [first, *equal] if equal else [first, last]
@@ -200,7 +203,7 @@ def _relation(node: Node) -> Value:
             if first[0] == "sym" or letters(first):
                 return Named(str(first[1]), classified(last), None)
             raise Unreadable("sets on both sides")
-        if first[0] == "sym" and agree([side for side in equal if not letters(side)]):
+        if first[0] == "sym" and agree([side for _, side in sides if not letters(side)]):
             return Named(first[1], classified(last), ("rel", first, ("=", last)))
         return Relation(first, tuple(("=", side) for side in equal) or (("=", last),))
     if signs == ["in"] and first[0] == "sym":
@@ -252,7 +255,9 @@ _SETS = frozenset(("tuple", "set", "union", "meet", "minus", "field", "such"))
 
 
 def _such(node: Node) -> Value:
-    conditions = node[2]
+    inner, conditions = node[1], node[2]
+    if inner[0] == "rel" and inner[2] != ("in", ("field", "R")):
+        raise Unreadable("a set of other numbers")
     return classified(conditions)
 
 
@@ -396,7 +401,9 @@ def _conditions(part: Part, first: Part) -> bool:
     """Returns whether a part is a condition on the letters of the first one: `n \\in Z` behind `2n`."""
     if isinstance(first.value, Relation) or part.node is None or part.node[0] != "rel":
         return False
-    if all(sign == "=" for sign, _ in part.node[2:]):
+    if all(sign == "=" for sign, _ in part.node[2:]) or any(
+        sign == "in" and side[0] == "set" for sign, side in part.node[2:]
+    ):
         return False
     if isinstance(first.value, Named):
         known = frozenset(first.value.parameters) | {first.value.name}

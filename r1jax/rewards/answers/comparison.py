@@ -32,6 +32,10 @@ from r1jax.rewards.answers.values import (
 )
 
 MAX_MEMBERS = 60
+# Nouns and adverbs behind a number that say nothing of what it counts.
+_NEUTRAL = frozenset(
+    "total altogether each exactly only long wide tall high deep away old apart respectively in per hour a of".split()
+)
 _INDEXED = re.compile(r"[A-Za-z]_\{?\d+\}?")
 _RULES: dict[tuple[type, type], Callable] = {}
 
@@ -51,6 +55,16 @@ def rule(first: Value, second: Value) -> tuple[bool, str]:
                 return found(one, other), f"{one.type} with {other.type}: {found.__doc__}"
             except Undefined as error:
                 return False, f"{one.type} with {other.type}: {error}"
+            except (
+                ValueError,
+                TypeError,
+                IndexError,
+                KeyError,
+                AttributeError,
+                NotImplementedError,
+                ZeroDivisionError,
+            ) as error:
+                return False, f"{one.type} with {other.type}: cannot be compared ({type(error).__name__})"
     return False, f"a {first.type} is no {second.type}"
 
 
@@ -66,7 +80,14 @@ def _for(first: type, *seconds: type):
 @_for(Quantity, Quantity)
 def _quantities(first: Quantity, second: Quantity) -> bool:
     """values compared, units where both have one"""
-    if first.nouns and second.nouns and not first.nouns & second.nouns:
+    nouns = [value.nouns - _NEUTRAL for value in (first, second)]
+    if all(nouns) and not nouns[0] & nouns[1]:
+        return False
+    measured = [bool(set(dict(value.unit)) - {"percent", "units"}) for value in (first, second)]
+    if (nouns[0] and not measured[0] and measured[1]) or (nouns[1] and not measured[1] and measured[0]):
+        return False
+    general = [dict(value.unit).get("units") for value in (first, second)]
+    if None not in general and general[0] != general[1]:
         return False
     one, other = ({key: power for key, power in value.unit if key != "units"} for value in (first, second))
     percents = [unit.pop("percent", None) for unit in (one, other)]
@@ -167,7 +188,8 @@ def _several(first: Several, second: Several) -> bool:
     if "tuple" in kinds:
         pair, other = (first, second) if first.kind == "tuple" else (second, first)
         interval = len(pair.members) == 2 and (pair.opening, pair.closing) != ("(", ")")
-        return not interval and any(_in_order(pair.members, values) for values in _system(other) or [other.members])
+        orders = _system(other)
+        return not interval and _in_order(pair.members, orders[-1] if orders else other.members)
     if (systems[0] is None) != (systems[1] is None):
         named, other = (systems[0], second) if systems[0] else (systems[1], first)
         return "set" not in kinds and any(_in_order(values, other.members) for values in named)
@@ -246,10 +268,26 @@ def _with_basis(node, name: str):
 @_for(Several, RealSet, Relation)
 def _several_real(first: Several, second: Value) -> bool:
     """intervals compared"""
-    node = as_set(first)
+    node = as_set(first) or _as_union(first)
     if node is None:
         return False
     return realsets.same(realsets.intervals(node), _intervals(second))
+
+
+def _as_union(value: Several) -> Node | None:
+    """Returns the union of the intervals of a list, "(0, 1) or (2, 3)"; None for other lists."""
+    pairs = [
+        isinstance(member, Several) and member.kind == "tuple" and len(member.members) == 2 for member in value.members
+    ]
+    if value.kind != "list" or not pairs or not all(pairs):
+        return None
+    node = None
+    for member in value.members:
+        part = as_set(member)
+        if part is None:
+            return None
+        node = part if node is None else ("union", node, part)
+    return node
 
 
 def _intervals(value: Value) -> list:
@@ -430,6 +468,8 @@ def _ratios(first: Ratio, second: Ratio) -> bool:
     if len(first.parts) != len(second.parts):
         return False
     a, b = first.parts, second.parts
+    if any(all(evaluation.exact(part) == 0 for part in parts) for parts in (a, b)):
+        return False  # 0:0 is in no proportion
     return all(evaluation.same(("mul", a[place], b[0]), ("mul", b[place], a[0])) for place in range(1, len(a)))
 
 
@@ -442,7 +482,8 @@ def _ratio_quantity(first: Ratio, second: Quantity) -> bool:
 @_for(Text, Quantity)
 def _text_quantity(first: Text, second: Quantity) -> bool:
     """letters that spell the word"""
-    return bool(spelling := _spelling(second.node)) and spelling.casefold() == first.words.replace(" ", "")
+    spelling = _spelling(second.node)
+    return spelling.isalpha() and not second.unit and spelling.casefold() == first.words
 
 
 @_for(Choice, Quantity)

@@ -16,15 +16,16 @@ from r1jax.rewards.answers.formula import Node
 MAX_BITS = 60_000  # of an exact power or factorial
 MAX_TERMS = 2_000  # of a sum or product
 MAX_DIGITS = 1_500
-MAX_STEPS = 30_000  # parts of an expression evaluated for one comparison at one point
+MAX_STATED = 9  # digits of a numeral beside an integral or an infinite series
+MAX_STEPS = 15_000  # parts of an expression evaluated for one comparison at one point
 BASE_DIGITS = 50  # beyond the range of magnitudes that an expression runs through
 MARGIN_DIGITS = 25  # of them, those in which equal expressions agree
-_APPROXIMATE_DIGITS = 30  # of integrals and infinite series
+_APPROXIMATE_DIGITS = 40  # of integrals and infinite series
 _RANGES = ((0.15, 0.95), (1.1, 2.9), (3.0, 9.0))  # of letters, by point
 POINTS = len(_RANGES)
 SIGNED_POINTS = 3  # further ones, with negative letters, for what depends on signs
 _SIGNED = frozenset(("abs", "floor", "ceil", "sgn", "max", "min"))
-_INTEGER = frozenset(("binom",))
+_INTEGER = frozenset(("binom", "doublefactorial"))
 _PERIODIC = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))  # whose large arguments are divided by pi
 
 
@@ -114,6 +115,8 @@ def _exact_function(node: Node) -> Fraction | None:
         raise Undefined("number of arguments")
     if name in ("gcd", "lcm", "binom") and any(value.denominator != 1 for value in values):
         return None
+    if name == "doublefactorial" and (values[0].denominator != 1 or not 0 <= values[0] <= 2000):
+        return None
     if name == "binom" and not 0 <= values[1] <= values[0] <= 5000:
         return None
     if name == "mod" and values[1] == 0:
@@ -121,7 +124,7 @@ def _exact_function(node: Node) -> Fraction | None:
     return Fraction(_RATIONAL_FUNCTIONS[name](*values))
 
 
-_ARGUMENTS = {"abs": 1, "floor": 1, "ceil": 1, "sgn": 1, "mod": 2, "binom": 2}
+_ARGUMENTS = {"doublefactorial": 1, "abs": 1, "floor": 1, "ceil": 1, "sgn": 1, "mod": 2, "binom": 2}
 _RATIONAL_FUNCTIONS = {
     "abs": abs,
     "floor": math.floor,
@@ -129,6 +132,7 @@ _RATIONAL_FUNCTIONS = {
     "max": lambda *values: max(values),
     "min": lambda *values: min(values),
     "sgn": lambda value: (value > 0) - (value < 0),
+    "doublefactorial": lambda value: math.prod(range(int(value), 0, -2)),
     "gcd": lambda *values: math.gcd(*map(int, values)),
     "lcm": lambda *values: math.lcm(*map(int, values)),
     "mod": lambda value, modulus: value % modulus,
@@ -192,6 +196,9 @@ def _drawn(name: str, point: int, whole: bool):
     low, high = _RANGES[point % POINTS]
     value = mp.mpf(low) + (mp.mpf(high) - low) * draw / mp.mpf(1 << 96)
     negative = point >= POINTS and (point == POINTS or draw % 2)
+    value = (
+        value * 211 if point == POINTS + SIGNED_POINTS - 1 else value
+    )  # beyond the numbers that a maximum compares with
     return -value if negative else value
 
 
@@ -280,6 +287,14 @@ class Evaluator:
 
     def _pow(self, node: Node):
         base, exponent = self.value(node[1]), self.value(node[2])
+        if (
+            self.approximate
+            and mp.isfinite(base)
+            and mp.isfinite(exponent)
+            and base
+            and mp.re(exponent * mp.log(base)) < -(10**4)
+        ):
+            return mp.mpf(0)  # far out in an integral
         if base == 0:
             if mp.re(exponent) > 0:
                 return mp.mpf(0)
@@ -376,11 +391,19 @@ class Evaluator:
             self.bound[letter[1]] = place
             return self.value(body)
 
+        self._require_convergence(term, first)
         with mp.workdps(_APPROXIMATE_DIGITS):
             find = mp.nsum if kind == "sum" else mp.nprod
             found = find(term, [first, mp.inf])
         self.bound, (self.low, self.high) = saved, seen
         return found
+
+    def _require_convergence(self, term, first) -> None:
+        """Raises Undefined for a series whose far terms are not small: such sums have limits only in another sense."""
+        far = [term(first + 100_000 + step) for step in range(2)]
+        alternating = mp.re(far[0]) * mp.re(far[1]) < 0
+        if abs(far[0]) > (mp.mpf("0.1") if alternating else mp.mpf("0.02") / 100_000):
+            raise Undefined("a series that does not converge")
 
     def _integral(self, node: Node):
         self.approximate = True
@@ -411,7 +434,7 @@ _FUNCTIONS = {
     "sin": mp.sin, "cos": mp.cos, "tan": mp.tan, "cot": mp.cot, "sec": mp.sec, "csc": mp.csc, "arcsin": mp.asin, "arccos": mp.acos,
     "arctan": mp.atan, "arccot": mp.acot, "arcsec": mp.asec, "arccsc": mp.acsc, "sinh": mp.sinh, "cosh": mp.cosh, "tanh": mp.tanh,
     "coth": mp.coth, "sech": mp.sech, "csch": mp.csch, "arsinh": mp.asinh, "arcosh": mp.acosh, "artanh": mp.atanh, "ln": mp.log,
-    "log": _log, "log10": mp.log10, "abs": abs, "floor": mp.floor, "ceil": mp.ceil, "binom": _binomial, "max": lambda *v: max(v),
+    "log": _log, "log10": mp.log10, "doublefactorial": mp.fac2, "abs": abs, "floor": mp.floor, "ceil": mp.ceil, "binom": _binomial, "max": lambda *v: max(v),
     "min": lambda *v: min(v), "sgn": mp.sign, "mod": lambda a, b: a - b * mp.floor(a / b), "gcd": lambda *v: mp.mpf(math.gcd(*map(_whole, v))),
     "lcm": lambda *v: mp.mpf(math.lcm(*map(_whole, v))),
 }  # fmt: skip
@@ -447,6 +470,8 @@ def values(nodes: list[Node], point: int, spread: int = 0) -> tuple[list, object
             needed = BASE_DIGITS + stated + (1 + 2 * spread) * magnitudes
             if needed <= digits + 5:
                 exact_digits = MARGIN_DIGITS + stated + spread * magnitudes
+                if evaluator.approximate and stated > 2 * MAX_STATED:
+                    raise TooLarge("numerals longer than an integral or series is evaluated to")
                 margin = _APPROXIMATE_DIGITS - 15 if evaluator.approximate else exact_digits
                 return found, mp.mpf(10) ** (evaluator.low - margin)
         if needed > MAX_DIGITS * (1 + spread) or BASE_DIGITS + magnitudes > MAX_DIGITS:

@@ -211,6 +211,14 @@ class Parser:
         if self.at("%") and self.percent_is_unit():
             self.place += 1
             return ("unit", node, units.unit({"percent": Fraction(1)}))
+        if (
+            node[0] == "deg"
+            and self.peek() is not None
+            and self.peek().text in ("C", "F")
+            and _ends(self.tokens, self.place + 1)
+        ):
+            key = {"C": "celsius", "F": "fahrenheit"}[self.take().text]
+            return ("unit", node[1], units.unit({key: Fraction(1)}))
         found = read_unit(self.tokens, self.place, self.plain_units)
         if found is None:
             return node
@@ -321,7 +329,10 @@ class Parser:
             elif self.at("circ"):
                 self.place += 1
                 node = ("deg", node)
-            elif self.at("!") and not self.at("!", ahead=1):
+            elif self.at("!") and self.at("!", ahead=1):
+                self.place += 2
+                node = ("fn", "doublefactorial", node)
+            elif self.at("!"):
                 self.place += 1
                 node = ("fact", node)
             elif self.at("_") and self.place > start:
@@ -694,6 +705,8 @@ class Parser:
         self.place += 1
         if row:
             rows.append(tuple(row))
+        if not rows:
+            raise Unreadable("an empty table")
         if name == "vmatrix":
             return ("fn", "det", ("matrix", tuple(rows)))
         if name in ("cases", "aligned", "align", "gathered", "split"):
@@ -805,7 +818,7 @@ def _ends(tokens: list[Token], place: int) -> bool:
         return True
     token = tokens[place]
     return (
-        token.kind == WORD
+        token.kind in (WORD, NUMBER)
         or token.text in _ENDS
         or token.text in ("lor", "land", "(", ".", "+", "-")
         or token.text.startswith("end ")
@@ -824,6 +837,9 @@ def _factor(tokens: list[Token], place: int, plain: bool) -> tuple[str, Fraction
         place, token = place + 1, tokens[place + 1]
     if token.text == "circ" and place + 1 < len(tokens) and tokens[place + 1].text in ("C", "F"):
         return {"C": "celsius", "F": "fahrenheit"}[tokens[place + 1].text], power, place + 2
+    after = tokens[place + 1].text.lower() if place + 1 < len(tokens) else ""
+    if token.text.lower() in ("degree", "degrees") and after in ("celsius", "fahrenheit"):
+        return after, power, place + 2
     braced = token.text == "{" and place + 2 < len(tokens) and tokens[place + 2].text == "}"
     if braced:
         token = tokens[place + 1]

@@ -91,7 +91,11 @@ def name_of(tokens: list[Token], letters_only: bool = False) -> tuple[str, tuple
     if texts[0] == texts[-1] == "|" and all(token.kind in (LETTER, UPRIGHT, SIGN, COMMAND) for token in tokens):
         size = "vec" in texts or any(text.isupper() or text in ("z", "w") for text in texts)
         return (joined, ()) if size else None
-    if is_sum(tokens):
+    if is_sum(tokens) or _is_sum_of_names(tokens):
+        return joined, ()
+    if texts[0] == "[" and texts[-1] == "]" and len(tokens) > 4 and all(text.isupper() for text in texts[1:-1]):
+        return joined, ()
+    if base_end and texts[base_end : base_end + 1] == ["["] and texts[-1] == "]":
         return joined, ()
     return None
 
@@ -105,6 +109,20 @@ def _may_apply(first: Token, base_end: int, inside: list[Token]) -> bool:
         and not any(token.text in ("+", "*", "^") for token in inside)
         and first.text not in ("x", "n", "e", "i")
     )
+
+
+def _is_sum_of_names(tokens: list[Token]) -> bool:
+    """Returns whether tokens are names with subscripts or arguments, joined by plus and minus signs: x_1 + x_2, f(1) + f(2)."""
+    terms: list[list[Token]] = [[]]
+    for token, depth in zip(tokens, depths_of(tokens), strict=True):
+        if depth == 0 and token.text in ("+", "-"):
+            terms.append([])
+        else:
+            terms[-1].append(token)
+    if len(terms) < 2:
+        return False
+    named = [bool(term) and term[0].kind == LETTER and len(term) > 1 and name_of(term) is not None for term in terms]
+    return all(named)
 
 
 def is_sum(tokens: list[Token]) -> bool:

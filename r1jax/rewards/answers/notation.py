@@ -51,14 +51,23 @@ _SPACING = re.compile(
 )
 _THIN_SPACE = re.compile(r"(?<=\d)\s*(?:\\[,;:!> ]|~|\{\s*\\[,;: ]\s*\})\s*(?=\d{3}(?!\d))")
 _TEXT_COMMA = re.compile(r"\\(?:text|mbox|mathrm|textrm)\s*\{\s*,\s*\}")
-_BRACED_COMMA = re.compile(r"(?<=\d)\s*\{,\}\s*(?=\d)")
+_BRACED_COMMA = re.compile(r"(?<=\d)\s*\{\s*,\s*\}\s*(?=\d)")
 _COMMA_SPACE = re.compile(r"(?<=\d),\s*\\!\s*(?=\d{3})")
 _ROWS = re.compile(r"\\begin\s*\{(?:[pbvBV]?(?:small)?matrix|array|cases)\*?\}")
 _DOUBLED = re.compile(r"\\\\(?=[A-Za-z]{2})")  # escaped twice
 _ALIGNED = re.compile(r"\\(?:begin|end)\s*\{(?:equation|align|aligned|gather|gathered|split|multline)\*?\}")
+_SYSTEM = re.compile(
+    r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*\{[lcr| ]*\}(.*?)\\end\s*\{array\}\s*\\right\s*\.", re.DOTALL
+)
+_UNION = re.compile(r"([)\]])\s*U\s*([(\[])")
+_AMPERSAND_BEFORE_EQUALS = re.compile(r"(?<!\\)&\s*(?==)")
 _NEXT_STEP = re.compile(r"\\\\\s*&?\s*(?==)")
 _LINE_BREAK = re.compile(r"\\\\(?:\[[^\]]*\])?")
 _AMPERSAND = re.compile(r"(?<!\\)&(?=\s*(?:=|\\[a-z]|<|>|$))|&\s*(?==)")
+_HIDDEN = re.compile(
+    r"\\(?:tag|label|phantom|hphantom|vphantom|hspace|vspace)\*?\s*\{[^{}]*\}|\\(?:blacksquare|qed|checkmark|therefore|because)(?![A-Za-z])"
+)
+_END_MARKS = re.compile("[✓✔✅∴∵■□∎☑]")
 _NOTHING = re.compile(r"(?<![\\])\{\s*\}")
 _BRACED_SIGN = re.compile(r"(?<![\\A-Za-z\}_^])\{\s*([:=<>+-])\s*\}")
 _MATH_MARK = re.compile(r"\\[()\[\]]")
@@ -85,7 +94,7 @@ def normalise(text: str) -> str:
 
     Dollar signs that delimit formulas go, those before an amount stay as `\$`.
     """
-    text = _INVISIBLE.sub("", text)
+    text = _END_MARKS.sub(" ", _INVISIBLE.sub("", text))
     text = _VULGAR.sub(_vulgar_fraction, text)
     text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
     text = _LOWERED.sub(lambda match: f"_{{{match[0].translate(_SUBSCRIPTS)}}}", text)
@@ -99,7 +108,11 @@ def _vulgar_fraction(match: re.Match) -> str:
 
 
 def _latex(text: str) -> str:
-    if not _ROWS.search(text):
+    text = _SYSTEM.sub(r"\\begin{cases}\1\\end{cases}", text)
+    text = _UNION.sub(r"\1\\cup \2", text)
+    if _ROWS.search(text):
+        text = _ALIGNED.sub(" ", _AMPERSAND_BEFORE_EQUALS.sub(" ", text))
+    else:
         text = _DOUBLED.sub(r"\\", text)
         text = _ALIGNED.sub(" ", text)
         text = _NEXT_STEP.sub(" ", text)
@@ -110,6 +123,7 @@ def _latex(text: str) -> str:
     text = _BRACED_SIGN.sub(r"\1", text)
     text = _BRACED_COMMA.sub(r"\\decimalcomma ", text)
     text = _EMPTY_DELIMITER.sub(" ", text)
+    text = _HIDDEN.sub(" ", text)
     text = _WITH_COLOUR.sub(" ", text)
     text = _COMMAND.sub(_one_name, text)
     text = _STYLE.sub(" ", text)

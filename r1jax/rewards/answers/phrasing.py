@@ -5,6 +5,7 @@ from fractions import Fraction
 
 from r1jax.rewards.answers import formula, units, words
 from r1jax.rewards.answers.tokens import (
+    COMMAND,
     LETTER,
     NUMBER,
     SIGN,
@@ -23,6 +24,7 @@ from r1jax.rewards.answers.values import (
 IS = frozenset("is are equals equal was be becomes gives as 是 为 等于".split())
 DENIALS = words.HEDGES | words.NEGATIONS
 _CURRENCY = frozenset(units.CURRENCY_SIGNS)
+_ORDERS = frozenset(("<", ">", "le", "ge", "ne"))
 REMARKS = frozenset(
     (
         "no other values",
@@ -44,9 +46,19 @@ BEFORE = frozenset("after before next previous following preceding every any sin
 
 def key_of(tokens: list[Token]) -> str:
     """Returns tokens as one text, the same for all spellings of it: without case, articles, and marks that end or join."""
-    kept = [token for token in tokens if token.text not in tuple('.,;?!"`(){}')]
+    kept = [token for token in _without_marks(tokens) if token.text not in tuple('.,;?"`{}')]
     kept = [token for token in kept if token.kind != WORD or token.text.lower() not in words.ARTICLES]
     return " ".join(token.text if token.kind == LETTER else token.text.casefold() for token in kept)
+
+
+def _without_marks(tokens: list[Token]) -> list[Token]:
+    """Returns the tokens without exclamation marks behind words, and without brackets around all of them."""
+    kept = [
+        token for place, token in enumerate(tokens) if token.text != "!" or place == 0 or tokens[place - 1].kind != WORD
+    ]
+    if len(kept) > 2 and kept[0].text == "(" and kept[-1].text == ")" and 0 not in depths_of(kept)[1:-1]:
+        return kept[1:-1]
+    return kept
 
 
 def depths_of(tokens: list[Token]) -> list[int]:
@@ -187,12 +199,20 @@ def without_remarks(tokens: list[Token]) -> list[Token]:
         opening = [place for place, token in enumerate(tokens) if token.text in ("(", "[") and depths[place] == 0]
         start = opening[-1] if opening else 0
         inside = tokens[start + 1 : -1]
+        if not inside:
+            return tokens
         has_words = any(token.kind == WORD and units.named(token.text) is None for token in inside)
         relation = any(token.text in ("ne", "<", ">", "le", "ge", "in") and token.kind != WORD for token in inside)
+        if relation and not has_words and start and opening and not any(token.text == "=" for token in inside):
+            comma = Token(SIGN, ",")
+            return [*tokens[:start], comma, *inside]  # a condition, told from the rest as one behind a comma is
         name = start > 0 and tokens[start - 1].kind in (LETTER, UPRIGHT) and not tokens[start].spaced and not has_words
         modulus = any(token.text in ("mod", "bmod", "pmod") for token in inside)
         has_words = has_words or sum(token.kind == WORD for token in inside) > 1
         doubted = any(token.text.lower() in words.DOUBTS for token in inside if token.kind == WORD)
+        counted = len(inside) > 1 and inside[0].kind == NUMBER and inside[1].kind == WORD
+        about = inside[0].kind in (LETTER, UPRIGHT) and inside[0].text in [token.text for token in tokens[:start]]
+        doubted = doubted or not (counted or about or inside[0].text.lower() in words.REMARK_OPENINGS)
         if start == 0 or not (has_words or relation) or name or modulus or doubted:
             return tokens
         tokens = trimmed(tokens[:start])
@@ -208,7 +228,15 @@ def without_condition(tokens: list[Token]) -> list[Token]:
         if all(other.kind == WORD for other in tokens[:place]):
             continue
         rest = [other.text.lower() for other in tokens[place:] if other.kind == WORD]
-        if rest.count(token.text) > 1 or words.DOUBTS & set(rest):
+        if any(other.text == "in" and other.kind == COMMAND for other in tokens[:place]) and any(
+            other.text in _ORDERS and other.kind != WORD for other in tokens[place:]
+        ):
+            return tokens
+        relations = [
+            any(other.text in _ORDERS and other.kind != WORD for other in part)
+            for part in (tokens[:place], tokens[place:])
+        ]
+        if rest.count(token.text) > 1 or words.DOUBTS & set(rest) or all(relations):
             return tokens
         if (
             words.ALTERNATIVES & set(rest)

@@ -19,6 +19,7 @@ from r1jax.rewards.answers.phrasing import (
     groups_of,
     harmless_tail,
     is_logic,
+    joint_of,
     key_of,
     number_of_words,
     phrase_value,
@@ -64,6 +65,9 @@ _FORMULA = re.compile(
     r"\$\$(.+?)\$\$|(?<!\\)\$(?!\s)([^$\n]+?)(?<![\s\\])\$(?!\d)|\\\(((?:(?!\\\().)+?)\\\)|\\\[((?:(?!\\\[).)+?)\\\]",
     re.DOTALL,
 )
+_BRACED = re.compile(r"\{((?:(?!\\over|\\choose)[^{}])*)\}")
+_GROUPED = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_OUTWARD = re.compile(r"\]([^,\[\]]+),([^,\[\]]+)\[")  # ]0, 1[
 _COMMAND_OR_BRACES = re.compile(r"\\(?:begin|end)\s*\{[A-Za-z]+\*?\}|\\[A-Za-z]+")
 _LONG_WORD = re.compile(r"[^\W\d_]{3,}")
 _SIGNS_OF_FORMULA = re.compile(r"[\\^_{}=<>+*]")
@@ -78,12 +82,31 @@ def read(text: str, reference: bool = False, plain_units: bool = False) -> Value
     if len(text) > MAX_CHARACTERS:
         raise Unreadable(f"it has {len(text)} characters, more than {MAX_CHARACTERS}")
     text = notation.without_wrapping(notation.normalise(text))
+    while (inner := _BRACED.fullmatch(text)) and (inner[1].count(",") == 0 or _GROUPED.fullmatch(inner[1].strip())):
+        text = notation.without_wrapping(inner[1])
+    if outward := _OUTWARD.fullmatch(text):
+        text = f"({outward[1]},{outward[2]})"
     if (whole := whole_form(text)) is not None:
         return whole
     try:
         return _Reader(reference, plain_units).read(_tokens(text))
     except RecursionError:
         raise Unreadable("too deep") from None
+
+
+def words_behind_is(text: str) -> Text | None:
+    """Returns the words behind the last "is" of a sentence, "The graph is an ellipse"; None without such a sentence."""
+    try:
+        tokens = trimmed(_tokens(notation.without_wrapping(notation.normalise(text))))
+    except Unreadable:
+        return None
+    places = [place for place, token in enumerate(tokens) if token.kind == WORD and token.text.lower() in IS]
+    if not places or not _introduces(tokens[: places[-1]]):
+        return None
+    try:
+        return _Reader(False).text(tokens[places[-1] + 1 :])
+    except Unreadable:
+        return None
 
 
 def words_of(text: str) -> Text | None:
@@ -94,6 +117,29 @@ def words_of(text: str) -> Text | None:
         )
     except Unreadable:
         return None
+
+
+_NOT_BEFORE_IS = (
+    DENIALS
+    | words.NUMBER_WORDS
+    | frozenset("bound bounds upper lower twice double half another if would guess less more almost".split())
+) - {
+    "point",
+    "second",
+    "third",
+    "fourth",
+    "score",
+    "pair",
+    "quarter",
+}
+
+
+def _introduces(tokens: list[Token]) -> bool:
+    """Returns whether what stands before "is" names what follows, and does not change or deny it."""
+    spoken = [token.text.lower() for token in tokens if token.kind == WORD]
+    depths = depths_of(tokens)
+    numerals = any(token.kind == NUMBER and depth == 0 for token, depth in zip(tokens, depths, strict=True))
+    return not any(word in _NOT_BEFORE_IS for word in spoken) and (bool(spoken) or not numerals)
 
 
 def _tokens(text: str) -> list[Token]:
@@ -181,7 +227,7 @@ class _Reader:
     def behind_is(self, tokens: list[Token]) -> Value | None:
         """Returns the value behind the last "is" of a sentence, or None."""
         places = [place for place, token in enumerate(tokens) if token.kind == WORD and token.text.lower() in IS]
-        if not places or any(token.text.lower() in DENIALS for token in tokens[: places[-1]] if token.kind == WORD):
+        if not places or not _introduces(tokens[: places[-1]]):
             return None
         rest = trimmed(tokens[places[-1] + 1 :])
         if not rest:
@@ -202,6 +248,8 @@ class _Reader:
         if ";" in joints and "," in joints:
             groups = [self.parts(group) for group in groups_of(tokens)]
             return None if None in groups else Several("list", tuple(map(_point, groups)))
+        if "or" in joints and "," in joints and (systems := self.systems(tokens)) is not None:
+            return systems
         found = []
         for place, segment in enumerate(segments):
             part = self.segment(segment)
@@ -218,6 +266,23 @@ class _Reader:
         if not found:
             return None
         return found[0].value if len(found) == 1 else joined(found, joints)
+
+    def systems(self, tokens: list[Token]) -> Value | None:
+        """Returns the points of `x = 1, y = 2 or x = 2, y = 1`; None for anything else."""
+        groups: list[list[Token]] = [[]]
+        for token, depth in zip(tokens, depths_of(tokens), strict=True):
+            if depth == 0 and joint_of(token) == "or":
+                groups.append([])
+            else:
+                groups[-1].append(token)
+        values = [self.parts(group) for group in groups if group]
+        named = all(
+            isinstance(value, Several)
+            and value.kind == "list"
+            and all(isinstance(member, Named) for member in value.members)
+            for value in values
+        )
+        return Several("list", tuple(map(_point, values))) if named else None
 
     def segment(self, tokens: list[Token]) -> Part | None:
         """Returns one answer: a formula, in words that do not change it, with its unit or what it counts."""
@@ -246,6 +311,8 @@ class _Reader:
             core = core[1:]
         node, behind = _parsed(core, self.plain_units)
         tail = [token for token in core[behind:] if token.text not in (".", ":", ";", ",")]
+        if node[0] == "unit" and tail and tail[0].kind == NUMBER:
+            node, tail = _compound(node, tail)
         if any(token.kind not in (WORD,) and not (token.kind == LETTER and token.text in "aAI") for token in tail):
             return None
         nouns = [token.text.lower() for token in tail]
@@ -312,7 +379,7 @@ class _Reader:
             return None
         name, parameters = found
         chain = [place for place in places if tokens[place].text == "="]
-        if len(chain) > 1 and not self.chain_agrees(tokens, chain):
+        if len(places) > 1 and not self.chain_agrees(tokens, places):
             return None
         if not swapped and chain:
             exact_end = next((place for place in places if place > chain[-1]), len(tokens))
@@ -342,6 +409,15 @@ def _point(value: Value) -> Value:
         members = tuple(member.value if isinstance(member, Named) else member for member in value.members)
         return Several("tuple", members, "(", ")")
     return value
+
+
+def _compound(node: Node, rest: list[Token]) -> tuple[Node, list[Token]]:
+    """Returns (the sum of amounts such as 5 feet 6 inches in the first unit, the tokens behind it)."""
+    found, behind = _parsed(rest, False)
+    scale = units.ratio(found[2], node[2]) if found[0] == "unit" else None
+    if scale is None:
+        return node, rest
+    return ("unit", ("add", node[1], ("mul", formula.number(scale), found[1])), node[2]), rest[behind:]
 
 
 def _parsed(tokens: list[Token], plain_units: bool) -> tuple[Node, int]:

@@ -11,6 +11,7 @@ from r1jax.rewards.answers.evaluation import Undefined, letters, mentions, real
 from r1jax.rewards.answers.formula import Node, number
 
 Interval = tuple  # (low, whether it belongs, high, whether it belongs)
+MAX_DEGREE = 12
 _DIGITS = 100  # in which two ends agree
 _WORKING_DIGITS = 140
 _SPECIAL = {"R": ("", ""), "R^+": (0, False), "R_+": (0, False), "R^{+}": (0, False)}
@@ -223,6 +224,8 @@ def _roots(polynomial, symbol) -> list:
     poly = sympy.Poly(polynomial, symbol)
     if poly.degree() < 1:
         return []
+    if poly.degree() > MAX_DEGREE or not (poly.domain.is_QQ or poly.domain.is_ZZ):
+        raise Undefined("an inequality too large to solve")
     coefficients = [mp.mpf(str(sympy.N(value, mp.dps))) for value in poly.sqf_part().all_coeffs()]
     found = mp.polyroots(coefficients, maxsteps=300, extraprec=300)
     return [mp.re(root) for root in found if abs(mp.im(root)) < mp.mpf(10) ** -_DIGITS]

@@ -45,6 +45,10 @@ _LETTERS_THEN_NAME = re.compile("([a-zA-Z]{1,2})(sqrt|sin|cos|tan|log|ln|pi|thet
 
 _WORD_BEFORE = re.compile(r"[A-Za-z]{2,}\s+$")
 _WORD_AFTER = re.compile(r"\s+[A-Za-z]{1,20}\b")
+_NOUN_AFTER = re.compile(
+    r"\s+(?!and\b|or\b|mod\b|cos\b|sin\b|tan\b|log\b|times\b|plus\b|minus\b)[A-Za-z]{3,}\b(?!\s*[=^_(])"
+)
+_SIGNED = re.compile(r"\d\s*[A-Za-z]\s*[+=-]|[A-Za-z]\s*[+=-]\s*\d")
 _SPOKEN = re.compile(r"[^\W\d_]{3,}\s+[^\W\d_]|[^\W\d_]\s+[^\W\d_]{3,}")  # several words
 _TEXT = re.compile(r"\\(?:text|mathrm|operatorname\*?|mathbf|mathbb|mathcal|mathscr|mathfrak)(?![A-Za-z])\s*")
 _ENVIRONMENT = re.compile(r"\\(begin|end)\s*\{\s*([A-Za-z]+)\*?\s*\}(?:\s*\{[clr|@ ]*\}|\s*\[[a-z]*\])?")
@@ -130,6 +134,10 @@ class _Scanner:
         if command == r"\mathbf" and content.strip() in tuple("ijk"):
             self._add(COMMAND, f"basis {content.strip()}", end - spaced_before)
             return
+        if command in (r"\mathbf", r"\mathrm") and _SIGNED.search(content):  # a formula in bold
+            self.tokens += _Scanner(content, self.prose, self.inside, self.depth).run()
+            self.place = end
+            return
         prose = self.prose or bool(_SPOKEN.search(content))
         inner = _Scanner(content, prose, "operator" if "operator" in command else "text", self.depth).run()
         spaced = (spaced_before > 0 and self.text[spaced_before - 1].isspace()) or content[:1].isspace()
@@ -184,7 +192,9 @@ class _Scanner:
     def _run(self, run: str) -> None:
         if len(run) == 1:
             kind = UPRIGHT if self.inside else LETTER
-            if self.prose and (run in "aAI" or self._between_words()):
+            if (self.prose and (run in "aAI" or self._between_words())) or (
+                run in "aA" and _NOUN_AFTER.match(self.text, self.place + 1)
+            ):
                 kind = WORD
             self._add(kind, run, 1)
         elif run in ("min", "sec") and (self.inside == "text" or (self.tokens and self.tokens[-1].kind == NUMBER)):

@@ -35,12 +35,13 @@ APPROXIMATELY = frozenset("approximately about roughly around approx exactly cir
 SIGNS = {"minus": -1, "negative": -1, "plus": 1, "positive": 1, "负": -1}
 # A condition or reason begins; what stands before it is the answer.
 CONDITIONS = frozenset(
-    "where for if when whenever with since because assuming provided given as such 其中 因为 当 若 如果 由于 使得".split()
+    "where for if when whenever with since because assuming provided given such 其中 因为 当 若 如果 由于 使得".split()
 )
 ALTERNATIVES = frozenset("otherwise else elsewhere".split())
 NEGATIONS = frozenset(
     "no not never neither nor cannot can't isn't aren't wasn't weren't don't doesn't didn't won't wouldn't shouldn't couldn't wrong incorrect false untrue impossible "
-    "不 不是 不能 并非 nicht nie niemals kein keine keinen pas jamais ne non nunca jamás sin".split()
+    "不 不是 不能 并非 refuted mistaken unlikely doubtful disproved erroneous discarded dismissed ignore ignored contradiction contradicts contradictory refutes "
+    "nicht nie niemals kein keine keinen pas jamais ne non nunca jamás sin".split()
 )
 # Words that make of a number beside them another number, a bound, a guess or a denial.
 CHANGING = (
@@ -65,7 +66,14 @@ CHANGING = (
 )
 # Parts of Chinese words that do the same.
 CHANGING_HAN = "不 非 没 除 至少 至多 最多 最少 大于 小于 超 以上 以下 左右 或 倍 半 平方 立方 分之 几 多 负 错".split()
-DOUBTS = frozenset("wrong incorrect should maybe perhaps possibly or but however instead".split())
+DOUBTS = frozenset(
+    "wrong incorrect should maybe perhaps possibly or but however instead actually also right valid correct answer works not no rather really likely".split()
+)
+# What a remark in brackets behind an answer begins with, where it says nothing of another answer.
+REMARK_OPENINGS = frozenset(
+    "since because as where for if when that which in the each per rounded to approximately approx about after from by using see given assuming taking choosing rejecting ignoring at i ie i.e with "
+    "of only units all exactly 因为 其中 约".split()
+)
 # A number behind one of these is a label.
 LABELS = frozenset(
     "room question problem step part chapter page option case exercise figure equation example section item line row column lemma theorem number no. choice "

@@ -26,6 +26,7 @@ _WRITTEN_DATE = re.compile(
 )
 _HAN_DATE = re.compile(r"(\d{4})年(\d{1,2})月(\d{1,2})[日号]")
 _SLASH_DATE = re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})")
+_SPOKEN_BASE = re.compile(r"([0-9][0-9A-Fa-f]*)\s*\(?\s*(?:in\s+)?base\s*-?\s*(\d{1,2})\s*\)?", re.IGNORECASE)
 _BASED = re.compile(r"\(?((?=[0-9A-F]*\d|[A-F]{2,})[0-9A-Fa-f]+)\)?_\{?\(?\s*(?:base\s*)?(\d{1,2})\s*\)?\}?")
 _CHOICE = re.compile(r"\(\s*([A-J])\s*\)")
 
@@ -49,6 +50,8 @@ def whole_form(text: str) -> Value | None:
         found = [place for place, month in enumerate(_MONTHS, 1) if month.startswith(name[:3]) and len(name) >= 3]
         if found:
             return Date(int(date[3] or date[6]), found[0], int(date[2] or date[4]))
+    if spoken := _SPOKEN_BASE.fullmatch(plain):
+        return Based(spoken[1].upper().lstrip("0") or "0", int(spoken[2]))
     if based := _BASED.fullmatch(plain.replace(" ", "")):
         return Based(based[1].upper().lstrip("0") or "0", int(based[2]))
     if (choice := _CHOICE.fullmatch(plain)) and r"\text" in text or (choice and r"\mathrm" in text):
