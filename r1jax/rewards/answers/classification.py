@@ -43,7 +43,7 @@ def classified(node: Node) -> Value:
         return _with_inner_unit(node)
     if kind in _CLASSES:
         return _CLASSES[kind](node)
-    if mentions(node, frozenset(("matrix",))) and not mentions(node, frozenset(("det", "trace"))):
+    if _has_matrix(node):
         return _scaled_matrix(node)
     if mentions(node, frozenset(("tuple", "set", "union", "meet", "minus", "rel", "list"))):
         return _around_sets(node)
@@ -265,21 +265,28 @@ def _matrix(node: Node) -> Value:
     return Matrix(node[1])
 
 
+def _has_matrix(node) -> bool:
+    """Returns whether a node has a matrix, those in determinants apart."""
+    if not isinstance(node, tuple) or node[:2] in (("fn", "det"), ("fn", "trace")):
+        return False
+    return node[:1] == ("matrix",) or any(map(_has_matrix, node))
+
+
 def _scaled_matrix(node: Node) -> Matrix:
     kind = node[0]
     if kind == "matrix":
         return Matrix(node[1])
     if kind == "add":
         return _matrix_sum([_scaled_matrix(term) for term in node[1:]])
-    if kind == "mul" and all(mentions(part, frozenset(("matrix",))) for part in node[1:]):
+    if kind == "mul" and all(_has_matrix(part) for part in node[1:]):
         return _matrix_product(_scaled_matrix(node[1]), _scaled_matrix(node[2]))
     if kind == "neg":
         return _each(_scaled_matrix(node[1]), lambda cell: ("neg", cell))
-    if kind == "div" and not mentions(node[2], frozenset(("matrix",))):
+    if kind == "div" and not _has_matrix(node[2]):
         return _each(_scaled_matrix(node[1]), lambda cell: ("div", cell, node[2]))
-    if kind == "mul" and not mentions(node[1], frozenset(("matrix",))):
+    if kind == "mul" and not _has_matrix(node[1]):
         return _each(_scaled_matrix(node[2]), lambda cell: ("mul", node[1], cell))
-    if kind == "mul" and not mentions(node[2], frozenset(("matrix",))):
+    if kind == "mul" and not _has_matrix(node[2]):
         return _each(_scaled_matrix(node[1]), lambda cell: ("mul", node[2], cell))
     raise Unreadable("an expression of matrices")
 

@@ -466,7 +466,7 @@ class Parser:
             inner = self.sum()
             self.bars -= 1
             self.expect("|")
-            return ("fn", "abs", inner)
+            return ("fn", "det", inner) if inner[0] == "matrix" else ("fn", "abs", inner)
         if opening == "{":
             return self.braces()
         if opening == r"\{":
@@ -761,7 +761,7 @@ class Parser:
         if low is None or high is None:
             raise Unreadable("an integral without bounds")
         self.integrand += 1
-        body = self.nested(self.sum)
+        body = ONE if self.ends_integrand() else self.nested(self.sum)
         self.integrand -= 1
         if self.peek() is None or self.take().text != "d":
             raise Unreadable("an integral without its variable")
