@@ -841,10 +841,6 @@ class Config:
                 bool(self.judge.checkpoint) or not getattr(self, name).editor,
                 f"Config.{name}.editor={getattr(self, name).editor} needs a model: set judge.checkpoint",
             )
-        _require(
-            self.mode == "colocated" or self.grpo.advantage != "gae",
-            f"Config.mode={self.mode} does not run PPO (grpo.advantage=gae); use colocated",
-        )
         for name in ("helpful_model", "safety_model"):
             _require(
                 not getattr(self.scenarios, name) or self.reward.reward_model > 0,

@@ -37,60 +37,61 @@ FIELDS = {
 }
 
 
-def build(folder: pathlib.Path, **more):
-    fields = {**FIELDS, **{name.replace("__", "."): value for name, value in more.items()}}
-    config = configs.load("r1_zero:tiny", [(name, str(value)) for name, value in fields.items()])
+def build(folder: pathlib.Path, name: str = "r1_zero:tiny", **more):
+    fields = {**FIELDS, **{field.replace("__", "."): value for field, value in more.items()}}
+    config = configs.load(name, [(field, str(value)) for field, value in fields.items()])
     mesh = sharding.make_mesh(config.mesh)
     train = prompts.encode(tasks.linear_prompts("train")[:30], config, WORDS)
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
-    return policy.make_training(config, WORDS, mesh, train, params, folder, lambda *_: None, policy.describe)
+    return policy.make_training(config, WORDS, mesh, train, params, folder, describe=policy.describe)
 
 
 def run(folder: pathlib.Path, **more) -> dict:
     """Returns rows, timing, devices, events (name, update, seconds) and the digest of the weights of one run."""
     training, events = build(folder, **more), []
 
-    def watch(name: str):
-        function = getattr(training, name)
+    def watch(owner, name: str):
+        function = getattr(owner, name)
 
         def watched(*arguments):
             begun = time.perf_counter()
             result = function(*arguments)
-            update = arguments[0] if name == "roll_out" else training.cursor.update
+            update = arguments[0] if name == "draw" else training.run.cursor.update + 1
             events.append((name, update, begun, time.perf_counter()))
             return result
 
-        setattr(training, name, watched)
+        setattr(owner, name, watched)
 
-    watch("roll_out")
-    watch("update")
-    training.run()
+    watch(training.source.sampling, "draw")
+    watch(training.objective, "update")
+    training.train()
     first = min(begun for _, _, begun, _ in events)
-    cache = training.sampler._state.cache.keys
+    cache = training.source.sampling.sampler._state.cache.keys
     return {
         "rows": metrics.read(folder),
         "timing": metrics.read_timing(folder),
         "events": [(name, update, begun - first, end - first) for name, update, begun, end in events],
-        "digest": tree.digest(training.state),
-        "trainer_devices": sorted(d.id for d in jax.tree.leaves(training.state.params)[0].sharding.device_set),
+        "digest": tree.digest(training.run.state),
+        "critic": tree.digest(getattr(training.objective, "critic_state", None)),
+        "trainer_devices": sorted(d.id for d in jax.tree.leaves(training.run.state.params)[0].sharding.device_set),
         "sampler_devices": sorted(d.id for d in cache.sharding.device_set),
-        "programs": training.programs.counts(),
+        "programs": training.run.programs.counts(),
     }
 
 
 def fail(folder: pathlib.Path) -> dict:
     """Returns the error of a run whose third update fails while rollouts are under way, and the threads left of it."""
     training = build(folder, mode="disaggregated", grpo__rollouts_ahead=2)
-    update = training.update
+    update = training.objective.update
 
     def failing(*arguments):
-        if training.cursor.update == 2:
+        if training.run.cursor.update == 2:
             raise RuntimeError("the third update")
         return update(*arguments)
 
-    training.update = failing
+    training.objective.update = failing
     try:
-        training.run()
+        training.train()
     except RuntimeError as error:
         threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("rollout")]
         return {"error": str(error), "threads": threads}
@@ -106,6 +107,13 @@ def main() -> None:
         "ahead_1": run(folder / "ahead_1", mode="disaggregated", grpo__rollouts_ahead=1),
         "ahead_1_again": run(folder / "again", mode="disaggregated", grpo__rollouts_ahead=1),
         "ahead_2": run(folder / "ahead_2", mode="disaggregated", grpo__rollouts_ahead=2),
+    }
+    ppo = dict(name="ppo_baseline:tiny", grpo__kl_coef=0.1)
+    report |= {
+        "ppo_colocated": run(folder / "ppo_colocated", **ppo, grpo__updates=2),
+        "ppo_in_step": run(folder / "ppo_in_step", **ppo, grpo__updates=2, mode="disaggregated"),
+        "ppo_ahead_1": run(folder / "ppo_ahead", **ppo, mode="disaggregated", grpo__rollouts_ahead=1),
+        "ppo_ahead_1_again": run(folder / "ppo_again", **ppo, mode="disaggregated", grpo__rollouts_ahead=1),
     }
     report["failed"] = fail(folder / "failed")
     json.dump(report, sys.stdout)

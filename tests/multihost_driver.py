@@ -44,7 +44,6 @@ def build(settings: dict):
     from r1jax.core import runtime, sharding
     from r1jax.data import tasks
     from r1jax.models import decoder
-    from r1jax.rl.loop import PolicyTraining
     from r1jax.schema import MeshConfig
     from r1jax.stages import policy, prompts
 
@@ -62,7 +61,7 @@ def build(settings: dict):
     )  # drawn on the host: one program less to compile
     drawn = sharding.map_specs(lambda spec: 0.05 * random.standard_normal(spec.shape, np.float32), specs)
     params = jax.tree.map(distributed.place, drawn, sharding.spec_shardings(specs, mesh))
-    return PolicyTraining(
+    return policy.make_training(
         config, words, mesh, train, params, pathlib.Path(settings["folder"]), describe=policy.describe
     )
 
@@ -80,27 +79,28 @@ def run(settings: dict) -> dict:
         return begin(pool, requests)
 
     RewardPool.begin = noting
-    engine, journal, store = training.sampler.engine, training.journal, training.store
+    engine, journal, store = training.source.sampling.sampler.engine, training.source.journal, training.run.store
     for owner, name in (
         (engine, "decode"),
         (journal, "write"),
-        (training, "score_batch"),
-        (training, "update"),
+        (training.recorder, "rollout"),
+        (training.objective, "update"),
         (store, "save"),
     ):
         setattr(owner, name, interrupted(getattr(owner, name), pauses))
-    training.update = interrupted(training.update, lambda: time.sleep(settings["slow_s"]))
-    training.run()
+    objective = training.objective
+    objective.update = interrupted(objective.update, lambda: time.sleep(settings["slow_s"]))
+    training.train()
     if settings["weights"]:
-        leaves = tree_leaves(training.state.params)
+        leaves = tree_leaves(training.run.state.params)
         if distributed.is_writer():
             np.savez(settings["weights"], *leaves)
     return {
-        "params": tree.digest(training.state.params),
-        "optimizer": tree.digest(training.state.optimizer),
-        "reference": tree.digest(training.reference),
-        "cursor": vars(training.cursor),
-        "programs": training.programs.counts(),
+        "params": tree.digest(training.run.state.params),
+        "optimizer": tree.digest(training.run.state.optimizer),
+        "reference": tree.digest(training.run.reference),
+        "cursor": vars(training.run.cursor),
+        "programs": training.run.programs.counts(),
         "graded": sorted(set(graded)),
         "calls": pauses.calls,
         "slept_s": pauses.slept_s,

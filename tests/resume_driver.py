@@ -18,7 +18,6 @@ from r1jax.core import checkpoint, rng, runtime, sharding, tree
 from r1jax.data import tasks
 from r1jax.models import decoder
 from r1jax.rewards.pool import RewardPool
-from r1jax.rl.loop import PolicyTraining
 from r1jax.schema import MeshConfig
 from r1jax.stages import policy, prompts
 from r1jax.train.step import Trainer
@@ -84,15 +83,15 @@ def main(folder: pathlib.Path) -> None:
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "resume", "init"), "float32", mesh)
     if os.environ.get("SLOW"):
         slow_down(folder)
-    training = PolicyTraining(config, words, mesh, train, params, folder, describe=policy.describe)
-    training.run()
-    state = training.state
+    training = policy.make_training(config, words, mesh, train, params, folder, describe=policy.describe)
+    training.train()
+    state = training.run.state
     found = {
         "params": tree.digest(state.params),
         "optimizer": tree.digest(state.optimizer),
-        "reference": tree.digest(training.reference),
-        "cursor": vars(training.cursor),
-        "programs": training.programs.counts(),
+        "reference": tree.digest(training.run.reference),
+        "cursor": vars(training.run.cursor),
+        "programs": training.run.programs.counts(),
     }
     print(json.dumps(found))
 

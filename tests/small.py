@@ -16,8 +16,8 @@ from r1jax.data import tasks
 from r1jax.data.problems import Problem, from_row
 from r1jax.models import decoder
 from r1jax.rewards import references
-from r1jax.rl.loop import PolicyTraining
-from r1jax.schema import Config, MeshConfig, ModelConfig, RewardConfig
+from r1jax.rl.assemble import Training
+from r1jax.schema import Config, ModelConfig, RewardConfig
 from r1jax.stages import common, policy, prompts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -96,35 +96,33 @@ LOOP_FIELDS = {  # of `rl_training`
 }
 
 
-def rl_training(
-    folder: pathlib.Path, seed: int = 0, name="r1_zero:tiny", kind=PolicyTraining, **more
-) -> PolicyTraining:
+def rl_training(folder: pathlib.Path, seed: int = 0, name="r1_zero:tiny", **more) -> Training:
     """Returns an RL run of eight small updates that is ready to start; `a__b` in `more` overrides field a.b."""
     fields = {**LOOP_FIELDS, "seed": seed, **{field.replace("__", "."): value for field, value in more.items()}}
     config = configs.load(name, [(field, str(value)) for field, value in fields.items()])
-    mesh = sharding.make_mesh(MeshConfig())
+    mesh = sharding.make_mesh(config.mesh)
     words = tokenizer.tiny()
     train = prompts.encode(tasks.linear_prompts("train")[:30], config, words)
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
-    return kind(config, words, mesh, train, params, folder, describe=policy.describe)
+    return policy.make_training(config, words, mesh, train, params, folder, describe=policy.describe)
 
 
 class Stopped(Exception):
     """What ends a run in the middle."""
 
 
-def run_until(training: PolicyTraining, updates: int) -> None:
+def run_until(training: Training, updates: int) -> None:
     """Runs and stops where an update would be made after `updates` of them, as a process that is killed there."""
-    update = training.update
+    update = training.objective.update
 
     def stopping(*arguments):
-        if training.cursor.update == updates:
+        if training.run.cursor.update == updates:
             raise Stopped
         return update(*arguments)
 
-    training.update = stopping
+    training.objective.update = stopping
     with pytest.raises(Stopped):
-        training.run()
+        training.train()
 
 
 def driver_report(name: str, *arguments: str, timeout: float = 300) -> dict:

@@ -1,6 +1,7 @@
 """Claims about training and sampling on separate devices: the same in step, ahead by a bounded number of rollouts else."""
 
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -28,9 +29,10 @@ def test_trainer_and_sampler_have_devices_of_their_own(report):
     assert report["colocated"]["sampler_devices"] == [0, 1, 2, 3]
 
 
-def test_in_step_a_run_equals_the_colocated_one(report):
-    one, other = report["colocated"]["rows"], report["in_step"]["rows"]
-    assert len(one) == len(other) == 8
+@pytest.mark.parametrize(("algorithm", "updates"), [("", 8), ("ppo_", 2)])
+def test_in_step_a_run_equals_the_colocated_one(report, algorithm, updates):
+    one, other = report[f"{algorithm}colocated"]["rows"], report[f"{algorithm}in_step"]["rows"]
+    assert len(one) == len(other) == updates
     for a, b in zip(one, other, strict=True):
         assert b.pop("staleness") == 0
         for name, value in a.items():
@@ -53,14 +55,26 @@ def test_the_correction_for_older_weights_is_logged_and_is_one_only_without_them
     assert all(abs(row["importance_ratio"] - 1) < 1e-4 for row in fresh[::2])
 
 
-def test_running_ahead_gives_the_same_bits_again(report):
-    assert report["ahead_1"]["digest"] == report["ahead_1_again"]["digest"]
-    assert report["ahead_1"]["rows"] == report["ahead_1_again"]["rows"]
+@pytest.mark.parametrize("algorithm", ["", "ppo_"])
+def test_running_ahead_gives_the_same_bits_again(report, algorithm):
+    one, again = report[f"{algorithm}ahead_1"], report[f"{algorithm}ahead_1_again"]
+    assert (one["digest"], one["critic"]) == (again["digest"], again["critic"])
+    assert one["rows"] == again["rows"]
+
+
+def test_ppo_runs_ahead_and_its_critic_learns_from_rollouts_of_older_weights(report):
+    rows = report["ppo_ahead_1"]["rows"]
+    assert [row["staleness"] for row in rows] == [0, 0, 2, 2, 2, 2, 2, 2]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert all(row["critic_grad_norm"] > 0 and row["grad_norm"] > 0 for row in rows)
+    assert rows[0]["importance_ratio"] == pytest.approx(1, abs=1e-4)
+    assert all(abs(row["importance_ratio"] - 1) > 1e-4 for row in rows[2:])
+    assert report["ppo_ahead_1"]["programs"]["critic"] == 1
 
 
 def test_the_next_rollout_is_drawn_while_this_one_is_trained_on(report):
     events = report["ahead_1"]["events"]
-    rollouts = {update: (begun, end) for name, update, begun, end in events if name == "roll_out"}
+    rollouts = {update: (begun, end) for name, update, begun, end in events if name == "draw"}
     updates = [(begun, end) for name, _, begun, end in events if name == "update"]
     overlap = sum(
         max(0.0, min(end, other_end) - max(begun, other_begun))

@@ -267,7 +267,8 @@ def test_general_and_safety_rows_enter_at_their_update_and_held_out_ones_never(w
         size = config.grpo.prompts_per_update
         for start in range(6):
             drawn[start] = [
-                training.prompts.prompt(start * size + i, start).problem for i in range(400 * (start == 4) or size)
+                training.recorder.inputs.prompts.prompt(start * size + i, start).problem
+                for i in range(400 * (start == 4) or size)
             ]
         raise ValueError("the draws are all that is asked for")
 

@@ -15,12 +15,11 @@ from r1jax.core import metrics, rng
 from r1jax.data.problems import Problem
 from r1jax.models import decoder, logprobs
 from r1jax.rl.logprobs import Scorer
-from r1jax.rl.loop import PolicyTraining
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import RolloutRequest, SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import Config, ModelConfig, PackConfig, SamplerConfig, replace
-from r1jax.stages import common, fine_tuning, prompts
+from r1jax.stages import common, fine_tuning, policy, prompts
 
 PROBLEMS = [Problem(f"p{n}", "math", f"{n}+{n}", str(2 * n), "en") for n in range(6)]
 END, START, TURN = 256, 257, 258  # ids of SPECIAL
@@ -446,10 +445,10 @@ def test_a_padded_model_with_two_end_tokens_and_another_end_of_turn_trains_on_wh
     params = common.load_weights(config, mesh, str(folder), dict)
     train = prompts.encode(PROBLEMS, replace(config, data=replace(config.data, template="chat")), words)
     seen = []
-    training = PolicyTraining(config, words, mesh, train, params, tmp_path / "run")
-    generate = training.sampler.generate
-    training.sampler.generate = lambda *given: seen.extend(found := generate(*given)) or found
-    training.run()
+    training = policy.make_training(config, words, mesh, train, params, tmp_path / "run")
+    generate = training.source.sampling.sampler.generate
+    training.source.sampling.sampler.generate = lambda *given: seen.extend(found := generate(*given)) or found
+    training.train()
     assert len(seen) == 16 and max(s.token_ids.max() for s in seen) < 260
     ends = {int(s.token_ids[-1]) for s in seen if s.finish_reason == "stop"}
     assert ends and ends <= {256, 258, 259}

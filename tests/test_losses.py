@@ -311,8 +311,8 @@ def test_packed_loss_of_a_scored_rollout_is_the_papers_objective(problem, aggreg
     config = Config(grpo=grpo, pack=PackConfig(14, 2), reward=RewardConfig(format=0.2, language=1.0))
     weights = np.asarray([getattr(config.reward, name) for name in PART_NAMES])
     scored, temperature = mini_rollout(), 0.8
-    judged = rollouts.judge(scored, config, 6)
-    packed = rollouts.pack_mini_batch(scored, np.asarray([4, 0, 3, 5, 1, 2]), judged, config, 6)
+    advantages = rollouts.compute_advantages(scored, config, 6)
+    packed = rollouts.pack_mini_batch(scored, np.asarray([4, 0, 3, 5, 1, 2]), advantages, config, 6)
     fields = ("advantage", "behaviour_logp", "weight")
     arrays = step.batch_arrays(packed, config.pack, rollouts.micro_batches(config), fields)
     filled = step.filled_micro_batches(packed, config.pack)

@@ -10,7 +10,6 @@ from r1jax.core.metrics import read
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rl import ppo, rollout
 from r1jax.rl.journal import Rollout
-from r1jax.rl.ppo import PPOTraining
 from r1jax.sampler.sample import RolloutSample
 
 
@@ -65,25 +64,25 @@ MORE = {
 
 
 def ppo_training(folder, **more):
-    return rl_training(folder, name="ppo_baseline:tiny", kind=PPOTraining, **MORE, **more)
+    return rl_training(folder, name="ppo_baseline:tiny", **MORE, **more)
 
 
 def test_policy_and_critic_move_and_a_stopped_run_ends_in_the_same_bits(tmp_path):
     whole = ppo_training(tmp_path / "whole")
-    before = tree.digest(whole.critic_state.params), tree.digest(whole.state.params)
-    whole.run()
-    after = tree.digest(whole.critic_state.params), tree.digest(whole.state.params)
+    before = tree.digest(whole.objective.critic_state.params), tree.digest(whole.run.params)
+    whole.train()
+    after = tree.digest(whole.objective.critic_state.params), tree.digest(whole.run.params)
     assert before[0] != after[0] and before[1] != after[1]
     stopped = ppo_training(tmp_path / "stopped")
     run_until(stopped, 1)
     resumed = ppo_training(tmp_path / "stopped")
-    resumed.run()
-    assert (tree.digest(resumed.critic_state.params), tree.digest(resumed.state.params)) == after
+    resumed.train()
+    assert (tree.digest(resumed.objective.critic_state.params), tree.digest(resumed.run.params)) == after
     rows = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "stopped")]
     assert rows[0] == rows[1]
     assert all(np.isfinite(value) for row in read(tmp_path / "whole") for value in row.values())
-    assert whole.programs.counts() == resumed.programs.counts()
-    assert {whole.programs.counts()[name] for name in ("update", "critic", "values", "reference")} == {1}
+    assert whole.run.programs.counts() == resumed.run.programs.counts()
+    assert {whole.run.programs.counts()[name] for name in ("update", "critic", "values", "reference")} == {1}
 
 
 def scored(kl):
@@ -110,10 +109,10 @@ def scored(kl):
 
 def test_a_kl_term_in_the_reward_is_taken_off_token_by_token_with_a_critic(tmp_path):
     training = ppo_training(tmp_path, grpo__group_size=2, reward__format=0.0, reward__language=0.0)
-    judged, _ = training.judge(scored(kl=0.5), 0)
+    advantages = training.objective.advantages(scored(kl=0.5), 0)
     # returns at lambda 1: the reward to come, 0.1 * 0.5 off for every token
-    np.testing.assert_allclose(judged.values["return"], [[0.9, 0.95], [-0.1, -0.05]], rtol=1e-6)
-    assert judged.advantages[0].mean() > 0 > judged.advantages[1].mean()
+    np.testing.assert_allclose(advantages.values["return"], [[0.9, 0.95], [-0.1, -0.05]], rtol=1e-6)
+    assert advantages.advantages[0].mean() > 0 > advantages.advantages[1].mean()
 
 
 def test_a_kl_term_in_the_reward_is_taken_off_as_a_sum_without_a_critic():
@@ -126,9 +125,9 @@ def test_a_kl_term_in_the_reward_is_taken_off_as_a_sum_without_a_critic():
     config = configs.load("r1_zero:tiny", fields)
     found = scored(kl=0.5)
     found.values["reference_logp"][1] += np.float32(0.5)  # the second sample is where the reference is
-    judged = rollout.judge(found, config, 10, kl_coef=0.1)
-    np.testing.assert_allclose(judged.advantages, [0.45, -0.45], rtol=1e-6)  # rewards 0.9 and 0
-    assert judged.rewards.tolist() == [1.0, 0.0]
+    advantages = rollout.compute_advantages(found, config, 10, kl_coef=0.1)
+    np.testing.assert_allclose(advantages.advantages, [0.45, -0.45], rtol=1e-6)  # rewards 0.9 and 0
+    assert advantages.rewards.tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -143,8 +142,3 @@ def test_a_kl_term_in_the_reward_is_taken_off_as_a_sum_without_a_critic():
 def test_what_does_not_go_together_is_refused(name, fields, line):
     with pytest.raises(ValueError, match=line):
         configs.load(name, fields)
-
-
-def test_ppo_on_separate_devices_is_refused():
-    with pytest.raises(ValueError, match="mode=disaggregated does not run PPO"):
-        configs.load("ppo_baseline:tiny", [("mode", "disaggregated")])

@@ -15,7 +15,7 @@ from r1jax.rewards import model as reward_model
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.model import Reading, RewardModel
 from r1jax.rl import rollout, scenarios
-from r1jax.rl.loop import PolicyTraining
+from r1jax.rl.assemble import Training
 from r1jax.rl.rollout import Mixture
 from r1jax.schema import MeshConfig, replace
 from r1jax.stages import policy, prompts
@@ -31,7 +31,7 @@ SMALL = {
 }
 
 
-def training(folder) -> PolicyTraining:
+def training(folder) -> Training:
     """Returns a small run of stage 4 with reward models of random weights, ready to start."""
     config = configs.load("stage4_all_scenarios", [(name, str(given)) for name, given in SMALL.items()])
     mesh = sharding.make_mesh(MeshConfig())
@@ -46,7 +46,7 @@ def training(folder) -> PolicyTraining:
         models[task] = RewardModel(weights, shape, mesh, Reading(name, "tiny"), WORDS, 8, 24)
     later = policy.later(config, WORDS, asked)
     more = dict(describe=policy.describe, later=later, reward_models=models)
-    return PolicyTraining(config, WORDS, mesh, reasoning, params, folder, **more)
+    return policy.make_training(config, WORDS, mesh, reasoning, params, folder, **more)
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +54,19 @@ def whole(tmp_path_factory):
     """(the finished run, its folder, its rollouts by the update at which they start)."""
     folder = tmp_path_factory.mktemp("whole")
     run, kept = training(folder), {}
-    write = run.journal.write
+    write = run.source.journal.write
 
     def keeping(start, scored):
         kept[start] = scored
         return write(start, scored)
 
-    run.journal.write = keeping
-    run.run()
+    run.source.journal.write = keeping
+    run.train()
     return run, folder, kept
 
 
-def by_task(run: PolicyTraining, scored, start: int) -> list[str]:
-    return [run.prompts.prompt(sample.request_id, start).problem.task for sample in scored.samples]
+def by_task(run: Training, scored, start: int) -> list[str]:
+    return [run.recorder.inputs.prompts.prompt(sample.request_id, start).problem.task for sample in scored.samples]
 
 
 def test_prompts_of_each_data_set_are_scored_by_its_model_and_reasoning_by_its_rule(whole):
@@ -78,13 +78,15 @@ def test_prompts_of_each_data_set_are_scored_by_its_model_and_reasoning_by_its_r
         scored = kept[start]
         rows = zip(by_task(run, scored, start), scored.samples, texts_of(scored), scored.parts, strict=True)
         for task, sample, text, parts in rows:
-            question = run.prompts.prompt(sample.request_id, start).problem.text
+            question = run.recorder.inputs.prompts.prompt(sample.request_id, start).problem.text
             seen.add(task)
             if task == "linear":
                 assert parts[column["reward_model"]] == parts[column["rule"]] == 0
                 continue
             rule = tasks.general_score if task == "general" else tasks.safety_score
-            expected = 0.0 if sample.truncated else run.reward_models[task].rewards([question], [text])[0]
+            expected = (
+                0.0 if sample.truncated else run.recorder.inputs.reward_models[task].rewards([question], [text])[0]
+            )
             assert abs(parts[column["reward_model"]] - expected) < 1e-5
             assert parts[column["accuracy"]] == 0
             assert abs(parts[column["rule"]] - (0.0 if sample.truncated else rule(question, text))) < 1e-6
@@ -93,14 +95,14 @@ def test_prompts_of_each_data_set_are_scored_by_its_model_and_reasoning_by_its_r
 
 def test_reward_of_a_general_prompt_is_model_plus_format_plus_language(whole):
     run, _, kept = whole
-    judged = rollout.judge(kept[4], run.config, 12)
-    given, column = run.config.reward, PART_NAMES.index
+    advantages = rollout.compute_advantages(kept[4], run.run.config, 12)
+    given, column = run.run.config.reward, PART_NAMES.index
     parts, tasks_of = kept[4].parts, np.asarray(by_task(run, kept[4], 4))
     expected = parts[:, column("reward_model")] + given.format * parts[:, column("format")]
     expected += given.language * parts[:, column("language")]
     mine = tasks_of != "linear"
-    np.testing.assert_allclose(judged.rewards[mine], expected[mine], atol=1e-6)
-    assert np.ptp(judged.rewards[mine]) > 0.01
+    np.testing.assert_allclose(advantages.rewards[mine], expected[mine], atol=1e-6)
+    assert np.ptp(advantages.rewards[mine]) > 0.01
 
 
 def test_reward_models_are_not_asked_before_their_update(whole):
@@ -119,8 +121,8 @@ def test_run_stopped_amid_a_scored_rollout_goes_on_to_the_same_bits(whole, updat
     run, folder, _ = whole
     run_until(training(tmp_path), updates)
     again = training(tmp_path)
-    again.run()
-    assert tree.digest(again.state.params) == tree.digest(run.state.params)
+    again.train()
+    assert tree.digest(again.run.params) == tree.digest(run.run.params)
     assert read(tmp_path) == read(folder)
 
 
@@ -165,10 +167,10 @@ def test_hacking_is_not_told_before_the_window_is_full():
 
 def test_reasoning_is_that_of_reasoning_prompts_where_one_model_is_off(whole):
     run, _, kept = whole
-    group, scored = run.config.grpo.group_size, kept[4]
-    prompts_of = [run.prompts.prompt(sample.request_id, 4) for sample in scored.samples[::group]]
-    both = scenarios.figures(scored, prompts_of, run.reward_models, group)
-    one = scenarios.figures(scored, prompts_of, {"general": run.reward_models["general"]}, group)
+    group, scored = run.run.config.grpo.group_size, kept[4]
+    prompts_of = [run.recorder.inputs.prompts.prompt(sample.request_id, 4) for sample in scored.samples[::group]]
+    both = scenarios.figures(scored, prompts_of, run.recorder.inputs.reward_models, group)
+    one = scenarios.figures(scored, prompts_of, {"general": run.recorder.inputs.reward_models["general"]}, group)
     assert one["reasoning_accuracy"] == both["reasoning_accuracy"] and "safety_reward" not in one
 
 

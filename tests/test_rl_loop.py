@@ -11,8 +11,10 @@ from r1jax.checkpoints import tokenizer
 from r1jax.core import tree
 from r1jax.core.metrics import read
 from r1jax.rewards.compose import PART_NAMES
+from r1jax.rl import minibatch, schedules
 from r1jax.rl import rollout as rollouts
 from r1jax.rl.journal import Journal, Rollout
+from r1jax.rl.loop import warm_up
 from r1jax.sampler.sample import RolloutSample
 from r1jax.schema import ScenarioConfig, replace
 from r1jax.stages import policy, prompts
@@ -29,19 +31,20 @@ def watched(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("loop")
     training, digests, kept, batches = build(folder), {}, {}, []
-    roll_out, write, update = training.roll_out, training.journal.write, training.update
+    sampling, objective, run = training.source.sampling, training.objective, training.run
+    draw, write, update = sampling.draw, training.source.journal.write, objective.update
 
-    def watch_roll_out(start, *more):
-        digests[start] = tree.digest(training._compute(training.state.params)), tree.digest(training.reference)
-        return roll_out(start, *more)
+    def watch_draw(start, *more):
+        digests[start] = tree.digest(run.frozen_policy()), tree.digest(run.reference)
+        return draw(start, *more)
 
-    def watch_update(arrays, filled, start):
-        batches.append(arrays)
-        return update(arrays, filled, start)
+    def watch_update(run, batch, start):
+        batches.append(batch.arrays)
+        return update(run, batch, start)
 
-    training.roll_out, training.update = watch_roll_out, watch_update
-    training.journal.write = lambda start, scored: kept.setdefault(start, write(start, scored))
-    training.run()
+    sampling.draw, objective.update = watch_draw, watch_update
+    training.source.journal.write = lambda start, scored: kept.setdefault(start, write(start, scored))
+    training.train()
     return training, folder, digests, kept, batches
 
 
@@ -52,8 +55,8 @@ def finished(watched):
 
 def test_schedules_take_effect_at_the_first_rollout_at_or_after_their_update(finished):
     training, folder, _ = finished
-    assert [training.law(start).max_new_tokens for start in (0, 3, 6)] == [10, 20, 20]
-    assert [float(training.arguments(start).kl_coef) for start in (0, 3, 6)] == [0.5, 0.5, 0.25]
+    assert [schedules.max_new_tokens(training.run.config.sampler, start) for start in (0, 3, 6)] == [10, 20, 20]
+    assert [float(training.objective.arguments(start).kl_coef) for start in (0, 3, 6)] == [0.5, 0.5, 0.25]
     lengths = {row["update"]: row["length"] for row in read(folder)}
     assert max(lengths[u] for u in (1, 2, 3)) <= 10 < max(lengths[u] for u in (4, 5, 6))
 
@@ -62,7 +65,7 @@ def test_last_rollout_may_be_short(finished):
     training, folder, seen = finished
     assert sorted(seen) == [0, 3, 6]
     assert [row["update"] for row in read(folder)] == list(range(1, 9))
-    assert training.cursor.draw == 8 * 2
+    assert training.run.cursor.draw == 8 * 2
 
 
 def test_reference_becomes_the_policy_at_the_first_rollout_after_the_interval_and_only_then(finished):
@@ -70,7 +73,7 @@ def test_reference_becomes_the_policy_at_the_first_rollout_after_the_interval_an
     assert seen[0][1] == seen[0][0]
     assert seen[3][1] == seen[0][1] != seen[3][0]
     assert seen[6][1] == seen[6][0]
-    assert training.cursor.reference_update == 6
+    assert training.run.cursor.reference_update == 6
 
 
 def test_first_update_of_a_rollout_has_ratio_one_and_later_ones_do_not(finished):
@@ -84,7 +87,7 @@ def test_first_update_of_a_rollout_has_ratio_one_and_later_ones_do_not(finished)
 
 def test_every_program_is_compiled_once(finished):
     training, _, _ = finished
-    counts = training.programs.counts()
+    counts = training.run.programs.counts()
     assert set(counts) >= {"update", "reference", "prefill", "insert", "decode"}
     assert set(counts.values()) == {1}
 
@@ -100,7 +103,7 @@ def test_advantages_are_those_of_whole_groups_although_mini_batches_split_them(w
         groups = rewards.reshape(-1, 4)
         centred, deviation = groups - groups.mean(1, keepdims=True), groups.std(1, keepdims=True)
         expected = np.where(deviation > 1e-6, centred / np.maximum(deviation, 1e-6), 0).reshape(-1)
-        for chosen in rollouts.mini_batches(scored, start, training.config):
+        for chosen in rollouts.mini_batches(scored, start, training.run.config):
             split += any(0 < np.sum(chosen // 4 == group) < 4 for group in range(len(groups)))
             arrays, update = batches[update], update + 1
             found = np.sort(arrays["advantage"][arrays["loss_mask"] > 0])
@@ -112,35 +115,38 @@ def test_advantages_are_those_of_whole_groups_although_mini_batches_split_them(w
 def test_rollout_without_a_scorable_sample_moves_nothing_and_a_program_compiled_later_is_an_error(watched, tmp_path):
     _, _, _, kept, _ = watched
     training = build(tmp_path)
-    training.resume()
-    training.warm_up()
-    before = tree.digest(training.state.params)
+    run, objective, recorder = training.run, training.objective, training.recorder
+    run.restore(objective)
+    warm_up(run, training.source, objective, recorder)
+    before = tree.digest(run.state.params)
     scored = Rollout(kept[0].samples, kept[0].parts, np.zeros(len(kept[0]), bool), 2)
-    judged, summary = training.judge(scored, 0)
-    (packed,) = training.packed(scored, rollouts.mini_batches(scored, 0, training.config)[:1], judged, 0)
-    arrays, filled = training.score_batch(packed, 0)
-    training.record(training.update(arrays, filled, 0), summary)
-    assert tree.digest(training.state.params) == before
+    advantages = objective.advantages(scored, 0)
+    recorder.rollout(scored, advantages, {})
+    batch = next(minibatch.batches(run, objective, recorder, scored, advantages))
+    stats = objective.update(run, batch, 0)
+    run.count_update()
+    recorder.update(stats)
+    assert tree.digest(run.state.params) == before
     (row,) = read(tmp_path)
     assert (row["tokens"], row["grad_norm"], row["loss"], row["unscorable"]) == (0, 0, 0, 24)
     assert all(np.isfinite(value) for value in row.values())
 
-    wider = {name: np.pad(array, ((0, 0), (0, 0), (0, 1))) for name, array in arrays.items()}
-    training.scorer(training.reference, wider, filled, 1.0)
+    wider = {name: np.pad(array, ((0, 0), (0, 0), (0, 1))) for name, array in batch.arrays.items()}
+    run.scorer(run.reference, wider, batch.filled, 1.0)
     with pytest.raises(RuntimeError, match=r"compiled again after warm-up.*'reference': \(1, 2\)"):
-        training.update(arrays, filled, 0)
+        run.count_update()
 
 
 def test_same_seed_gives_the_same_rows_and_another_seed_other_ones(finished, tmp_path):
     _, folder, _ = finished
-    build(tmp_path / "same").run()
-    build(tmp_path / "other", seed=1).run()
+    build(tmp_path / "same").train()
+    build(tmp_path / "other", seed=1).train()
     assert (tmp_path / "same" / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
     assert (tmp_path / "other" / "metrics.jsonl").read_bytes() != (folder / "metrics.jsonl").read_bytes()
 
 
 def test_sampler_and_trainer_agree_at_another_temperature(tmp_path):
-    build(tmp_path, sampler__temperature=0.7).run()
+    build(tmp_path, sampler__temperature=0.7).train()
     assert max(row.get("max_logprob_difference", 0.0) for row in read(tmp_path)) < 1e-4
 
 
@@ -198,7 +204,7 @@ def test_a_journal_written_before_a_term_existed_is_read_by_name_with_0_for_it(t
 
 def test_experts_are_recorded_for_routing_replay_alone(watched):
     training, _, _, kept, _ = watched
-    assert training.config.model.num_moe_layers and not training.config.grpo.routing_replay
+    assert training.run.config.model.num_moe_layers and not training.run.config.grpo.routing_replay
     assert all(sample.routed_experts is None for scored in kept.values() for sample in scored.samples)
 
 
@@ -206,15 +212,15 @@ def test_a_rollout_in_the_journal_is_used_instead_of_a_new_one(watched, tmp_path
     """Its record of experts, which runs once made without reading it, changes nothing."""
     _, folder, _, kept, _ = watched
     training = build(tmp_path)
-    training.roll_out = lambda start, *more: pytest.fail(f"rollout {start} was sampled again")
-    shape = training.config.model.num_moe_layers, training.config.model.num_experts_per_tok
+    training.source.sampling.draw = lambda start, *more: pytest.fail(f"rollout {start} was sampled again")
+    shape = training.run.config.model.num_moe_layers, training.run.config.model.num_experts_per_tok
     for start, scored in kept.items():
         recorded = [
             replace(s, routed_experts=np.zeros((len(s.prompt_ids) + len(s.token_ids), *shape), np.int16))
             for s in scored.samples
         ]
-        training.journal.write(start, replace(scored, samples=recorded))
-    training.run()
+        training.source.journal.write(start, replace(scored, samples=recorded))
+    training.train()
     assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
 
 
@@ -225,20 +231,20 @@ def test_stopped_in_the_middle_of_a_rollout_in_bfloat16_a_run_goes_on_from_the_j
         "checkpointing__every_updates": 2,
     }
     whole = build(tmp_path / "whole", **more)
-    whole.run()
+    whole.train()
     stopped = build(tmp_path / "stopped", **more)
     run_until(stopped, 5)
     assert [row["update"] for row in read(tmp_path / "stopped")] == [1, 2, 3, 4, 5]
     assert [path.name for path in (tmp_path / "stopped" / "journal").iterdir()] == ["rollout_00000003.npz"]
 
     resumed, sampled = build(tmp_path / "stopped", **more), []
-    roll_out = resumed.roll_out
-    resumed.roll_out = lambda start, *more: sampled.append(start) or roll_out(start, *more)
-    resumed.run()
+    draw = resumed.source.sampling.draw
+    resumed.source.sampling.draw = lambda start, *more: sampled.append(start) or draw(start, *more)
+    resumed.train()
     assert sampled == [6]  # the checkpoint of update 4 stands inside the rollout of update 3
-    assert tree.digest(resumed.state) == tree.digest(whole.state)
-    assert tree.digest(resumed.reference) == tree.digest(whole.reference)
-    assert vars(resumed.cursor) == vars(whole.cursor)
+    assert tree.digest(resumed.run.state) == tree.digest(whole.run.state)
+    assert tree.digest(resumed.run.reference) == tree.digest(whole.run.reference)
+    assert vars(resumed.run.cursor) == vars(whole.run.cursor)
     rows = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "stopped")]
     assert rows[0] == rows[1]
 
@@ -246,22 +252,22 @@ def test_stopped_in_the_middle_of_a_rollout_in_bfloat16_a_run_goes_on_from_the_j
 def test_moments_and_reference_kept_in_host_memory_change_no_bit(watched, tmp_path):
     training = watched[0]
     offloaded = build(tmp_path, grpo__offload_reference=True, optimizer__offload=True)
-    offloaded.run()
-    moments = [leaf for leaf in jax.tree.leaves(offloaded.state.optimizer) if leaf.ndim]
-    kept = [*moments, *jax.tree.leaves(offloaded.reference)]
+    offloaded.train()
+    moments = [leaf for leaf in jax.tree.leaves(offloaded.run.state.optimizer) if leaf.ndim]
+    kept = [*moments, *jax.tree.leaves(offloaded.run.reference)]
     assert {leaf.sharding.memory_kind for leaf in kept} == {"pinned_host"}
-    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(offloaded.state.params)} == {"device"}
-    assert tree.digest(offloaded.state) == tree.digest(training.state)
-    assert tree.digest(offloaded.reference) == tree.digest(training.reference)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(offloaded.run.state.params)} == {"device"}
+    assert tree.digest(offloaded.run.state) == tree.digest(training.run.state)
+    assert tree.digest(offloaded.run.reference) == tree.digest(training.run.reference)
 
 
 def test_running_a_finished_folder_again_changes_nothing(finished):
     training, folder, _ = finished
     rows = (folder / "metrics.jsonl").read_bytes()
     again = build(folder)
-    again.update = again.roll_out = lambda *arguments: pytest.fail("a finished run went on")
-    again.run()
-    assert tree.digest(again.state) == tree.digest(training.state)
+    again.objective.update = again.source.sampling.draw = lambda *arguments: pytest.fail("a finished run went on")
+    again.train()
+    assert tree.digest(again.run.state) == tree.digest(training.run.state)
     assert (folder / "metrics.jsonl").read_bytes() == rows
 
 
@@ -279,8 +285,8 @@ def test_unscorable_and_masked_samples_are_not_trained_on():
     scored = Rollout(
         [sample(0, i) for i in range(4)], np.zeros((4, len(PART_NAMES))), np.asarray([True, True, False, True]), 1
     )
-    judged = rollouts.judge(scored, replace(config, grpo=replace(config.grpo, group_size=4)), 88)
-    packed = rollouts.pack_mini_batch(scored, np.arange(4), judged, config, 88)
+    advantages = rollouts.compute_advantages(scored, replace(config, grpo=replace(config.grpo, group_size=4)), 88)
+    packed = rollouts.pack_mini_batch(scored, np.arange(4), advantages, config, 88)
     trained = [float(packed.loss_mask[row, begin : begin + length].sum()) for row, begin, length in packed.slots]
     assert trained == [5.0, 0.0, 0.0, 0.0]  # 1 and 3 are truncated, 2 is unscorable
 

@@ -21,7 +21,6 @@ from r1jax.rl import losses
 from r1jax.rl import rollout as rollouts
 from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import ROUTED, Scorer, replayed_experts
-from r1jax.rl.loop import PolicyTraining
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import RolloutRequest, SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
@@ -189,7 +188,7 @@ def draw(dtype):
     return Rollout(samples, np.zeros((len(samples), len(PART_NAMES)), np.float32), np.ones(len(samples), bool), 1)
 
 
-def judged(scored):
+def advantages(scored):
     """Returns what says of every sample that it is trained, with advantage 0."""
     zeros, every = np.zeros(len(scored)), np.ones(len(scored), bool)
     return rollouts.Judgement(zeros, zeros, every, every, every)
@@ -200,7 +199,7 @@ def mismatch(dtype):
     """Returns (mean, largest) |trainer - sampler| log-prob with and without replay, the two scores' largest difference,
     and the share of tokens and layers whose experts differ; the trainer computes in float32."""
     scored, config, params = draw(dtype), settings(), weights(MODEL)
-    packed = rollouts.pack_mini_batch(scored, np.arange(len(scored)), judged(scored), config, LONGEST)
+    packed = rollouts.pack_mini_batch(scored, np.arange(len(scored)), advantages(scored), config, LONGEST)
     fields = ("behaviour_logp",)
     arrays = step.batch_arrays(packed, config.pack, rollouts.micro_batches(config), fields)
     filled = step.filled_micro_batches(packed, config.pack)
@@ -260,7 +259,7 @@ def test_at_equal_precision_replay_changes_nothing():
 
 def test_without_replay_the_batch_is_what_it_was():
     scored = draw("float32")
-    packed = rollouts.pack_mini_batch(scored, np.arange(4), judged(scored), settings(replay=False), LONGEST)
+    packed = rollouts.pack_mini_batch(scored, np.arange(4), advantages(scored), settings(replay=False), LONGEST)
     arrays = step.batch_arrays(packed, settings().pack, rollouts.micro_batches(settings()), ("weight",))
     assert set(arrays) == {"tokens", "targets", "positions", "segments", "loss_mask", "weight"}
 
@@ -269,7 +268,7 @@ def test_a_sample_without_a_record_and_a_model_without_routers_are_refused():
     scored = draw("float32")
     bare = replace(scored, samples=[replace(s, routed_experts=None) for s in scored.samples])
     with pytest.raises(ValueError, match=r"sample 0/0 was journalled without the experts.*routing_replay=false"):
-        rollouts.pack_mini_batch(bare, np.arange(4), judged(scored), settings(), LONGEST)
+        rollouts.pack_mini_batch(bare, np.arange(4), advantages(scored), settings(), LONGEST)
     with pytest.raises(ValueError, match=r"needs a model with mixture-of-experts layers \(model.n_routed_experts=0\)"):
         configs.load("r1_zero:tiny_dense", [("grpo.routing_replay", "true")])
     with pytest.raises(ValueError, match=r"replay_check_every=2 needs routing_replay=true"):
@@ -301,14 +300,14 @@ def build(folder):
     config = configs.load("r1_zero:tiny", [(name, str(value)) for name, value in FIELDS.items()])
     train = prompts.encode(tasks.linear_prompts("train")[:30], config, WORDS)
     mesh = sharding.make_mesh(MeshConfig())
-    return PolicyTraining(config, WORDS, mesh, train, weights(config.model), folder, describe=policy.describe)
+    return policy.make_training(config, WORDS, mesh, train, weights(config.model), folder, describe=policy.describe)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     training = build(folder)
-    training.run()
+    training.train()
     return training, folder
 
 
@@ -322,7 +321,7 @@ def test_a_run_with_replay_logs_the_mismatch_with_and_without_at_the_first_updat
         assert 0 < row["routing_disagreement"] < 0.1
         assert row["grad_norm"] > 0
     assert "mean_policy_shift" in rows[1]
-    assert set(training.programs.counts().values()) == {1}
+    assert set(training.run.programs.counts().values()) == {1}
     found = [(row["mean_logprob_difference"], row["mean_logprob_difference_without_replay"]) for row in rows[::2]]
     print("bfloat16 on both sides:", [f"mean {a:.4f} with replay, {b:.4f} without" for a, b in found])
     assert sum(a for a, _ in found) < sum(b for _, b in found)
@@ -334,11 +333,11 @@ def test_a_run_with_replay_resumes_from_the_journal_bit_equal(whole, tmp_path):
     stopped = build(tmp_path / "stopped")
     small.run_until(stopped, 1)
     resumed, sampled = build(tmp_path / "stopped"), []
-    roll_out = resumed.roll_out
-    resumed.roll_out = lambda start, *more: sampled.append(start) or roll_out(start, *more)
-    resumed.run()
+    draw = resumed.source.sampling.draw
+    resumed.source.sampling.draw = lambda start, *more: sampled.append(start) or draw(start, *more)
+    resumed.train()
     assert sampled == [2]  # the first rollout and its records come from the journal
-    assert tree.digest(resumed.state) == tree.digest(training.state)
+    assert tree.digest(resumed.run.state) == tree.digest(training.run.state)
     assert (tmp_path / "stopped" / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
 
 

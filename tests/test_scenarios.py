@@ -15,9 +15,7 @@ from r1jax.data import corpus, tasks
 from r1jax.data.prompts import CYCLE_DRAWS
 from r1jax.models import decoder
 from r1jax.rewards import compose
-from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
-from r1jax.rl.loop import PolicyTraining
 from r1jax.rl.rollout import Mixture, PromptPhases
 from r1jax.schema import GRPOConfig, MeshConfig, RewardConfig, ScenarioConfig, replace
 from r1jax.stages import policy, prompts
@@ -160,8 +158,10 @@ def trained(tmp_path_factory):
     asked = replace(asked, training=Mixture([reasoning]))
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "scenarios", "init"), "float32", mesh)
     later = policy.later(config, TOKENIZER, asked)
-    training = PolicyTraining(config, TOKENIZER, mesh, reasoning, params, folder, describe=policy.describe, later=later)
-    training.run()
+    training = policy.make_training(
+        config, TOKENIZER, mesh, reasoning, params, folder, describe=policy.describe, later=later
+    )
+    training.train()
     return training, folder
 
 
@@ -174,10 +174,10 @@ def test_sampler_and_trainer_agree_at_temperature_0_7_with_and_without_the_other
 
 def test_behaviour_log_probs_are_those_of_the_logits_over_0_7(trained):
     training, _ = trained
-    training.cursor.update = training.cursor.rollout_start = 2
-    training.cursor.draw = 32
-    with RewardPool(training.config.reward) as pool:
-        samples = training.next_rollout(2, pool).samples
+    training.run.cursor.update = training.run.cursor.rollout_start = 2
+    training.run.cursor.draw = 32
+    with training.source:
+        samples = training.source.source.rollout(2).samples
     assert len(samples) == 128
     tokens = np.zeros((len(samples), 40), np.int32)
     for row, sample in zip(tokens, samples, strict=True):
@@ -186,10 +186,10 @@ def test_behaviour_log_probs_are_those_of_the_logits_over_0_7(trained):
 
     @jax.jit
     def logits(params):
-        hidden_BTD = decoder.forward(params, tokens, positions, np.ones_like(tokens), training.config.model)[0]
+        hidden_BTD = decoder.forward(params, tokens, positions, np.ones_like(tokens), training.run.config.model)[0]
         return jnp.einsum("BTD,DV->BTV", hidden_BTD, params.unembedding)
 
-    logits_BTV = logits(training.state.params)
+    logits_BTV = logits(training.run.state.params)
     cold, plain = np.asarray(jax.nn.log_softmax(logits_BTV / 0.7)), np.asarray(jax.nn.log_softmax(logits_BTV))
     gap = 0.0
     for index, sample in enumerate(samples):

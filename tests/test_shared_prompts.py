@@ -52,8 +52,8 @@ def scored(prompt_sizes=(7, 1, 5), group=4):
 
 
 def packed(config, found):
-    judged = rollout.judge(found, config, 8)
-    return rollout.pack_mini_batch(found, np.random.default_rng(1).permutation(len(found)), judged, config, 8)
+    advantages = rollout.compute_advantages(found, config, 8)
+    return rollout.pack_mini_batch(found, np.random.default_rng(1).permutation(len(found)), advantages, config, 8)
 
 
 def config_of(model, shared, replay=False, row_tokens=24):
@@ -145,7 +145,7 @@ def test_a_run_with_shared_prompts_follows_the_same_course_on_fewer_tokens(tmp_p
     more |= {"grpo__prompts_per_update": 4, "pack__row_tokens": 64}
     rows = {}
     for shared in (False, True):
-        rl_training(tmp_path / str(shared), **more, pack__shared_prompts=shared).run()
+        rl_training(tmp_path / str(shared), **more, pack__shared_prompts=shared).train()
         rows[shared] = read(tmp_path / str(shared))
     for apart, together in zip(rows[False], rows[True], strict=True):
         assert together["tokens"] == apart["tokens"] and together["packed_tokens"] < apart["packed_tokens"]

@@ -21,11 +21,10 @@ from r1jax.core.metrics import MetricsLog, read
 from r1jax.data import tasks
 from r1jax.data.packing import PackItem, pack_batch
 from r1jax.models import decoder
-from r1jax.rl import losses, notices
+from r1jax.rl import losses, warnings
 from r1jax.rl.advantages import group_advantages
 from r1jax.rl.journal import Rollout
-from r1jax.rl.loop import PolicyTraining
-from r1jax.rl.rollout import Judgement
+from r1jax.rl.rollout import Advantages
 from r1jax.schema import GRPOConfig, MeshConfig, OptimizerConfig, PackConfig, replace
 from r1jax.stages import policy, prompts
 from r1jax.train import guard, sft, step, supervised
@@ -153,32 +152,34 @@ def run(folder, changes, **fields):
     mesh = sharding.make_mesh(MeshConfig())
     train = prompts.encode(tasks.linear_prompts("train")[:20], config, WORDS)
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "guard/loop", "init"), "float32", mesh)
-    training = PolicyTraining(config, WORDS, mesh, train, params, folder, describe=policy.describe)
-    next_rollout, update, seen, transform = training.next_rollout, training.update, {}, training.trainer.transform
+    training = policy.make_training(config, WORDS, mesh, train, params, folder, describe=policy.describe)
+    source, objective, transform = training.source.source, training.objective, training.run.trainer.transform
+    next_rollout, update, seen = source.rollout, objective.update, {}
 
     @jax.jit
     def without_gradient(state):
         updates, _ = transform.update(jax.tree.map(jnp.zeros_like, state.params), state.optimizer, state.params)
         return optax.apply_updates(state.params, updates)
 
-    def changed(start, pool):
-        return changes.get(start, lambda scored: scored)(ended(next_rollout(start, pool)))
+    def changed(start):
+        return changes.get(start, lambda scored: scored)(ended(next_rollout(start)))
 
-    def watched(arrays, filled, start):
-        before = jax.device_get(training.state.params)
-        still = jax.device_get(without_gradient(training.state))
-        stats = update(arrays, filled, start)
-        seen[start + 1] = before, jax.device_get(training.state.params), still
+    def watched(run, batch, start):
+        before = jax.device_get(training.run.state.params)
+        still = jax.device_get(without_gradient(training.run.state))
+        stats = update(run, batch, start)
+        seen[start + 1] = before, jax.device_get(training.run.state.params), still
         return stats
 
-    training.next_rollout, training.update = changed, watched
+    source.rollout, objective.update = changed, watched
     printed, error = io.StringIO(), None
     with contextlib.redirect_stderr(printed):
         try:
-            training.run()
+            training.train()
         except ValueError as raised:
             error = raised
-    training.close()
+    training.run.store.close()
+    training.recorder.close()
     return training, printed.getvalue().splitlines(), error, seen
 
 
@@ -265,8 +266,8 @@ def test_too_many_skipped_in_a_row_end_the_run_in_one_line_with_the_last_checkpo
     assert "\n" not in str(error)
     store = CheckpointStore(folder / "checkpoints")
     assert store.latest() == 8 and store.record(8)["skipped"] == 2  # a resumed run counts on
-    found = store.restore(8, {"params": training.trainer.restore_target().params})["params"]
-    assert tree.digest(found) == tree.digest(training.state.params)
+    found = store.restore(8, {"params": training.run.trainer.restore_target().params})["params"]
+    assert tree.digest(found) == tree.digest(training.run.state.params)
 
 
 def test_groups_of_one_train_the_kl_term_alone_and_masked_rollouts_nothing(tmp_path):
@@ -297,8 +298,8 @@ def test_a_rollout_with_a_signal_says_nothing():
 
     scorable = np.asarray([True, True, False, True])
     scored = Rollout([Sample()] * 4, np.zeros((4, 3)), scorable, 2)
-    judged = Judgement(np.zeros(4), np.zeros(4), scorable, scorable, np.asarray([True, False]))
-    assert notices.of_rollout(scored, judged, GRPOConfig(group_size=2), 0.0) == []
+    advantages = Advantages(np.zeros(4), np.zeros(4), scorable, scorable, np.asarray([True, False]))
+    assert warnings.of_rollout(scored, advantages, GRPOConfig(group_size=2), 0.0) == []
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

@@ -1,11 +1,12 @@
 """PPO, the baseline that GRPO is measured against: a critic as large as the policy, GAE, per-token KL in the reward.
 
 Source: arXiv 1707.06347; DeepSeek-R1, appendix A.3. The loop, the sampler, the rewards and the policy's update are those of
-`PolicyTraining`: only where advantages come from differs.
+every run: only where advantages come from differs.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,13 @@ from scipy.signal import lfilter
 
 from r1jax.core import tree
 from r1jax.models import decoder
-from r1jax.rl import logprobs, rollout
+from r1jax.rl import logprobs, schedules
 from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import Scorer
-from r1jax.rl.loop import PolicyTraining
-from r1jax.rl.rollout import Judgement
-from r1jax.schema import ModelConfig, replace
+from r1jax.rl.objective import Batch, GroupObjective, Objective
+from r1jax.rl.rollout import Advantages, token_kl
+from r1jax.rl.state import RunInputs, RunState
+from r1jax.schema import Config, ModelConfig, replace
 from r1jax.train import guard, step
 
 CRITIC_FIELDS = ("value", "return")  # per-token values of the critic's batch beside `weight`
@@ -76,83 +78,77 @@ def make_value_loss(model: ModelConfig) -> step.Loss:
     return loss
 
 
-class PPOTraining(PolicyTraining):
-    """The loop of `PolicyTraining` with advantages from a critic, which is trained beside the policy."""
+class CriticObjective(Objective):
+    """Advantages from a critic that is trained beside the policy; the policy's loss is that of `GroupObjective`."""
 
-    def __init__(self, config, tokenizer, mesh, prompts, params: decoder.Params, *arguments, **more):
-        super().__init__(config, tokenizer, mesh, prompts, params, *arguments, **more)
+    def __init__(self, config: Config, inputs: RunInputs):
+        self.config, self.policy = config, GroupObjective(config)
+        self.fields, self.loss, self.arguments = (
+            (*self.policy.fields, *CRITIC_FIELDS),
+            self.policy.loss,
+            self.policy.arguments,
+        )
         model = replace(config.model, scalar_head=True)
         rate = config.ppo.critic_learning_rate or config.optimizer.learning_rate
         optimizer = replace(config.optimizer, learning_rate=rate)
-        self.critic = step.Trainer(model, optimizer, mesh, make_value_loss(model), config.grpo.updates)
+        self.critic = step.Trainer(model, optimizer, inputs.mesh, make_value_loss(model), config.grpo.updates)
         head = np.zeros(model.hidden_size, np.float32)  # a critic that begins with the policy's weights and says 0
-        self.critic_state = self.critic.init(params.replace(scalar_head=head))
-        self.value_scorer = Scorer(model, mesh, read=logprobs.values)
-        self._critic_compute = tree.copier(model.compute_dtype, self.critic.param_shardings)
+        self.critic_state = self.critic.init(inputs.params.replace(scalar_head=head))
+        self.value_scorer = Scorer(model, inputs.mesh, read=logprobs.values)
+        self._copy = tree.copier(model.compute_dtype, self.critic.param_shardings)
+        self._value_arguments = ValueArguments(np.float32(config.ppo.value_clip or np.inf))
 
-    def items(self):
-        critic = {"critic": self.critic_state.params, "critic_optimizer": self.critic_state.optimizer}
-        return super().items() | critic
-
-    def targets(self):
-        target = self.critic.restore_target()
-        return super().targets() | {"critic": target.params, "critic_optimizer": target.optimizer}
-
-    def take(self, items) -> None:
-        super().take(items)
-        self.critic_state = self.critic.state(items["critic"], items["critic_optimizer"], self.cursor.update)
-
-    def batch_fields(self):
-        return (*super().batch_fields(), *CRITIC_FIELDS)
-
-    def value_scorers(self):
-        return super().value_scorers() | {"value": (self.value_scorer, self._critic_compute(self.critic_state.params))}
-
-    def warm_up_training(self, arrays) -> None:
-        policy, critic = self._split(arrays)
-        super().warm_up_training(policy)
-        self.value_scorer(self._critic_compute(self.critic_state.params), arrays, 1, 1.0)
-        spare = jax.tree.map(jnp.copy, self.critic_state)
-        jax.block_until_ready(self.critic.update(spare, critic, 1, self._value_arguments()))
-        self.programs.add("critic", lambda: self.critic.compilations)
-        self.programs.add("values", lambda: self.value_scorer.compilations)
-
-    def judge(self, scored: Rollout, start: int) -> tuple[Judgement, dict[str, float]]:
+    def advantages(self, rollout: Rollout, start: int) -> Advantages:
         """Returns advantages by GAE, whitened over the rollout, and the returns the critic learns; rewards as in GRPO."""
-        judged, summary = super().judge(scored, start)
-        ppo, beta = self.config.ppo, self.kl_coef(start)
-        penalties = rollout.token_kl(scored) if beta and self.config.grpo.kl_placement == "reward" else None
+        grouped = self.policy.advantages(rollout, start)
+        ppo, beta = self.config.ppo, schedules.kl_coef(self.config.grpo, start)
+        penalties = token_kl(rollout) if beta and self.config.grpo.kl_placement == "reward" else None
         advantages, returns = [], []
-        for index, values in enumerate(scored.values["value"]):
+        for index, values in enumerate(rollout.values["value"]):
             rewards = np.zeros(len(values)) if penalties is None else -beta * penalties[index].astype(np.float64)
-            rewards[-1] += judged.rewards[index]
+            rewards[-1] += grouped.rewards[index]
             advantages.append(gae(rewards, values, ppo.gamma, ppo.gae_lambda))
             returns.append((advantages[-1] + values).astype(np.float32))
-        white = whitened(advantages, judged.trained)
-        return dataclasses.replace(judged, advantages=white, values={"return": returns}), summary
+        white = whitened(advantages, grouped.trained)
+        return dataclasses.replace(grouped, advantages=white, values={"return": returns})
 
-    def update(self, arrays: dict, filled: int, start: int) -> dict[str, float]:
+    def update(self, run: RunState, batch: Batch, start: int) -> dict[str, float]:
         """Makes one update of the policy and one of the critic and returns the statistics of both."""
-        policy, critic = self._split(arrays)
-        stats = super().update(policy, filled, start)
+        policy, critic = _split(batch.arrays)
+        stats = run.update(policy, batch.filled, self.arguments(start))
+        self.critic_state, sums = self.critic.update(self.critic_state, critic, batch.filled, self._value_arguments)
+        sums = {name: float(value) for name, value in jax.device_get(sums).items()}
+        skipped = max(stats[guard.SKIPPED], sums[guard.SKIPPED])
+        return stats | _critic_figures(sums, max(stats["tokens"], 1.0)) | {guard.SKIPPED: skipped}
 
-        def run():
-            self.critic_state, told = self.critic.update(self.critic_state, critic, filled, self._value_arguments())
-            return {name: float(value) for name, value in jax.device_get(told).items()}
+    def scorers(self, run: RunState) -> dict[str, tuple[Scorer, decoder.Params]]:
+        return self.policy.scorers(run) | {"value": (self.value_scorer, self._copy(self.critic_state.params))}
 
-        told = self.timer.run("update", run)
-        self.programs.check()
-        skipped = max(stats[guard.SKIPPED], told[guard.SKIPPED])
-        return stats | _critic_figures(told, max(stats["tokens"], 1.0)) | {guard.SKIPPED: skipped}
+    def warm_up(self, run: RunState, arrays: dict[str, np.ndarray]) -> None:
+        policy, critic = _split(arrays)
+        run.warm_up(policy, self.arguments(0), scores=True)
+        self.value_scorer(self._copy(self.critic_state.params), arrays, 1, 1.0)
+        spare = jax.tree.map(jnp.copy, self.critic_state)
+        jax.block_until_ready(self.critic.update(spare, critic, 1, self._value_arguments))
+        run.programs.add("critic", lambda: self.critic.compilations)
+        run.programs.add("values", lambda: self.value_scorer.compilations)
 
-    def _split(self, arrays: dict) -> tuple[dict, dict]:
-        """Returns the policy's and the critic's arrays of a batch."""
-        policy = {name: array for name, array in arrays.items() if name not in CRITIC_FIELDS}
-        shared = ("tokens", "targets", "positions", "segments", "loss_mask", "weight")
-        return policy, {name: arrays[name] for name in (*shared, *CRITIC_FIELDS)}
+    def checkpoint_items(self) -> dict[str, Any]:
+        return {"critic": self.critic_state.params, "critic_optimizer": self.critic_state.optimizer}
 
-    def _value_arguments(self) -> ValueArguments:
-        return ValueArguments(np.float32(self.config.ppo.value_clip or np.inf))
+    def restore_targets(self) -> dict[str, Any]:
+        target = self.critic.restore_target()
+        return {"critic": target.params, "critic_optimizer": target.optimizer}
+
+    def restore(self, items: dict[str, Any], update: int) -> None:
+        self.critic_state = self.critic.state(items["critic"], items["critic_optimizer"], update)
+
+
+def _split(arrays: dict[str, np.ndarray]) -> tuple[dict, dict]:
+    """Returns the policy's and the critic's arrays of a batch."""
+    policy = {name: array for name, array in arrays.items() if name not in CRITIC_FIELDS}
+    shared = ("tokens", "targets", "positions", "segments", "loss_mask", "weight")
+    return policy, {name: arrays[name] for name in (*shared, *CRITIC_FIELDS)}
 
 
 def _critic_figures(sums: dict[str, float], tokens: float) -> dict[str, float]:

@@ -32,14 +32,14 @@ class EncodedPrompt:
 
 
 @dataclass(frozen=True, eq=False)
-class Judgement:
-    """What a rollout's scores come to; arrays over its samples in group order."""
+class Advantages:
+    """Advantages and masks of a rollout, one entry per sample in group order."""
 
     advantages: np.ndarray | list[np.ndarray]  # float32 [N]; or a sample's own array, one for each of its tokens
     rewards: np.ndarray  # float32 [N], the weighted sums, length penalty included, without a KL term
     trained: np.ndarray  # bool [N]: its tokens are in the loss
-    counted: np.ndarray  # bool [N]: the means of the loss count it
-    signal: np.ndarray  # bool [groups]: whether rewards differ
+    in_mean: np.ndarray  # bool [N]: the means of the loss count it
+    has_signal: np.ndarray  # bool [groups]: whether rewards differ
     values: dict[str, list[np.ndarray]] = field(default_factory=dict)  # further float32 values of every token, by name
 
 
@@ -192,11 +192,11 @@ def mini_batches(rollout: Rollout, start: int, config: Config) -> list[np.ndarra
     return [order[i : i + size] for i in range(0, len(rollout), size)]
 
 
-def judge(rollout: Rollout, config: Config, max_new_tokens: int, kl_coef: float = 0.0) -> Judgement:
+def compute_advantages(rollout: Rollout, config: Config, max_new_tokens: int, kl_coef: float = 0.0) -> Advantages:
     """Returns rewards, advantages over whole groups, and which samples are trained on and counted.
 
     Where a KL term stands in the reward, kl_coef * sum of log(policy / reference) over its tokens is taken off a sample's
-    before its advantage; rewards and signal are told without it.
+    before its advantage; rewards and signal are without it.
     """
     grpo = config.grpo
     truncated = np.asarray([sample.truncated for sample in rollout.samples], bool)
@@ -221,7 +221,7 @@ def judge(rollout: Rollout, config: Config, max_new_tokens: int, kl_coef: float 
     if grpo.denominator == "signal":
         trained = trained & np.repeat(signal, grpo.group_size)
     counted = np.ones(len(rollout), bool) if grpo.denominator == "all" else trained
-    return Judgement(advantages, rewards, trained, counted, signal)
+    return Advantages(advantages, rewards, trained, counted, signal)
 
 
 def token_kl(rollout: Rollout) -> list[np.ndarray]:
@@ -233,7 +233,7 @@ def token_kl(rollout: Rollout) -> list[np.ndarray]:
 def signals(rollout: Rollout, config: Config) -> np.ndarray:
     """Returns whether the rewards of each group differ, bool [groups]; a length penalty does not count."""
     plain = replace(config, grpo=replace(config.grpo, overlong_buffer_fraction=0.0, singleton="zero"))
-    return judge(rollout, plain, config.sampler.max_new_tokens).signal
+    return compute_advantages(rollout, plain, config.sampler.max_new_tokens).has_signal
 
 
 def keep_groups(parts: Sequence[Rollout], wanted: int, config: Config) -> Rollout:
@@ -259,7 +259,7 @@ def keep_groups(parts: Sequence[Rollout], wanted: int, config: Config) -> Rollou
 
 
 def pack_mini_batch(
-    rollout: Rollout, chosen: np.ndarray, judged: Judgement, config: Config, max_new_tokens: int
+    rollout: Rollout, chosen: np.ndarray, advantages: Advantages, config: Config, max_new_tokens: int
 ) -> PackedBatch:
     """Returns the chosen samples packed, with the values of every response token that the loss takes.
 
@@ -267,12 +267,12 @@ def pack_mini_batch(
     """
     samples = [rollout.samples[i] for i in chosen]
     size, lengths = config.pack, [len(sample.token_ids) for sample in samples]
-    weights = losses.token_weights(lengths, config.grpo, max_new_tokens, judged.counted[chosen])
+    weights = losses.token_weights(lengths, config.grpo, max_new_tokens, advantages.in_mean[chosen])
     items, rows = [], None
     for index, sample, weight in zip(chosen, samples, weights, strict=True):
-        values = {"advantage": judged.advantages[index], "behaviour_logp": sample.behaviour_logps, "weight": weight}
-        values |= {name: arrays[index] for name, arrays in (rollout.values | judged.values).items()}
-        items.append(_item(sample, float(judged.trained[index]), values, config.grpo.routing_replay))
+        values = {"advantage": advantages.advantages[index], "behaviour_logp": sample.behaviour_logps, "weight": weight}
+        values |= {name: arrays[index] for name, arrays in (rollout.values | advantages.values).items()}
+        items.append(_item(sample, float(advantages.trained[index]), values, config.grpo.routing_replay))
     if size.shared_prompts:
         items, rows = share_prompts(items, [len(sample.prompt_ids) for sample in samples], size.row_tokens)
     sizes = [len(item.tokens) for item in items]

@@ -1,19 +1,22 @@
-"""Trained reward models in RL: which one scores a sample, what is told beside it, and when the two part ways.
+"""Reward models in RL: which one scores a sample, the verified metrics logged with it, and the reward-hacking warning.
 
 R_general = R_reward_model + R_format + R_language, the model chosen by the data set of the prompt (DeepSeek-R1, eq. 8-11).
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from r1jax.core import distributed, metrics
 from r1jax.data import tasks
 from r1jax.data.problems import SCENARIOS
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.model import RewardModel
 from r1jax.rl.journal import Rollout
-from r1jax.rl.rollout import EncodedPrompt
+from r1jax.rl.rollout import EncodedPrompt, PromptPhases
 from r1jax.sampler.sample import RolloutSample
+from r1jax.schema import Config
 
 ACCURACY, MODEL, RULE = (PART_NAMES.index(name) for name in ("accuracy", "reward_model", "rule"))
 VERIFIED = ("reasoning_accuracy", "rule")  # what can be verified: of the reasoning prompts, of those of a known rule
@@ -130,3 +133,34 @@ def watch(
                 f"{first[name]:.3f} to {last[name]:.3f} ({trends[name]:+.1f}); stop, or train the reward model on new pairs"
             )
     return told, line
+
+
+class HackingMonitor:
+    """Compares what reward models say with what can be verified, rollout by rollout."""
+
+    def __init__(self, config: Config, folder: Path, prompts: PromptPhases, models: Mapping[str, RewardModel]):
+        """`folder` holds the metrics of the run; `models` by task."""
+        self.config, self.folder, self.prompts, self.models = config, folder, prompts, models
+        self._earlier: list[dict] | None = None  # figures of the rollouts until now
+
+    def graded(self, rollout: Rollout, start: int) -> np.ndarray:
+        """Returns whether each sample's accuracy is a grader's, [N] bool: no reward model scores it instead."""
+        problems = [self.prompts.prompt(sample.request_id, start).problem for sample in rollout.samples]
+        return ~np.isin([problem.task for problem in problems], list(self.models))
+
+    def figures(self, rollout: Rollout, start: int) -> tuple[dict[str, float], str]:
+        """Returns (`figures` and trends of the rollout that starts at an update, a line of warning or "")."""
+        if not self.models:
+            return {}, ""
+        group, settings = self.config.grpo.group_size, self.config.scenarios
+        prompts = [self.prompts.prompt(sample.request_id, start) for sample in rollout.samples[::group]]
+        now = figures(rollout, prompts, self.models, group)
+        if not now:
+            return {}, ""
+        if self._earlier is None:
+            every = self.config.grpo.updates_per_rollout
+            rows = distributed.decide(metrics.read, self.folder, name=f"the metrics of {self.folder}")
+            self._earlier = [row for row in rows if (row["update"] - 1) % every == 0 and row["update"] <= start]
+        trends, line = watch(self._earlier, now, settings.hacking_window, settings.hacking_errors)
+        self._earlier.append(now)
+        return now | trends, line

@@ -4,7 +4,7 @@ One rollout feeds several updates, so a change asked for at update u takes effec
 after u: pass the update at which a rollout starts. Starts are the multiples of updates_per_rollout below the total.
 """
 
-from r1jax.schema import Schedule
+from r1jax.schema import GRPOConfig, SamplerConfig, Schedule
 
 
 def value_at(schedule: Schedule, update: int, default: float) -> float:
@@ -20,6 +20,16 @@ def value_at(schedule: Schedule, update: int, default: float) -> float:
             value = scheduled
         previous = start
     return value
+
+
+def kl_coef(config: GRPOConfig, start: int) -> float:
+    """Returns beta of the rollout that starts at an update."""
+    return value_at(config.kl_coef_schedule, start, config.kl_coef)
+
+
+def max_new_tokens(config: SamplerConfig, start: int) -> int:
+    """Returns the longest response, in tokens, of the rollout that starts at an update."""
+    return int(value_at(config.max_new_tokens_schedule, start, config.max_new_tokens))
 
 
 def rollout_starts(total_updates: int, updates_per_rollout: int) -> range:

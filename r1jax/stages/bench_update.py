@@ -26,10 +26,9 @@ from r1jax.models import decoder
 from r1jax.report import table
 from r1jax.rl import losses
 from r1jax.rl.logprobs import Scorer
-from r1jax.rl.loop import PolicyTraining
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config, MeshConfig, ModelConfig, PackConfig, replace
-from r1jax.stages import common, compute, measure
+from r1jax.stages import common, compute, measure, policy
 from r1jax.train import sft, step
 
 MODULE = "r1jax.stages.bench_update"
@@ -297,7 +296,7 @@ def split_figures(config: Config, folder: Path) -> dict[str, float]:
         lengths.append(row["length"])
 
     shutil.rmtree(folder, ignore_errors=True)
-    PolicyTraining(resolved, tokenizer, mesh, asked, params, folder, on_update).run()
+    policy.make_training(resolved, tokenizer, mesh, asked, params, folder, on_update=on_update).train()
     rows, wall = read_timing(folder)[1:], ends[-1] - ends[0]
     sums = {name.removesuffix("_s"): sum(row.get(name, 0.0) for row in rows) for name in PHASES}
     shutil.rmtree(folder, ignore_errors=True)

@@ -12,13 +12,15 @@ from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import checkpoint, distributed, sharding, tree
 from r1jax.core.metrics import read, read_timing
 from r1jax.evals.behaviour import reflective_count
+from r1jax.models import decoder
 from r1jax.report import curves
 from r1jax.rewards import plugins
 from r1jax.rewards.model import RewardModel
 from r1jax.rl import losses
-from r1jax.rl.disaggregated import DisaggregatedTraining
-from r1jax.rl.loop import PolicyTraining
-from r1jax.rl.ppo import PPOTraining
+from r1jax.rl.assemble import Training, assemble
+from r1jax.rl.objective import Objective
+from r1jax.rl.rollout import EncodedPrompt, Mixture, PromptPhases
+from r1jax.rl.state import RunInputs
 from r1jax.sampler import jetstream
 from r1jax.schema import Config
 from r1jax.stages import common, compute, evaluate, lineage, prompts, reward_models, template_check
@@ -51,18 +53,18 @@ def run(config: Config, workdir: Path) -> dict:
             asked.training,
             params,
             folder.path,
-            lambda update, row, timing: progress.update(update, **shown(row, timing)),
-            lambda texts: describe(texts, asked.source.reflective_words),
             later(resolved, tokenizer, asked),
+            on_update=lambda update, row, timing: progress.update(update, **shown(row, timing)),
+            describe=lambda texts: describe(texts, asked.source.reflective_words),
             reward_models=load_reward_models(resolved, tokenizer, sampler_mesh(resolved, mesh), workdir),
         )
         folder.start(inputs)
         common.write_model(folder.path, resolved, tokenizer, prompts.template(resolved, tokenizer))
-        trained = training.run()
+        trained = training.train()
     if distributed.is_writer():
         write_curves(folder.path)
     figures = {"seconds": round(time.monotonic() - started, 1), "updates": resolved.grpo.updates}
-    figures["programs"] = training.programs.counts()
+    figures["programs"] = training.run.programs.counts()
     figures["data"] = asked.counts
     figures["compute"] = distributed.decide(lambda: compute.of_policy_training(read(folder.path), resolved))
     figures["split"] = distributed.decide(time_split, folder.path)
@@ -74,14 +76,27 @@ def run(config: Config, workdir: Path) -> dict:
     return folder.finish(figures, inputs, tree.digest(trained))
 
 
-def make_training(config: Config, tokenizer: Tokenizer, mesh: Mesh, *arguments, **more) -> PolicyTraining:
-    """Returns the loop of config.mode, or PPO's where advantages come from a critic; ValueError when the sampler's devices are not there."""
-    if config.grpo.advantage == "gae":
-        return PPOTraining(config, tokenizer, mesh, *arguments, **more)
-    if config.mode == "colocated":
-        return PolicyTraining(config, tokenizer, mesh, *arguments, **more)
-    distributed.require_one("config.mode=disaggregated")
-    return DisaggregatedTraining(config, tokenizer, mesh, *arguments, sampler_mesh=sampler_mesh(config, mesh), **more)
+def make_training(
+    config: Config,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    training: Mixture | Sequence[EncodedPrompt],
+    params: decoder.Params,
+    folder: Path,
+    later: tuple | None = None,
+    objective: Objective | None = None,
+    **more,
+) -> Training:
+    """Returns the parts of a run on the devices of config.mode; ValueError when the sampler's are not there.
+
+    `later` is (update, sources, weights): the mixture of prompts from that update on, in place of `training`. Without an
+    `objective` it is the one of config.grpo.advantage. `more` are further fields of RunInputs.
+    """
+    if config.mode == "disaggregated":
+        distributed.require_one("config.mode=disaggregated")
+        more["sampler_mesh"] = sampler_mesh(config, mesh)
+    phases = PromptPhases(training, later, config)
+    return assemble(config, RunInputs(tokenizer, mesh, phases, params, folder, **more), objective)
 
 
 def sampler_mesh(config: Config, mesh: Mesh) -> Mesh:

@@ -1,0 +1,103 @@
+"""From a scored rollout to the batches of its updates: values per token, packing beside the device, reference scores."""
+
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from r1jax.data.packing import PREFIXES, PackedBatch, unpack
+from r1jax.models import decoder
+from r1jax.rl import schedules
+from r1jax.rl.journal import Rollout
+from r1jax.rl.logprobs import ROUTED, Scorer
+from r1jax.rl.objective import Batch, Objective
+from r1jax.rl.recorder import Recorder
+from r1jax.rl.rollout import Advantages, micro_batches, mini_batches, pack_mini_batch
+from r1jax.rl.state import RunState
+from r1jax.schema import Config
+from r1jax.train import step
+
+
+def blank_arrays(config: Config, fields: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Returns the arrays of a batch without tokens, in the shapes of every batch."""
+    pack = config.pack
+    shape = (micro_batches(config), pack.rows_per_micro_batch, pack.row_tokens)
+    arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segments")}
+    arrays |= {name: np.zeros(shape, np.float32) for name in ("loss_mask", *fields)}
+    if config.grpo.routing_replay:
+        model = config.model
+        arrays[ROUTED] = np.full((*shape, model.num_moe_layers, model.num_experts_per_tok), -1, np.int16)
+    if pack.shared_prompts:
+        arrays[PREFIXES] = np.zeros(shape, np.int32)
+    return arrays
+
+
+def with_values(run: RunState, objective: Objective, recorder: Recorder, rollout: Rollout) -> Rollout:
+    """Adds the trainer's per-token values that the objective needs, as they are before the rollout's first update.
+
+    They are old and reference log-probs and a critic's values. Returns the same object when all are there.
+    """
+    scorers, start = objective.scorers(run), run.cursor.rollout_start
+    if set(scorers) <= set(rollout.values):
+        return rollout
+    longest = schedules.max_new_tokens(run.config.sampler, start)
+    blank = Advantages(*np.zeros((2, len(rollout)), np.float32), *np.ones((3, len(rollout)), bool))
+    values = {name: [np.empty(0)] * len(rollout) for name in scorers}
+    for chosen in mini_batches(rollout, start, run.config):
+        packed = pack_mini_batch(rollout, chosen, blank, run.config, longest)
+        for name, (scorer, weights) in scorers.items():
+            scores = recorder.timed("reference", _score, run.config, scorer, weights, packed)
+            rows = unpack(scores.reshape(packed.tokens.shape), packed)[: len(chosen)]  # prefixes come last
+            for index, row in zip(chosen, rows, strict=True):
+                values[name][index] = row[-len(rollout.samples[index].token_ids) :]
+    return dataclasses.replace(rollout, values=values)
+
+
+def batches(
+    run: RunState, objective: Objective, recorder: Recorder, rollout: Rollout, advantages: Advantages
+) -> Iterator[Batch]:
+    """Yields the batches of the updates of a rollout that are still to be made, scored under the reference.
+
+    The next one is packed in a thread while the device updates on this one.
+    """
+    config, start = run.config, run.cursor.rollout_start
+    longest = schedules.max_new_tokens(config.sampler, start)
+    chosen = mini_batches(rollout, start, config)[run.cursor.update - start :]
+    pack = lambda number: pack_mini_batch(rollout, chosen[number], advantages, config, longest)  # noqa: E731
+    with ThreadPoolExecutor(1, thread_name_prefix="pack") as worker:
+        following = worker.submit(pack, 0)
+        for number in range(len(chosen)):
+            packed, last = following.result(), number + 1 == len(chosen)
+            following = None if last else worker.submit(pack, number + 1)
+            yield _scored(run, objective, recorder, packed, last)
+
+
+def _scored(run: RunState, objective: Objective, recorder: Recorder, packed: PackedBatch, last: bool) -> Batch:
+    recorder.phase("pack")
+    fields = tuple(name for name in objective.fields if name in packed.values)
+    arrays = step.batch_arrays(packed, run.config.pack, micro_batches(run.config), fields)
+    if "reference_logp" in objective.fields and "reference_logp" not in packed.values:
+        scores = recorder.timed("reference", _score, run.config, run.scorer, run.reference, packed)
+        arrays["reference_logp"] = scores
+    filled = step.filled_micro_batches(packed, run.config.pack)
+    return Batch(arrays, filled, last, _mismatch_without_replay(run, arrays, filled))
+
+
+def _score(config: Config, scorer: Scorer, weights: decoder.Params, packed: PackedBatch) -> np.ndarray:
+    """Returns the scorer's values of a packed mini-batch under `weights`, float32 [M, R, T]."""
+    arrays = step.batch_arrays(packed, config.pack, micro_batches(config), ())
+    return scorer(weights, arrays, step.filled_micro_batches(packed, config.pack), config.sampler.temperature or 1.0)
+
+
+def _mismatch_without_replay(run: RunState, arrays: dict, filled: int) -> dict[str, float]:
+    """Returns the mismatch of sampler and trainer if the live routers chose; {} unless a check is due."""
+    grpo, start = run.config.grpo, run.cursor.rollout_start
+    every = grpo.replay_check_every
+    if not every or start // grpo.updates_per_rollout % every or run.cursor.update != start:
+        return {}
+    live = arrays | {ROUTED: np.full_like(arrays[ROUTED], -1)}
+    logp = run.scorer(run.frozen_policy(), live, filled, run.config.sampler.temperature or 1.0)
+    difference = np.abs(logp - arrays["behaviour_logp"])[arrays["loss_mask"] > 0]
+    mean = float(np.mean(difference, dtype=np.float64)) if len(difference) else 0.0
+    return {"mean_logprob_difference_without_replay": mean}

@@ -1,0 +1,143 @@
+"""What a run leaves beside its weights: metrics rows, timing, warnings, and where it is at the moment."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from r1jax.core import distributed
+from r1jax.core.metrics import MetricsLog
+from r1jax.rewards.compose import PART_NAMES, RULE_PARTS
+from r1jax.rl import losses, schedules, warnings
+from r1jax.rl.journal import Rollout
+from r1jax.rl.rollout import Advantages
+from r1jax.rl.scenarios import HackingMonitor
+from r1jax.rl.state import RunInputs, RunState
+from r1jax.train import guard
+
+ACCURACY = PART_NAMES.index("accuracy")
+
+
+class Timer:
+    """Seconds by phase, and other sums, since the last `take`; threads may share it."""
+
+    def __init__(self):
+        self._sums: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def run(self, name: str, function: Callable, *arguments):
+        started = time.perf_counter()
+        result = function(*arguments)
+        self.add(**{f"{name}_s": time.perf_counter() - started})
+        return result
+
+    def add(self, **values: float) -> None:
+        with self._lock:
+            for name, value in values.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def take(self) -> dict[str, float]:
+        with self._lock:
+            sums, self._sums = self._sums, {}
+        return sums
+
+
+class Recorder:
+    """Writes the metrics rows and timing of a run, and prints its warnings."""
+
+    def __init__(self, run: RunState, inputs: RunInputs):
+        self.config, self.run, self.inputs = run.config, run, inputs
+        self.log, self.timer = MetricsLog(inputs.folder), Timer()
+        self.timed = self.timer.run
+        self.skipped = guard.SkippedUpdates(self.config.stage, self.config.optimizer.max_skipped_updates)
+        self.monitor = HackingMonitor(self.config, inputs.folder, inputs.prompts, inputs.reward_models)
+        self.figures: dict[str, float] = {}  # of the current rollout, in every row of its updates
+
+    def begin(self) -> None:
+        """Drops metrics rows after the cursor, which a restored run makes again."""
+        self.skipped.in_a_row = self.run.cursor.skipped
+        self.log.truncate(self.run.cursor.update)
+
+    def rollout(self, rollout: Rollout, advantages: Advantages, staleness: dict[str, float]) -> None:
+        """Takes the figures of a rollout and prints its warnings."""
+        start, grpo = self.run.cursor.rollout_start, self.config.grpo
+        lines = warnings.of_rollout(rollout, advantages, grpo, schedules.kl_coef(grpo, start))
+        of_models, hacking = self.monitor.figures(rollout, start)
+        for line in [*lines, *([hacking] if hacking else [])]:
+            self._print(f"update {start + 1}: {line}")
+        texts = self.inputs.tokenizer.decode_batch([sample.token_ids for sample in rollout.samples])
+        self.figures = self._rewards(rollout, advantages, start) | self._tokens(rollout, start)
+        self.figures |= of_models | self.inputs.describe(texts) | staleness
+
+    def update(self, stats: dict[str, float]) -> None:
+        """Writes the metrics row of the update just made, and beside it how long it took.
+
+        Raises ValueError when too many updates in a row were skipped.
+        """
+        cursor, tokens = self.run.cursor, max(stats["tokens"], 1.0)
+        means = {name: value / tokens if name in losses.TOKEN_MEANS else value for name, value in stats.items()}
+        row = self.figures | means
+        if cursor.update - 1 > cursor.rollout_start or row.get("staleness"):
+            # Only the first update of a rollout runs the very weights that sampled it.
+            for kind in ("max", "mean"):
+                if f"{kind}_logprob_difference" in row:
+                    row[f"{kind}_policy_shift"] = row.pop(f"{kind}_logprob_difference")
+        timing = self.timer.take()
+        if "rollout_s" in timing:
+            timing["rollout_tokens_per_s"] = timing.pop("rollout_tokens") / timing["rollout_s"]
+            timing["slot_occupancy"] = timing.pop("rollout_occupied_s") / timing["rollout_s"]
+        row = guard.recorded(row)
+        self.log.write(cursor.update, row, timing)
+        self.inputs.on_update(cursor.update, row, timing)
+        self.skipped.note(cursor.update, stats)
+        cursor.skipped = self.skipped.in_a_row
+
+    def phase(self, name: str) -> None:
+        """Writes what the run is doing to the file `phase`, for people and scripts that watch from outside."""
+        if distributed.is_writer():
+            (self.inputs.folder / "phase").write_text(f"{name} {self.run.cursor.update}\n")
+
+    def close(self) -> None:
+        self.log.close()
+
+    def _rewards(self, rollout: Rollout, advantages: Advantages, start: int) -> dict[str, float]:
+        """Returns the means of the rewards of a rollout, over its scorable samples."""
+        scorable = np.flatnonzero(rollout.scorable)
+        figures = {name: _mean(rollout.parts[scorable, PART_NAMES.index(name)]) for name in RULE_PARTS}
+        if self.inputs.reward_models:  # accuracy is then that of the samples which a grader scored
+            graded = scorable[self.monitor.graded(rollout, start)[scorable]]
+            del figures["accuracy"]
+            if len(graded):
+                figures["accuracy"] = _mean(rollout.parts[graded, ACCURACY])
+        return figures | {
+            "reward": _mean(advantages.rewards[scorable]),
+            "unscorable": float(len(rollout) - len(scorable)),
+            "zero_variance_groups": float(1 - advantages.has_signal.mean()),
+        }
+
+    def _tokens(self, rollout: Rollout, start: int) -> dict[str, float]:
+        """Returns lengths and numbers of samples and tokens, and with dynamic sampling what was drawn for them."""
+        grpo, lengths = self.config.grpo, [len(sample.token_ids) for sample in rollout.samples]
+        updates = schedules.updates_in_rollout(start, grpo.updates, grpo.updates_per_rollout)
+        figures = {
+            "length": _mean(lengths),
+            "truncated": _mean([sample.truncated for sample in rollout.samples]),
+            "sampled_tokens": (sum(lengths) + rollout.dropped_tokens) / updates,
+        }
+        if grpo.dynamic_sampling_rounds:
+            left = [] if rollout.dropped_parts is None else rollout.dropped_parts[:, ACCURACY]
+            accuracies = [*rollout.parts[:, ACCURACY], *left]
+            figures |= {"prompts_drawn": float(rollout.draws), "drawn_accuracy": _mean(accuracies)}
+        return figures
+
+    def _print(self, line: str) -> None:
+        """Prints a line about this run; of several processes, process 0 does."""
+        if distributed.is_writer():
+            print(f"{self.config.stage} {line}", file=sys.stderr, flush=True)
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(values, dtype=np.float64)) if len(values) else 0.0

@@ -1,0 +1,105 @@
+"""Draws the samples of a rollout and scores them while others are still drawn."""
+
+import time
+
+import numpy as np
+
+from r1jax.core.runtime import ProgramSet
+from r1jax.models import decoder
+from r1jax.rewards.pool import RewardPool
+from r1jax.rl import rollout as rollouts
+from r1jax.rl import scenarios, schedules
+from r1jax.rl.journal import Rollout
+from r1jax.rl.recorder import Recorder, Timer
+from r1jax.rl.state import RunInputs
+from r1jax.sampler.engine import Engine
+from r1jax.sampler.sample import RolloutSample, SamplingLaw
+from r1jax.sampler.scheduler import RolloutSampler
+from r1jax.schema import Config
+
+
+class Sampling:
+    """The sampler of a run with its prompts, its pool of graders and its reward models."""
+
+    def __init__(self, config: Config, inputs: RunInputs, recorder: Recorder):
+        self.config, self.inputs, self.recorder = config, inputs, recorder
+        self.pool: RewardPool | None = None  # between `open` and `close`
+        engine = Engine(
+            config.model,
+            config.sampler,
+            inputs.sampler_mesh or inputs.mesh,
+            inputs.tokenizer.stop_ids,
+            inputs.tokenizer,
+            record_experts=config.grpo.routing_replay,  # nothing else reads the experts of a rollout
+        )
+        self.sampler = RolloutSampler(engine)
+
+    def open(self) -> None:
+        self.pool = RewardPool(self.config.reward)
+
+    def close(self) -> None:
+        self.pool.close()
+
+    def warm_up(self, weights: decoder.Params, programs: ProgramSet) -> None:
+        """Compiles the sampler and the reward models and adds their programs."""
+        self.sampler.warm_up(weights)
+        for task, model in self.inputs.reward_models.items():
+            model.warm_up()
+            programs.add(f"reward_model_{task}", lambda model=model: model.compilations)
+        engine = self.sampler.engine
+        for name in engine.compilations():
+            programs.add(name, lambda name=name: engine.compilations()[name])
+
+    def draw(self, start: int, first: int, weights: decoder.Params, version: int) -> Rollout:
+        """Returns the scored samples of the rollout that starts at an update, its first prompt being number `first`.
+
+        `version` is the number of updates that `weights` have seen. With dynamic sampling, prompts whose rewards tie are
+        replaced by further ones, in a bounded number of rounds; what is then missing are tied groups again.
+        """
+        grpo = self.config.grpo
+        updates = schedules.updates_in_rollout(start, grpo.updates, grpo.updates_per_rollout)
+        wanted, drawn, rounds = updates * grpo.prompts_per_update, 0, []
+        for _ in range(1 + grpo.dynamic_sampling_rounds):
+            missing = wanted - sum(int(rollouts.signals(one, self.config).sum()) for one in rounds)
+            if missing <= 0:
+                break
+            numbers = range(first + drawn, first + drawn + missing)
+            rounds.append(self.sample_and_grade(numbers, start, weights, version))
+            drawn += missing
+        return rounds[0] if len(rounds) == 1 else rollouts.keep_groups(rounds, wanted, self.config)
+
+    def sample_and_grade(self, numbers: range, start: int, weights: decoder.Params, version: int) -> Rollout:
+        """Returns the scored samples of the prompts with these numbers."""
+        config, recorder = self.config, self.recorder
+        prompts = [self.inputs.prompts.prompt(number, start) for number in numbers]
+        by_number = dict(zip(numbers, prompts, strict=True))
+        grader, grading = rollouts.Grader(by_number, self.pool, self.inputs.tokenizer.decode_batch), Timer()
+        group = config.grpo.group_size
+        requests = rollouts.requests_for(prompts, numbers, group, self._law(start), config.seed, config.stage, "sample")
+        recorder.phase("rollout")
+        begun = time.perf_counter()
+        grade = lambda done: grading.run("rewards", grader.add, done)  # noqa: E731
+        samples = self.sampler.generate(requests, weights, version, grade)
+        graded_s = grading.take().get("rewards_s", 0.0)
+        seconds, statistics = time.perf_counter() - begun - graded_s, self.sampler.statistics
+        recorder.timer.add(
+            rollout_s=seconds,
+            rollout_tokens=statistics.tokens,
+            rollout_occupied_s=seconds * statistics.occupancy,
+            rewards_s=graded_s,
+        )
+        recorder.phase("grading")
+        parts, scorable = recorder.timed("rewards", grader.scores, samples)
+        if self.inputs.reward_models:
+            parts = recorder.timed("rewards", self._with_model_rewards, parts, samples, by_number)
+        usage = self.pool.take_usage()
+        recorder.timer.add(reward_cache_hits=usage.cache_hits, reward_workers_started=usage.workers_started)
+        return Rollout(samples, parts, scorable, len(numbers))
+
+    def _with_model_rewards(self, parts: np.ndarray, samples: list[RolloutSample], by_number: dict) -> np.ndarray:
+        decode, models = self.inputs.tokenizer.decode_batch, self.inputs.reward_models
+        return scenarios.with_model_rewards(parts, samples, decode, by_number, models)
+
+    def _law(self, start: int) -> SamplingLaw:
+        s, longest = self.config.sampler, schedules.max_new_tokens(self.config.sampler, start)
+        return SamplingLaw(s.temperature, s.top_p, s.top_k, longest, self.inputs.tokenizer.stop_ids)

@@ -1,0 +1,152 @@
+"""The state of one RL run: weights, optimiser, reference and cursor, with the programs that move and score them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from r1jax.core import runtime, sharding, tree
+from r1jax.core.checkpoint import CheckpointStore
+from r1jax.models import decoder
+from r1jax.rewards.model import RewardModel
+from r1jax.rl import schedules
+from r1jax.rl.logprobs import Scorer
+from r1jax.rl.rollout import PromptPhases
+from r1jax.schema import Config
+from r1jax.train import step
+
+
+@dataclass(frozen=True, eq=False)
+class RunInputs:
+    """What a run starts from beside its config."""
+
+    tokenizer: Any  # has stop_ids and decode_batch
+    mesh: Mesh  # of the trainer
+    prompts: PromptPhases
+    params: decoder.Params
+    folder: Path
+    sampler_mesh: Mesh | None = None  # devices of the sampler alone; None samples on `mesh`
+    reward_models: Mapping[str, RewardModel] = field(default_factory=dict)  # by the task whose samples they score
+    describe: Callable[[list[str]], dict[str, float]] = lambda texts: {}  # metrics of a rollout's texts
+    on_update: Callable[[int, dict, dict], None] = lambda update, row, timing: None  # called after each metrics row
+
+
+@dataclass
+class Cursor:
+    """Where a run stands; with the arrays, all that a checkpoint holds."""
+
+    update: int = 0  # policy updates made
+    rollout_start: int = 0  # update at which the current rollout started
+    draw: int = 0  # prompts drawn before the current rollout
+    reference_update: int = 0  # rollout start at which the reference was last replaced
+    skipped: int = 0  # updates skipped in a row until now
+
+
+class OwnArrays(Protocol):
+    """What an objective adds to a checkpoint."""
+
+    def checkpoint_items(self) -> dict[str, Any]: ...
+
+    def restore_targets(self) -> dict[str, Any]: ...
+
+    def restore(self, items: dict[str, Any], update: int) -> None: ...
+
+
+class RunState:
+    """The policy with its optimiser, the frozen reference and the cursor."""
+
+    def __init__(self, config: Config, inputs: RunInputs, loss: step.Loss):
+        self.config, self.mesh = config, inputs.mesh
+        offloaded = config.grpo.offload_reference
+        self.trainer = step.Trainer(config.model, config.optimizer, inputs.mesh, loss, config.grpo.updates)
+        self.scorer = Scorer(config.model, inputs.mesh, offloaded=offloaded)
+        placed = self.trainer.param_shardings
+        self.reference_shardings = sharding.on_host(placed) if offloaded else placed
+        self._copy = tree.copier(config.model.compute_dtype, self.reference_shardings)
+        self.state, self.reference, self.cursor = self.trainer.init(inputs.params), None, Cursor()
+        self.store = CheckpointStore(inputs.folder / "checkpoints", config.checkpointing.keep)
+        self.programs = runtime.ProgramSet()
+
+    @property
+    def params(self) -> decoder.Params:
+        """The policy's float32 weights."""
+        return self.state.params
+
+    @property
+    def finished(self) -> bool:
+        return self.cursor.update >= self.config.grpo.updates
+
+    def frozen_policy(self) -> decoder.Params:
+        """Returns a copy of the policy in the compute dtype, placed as the reference is."""
+        return self._copy(self.params)
+
+    def warm_up(self, arrays: dict[str, np.ndarray], arguments: Any, scores: bool) -> None:
+        """Compiles the update, and with `scores` the scorer, on a batch that leaves no trace."""
+        if scores or self.config.grpo.uses_reference or self.config.grpo.replay_check_every:
+            self.scorer(self.frozen_policy(), arrays, 1, 1.0)
+        spare = jax.tree.map(jnp.copy, self.state)
+        jax.block_until_ready(self.trainer.update(spare, arrays, 1, arguments))
+        self.programs.add("update", lambda: self.trainer.compilations)
+        self.programs.add("reference", lambda: self.scorer.compilations)
+
+    def begin_rollout(self) -> int:
+        """Returns the update at which the current rollout starts, after replacing the reference if that is due.
+
+        It becomes the policy at the first rollout at or after each multiple of grpo.reference_refresh_updates.
+        """
+        start, grpo = self.cursor.rollout_start, self.config.grpo
+        every = grpo.reference_refresh_updates if grpo.uses_reference else 0
+        if start == self.cursor.update and schedules.reference_refresh_due(start, self.cursor.reference_update, every):
+            self.reference, self.cursor.reference_update = self.frozen_policy(), start
+        return start
+
+    def update(self, arrays: dict[str, np.ndarray], filled: int, arguments: Any) -> dict[str, float]:
+        """Makes one policy update on the first `filled` micro-batches and returns its statistics."""
+        self.state, stats = self.trainer.update(self.state, arrays, filled, arguments)
+        return {name: float(value) for name, value in jax.device_get(stats).items()}
+
+    def count_update(self) -> None:
+        """Moves the cursor past an update; RuntimeError when a program was compiled since the warm-up."""
+        self.cursor.update += 1
+        self.programs.check()
+
+    def finish_rollout(self, draws: int) -> None:
+        """Moves the cursor to the next rollout; `draws` prompts were drawn for the one just trained on."""
+        self.cursor.rollout_start = self.cursor.update
+        self.cursor.draw += draws
+
+    def restore(self, objective: OwnArrays) -> None:
+        """Loads the newest checkpoint; without one the policy becomes the reference, where there is a KL term."""
+        number = self.store.latest()
+        if number is None:
+            self.reference = self.frozen_policy() if self.config.grpo.uses_reference else None
+            return
+        self.cursor = Cursor(**self.store.record(number))
+        items = self.store.restore(number, self._targets() | objective.restore_targets())
+        self.reference = items.get("reference")
+        self.state = self.trainer.state(items["params"], items["optimizer"], self.cursor.update)
+        objective.restore(items, self.cursor.update)
+
+    def checkpoint_due(self) -> bool:
+        return self.finished or not self.cursor.update % self.config.checkpointing.every_updates
+
+    def save(self, objective: OwnArrays) -> None:
+        """Writes a checkpoint of weights, optimiser, reference, cursor and the objective's own arrays."""
+        reference = {"reference": self.reference} if self.config.grpo.uses_reference else {}
+        items = {"params": self.params, "optimizer": self.state.optimizer} | reference
+        self.store.save(self.cursor.update, items | objective.checkpoint_items(), vars(self.cursor))
+
+    def _targets(self) -> dict[str, Any]:
+        """Returns the shapes and shardings of what `save` writes, the objective's arrays apart."""
+        target = self.trainer.restore_target()
+        targets = {"params": target.params, "optimizer": target.optimizer}
+        if self.config.grpo.uses_reference:
+            shapes = jax.eval_shape(self._copy, target.params)
+            place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)  # noqa: E731
+            targets["reference"] = jax.tree.map(place, shapes, self.reference_shardings)
+        return targets
