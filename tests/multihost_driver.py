@@ -69,6 +69,7 @@ def build(settings: dict):
 def run(settings: dict) -> dict:
     from r1jax.core import tree
     from r1jax.rewards.pool import RewardPool
+    from r1jax.rl import minibatch
 
     training, pauses, graded = build(settings), Pauses(settings["delays"]), []
     begin = RewardPool.begin
@@ -83,7 +84,7 @@ def run(settings: dict) -> dict:
     for owner, name in (
         (engine, "decode"),
         (journal, "write"),
-        (training.recorder, "rollout"),
+        (minibatch, "_scored"),
         (training.objective, "update"),
         (store, "save"),
     ):

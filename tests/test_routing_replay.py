@@ -191,7 +191,7 @@ def draw(dtype):
 def advantages(scored):
     """Returns what says of every sample that it is trained, with advantage 0."""
     zeros, every = np.zeros(len(scored)), np.ones(len(scored), bool)
-    return rollouts.Judgement(zeros, zeros, every, every, every)
+    return rollouts.Advantages(zeros, zeros, every, every, every)
 
 
 @functools.cache
