@@ -1,5 +1,6 @@
 """Finds the final answer in a response and in a reference."""
 
+import functools
 import re
 
 from r1jax.data import templates
@@ -83,6 +84,7 @@ def extract(response: str, extraction: str) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=4096)
 def reference_answer(reference: str) -> str:
     r"""Returns the final answer of a reference: after GSM8K's last `####`, or the last `\boxed{}`s, or all of it."""
     text = reference.rsplit("####", 1)[-1].strip() if "####" in reference else reference.strip()

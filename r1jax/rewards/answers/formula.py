@@ -314,6 +314,7 @@ class Parser:
         token, after = self.peek(), self.peek(1)
         return bool(
             self.integrand
+            and token is not None
             and token.kind in (LETTER, UPRIGHT)
             and token.text == "d"
             and after is not None

@@ -4,6 +4,7 @@ Two tables do it: `_UNICODE` (characters) and `_STYLE` (commands that change the
 linear in the text's length.
 """
 
+import functools
 import re
 import unicodedata
 
@@ -89,6 +90,7 @@ _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _PLAIN = frozenset("<>{}[]()|*/:'%€£¥")
 
 
+@functools.lru_cache(maxsize=4096)
 def normalise(text: str) -> str:
     r"""Returns a text in one notation: `½` is `\frac{1}{2}`, `√` is `\sqrt`, `\dfrac` is `\frac`; colours, sizes and spacing are gone.
 

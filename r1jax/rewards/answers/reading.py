@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from fractions import Fraction
 
 from r1jax.rewards.answers import formula, notation, units, words
 from r1jax.rewards.answers.classification import Part, agree, classified, joined
@@ -65,6 +66,7 @@ _FORMULA = re.compile(
     r"\$\$(.+?)\$\$|(?<!\\)\$(?!\s)([^$\n]+?)(?<![\s\\])\$(?!\d)|\\\(((?:(?!\\\().)+?)\\\)|\\\[((?:(?!\\\[).)+?)\\\]",
     re.DOTALL,
 )
+_PLAIN = re.compile(r"-?\d{1,300}(?:\.\d{1,300})?", re.ASCII)
 _BRACED = re.compile(r"\{((?:(?!\\over|\\choose)[^{}])*)\}")
 _GROUPED = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _OUTWARD = re.compile(r"\]([^,\[\]]+),([^,\[\]]+)\[")  # ]0, 1[
@@ -81,6 +83,8 @@ def read(text: str, reference: bool = False, plain_units: bool = False) -> Value
     """
     if len(text) > MAX_CHARACTERS:
         raise Unreadable(f"it has {len(text)} characters, more than {MAX_CHARACTERS}")
+    if _PLAIN.fullmatch(text):
+        return Quantity(formula.number(Fraction(text)))
     text = notation.without_wrapping(notation.normalise(text))
     while (inner := _BRACED.fullmatch(text)) and (inner[1].count(",") == 0 or _GROUPED.fullmatch(inner[1].strip())):
         text = notation.without_wrapping(inner[1])
