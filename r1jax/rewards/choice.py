@@ -169,11 +169,13 @@ def _by_text(text: str, options: Mapping[str, str]) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=4096)
 def _plain(text: str) -> str:
     """Returns a text without emphasis, final period and white space beyond single spaces."""
     return " ".join(_bare(text).split())
 
 
+@functools.lru_cache(maxsize=4096)  # options are read again for each of a problem's samples
 def _bare(text: str) -> str:
     text = re.sub(number.TEXT_COMMAND + r"\{([^{}]*)\}", r"\1", text)
     for mark in ("\\(", "\\)", "\\[", "\\]", "\\left", "\\right"):

@@ -3,6 +3,7 @@
 Answers of mathematics are read by answers/reading.py.
 """
 
+import functools
 import re
 from fractions import Fraction
 from typing import NamedTuple
@@ -39,6 +40,7 @@ class Number(NamedTuple):
     percent: bool  # a percent sign stood behind it
 
 
+@functools.lru_cache(maxsize=4096)
 def parse_number(text: str, strict_units: bool = False) -> Number | None:
     r"""Returns the rational number that `text` writes, or None if it is anything else.
 
