@@ -6,6 +6,7 @@ import re
 from r1jax.data import templates
 from r1jax.data.boxes import last_boxes
 from r1jax.rewards.answers import words
+from r1jax.rewards.answers.notation import FORMULA
 
 EXTRACTIONS = ("auto", "boxed", "answer_tag", "whole")
 # The marks of a block, behind white space, the mark of a list's item and those of a quotation.
@@ -40,11 +41,6 @@ _NEXT_QUESTION = re.compile(
     re.MULTILINE | re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"(?<!\bvs)(?<!\d)[.!?。！？](?=\s|$)|(?<=\d)[.!?](?=\s+[^\d]|\s*$)|[。！？\n]")
-_FORMULA = re.compile(
-    r"\$\$(.+?)\$\$|\\\[((?:(?!\\\[).)+?)\\\]|\\\(((?:(?!\\\().)+?)\\\)|(?<![\\$])\$(?![\s$])([^$\n]+?)(?<![\s\\])\$(?![\d$])|(?<![\\$\d])\$\s+([^$\n]*?[\\=^_][^$\n]*?)\s+\$(?![\d$])|"
-    r"\\begin\{(?:equation|align|gather)\*?\}(.+?)\\end\{(?:equation|align|gather)\*?\}",
-    re.DOTALL,
-)
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|textit|mbox|operatorname)\s*\{[^{}]*\}")
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[A-Za-z]+\*?\}|\\[A-Za-z]+")
 _BOLD = re.compile(r"(?<![\w*)])\*\*([^*\n]+)\*\*(?![\w*(])")
@@ -110,7 +106,7 @@ def _stated(text: str) -> str | None:
     if _DENIED.search(before):
         return text[line:].split("\n", 1)[0].strip()  # "this is not the answer: 5" says nothing of what is
     rest = text[phrase.end() :].lstrip("*_ \t\r\n")
-    formula = _FORMULA.match(rest)
+    formula = FORMULA.match(rest)
     start = formula.end() if formula else 0
     end = _SENTENCE_END.search(rest, start)
     sentence = rest[: end.start()] if end else rest
@@ -132,7 +128,7 @@ def _marked(text: str) -> str | None:
 
 def _last_formula(text: str) -> str | None:
     last = None
-    for match in _FORMULA.finditer(text):
+    for match in FORMULA.finditer(text):
         last = match
     return None if last is None else next(group for group in last.groups() if group is not None).strip() or None
 

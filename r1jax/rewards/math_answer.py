@@ -14,6 +14,7 @@ from fractions import Fraction
 from r1jax.rewards.answers import comparison, evaluation, notation, reading, words
 from r1jax.rewards.answers.tokens import Unreadable
 from r1jax.rewards.answers.values import Based, Choice, Clock, Date, Quantity, Several, Text, Value
+from r1jax.rewards.answers.written import TEXT_BRACES
 from r1jax.rewards.choice import choose
 from r1jax.rewards.extraction import extract, reference_answer, without_dollars, without_lead
 from r1jax.rewards.number import parse_number
@@ -21,7 +22,6 @@ from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
 
 MAX_ANSWER_CHARACTERS = reading.MAX_CHARACTERS  # a longer "answer" is wrong without a closer look
-_TEXT_BRACES = re.compile(r"\\(?:text|mathrm)\s*\{([^{}]*)\}")
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
 _AT_ONCE = (Text, Choice, Clock, Date, Based)  # types whose comparison takes no time
 
@@ -92,7 +92,7 @@ def explain(response: str, reference: str, extraction: str) -> Explanation:
     if isinstance(wanted, Choice) and len(answer) <= MAX_ANSWER_CHARACTERS:
         plain = notation.without_wrapping(spelled)
         denied = any(words.changes(word) for word in re.findall(r"[a-z']+|[\u4e00-\u9fff]+", answer.lower()))
-        plain = _TEXT_BRACES.sub(r"\1", plain).strip("{} ")
+        plain = TEXT_BRACES.sub(r"\1", plain).strip("{} ")
         verdict = not denied and wanted.letter in (choose(answer, {}), choose(plain, {}))
         return Explanation(*texts, Text(spelled), wanted, "choice: the one letter that the answer names", verdict)
     try:

@@ -55,16 +55,6 @@ def rule(first: Value, second: Value) -> tuple[bool, str]:
                 return found(one, other), f"{one.type} with {other.type}: {found.__doc__}"
             except Undefined as error:
                 return False, f"{one.type} with {other.type}: {error}"
-            except (
-                ValueError,
-                TypeError,
-                IndexError,
-                KeyError,
-                AttributeError,
-                NotImplementedError,
-                ZeroDivisionError,
-            ) as error:
-                return False, f"{one.type} with {other.type}: cannot be compared ({type(error).__name__})"
     return False, f"a {first.type} is no {second.type}"
 
 

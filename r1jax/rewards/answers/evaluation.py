@@ -501,12 +501,12 @@ def same(first: Node, second: Node) -> bool:
         return False
     met = False
     for point in points([first, second]):
-        defined = [_defined(node, point) for node in (first, second)]
-        if defined == [False, False]:
+        try:
+            (one, other), tolerance = values([first, second], point)
+        except Undefined:
+            if _defined(first, point) or _defined(second, point):
+                return False
             continue
-        if False in defined:
-            return False
-        (one, other), tolerance = values([first, second], point)
         if not (mp.isfinite(one) and mp.isfinite(other)):
             if one != other:
                 return False

@@ -13,7 +13,7 @@ bracket as a mixed number and drops `\text{}`; sympy's `parse_latex` reads neith
 
 from fractions import Fraction
 
-from r1jax.rewards.answers import units
+from r1jax.rewards.answers import units, words
 from r1jax.rewards.answers.tokens import (
     COMMAND,
     FUNCTIONS,
@@ -392,8 +392,6 @@ class Parser:
             self.expect("}")
         if token.kind == NUMBER:
             return int(token.value)
-        from r1jax.rewards.answers import words
-
         value = words.number([token.text.lower()]) if token.kind == WORD else None
         return None if value is None else int(value)
 

@@ -71,6 +71,12 @@ _HIDDEN = re.compile(
 _END_MARKS = re.compile("[✓✔✅∴∵■□∎☑]")
 _NOTHING = re.compile(r"(?<![\\])\{\s*\}")
 _BRACED_SIGN = re.compile(r"(?<![\\A-Za-z\}_^])\{\s*([:=<>+-])\s*\}")
+# A formula between marks, in the one group that is there.
+FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|\\\[((?:(?!\\\[).)+?)\\\]|\\\(((?:(?!\\\().)+?)\\\)|(?<![\\$])\$(?![\s$])([^$\n]+?)(?<![\s\\])\$(?![\d$])|(?<![\\$\d])\$\s+([^$\n]*?[\\=^_][^$\n]*?)\s+\$(?![\d$])|"
+    r"\\begin\{(?:equation|align|gather)\*?\}(.+?)\\end\{(?:equation|align|gather)\*?\}",
+    re.DOTALL,
+)
 _MATH_MARK = re.compile(r"\\[()\[\]]")
 _DOLLARS = re.compile(r"(?<!\\)\$")
 _COMMANDS = {  # other names of one command
@@ -96,11 +102,12 @@ def normalise(text: str) -> str:
 
     Dollar signs that delimit formulas go, those before an amount stay as `\$`.
     """
-    text = _END_MARKS.sub(" ", _INVISIBLE.sub("", text))
-    text = _VULGAR.sub(_vulgar_fraction, text)
-    text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
-    text = _LOWERED.sub(lambda match: f"_{{{match[0].translate(_SUBSCRIPTS)}}}", text)
-    text = unicodedata.normalize("NFKC", text.translate(_TABLE)).translate(_TABLE)
+    if not text.isascii():
+        text = _END_MARKS.sub(" ", _INVISIBLE.sub("", text))
+        text = _VULGAR.sub(_vulgar_fraction, text)
+        text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
+        text = _LOWERED.sub(lambda match: f"_{{{match[0].translate(_SUBSCRIPTS)}}}", text)
+        text = unicodedata.normalize("NFKC", text.translate(_TABLE)).translate(_TABLE)
     return _latex(text)
 
 
@@ -110,6 +117,8 @@ def _vulgar_fraction(match: re.Match) -> str:
 
 
 def _latex(text: str) -> str:
+    if not any(mark in text for mark in "\\{&~"):  # no LaTeX
+        return _UNION.sub(r"\1\\cup \2", text)
     text = _SYSTEM.sub(r"\\begin{cases}\1\\end{cases}", text)
     text = _UNION.sub(r"\1\\cup \2", text)
     if _ROWS.search(text):

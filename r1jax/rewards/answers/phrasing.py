@@ -84,11 +84,11 @@ def joint_of(token: Token) -> str:
     )
 
 
-def groups_of(tokens: list[Token]) -> list[list[Token]]:
-    """Returns the tokens between semicolons that stand outside brackets."""
+def groups_of(tokens: list[Token], joint: str) -> list[list[Token]]:
+    """Returns the tokens between joints of one kind that stand outside brackets."""
     groups: list[list[Token]] = [[]]
     for token, depth in zip(tokens, depths_of(tokens), strict=True):
-        if depth == 0 and token.text == ";":
+        if depth == 0 and joint_of(token) == joint:
             groups.append([])
         else:
             groups[-1].append(token)
@@ -97,10 +97,8 @@ def groups_of(tokens: list[Token]) -> list[list[Token]]:
 
 def split_answers(tokens: list[Token]) -> tuple[list[list[Token]], list[str]]:
     """Returns (the answers that stand side by side, what joins them)."""
-    depths = depths_of(tokens)
-    segments, joints, bars = [[]], [], 0
-    for token, depth in zip(tokens, depths, strict=True):
-        bars += token.text == "|"
+    segments, joints = [[]], []
+    for token, depth in zip(tokens, depths_of(tokens), strict=True):
         if depth == 0 and (joint := joint_of(token)):
             if segments[-1]:
                 segments.append([])
@@ -280,19 +278,12 @@ def number_of_words(tokens: list[Token]) -> Quantity | None:
             value = -value
     if value is not None:
         return Quantity(formula.number(value))
-    for end in (len(spoken) - 1, len(spoken) - 2):  # two million dollars
-        if end > 0 and tokens[-1].kind == WORD:
-            behind = formula.read_unit(tokens, end + (len(tokens) - len(spoken)))
-            value = (
-                words.number(spoken[:end]) if behind and behind[1] == len(tokens) and not spoken[0].isdigit() else None
-            )
-            value = (
-                value
-                if value is not None or not behind or behind[1] != len(tokens) or end < 2
-                else words.number(spoken[:end])
-            )
-            if value is not None:
-                return Quantity(formula.number(value), behind[0])
+    for end in (len(spoken) - 1, len(spoken) - 2):  # two million dollars; a numeral with a unit alone is a formula
+        behind = formula.read_unit(tokens, end + (len(tokens) - len(spoken))) if end > 0 else None
+        if behind is None or behind[1] != len(tokens) or (end == 1 and spoken[0].isdigit()):
+            continue
+        if (value := words.number(spoken[:end])) is not None:
+            return Quantity(formula.number(value), behind[0])
     return None
 
 

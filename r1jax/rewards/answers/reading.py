@@ -1,6 +1,7 @@
 """Reads one answer or reference as a typed value (values.py)."""
 
 import dataclasses
+import functools
 import re
 from fractions import Fraction
 
@@ -20,7 +21,6 @@ from r1jax.rewards.answers.phrasing import (
     groups_of,
     harmless_tail,
     is_logic,
-    joint_of,
     key_of,
     number_of_words,
     phrase_value,
@@ -62,10 +62,6 @@ MAX_CHARACTERS = 1000
 MAX_PLAIN_WORDS = 2  # of a reference that is words: more are prose
 MAX_TEXT_WORDS = 10  # of a reference inside \text{}
 MAX_HAN = 8
-_FORMULA = re.compile(
-    r"\$\$(.+?)\$\$|(?<!\\)\$(?!\s)([^$\n]+?)(?<![\s\\])\$(?!\d)|\\\(((?:(?!\\\().)+?)\\\)|\\\[((?:(?!\\\[).)+?)\\\]",
-    re.DOTALL,
-)
 _PLAIN = re.compile(r"-?\d{1,300}(?:\.\d{1,300})?", re.ASCII)
 _BRACED = re.compile(r"\{((?:(?!\\over|\\choose)[^{}])*)\}")
 _GROUPED = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
@@ -76,6 +72,7 @@ _SIGNS_OF_FORMULA = re.compile(r"[\\^_{}=<>+*]")
 _EQUALITIES = frozenset(("=", "approx", "equiv", "cong"))
 
 
+@functools.lru_cache(maxsize=4096)  # the samples of a group often say the same
 def read(text: str, reference: bool = False, plain_units: bool = False) -> Value:
     """Returns the value of an answer, or of a `reference`, of which nothing but the value and its unit may be said.
 
@@ -148,14 +145,14 @@ def _introduces(tokens: list[Token]) -> bool:
 
 def _tokens(text: str) -> list[Token]:
     """Returns the tokens of a text; what stands outside `$...$` is prose when it has letters."""
-    pieces = list(_FORMULA.finditer(text))
-    outside = _FORMULA.sub(" ", text)
+    pieces = list(notation.FORMULA.finditer(text))
+    outside = notation.FORMULA.sub(" ", text)
     if not pieces and _is_prose(text):
         return tokenise(text, prose=True)
     if not pieces or not re.search(r"[^\W\d_]", outside):
-        return tokenise(_FORMULA.sub(lambda match: f" {_content(match)} ", text))
+        return tokenise(notation.FORMULA.sub(lambda match: f" {_content(match)} ", text))
     if outside.strip().startswith("\\") and not re.search(r"(?<!\\)\b[^\W\d_]{2,}", outside):
-        return tokenise(_FORMULA.sub(lambda match: f" {_content(match)} ", text))
+        return tokenise(notation.FORMULA.sub(lambda match: f" {_content(match)} ", text))
     found, end = [], 0
     try:
         for piece in pieces:
@@ -164,7 +161,7 @@ def _tokens(text: str) -> list[Token]:
             end = piece.end()
         return found + tokenise(text[end:], prose=True)
     except Unreadable:
-        return tokenise(_FORMULA.sub(lambda match: f" {_content(match)} ", text), prose=True)
+        return tokenise(notation.FORMULA.sub(lambda match: f" {_content(match)} ", text), prose=True)
 
 
 def _is_prose(text: str) -> bool:
@@ -250,7 +247,7 @@ class _Reader:
             return value
         segments, joints = split_answers(tokens)
         if ";" in joints and "," in joints:
-            groups = [self.parts(group) for group in groups_of(tokens)]
+            groups = [self.parts(group) for group in groups_of(tokens, ";")]
             return None if None in groups else Several("list", tuple(map(_point, groups)))
         if "or" in joints and "," in joints and (systems := self.systems(tokens)) is not None:
             return systems
@@ -273,13 +270,7 @@ class _Reader:
 
     def systems(self, tokens: list[Token]) -> Value | None:
         """Returns the points of `x = 1, y = 2 or x = 2, y = 1`; None for anything else."""
-        groups: list[list[Token]] = [[]]
-        for token, depth in zip(tokens, depths_of(tokens), strict=True):
-            if depth == 0 and joint_of(token) == "or":
-                groups.append([])
-            else:
-                groups[-1].append(token)
-        values = [self.parts(group) for group in groups if group]
+        values = [self.parts(group) for group in groups_of(tokens, "or")]
         named = all(
             isinstance(value, Several)
             and value.kind == "list"

@@ -181,10 +181,11 @@ def _solved(left: Node, sign: str, right: Node, name: str) -> list[Interval]:
 
     symbol = sympy.Symbol("x", real=True)
     difference = to_sympy(("add", left, ("neg", right)), {name: symbol})
-    if difference.free_symbols <= {symbol}:
-        top, bottom = sympy.fraction(sympy.together(difference))
-        if all(part.is_polynomial(symbol) for part in (top, bottom)):
-            return _of_signs(top, bottom, sign, symbol)
+    if difference.has(sympy.I, sympy.zoo, sympy.nan, sympy.oo):
+        raise Undefined("an inequality of other than real numbers")
+    top, bottom = sympy.fraction(sympy.together(difference))
+    if all(part.is_polynomial(symbol) for part in (top, bottom)):
+        return _of_signs(top, bottom, sign, symbol)
     kinds = {"<": sympy.Lt, ">": sympy.Gt, "le": sympy.Le, "ge": sympy.Ge, "ne": sympy.Ne, "=": sympy.Eq}
     try:
         found = sympy.solveset(kinds[sign](difference, 0), symbol, sympy.S.Reals)

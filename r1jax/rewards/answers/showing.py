@@ -29,7 +29,7 @@ _SUM, _PRODUCT, _POWER, _ATOM = range(4)  # how tightly a node holds together
 _SIGNS = {"le": "≤", "ge": "≥", "ne": "≠", "in": "∈", "notin": "∉", "approx": "≈", "equiv": "≡", "cong": "≅", "to": "→"}
 _SIGNS |= {"subset": "⊂", "subseteq": "⊆", "propto": "∝", "perp": "⊥", "parallel": "∥"}
 _SETS = {"union": "∪", "meet": "∩", "minus": "∖", "either": "or"}
-_UNITS = {"percent": "%", "dollar": "$", "deg": "°", "celsius": "°C", "fahrenheit": "°F"}
+_UNITS = {"percent": "%", "dollar": "$", "degrees": "°", "celsius": "°C", "fahrenheit": "°F"}
 
 
 def show(value: Value) -> str:
@@ -140,7 +140,7 @@ def _add(node: Node) -> tuple[str, int]:
     text = _within(node[1], _SUM)
     for term in node[2:]:
         sign, part = ("-", term[1]) if term[0] == "neg" else ("+", term)
-        if term[0] == "pm":
+        if term[0] == "plusminus":
             sign, part = "±" if term[1] > 0 else "∓", term[2]
         text += f" {sign} {_within(part, _PRODUCT)}"
     return text, _SUM
@@ -172,7 +172,7 @@ def _listed(node: Node) -> tuple[str, int]:
 
 _FORMS = {
     "neg": lambda node: (f"-{_within(node[1], _PRODUCT)}", _SUM),
-    "pm": lambda node: (f"{'±' if node[1] > 0 else '∓'}{_within(node[2], _PRODUCT)}", _SUM),
+    "plusminus": lambda node: (f"{'±' if node[1] > 0 else '∓'}{_within(node[2], _PRODUCT)}", _SUM),
     "add": _add,
     "mul": lambda node: ("*".join(_within(part, _PRODUCT) for part in node[1:]), _PRODUCT),
     "div": lambda node: (f"{_within(node[1], _PRODUCT)}/{_within(node[2], _POWER)}", _PRODUCT),

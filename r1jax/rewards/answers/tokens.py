@@ -231,7 +231,7 @@ class _Scanner:
             )
         if self.prose or plain in ("and", "or"):
             return True
-        if run in units.NAMES and self._measures(run):
+        if run in units.PLAIN and self._measures(run):
             return True
         return (
             self._stands_alone(run)
@@ -247,7 +247,7 @@ class _Scanner:
         behind = last is not None and (last.kind == NUMBER or last.text in ("}", ")", "/") or last.kind == WORD)
         touching = self.text[self.place + len(run) :][:1] == "("
         factor = touching or after[:1] in ("+", "-", "\\", "*", "_") or after[:1].isalnum()
-        return behind and not factor and not (after[:1] == "^" and run in ("mV", "kV", "mA", "kN", "kJ"))
+        return behind and not factor and not (after[:1] == "^" and run not in units.NAMES)
 
     def _stands_alone(self, run: str) -> bool:
         """Returns whether letters that could be a short word are no factors: not in braces, beside a sign, or of mixed case."""

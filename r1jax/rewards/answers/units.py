@@ -102,6 +102,8 @@ _QUANTITIES = {  # key -> (name in sympy.physics.units or "", names, matched as 
 NAMES = {name: key for key, (_, names) in _QUANTITIES.items() for name in names.split()}
 _PREFIXES = {"k": 3, "M": 6, "G": 9, "T": 12, "m": -3, "u": -6, "n": -9, "p": -12, "c": -2, "d": -1}  # powers of ten
 _PREFIXED = frozenset("m g s N J W Pa Hz C V A F H T K mol L eV Omega bar".split())
+# Abbreviations that are units without an upright font too; other letters with a prefix are products (kT, mV^2).
+PLAIN = frozenset(NAMES) | frozenset("kW MW kN kJ kPa MPa kHz MHz GHz keV MeV GeV mA mV kV ms us um nm".split())
 CURRENCY_SIGNS = {"$": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "¢": "cent"}
 PREFIXES = {"\\mu": "u"}
 POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
