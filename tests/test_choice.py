@@ -258,3 +258,10 @@ def test_mcq_tells_the_options_of_real_questions_apart_by_letter_and_by_text(sha
         assert [value(f"\\boxed{{{x}}}", row["answer"], row["prompt"]) for x in options] == [
             float(x == row["answer"]) for x in options
         ]
+
+
+@pytest.mark.parametrize("answer", ["B) It is doubled.", "(B) It is doubled", "B) (1,1)"])
+def test_one_options_letter_before_another_ones_text_names_none(answer):
+    options = {"A": "It is doubled.", "B": "It is halved.", "C": "(1,1)"}
+    assert choice.named(answer, options) is None
+    assert choice.named("B) It is halved.", options) == "B"

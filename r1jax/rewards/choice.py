@@ -62,12 +62,14 @@ def named(answer: str, options: Mapping[str, str], marked: bool = True, false: b
     """
     if direct := choose(answer, options):
         return direct
+    labelled = _LABEL_AND_TEXT.fullmatch(_bare(answer))
+    if labelled and _by_text(labelled[3], options) not in (None, labelled[1] or labelled[2]):
+        return None  # one option's letter before another one's text is a contradiction, whatever its sentences claim
     text, known = choice_statements.plain(answer), options or LETTERS
     lines = [line for line in text.split("\n") if line]
     if not lines or (marked and len(answer) > MAX_ANSWER_CHARACTERS):
         return None
-    spelled = {letter: choice_statements.plain(option) for letter, option in options.items()}  # as the answer is
-    read = functools.partial(choose, options=spelled)
+    read = functools.partial(choose, options=options)
     question = choice_statements.Question(known, read, false)
     if marked:
         claims, letter = choice_statements.decided(text, question, agree=True)
