@@ -14,7 +14,6 @@ import importlib
 import itertools
 import json
 import math
-import os
 import pathlib
 import re
 import types
@@ -23,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from r1jax import schema
+from r1jax.core import files
 
 DEFAULT_PRESET = "tiny"
 _ALIASES = {"from": "from_stage"}  # `from` is a word of Python
@@ -344,11 +344,5 @@ def plain(value):
 
 
 def write_json(path: pathlib.Path, value) -> None:
-    """Writes `value` as indented JSON under a temporary name and renames it to `path`; makes the parent folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    """Writes `value` as indented JSON (see `plain`), as core.files.replacing does."""
+    files.write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from r1jax.core import distributed
+from r1jax.core import files, hosts
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save, and warns of items that are not asked for
 
@@ -25,7 +25,7 @@ class CheckpointStore:
 
     def latest(self) -> int | None:
         """Returns the number of the newest complete checkpoint, or None: what process 0 finds."""
-        return distributed.decide(self._manager.latest_step, name="the newest checkpoint")
+        return hosts.decide(self._manager.latest_step, name="the newest checkpoint")
 
     def save(self, number: int, items: dict[str, Any], record: dict[str, Any]) -> None:
         """Writes the items (pytrees of arrays) and the record; returns when they are on disk.
@@ -86,10 +86,6 @@ def shape_problems(stored: dict[str, tuple], wanted: dict[str, tuple], most: int
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON under a temporary name and renames it; only in the process that writes the run's files."""
-    if not distributed.is_writer():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True))
-    temporary.replace(path)
+    """Writes a record of the run as JSON, whole or not at all; only in the process that writes the run's files."""
+    if hosts.is_writer():
+        files.write_text(path, json.dumps(value, indent=1, sort_keys=True))

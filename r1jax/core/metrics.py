@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
 
-from r1jax.core import distributed
+from r1jax.core import files, hosts
 
 METRICS_FILE = "metrics.jsonl"  # deterministic values only
 TIMING_FILE = "timing.jsonl"  # wall-clock values
@@ -14,19 +14,11 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 def _rows(path: Path) -> list[dict]:
-    """Returns the whole rows of a JSONL file, [] when it does not exist; a last line without its end is dropped."""
-    if not path.exists():
-        return []
-    *lines, _ = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or "update" not in row:
-            raise ValueError(f"{path}:{number}: not a row of metrics, needs a JSON object with 'update'")
-        rows.append(row)
+    """Returns the rows of a file of this log, as `files.read_jsonl`. Raises ValueError for one without `update`."""
+    rows = files.read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        if "update" not in row:
+            raise ValueError(f"{path}, line {number}: not a row of metrics, needs the field 'update'")
     return rows
 
 
@@ -43,21 +35,6 @@ def _encode(update: int, values: Mapping[str, float]) -> bytes:
     return (json.dumps(row, sort_keys=True) + "\n").encode()
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Writes a whole file under a temporary name, then renames it, so that a reader sees the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 class MetricsLog:
     """Appends to metrics.jsonl and timing.jsonl in a folder; a row is on disk when `write` returns.
 
@@ -69,7 +46,7 @@ class MetricsLog:
         self.folder = Path(folder)
         self._tensorboard, self._writer, self._purge_step = tensorboard, None, None
         self._files: dict[str, object] = {}
-        self._writing = distributed.is_writer()
+        self._writing = hosts.is_writer()
         if not self._writing:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +54,7 @@ class MetricsLog:
             path = self.folder / name
             data = path.read_bytes() if path.exists() else b""
             if data and not data.endswith(b"\n"):
-                _replace(path, data[: data.rfind(b"\n") + 1])
+                files.write_bytes(path, data[: data.rfind(b"\n") + 1])
         self._open()
 
     def _open(self) -> None:
@@ -132,7 +109,7 @@ class MetricsLog:
         }
         self.close()
         for name, rows in kept.items():
-            _replace(self.folder / name, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode())
+            files.write_text(self.folder / name, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
         self._purge_step = int(update) + 1
         self._open()
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from r1jax.core import distributed
+from r1jax.core import hosts
 from r1jax.data.problems import Problem, read_prompt
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest, Score
@@ -81,7 +81,7 @@ def line(stage: str, counts: Counts) -> str:
 
 def tell(stage: str, counts: Counts) -> None:
     """Prints the counts, in the process that writes the run's files."""
-    if distributed.is_writer():
+    if hosts.is_writer():
         print(line(stage, counts), file=sys.stderr)
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from r1jax.checkpoints.hf_config import RUNTIME_FIELDS
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import checkpoint, distributed, tree
+from r1jax.core import checkpoint, hosts, tree
 from r1jax.data import jsonl
 from r1jax.data.problems import SCENARIOS
 from r1jax.evals import benchmarks
@@ -97,7 +97,7 @@ def run(config: Config, workdir: Path) -> dict:
 def say_left_out(config: Config, asked: StagePrompts, measured: int) -> None:
     """Prints how many of the rows of the files the figures are of, and why not of the others."""
     counts, most = asked.counts, config.evaluation.max_problems
-    if not distributed.is_writer():
+    if not hosts.is_writer():
         return
     every = counts.get("rows", len(asked.held_out))
     why = {
@@ -119,7 +119,7 @@ def as_trained(config: Config) -> Config:
     """
     if not problems.has_files(config) or config.data.eval_path:
         return config
-    trained = distributed.decide(_trained_on, Path(config.checkpoint), name=f"what {config.checkpoint} was trained on")
+    trained = hosts.decide(_trained_on, Path(config.checkpoint), name=f"what {config.checkpoint} was trained on")
     given = problems.digests(config)
     keys = {path: {given[path], str(Path(path).resolve())} & trained.keys() for path in given}
     seen = [path for path in given if keys[path]]
@@ -137,7 +137,7 @@ def as_trained(config: Config) -> Config:
             f"evaluate: {config.checkpoint} was trained on every row of {seen[0]}; give other problems, or evaluate these "
             f"nonetheless with --config.data.eval_path={seen[0]}"
         )
-    if distributed.is_writer():
+    if hosts.is_writer():
         changed = ", which has changed since" if given[seen[0]] not in trained else ""
         print(
             f"{config.checkpoint} was trained on {seen[0]}{changed}: evaluated is what that run held out "
@@ -188,7 +188,7 @@ def of_weights(
     """
     path = Path(workdir) / "evaluations" / f"{name}.json"
     key = measurement_key(config, tokenizer, asked, params)
-    measured = distributed.decide(_measured, path, key, samples, name=str(path))
+    measured = hosts.decide(_measured, path, key, samples, name=str(path))
     if measured is not None:
         return measured
     figures, responses = evaluate(config, tokenizer, mesh, asked.held_out, params, asked.source.reflective_words)
@@ -241,7 +241,7 @@ def finished(folder: common.StageFolder, inputs: dict[str, str]) -> dict | None:
     """Returns the figures of a stage that is done with these inputs, after printing them, else None."""
     figures = folder.finished(inputs)
     if figures is not None:
-        if distributed.is_writer():
+        if hosts.is_writer():
             print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
         print_checkpoints(figures)
     return figures
@@ -307,7 +307,7 @@ def evaluate(
         elif settings.consensus_problems:
             chosen = [held_out[place] for place in spread(len(held_out), settings.consensus_problems)]
             voting = ask(chosen, params, law, k, "evaluate")
-    verdicts = distributed.decide(benchmarks.vote, voting, k, config.reward, name="the votes of cons@k")
+    verdicts = hosts.decide(benchmarks.vote, voting, k, config.reward, name="the votes of cons@k")
     return summarize(Drawn(sampled, greedy, verdicts), settings, words), sampled
 
 
@@ -348,7 +348,7 @@ def respond(
 
 def write_samples(path: Path, responses: Sequence[Response]) -> None:
     """Writes responses as JSON lines; only in the process that writes the run's files."""
-    if distributed.is_writer():
+    if hosts.is_writer():
         jsonl.write(path, [response.row() for response in responses])
 
 
@@ -364,7 +364,7 @@ def is_evaluation(value: Any) -> bool:
 
 def write_report(config: Config, workdir: Path, name: str, figures: dict) -> None:
     """Writes report.html of a single stage, whose result is called `name`, into its folder; process 0 alone does."""
-    if distributed.is_writer():
+    if hosts.is_writer():
         measured = {key: value for key, value in figures.items() if is_evaluation(value)}
         summary = {"checkpoints": measured, "wall_s": figures["seconds"]}
         path = Path(workdir) / config.stage / "report.html"
@@ -374,7 +374,7 @@ def write_report(config: Config, workdir: Path, name: str, figures: dict) -> Non
 def print_figures(rows: list[dict]) -> None:
     """Prints the main table, those by task and source where there are several, what figures leave out, and the
     faithfulness table where there are equations; of several processes, process 0 does."""
-    if not distributed.is_writer():
+    if not hosts.is_writer():
         return
     table.render(rows, columns(rows, COLUMNS), "held-out problems")
     print_groups(rows)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from r1jax.core import distributed
+from r1jax.core import hosts
 from r1jax.data import files, turns
 from r1jax.data.problems import SCENARIOS, Problem, is_countdown, read_prompt
 from r1jax.rewards import compose, plugins, references, rules
@@ -113,6 +113,6 @@ def remarks(path: str, drafts: Sequence[Draft], notes: Sequence[str]) -> list[st
 
 def say(lines: Iterable[str]) -> None:
     """Prints lines, in the process that writes the run's files."""
-    if distributed.is_writer():
+    if hosts.is_writer():
         for line in lines:
             print(line, file=sys.stderr)

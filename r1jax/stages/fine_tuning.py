@@ -8,7 +8,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import checkpoint, distributed, sharding, tree
+from r1jax.core import checkpoint, hosts, sharding, tree
 from r1jax.core.metrics import MetricsLog
 from r1jax.data import jsonl
 from r1jax.data.packing import PackItem
@@ -33,7 +33,7 @@ def run(
 
     `files` are further inputs, {path: digest of its content}.
     """
-    distributed.require_one(config.stage)
+    hosts.require_one(config.stage)
     folder = common.StageFolder(config, workdir)
     folder.check()
     inputs = lineage.inputs(config, workdir) | dict(files or {})

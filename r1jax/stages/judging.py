@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from r1jax.checkpoints import hf, hf_config, tokenizer
 from r1jax.config import config_hash
-from r1jax.core import distributed
+from r1jax.core import hosts
 from r1jax.data import jsonl
 from r1jax.rewards import compose
 from r1jax.rewards.judge import Judge
@@ -124,7 +124,7 @@ def finish_parts(folder: Path) -> None:
 
 def require_paths(config: Config) -> None:
     """Raises ValueError without config.data.path or config.output, and in a run of several processes."""
-    distributed.require_one(config.stage)
+    hosts.require_one(config.stage)
     for name, value in (("data.path", config.data.path), ("output", config.output)):
         if not value:
             raise ValueError(

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import checkpoint, distributed, sharding, tree
+from r1jax.core import checkpoint, hosts, sharding, tree
 from r1jax.core.metrics import read, read_timing
 from r1jax.evals.behaviour import reflective_count
 from r1jax.models import decoder
@@ -39,9 +39,9 @@ def run(config: Config, workdir: Path) -> dict:
     resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
     asked = prompts.load(resolved, tokenizer)
     template_check.check(resolved, tokenizer, asked.training.all)
-    if (notice := jetstream.notice()) and distributed.is_writer():
+    if (notice := jetstream.notice()) and hosts.is_writer():
         print(notice, file=sys.stderr)
-    if losses.k1_in_loss(config.grpo) and distributed.is_writer():
+    if losses.k1_in_loss(config.grpo) and hosts.is_writer():
         print(f"warning: {losses.K1_WARNING}", file=sys.stderr)
     started, name = time.monotonic(), lineage.result_name(config)
     params = lineage.start_weights(resolved, mesh, workdir)
@@ -61,13 +61,13 @@ def run(config: Config, workdir: Path) -> dict:
         folder.start(inputs)
         common.write_model(folder.path, resolved, tokenizer, prompts.template(resolved, tokenizer))
         trained = training.train()
-    if distributed.is_writer():
+    if hosts.is_writer():
         write_curves(folder.path)
     figures = {"seconds": round(time.monotonic() - started, 1), "updates": resolved.grpo.updates}
     figures["programs"] = training.run.programs.counts()
     figures["data"] = asked.counts
-    figures["compute"] = distributed.decide(lambda: compute.of_policy_training(read(folder.path), resolved))
-    figures["split"] = distributed.decide(time_split, folder.path)
+    figures["compute"] = hosts.decide(lambda: compute.of_policy_training(read(folder.path), resolved))
+    figures["split"] = hosts.decide(time_split, folder.path)
     figures |= evaluate.before_and_after(resolved, tokenizer, mesh, asked, trained, workdir, folder.path)
     if asked.held_out:
         figures["ratios"] = ratios(figures[lineage.BASE], figures[name])
@@ -93,7 +93,7 @@ def make_training(
     `objective` it is the one of config.grpo.advantage. `more` are further fields of RunInputs.
     """
     if config.mode == "disaggregated":
-        distributed.require_one("config.mode=disaggregated")
+        hosts.require_one("config.mode=disaggregated")
         more["sampler_mesh"] = sampler_mesh(config, mesh)
     phases = PromptPhases(training, later, config)
     return assemble(config, RunInputs(tokenizer, mesh, phases, params, folder, **more), objective)

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from r1jax.core import distributed
+from r1jax.core import hosts
 
 PLAIN_INTERVAL_S = 15.0
 
@@ -17,7 +17,7 @@ class Progress:
 
     def __init__(self, title: str, total: int, done: int = 0):
         self.title, self.total, self.done = title, total, done
-        self._console = Console(stderr=True, quiet=not distributed.is_writer())
+        self._console = Console(stderr=True, quiet=not hosts.is_writer())
         self._rich = None
         self._last_line = time.monotonic()
         if self._console.is_terminal and not self._console.quiet:

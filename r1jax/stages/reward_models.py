@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer, from_folder
-from r1jax.core import checkpoint, distributed, sharding, tree
+from r1jax.core import checkpoint, hosts, sharding, tree
 from r1jax.core.metrics import MetricsLog
 from r1jax.data import jsonl, preferences, reward_examples
 from r1jax.data.hashing import hash64
@@ -48,7 +48,7 @@ def run(config: Config, workdir: Path, kind: str) -> dict:
 
     Raises ValueError, before anything is written, for bad data or a shape that cannot be cut as asked.
     """
-    distributed.require_one(config.stage)
+    hosts.require_one(config.stage)
     folder = common.StageFolder(config, workdir)
     folder.check()
     inputs = lineage.inputs(config, workdir, compared=False)
@@ -273,7 +273,7 @@ def load(
 
     Raises ValueError when the folder holds none, one of the other kind, or one whose tokens are not the policy's.
     """
-    record = distributed.decide(_record, Path(folder), kind, name=f"the reward model of {folder}")
+    record = hosts.decide(_record, Path(folder), kind, name=f"the reward model of {folder}")
     scaling = RopeScaling(**record["model"].pop("rope_scaling"))
     model = ModelConfig(**record["model"], rope_scaling=scaling)
     if model.vocab_size != policy.vocab_size:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import distributed, rng, sharding, tree
+from r1jax.core import hosts, rng, sharding, tree
 from r1jax.core.metrics import MetricsLog
 from r1jax.data import corpus, tasks
 from r1jax.data.hashing import hash64
@@ -40,7 +40,7 @@ def pretrain(config: Config, workdir: Path) -> dict:
     folder = common.StageFolder(config, workdir)
     if (figures := folder.finished({})) is not None:
         return figures
-    distributed.require_one(f"pretraining {config.stage}")
+    hosts.require_one(f"pretraining {config.stage}")
     config, tokenizer, mesh = common.prepare(config)
     folder.start({})
     trainer = step.Trainer(

@@ -1,0 +1,11 @@
+"""What a run says on stderr. Of several processes, the one that writes the run's files speaks for all."""
+
+import sys
+
+from r1jax.core import hosts
+
+
+def say(line: str) -> None:
+    """Prints a line on stderr in the writer process and nothing in the others."""
+    if hosts.is_writer():
+        print(line, file=sys.stderr, flush=True)
