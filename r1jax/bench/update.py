@@ -21,6 +21,7 @@ from r1jax.bench import measure
 from r1jax.checkpoints import hf, hf_config
 from r1jax.core import rng, sharding
 from r1jax.core.metrics import read_timing
+from r1jax.core.say import say
 from r1jax.data.packing import PackItem, pack, pack_batch, share_prompts, unpack
 from r1jax.data.problems import Problem
 from r1jax.models import decoder
@@ -79,7 +80,7 @@ def run(config: Config, workdir: Path) -> dict:
             for system in systems:
                 figures = _run(system, config, folder)
                 found[system.key].append(figures)
-                print(f"turn {turn + 1}: {system.key} {figures['seconds']:.1f} s", file=sys.stderr, flush=True)
+                say(f"turn {turn + 1}: {system.key} {figures['seconds']:.1f} s")
         split = _own(folder, "split", what="the GRPO steps") if config.bench.split_updates else {}
     finally:
         os.sched_setaffinity(0, allowed)
@@ -105,7 +106,7 @@ def systems_of(config: Config) -> list[System]:
         field = "tunix_python" if peer.name == "tunix" else "trl_python"
         if not peer.python or not config.model.checkpoint:
             why = f"config.bench.{field} is empty" if not peer.python else "config.model.checkpoint is empty"
-            print(f"bench_update: {why}, so {peer.key} is left out", file=sys.stderr)
+            say(f"bench_update: {why}, so {peer.key} is left out")
             continue
         if shutil.which(peer.python) is None:
             raise ValueError(

@@ -5,7 +5,8 @@ import sys
 from r1jax.core import hosts
 
 
-def say(line: str) -> None:
-    """Prints a line on stderr in the writer process and nothing in the others."""
+def say(*lines: str) -> None:
+    """Prints lines on stderr in the writer process and nothing in the others."""
     if hosts.is_writer():
-        print(line, file=sys.stderr, flush=True)
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)

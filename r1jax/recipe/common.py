@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.numpy import save_file
 from r1jax.checkpoints import tokenizer as tokenizers
 from r1jax.config import config_hash, flatten
 from r1jax.core import checkpoint, files, hosts, runtime, sharding
+from r1jax.core.say import say
 from r1jax.models import decoder
 from r1jax.schema import Config, GateConfig, ModelConfig, RopeScaling, replace
 
@@ -327,7 +327,7 @@ def _checkpoint_digest(source: Path) -> str:
         files = [*_weight_files(source), *(beside / name for name in names if (beside / name).exists())]
     size = sum(path.stat().st_size for path in files)
     if size > TOLD_BYTES:
-        print(f"{source}: reading {size / 1e9:.0f} GB once, to know these weights again", file=sys.stderr, flush=True)
+        say(f"{source}: reading {size / 1e9:.0f} GB once, to know these weights again")
     with ThreadPoolExecutor(DIGEST_THREADS) as pool:
         found = zip((path.name for path in files), pool.map(lambda path: file_digest(str(path)), files), strict=True)
         return hashlib.sha256(repr(list(found)).encode()).hexdigest()

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from jax.sharding import Mesh
 from r1jax.checkpoints.hf_config import RUNTIME_FIELDS
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import checkpoint, hosts, tree
+from r1jax.core.say import say
 from r1jax.data import jsonl
 from r1jax.data.problems import SCENARIOS
 from r1jax.evals import benchmarks
@@ -137,13 +137,11 @@ def as_trained(config: Config) -> Config:
             f"evaluate: {config.checkpoint} was trained on every row of {seen[0]}; give other problems, or evaluate these "
             f"nonetheless with --config.data.eval_path={seen[0]}"
         )
-    if hosts.is_writer():
-        changed = ", which has changed since" if given[seen[0]] not in trained else ""
-        print(
-            f"{config.checkpoint} was trained on {seen[0]}{changed}: evaluated is what that run held out "
-            f"(config.data.holdout_fraction={fraction}); --config.data.eval_path evaluates every row",
-            file=sys.stderr,
-        )
+    changed = ", which has changed since" if given[seen[0]] not in trained else ""
+    say(
+        f"{config.checkpoint} was trained on {seen[0]}{changed}: evaluated is what that run held out "
+        f"(config.data.holdout_fraction={fraction}); --config.data.eval_path evaluates every row"
+    )
     return replace(config, data=replace(config.data, holdout_fraction=fraction))
 
 
@@ -241,8 +239,7 @@ def finished(folder: common.StageFolder, inputs: dict[str, str]) -> dict | None:
     """Returns the figures of a stage that is done with these inputs, after printing them, else None."""
     figures = folder.finished(inputs)
     if figures is not None:
-        if hosts.is_writer():
-            print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
+        say(f"{folder.path} is finished; nothing to do")
         print_checkpoints(figures)
     return figures
 

@@ -1,6 +1,5 @@
 """What every SFT stage does: examples once, fine-tune resumably, evaluate start and end."""
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from jax.sharding import Mesh
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import checkpoint, sharding, tree
 from r1jax.core.metrics import MetricsLog
+from r1jax.core.say import say
 from r1jax.data import jsonl
 from r1jax.data.packing import PackItem
 from r1jax.recipe import common, compute, evaluate, lineage, problems, prompts, sft_rows, template_check
@@ -86,10 +86,7 @@ def fitting(items: list[PackItem], limit: int) -> list[PackItem]:
             f"all {len(items)} examples exceed config.pack.row_tokens={limit} (longest {longest}); raise it"
         )
     if len(kept) < len(items):
-        print(
-            f"{len(items) - len(kept)} of {len(items)} examples exceed {limit} tokens (longest {longest}), left out",
-            file=sys.stderr,
-        )
+        say(f"{len(items) - len(kept)} of {len(items)} examples exceed {limit} tokens (longest {longest}), left out")
     return kept
 
 

@@ -1,6 +1,5 @@
 """What every RL stage does: start weights, prompts by phase, the loop, curves, evaluation before and after."""
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from jax.sharding import Mesh
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import checkpoint, hosts, sharding, tree
 from r1jax.core.metrics import read, read_timing
+from r1jax.core.say import say
 from r1jax.evals.behaviour import reflective_count
 from r1jax.models import decoder
 from r1jax.recipe import common, compute, evaluate, lineage, prompts, reward_models, template_check
@@ -39,10 +39,10 @@ def run(config: Config, workdir: Path) -> dict:
     resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
     asked = prompts.load(resolved, tokenizer)
     template_check.check(resolved, tokenizer, asked.training.all)
-    if (notice := jetstream.notice()) and hosts.is_writer():
-        print(notice, file=sys.stderr)
-    if losses.k1_in_loss(config.grpo) and hosts.is_writer():
-        print(f"warning: {losses.K1_WARNING}", file=sys.stderr)
+    if notice := jetstream.notice():
+        say(notice)
+    if losses.k1_in_loss(config.grpo):
+        say(f"warning: {losses.K1_WARNING}")
     started, name = time.monotonic(), lineage.result_name(config)
     params = lineage.start_weights(resolved, mesh, workdir)
     with Progress(name, resolved.grpo.updates) as progress:

@@ -1,12 +1,12 @@
 """Where a stage's problems come from: the files that config.data names, or the tiny world."""
 
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from r1jax import stage_table
 from r1jax.core import hosts
+from r1jax.core.say import say
 from r1jax.data import files
 from r1jax.data.problems import (
     SCENARIOS,
@@ -56,9 +56,7 @@ def source(config: Config) -> ProblemSource:
     """
     if has_files(config):
         found = FileProblems(config)
-        if hosts.is_writer():
-            for line in found.notes:
-                print(line, file=sys.stderr)
+        say(*found.notes)
         return found
     if config.data.world == "tiny":
         return TinyWorld()

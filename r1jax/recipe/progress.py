@@ -1,6 +1,5 @@
 """Live progress of a stage: a rich line on a terminal, plain lines now and then elsewhere."""
 
-import sys
 import time
 
 from rich.console import Console
@@ -8,6 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 from r1jax.core import hosts
+from r1jax.core.say import say
 
 PLAIN_INTERVAL_S = 15.0
 
@@ -44,4 +44,4 @@ class Progress:
             return
         elif time.monotonic() - self._last_line > PLAIN_INTERVAL_S or done == self.total:
             self._last_line = time.monotonic()
-            print(f"{self.title} {done}/{self.total}  {text}", file=sys.stderr, flush=True)
+            say(f"{self.title} {done}/{self.total}  {text}")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from jax.sharding import Mesh
 from r1jax.checkpoints.tokenizer import Tokenizer, from_folder
 from r1jax.core import checkpoint, hosts, sharding, tree
 from r1jax.core.metrics import MetricsLog
+from r1jax.core.say import say
 from r1jax.data import jsonl, preferences, reward_examples
 from r1jax.data.hashing import hash64
 from r1jax.data.prompts import keyed_permutation
@@ -80,7 +80,7 @@ def run(config: Config, workdir: Path) -> dict:
     left_out = {NOTHING: units.count(None), TOO_LONG: fitting.count(False) - units.count(None)}
     if any(left_out.values()):
         told = ", ".join(f"{count} {why}" for why, count in left_out.items())
-        print(f"{config.stage}: of {len(rows)} examples left out: {told}", file=sys.stderr)
+        say(f"{config.stage}: of {len(rows)} examples left out: {told}")
     folder.start(inputs)
     common.write_model(folder.path, resolved, tokenizer, reading.template)
     if not path.exists():
@@ -106,8 +106,7 @@ def _is_written(config: Config) -> bool:
 def given_rows(config: Config, kind: str) -> list[dict]:
     """Returns the rows of config.data.path, having said how they were read."""
     rows, notes = reward_examples.read(given_data(config), kind)
-    for note in notes:
-        print(f"{config.data.path}: {note}", file=sys.stderr)
+    say(*(f"{config.data.path}: {note}" for note in notes))
     return rows
 
 

@@ -1,12 +1,12 @@
 """Preference pairs for the helpful reward model: a judge compares two replies to a prompt, several times (P2 B.2)."""
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from r1jax.core import sharding
+from r1jax.core.say import say
 from r1jax.data import files, jsonl, preferences
 from r1jax.data.hashing import hash64
 from r1jax.data.problems import Problem
@@ -43,7 +43,7 @@ def run(config: Config, workdir: Path) -> dict:
     kept = [pair for row in judged if (pair := labelled(row, config))]
     balanced = preferences.balance_lengths(kept, config.seed) if config.preferences.balance_lengths else kept
     figures = summary(rows, judged, kept, balanced) | {"seconds": round(time.monotonic() - started, 1)}
-    print(json.dumps(figures), file=sys.stderr)
+    say(json.dumps(figures))
     if not balanced:
         raise ValueError(
             f"{config.stage}: no pair is left of {len(judged)} ({len(kept)} before lengths were balanced, parse rate "
