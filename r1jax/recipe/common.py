@@ -130,6 +130,13 @@ class StageFolder:
     def checkpoints(self) -> checkpoint.CheckpointStore:
         return checkpoint.CheckpointStore(self.path / "checkpoints", self.config.checkpointing.keep)
 
+    def newest_checkpoint(self) -> int | None:
+        """Returns the number of the newest complete checkpoint here, None without one."""
+        store = self.checkpoints()
+        newest = store.latest()
+        store.close()
+        return newest
+
 
 def json_fields(config: Config) -> dict:
     """Returns the flat fields of a config as its config.json holds them."""

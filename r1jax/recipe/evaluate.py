@@ -27,8 +27,8 @@ from r1jax.rewards.compose import PART_NAMES, RULE_PARTS
 from r1jax.rewards.pool import RewardPool
 from r1jax.rl import rollout
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.sampler.engine import Engine
-from r1jax.sampler.sample import SamplingLaw
+from r1jax.sampler.build import build_sampler, sampling_params
+from r1jax.sampler.sample import SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import Config, replace
 
@@ -200,7 +200,7 @@ def measurement_key(config: Config, tokenizer: Tokenizer, asked: StagePrompts, p
     """Returns a digest of all that decides a checkpoint's figures.
 
     The problems (text, reference, task, language, source) and their ids under the template, the weights and the shape that
-    uses them, the tokenizer, the law and length of the samples, and the graders: their settings without weights, and the
+    uses them, the tokenizer, the sampling parameters, and the graders: their settings without weights, and the
     content of the user's own.
     """
     questions = [(replace(prompt.problem, place=""), prompt.ids.tolist(), prompt.prefill) for prompt in asked.held_out]
@@ -210,7 +210,7 @@ def measurement_key(config: Config, tokenizer: Tokenizer, asked: StagePrompts, p
     settings = (
         config.evaluation,
         sampler,
-        sampling_law(config, tokenizer),
+        evaluation_params(config, tokenizer),
         config.seed,
         tuple(asked.source.reflective_words),
     )
@@ -266,10 +266,12 @@ def before_and_after(
     return figures
 
 
-def sampling_law(config: Config, tokenizer: Tokenizer) -> SamplingLaw:
-    """Returns how the samples of an evaluation are drawn: config.evaluation has a law of its own."""
+def evaluation_params(config: Config, tokenizer: Tokenizer) -> SamplingParams:
+    """Returns how the samples of an evaluation are drawn: with the temperature and top_p of config.evaluation."""
     settings = config.evaluation
-    return SamplingLaw(settings.temperature, settings.top_p, 0, config.sampler.max_new_tokens, tokenizer.stop_ids)
+    return sampling_params(
+        config.sampler, tokenizer.stop_ids, temperature=settings.temperature, top_p=settings.top_p, top_k=0
+    )
 
 
 def evaluate(
@@ -290,20 +292,20 @@ def evaluate(
     if settings.max_problems:
         held_out = held_out[: settings.max_problems]
     config = replace(config, stage="evaluate")
-    sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, tokenizer.stop_ids, tokenizer))
+    sampler = build_sampler(config.model, config.sampler, mesh, tokenizer)
     params = sampler.engine.load_params(params)
-    law, size, k = sampling_law(config, tokenizer), settings.samples_per_problem, settings.consensus_samples
+    sampling, size, k = evaluation_params(config, tokenizer), settings.samples_per_problem, settings.consensus_samples
     with RewardPool(config.reward) as pool:
         ask = functools.partial(respond, config, tokenizer, sampler, pool)
-        sampled = ask(held_out, params, law, size, "evaluate")
-        greedy = ask(held_out, params, replace(law, temperature=0.0), 1, "greedy") if settings.greedy else []
+        sampled = ask(held_out, params, sampling, size, "evaluate")
+        greedy = ask(held_out, params, replace(sampling, temperature=0.0), 1, "greedy") if settings.greedy else []
         voting: list[Response] = []
-        if settings.consensus_problems and k <= size:  # they are drawn already, under the same law
+        if settings.consensus_problems and k <= size:  # they are drawn already, with the same parameters
             starts = [size * place for place in spread(len(held_out), settings.consensus_problems)]
             voting = [response for start in starts for response in sampled[start : start + k]]
         elif settings.consensus_problems:
             chosen = [held_out[place] for place in spread(len(held_out), settings.consensus_problems)]
-            voting = ask(chosen, params, law, k, "evaluate")
+            voting = ask(chosen, params, sampling, k, "evaluate")
     verdicts = hosts.decide(benchmarks.vote, voting, k, config.reward, name="the votes of cons@k")
     return summarize(Drawn(sampled, greedy, verdicts), settings, words), sampled
 
@@ -320,12 +322,12 @@ def respond(
     pool: RewardPool,
     asked: Sequence[EncodedPrompt],
     params: Any,
-    law: SamplingLaw,
+    sampling: SamplingParams,
     samples: int,
     purpose: str,
 ) -> list[Response]:
     """Returns graded responses to each prompt in order, `samples` each."""
-    requests = rollout.requests_for(asked, range(len(asked)), samples, law, config.seed, config.stage, purpose)
+    requests = rollout.requests_for(asked, range(len(asked)), samples, sampling, config.seed, config.stage, purpose)
     drawn = sampler.generate(requests, params)
     texts = tokenizer.decode_batch([sample.token_ids for sample in drawn])
     repeated = [prompt for prompt in asked for _ in range(samples)]

@@ -11,20 +11,19 @@ from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer, from_folder
 from r1jax.core import checkpoint, hosts, sharding, tree
-from r1jax.core.metrics import MetricsLog
 from r1jax.core.say import say
 from r1jax.data import jsonl, preferences, reward_examples
 from r1jax.data.hashing import hash64
 from r1jax.data.prompts import keyed_permutation
 from r1jax.evals import preference
 from r1jax.models import decoder
-from r1jax.recipe import common, lineage, prompts, tiny_preferences
+from r1jax.recipe import common, lineage, prompts, tiny_preferences, training
 from r1jax.recipe.progress import Progress
 from r1jax.report import table
 from r1jax.rewards.models import reward_model
 from r1jax.rewards.models.reward_model import Reading, RewardModel
 from r1jax.schema import Config, ModelConfig, PackConfig, RopeScaling
-from r1jax.train import frozen, reward, step, supervised
+from r1jax.train import epochs, frozen, reward, step
 from r1jax.train.reward import Unit
 
 KINDS = {"reward_helpful": "helpful", "reward_safety": "safety"}  # stage -> kind of reward model
@@ -157,34 +156,19 @@ def fit(
     if settings.frozen_blocks:
         lower_model, model = frozen.shapes(model, settings.frozen_blocks)
         lower, params = frozen.cut(params, reward_model.architecture(config.model), settings.frozen_blocks)
-    chosen = supervised.examples_of_updates(
+    chosen = epochs.examples_of_updates(
         len(units), settings.epochs, settings.examples_per_update, config.stage, config.seed
     )
     room = max(len(reward.micro_batches([units[i] for i in some], config.pack)) for some in chosen)
     shards = sharding.row_shards(config.pack.rows_per_micro_batch, config.mesh)
     trainer = step.Trainer(model, config.optimizer, mesh, reward.make_loss(model, kind), len(chosen))
-    store, log = folder.checkpoints(), MetricsLog(folder.path)
-    if lower is not None and store.latest() != len(chosen):
+    if lower is not None and folder.newest_checkpoint() != len(chosen):
         units = _with_features(units, lower, lower_model, config, mesh)
 
     def batch_at(update: int):
         return reward.make_batch([units[i] for i in chosen[update]], config.pack, room, shards)
 
-    with Progress(config.stage, len(chosen)) as progress:
-        trained, loss = supervised.fit(
-            trainer,
-            params,
-            batch_at,
-            len(chosen),
-            store,
-            log,
-            config.checkpointing.every_updates,
-            lambda update, loss: progress.update(update, loss=loss),
-            log_every=1,
-            name=config.stage,
-        )
-    store.close()
-    log.close()
+    trained, loss = training.fit(folder, trainer, params, batch_at, len(chosen), config.stage)
     if lower is not None:
         trained = frozen.join(lower, trained)
         whole = checkpoint.CheckpointStore(folder.path / WHOLE, keep=1)

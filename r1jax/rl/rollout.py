@@ -18,7 +18,7 @@ from r1jax.rl import losses, schedules
 from r1jax.rl.advantages import group_advantages
 from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import ROUTED
-from r1jax.sampler.sample import RolloutRequest, RolloutSample, SamplingLaw
+from r1jax.sampler.sample import RolloutRequest, RolloutSample, SamplingParams
 from r1jax.schema import Config, replace
 
 
@@ -96,7 +96,7 @@ def requests_for(
     prompts: Sequence[EncodedPrompt],
     draws: Sequence[int],
     samples: int,
-    law: SamplingLaw,
+    sampling: SamplingParams,
     seed: int,
     stage: str,
     purpose: str,
@@ -105,7 +105,7 @@ def requests_for(
     repeated, indices = np.repeat(np.asarray(draws), samples), np.tile(np.arange(samples), len(draws))
     keys = rng.sample_keys(seed, stage, repeated, indices, purpose).reshape(len(draws), samples, 2)
     return [
-        RolloutRequest(int(draw), prompt.ids, keys[i], law)
+        RolloutRequest(int(draw), prompt.ids, keys[i], sampling)
         for i, (draw, prompt) in enumerate(zip(draws, prompts, strict=True))
     ]
 

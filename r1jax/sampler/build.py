@@ -1,0 +1,30 @@
+"""Builds a sampler, and the parameters it samples with, from the configuration."""
+
+from dataclasses import replace
+from typing import Any
+
+from jax.sharding import Mesh
+
+from r1jax.sampler.engine import Engine
+from r1jax.sampler.sample import SamplingParams
+from r1jax.sampler.scheduler import RolloutSampler
+from r1jax.schema import ModelConfig, SamplerConfig
+
+
+def build_sampler(
+    model: ModelConfig, settings: SamplerConfig, mesh: Mesh, tokenizer: Any, record_experts: bool = False
+) -> RolloutSampler:
+    """Returns a sampler of a model on a mesh; the tokenizer's stop ids end every response.
+
+    With `record_experts` its samples hold the experts that each token was sent to.
+    """
+    engine = Engine(model, settings, mesh, tokenizer.stop_ids, tokenizer, record_experts=record_experts)
+    return RolloutSampler(engine)
+
+
+def sampling_params(settings: SamplerConfig, stop_ids: tuple[int, ...], **overrides: Any) -> SamplingParams:
+    """Returns the parameters of `settings`, with the fields named in `overrides` in place of theirs."""
+    params = SamplingParams(
+        settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens, stop_ids=stop_ids
+    )
+    return replace(params, **overrides)
