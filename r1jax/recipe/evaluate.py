@@ -27,7 +27,7 @@ from r1jax.rewards.compose import PART_NAMES, RULE_PARTS
 from r1jax.rewards.pool import RewardPool
 from r1jax.rl import rollout
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.sampler.build import build_sampler, sampling_params
+from r1jax.sampler.build import build_sampler
 from r1jax.sampler.sample import SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import Config, replace
@@ -269,9 +269,8 @@ def before_and_after(
 def evaluation_params(config: Config, tokenizer: Tokenizer) -> SamplingParams:
     """Returns how the samples of an evaluation are drawn: with the temperature and top_p of config.evaluation."""
     settings = config.evaluation
-    return sampling_params(
-        config.sampler, tokenizer.stop_ids, temperature=settings.temperature, top_p=settings.top_p, top_k=0
-    )
+    longest = config.sampler.max_new_tokens
+    return SamplingParams(settings.temperature, settings.top_p, max_new_tokens=longest, stop_ids=tokenizer.stop_ids)
 
 
 def evaluate(

@@ -14,7 +14,8 @@ from r1jax.evals.benchmarks import Response
 from r1jax.models import decoder
 from r1jax.recipe import evaluate, lineage, prompts
 from r1jax.rewards.pool import RewardPool
-from r1jax.sampler.build import build_sampler, sampling_params
+from r1jax.sampler.build import build_sampler
+from r1jax.sampler.sample import SamplingParams
 from r1jax.schema import Config, replace
 
 
@@ -29,7 +30,7 @@ def examples(
     asked = tasks.preference_prompts() if kind == "helpful" else tasks.safety_prompts()
     encoded = prompts.encode(asked, config, tokenizer)
     sampler = build_sampler(config.model, config.sampler, mesh, tokenizer)
-    sampling = sampling_params(config.sampler, tokenizer.stop_ids, temperature=1.0, top_p=1.0, top_k=0)
+    sampling = SamplingParams(max_new_tokens=config.sampler.max_new_tokens, stop_ids=tokenizer.stop_ids)
     drawn: list[Response] = []
     with RewardPool(config.reward) as pool:
         for name, weights in (("start", params), ("base", lineage.base_weights(config, mesh, workdir))):

@@ -19,7 +19,8 @@ from r1jax.recipe.judging import JudgePool
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import Score
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.sampler.build import build_sampler, sampling_params
+from r1jax.sampler.build import build_sampler
+from r1jax.sampler.sample import SamplingParams
 from r1jax.schema import Config
 
 MAX_REPETITION = 0.2  # share of repeated eight-word runs above which a trace counts as a loop
@@ -45,7 +46,8 @@ def sample(
     """
     order = keyed_permutation(len(train), hash64(config.stage, config.seed, "prompts"))[:count]
     sampler = build_sampler(config.model, config.sampler, mesh, tokenizer)
-    sampling = sampling_params(config.sampler, tokenizer.stop_ids, temperature=temperature, top_p=1.0, top_k=0)
+    longest = config.sampler.max_new_tokens
+    sampling = SamplingParams(temperature, max_new_tokens=longest, stop_ids=tokenizer.stop_ids)
     with contextlib.nullcontext(pool) if pool else RewardPool(config.reward) as pool:
         asked = [train[i] for i in order]
         return evaluate.respond(

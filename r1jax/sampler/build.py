@@ -1,6 +1,5 @@
 """Builds a sampler, and the parameters it samples with, from the configuration."""
 
-from dataclasses import replace
 from typing import Any
 
 from jax.sharding import Mesh
@@ -22,9 +21,9 @@ def build_sampler(
     return RolloutSampler(engine)
 
 
-def sampling_params(settings: SamplerConfig, stop_ids: tuple[int, ...], **overrides: Any) -> SamplingParams:
-    """Returns the parameters of `settings`, with the fields named in `overrides` in place of theirs."""
-    params = SamplingParams(
-        settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens, stop_ids=stop_ids
-    )
-    return replace(params, **overrides)
+def sampling_params(
+    settings: SamplerConfig, stop_ids: tuple[int, ...], max_new_tokens: int | None = None
+) -> SamplingParams:
+    """Returns the parameters that config.sampler asks for; `max_new_tokens` counts in place of its own if given."""
+    longest = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
+    return SamplingParams(settings.temperature, settings.top_p, settings.top_k, longest, stop_ids)
