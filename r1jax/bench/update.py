@@ -27,6 +27,7 @@ from r1jax.data.problems import Problem
 from r1jax.models import decoder
 from r1jax.recipe import common, compute, policy
 from r1jax.report import table
+from r1jax.report.phases import seconds_by_phase
 from r1jax.rl import losses
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.rollout import EncodedPrompt
@@ -38,7 +39,6 @@ PEERS = Path(__file__).parent / "peers"
 PEAK_SIDE, PEAK_CALLS = 2048, 8  # of the matrix product that stands for the machine's peak
 NOISE = 0.05  # nats between the policy's log-probs and those of sampler and reference
 P99_NORMAL = 2.3263478740408408  # 99th percentile of the standard normal law
-PHASES = ("rollout_s", "rewards_s", "reference_s", "update_s", "checkpoint_s")
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def split_figures(config: Config, folder: Path) -> dict[str, float]:
     shutil.rmtree(folder, ignore_errors=True)
     policy.make_training(resolved, tokenizer, mesh, asked, params, folder, on_update=on_update).train()
     rows, wall = read_timing(folder)[1:], ends[-1] - ends[0]
-    sums = {name.removesuffix("_s"): sum(row.get(name, 0.0) for row in rows) for name in PHASES}
+    sums = seconds_by_phase(rows)
     shutil.rmtree(folder, ignore_errors=True)
     shares = {name: seconds / wall for name, seconds in sums.items()}
     return shares | {

@@ -16,6 +16,7 @@ from r1jax.models import decoder
 from r1jax.recipe import common, compute, evaluate, lineage, prompts, reward_models, template_check
 from r1jax.recipe.progress import Progress
 from r1jax.report import curves
+from r1jax.report.phases import PHASES, seconds_by_phase
 from r1jax.rewards import plugins
 from r1jax.rewards.models.reward_model import RewardModel
 from r1jax.rl import losses
@@ -151,22 +152,18 @@ def describe(texts: list[str], words: Sequence[str] = ()) -> dict[str, float]:
 
 def shown(row: dict[str, float], timing: dict[str, float]) -> dict[str, float]:
     """Returns the figures of the progress line: reward, accuracy, length, words, tokens/s and the split of the time."""
-    phases = {name.removesuffix("_s"): timing[name] for name in timing if name in PHASES}
+    phases = {phase: timing[f"{phase}_s"] for phase in PHASES if f"{phase}_s" in timing}
     total = sum(phases.values()) or 1.0
     speed = {"tok/s": timing["rollout_tokens_per_s"]} if "rollout_tokens_per_s" in timing else {}
     figures = {name: row[name] for name in ("reward", "accuracy", "length", "reflective_words") if name in row}
     return figures | speed | {name: seconds / total for name, seconds in phases.items()}
 
 
-PHASES = ("rollout_s", "rewards_s", "reference_s", "update_s", "checkpoint_s")
-
-
 def time_split(folder: Path) -> dict[str, float]:
     """Returns the share of each phase in the measured time of all updates."""
-    rows = read_timing(folder)
-    sums = {name: sum(row.get(name, 0.0) for row in rows) for name in PHASES}
-    total = sum(sums.values()) or 1.0
-    return {name.removesuffix("_s"): seconds / total for name, seconds in sums.items()}
+    seconds = seconds_by_phase(read_timing(folder))
+    total = sum(seconds.values()) or 1.0
+    return {phase: one / total for phase, one in seconds.items()}
 
 
 def ratios(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:

@@ -11,6 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from r1jax.core import files
+from r1jax.report.phases import PHASES, seconds_by_phase
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "assets" / "report.html.j2"
 SAMPLES_SHOWN = 200  # of each checkpoint at most, spread evenly
@@ -28,7 +29,6 @@ CHECKS_NOTE = (
     "How equations are solved. The last four columns count every response: the share right among those with 0, 1, 2 and 3 or "
     "more reflective words and, in brackets, how many of all those are."
 )
-PHASES = ("rollout", "rewards", "reference", "update", "checkpoint")  # NAME_s in timing.jsonl
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 272.0, 10.0, 136.0  # of a plot in the drawing's units
 
 
@@ -240,8 +240,7 @@ def embedded(stages: Sequence[StageData]) -> dict[str, dict]:
 
 
 def _stage(folder: Path, name: str) -> StageData:
-    timing = files.read_jsonl(folder / "timing.jsonl")
-    split = {phase: sum(row.get(f"{phase}_s", 0.0) for row in timing) for phase in PHASES}
+    split = seconds_by_phase(files.read_jsonl(folder / "timing.jsonl"))
     config, figures = _object(folder / "config.json"), _object(folder / "figures.json")
     facts = {"stage": folder.name} | {key: config.get(key, ABSENT) for key in ("preset", "seed")}
     facts |= {key: figures.get(key, ABSENT) for key in ("updates", "examples")}
