@@ -72,9 +72,10 @@ def main(argv: list[str]) -> int:
 
 
 def _failed(error: BaseException, code: int, message: str, debug: bool) -> int:
-    """Prints why, tells the other processes of the run, and returns the exit code.
+    """Prints why the run failed and returns the exit code.
 
-    With other processes it does not return: it ends this one, and where one of them was lost it says that instead.
+    In a run of several processes it does not return: it ends this process and lets the others know why. If the failure
+    was caused by a lost process, the message names that process instead.
     """
     from r1jax.core import hosts
 

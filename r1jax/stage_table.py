@@ -190,8 +190,8 @@ def check(config: Config, keys: Iterable[str], also: tuple[str, ...] = ()) -> No
 
 def _conditions(stage: str, key: str) -> list[tuple[str, Callable[[Config], bool]]]:
     """Returns what must hold for a stage to read a key, as (what it needs, whether a config meets it)."""
-    found = [condition for part, condition in _CONDITIONS.items() if _covers((part,), key)]
-    return [*found, _HOLDOUT] if key == "data.holdout_fraction" and stage in _ASKS_PROBLEMS else found
+    conditions = [condition for part, condition in _CONDITIONS.items() if _covers((part,), key)]
+    return [*conditions, _HOLDOUT] if key == "data.holdout_fraction" and stage in _ASKS_PROBLEMS else conditions
 
 
 def _covers(parts: Iterable[str], key: str) -> bool:

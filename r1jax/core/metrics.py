@@ -1,4 +1,7 @@
-"""The metrics of a stage on disk: rows that a resumed run repeats bit for bit, timings apart, TensorBoard beside them."""
+"""The metrics of a stage: metrics.jsonl holds deterministic rows, which a resumed run repeats bit for bit.
+
+Wall-clock times go to timing.jsonl; TensorBoard gets both.
+"""
 
 import json
 import os
@@ -23,7 +26,7 @@ def _rows(path: Path) -> list[dict]:
 
 
 def _encode(update: int, values: Mapping[str, float]) -> bytes:
-    """Returns one line, keys sorted. Whole numbers stay whole; others are the shortest text that reads back the same."""
+    """Returns a row as one line with sorted keys: integers as they are, floats as the shortest text that reads back the same."""
     row: dict[str, int | float] = {"update": int(update)}
     for name, value in values.items():
         if name == "update":
@@ -99,7 +102,7 @@ class MetricsLog:
     def truncate(self, update: int) -> None:
         """Drops the rows of later updates, as a run that resumes after `update` will write them again.
 
-        TensorBoard is told to forget those steps. Raises ValueError with file and line for a damaged row before the last.
+        TensorBoard forgets those steps as well. Raises ValueError with file and line for a damaged row before the last.
         """
         if not self._writing:
             return

@@ -1,4 +1,4 @@
-"""What a run says on stderr. Of several processes, the one that writes the run's files speaks for all."""
+"""Messages of a run on stderr, printed by the one process that writes the run's files."""
 
 import sys
 

@@ -139,7 +139,7 @@ def _dividing(names: tuple[str, ...], size: int, axes: Mapping[str, int]) -> tup
 
 
 def row_shards(rows: int, mesh: MeshConfig) -> int:
-    """Returns into how many equal runs of neighbours a training mesh divides the rows of a micro-batch."""
+    """Returns the number of equal contiguous blocks into which a training mesh divides the rows of a micro-batch."""
     axes = dict(zip(AXES, mesh.shape, strict=True))
     return math.prod(axes[name] for name in _dividing(TRAIN["batch"], rows, axes))
 
@@ -218,7 +218,7 @@ _active = threading.local()
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, rules: Rules = TRAIN):
-    """Makes `mesh` and `rules` those that `constrain` and others see while programs are traced."""
+    """Makes `mesh` and `rules` the ones that `constrain` and the like use while programs are traced."""
     previous = current_mesh(), current_rules()
     _active.mesh, _active.rules = mesh, rules
     try:
@@ -238,9 +238,9 @@ def device() -> jax.Device:
 
 
 def by_kernels(field: str, value: str) -> bool:
-    """Returns whether Pallas kernels for TPUs compute what config.model.<field>=value says: as named, or `auto` on a TPU.
+    """Returns whether config.model.<field>=value asks for Pallas kernels: by name, or as `auto` on a TPU.
 
-    Raises ValueError where they are asked for and the device neither is a TPU nor can interpret them.
+    Raises ValueError when it does and the device is neither a TPU nor a CPU, which can interpret them.
     """
     platform = device().platform
     if value == "xla" or (value == "auto" and platform != "tpu"):
