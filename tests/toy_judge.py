@@ -17,7 +17,7 @@ from r1jax.checkpoints import hf_export
 from r1jax.checkpoints.tokenizer import JsonBackend, Tokenizer
 from r1jax.core import rng, sharding
 from r1jax.models import decoder
-from r1jax.rewards import verdicts
+from r1jax.rewards.models import verdicts
 from r1jax.schema import MeshConfig, ModelConfig
 
 SPECIAL = ("<unk>", "<eos>", "<end>")

@@ -5,6 +5,7 @@ ahead-of-time compilation are all derived from the tree of specs.
 """
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from r1jax.core import distributed
+from r1jax.core import hosts
 from r1jax.schema import MeshConfig
 
 AXES = ("slice", "data", "fsdp", "expert", "tensor", "context")
@@ -95,10 +96,10 @@ def make_mesh(config: MeshConfig, devices: list | None = None, field: str = "mes
             f"{field}: {dict(zip(AXES, config.shape, strict=True))} needs {needed} devices, {len(devices)} are here; "
             f"make config.{field} smaller"
         )
-    if distributed.process_count() > 1 and needed != len(devices):
+    if hosts.process_count() > 1 and needed != len(devices):
         raise ValueError(
             f"mesh: {dict(zip(AXES, config.shape, strict=True))} uses {needed} devices, the "
-            f"{distributed.process_count()} processes hold {len(devices)}; make config.mesh use all"
+            f"{hosts.process_count()} processes hold {len(devices)}; make config.mesh use all"
         )
     if devices[0].platform != "tpu" or needed < len(devices):
         return Mesh(np.asarray(devices[:needed]).reshape(config.shape), AXES)
@@ -162,6 +163,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def spec_shardings(specs: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
     """Returns the NamedSharding of every spec under `rules` (default: those in force)."""
     return map_specs(lambda spec: sharding(mesh, spec.axes, spec.shape, rules), specs)
+
+
+def place(value: Any, sharding: NamedSharding) -> jax.Array:
+    """Returns a host value, the same in every process, as an array with this sharding."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def to_host(array: Any) -> np.ndarray:
+    """Returns a whole array in the memory of every process; where it is divided between them, all must call this."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(jax.device_get(array))
+    return np.asarray(_replicate(array.sharding.mesh)(array))
+
+
+@functools.cache
+def _replicate(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
 
 def on_host(shardings: Any) -> Any:

@@ -118,14 +118,13 @@ def attend(q, source: Source, context: Context, c: ModelConfig, cache: kv.Cache 
 def around_ring(q, source: Source, context: Context, c: ModelConfig, cache, layer) -> jax.Array:
     """Rows divided over the mesh's `context` axis: the source travels, keys are expanded where it arrives."""
     parts = source.arrays, source.axes, source.expand, source.weights, source.weight_axes
-    return ring.attend(_grouped(q), *parts, context.segments, rope.softmax_scale(c)).reshape(*q.shape[:-1], -1)
+    return _as_queries(ring.attend(_grouped(q), *parts, context.segments, rope.softmax_scale(c)), q)
 
 
 def by_kernel(q, source: Source, context: Context, c: ModelConfig, cache, layer) -> jax.Array:
     """Whole rows by the flash attention kernels."""
     rows = context.segments, context.prefixes
-    out = flash.attend(_grouped(q), *source.keys_and_values(), *rows, rope.softmax_scale(c))
-    return out.reshape(*q.shape[:-1], -1)
+    return _as_queries(flash.attend(_grouped(q), *source.keys_and_values(), *rows, rope.softmax_scale(c)), q)
 
 
 def in_blocks(q_BTKGH, source: Source, context: Context, c: ModelConfig, cache, layer) -> jax.Array:
@@ -157,3 +156,8 @@ def plain(q, source: Source, context: Context, c: ModelConfig, cache: kv.Cache |
 def _grouped(q: jax.Array) -> jax.Array:
     """Returns queries as [B, T, K, G, H]: those with a key head each as groups of one."""
     return q if q.ndim == 5 else q[:, :, :, None]
+
+
+def _as_queries(out_BTKGV: jax.Array, q: jax.Array) -> jax.Array:
+    """Returns outputs with the head axes of the queries q."""
+    return out_BTKGV if q.ndim == 5 else out_BTKGV[:, :, :, 0]

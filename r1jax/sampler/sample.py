@@ -8,7 +8,7 @@ FINISH_REASONS = {1: "stop", 2: "length", 3: "capacity"}  # by the engine's stat
 
 
 @dataclass(frozen=True)
-class SamplingLaw:
+class SamplingParams:
     """How tokens are drawn. temperature 0 is greedy; top_p 1 and top_k 0 are off.
 
     A response ends at one of `stop_ids`, or of config.sampler.stop_ids and config.sampler.stop_strings.
@@ -28,7 +28,7 @@ class RolloutRequest:
     request_id: int  # the draw of the prompt stream
     prompt_ids: np.ndarray  # int32 [P]
     keys: np.ndarray
-    law: SamplingLaw
+    sampling: SamplingParams
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,401 @@
+"""What stages share: their folder, the tokenizer, the starting weights and finished-or-not."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from r1jax.checkpoints import tokenizer as tokenizers
+from r1jax.config import config_hash, flatten
+from r1jax.core import checkpoint, files, hosts, runtime, sharding
+from r1jax.core.say import say
+from r1jax.models import decoder
+from r1jax.schema import Config, GateConfig, ModelConfig, RopeScaling, replace
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+DONE = "DONE"
+INPUTS = "inputs.json"
+DIGEST_THREADS = 8
+TOLD_BYTES = 8 << 30  # of a checkpoint, above which it is said that its digest takes a while
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
+)
+EXAMPLES = "examples.jsonl"
+REWARD_MODEL = "reward_model.json"  # what one has to know to use a reward model
+MODEL, SHAPE, GENERATION = (
+    "model",
+    "shape.json",
+    "generation_config.json",
+)  # in a stage's folder: what its weights are used with
+
+
+class StageFolder:
+    """`workdir/STAGE/`: config.json, checkpoints, metrics and, when finished, a DONE marker with the figures."""
+
+    def __init__(self, config: Config, workdir: Path, name: str | None = None):
+        self.path = Path(workdir) / (name or config.stage)
+        self.config = config
+        self.hash = config_hash(replace(config, gate=GateConfig()))  # a gate judges the result, it does not make it
+
+    def state(self, inputs: dict[str, str]) -> str:
+        """Returns missing, stopped, done, or stale: finished with another config or from other inputs."""
+        marker = self.path / DONE
+        if not marker.exists():
+            return "stopped" if self._holds_work() else "missing"
+        record = json.loads(marker.read_text())
+        return "done" if (record["config_hash"], record["inputs"]) == (self.hash, inputs) else "stale"
+
+    def finished(self, inputs: dict[str, str]) -> dict | None:
+        """Returns the figures when this very config has been run to its end here from the same inputs.
+
+        Raises ValueError, naming what changed, when what is here, finished or not, was made from other inputs.
+        """
+        return hosts.decide(self._finished, inputs, name=f"what is in {self.path}")
+
+    def _finished(self, inputs: dict[str, str]) -> dict | None:
+        marker = self.path / (DONE if (self.path / DONE).exists() else INPUTS)
+        if not marker.exists() or not self._holds_work():
+            return None
+        record = json.loads(marker.read_text())
+        changed = [name for name in {**inputs, **record["inputs"]} if inputs.get(name) != record["inputs"].get(name)]
+        if changed:
+            raise ValueError(
+                f"{self.path} is stale: its input {changed[0]} has changed since; remove that folder, or run the graph "
+                f"again with --config.from={self.config.stage}"
+            )
+        return record["figures"] if record.get("config_hash") == self.hash else None
+
+    def check(self) -> None:
+        """Raises ValueError when this folder holds work of another config."""
+        hosts.decide(self._check, name=f"what is in {self.path}")
+
+    def _check(self) -> None:
+        path = self.path / "config.json"
+        if not path.exists() or not self._holds_work():
+            return
+        old, fields, defaults = json.loads(path.read_text()), self._fields(), json_fields(Config())
+        for name in (name for name in fields if not name.startswith("gate.")):
+            if old.get(name, defaults[name]) != fields[name]:  # a field that is newer than the run had its default
+                raise ValueError(
+                    f"{self.path} holds a run with another config ({name}: {old.get(name)!r} there, {fields[name]!r} now); "
+                    "choose another --workdir or remove that folder"
+                )
+
+    def start(self, inputs: dict[str, str]) -> None:
+        """Makes the folder and writes config.json and the digests of the inputs; ValueError as in `check`.
+
+        So too when one of several processes does not see what process 0 wrote there.
+        """
+        self.check()
+        checkpoint.write_json(self.path / "config.json", self._fields())
+        checkpoint.write_json(self.path / INPUTS, {"inputs": inputs})
+        hosts.barrier(f"{self.path}/{INPUTS}")
+        seen = hosts.gather((self.path / INPUTS).exists(), f"{self.path}/{INPUTS} in every process")
+        hosts.decide(self._require_shared, seen, name=f"{self.path}/{INPUTS} in every process")
+
+    def _require_shared(self, seen: list[bool]) -> None:
+        if not all(seen):
+            raise ValueError(
+                f"{self.path / INPUTS} is not seen by process {seen.index(False)}; give a --workdir that all processes share"
+            )
+
+    def _fields(self) -> dict:
+        return json_fields(self.config)
+
+    def _holds_work(self) -> bool:
+        kept = (
+            self.path / DONE,
+            self.path / EXAMPLES,
+            *self.path.glob("checkpoints/[0-9]*"),
+            *self.path.glob("journal/*.npz"),
+        )
+        return any(path.exists() for path in kept)
+
+    def finish(self, figures: dict, inputs: dict[str, str], output: str) -> dict:
+        """Writes the DONE marker, with the digests of inputs and output, and returns the figures as they read back."""
+        record = {"config_hash": self.hash, "inputs": inputs, "output": output, "figures": figures}
+        checkpoint.write_json(self.path / DONE, record)
+        return hosts.decide(lambda: json.loads((self.path / DONE).read_text())["figures"], name=f"{self.path}/{DONE}")
+
+    def checkpoints(self) -> checkpoint.CheckpointStore:
+        return checkpoint.CheckpointStore(self.path / "checkpoints", self.config.checkpointing.keep)
+
+    def newest_checkpoint(self) -> int | None:
+        """Returns the number of the newest complete checkpoint here, None without one."""
+        store = self.checkpoints()
+        newest = store.latest()
+        store.close()
+        return newest
+
+
+def json_fields(config: Config) -> dict:
+    """Returns the flat fields of a config as its config.json holds them."""
+    return json.loads(json.dumps(flatten(config), default=str))
+
+
+def prepare(config: Config, start: Path | None = None) -> tuple[Config, tokenizers.Tokenizer, Mesh]:
+    """Returns (config with the shape of the weights it starts from, tokenizer, mesh) and sets JAX up.
+
+    Shape, tokenizer and, where config.data.template is auto, the template come from `start` (a stage's folder), else from
+    config.model.checkpoint (a Hugging Face folder or file, or a stage's folder), else they are the preset's and the tiny
+    world's. Raises ValueError for a tokenizer that does not fit the model or the problems.
+    """
+    runtime.setup()
+    mesh = sharding.make_mesh(config.mesh)
+    folder = start or config.model.checkpoint
+    shape = config.model
+    if not folder:
+        tokenizer = tokenizers.tiny()
+    elif is_hugging_face(folder):
+        shape, tokenizer = _hugging_face(folder, shape)
+    else:
+        shape, tokenizer, template = read_model(Path(folder), shape)
+        if config.data.template == "auto" and template:
+            config = replace(config, data=replace(config.data, **template))
+    if not folder and tokenizer.vocab_size != shape.vocab_size:
+        raise ValueError(
+            f"{config.stage}:{config.preset} brings no weights and no tokenizer; give a Hugging Face folder, or a stage's, "
+            "with --config.model.checkpoint=DIR"
+        )
+    tokenizer = tokenizer.stopping_at(config.sampler.stop_ids)
+    config = replace(config, model=tokenizers.fitted(shape, tokenizer))
+    return config, tokenizer, mesh
+
+
+def _hugging_face(folder: str | Path, defaults: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer]:
+    """Returns (shape, tokenizer) of a Hugging Face folder, or of a file in one."""
+    from r1jax.checkpoints import hf_config
+
+    beside = Path(folder).parent if Path(folder).is_file() else Path(folder)
+    return hf_config.model_config(beside, defaults), tokenizers.from_folder(beside)
+
+
+def write_model(folder: Path, config: Config, tokenizer: tokenizers.Tokenizer, template: str) -> None:
+    """Writes into a stage's folder what its weights are used with: shape, tokenizer, and how questions become prompts."""
+    if not hosts.is_writer():
+        return
+    target = folder / MODEL
+    target.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(target)
+    asked = {"template": template, "instruction": config.data.instruction, "think_prefill": config.data.think_prefill}
+    ends, pad = token_ids(tokenizer)
+    checkpoint.write_json(target / GENERATION, {"eos_token_id": ends, "pad_token_id": pad})
+    record = {"model": dataclasses.asdict(replace(config.model, checkpoint="")), "data": asked}
+    checkpoint.write_json(target / SHAPE, record)
+
+
+def token_ids(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], int]:
+    """Returns (ids that end a response, padding id): what the tokenizer's folder states, then the tokenizer's own."""
+    from r1jax.checkpoints import hf_config
+
+    folder = Path(tokenizer.source)
+    ends, pad = hf_config.token_ids(folder) if folder.is_dir() else ([], None)
+    return list(dict.fromkeys([*ends, *tokenizer.stop_ids])), tokenizer.pad_id if pad is None else pad
+
+
+def read_model(folder: Path, defaults: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer, dict]:
+    """Returns (shape, tokenizer, fields of config.data) of a stage's folder; how it computes is as `defaults` say.
+
+    Raises ValueError for a folder that does not hold them.
+    """
+    path = folder / MODEL / SHAPE
+    if not path.exists():
+        return _model_of_run(folder, defaults)
+    record = hosts.decide(lambda: json.loads(path.read_text(encoding="utf-8")), name=str(path))
+    return _shape(record["model"], defaults), tokenizers.from_folder(folder / MODEL), record["data"]
+
+
+def _model_of_run(folder: Path, defaults: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer, dict]:
+    """Returns the same of a folder without a record of it: by the config.json of its run, else as the preset has it.
+
+    The run's Hugging Face folder holds its tokenizer: `defaults.checkpoint` names it where it has moved since.
+    """
+    path = folder / "config.json"
+    fields = hosts.decide(lambda: json.loads(path.read_text()) if path.exists() else {}, name=str(path))
+    if not fields:
+        return defaults, tokenizers.tiny(), {}
+    moved = defaults.checkpoint if defaults.checkpoint and Path(defaults.checkpoint) != folder else ""
+    if base := moved or fields.get("model.checkpoint"):
+        if not Path(base).exists():
+            raise ValueError(
+                f"{folder} was trained from {base}, which holds its tokenizer and is not there; name that folder with "
+                "--config.model.checkpoint=DIR"
+            )
+        shape, tokenizer = _hugging_face(base, defaults)
+    else:
+        nested: dict = {"rope_scaling": {}}
+        for name, value in fields.items():
+            if name.startswith("model.rope_scaling."):
+                nested["rope_scaling"][name.removeprefix("model.rope_scaling.")] = value
+            elif name.startswith("model."):
+                nested[name.removeprefix("model.")] = value
+        shape, tokenizer = _shape(nested, defaults), tokenizers.tiny()
+    return shape, tokenizer, {}
+
+
+def _shape(record: dict, defaults: ModelConfig) -> ModelConfig:
+    """Returns a recorded shape, with the fields that say how it computes taken from `defaults`."""
+    from r1jax.checkpoints.hf_config import RUNTIME_FIELDS
+
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    kept = {name: value for name, value in record.items() if name in known and name not in RUNTIME_FIELDS}
+    kept["rope_scaling"] = RopeScaling(**record["rope_scaling"])
+    return ModelConfig(**kept, **{name: getattr(defaults, name) for name in RUNTIME_FIELDS})
+
+
+def is_hugging_face(folder: str | Path) -> bool:
+    """Returns whether a folder is a Hugging Face checkpoint, or a safetensors file of one beside its config.json.
+
+    Raises ValueError when there is no such folder.
+    """
+    path = Path(folder)
+    if path.suffix == ".safetensors" and path.is_file():
+        path = path.parent
+    if not path.is_dir():
+        raise ValueError(f"no such checkpoint folder: {folder}; give a Hugging Face folder or a stage's folder")
+    if (path / INPUTS).is_file():
+        return False  # of a stage, also of one stopped before its first checkpoint
+    if (path / "checkpoints").is_dir():
+        return _names_its_family(path / "config.json")
+    if not (path / "config.json").exists():
+        raise ValueError(f"{folder} is no checkpoint: it has neither config.json nor a checkpoints folder")
+    return True
+
+
+def _names_its_family(path: Path) -> bool:
+    """Returns whether a config.json is one of Hugging Face, which names a model_type."""
+    try:
+        return "model_type" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def load_weights(config: Config, mesh: Mesh, source: str, default: Callable[[], decoder.Params]) -> decoder.Params:
+    """Returns float32 parameters of a Hugging Face folder or a stage's newest checkpoint; `default()` without a source."""
+    if not source:
+        return default()
+    if is_hugging_face(source):
+        from r1jax.checkpoints import hf
+
+        return hf.load(source, config.model, mesh, jnp.float32)
+    if (Path(source) / REWARD_MODEL).exists():
+        raise ValueError(
+            f"{source} holds a reward model, which gives scores and no text; give the folder of another stage"
+        )
+    store = checkpoint.CheckpointStore(Path(source) / "checkpoints")
+    number = store.latest()
+    if number is None:
+        raise ValueError(f"{source} holds no finished checkpoint; run that stage to its end first")
+    target = sharding.abstract(decoder.specs(config.model), jnp.float32, mesh)
+    params = store.restore(number, {"params": target})["params"]
+    store.close()
+    return params
+
+
+def file_digest(path: str) -> str:
+    """Returns the sha256 of a file's content. Raises ValueError when there is no such file."""
+    if not Path(path).is_file():
+        raise ValueError(f"no such file: {path}")
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoint_digest(source: str | Path) -> str:
+    """Returns a digest of what is read of a checkpoint: the weights, config and tokenizer files of a Hugging Face folder
+    (or of a file in one), the result of a stage's folder. Computed by one process.
+
+    Raises ValueError when there is no checkpoint.
+    """
+    return hosts.decide(_checkpoint_digest, Path(source), name=f"the digest of {source}")
+
+
+def _checkpoint_digest(source: Path) -> str:
+    if not is_hugging_face(source):
+        marker = source / DONE
+        if marker.exists():
+            return json.loads(marker.read_text())["output"]
+        newest = checkpoint.CheckpointStore(source / "checkpoints").latest()
+        if newest is None:
+            raise ValueError(f"{source} holds no finished checkpoint; run that stage to its end first")
+        files = sorted(path for path in (source / "checkpoints" / str(newest)).rglob("*") if path.is_file())
+    else:
+        beside = source.parent if source.is_file() else source
+        names = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+        files = [*_weight_files(source), *(beside / name for name in names if (beside / name).exists())]
+    size = sum(path.stat().st_size for path in files)
+    if size > TOLD_BYTES:
+        say(f"{source}: reading {size / 1e9:.0f} GB once, to know these weights again")
+    with ThreadPoolExecutor(DIGEST_THREADS) as pool:
+        found = zip((path.name for path in files), pool.map(lambda path: file_digest(str(path)), files), strict=True)
+        return hashlib.sha256(repr(list(found)).encode()).hexdigest()
+
+
+def _weight_files(source: Path) -> list[Path]:
+    """Returns the files that the weights of a Hugging Face folder are read from, with their index; a file itself."""
+    from r1jax.checkpoints import hf
+
+    if source.is_file():
+        return [source]
+    files, weight_map = hf.weight_files(source)
+    return [*files, *([source / hf.INDEX_FILE] if weight_map else [])]
+
+
+def shape_hash(model: ModelConfig, *more) -> str:
+    """Returns a hash of what fixes a model's parameters (and of anything else given).
+
+    Only fields that differ from their default count, so a field added later leaves the hash as it was.
+    """
+    neutral = dict(compute_dtype="float32", scan_layers=True, moe_implementation="auto", checkpoint="")
+    neutral |= dict(remat=False, remat_policy="nothing", attention_implementation="auto", attention_block=0)
+    neutral |= dict(logprob_implementation="auto", vocab_used=0)
+    text = repr([_chosen(config) for config in (replace(model, **neutral), *more)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _chosen(config) -> list[tuple]:
+    """Returns (field, value) of the fields that differ from their default, nested ones likewise."""
+    default, found = type(config)(), []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != getattr(default, field.name):
+            found.append((field.name, _chosen(value) if dataclasses.is_dataclass(value) else value))
+    return found
+
+
+def _named(tree) -> dict[str, jax.Array]:
+    return {checkpoint._key(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def save_asset(path: Path, params: decoder.Params, metadata: dict[str, str]) -> None:
+    """Writes parameters as one safetensors file, whole or not at all."""
+    with files.replacing(path) as temporary:
+        save_file({name: np.asarray(leaf) for name, leaf in _named(params).items()}, temporary, metadata=metadata)
+
+
+def load_asset(path: Path, model: ModelConfig, mesh: Mesh) -> decoder.Params:
+    """Returns the parameters of a safetensors file. Raises ValueError when they do not fit the model."""
+    specs = decoder.specs(model)
+    target = sharding.abstract(specs, jnp.float32)
+    with safe_open(path, framework="numpy") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        wanted = {name: tuple(leaf.shape) for name, leaf in _named(target).items()}
+        if problems := checkpoint.shape_problems(stored, wanted):
+            raise ValueError(f"{path} does not fit the model: {problems}")
+        leaves = [file.get_tensor(name) for name in wanted]
+    params = jax.tree.unflatten(jax.tree.structure(target), leaves)
+    return jax.tree.map(sharding.place, params, sharding.spec_shardings(specs, mesh))
+
+
+def asset_metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata() or {}
