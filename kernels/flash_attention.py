@@ -53,7 +53,7 @@ BLOCKS = {"TPU v5": _V5, "TPU v5 lite": _V5, "TPU v6 lite": _V6}
 
 
 def blocks_for(device_kind: str, length: int, width: int) -> Blocks:
-    """Returns the sizes for a TPU generation, rows of `length` tokens and queries of `width`, at most one row each."""
+    """Returns sizes for a TPU generation, rows of `length` tokens and queries of `width`; a short row is one block."""
     table, whole = BLOCKS.get(device_kind, _V5), doubled(LANES, length)
     preferred = table[min((widest for widest in table if width <= widest), default=max(table))]
     return Blocks(*(min(size, whole) for size in astuple(preferred)))

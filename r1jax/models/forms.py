@@ -58,7 +58,7 @@ class Context:
     lengths: jax.Array | None = None  # [B] with a cache: rows of it that the last query sees, 0 for padding
     prefixes: jax.Array | None = None  # [B, T] segment of a shared prompt that a token sees beside its own, 0 for none
     window: int = struct.field(pytree_node=False, default=0)  # cache rows that are read
-    form: "Form" = struct.field(pytree_node=False, default=None)
+    form: "Form" = struct.field(pytree_node=False, default=None)  # how every layer attends, by `choose`
 
 
 # (queries [B, T, heads, H], source, context, config, cache, layer) -> outputs [B, T, heads, V]

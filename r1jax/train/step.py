@@ -183,7 +183,7 @@ class Trainer:
         # Selected element by element, which the compiler does in place where the state is donated.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), params, state.params)
-        opt_state = optimizers.kept_unless(finite, opt_state, moments)
+        opt_state = optimizers.select_state(finite, opt_state, moments)
         stats |= {"loss": loss, "grad_norm": norm, "learning_rate": self.rate(state.update)}
         stats[guard.SKIPPED] = 1 - finite.astype(jnp.float32)
         if experts_load is not None:
