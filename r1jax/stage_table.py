@@ -1,4 +1,6 @@
-"""The stages: the function of each, the parts of the config it reads, and whether several processes can run it. Imports no JAX.
+"""The stages: the function of each, the parts of the config it reads, and whether several processes can run it.
+
+Imports no JAX.
 
 An override of anything else is refused before a run: it would change nothing but the run's name and hash. The values of
 a preset are its author's and are not checked. Every stage takes a seed.
@@ -27,7 +29,10 @@ _GRAPH = ("rebuild_base", "only", "from_stage", "list", "set", "evaluation")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. It reads everything under `reads` but what is under `unread`, which names the field that counts instead."""
+    """One stage.
+
+    It reads everything under `reads` but what is under `unread`, which names the field that counts instead.
+    """
 
     function: str  # MODULE:NAME below r1jax, called with (config, workdir)
     reads: tuple[str, ...]  # dotted: a part of the config, or a field

@@ -1,4 +1,4 @@
-"""The private parts of JAX that runs of several processes rest on: its coordination service, as a server and as a client.
+"""The private parts of JAX that runs of several processes need: its coordination service, server and client.
 
 JAX may move or change them in any release. Nothing else in the package uses a private name of JAX.
 """
