@@ -199,7 +199,7 @@ class _Connection:
         if self.index == 0:
             self._client.key_value_set_bytes(key, _encode([name, value]))
             self._sent.append(key)
-            return _decode(_encode(value))  # what the others get, so that all go on with the same
+            return _decode(_encode(value))  # the value as the others receive it, so that all continue with the same one
         # Process 0, when it waits too long itself, knows for whom: it has the time to publish that first.
         limit = time.monotonic() + deadline_s + _GRACE_S
         return self._receive(key, name, 0, limit, deadline_s + _GRACE_S)

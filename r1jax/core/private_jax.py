@@ -24,7 +24,7 @@ CLIENT_METHODS = (
 
 
 def check() -> None:
-    """Raises ValueError, naming the version of JAX and what it lacks, when it has not all that is needed here."""
+    """Raises ValueError, naming the version of JAX and the missing part, when this JAX lacks a part used here."""
     _member(*_STATE)
     _member(*_SERVICE)
     client = _member(*_CLIENT)
