@@ -65,7 +65,7 @@ def ones(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: shape, a logical axis name (or None) per dimension, initialiser, dtype (None: the caller's)."""
+    """One parameter: shape, a logical axis or None for each dimension, initialiser, and dtype (None: the policy's)."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
