@@ -1,7 +1,7 @@
 """Load a config by name, override fields by dotted key, expand sweeps, flatten and hash. Imports no JAX.
 
 A config is a module r1jax/configs/NAME.py with a docstring, `PRESETS` (the sizes it takes, a literal tuple of names) and
-`config(preset) -> schema.Config`. Everything a user can get wrong raises ValueError with one line that says what to type.
+`config(preset) -> schema.Config`. Everything a user can get wrong raises ValueError with one line that names what to type.
 """
 
 import ast
@@ -14,7 +14,6 @@ import importlib
 import itertools
 import json
 import math
-import os
 import pathlib
 import re
 import types
@@ -23,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from r1jax import schema
+from r1jax.core import files
 
 DEFAULT_PRESET = "tiny"
 _ALIASES = {"from": "from_stage"}  # `from` is a word of Python
@@ -149,9 +149,9 @@ def _unknown_field(config: schema.Config, owner: str, annotations: dict, name: s
     return message + (near.rstrip("; ") if near else f"it has: {', '.join(annotations)}")
 
 
-def hint(given: str, known: Iterable[str]) -> str:
-    """Returns "did you mean 'x'?; " for the known name nearest to `given`, or "" when none is near."""
-    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
+def hint(name: str, known: Iterable[str]) -> str:
+    """Returns "did you mean 'x'?; " for the known name nearest to `name`, or "" when none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"did you mean '{near[0]}'?; " if near else ""
 
 
@@ -331,7 +331,7 @@ def _percent(match: re.Match) -> str:
 
 
 def plain(value):
-    """Returns `value` as JSON types: numpy scalars and arrays become numbers and lists, a number not finite None."""
+    """Returns `value` as JSON types: numpy scalars and arrays become numbers and lists, NaN and infinities None."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -344,11 +344,5 @@ def plain(value):
 
 
 def write_json(path: pathlib.Path, value) -> None:
-    """Writes `value` as indented JSON under a temporary name and renames it to `path`; makes the parent folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    """Writes `value` as indented JSON (see `plain`), as core.files.replacing does."""
+    files.write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")

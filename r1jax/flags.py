@@ -147,11 +147,11 @@ def _take_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _with_value(flag: str, arguments: list[str]) -> list[str]:
-    """Returns the arguments with an empty value for a flag that stands alone: last, or before another flag."""
+    """Returns the arguments with an empty value for `flag` where none follows it: at the end, or before another flag."""
     names = (flag, flag[1:])
     return [
-        f"{given}=" if given in names and after.startswith("-") else given
-        for given, after in zip(arguments, [*arguments[1:], "-"], strict=False)
+        f"{argument}=" if argument in names and after.startswith("-") else argument
+        for argument, after in zip(arguments, [*arguments[1:], "-"], strict=False)
     ]
 
 

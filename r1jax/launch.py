@@ -9,6 +9,7 @@ import sys
 import traceback
 
 from r1jax import config, flags, schema, stage_table, sweep
+from r1jax.core import errors
 
 _USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
@@ -34,17 +35,17 @@ def execute(arguments: flags.Arguments) -> int:
 
 def _run(resolved: schema.Config, arguments: flags.Arguments) -> int:
     """Runs the stage, together with the other processes when there are any, and returns the exit code."""
-    from r1jax.core import distributed  # brings numpy, which the command line does without
+    from r1jax.core import hosts  # brings numpy, which the command line does without
 
     run = stage_table.function(resolved.stage)
-    heartbeat_s = distributed.HEARTBEAT_S if arguments.heartbeat_s is None else arguments.heartbeat_s
-    distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id, heartbeat_s)
+    heartbeat_s = hosts.HEARTBEAT_S if arguments.heartbeat_s is None else arguments.heartbeat_s
+    hosts.start(arguments.coordinator, arguments.num_processes, arguments.process_id, heartbeat_s)
     if not stage_table.several_processes(resolved.stage):
-        distributed.require_one(resolved.stage)
+        hosts.require_one(resolved.stage)
     figures = run(resolved, arguments.workdir)
-    if arguments.json is not None and distributed.is_writer():
+    if arguments.json is not None and hosts.is_writer():
         config.write_json(arguments.json, figures)
-    distributed.stop()
+    hosts.stop()
     return 0
 
 
@@ -58,38 +59,33 @@ def main(argv: list[str]) -> int:
     try:
         return execute(flags.parse(argv))
     except _USER_ERRORS as error:
-        return _failed(error, 2, f"error: {_one_line(error)}", debug)
+        return _failed(error, 2, f"error: {errors.one_line(error)}", debug)
     except KeyboardInterrupt as error:
         return _failed(error, 130, "interrupted", debug=False)
     except Exception as error:
-        from r1jax.core import distributed
+        from r1jax.core import watch
 
-        if isinstance(error, distributed.PeerLost):
-            return _failed(error, distributed.LOST_EXIT, f"error: {_one_line(error)}", debug)
+        if isinstance(error, watch.PeerLost):
+            return _failed(error, watch.LOST_EXIT, f"error: {errors.one_line(error)}", debug)
         _failed(error, 1, "", debug=False)
         raise
 
 
 def _failed(error: BaseException, code: int, message: str, debug: bool) -> int:
-    """Prints why, tells the other processes of the run, and returns the exit code.
+    """Prints why the run failed and returns the exit code.
 
-    With other processes it does not return: it ends this one, and where one of them was lost it says that instead.
+    In a run of several processes it does not return: it ends this process and lets the others know why. If the failure
+    was caused by a lost process, the message names that process instead.
     """
-    from r1jax.core import distributed
+    from r1jax.core import hosts
 
-    distributed.await_verdict(error)
-    if debug or (not message and distributed.process_count() > 1):
+    hosts.await_verdict(error)
+    if debug or (not message and hosts.process_count() > 1):
         traceback.print_exception(error)
     if message:
         print(message, file=sys.stderr)
-    distributed.fail(error, code)
+    hosts.fail(error, code)
     return code
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -266,7 +266,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Rollout engine: slots of a JetStream-API engine and the sampling law."""
+    """Rollout engine: slots of a JetStream-API engine and the sampling parameters."""
 
     slots: int = 64  # concurrent decodes
     steps_per_dispatch: int = 8  # K: tokens per device call
@@ -686,14 +686,16 @@ class JudgeConfig:
 
     checkpoint: str = ""  # Hugging Face folder of the judge; "" is none
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    sampler: SamplerConfig = SamplerConfig(  # the law is that of the paper's evaluations (P2 D.1); B.2 gives none
-        slots=32,
-        max_prompt_tokens=8192,
-        max_new_tokens=4096,
-        temperature=0.6,
-        top_p=0.95,
-        prefill_buckets=(512, 1024, 2048, 4096),
-        windows=(2048, 4096, 8192),
+    sampler: SamplerConfig = (
+        SamplerConfig(  # the parameters are those of the paper's evaluations (P2 D.1); B.2 gives none
+            slots=32,
+            max_prompt_tokens=8192,
+            max_new_tokens=4096,
+            temperature=0.6,
+            top_p=0.95,
+            prefill_buckets=(512, 1024, 2048, 4096),
+            windows=(2048, 4096, 8192),
+        )
     )
 
 

@@ -19,7 +19,7 @@ _TRAINING = (*_MODEL, *_PLACE, "optimizer", "pack")
 _RL_STAGES = ("r1_zero", "ppo_baseline", "stage2_reasoning_rl", "stage4_all_scenarios", "student_rl")
 _RL = (*_TRAINING, "mode", "sampler_mesh", "grpo", "ppo", "scenarios")
 _SFT = (*_TRAINING, "sft")
-_LAW = ("temperature", "top_p", "top_k", "max_new_tokens_schedule")
+_SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens_schedule")
 _WEIGHTS = dict.fromkeys((f"reward.{name}" for name in ("accuracy", "format", "language")), "")
 BY_GRAPH = ("gate",)  # of a stage's config, what the graph that runs it reads
 _GRAPH = ("rebuild_base", "only", "from_stage", "list", "set", "evaluation")
@@ -35,16 +35,16 @@ class Stage:
     several_processes: bool = False  # can run it together
 
 
-def _law(**instead: str) -> dict[str, str]:
-    """Returns the fields of the sampling law of a stage that draws by another one."""
-    return {f"sampler.{name}": instead.get(name, "") for name in _LAW}
+def _other_sampling(**instead: str) -> dict[str, str]:
+    """Returns {sampling parameter in config.sampler: field that counts instead} of a stage that samples by others."""
+    return {f"sampler.{name}": instead.get(name, "") for name in _SAMPLING}
 
 
-_EVALUATION = _law(temperature="evaluation.temperature", top_p="evaluation.top_p")
+_EVALUATION = _other_sampling(temperature="evaluation.temperature", top_p="evaluation.top_p")
 _NO_RL = {"pack.shared_prompts": ""}
 _RL_STAGE = Stage("recipe.policy:run", _RL, several_processes=True)
 _REWARD_MODEL = Stage(
-    "recipe.reward_models:run", (*_TRAINING, "reward_model"), _law() | _NO_RL | {"pack.trained_chunk": ""}
+    "recipe.reward_models:run", (*_TRAINING, "reward_model"), _other_sampling() | _NO_RL | {"pack.trained_chunk": ""}
 )
 _RECIPE = Stage("recipe.graph:run", _GRAPH)
 
@@ -190,8 +190,8 @@ def check(config: Config, keys: Iterable[str], also: tuple[str, ...] = ()) -> No
 
 def _conditions(stage: str, key: str) -> list[tuple[str, Callable[[Config], bool]]]:
     """Returns what must hold for a stage to read a key, as (what it needs, whether a config meets it)."""
-    found = [condition for part, condition in _CONDITIONS.items() if _covers((part,), key)]
-    return [*found, _HOLDOUT] if key == "data.holdout_fraction" and stage in _ASKS_PROBLEMS else found
+    conditions = [condition for part, condition in _CONDITIONS.items() if _covers((part,), key)]
+    return [*conditions, _HOLDOUT] if key == "data.holdout_fraction" and stage in _ASKS_PROBLEMS else conditions
 
 
 def _covers(parts: Iterable[str], key: str) -> bool:

@@ -1,6 +1,6 @@
 """Run the points of a sweep one after another, each in its own process and its own folder. Imports no JAX.
 
-Point SLUG lives in WORKDIR/sweep/SLUG: the run's own output, log.txt, figures.json and, last, DONE with the config's hash.
+Point SLUG lives in WORKDIR/sweep/SLUG: the run's output, log.txt, figures.json and, written last, DONE with the config's hash.
 A point whose DONE holds the hash of its resolved config is not run again. WORKDIR/sweep/table.json is the table as rows.
 """
 
@@ -39,7 +39,7 @@ class Row:
 def run(arguments: flags.Arguments, base: schema.Config) -> int:
     """Runs the points that are not finished, prints one table and returns 0, or 1 when a point failed.
 
-    With `sweep_index` only that point runs, and table.json stays as it is, since other jobs may be at work beside it.
+    With `sweep_index` only that point runs, and table.json is not written, since other jobs may be running other points.
     """
     points = config.sweep(base, arguments.sweep, arguments.overrides)
     for point in points:
@@ -94,7 +94,7 @@ def _command(point: config.Point, arguments: flags.Arguments, folder: pathlib.Pa
 
 
 def _call(command: list[str], log: pathlib.Path) -> int:
-    """Runs `command` on this very package, wherever it was imported from, with its output in `log`."""
+    """Runs `command` with this same package on its path and its output in `log`; returns its exit code."""
     root = str(pathlib.Path(r1jax.__file__).resolve().parents[1])
     search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with log.open("w", encoding="utf-8") as file:
@@ -104,7 +104,7 @@ def _call(command: list[str], log: pathlib.Path) -> int:
 
 
 def _read(path: pathlib.Path) -> dict:
-    """Returns the JSON object in `path`, or {} when there is none or it is torn."""
+    """Returns the JSON object in `path`, or {} when there is none or it is incomplete."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import small
 
-from r1jax.core import distributed, rng, runtime, sharding
+from r1jax.core import rng, runtime, sharding
 from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PackItem, pack, pack_batch, spread
 from r1jax.models import decoder
@@ -80,7 +80,7 @@ def gradients(model, params, objective, micro_batches, rows, alone, mesh_config)
         loss, fields, arguments = sft.make_loss(model), (), np.float32(1 / packed.loss_mask.sum())
     trainer = step.Trainer(model, OptimizerConfig(), mesh, loss, 1)
     batch = step.batch_arrays(packed, size, micro_batches, fields)
-    batch = {name: distributed.place(array, trainer._batch_sharding(array.shape)) for name, array in batch.items()}
+    batch = {name: sharding.place(array, trainer._batch_sharding(array.shape)) for name, array in batch.items()}
     params = jax.device_put(params, trainer.param_shardings)
     filled = step.filled_micro_batches(packed, size)
     with use_mesh(mesh):

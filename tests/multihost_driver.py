@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from r1jax.core import distributed
+from r1jax.core import hosts, sharding
 
 
 def interrupted(function, pause):
@@ -60,7 +60,7 @@ def build(settings: dict):
         np.random.default_rng(0),
     )  # drawn on the host: one program less to compile
     drawn = sharding.map_specs(lambda spec: 0.05 * random.standard_normal(spec.shape, np.float32), specs)
-    params = jax.tree.map(distributed.place, drawn, sharding.spec_shardings(specs, mesh))
+    params = jax.tree.map(sharding.place, drawn, sharding.spec_shardings(specs, mesh))
     return policy.make_training(
         config, words, mesh, train, params, pathlib.Path(settings["folder"]), describe=policy.describe
     )
@@ -94,7 +94,7 @@ def run(settings: dict) -> dict:
     training.train()
     if settings["weights"]:
         leaves = tree_leaves(training.run.state.params)
-        if distributed.is_writer():
+        if hosts.is_writer():
             np.savez(settings["weights"], *leaves)
     return {
         "params": tree.digest(training.run.state.params),
@@ -111,21 +111,21 @@ def run(settings: dict) -> dict:
 def tree_leaves(params) -> list[np.ndarray]:
     import jax
 
-    return [distributed.to_host(leaf) for leaf in jax.tree.leaves(params)]
+    return [sharding.to_host(leaf) for leaf in jax.tree.leaves(params)]
 
 
 def main(settings: dict) -> None:
     started = time.monotonic()
     if settings["processes"] > 1:
         address = f"127.0.0.1:{settings['port']}"
-        distributed.start(address, settings["processes"], settings["index"], settings["heartbeat_s"])
+        hosts.start(address, settings["processes"], settings["index"], settings["heartbeat_s"])
     try:
         found = run(settings)
-        distributed.stop()
+        hosts.stop()
     except Exception as error:
-        distributed.await_verdict(error)
+        hosts.await_verdict(error)
         print(f"error: {error}", file=sys.stderr)
-        distributed.fail(error, 1)
+        hosts.fail(error, 1)
         raise
     print(json.dumps(found | {"seconds": round(time.monotonic() - started, 1)}))
 

@@ -20,7 +20,7 @@ from r1jax.models import decoder
 from r1jax.models.logprobs import token_logprobs
 from r1jax.rl import losses
 from r1jax.sampler.engine import Engine
-from r1jax.sampler.sample import RolloutRequest, SamplingLaw
+from r1jax.sampler.sample import RolloutRequest, SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import GRPOConfig, MeshConfig, OptimizerConfig, PackConfig, SamplerConfig, replace
 from r1jax.train import step
@@ -69,13 +69,13 @@ def run(model, mesh_config):
     figures = {name: np.asarray(value).tolist() for name, value in jax.device_get(stats).items()}
     sampler = SamplerConfig(slots=8, steps_per_dispatch=4, max_prompt_tokens=16, max_new_tokens=12)
     rollout = RolloutSampler(Engine(model, sampler, mesh, (WORDS.eos_id,), WORDS))
-    law = SamplingLaw(max_new_tokens=12, stop_ids=(WORDS.eos_id,))
+    sampling = SamplingParams(max_new_tokens=12, stop_ids=(WORDS.eos_id,))
     requests = [
         RolloutRequest(
             draw,
             np.asarray(WORDS.encode(prompt.text), np.int32),
             rng.sample_keys(0, "mesh", np.full(6, draw), np.arange(6), "sample"),
-            law,
+            sampling,
         )
         for draw, prompt in enumerate(tasks.linear_prompts("train")[:4])
     ]

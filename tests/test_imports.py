@@ -23,6 +23,7 @@ def order(heading: str) -> dict[str, set[str]]:
 BELOW = order("| folder or module | owns | may import |")  # part of r1jax; itself and schema always
 ROOMS = order("| room of `rewards` | owns | may import of `rewards` |")
 MODEL_REWARDS = {"rewards/models/reward_model.py", "rewards/models/judge.py"}  # these two run a model
+GROUND = {"core.files", "core.errors"}  # modules without JAX that every part may import, as the page says too
 WITHOUT_JAX = {"schema", "configs", "config", "flags", "sweep", "stage_table", "launch", "data", "report", "rewards"}
 JAX_FAMILY = {"jax", "jaxlib", "flax", "optax", "orbax", "jetstream"}
 
@@ -79,8 +80,8 @@ def test_module_imports_only_what_lies_below_it(path):
     allowed = (
         BELOW[part] | {part, "schema"} | ({"sampler", "models", "core"} if name_of(path) in MODEL_REWARDS else set())
     )
-    inner = {name.split(".")[1] for name in imported(path.read_text(encoding="utf-8")) if name.startswith("r1jax.")}
-    assert inner - allowed == set()
+    inner = [name.split(".")[1:] for name in imported(path.read_text(encoding="utf-8")) if name.startswith("r1jax.")]
+    assert {names[0] for names in inner if ".".join(names[:2]) not in GROUND} - allowed == set()
 
 
 def module_of(path: pathlib.Path) -> str:
@@ -107,10 +108,33 @@ def test_no_module_imports_itself_by_way_of_others():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules of a circle
 
 
-@pytest.mark.parametrize("path", [path for path in sources() if part_of(path) in WITHOUT_JAX], ids=name_of)
+def is_without_jax(path: pathlib.Path) -> bool:
+    return part_of(path) in WITHOUT_JAX or name_of(path).removesuffix(".py").replace("/", ".") in GROUND
+
+
+@pytest.mark.parametrize("path", [path for path in sources() if is_without_jax(path)], ids=name_of)
 def test_module_imports_nothing_of_jax(path):
     roots = {name.split(".")[0] for name in imported(path.read_text(encoding="utf-8"))}
     assert name_of(path) in MODEL_REWARDS or roots & JAX_FAMILY == set()
+
+
+def test_documented_ground_modules_are_these():
+    (sentence,) = re.findall(r"The ground modules ([^.]*(?:\.\w[^.]*)*) import no", PAGE.read_text(encoding="utf-8"))
+    assert set(re.findall("`([a-z.]+)`", sentence)) == GROUND
+
+
+def test_ground_modules_import_nothing_of_the_package():
+    for path in sources():
+        if name_of(path).removesuffix(".py").replace("/", ".") in GROUND:
+            assert [name for name in imported(path.read_text(encoding="utf-8")) if name.startswith("r1jax")] == []
+
+
+def test_private_names_of_jax_are_used_in_one_module_alone():
+    def is_private(path: pathlib.Path) -> bool:
+        source = path.read_text(encoding="utf-8")
+        return "jax._src" in source or "jaxlib._" in source
+
+    assert [name_of(path) for path in sources() if is_private(path)] == ["core/private_jax.py"]
 
 
 def test_kernels_import_jax_only():

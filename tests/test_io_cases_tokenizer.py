@@ -17,7 +17,7 @@ from r1jax.models import decoder, logprobs
 from r1jax.recipe import common, fine_tuning, policy, prompts
 from r1jax.rl.logprobs import Scorer
 from r1jax.sampler.engine import Engine
-from r1jax.sampler.sample import RolloutRequest, SamplingLaw
+from r1jax.sampler.sample import RolloutRequest, SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import Config, ModelConfig, PackConfig, SamplerConfig, replace
 
@@ -36,11 +36,13 @@ def drawn(config, words, mesh, params, temperature=1.0, groups=4, samples=8, lon
     """Returns samples of a few prompts under the stops that every stage uses."""
     sizes = dict(slots=8, steps_per_dispatch=steps, max_prompt_tokens=24, max_new_tokens=longest)
     engine = Engine(config.model, replace(config.sampler, **sizes), mesh, words.stop_ids, words)
-    law = SamplingLaw(temperature, max_new_tokens=longest, stop_ids=words.stop_ids)
+    sampling = SamplingParams(temperature, max_new_tokens=longest, stop_ids=words.stop_ids)
     requests = []
     for draw in range(groups):
         keys = rng.sample_keys(0, "toy", np.full(samples, draw), np.arange(samples), "sample")
-        requests.append(RolloutRequest(draw, np.asarray(words.encode_prompt(f"{draw} + {draw}"), np.int32), keys, law))
+        requests.append(
+            RolloutRequest(draw, np.asarray(words.encode_prompt(f"{draw} + {draw}"), np.int32), keys, sampling)
+        )
     return RolloutSampler(engine).generate(requests, engine.load_params(params))
 
 

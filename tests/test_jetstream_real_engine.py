@@ -15,7 +15,7 @@ from r1jax.core import rng, sharding
 from r1jax.models import decoder
 from r1jax.sampler import jetstream, serve
 from r1jax.sampler.engine import Engine
-from r1jax.sampler.sample import RolloutRequest, SamplingLaw
+from r1jax.sampler.sample import RolloutRequest, SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import MeshConfig, ModelConfig, SamplerConfig, replace
 
@@ -68,9 +68,9 @@ def random_prompts(count):
 
 
 def scheduled(engine, params, prompts, max_new_tokens=MAX_NEW):
-    law = SamplingLaw(temperature=0.0, max_new_tokens=max_new_tokens, stop_ids=STOP_IDS)
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens, stop_ids=STOP_IDS)
     keys = np.zeros((1, 2), np.uint32)
-    requests = [RolloutRequest(index, prompt, keys, law) for index, prompt in enumerate(prompts)]
+    requests = [RolloutRequest(index, prompt, keys, sampling) for index, prompt in enumerate(prompts)]
     return RolloutSampler(engine).generate(requests, params)
 
 

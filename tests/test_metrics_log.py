@@ -72,7 +72,7 @@ def test_a_half_written_last_line_is_left_out_and_the_next_row_starts_a_new_one(
 
 def test_a_damaged_row_before_the_last_is_named_by_file_and_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"update": 0}\n{"upd\n{"update": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
         read(tmp_path)
 
 

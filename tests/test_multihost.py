@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import small
 
-from r1jax.core import distributed
+from r1jax.core import hosts, watch
 from r1jax.core.metrics import read
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -148,7 +148,7 @@ def test_a_killed_process_stops_the_others_with_one_line_and_the_run_resumes_in_
     group = Group(tmp_path / "killed", 2, slow_s=0.3, **SMALL)
     codes, seconds = group.kill_at(victim, update=3)
     print(f"process {victim} killed: the other ended with {codes} after {seconds:.1f} s")
-    assert codes == [distributed.LOST_EXIT]
+    assert codes == [watch.LOST_EXIT]
     assert seconds < STOP_WITHIN_S
     (line,) = lines_of_error(group.error(1 - victim))
     assert line == (
@@ -180,7 +180,7 @@ def test_four_processes_of_which_one_is_five_seconds_late_equal_one_and_their_ch
     codes, seconds = group.kill_at(2, update=12)
     figures["killed"] = {"exit_codes": codes, "seconds": round(seconds, 1)}
     figures["said"] = [lines_of_error(group.error(index)) for index in (0, 1, 3)]
-    assert codes == [distributed.LOST_EXIT] * 3
+    assert codes == [watch.LOST_EXIT] * 3
     assert seconds < STOP_WITHIN_S
     assert all(len(lines) == 1 and "process 2 has not been heard of" in lines[0] for lines in figures["said"])
     for processes in (4, 2, 1):
@@ -217,18 +217,18 @@ def test_start_refuses_an_address_a_number_and_a_place_that_do_not_go_together()
         (("host:1", 2, 2), "--process_id=2: must be 0 to 1"),
     ):
         with pytest.raises(ValueError, match=said):
-            distributed.start(*given)
+            hosts.start(*given)
 
 
 THREE = """
 import sys, time
 import numpy as np
-from r1jax.core import distributed as d
+from r1jax.core import hosts as d
 address, index = sys.argv[1], int(sys.argv[2])
 d.start(address, 3, index, 8)
 assert d.broadcast({"of": index}) == {"of": 0}
 assert d.gather(index * 10) == ([0, 10, 20] if index == 0 else None)
-assert d.all_gather_hosts(np.full((index, 2), index)).tolist() == [[1, 1], [2, 2], [2, 2]]
+assert d.broadcast(np.arange(index + 2)).tolist() == [0, 1]
 try:
     d.decide(int, "seven" if index == 0 else "7")
 except ValueError as error:
@@ -265,7 +265,7 @@ def test_a_process_that_does_not_come_or_fails_is_named_by_all(how, said):
     found = [process.communicate(timeout=120) for process in processes]
     assert [out for out, _ in found] == ["invalid literal for int() with base 10: 'seven'\n"] * 3
     for index in range(3 if how == "late" else 2):
-        assert processes[index].returncode == distributed.LOST_EXIT
+        assert processes[index].returncode == watch.LOST_EXIT
         assert lines_of_error(found[index][1]) == [f"error: process {index} stops: {said}"]
     assert how == "late" or processes[2].returncode == 1
 
@@ -282,7 +282,7 @@ def test_auto_says_what_to_give_where_jax_knows_no_cluster():
 
 
 def test_processes_that_do_not_come_together_end_with_one_line():
-    program = "import sys; from r1jax.core import distributed as d; d.start(sys.argv[1], 2, int(sys.argv[2]), 4, 3)"
+    program = "import sys; from r1jax.core import hosts as d; d.start(sys.argv[1], 2, int(sys.argv[2]), 4, 3)"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -290,31 +290,30 @@ def test_processes_that_do_not_come_together_end_with_one_line():
         command = [sys.executable, "-c", program, address, index]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == distributed.LOST_EXIT
+        assert done.returncode == watch.LOST_EXIT
         said = f"error: the processes of the run did not come together at {address} within 3 s"
         assert lines_of_error(done.stderr) == [said]
 
 
 def test_one_process_starts_nothing_and_every_function_returns_its_own_value():
-    distributed.start(None, 1, 0)
-    distributed.start("127.0.0.1:1", 1, 0)
-    assert (distributed.process_index(), distributed.process_count(), distributed.is_writer()) == (0, 1, True)
+    hosts.start(None, 1, 0)
+    hosts.start("127.0.0.1:1", 1, 0)
+    assert (hosts.process_index(), hosts.process_count(), hosts.is_writer()) == (0, 1, True)
     value = {"kept": object()}
-    assert distributed.broadcast(value) is value
-    assert distributed.gather(value) == [value]
-    assert distributed.decide(len, [1, 2]) == 2
-    assert np.array_equal(distributed.all_gather_hosts(np.arange(3)), np.arange(3))
-    distributed.barrier("nobody")
-    distributed.stop()
+    assert hosts.broadcast(value) is value
+    assert hosts.gather(value) == [value]
+    assert hosts.decide(len, [1, 2]) == 2
+    hosts.barrier("nobody")
+    hosts.stop()
 
 
 def test_values_come_out_of_their_message_as_they_went_in():
     sent = {"a": np.arange(6, dtype=np.float32).reshape(2, 3) / 7, "b": [1, 0.1, None, "x"], "c": np.float32(0.1)}
-    found = distributed._decode(distributed._encode(sent))
+    found = hosts._decode(hosts._encode(sent))
     assert np.array_equal(found["a"], sent["a"]) and found["a"].dtype == np.float32
     assert (found["b"], found["c"]) == (sent["b"], float(np.float32(0.1)))
     with pytest.raises(TypeError, match="set cannot be sent"):
-        distributed._encode({1})
+        hosts._encode({1})
 
 
 @pytest.mark.parametrize(
@@ -333,4 +332,4 @@ def test_a_pod_is_known_by_its_environment(monkeypatch, environment, pod):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert distributed._on_tpu_pod() == pod
+    assert hosts._on_tpu_pod() == pod

@@ -14,7 +14,7 @@ from r1jax.recipe import common, evaluate, prompts
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.sampler.engine import Engine
-from r1jax.sampler.sample import SamplingLaw
+from r1jax.sampler.sample import SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
 
 PROBLEMS = 32  # held-out problems compared; the figures of the run are over these
@@ -58,9 +58,9 @@ def ours(student):
     )
     sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, (words.eos_id,), words))
     params = hf.load(target, config.model, mesh, np.float32)
-    law = SamplingLaw(temperature=0.0, max_new_tokens=config.sampler.max_new_tokens, stop_ids=(words.eos_id,))
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=config.sampler.max_new_tokens, stop_ids=(words.eos_id,))
     with RewardPool(config.reward) as pool:
-        return evaluate.respond(config, words, sampler, pool, asked, params, law, 1, "greedy"), asked, config
+        return evaluate.respond(config, words, sampler, pool, asked, params, sampling, 1, "greedy"), asked, config
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from r1jax.data import tasks
 from r1jax.models import decoder
 from r1jax.recipe import common, stage0_base
 from r1jax.sampler.engine import Engine
-from r1jax.sampler.sample import RolloutRequest, SamplingLaw
+from r1jax.sampler.sample import RolloutRequest, SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import MeshConfig, RopeScaling, replace
 
@@ -70,11 +70,11 @@ def test_transformers_gives_the_samplers_greedy_tokens(exported, mesh):
     words = transformers.AutoTokenizer.from_pretrained(folder)
     own, settings = tokenizer.tiny(), configs.load(f"r1_zero:{preset}").sampler
     sampler = RolloutSampler(Engine(model, replace(settings, slots=10), mesh, (own.eos_id,), own))
-    law = SamplingLaw(temperature=0.0, max_new_tokens=80, stop_ids=(own.eos_id,))
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=80, stop_ids=(own.eos_id,))
     texts = [prompt.text for prompt in PROMPTS]
     ids = [np.asarray(own.encode(text), np.int32) for text in texts]
     samples = sampler.generate(
-        [RolloutRequest(i, p, np.zeros((1, 2), np.uint32), law) for i, p in enumerate(ids)], params
+        [RolloutRequest(i, p, np.zeros((1, 2), np.uint32), sampling) for i, p in enumerate(ids)], params
     )
     assert isinstance(words, transformers.PreTrainedTokenizerFast)
     batch = words(texts, return_tensors="pt", add_special_tokens=False, padding=True, padding_side="left")

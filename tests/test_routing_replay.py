@@ -23,7 +23,7 @@ from r1jax.rl import rollout as rollouts
 from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import ROUTED, Scorer, replayed_experts
 from r1jax.sampler.engine import Engine
-from r1jax.sampler.sample import RolloutRequest, SamplingLaw
+from r1jax.sampler.sample import RolloutRequest, SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import Config, GRPOConfig, MeshConfig, PackConfig, SamplerConfig, replace
 from r1jax.train import step
@@ -180,7 +180,7 @@ def draw(dtype):
             number,
             generator.integers(1, 32, PROMPT - number % 3).astype(np.int32),
             rng.sample_keys(0, "replay", np.full(SAMPLES, number), np.arange(SAMPLES), "sample"),
-            SamplingLaw(max_new_tokens=LONGEST, stop_ids=(0,)),
+            SamplingParams(max_new_tokens=LONGEST, stop_ids=(0,)),
         )
         for number in range(GROUPS)
     ]

@@ -16,7 +16,7 @@ from r1jax.models import decoder, moe, rope
 from r1jax.recipe import common, stage0_base
 from r1jax.sampler import engine as engines
 from r1jax.sampler.engine import Engine
-from r1jax.sampler.sample import RolloutRequest, SamplingLaw
+from r1jax.sampler.sample import RolloutRequest, SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import MeshConfig, SamplerConfig
 
@@ -36,14 +36,14 @@ def params(mesh):
     return common.load_asset(stage0_base.asset_path("tiny"), MODEL, mesh)
 
 
-def requests(law=None, groups=GROUPS, samples=SAMPLES, seed=0):
-    law = law or SamplingLaw(max_new_tokens=LONGEST, stop_ids=(WORDS.eos_id,))
+def requests(sampling=None, groups=GROUPS, samples=SAMPLES, seed=0):
+    sampling = sampling or SamplingParams(max_new_tokens=LONGEST, stop_ids=(WORDS.eos_id,))
     prompts = tasks.linear_prompts("train")
     result = []
     for draw in range(groups):
         keys = rng.sample_keys(seed, "test", np.full(samples, draw), np.arange(samples), "sample")
         ids = np.asarray(WORDS.encode(prompts[31 * draw].text), np.int32)
-        result.append(RolloutRequest(draw, ids, keys, law))
+        result.append(RolloutRequest(draw, ids, keys, sampling))
     return result
 
 
@@ -242,14 +242,14 @@ def test_an_exception_reaches_the_caller_and_the_sampler_goes_on(sampler, params
 
 
 def test_a_prompt_that_is_too_long_is_refused(sampler, params):
-    request = RolloutRequest(0, np.zeros(17, np.int32), np.zeros((1, 2), np.uint32), SamplingLaw())
+    request = RolloutRequest(0, np.zeros(17, np.int32), np.zeros((1, 2), np.uint32), SamplingParams())
     with pytest.raises(ValueError, match="prompt of 17 tokens exceeds config.sampler.max_prompt_tokens=16"):
         sampler.generate([request], params)
 
 
 def test_a_full_cache_ends_a_sample_with_capacity(sampler, params):
-    law = SamplingLaw(max_new_tokens=10_000)
-    samples = sampler.generate(requests(law, groups=1, samples=3), params)
+    sampling = SamplingParams(max_new_tokens=10_000)
+    samples = sampler.generate(requests(sampling, groups=1, samples=3), params)
     assert {s.finish_reason for s in samples} == {"capacity"}
     prompt = len(samples[0].prompt_ids)
     assert {len(s.token_ids) for s in samples} == {sampler.engine.rows - prompt}
@@ -265,7 +265,7 @@ def test_prefill_in_two_pieces_equals_one(sampler, params):
     np.testing.assert_allclose(both.cache.keys[:, :, :14], whole.cache.keys[:, :, :14], atol=1e-5)
 
 
-def law_of(logits, **changes):
+def slot_params(logits, **changes):
     size = len(logits)
     fields = dict(
         temperature=np.ones(size, np.float32),
@@ -299,7 +299,7 @@ def test_a_prompt_in_pieces_may_end_in_more_padding_than_a_slot_has_rows(sampler
 
 
 def kept_by_hand(scores, top_p, top_k):
-    """Returns (scores with what the law forbids at -inf, how near the running sum comes to top_p), in float64."""
+    """Returns (scores with what the parameters forbid at -inf, how near the running sum comes to top_p), in float64."""
     order = np.argsort(-scores, kind="stable")[: top_k or None]
     probs = np.exp(scores[order] - scores[order].max())
     before = np.cumsum(probs / probs.sum()) - probs / probs.sum()
@@ -309,14 +309,14 @@ def kept_by_hand(scores, top_p, top_k):
     return result, float(np.abs(before - top_p).min())
 
 
-def test_requests_with_laws_of_their_own_share_the_slots(rollout, sampler, params):
-    laws = [
-        SamplingLaw(0.7, 0.9, 0, 9, (WORDS.eos_id,)),
-        SamplingLaw(1.5, 0.8, 12, 30, (WORDS.eos_id,)),
-        SamplingLaw(0.0, 1.0, 0, 12, (WORDS.eos_id,)),
-        SamplingLaw(1.0, 1.0, 0, LONGEST, (WORDS.eos_id,)),
+def test_requests_with_parameters_of_their_own_share_the_slots(rollout, sampler, params):
+    choices = [
+        SamplingParams(0.7, 0.9, 0, 9, (WORDS.eos_id,)),
+        SamplingParams(1.5, 0.8, 12, 30, (WORDS.eos_id,)),
+        SamplingParams(0.0, 1.0, 0, 12, (WORDS.eos_id,)),
+        SamplingParams(1.0, 1.0, 0, LONGEST, (WORDS.eos_id,)),
     ]
-    mixed = [dataclasses.replace(r, law=law) for r, law in zip(requests(groups=4), laws, strict=True)]
+    mixed = [dataclasses.replace(r, sampling=sampling) for r, sampling in zip(requests(groups=4), choices, strict=True)]
     samples = sampler.generate(mixed, params)
     alone = {(s.request_id, s.sample_index): s for s in rollout[0]}
     rows = [np.concatenate([s.prompt_ids, s.token_ids]) for s in samples]
@@ -326,25 +326,27 @@ def test_requests_with_laws_of_their_own_share_the_slots(rollout, sampler, param
     logits = np.asarray(decoder.logits(params, hidden), np.float64)
     compared, near = 0, 0
     for s, (row, start, _) in zip(samples, batch.slots, strict=True):
-        law = laws[s.request_id]
-        assert len(s.token_ids) == law.max_new_tokens or s.finish_reason == "stop"
-        if law.temperature == 1.0:
+        sampling = choices[s.request_id]
+        assert len(s.token_ids) == sampling.max_new_tokens or s.finish_reason == "stop"
+        if sampling.temperature == 1.0:
             twin = alone[s.request_id, s.sample_index]
             assert np.array_equal(s.token_ids, twin.token_ids)
             assert np.array_equal(s.behaviour_logps, twin.behaviour_logps)
             continue
         first = start + len(s.prompt_ids) - 1
         for place, (token, behaviour) in enumerate(zip(s.token_ids, s.behaviour_logps, strict=True)):
-            if law.temperature == 0:
+            if sampling.temperature == 0:
                 assert behaviour == 0.0 and logits[row, first + place, token] > logits[row, first + place].max() - 1e-4
                 continue
-            scores, gap = kept_by_hand(logits[row, first + place] / law.temperature, law.top_p, law.top_k)
-            if law.top_p < 1 and gap < 1e-5:
+            scores, gap = kept_by_hand(
+                logits[row, first + place] / sampling.temperature, sampling.top_p, sampling.top_k
+            )
+            if sampling.top_p < 1 and gap < 1e-5:
                 near += 1
                 continue
             assert scores[token] - np.logaddexp.reduce(scores) == pytest.approx(behaviour, abs=3e-5)
             compared += 1
-    print(f"{compared} log-probs of filtered laws, {near} left out at the edge of a nucleus")
+    print(f"{compared} log-probs of filtered distributions, {near} left out at the edge of a nucleus")
     assert compared > 150
     assert near <= 5
     assert len({tuple(s.token_ids) for s in samples if s.request_id == 2}) == 1  # greedy
@@ -387,9 +389,11 @@ def test_a_slot_without_a_filter_keeps_its_whole_vocabulary_beside_one_that_has_
     assert 1 <= np.isfinite(out[1]).sum() < 2500
 
 
-def test_behaviour_log_prob_is_of_the_law_that_was_sampled_from():
+def test_behaviour_log_prob_is_of_the_distribution_that_was_sampled_from():
     logits = jnp.tile(jnp.log(jnp.asarray([0.5, 0.05, 0.3, 0.15])), (64, 1))
-    token, raw, behaviour = engines.sample(logits, law_of(logits, temperature=0.5, top_k=2), jnp.zeros(64, jnp.int32))
+    token, raw, behaviour = engines.sample(
+        logits, slot_params(logits, temperature=0.5, top_k=2), jnp.zeros(64, jnp.int32)
+    )
     sharpened = np.asarray([0.25, 0.0, 0.09, 0.0]) / 0.34
     assert set(np.asarray(token)) == {0, 2}
     np.testing.assert_allclose(np.exp(behaviour), sharpened[np.asarray(token)], rtol=1e-5)
@@ -398,7 +402,7 @@ def test_behaviour_log_prob_is_of_the_law_that_was_sampled_from():
 
 def test_temperature_zero_takes_the_best_token():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(32, 9)), jnp.float32)
-    token, _, behaviour = engines.sample(logits, law_of(logits, temperature=0.0), jnp.zeros(32, jnp.int32))
+    token, _, behaviour = engines.sample(logits, slot_params(logits, temperature=0.0), jnp.zeros(32, jnp.int32))
     assert np.array_equal(token, np.argmax(logits, axis=-1))
     assert not np.asarray(behaviour).any()
 
@@ -407,7 +411,7 @@ def test_sampled_frequencies_follow_the_softmax():
     probs = np.asarray([0.4, 0.3, 0.2, 0.07, 0.03])
     draws = 20_000
     logits = jnp.tile(jnp.log(jnp.asarray(probs, jnp.float32)), (draws, 1))
-    token, _, _ = engines.sample(logits, law_of(logits), jnp.full(draws, 3, jnp.int32))
+    token, _, _ = engines.sample(logits, slot_params(logits), jnp.full(draws, 3, jnp.int32))
     counts = np.bincount(np.asarray(token), minlength=5)
     chi_square = float(((counts - draws * probs) ** 2 / (draws * probs)).sum())
     assert chi_square < 18.47  # 4 degrees of freedom, p = 0.001

@@ -6,7 +6,7 @@ import pytest
 from r1jax.data.hashing import hash64
 from r1jax.data.prompts import keyed_permutation
 from r1jax.schema import SFTConfig
-from r1jax.train import supervised
+from r1jax.train.epochs import examples_of_updates
 
 
 @pytest.mark.parametrize(
@@ -21,14 +21,14 @@ from r1jax.train import supervised
     ],
 )
 def test_every_example_is_trained_once_an_epoch_and_the_last_update_takes_the_rest(count, epochs, size, sizes):
-    updates = supervised.examples_of_updates(count, epochs, size, "distill", 0)
+    updates = examples_of_updates(count, epochs, size, "distill", 0)
     assert [len(chosen) for chosen in updates] == sizes
     stream = np.concatenate(updates).reshape(epochs, count)
     assert all(sorted(epoch) == list(range(count)) for epoch in stream)
 
 
 def test_updates_that_divide_an_epoch_are_those_of_each_epochs_own_order():
-    updates = supervised.examples_of_updates(12, 2, 4, "stage1_coldstart", 3)
+    updates = examples_of_updates(12, 2, 4, "stage1_coldstart", 3)
     orders = [keyed_permutation(12, hash64("stage1_coldstart", 3, "shuffle", epoch)) for epoch in range(2)]
     expected = [order[start : start + 4] for order in orders for start in (0, 4, 8)]
     assert np.array_equal(updates, expected)

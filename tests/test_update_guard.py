@@ -15,7 +15,7 @@ import small
 
 from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
-from r1jax.core import distributed, rng, sharding, tree
+from r1jax.core import hosts, rng, sharding, tree
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.core.metrics import MetricsLog, read
 from r1jax.data import tasks
@@ -371,6 +371,6 @@ def test_a_critic_that_is_skipped_alone_is_named(capsys):
 def test_only_the_writing_process_says_that_an_update_was_skipped(monkeypatch, capsys):
     stats = {"loss": math.nan, "grad_norm": 1.0, "skipped_updates": 1.0}
     for writes in (False, True):
-        monkeypatch.setattr(distributed, "is_writer", lambda writes=writes: writes)
+        monkeypatch.setattr(hosts, "is_writer", lambda writes=writes: writes)
         guard.SkippedUpdates("sft", 0).note(1, stats)
         assert len(capsys.readouterr().err.splitlines()) == writes

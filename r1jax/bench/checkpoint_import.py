@@ -16,6 +16,7 @@ from r1jax.bench import measure
 from r1jax.checkpoints import hf, hf_config, hf_export
 from r1jax.checkpoints.tokenizer import tiny
 from r1jax.core import sharding
+from r1jax.core.say import say
 from r1jax.schema import Config, MeshConfig, ModelConfig
 
 SHARDS = 4  # files of a synthetic checkpoint, at least
@@ -62,10 +63,9 @@ def _figures(folder: Path, dtype: str) -> dict[str, float]:
     extra = figures["peak_rss_bytes"] - figures["rss_before_bytes"] - figures["parameter_bytes"]
     figures |= {"checkpoint_bytes": sum(sizes), "files": len(sizes), "largest_shard_bytes": max(sizes)}
     figures |= {"extra_bytes": extra, "ratio": extra / max(sizes)}
-    print(
+    say(
         f"{folder}: {figures['parameter_bytes'] / 1e9:.2f} GB of parameters in {figures['load_s']:.1f} s, "
-        f"{extra / 1e6:.0f} MB beside them, {figures['ratio']:.2f} of the largest file",
-        file=sys.stderr,
+        f"{extra / 1e6:.0f} MB beside them, {figures['ratio']:.2f} of the largest file"
     )
     return figures
 

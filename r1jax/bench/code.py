@@ -2,11 +2,11 @@
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
 from r1jax.bench import mutants
+from r1jax.core.say import say
 from r1jax.data import jsonl
 from r1jax.data.hashing import hash64
 from r1jax.report import table
@@ -121,7 +121,7 @@ def _throughput(rows: list[dict], reward: RewardConfig) -> dict:
                 scores = pool.score([reference_request(row) for row in rows[:-1]])
                 seconds = time.monotonic() - started
         except SandboxUnavailable as error:
-            print(f"bench_code: no figures of {backend}: {error}", file=sys.stderr)
+            say(f"bench_code: no figures of {backend}: {error}")
             continue
         passed = sum(score.parts["accuracy"] for score in scores)
         figures[backend] = {

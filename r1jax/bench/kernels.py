@@ -1,8 +1,8 @@
 """Compile the Pallas kernels and JAX's own for a TPU and compare their static figures; nothing runs."""
 
-import sys
 from pathlib import Path
 
+from r1jax.core.say import say
 from r1jax.plan import grouped, kernels
 from r1jax.report import table
 from r1jax.schema import Config
@@ -18,7 +18,7 @@ def run(config: Config, workdir: Path) -> dict:
     found: dict[str, dict] = {}
     for kernel, shapes in (kernels.OURS | dict.fromkeys(kernels.SPLASH, kernels.SHAPES)).items():
         for shape in shapes:
-            print(f"bench_kernels: compiling {kernel} {shape} for {config.bench.topology}", file=sys.stderr, flush=True)
+            say(f"bench_kernels: compiling {kernel} {shape} for {config.bench.topology}")
             found.setdefault(kernel, {})[shape] = kernels.figures(kernel, shape, config.bench.topology)
     rows = [
         {"kernel": kernel, "shape": shape, "region": number, "VMEM bytes": told["vmem_bytes"]} | region
@@ -45,7 +45,7 @@ def _grouped() -> dict:
     found: dict[str, dict] = {}
     for shape in grouped.SHAPES:
         for product in grouped.PRODUCTS:
-            print(f"bench_kernels: compiling grouped products, {product} {shape}", file=sys.stderr, flush=True)
+            say(f"bench_kernels: compiling grouped products, {product} {shape}")
             told = {form: grouped.figures(form, product, shape) for form in grouped.FORMS}
             found.setdefault(shape, {})[product] = told
     rows = [

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from r1jax.bench import measure
 from r1jax.core import sharding
+from r1jax.core.say import say
 from r1jax.models.logprobs import token_logprobs
 from r1jax.plan.compile import Program, compile_program
 from r1jax.report import table
@@ -59,7 +60,7 @@ def run(config: Config, workdir: Path) -> dict:
     found = {"cpu": _compared(lambda form: _measured(form, shape), shape)}
     _show("this machine", found["cpu"], ("temporary_bytes", "output_bytes", "extra_rss_bytes", "call_s", "processor_s"))
     if importlib.util.find_spec("libtpu") is None:
-        print("bench_loss: no libtpu, so no figures for TPU; pip install 'r1jax[plan]'", file=sys.stderr)
+        say("bench_loss: no libtpu, so no figures for TPU; pip install 'r1jax[plan]'")
         return found
     found["tpu"] = {"topology": TOPOLOGY} | _compared(_planned, V3, TPU_FORMS)
     _show(TOPOLOGY, found["tpu"], ("temporary_bytes", "output_bytes"))

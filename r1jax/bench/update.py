@@ -21,11 +21,13 @@ from r1jax.bench import measure
 from r1jax.checkpoints import hf, hf_config
 from r1jax.core import rng, sharding
 from r1jax.core.metrics import read_timing
+from r1jax.core.say import say
 from r1jax.data.packing import PackItem, pack, pack_batch, share_prompts, unpack
 from r1jax.data.problems import Problem
 from r1jax.models import decoder
 from r1jax.recipe import common, compute, policy
 from r1jax.report import table
+from r1jax.report.phases import seconds_by_phase
 from r1jax.rl import losses
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.rollout import EncodedPrompt
@@ -37,7 +39,6 @@ PEERS = Path(__file__).parent / "peers"
 PEAK_SIDE, PEAK_CALLS = 2048, 8  # of the matrix product that stands for the machine's peak
 NOISE = 0.05  # nats between the policy's log-probs and those of sampler and reference
 P99_NORMAL = 2.3263478740408408  # 99th percentile of the standard normal law
-PHASES = ("rollout_s", "rewards_s", "reference_s", "update_s", "checkpoint_s")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def run(config: Config, workdir: Path) -> dict:
             for system in systems:
                 figures = _run(system, config, folder)
                 found[system.key].append(figures)
-                print(f"turn {turn + 1}: {system.key} {figures['seconds']:.1f} s", file=sys.stderr, flush=True)
+                say(f"turn {turn + 1}: {system.key} {figures['seconds']:.1f} s")
         split = _own(folder, "split", what="the GRPO steps") if config.bench.split_updates else {}
     finally:
         os.sched_setaffinity(0, allowed)
@@ -105,7 +106,7 @@ def systems_of(config: Config) -> list[System]:
         field = "tunix_python" if peer.name == "tunix" else "trl_python"
         if not peer.python or not config.model.checkpoint:
             why = f"config.bench.{field} is empty" if not peer.python else "config.model.checkpoint is empty"
-            print(f"bench_update: {why}, so {peer.key} is left out", file=sys.stderr)
+            say(f"bench_update: {why}, so {peer.key} is left out")
             continue
         if shutil.which(peer.python) is None:
             raise ValueError(
@@ -299,7 +300,7 @@ def split_figures(config: Config, folder: Path) -> dict[str, float]:
     shutil.rmtree(folder, ignore_errors=True)
     policy.make_training(resolved, tokenizer, mesh, asked, params, folder, on_update=on_update).train()
     rows, wall = read_timing(folder)[1:], ends[-1] - ends[0]
-    sums = {name.removesuffix("_s"): sum(row.get(name, 0.0) for row in rows) for name in PHASES}
+    sums = seconds_by_phase(rows)
     shutil.rmtree(folder, ignore_errors=True)
     shares = {name: seconds / wall for name, seconds in sums.items()}
     return shares | {

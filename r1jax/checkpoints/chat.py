@@ -5,7 +5,6 @@ import datetime
 import functools
 import json
 import signal
-import sys
 import threading
 from typing import Any
 
@@ -14,7 +13,8 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from r1jax.core import distributed
+from r1jax.core import errors
+from r1jax.core.say import say
 
 MOST_REPEATED = 1_000_000  # items that `*` may make of a text or list
 LARGEST_POWER_BITS = 10_000
@@ -69,9 +69,8 @@ def _strftime_now(form: str) -> str:
 
 @functools.cache
 def _say_date() -> None:
-    """Prints, once a run, the date that templates are told."""
-    if distributed.is_writer():
-        print(f"the chat template states a date: all prompts of this run say {TODAY:%Y-%m-%d}", file=sys.stderr)
+    """Says, once a run, which date templates are given."""
+    say(f"the chat template states a date: all prompts of this run say {TODAY:%Y-%m-%d}")
 
 
 @functools.lru_cache(maxsize=8)
@@ -93,9 +92,8 @@ def render(template: str, values: dict[str, Any]) -> str:
         with _deadline(DEADLINE_S):
             return _compiled(template).render(**values)
     except Exception as error:  # a template can raise anything: it is a program
-        reason = " ".join(str(error).split()) or "no reason given"
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-        raise ValueError(f"{kind}{reason[:500]}") from None
+        raise ValueError(f"{kind}{errors.one_line(error, 500)}") from None
 
 
 @contextlib.contextmanager

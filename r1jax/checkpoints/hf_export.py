@@ -6,7 +6,6 @@ name, and the host holds one tensor at a time, or 64 MiB of small ones.
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from r1jax.checkpoints import fp8, hf, hf_names
 from r1jax.checkpoints.hf import Tensor
 from r1jax.checkpoints.tensor_file import Writer
 from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.core import files
 from r1jax.models import decoder
 from r1jax.schema import ModelConfig
 
@@ -57,10 +57,9 @@ def save(
     folder = Path(folder)
     refuse_existing(folder)
     _check(params, c, tokenizer, dtype)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    files.remove_unfinished(folder.parent, folder.name)
+    with files.replacing(folder) as temporary:
+        temporary.mkdir()
         write_weights(temporary, tensors(c, dtype, block), Leaves(params).value, shard_bytes, block)
         ids = _token_ids(tokenizer, end_ids, pad_id)
         _write_json(temporary / "config.json", config_fields(c, tokenizer, dtype, block) | ids)
@@ -68,10 +67,6 @@ def save(
         tokenizer.save(temporary)
         (temporary / "README.md").write_text(card or f"# {folder.name}\n\nTrained with r1jax.\n", encoding="utf-8")
         check(temporary)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def refuse_existing(folder: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Literal
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from r1jax.core import errors
+
 FILE = "tokenizer.model"
 CONTROL, USER_DEFINED = 3, 4  # ModelProto.SentencePiece.Type
 SPACE = "▁"  # as pieces write it; user-defined runs of it are found by the library, after its normalisation
@@ -37,7 +39,7 @@ class SentencePieceBackend:
             self._prefixed = self._processor(proto, True)
             self._bare = self._processor(proto, False)
         except Exception as error:  # protobuf's and the library's own errors share no base class
-            raise ValueError(f"no sentencepiece model: {' '.join(str(error).split())}") from None
+            raise ValueError(f"no sentencepiece model: {errors.one_line(error)}") from None
         self._model, self._added, self._prefix = model, dict(added or {}), prefix
         self._pieces = self._bare.get_piece_size()
         self._id_of = {piece.piece: index for index, piece in enumerate(proto.pieces)} | self._added

@@ -4,7 +4,6 @@ import copy
 import functools
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +12,8 @@ import tokenizers
 
 from r1jax.checkpoints import chat
 from r1jax.checkpoints import sentencepiece_model as spm
-from r1jax.core import distributed
+from r1jax.core import errors
+from r1jax.core.say import say
 from r1jax.data import tasks
 from r1jax.schema import ModelConfig, replace
 
@@ -141,11 +141,10 @@ class Tokenizer:
         found = max((text for text in known if after.startswith(text.strip())), key=len, default=None)
         if found is not None:
             return self.backend.token_to_id(found)
-        if after and distributed.is_writer():
-            print(
+        if after:
+            say(
                 f"tokenizer {self.source}: the chat template ends a turn with {after.splitlines()[0]!r}, which is no special "
-                "token: responses end at the end token alone; set --config.sampler.stop_strings to end them there too",
-                file=sys.stderr,
+                "token: responses end at the end token alone; set --config.sampler.stop_strings to end them there too"
             )
         return self.eos_id
 
@@ -330,13 +329,12 @@ def _stated_stops(folder: Path, backend: Backend) -> list[int]:
     read, are said on stderr. Raises ValueError for what is no id.
     """
     special = {backend.token_to_id(text) for text in backend.special_texts()}
-    found: dict[int, str] = {}
+    file_of_id: dict[int, str] = {}
     for name in ("config.json", GENERATION):
         stated = _read_json(folder / name)
-        if stated.get("stop_strings") and distributed.is_writer():
-            print(
-                f"tokenizer {folder}: stop_strings of {name} are not read; set --config.sampler.stop_strings to end responses there",
-                file=sys.stderr,
+        if stated.get("stop_strings"):
+            say(
+                f"tokenizer {folder}: stop_strings of {name} are not read; set --config.sampler.stop_strings to end responses there"
             )
         inner = stated.get("text_config")
         both = [part.get("eos_token_id") for part in (stated, inner) if isinstance(part, dict)]
@@ -345,16 +343,14 @@ def _stated_stops(folder: Path, backend: Backend) -> list[int]:
             raise ValueError(
                 f"tokenizer: {folder / name}: eos_token_id holds {bad[0]!r}, needs a token's number or several"
             )
-        found |= {index: name for index in ids if index not in found}
-    kept = [index for index in found if 0 <= index < backend.vocab_size]
-    for index, name in found.items():
-        told = f"tokenizer {folder}: eos_token_id {index} of {name} is"
-        if distributed.is_writer() and index not in kept:
-            print(
-                f"{told} none of the {backend.vocab_size} ids of the tokenizer: no response ends there", file=sys.stderr
-            )
-        elif distributed.is_writer() and index not in special:
-            print(f"{told} the ordinary token {backend.decode([index])!r}: responses end there too", file=sys.stderr)
+        file_of_id |= {index: name for index in ids if index not in file_of_id}
+    kept = [index for index in file_of_id if 0 <= index < backend.vocab_size]
+    for index, name in file_of_id.items():
+        stated_id = f"tokenizer {folder}: eos_token_id {index} of {name} is"
+        if index not in kept:
+            say(f"{stated_id} none of the {backend.vocab_size} ids of the tokenizer: no response ends there")
+        elif index not in special:
+            say(f"{stated_id} the ordinary token {backend.decode([index])!r}: responses end there too")
     return kept
 
 
@@ -379,10 +375,9 @@ def _chat_template(folder: Path, stated: Any) -> str:
     if isinstance(stated, list):  # several with names
         stated = {entry.get("name"): entry.get("template") for entry in stated if isinstance(entry, dict)}
     if isinstance(stated, dict):
-        if "default" not in stated and distributed.is_writer():
-            print(
-                f"tokenizer {folder}: none of the chat templates ({', '.join(map(str, stated))}) is named default: none is used",
-                file=sys.stderr,
+        if "default" not in stated:
+            say(
+                f"tokenizer {folder}: none of the chat templates ({', '.join(map(str, stated))}) is named default: none is used"
             )
         stated = stated.get("default")
     if not isinstance(stated, str | None):
@@ -407,7 +402,7 @@ def _json_backend(path: Path) -> JsonBackend:
     try:
         return JsonBackend(tokenizers.Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises Exception itself
-        raise ValueError(f"tokenizer: {path} is not a tokenizer.json: {' '.join(str(error).split())}") from None
+        raise ValueError(f"tokenizer: {path} is not a tokenizer.json: {errors.one_line(error)}") from None
 
 
 def _sentencepiece_backend(folder: Path, config: dict) -> spm.SentencePieceBackend:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run through orbax: items of arrays plus one JSON record, written aside and renamed into place."""
+"""Checkpoints of a run, saved with orbax: named trees of arrays and one JSON record, complete or absent."""
 
 import json
 import logging
@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from r1jax.core import distributed
+from r1jax.core import files, hosts
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save, and warns of items that are not asked for
 
 
 class CheckpointStore:
-    """Numbered checkpoints in one folder; the newest `keep` stay."""
+    """Numbered checkpoints in one folder, of which the newest `keep` are kept."""
 
     def __init__(self, folder: Path, keep: int = 2):
         self.folder = Path(folder).resolve()
@@ -24,13 +24,13 @@ class CheckpointStore:
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
-        """Returns the number of the newest complete checkpoint, or None: what process 0 finds."""
-        return distributed.decide(self._manager.latest_step, name="the newest checkpoint")
+        """Returns the number of the newest complete checkpoint that process 0 sees, or None."""
+        return hosts.decide(self._manager.latest_step, name="the newest checkpoint")
 
     def save(self, number: int, items: dict[str, Any], record: dict[str, Any]) -> None:
         """Writes the items (pytrees of arrays) and the record; returns when they are on disk.
 
-        Every process writes its part of arrays that are divided between them.
+        Every process writes its part of the arrays that are divided between them.
         """
         arguments = {name: ocp.args.StandardSave(value) for name, value in items.items()}
         arguments["record"] = ocp.args.JsonSave(record)
@@ -73,7 +73,7 @@ def _key(path) -> str:
 
 
 def shape_problems(stored: dict[str, tuple], wanted: dict[str, tuple], most: int = 3) -> str:
-    """Returns one clause naming missing, extra and mis-shaped arrays, or '' when the two agree."""
+    """Returns one clause naming missing, extra and wrongly shaped arrays, or '' when stored and wanted agree."""
     clauses = [f"{name} is missing" for name in wanted if name not in stored]
     clauses += [f"{name} is not in the model" for name in stored if name not in wanted]
     clauses += [
@@ -86,10 +86,6 @@ def shape_problems(stored: dict[str, tuple], wanted: dict[str, tuple], most: int
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON under a temporary name and renames it; only in the process that writes the run's files."""
-    if not distributed.is_writer():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True))
-    temporary.replace(path)
+    """Writes a record of the run as JSON, whole or not at all; only in the process that writes the run's files."""
+    if hosts.is_writer():
+        files.write_text(path, json.dumps(value, indent=1, sort_keys=True))

@@ -1,4 +1,7 @@
-"""The metrics of a stage on disk: rows that a resumed run repeats bit for bit, timings apart, TensorBoard beside them."""
+"""The metrics of a stage: metrics.jsonl holds deterministic rows, which a resumed run repeats bit for bit.
+
+Wall-clock times go to timing.jsonl; TensorBoard gets both.
+"""
 
 import json
 import os
@@ -6,7 +9,7 @@ from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
 
-from r1jax.core import distributed
+from r1jax.core import files, hosts
 
 METRICS_FILE = "metrics.jsonl"  # deterministic values only
 TIMING_FILE = "timing.jsonl"  # wall-clock values
@@ -14,24 +17,16 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 def _rows(path: Path) -> list[dict]:
-    """Returns the whole rows of a JSONL file, [] when it does not exist; a last line without its end is dropped."""
-    if not path.exists():
-        return []
-    *lines, _ = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or "update" not in row:
-            raise ValueError(f"{path}:{number}: not a row of metrics, needs a JSON object with 'update'")
-        rows.append(row)
+    """Returns the rows of a file of this log, as `files.read_jsonl`. Raises ValueError for one without `update`."""
+    rows = files.read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        if "update" not in row:
+            raise ValueError(f"{path}, line {number}: not a row of metrics, needs the field 'update'")
     return rows
 
 
 def _encode(update: int, values: Mapping[str, float]) -> bytes:
-    """Returns one line, keys sorted. Whole numbers stay whole; others are the shortest text that reads back the same."""
+    """Returns a row as one line with sorted keys: integers as they are, floats as the shortest text that reads back the same."""
     row: dict[str, int | float] = {"update": int(update)}
     for name, value in values.items():
         if name == "update":
@@ -41,21 +36,6 @@ def _encode(update: int, values: Mapping[str, float]) -> bytes:
         except (TypeError, ValueError):
             raise ValueError(f"MetricsLog: {name} is {value!r}, needs a number") from None
     return (json.dumps(row, sort_keys=True) + "\n").encode()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Writes a whole file under a temporary name, then renames it, so that a reader sees the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 class MetricsLog:
@@ -69,7 +49,7 @@ class MetricsLog:
         self.folder = Path(folder)
         self._tensorboard, self._writer, self._purge_step = tensorboard, None, None
         self._files: dict[str, object] = {}
-        self._writing = distributed.is_writer()
+        self._writing = hosts.is_writer()
         if not self._writing:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +57,7 @@ class MetricsLog:
             path = self.folder / name
             data = path.read_bytes() if path.exists() else b""
             if data and not data.endswith(b"\n"):
-                _replace(path, data[: data.rfind(b"\n") + 1])
+                files.write_bytes(path, data[: data.rfind(b"\n") + 1])
         self._open()
 
     def _open(self) -> None:
@@ -122,7 +102,7 @@ class MetricsLog:
     def truncate(self, update: int) -> None:
         """Drops the rows of later updates, as a run that resumes after `update` will write them again.
 
-        TensorBoard is told to forget those steps. Raises ValueError with file and line for a damaged row before the last.
+        TensorBoard forgets those steps as well. Raises ValueError with file and line for a damaged row before the last.
         """
         if not self._writing:
             return
@@ -132,7 +112,7 @@ class MetricsLog:
         }
         self.close()
         for name, rows in kept.items():
-            _replace(self.folder / name, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode())
+            files.write_text(self.folder / name, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
         self._purge_step = int(update) + 1
         self._open()
 

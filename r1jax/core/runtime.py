@@ -1,4 +1,4 @@
-"""Process-wide set-up of JAX: the persistent compilation cache and the counted program set."""
+"""Process-wide set-up of JAX (the persistent compilation cache), and the count of compiled programs."""
 
 import os
 from collections.abc import Callable
@@ -24,14 +24,14 @@ WITHOUT_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_
 
 
 class ProgramSet:
-    """The jitted programs of a run by name: all compiled at warm-up, counted, and constant afterwards."""
+    """The jitted programs of a run by name: all are compiled at warm-up, and none may be compiled again."""
 
     def __init__(self):
         self._counters: dict[str, Callable[[], int]] = {}
         self._frozen: dict[str, int] | None = None
 
     def add(self, name: str, counter: Callable[[], int]) -> None:
-        """Adds a program; `counter` tells how many times it has been compiled."""
+        """Adds a program; `counter` returns how many times it has been compiled."""
         self._counters[name] = counter
 
     def counts(self) -> dict[str, int]:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from r1jax.core import distributed
+from r1jax.core import hosts
 from r1jax.schema import MeshConfig
 
 AXES = ("slice", "data", "fsdp", "expert", "tensor", "context")
@@ -95,10 +95,10 @@ def make_mesh(config: MeshConfig, devices: list | None = None, field: str = "mes
             f"{field}: {dict(zip(AXES, config.shape, strict=True))} needs {needed} devices, {len(devices)} are here; "
             f"make config.{field} smaller"
         )
-    if distributed.process_count() > 1 and needed != len(devices):
+    if hosts.process_count() > 1 and needed != len(devices):
         raise ValueError(
             f"mesh: {dict(zip(AXES, config.shape, strict=True))} uses {needed} devices, the "
-            f"{distributed.process_count()} processes hold {len(devices)}; make config.mesh use all"
+            f"{hosts.process_count()} processes hold {len(devices)}; make config.mesh use all"
         )
     if devices[0].platform != "tpu" or needed < len(devices):
         return Mesh(np.asarray(devices[:needed]).reshape(config.shape), AXES)
@@ -139,7 +139,7 @@ def _dividing(names: tuple[str, ...], size: int, axes: Mapping[str, int]) -> tup
 
 
 def row_shards(rows: int, mesh: MeshConfig) -> int:
-    """Returns into how many equal runs of neighbours a training mesh divides the rows of a micro-batch."""
+    """Returns the number of equal contiguous blocks into which a training mesh divides the rows of a micro-batch."""
     axes = dict(zip(AXES, mesh.shape, strict=True))
     return math.prod(axes[name] for name in _dividing(TRAIN["batch"], rows, axes))
 
@@ -162,6 +162,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def spec_shardings(specs: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
     """Returns the NamedSharding of every spec under `rules` (default: those in force)."""
     return map_specs(lambda spec: sharding(mesh, spec.axes, spec.shape, rules), specs)
+
+
+def place(value: Any, sharding: NamedSharding) -> jax.Array:
+    """Returns a host value, the same in every process, as an array with this sharding."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def to_host(array: Any) -> np.ndarray:
+    """Returns a whole array in the memory of every process; where it is divided between them, all must call this."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(jax.device_get(array))
+    return np.asarray(_replicate(array.sharding.mesh)(array))
+
+
+@functools.cache
+def _replicate(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
 
 def on_host(shardings: Any) -> Any:
@@ -198,7 +218,7 @@ _active = threading.local()
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, rules: Rules = TRAIN):
-    """Makes `mesh` and `rules` those that `constrain` and others see while programs are traced."""
+    """Makes `mesh` and `rules` the ones that `constrain` and the like use while programs are traced."""
     previous = current_mesh(), current_rules()
     _active.mesh, _active.rules = mesh, rules
     try:
@@ -218,9 +238,9 @@ def device() -> jax.Device:
 
 
 def by_kernels(field: str, value: str) -> bool:
-    """Returns whether Pallas kernels for TPUs compute what config.model.<field>=value says: as named, or `auto` on a TPU.
+    """Returns whether config.model.<field>=value asks for Pallas kernels: by name, or as `auto` on a TPU.
 
-    Raises ValueError where they are asked for and the device neither is a TPU nor can interpret them.
+    Raises ValueError when it does and the device is neither a TPU nor a CPU, which can interpret them.
     """
     platform = device().platform
     if value == "xla" or (value == "auto" and platform != "tpu"):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax.core import distributed
+from r1jax.core import sharding
 
 
 def cast(tree: Any, dtype) -> Any:
@@ -47,7 +47,7 @@ def digest(tree: Any) -> str:
     """Returns a SHA-256 over names, shapes, dtypes and bytes of all leaves: equal digests mean bit-equal trees."""
     sha = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = distributed.to_host(leaf)
+        array = sharding.to_host(leaf)
         sha.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode())
         sha.update(np.ascontiguousarray(array).tobytes())
     return sha.hexdigest()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from r1jax.core import errors
 from r1jax.data import dialects, jsonl
 
 INSTALL = "pip install 'r1jax[data]'"
@@ -173,7 +174,7 @@ def _parquet_rows(path: Path, limit: int) -> Iterator[tuple[str, dict]]:
                     if number == limit:
                         return
     except (ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read after row {number}: {_one_line(error)}") from None
+        raise ValueError(f"{path}: cannot be read after row {number}: {errors.one_line(error, 300)}") from None
 
 
 def _files_of(folder: Path, split: str) -> tuple[list[Path], list[str]]:
@@ -251,7 +252,7 @@ def _from_hub(path: str):
     try:
         return datasets.load_dataset(name, config, split=split or "train")
     except Exception as error:  # of the network, the Hub or the set: many types, all the user's to read
-        raise ValueError(f"no such file: {path}; and as a data set of the Hub: {_one_line(error)}") from None
+        raise ValueError(f"no such file: {path}; and as a data set of the Hub: {errors.one_line(error, 300)}") from None
 
 
 def _datasets(what: str):
@@ -287,11 +288,7 @@ def _one_line_errors(path: object) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever the package meets in a damaged folder
-        raise ValueError(f"{path}: cannot be read: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{path}: cannot be read: {errors.one_line(error, 300)}") from None
 
 
 def _without_nan(value: object) -> object:

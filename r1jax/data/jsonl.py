@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from r1jax.core import files
+
 _TEXT, _IDENTIFIER, _ANSWER = (str,), (str, int), (str, int, float)
 FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
     "id": _IDENTIFIER,
@@ -83,19 +85,12 @@ def write(path: str | os.PathLike, rows: Iterable[Mapping]) -> int:
     Makes the folders. The file appears under its name only when it is complete; a failure leaves what was there before.
     Half of a surrogate pair, which no UTF-8 can hold, becomes U+FFFD.
     """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    opener = gzip.open if pathlib.Path(path).suffix == ".gz" else open
     count = 0
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(temporary, "wt", encoding="utf-8") as file:
-            for row in rows:
-                file.write(_SURROGATE.sub("\ufffd", json.dumps(row, ensure_ascii=False)) + "\n")
-                count += 1
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.replacing(path) as temporary, opener(temporary, "wt", encoding="utf-8") as file:
+        for row in rows:
+            file.write(_SURROGATE.sub("\ufffd", json.dumps(row, ensure_ascii=False)) + "\n")
+            count += 1
     return count
 
 

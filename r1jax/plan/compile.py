@@ -26,6 +26,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from r1jax.core import files
 from r1jax.plan import hlo
 
 GIB = 2**30
@@ -269,21 +270,21 @@ def _child() -> None:
         except Exception as error:
             print(repr(error), file=sys.stderr)
             ended = {"error": f"{request['builder'].rpartition(':')[2]}: {_first_line(error)}"}
-    _write(folder / "ended.json", ended)
+    files.write_text(folder / "ended.json", json.dumps(ended))
 
 
 def _compile(folder: pathlib.Path, request: dict, devices: list) -> dict:
     start = time.monotonic()
     program = _builder(request["builder"])(devices, **request["arguments"])
     module = program.lowered.compiler_ir().operation.attributes["sym_name"].value
-    told = {
+    lowered = {
         "module": module,
         "mesh": dict(program.mesh.shape),
         "weights": dict(program.weights),
         "lower_s": time.monotonic() - start,
         "at": time.time(),
     }
-    _write(folder / "lowered.json", told)
+    files.write_text(folder / "lowered.json", json.dumps(lowered))
     start = time.monotonic()
     sizes = program.lowered.compile().memory_analysis()
     memory = {
@@ -294,10 +295,3 @@ def _compile(folder: pathlib.Path, request: dict, devices: list) -> dict:
         "constants": 0,  # the executable counts them among its code
     }
     return {"compile_s": time.monotonic() - start, "memory": memory}
-
-
-def _write(path: pathlib.Path, values: dict) -> None:
-    """Writes JSON that a reader sees whole or not at all."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(values))
-    unfinished.rename(path)

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,8 @@ from safetensors.numpy import save_file
 
 from r1jax.checkpoints import tokenizer as tokenizers
 from r1jax.config import config_hash, flatten
-from r1jax.core import checkpoint, distributed, runtime, sharding
+from r1jax.core import checkpoint, files, hosts, runtime, sharding
+from r1jax.core.say import say
 from r1jax.models import decoder
 from r1jax.schema import Config, GateConfig, ModelConfig, RopeScaling, replace
 
@@ -60,7 +60,7 @@ class StageFolder:
 
         Raises ValueError, naming what changed, when what is here, finished or not, was made from other inputs.
         """
-        return distributed.decide(self._finished, inputs, name=f"what is in {self.path}")
+        return hosts.decide(self._finished, inputs, name=f"what is in {self.path}")
 
     def _finished(self, inputs: dict[str, str]) -> dict | None:
         marker = self.path / (DONE if (self.path / DONE).exists() else INPUTS)
@@ -77,7 +77,7 @@ class StageFolder:
 
     def check(self) -> None:
         """Raises ValueError when this folder holds work of another config."""
-        distributed.decide(self._check, name=f"what is in {self.path}")
+        hosts.decide(self._check, name=f"what is in {self.path}")
 
     def _check(self) -> None:
         path = self.path / "config.json"
@@ -99,9 +99,9 @@ class StageFolder:
         self.check()
         checkpoint.write_json(self.path / "config.json", self._fields())
         checkpoint.write_json(self.path / INPUTS, {"inputs": inputs})
-        distributed.barrier(f"{self.path}/{INPUTS}")
-        seen = distributed.gather((self.path / INPUTS).exists(), f"{self.path}/{INPUTS} in every process")
-        distributed.decide(self._require_shared, seen, name=f"{self.path}/{INPUTS} in every process")
+        hosts.barrier(f"{self.path}/{INPUTS}")
+        seen = hosts.gather((self.path / INPUTS).exists(), f"{self.path}/{INPUTS} in every process")
+        hosts.decide(self._require_shared, seen, name=f"{self.path}/{INPUTS} in every process")
 
     def _require_shared(self, seen: list[bool]) -> None:
         if not all(seen):
@@ -125,12 +125,17 @@ class StageFolder:
         """Writes the DONE marker, with the digests of inputs and output, and returns the figures as they read back."""
         record = {"config_hash": self.hash, "inputs": inputs, "output": output, "figures": figures}
         checkpoint.write_json(self.path / DONE, record)
-        return distributed.decide(
-            lambda: json.loads((self.path / DONE).read_text())["figures"], name=f"{self.path}/{DONE}"
-        )
+        return hosts.decide(lambda: json.loads((self.path / DONE).read_text())["figures"], name=f"{self.path}/{DONE}")
 
     def checkpoints(self) -> checkpoint.CheckpointStore:
         return checkpoint.CheckpointStore(self.path / "checkpoints", self.config.checkpointing.keep)
+
+    def newest_checkpoint(self) -> int | None:
+        """Returns the number of the newest complete checkpoint here, None without one."""
+        store = self.checkpoints()
+        newest = store.latest()
+        store.close()
+        return newest
 
 
 def json_fields(config: Config) -> dict:
@@ -177,7 +182,7 @@ def _hugging_face(folder: str | Path, defaults: ModelConfig) -> tuple[ModelConfi
 
 def write_model(folder: Path, config: Config, tokenizer: tokenizers.Tokenizer, template: str) -> None:
     """Writes into a stage's folder what its weights are used with: shape, tokenizer, and how questions become prompts."""
-    if not distributed.is_writer():
+    if not hosts.is_writer():
         return
     target = folder / MODEL
     target.mkdir(parents=True, exist_ok=True)
@@ -206,7 +211,7 @@ def read_model(folder: Path, defaults: ModelConfig) -> tuple[ModelConfig, tokeni
     path = folder / MODEL / SHAPE
     if not path.exists():
         return _model_of_run(folder, defaults)
-    record = distributed.decide(lambda: json.loads(path.read_text(encoding="utf-8")), name=str(path))
+    record = hosts.decide(lambda: json.loads(path.read_text(encoding="utf-8")), name=str(path))
     return _shape(record["model"], defaults), tokenizers.from_folder(folder / MODEL), record["data"]
 
 
@@ -216,7 +221,7 @@ def _model_of_run(folder: Path, defaults: ModelConfig) -> tuple[ModelConfig, tok
     The run's Hugging Face folder holds its tokenizer: `defaults.checkpoint` names it where it has moved since.
     """
     path = folder / "config.json"
-    fields = distributed.decide(lambda: json.loads(path.read_text()) if path.exists() else {}, name=str(path))
+    fields = hosts.decide(lambda: json.loads(path.read_text()) if path.exists() else {}, name=str(path))
     if not fields:
         return defaults, tokenizers.tiny(), {}
     moved = defaults.checkpoint if defaults.checkpoint and Path(defaults.checkpoint) != folder else ""
@@ -311,7 +316,7 @@ def checkpoint_digest(source: str | Path) -> str:
 
     Raises ValueError when there is no checkpoint.
     """
-    return distributed.decide(_checkpoint_digest, Path(source), name=f"the digest of {source}")
+    return hosts.decide(_checkpoint_digest, Path(source), name=f"the digest of {source}")
 
 
 def _checkpoint_digest(source: Path) -> str:
@@ -329,7 +334,7 @@ def _checkpoint_digest(source: Path) -> str:
         files = [*_weight_files(source), *(beside / name for name in names if (beside / name).exists())]
     size = sum(path.stat().st_size for path in files)
     if size > TOLD_BYTES:
-        print(f"{source}: reading {size / 1e9:.0f} GB once, to know these weights again", file=sys.stderr, flush=True)
+        say(f"{source}: reading {size / 1e9:.0f} GB once, to know these weights again")
     with ThreadPoolExecutor(DIGEST_THREADS) as pool:
         found = zip((path.name for path in files), pool.map(lambda path: file_digest(str(path)), files), strict=True)
         return hashlib.sha256(repr(list(found)).encode()).hexdigest()
@@ -372,11 +377,9 @@ def _named(tree) -> dict[str, jax.Array]:
 
 
 def save_asset(path: Path, params: decoder.Params, metadata: dict[str, str]) -> None:
-    """Writes parameters as one safetensors file, under a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({name: np.asarray(leaf) for name, leaf in _named(params).items()}, temporary, metadata=metadata)
-    temporary.replace(path)
+    """Writes parameters as one safetensors file, whole or not at all."""
+    with files.replacing(path) as temporary:
+        save_file({name: np.asarray(leaf) for name, leaf in _named(params).items()}, temporary, metadata=metadata)
 
 
 def load_asset(path: Path, model: ModelConfig, mesh: Mesh) -> decoder.Params:
@@ -390,7 +393,7 @@ def load_asset(path: Path, model: ModelConfig, mesh: Mesh) -> decoder.Params:
             raise ValueError(f"{path} does not fit the model: {problems}")
         leaves = [file.get_tensor(name) for name in wanted]
     params = jax.tree.unflatten(jax.tree.structure(target), leaves)
-    return jax.tree.map(distributed.place, params, sharding.spec_shardings(specs, mesh))
+    return jax.tree.map(sharding.place, params, sharding.spec_shardings(specs, mesh))
 
 
 def asset_metadata(path: Path) -> dict[str, str]:

@@ -5,9 +5,10 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.core.say import say
 from r1jax.data import files, jsonl
 from r1jax.recipe import common, example_files, fine_tuning, lineage
-from r1jax.recipe.drafts import Counts, Draft, tally, tell
+from r1jax.recipe.drafts import Counts, Draft, counts_line, tally
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config
 
@@ -26,7 +27,7 @@ def run(config: Config, workdir: Path) -> dict:
     drafts, notes = example_files.read(path, config)
 
     def graded(*given) -> tuple[list[dict], Counts]:
-        example_files.say(example_files.remarks(path, drafts, notes))
+        say(*example_files.remarks(path, drafts, notes))
         return of_file(drafts, config)
 
     return fine_tuning.run(config, workdir, (), graded, {path: files.digest(path)})
@@ -49,7 +50,7 @@ def of_file(drafts: list[Draft], config: Config) -> tuple[list[dict], Counts]:
     if config.distill.grade:
         drafts = example_files.right(drafts, config, counts)
     tally(counts, "kept", (draft.task for draft in drafts))
-    tell(config.stage, counts)
+    say(counts_line(config.stage, counts))
     return [draft.row() for draft in drafts], counts
 
 

@@ -1,12 +1,10 @@
 """Examples in the making: whose response to which problem, and how many of each task every check lets through."""
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from r1jax.core import distributed
 from r1jax.data.problems import Problem, read_prompt
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest, Score
@@ -68,7 +66,7 @@ def tally(counts: Counts, name: str, tasks: Iterable[str]) -> None:
     counts[name] = dict(found)
 
 
-def line(stage: str, counts: Counts) -> str:
+def counts_line(stage: str, counts: Counts) -> str:
     """Returns the counts in one line: each check's number, by task where there are several."""
     told = []
     for name, found in counts.items():
@@ -77,12 +75,6 @@ def line(stage: str, counts: Counts) -> str:
         number = sum(found.values()) if by_task else found
         told.append(f"{name} {number} ({parts})" if parts else f"{name} {number}")
     return f"{stage}: examples: {'; '.join(told)}"
-
-
-def tell(stage: str, counts: Counts) -> None:
-    """Prints the counts, in the process that writes the run's files."""
-    if distributed.is_writer():
-        print(line(stage, counts), file=sys.stderr)
 
 
 def grade(drafts: Sequence[Draft], config: Config) -> list[Score | None]:

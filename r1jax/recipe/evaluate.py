@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ from jax.sharding import Mesh
 
 from r1jax.checkpoints.hf_config import RUNTIME_FIELDS
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import checkpoint, distributed, tree
+from r1jax.core import checkpoint, hosts, tree
+from r1jax.core.say import say
 from r1jax.data import jsonl
 from r1jax.data.problems import SCENARIOS
 from r1jax.evals import benchmarks
@@ -27,8 +27,8 @@ from r1jax.rewards.compose import PART_NAMES, RULE_PARTS
 from r1jax.rewards.pool import RewardPool
 from r1jax.rl import rollout
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.sampler.engine import Engine
-from r1jax.sampler.sample import SamplingLaw
+from r1jax.sampler.build import build_sampler
+from r1jax.sampler.sample import SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import Config, replace
 
@@ -97,7 +97,7 @@ def run(config: Config, workdir: Path) -> dict:
 def say_left_out(config: Config, asked: StagePrompts, measured: int) -> None:
     """Prints how many of the rows of the files the figures are of, and why not of the others."""
     counts, most = asked.counts, config.evaluation.max_problems
-    if not distributed.is_writer():
+    if not hosts.is_writer():
         return
     every = counts.get("rows", len(asked.held_out))
     why = {
@@ -119,7 +119,7 @@ def as_trained(config: Config) -> Config:
     """
     if not problems.has_files(config) or config.data.eval_path:
         return config
-    trained = distributed.decide(_trained_on, Path(config.checkpoint), name=f"what {config.checkpoint} was trained on")
+    trained = hosts.decide(_trained_on, Path(config.checkpoint), name=f"what {config.checkpoint} was trained on")
     given = problems.digests(config)
     keys = {path: {given[path], str(Path(path).resolve())} & trained.keys() for path in given}
     seen = [path for path in given if keys[path]]
@@ -137,13 +137,11 @@ def as_trained(config: Config) -> Config:
             f"evaluate: {config.checkpoint} was trained on every row of {seen[0]}; give other problems, or evaluate these "
             f"nonetheless with --config.data.eval_path={seen[0]}"
         )
-    if distributed.is_writer():
-        changed = ", which has changed since" if given[seen[0]] not in trained else ""
-        print(
-            f"{config.checkpoint} was trained on {seen[0]}{changed}: evaluated is what that run held out "
-            f"(config.data.holdout_fraction={fraction}); --config.data.eval_path evaluates every row",
-            file=sys.stderr,
-        )
+    changed = ", which has changed since" if given[seen[0]] not in trained else ""
+    say(
+        f"{config.checkpoint} was trained on {seen[0]}{changed}: evaluated is what that run held out "
+        f"(config.data.holdout_fraction={fraction}); --config.data.eval_path evaluates every row"
+    )
     return replace(config, data=replace(config.data, holdout_fraction=fraction))
 
 
@@ -188,7 +186,7 @@ def of_weights(
     """
     path = Path(workdir) / "evaluations" / f"{name}.json"
     key = measurement_key(config, tokenizer, asked, params)
-    measured = distributed.decide(_measured, path, key, samples, name=str(path))
+    measured = hosts.decide(_measured, path, key, samples, name=str(path))
     if measured is not None:
         return measured
     figures, responses = evaluate(config, tokenizer, mesh, asked.held_out, params, asked.source.reflective_words)
@@ -202,7 +200,7 @@ def measurement_key(config: Config, tokenizer: Tokenizer, asked: StagePrompts, p
     """Returns a digest of all that decides a checkpoint's figures.
 
     The problems (text, reference, task, language, source) and their ids under the template, the weights and the shape that
-    uses them, the tokenizer, the law and length of the samples, and the graders: their settings without weights, and the
+    uses them, the tokenizer, the sampling parameters, and the graders: their settings without weights, and the
     content of the user's own.
     """
     questions = [(replace(prompt.problem, place=""), prompt.ids.tolist(), prompt.prefill) for prompt in asked.held_out]
@@ -212,7 +210,7 @@ def measurement_key(config: Config, tokenizer: Tokenizer, asked: StagePrompts, p
     settings = (
         config.evaluation,
         sampler,
-        sampling_law(config, tokenizer),
+        evaluation_params(config, tokenizer),
         config.seed,
         tuple(asked.source.reflective_words),
     )
@@ -241,8 +239,7 @@ def finished(folder: common.StageFolder, inputs: dict[str, str]) -> dict | None:
     """Returns the figures of a stage that is done with these inputs, after printing them, else None."""
     figures = folder.finished(inputs)
     if figures is not None:
-        if distributed.is_writer():
-            print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
+        say(f"{folder.path} is finished; nothing to do")
         print_checkpoints(figures)
     return figures
 
@@ -269,10 +266,11 @@ def before_and_after(
     return figures
 
 
-def sampling_law(config: Config, tokenizer: Tokenizer) -> SamplingLaw:
-    """Returns how the samples of an evaluation are drawn: config.evaluation has a law of its own."""
+def evaluation_params(config: Config, tokenizer: Tokenizer) -> SamplingParams:
+    """Returns how the samples of an evaluation are drawn: with the temperature and top_p of config.evaluation."""
     settings = config.evaluation
-    return SamplingLaw(settings.temperature, settings.top_p, 0, config.sampler.max_new_tokens, tokenizer.stop_ids)
+    longest = config.sampler.max_new_tokens
+    return SamplingParams(settings.temperature, settings.top_p, max_new_tokens=longest, stop_ids=tokenizer.stop_ids)
 
 
 def evaluate(
@@ -293,21 +291,21 @@ def evaluate(
     if settings.max_problems:
         held_out = held_out[: settings.max_problems]
     config = replace(config, stage="evaluate")
-    sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, tokenizer.stop_ids, tokenizer))
+    sampler = build_sampler(config.model, config.sampler, mesh, tokenizer)
     params = sampler.engine.load_params(params)
-    law, size, k = sampling_law(config, tokenizer), settings.samples_per_problem, settings.consensus_samples
+    sampling, size, k = evaluation_params(config, tokenizer), settings.samples_per_problem, settings.consensus_samples
     with RewardPool(config.reward) as pool:
         ask = functools.partial(respond, config, tokenizer, sampler, pool)
-        sampled = ask(held_out, params, law, size, "evaluate")
-        greedy = ask(held_out, params, replace(law, temperature=0.0), 1, "greedy") if settings.greedy else []
+        sampled = ask(held_out, params, sampling, size, "evaluate")
+        greedy = ask(held_out, params, replace(sampling, temperature=0.0), 1, "greedy") if settings.greedy else []
         voting: list[Response] = []
-        if settings.consensus_problems and k <= size:  # they are drawn already, under the same law
+        if settings.consensus_problems and k <= size:  # they are drawn already, with the same parameters
             starts = [size * place for place in spread(len(held_out), settings.consensus_problems)]
             voting = [response for start in starts for response in sampled[start : start + k]]
         elif settings.consensus_problems:
             chosen = [held_out[place] for place in spread(len(held_out), settings.consensus_problems)]
-            voting = ask(chosen, params, law, k, "evaluate")
-    verdicts = distributed.decide(benchmarks.vote, voting, k, config.reward, name="the votes of cons@k")
+            voting = ask(chosen, params, sampling, k, "evaluate")
+    verdicts = hosts.decide(benchmarks.vote, voting, k, config.reward, name="the votes of cons@k")
     return summarize(Drawn(sampled, greedy, verdicts), settings, words), sampled
 
 
@@ -323,12 +321,12 @@ def respond(
     pool: RewardPool,
     asked: Sequence[EncodedPrompt],
     params: Any,
-    law: SamplingLaw,
+    sampling: SamplingParams,
     samples: int,
     purpose: str,
 ) -> list[Response]:
     """Returns graded responses to each prompt in order, `samples` each."""
-    requests = rollout.requests_for(asked, range(len(asked)), samples, law, config.seed, config.stage, purpose)
+    requests = rollout.requests_for(asked, range(len(asked)), samples, sampling, config.seed, config.stage, purpose)
     drawn = sampler.generate(requests, params)
     texts = tokenizer.decode_batch([sample.token_ids for sample in drawn])
     repeated = [prompt for prompt in asked for _ in range(samples)]
@@ -348,7 +346,7 @@ def respond(
 
 def write_samples(path: Path, responses: Sequence[Response]) -> None:
     """Writes responses as JSON lines; only in the process that writes the run's files."""
-    if distributed.is_writer():
+    if hosts.is_writer():
         jsonl.write(path, [response.row() for response in responses])
 
 
@@ -364,7 +362,7 @@ def is_evaluation(value: Any) -> bool:
 
 def write_report(config: Config, workdir: Path, name: str, figures: dict) -> None:
     """Writes report.html of a single stage, whose result is called `name`, into its folder; process 0 alone does."""
-    if distributed.is_writer():
+    if hosts.is_writer():
         measured = {key: value for key, value in figures.items() if is_evaluation(value)}
         summary = {"checkpoints": measured, "wall_s": figures["seconds"]}
         path = Path(workdir) / config.stage / "report.html"
@@ -374,7 +372,7 @@ def write_report(config: Config, workdir: Path, name: str, figures: dict) -> Non
 def print_figures(rows: list[dict]) -> None:
     """Prints the main table, those by task and source where there are several, what figures leave out, and the
     faithfulness table where there are equations; of several processes, process 0 does."""
-    if not distributed.is_writer():
+    if not hosts.is_writer():
         return
     table.render(rows, columns(rows, COLUMNS), "held-out problems")
     print_groups(rows)

@@ -1,10 +1,8 @@
 """Files of finished responses: read row by row, graded where a row's task can be, and said what they lack."""
 
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from r1jax.core import distributed
 from r1jax.data import files, turns
 from r1jax.data.problems import SCENARIOS, Problem, is_countdown, read_prompt
 from r1jax.recipe.drafts import NO_TASK, Counts, Draft, grade, tally
@@ -97,22 +95,15 @@ def right(drafts: Sequence[Draft], config: Config, counts: Counts) -> list[Draft
 
 def remarks(path: str, drafts: Sequence[Draft], notes: Sequence[str]) -> list[str]:
     """Returns one line each for how a file was read, thoughts that are missing or not closed, and rows that nothing grades."""
-    told = [f"{path}: {note}" for note in notes]
+    lines = [f"{path}: {note}" for note in notes]
     if faults := turns.thoughts(draft.text for draft in drafts):
         listed = ", ".join(f"{cause}: {count}" for cause, count in faults.items())
-        told.append(
+        lines.append(
             f"{path}: {sum(faults.values())} of {len(drafts)} responses lack exactly one closed <think>...</think> ({listed})"
         )
     if without := sum(not draft.task for draft in drafts):
-        told.append(
+        lines.append(
             f"{path}: {without} of {len(drafts)} rows have {NO_TASK}: their responses are taken as they are; "
             "--config.data.task=TASK grades those with an answer"
         )
-    return told
-
-
-def say(lines: Iterable[str]) -> None:
-    """Prints lines, in the process that writes the run's files."""
-    if distributed.is_writer():
-        for line in lines:
-            print(line, file=sys.stderr)
+    return lines

@@ -1,7 +1,6 @@
 """Export a stage's result to a Hugging Face folder and check that what was written is what was trained."""
 
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -13,6 +12,7 @@ from r1jax.checkpoints import hf, hf_config, hf_export
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.config import flatten, override
 from r1jax.core import tree
+from r1jax.core.say import say
 from r1jax.data import templates
 from r1jax.models import decoder
 from r1jax.recipe import common, lineage, prompts
@@ -71,7 +71,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     if config.export.verify:
         moved = figures["logit_difference"]
         checked = f"read back and compared, logits moved by {moved:.2g} of the largest"
-    print(f"{target}: {figures['parameters']:,} parameters as {kind}, {checked}", file=sys.stderr)
+    say(f"{target}: {figures['parameters']:,} parameters as {kind}, {checked}")
     return figures
 
 

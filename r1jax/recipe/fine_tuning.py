@@ -1,6 +1,5 @@
 """What every SFT stage does: examples once, fine-tune resumably, evaluate start and end."""
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,14 +8,13 @@ from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import checkpoint, sharding, tree
-from r1jax.core.metrics import MetricsLog
+from r1jax.core.say import say
 from r1jax.data import jsonl
 from r1jax.data.packing import PackItem
-from r1jax.recipe import common, compute, evaluate, lineage, problems, prompts, sft_rows, template_check
-from r1jax.recipe.progress import Progress
+from r1jax.recipe import common, compute, evaluate, lineage, problems, prompts, sft_rows, template_check, training
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config
-from r1jax.train import sft, step, supervised
+from r1jax.train import epochs, sft, step
 
 EXAMPLES = common.EXAMPLES
 COUNTS = "examples_counts.json"
@@ -86,44 +84,24 @@ def fitting(items: list[PackItem], limit: int) -> list[PackItem]:
             f"all {len(items)} examples exceed config.pack.row_tokens={limit} (longest {longest}); raise it"
         )
     if len(kept) < len(items):
-        print(
-            f"{len(items) - len(kept)} of {len(items)} examples exceed {limit} tokens (longest {longest}), left out",
-            file=sys.stderr,
-        )
+        say(f"{len(items) - len(kept)} of {len(items)} examples exceed {limit} tokens (longest {longest}), left out")
     return kept
 
 
 def fine_tune(config: Config, mesh: Mesh, items: list[PackItem], params, folder: common.StageFolder):
     """Returns (weights, last loss) after the configured epochs over the examples, each of which is trained in each."""
-    given = config.sft
-    chosen = supervised.examples_of_updates(
-        len(items), given.epochs, given.examples_per_update, config.stage, config.seed
+    settings = config.sft
+    chosen = epochs.examples_of_updates(
+        len(items), settings.epochs, settings.examples_per_update, config.stage, config.seed
     )
     updates = len(chosen)
     loss = sft.make_loss(config.model, config.pack.trained_chunk)
     trainer = step.Trainer(config.model, config.optimizer, mesh, loss, updates)
-    micro_batches = max(sft.rows_of([items[i] for i in some], config.pack) for some in chosen)
-    micro_batches = -(-micro_batches // config.pack.rows_per_micro_batch)
-
+    most_rows = max(sft.rows_of([items[i] for i in some], config.pack) for some in chosen)
+    micro_batches = -(-most_rows // config.pack.rows_per_micro_batch)
     shards = sharding.row_shards(config.pack.rows_per_micro_batch, config.mesh)
 
     def batch_at(update: int):
         return sft.make_batch([items[i] for i in chosen[update]], config.pack, micro_batches, shards=shards)
 
-    store, log = folder.checkpoints(), MetricsLog(folder.path)
-    with Progress(lineage.result_name(config), updates) as progress:
-        result = supervised.fit(
-            trainer,
-            params,
-            batch_at,
-            updates,
-            store,
-            log,
-            config.checkpointing.every_updates,
-            lambda update, loss: progress.update(update, loss=loss),
-            log_every=1,
-            name=lineage.result_name(config),
-        )
-    store.close()
-    log.close()
-    return result
+    return training.fit(folder, trainer, params, batch_at, updates, lineage.result_name(config))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
+from r1jax.core.say import say
 from r1jax.data import corpus, files
 from r1jax.data.hashing import hash64
 from r1jax.data.prompts import keyed_permutation
@@ -54,7 +55,7 @@ def read(config: Config) -> list[Draft]:
     for path in problems.paths(config.rejection.general_path):
         table = files.read(path, data.columns)
         own = [_draft(row, path, config) for row in table.rows]
-        example_files.say(f"{path}: {note}" for note in table.notes)
+        say(*(f"{path}: {note}" for note in table.notes))
         found += own
     return found
 

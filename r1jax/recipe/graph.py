@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
 from r1jax import config as configs
 from r1jax import stage_table
 from r1jax.core import checkpoint
+from r1jax.core.say import say
 from r1jax.recipe import common, evaluate, export_hf, lineage, reward_models
 from r1jax.report import html, table
 from r1jax.schema import Config, replace
@@ -57,7 +57,7 @@ def run(config: Config, workdir: Path) -> dict:
         for stage in chosen:
             shutil.rmtree(workdir / stage, ignore_errors=True)
     for stage in chosen:
-        print(f"== {stage}", file=sys.stderr)
+        say(f"== {stage}")
         figures = stage_table.function(stage)(stages[stage], workdir)
         if awaited := figures.get("awaits"):
             raise ValueError(f"{stage} waits for the verdicts in {awaited}; run again when they are there")
@@ -72,7 +72,7 @@ def run(config: Config, workdir: Path) -> dict:
     evaluate.print_faithfulness(rows(summary))
     reward_models.show(summary["reward_models"])
     for name in ("report.html", "summary.json", *(f"export/{lineage.RESULTS[stage]}" for stage in EXPORTED)):
-        print(f"  {workdir / name}", file=sys.stderr)
+        say(f"  {workdir / name}")
     return summary
 
 

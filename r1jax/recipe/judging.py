@@ -10,15 +10,14 @@ from jax.sharding import Mesh
 
 from r1jax.checkpoints import hf, hf_config, tokenizer
 from r1jax.config import config_hash
-from r1jax.core import distributed
+from r1jax.core import hosts
 from r1jax.data import jsonl
 from r1jax.recipe import common
 from r1jax.recipe.progress import Progress
 from r1jax.rewards import compose
 from r1jax.rewards.models.judge import Judge
 from r1jax.rewards.score import RewardRequest, Score
-from r1jax.sampler.engine import Engine
-from r1jax.sampler.scheduler import RolloutSampler
+from r1jax.sampler.build import build_sampler
 from r1jax.schema import Config, ModelConfig, replace
 
 ROWS_PER_PART = 64  # rows that a stopped run loses at most
@@ -50,9 +49,9 @@ def load(config: Config, mesh: Mesh) -> Judge:
     model = hf_config.model_config(beside, ModelConfig(compute_dtype=config.judge.compute_dtype))
     words = tokenizer.from_folder(beside).stopping_at(config.judge.sampler.stop_ids)
     model = tokenizer.fitted(model, words)
-    engine = Engine(model, config.judge.sampler, mesh, words.stop_ids, words)
-    params = engine.load_params(hf.load(folder, model, mesh, jnp.dtype(model.compute_dtype)))
-    return Judge(RolloutSampler(engine), params, words, "chat" if words.chat_template else "plain", config.seed)
+    sampler = build_sampler(model, config.judge.sampler, mesh, words)
+    params = sampler.engine.load_params(hf.load(folder, model, mesh, jnp.dtype(model.compute_dtype)))
+    return Judge(sampler, params, words, "chat" if words.chat_template else "plain", config.seed)
 
 
 class JudgePool:
@@ -124,7 +123,7 @@ def finish_parts(folder: Path) -> None:
 
 def require_paths(config: Config) -> None:
     """Raises ValueError without config.data.path or config.output, and in a run of several processes."""
-    distributed.require_one(config.stage)
+    hosts.require_one(config.stage)
     for name, value in (("data.path", config.data.path), ("output", config.output)):
         if not value:
             raise ValueError(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from r1jax import config as configs
 from r1jax import stage_table
-from r1jax.core import distributed, tree
+from r1jax.core import hosts, tree
 from r1jax.data import files
 from r1jax.recipe import common, problems, stage0_base
 from r1jax.rewards import plugins
@@ -168,7 +168,7 @@ def _base_of_start(config: Config, workdir: Path) -> tuple[str, str]:
     if not config.start:
         return "", ""
     folder = Path(config.inputs or workdir) / config.start
-    return distributed.decide(_base_of_run, folder, name=f"the base of {folder}")
+    return hosts.decide(_base_of_run, folder, name=f"the base of {folder}")
 
 
 def _base_of_run(folder: Path) -> tuple[str, str]:

@@ -1,6 +1,5 @@
 """What every RL stage does: start weights, prompts by phase, the loop, curves, evaluation before and after."""
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +8,15 @@ import jax
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import checkpoint, distributed, sharding, tree
+from r1jax.core import checkpoint, hosts, sharding, tree
 from r1jax.core.metrics import read, read_timing
+from r1jax.core.say import say
 from r1jax.evals.behaviour import reflective_count
 from r1jax.models import decoder
 from r1jax.recipe import common, compute, evaluate, lineage, prompts, reward_models, template_check
 from r1jax.recipe.progress import Progress
 from r1jax.report import curves
+from r1jax.report.phases import PHASES, seconds_by_phase
 from r1jax.rewards import plugins
 from r1jax.rewards.models.reward_model import RewardModel
 from r1jax.rl import losses
@@ -39,10 +40,10 @@ def run(config: Config, workdir: Path) -> dict:
     resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
     asked = prompts.load(resolved, tokenizer)
     template_check.check(resolved, tokenizer, asked.training.all)
-    if (notice := jetstream.notice()) and distributed.is_writer():
-        print(notice, file=sys.stderr)
-    if losses.k1_in_loss(config.grpo) and distributed.is_writer():
-        print(f"warning: {losses.K1_WARNING}", file=sys.stderr)
+    if notice := jetstream.notice():
+        say(notice)
+    if losses.k1_in_loss(config.grpo):
+        say(f"warning: {losses.K1_WARNING}")
     started, name = time.monotonic(), lineage.result_name(config)
     params = lineage.start_weights(resolved, mesh, workdir)
     with Progress(name, resolved.grpo.updates) as progress:
@@ -61,13 +62,13 @@ def run(config: Config, workdir: Path) -> dict:
         folder.start(inputs)
         common.write_model(folder.path, resolved, tokenizer, prompts.template(resolved, tokenizer))
         trained = training.train()
-    if distributed.is_writer():
+    if hosts.is_writer():
         write_curves(folder.path)
     figures = {"seconds": round(time.monotonic() - started, 1), "updates": resolved.grpo.updates}
     figures["programs"] = training.run.programs.counts()
     figures["data"] = asked.counts
-    figures["compute"] = distributed.decide(lambda: compute.of_policy_training(read(folder.path), resolved))
-    figures["split"] = distributed.decide(time_split, folder.path)
+    figures["compute"] = hosts.decide(lambda: compute.of_policy_training(read(folder.path), resolved))
+    figures["split"] = hosts.decide(time_split, folder.path)
     figures |= evaluate.before_and_after(resolved, tokenizer, mesh, asked, trained, workdir, folder.path)
     if asked.held_out:
         figures["ratios"] = ratios(figures[lineage.BASE], figures[name])
@@ -93,7 +94,7 @@ def make_training(
     `objective` it is the one of config.grpo.advantage. `more` are further fields of RunInputs.
     """
     if config.mode == "disaggregated":
-        distributed.require_one("config.mode=disaggregated")
+        hosts.require_one("config.mode=disaggregated")
         more["sampler_mesh"] = sampler_mesh(config, mesh)
     phases = PromptPhases(training, later, config)
     return assemble(config, RunInputs(tokenizer, mesh, phases, params, folder, **more), objective)
@@ -151,22 +152,18 @@ def describe(texts: list[str], words: Sequence[str] = ()) -> dict[str, float]:
 
 def shown(row: dict[str, float], timing: dict[str, float]) -> dict[str, float]:
     """Returns the figures of the progress line: reward, accuracy, length, words, tokens/s and the split of the time."""
-    phases = {name.removesuffix("_s"): timing[name] for name in timing if name in PHASES}
+    phases = {phase: timing[f"{phase}_s"] for phase in PHASES if f"{phase}_s" in timing}
     total = sum(phases.values()) or 1.0
     speed = {"tok/s": timing["rollout_tokens_per_s"]} if "rollout_tokens_per_s" in timing else {}
     figures = {name: row[name] for name in ("reward", "accuracy", "length", "reflective_words") if name in row}
     return figures | speed | {name: seconds / total for name, seconds in phases.items()}
 
 
-PHASES = ("rollout_s", "rewards_s", "reference_s", "update_s", "checkpoint_s")
-
-
 def time_split(folder: Path) -> dict[str, float]:
     """Returns the share of each phase in the measured time of all updates."""
-    rows = read_timing(folder)
-    sums = {name: sum(row.get(name, 0.0) for row in rows) for name in PHASES}
-    total = sum(sums.values()) or 1.0
-    return {name.removesuffix("_s"): seconds / total for name, seconds in sums.items()}
+    seconds = seconds_by_phase(read_timing(folder))
+    total = sum(seconds.values()) or 1.0
+    return {phase: one / total for phase, one in seconds.items()}
 
 
 def ratios(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:

@@ -1,12 +1,12 @@
 """Where a stage's problems come from: the files that config.data names, or the tiny world."""
 
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from r1jax import stage_table
-from r1jax.core import distributed
+from r1jax.core import hosts
+from r1jax.core.say import say
 from r1jax.data import files
 from r1jax.data.problems import (
     SCENARIOS,
@@ -46,7 +46,7 @@ def given(config: Config) -> bool:
 def digests(config: Config) -> dict[str, str]:
     """Returns {file: digest of its content} of every file of problems; {} without one. Raises ValueError for a missing one."""
     found = [path for name in FIELDS for path in paths(getattr(config.data, name))]
-    return distributed.decide(lambda: {path: files.digest(path) for path in found}, name="the digests of the data")
+    return hosts.decide(lambda: {path: files.digest(path) for path in found}, name="the digests of the data")
 
 
 def source(config: Config) -> ProblemSource:
@@ -56,9 +56,7 @@ def source(config: Config) -> ProblemSource:
     """
     if has_files(config):
         found = FileProblems(config)
-        if distributed.is_writer():
-            for line in found.notes:
-                print(line, file=sys.stderr)
+        say(*found.notes)
         return found
     if config.data.world == "tiny":
         return TinyWorld()
@@ -181,7 +179,7 @@ class FileProblems:
         requests = [RewardRequest(p.id, p.task, p.text, "", p.reference) for p in every]
         name = ", ".join(self.inputs)
         checked = references.check(requests, self._config.reward)
-        decided = distributed.decide(lambda: checked.unscorable, name="which tests can be used")
+        decided = hosts.decide(lambda: checked.unscorable, name="which tests can be used")
         _refuse_tests([problem for problem in every if problem.task == "code"], decided)
         if checked.checked:
             self.notes.append(f"{name}: {checked.line()}")

@@ -1,13 +1,13 @@
 """Live progress of a stage: a rich line on a terminal, plain lines now and then elsewhere."""
 
-import sys
 import time
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from r1jax.core import distributed
+from r1jax.core import hosts
+from r1jax.core.say import say
 
 PLAIN_INTERVAL_S = 15.0
 
@@ -17,7 +17,7 @@ class Progress:
 
     def __init__(self, title: str, total: int, done: int = 0):
         self.title, self.total, self.done = title, total, done
-        self._console = Console(stderr=True, quiet=not distributed.is_writer())
+        self._console = Console(stderr=True, quiet=not hosts.is_writer())
         self._rich = None
         self._last_line = time.monotonic()
         if self._console.is_terminal and not self._console.quiet:
@@ -44,4 +44,4 @@ class Progress:
             return
         elif time.monotonic() - self._last_line > PLAIN_INTERVAL_S or done == self.total:
             self._last_line = time.monotonic()
-            print(f"{self.title} {done}/{self.total}  {text}", file=sys.stderr, flush=True)
+            say(f"{self.title} {done}/{self.total}  {text}")

@@ -1,6 +1,5 @@
 """From problems to prompts: the template in force, the ids a model sees, and which prompts are too long."""
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import distributed
+from r1jax.core.say import say
 from r1jax.data import templates
 from r1jax.data.problems import Message, Problem, ProblemSource
 from r1jax.data.tasks import TinyWorld
@@ -110,8 +109,8 @@ def encode(asked: Sequence[Problem], config: Config, tokenizer: Tokenizer) -> li
             f"{dropped} of {len(asked)} prompts exceed config.sampler.max_prompt_tokens={limit} (longest {longest}); raise "
             f"it, or raise config.data.max_left_out={config.data.max_left_out} to go on without them"
         )
-    if dropped and distributed.is_writer():
-        print(f"{dropped} of {len(asked)} prompts exceed {limit} tokens, left out", file=sys.stderr)
+    if dropped:
+        say(f"{dropped} of {len(asked)} prompts exceed {limit} tokens, left out")
     kept = max((len(prompt.ids) for prompt in encoded), default=0)
     if kept + new > config.model.max_position_embeddings:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,20 +10,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer, from_folder
-from r1jax.core import checkpoint, distributed, sharding, tree
-from r1jax.core.metrics import MetricsLog
+from r1jax.core import checkpoint, hosts, sharding, tree
+from r1jax.core.say import say
 from r1jax.data import jsonl, preferences, reward_examples
 from r1jax.data.hashing import hash64
 from r1jax.data.prompts import keyed_permutation
 from r1jax.evals import preference
 from r1jax.models import decoder
-from r1jax.recipe import common, lineage, prompts, tiny_preferences
+from r1jax.recipe import common, lineage, prompts, tiny_preferences, training
 from r1jax.recipe.progress import Progress
 from r1jax.report import table
 from r1jax.rewards.models import reward_model
 from r1jax.rewards.models.reward_model import Reading, RewardModel
 from r1jax.schema import Config, ModelConfig, PackConfig, RopeScaling
-from r1jax.train import frozen, reward, step, supervised
+from r1jax.train import epochs, frozen, reward, step
 from r1jax.train.reward import Unit
 
 KINDS = {"reward_helpful": "helpful", "reward_safety": "safety"}  # stage -> kind of reward model
@@ -80,7 +79,7 @@ def run(config: Config, workdir: Path) -> dict:
     left_out = {NOTHING: units.count(None), TOO_LONG: fitting.count(False) - units.count(None)}
     if any(left_out.values()):
         told = ", ".join(f"{count} {why}" for why, count in left_out.items())
-        print(f"{config.stage}: of {len(rows)} examples left out: {told}", file=sys.stderr)
+        say(f"{config.stage}: of {len(rows)} examples left out: {told}")
     folder.start(inputs)
     common.write_model(folder.path, resolved, tokenizer, reading.template)
     if not path.exists():
@@ -106,8 +105,7 @@ def _is_written(config: Config) -> bool:
 def given_rows(config: Config, kind: str) -> list[dict]:
     """Returns the rows of config.data.path, having said how they were read."""
     rows, notes = reward_examples.read(given_data(config), kind)
-    for note in notes:
-        print(f"{config.data.path}: {note}", file=sys.stderr)
+    say(*(f"{config.data.path}: {note}" for note in notes))
     return rows
 
 
@@ -158,34 +156,19 @@ def fit(
     if settings.frozen_blocks:
         lower_model, model = frozen.shapes(model, settings.frozen_blocks)
         lower, params = frozen.cut(params, reward_model.architecture(config.model), settings.frozen_blocks)
-    chosen = supervised.examples_of_updates(
+    chosen = epochs.examples_of_updates(
         len(units), settings.epochs, settings.examples_per_update, config.stage, config.seed
     )
     room = max(len(reward.micro_batches([units[i] for i in some], config.pack)) for some in chosen)
     shards = sharding.row_shards(config.pack.rows_per_micro_batch, config.mesh)
     trainer = step.Trainer(model, config.optimizer, mesh, reward.make_loss(model, kind), len(chosen))
-    store, log = folder.checkpoints(), MetricsLog(folder.path)
-    if lower is not None and store.latest() != len(chosen):
+    if lower is not None and folder.newest_checkpoint() != len(chosen):
         units = _with_features(units, lower, lower_model, config, mesh)
 
     def batch_at(update: int):
         return reward.make_batch([units[i] for i in chosen[update]], config.pack, room, shards)
 
-    with Progress(config.stage, len(chosen)) as progress:
-        trained, loss = supervised.fit(
-            trainer,
-            params,
-            batch_at,
-            len(chosen),
-            store,
-            log,
-            config.checkpointing.every_updates,
-            lambda update, loss: progress.update(update, loss=loss),
-            log_every=1,
-            name=config.stage,
-        )
-    store.close()
-    log.close()
+    trained, loss = training.fit(folder, trainer, params, batch_at, len(chosen), config.stage)
     if lower is not None:
         trained = frozen.join(lower, trained)
         whole = checkpoint.CheckpointStore(folder.path / WHOLE, keep=1)
@@ -274,7 +257,7 @@ def load(
 
     Raises ValueError when the folder holds none, one of the other kind, or one whose tokens are not the policy's.
     """
-    record = distributed.decide(_record, Path(folder), kind, name=f"the reward model of {folder}")
+    record = hosts.decide(_record, Path(folder), kind, name=f"the reward model of {folder}")
     scaling = RopeScaling(**record["model"].pop("rope_scaling"))
     model = ModelConfig(**record["model"], rope_scaling=scaling)
     if model.vocab_size != policy.vocab_size:

@@ -8,17 +8,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import distributed, rng, sharding, tree
-from r1jax.core.metrics import MetricsLog
+from r1jax.core import hosts, rng, sharding, tree
 from r1jax.data import corpus, tasks
 from r1jax.data.hashing import hash64
 from r1jax.data.packing import PackItem, pack
 from r1jax.data.prompts import keyed_permutation
 from r1jax.models import decoder
-from r1jax.recipe import common
-from r1jax.recipe.progress import Progress
+from r1jax.recipe import common, training
 from r1jax.schema import Config, ModelConfig, replace
-from r1jax.train import sft, step, supervised
+from r1jax.train import sft, step
 
 FOURIER_PERIODS = (2, 3, 5, 7, 9, 10, 20, 50, 100, 200)
 
@@ -40,29 +38,23 @@ def pretrain(config: Config, workdir: Path) -> dict:
     folder = common.StageFolder(config, workdir)
     if (figures := folder.finished({})) is not None:
         return figures
-    distributed.require_one(f"pretraining {config.stage}")
+    hosts.require_one(f"pretraining {config.stage}")
     config, tokenizer, mesh = common.prepare(config)
     folder.start({})
     trainer = step.Trainer(
         config.model, config.optimizer, mesh, sft.make_loss(config.model), total_updates=config.pretrain.updates
     )
     rows, items = packed_corpus(config, tokenizer)
-    store, log = folder.checkpoints(), MetricsLog(folder.path)
     started, total = time.monotonic(), config.pretrain.updates
-    with Progress("pretraining", total) as progress:
-        params, loss = supervised.fit(
-            trainer,
-            initial_params(config, mesh),
-            lambda update: batch_at(update, rows, items, config),
-            total,
-            store,
-            log,
-            config.checkpointing.every_updates,
-            lambda update, loss: progress.update(update, loss=loss),
-            name=config.stage,
-        )
-    store.close()
-    log.close()
+    params, loss = training.fit(
+        folder,
+        trainer,
+        initial_params(config, mesh),
+        lambda update: batch_at(update, rows, items, config),
+        total,
+        config.stage,
+        log_every=10,
+    )
     figures = {"loss": loss, "updates": total, "seconds": round(time.monotonic() - started, 1)}
     return folder.finish(figures, {}, tree.digest(params))
 

@@ -1,15 +1,15 @@
 """Stage 1, cold start: good traces, edited and checked again, teach the base to reason readably (SFT)."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.core.say import say
 from r1jax.data import files, rewrite, tasks
 from r1jax.recipe import common, editing, example_files, fine_tuning, judging, lineage, review, teachers, traces
-from r1jax.recipe.drafts import Counts, Draft, grade, tally, tell
+from r1jax.recipe.drafts import Counts, Draft, counts_line, grade, tally
 from r1jax.rewards.models.judge import Judge
 from r1jax.rewards.score import Score
 from r1jax.rl.rollout import EncodedPrompt
@@ -30,7 +30,7 @@ def run(config: Config, workdir: Path) -> dict:
     try:
         return fine_tuning.run(config, workdir, (TEACHER,) if made_here else (), collect, inputs(config))
     except review.Awaited as wait:
-        print(wait, file=sys.stderr)
+        say(wait)
         return {"awaits": settings.review}
 
 
@@ -58,7 +58,7 @@ def collect(
         if not Path(settings.review).exists():
             review.ask(drafts, counts, config, workdir)
         drafts = _right_again(review.apply(drafts, config, counts), config, counts, "right after review")
-    tell(config.stage, counts)
+    say(counts_line(config.stage, counts))
     return [draft.row() for draft in drafts], counts
 
 
@@ -86,7 +86,7 @@ def people(config: Config, counts: Counts) -> list[Draft]:
     """Returns the rows of config.coldstart.examples, without those that their task's grader finds wrong."""
     path = config.coldstart.examples
     rows, notes = example_files.read(path, config)
-    example_files.say(example_files.remarks(path, rows, notes))
+    say(*example_files.remarks(path, rows, notes))
     tally(counts, "rows of people", (row.task for row in rows))
     return [
         dataclasses.replace(draft, provenance={"source": PEOPLE} | draft.provenance | {"edited": False})

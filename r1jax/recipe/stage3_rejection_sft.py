@@ -6,9 +6,10 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.core.say import say
 from r1jax.evals.benchmarks import Response
 from r1jax.recipe import fine_tuning, general_rows, lineage, teachers, traces, wider_pool
-from r1jax.recipe.drafts import Counts, Draft, tally, tell
+from r1jax.recipe.drafts import Counts, Draft, counts_line, tally
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config, RejectionConfig
 
@@ -39,7 +40,7 @@ def collect(
     tally(counts, "kept", (draft.task for draft in drafts))
     wanted = round(len(drafts) * settings.general_fraction / (1 - settings.general_fraction))
     general = general_rows.chosen(config, mesh, wanted, counts)
-    tell(config.stage, counts)
+    say(counts_line(config.stage, counts))
     return [draft.row() for draft in drafts] + general, counts
 
 

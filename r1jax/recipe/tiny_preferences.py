@@ -14,9 +14,8 @@ from r1jax.evals.benchmarks import Response
 from r1jax.models import decoder
 from r1jax.recipe import evaluate, lineage, prompts
 from r1jax.rewards.pool import RewardPool
-from r1jax.sampler.engine import Engine
-from r1jax.sampler.sample import SamplingLaw
-from r1jax.sampler.scheduler import RolloutSampler
+from r1jax.sampler.build import build_sampler
+from r1jax.sampler.sample import SamplingParams
 from r1jax.schema import Config, replace
 
 
@@ -30,14 +29,14 @@ def examples(
     """
     asked = tasks.preference_prompts() if kind == "helpful" else tasks.safety_prompts()
     encoded = prompts.encode(asked, config, tokenizer)
-    sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, tokenizer.stop_ids, tokenizer))
-    law = SamplingLaw(1.0, 1.0, 0, config.sampler.max_new_tokens, tokenizer.stop_ids)
+    sampler = build_sampler(config.model, config.sampler, mesh, tokenizer)
+    sampling = SamplingParams(max_new_tokens=config.sampler.max_new_tokens, stop_ids=tokenizer.stop_ids)
     drawn: list[Response] = []
     with RewardPool(config.reward) as pool:
         for name, weights in (("start", params), ("base", lineage.base_weights(config, mesh, workdir))):
             own, given = replace(config, stage=f"{config.stage}/{name}"), sampler.engine.load_params(weights)
             samples = config.reward_model.samples_per_prompt
-            drawn += evaluate.respond(own, tokenizer, sampler, pool, encoded, given, law, samples, "sample")
+            drawn += evaluate.respond(own, tokenizer, sampler, pool, encoded, given, sampling, samples, "sample")
     found: dict[str, dict[str, Response]] = {prompt.id: {} for prompt in asked}
     for response in drawn:
         text = summary(response.text) if kind == "helpful" else response.text

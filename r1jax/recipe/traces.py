@@ -19,9 +19,8 @@ from r1jax.recipe.judging import JudgePool
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import Score
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.sampler.engine import Engine
-from r1jax.sampler.sample import SamplingLaw
-from r1jax.sampler.scheduler import RolloutSampler
+from r1jax.sampler.build import build_sampler
+from r1jax.sampler.sample import SamplingParams
 from r1jax.schema import Config
 
 MAX_REPETITION = 0.2  # share of repeated eight-word runs above which a trace counts as a loop
@@ -46,12 +45,13 @@ def sample(
     They are graded by `pool`, which stays open, or else by the rule verifiers.
     """
     order = keyed_permutation(len(train), hash64(config.stage, config.seed, "prompts"))[:count]
-    sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, tokenizer.stop_ids, tokenizer))
-    law = SamplingLaw(temperature, 1.0, 0, config.sampler.max_new_tokens, tokenizer.stop_ids)
+    sampler = build_sampler(config.model, config.sampler, mesh, tokenizer)
+    longest = config.sampler.max_new_tokens
+    sampling = SamplingParams(temperature, max_new_tokens=longest, stop_ids=tokenizer.stop_ids)
     with contextlib.nullcontext(pool) if pool else RewardPool(config.reward) as pool:
         asked = [train[i] for i in order]
         return evaluate.respond(
-            config, tokenizer, sampler, pool, asked, sampler.engine.load_params(params), law, samples, "sample"
+            config, tokenizer, sampler, pool, asked, sampler.engine.load_params(params), sampling, samples, "sample"
         )
 
 

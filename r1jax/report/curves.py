@@ -2,11 +2,11 @@
 
 import csv
 import math
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from r1jax.core import files
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,9 @@ PANELS = (
 )
 
 
-@contextmanager
-def _new_file(path: Path):
-    """Yields a temporary path beside `path`, renamed to it when the block ends well and removed otherwise."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_csv(rows: Sequence[Mapping], path: Path, columns: Sequence[str]) -> None:
     """Writes the columns of the rows under a header line; a missing value is an empty field, floats read back the same."""
-    with _new_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with files.replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows([row.get(column, "") for column in columns] for row in rows)
@@ -73,5 +60,5 @@ def plot(rows: Sequence[Mapping], path_png: Path, panels: Sequence[Panel] = PANE
         if len(panel.series) > 1 and axes.lines:
             axes.legend(loc="best", frameon=False)
     all_axes[-1].set_xlabel("policy update")
-    with _new_file(path_png) as temporary:
+    with files.replacing(path_png) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -10,6 +10,9 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from r1jax.core import files
+from r1jax.report.phases import PHASES, seconds_by_phase
+
 TEMPLATE = Path(__file__).resolve().parents[1] / "assets" / "report.html.j2"
 SAMPLES_SHOWN = 200  # of each checkpoint at most, spread evenly
 SAMPLES_BYTES = 2_400_000  # of all samples together; the rest of the page is well below 200 kB
@@ -26,7 +29,6 @@ CHECKS_NOTE = (
     "How equations are solved. The last four columns count every response: the share right among those with 0, 1, 2 and 3 or "
     "more reflective words and, in brackets, how many of all those are."
 )
-PHASES = ("rollout", "rewards", "reference", "update", "checkpoint")  # NAME_s in timing.jsonl
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 272.0, 10.0, 136.0  # of a plot in the drawing's units
 
 
@@ -220,11 +222,7 @@ def write(
         sampled=list(samples),
         samples_json=Markup(_safe_json(samples)),
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(text.encode("utf-8", "replace"))  # a lone surrogate of a sampled text has no UTF-8
-    temporary.replace(path)
+    files.write_bytes(path, text.encode("utf-8", "replace"))  # a lone surrogate of a sampled text has no UTF-8
 
 
 def embedded(stages: Sequence[StageData]) -> dict[str, dict]:
@@ -242,8 +240,7 @@ def embedded(stages: Sequence[StageData]) -> dict[str, dict]:
 
 
 def _stage(folder: Path, name: str) -> StageData:
-    timing = _lines(folder / "timing.jsonl")
-    split = {phase: sum(row.get(f"{phase}_s", 0.0) for row in timing) for phase in PHASES}
+    split = seconds_by_phase(files.read_jsonl(folder / "timing.jsonl"))
     config, figures = _object(folder / "config.json"), _object(folder / "figures.json")
     facts = {"stage": folder.name} | {key: config.get(key, ABSENT) for key in ("preset", "seed")}
     facts |= {key: figures.get(key, ABSENT) for key in ("updates", "examples")}
@@ -253,9 +250,9 @@ def _stage(folder: Path, name: str) -> StageData:
     tasks += [task for check in examples for task in _members(examples, check)]
     return StageData(
         name=name,
-        rows=_lines(folder / "metrics.jsonl"),
+        rows=files.read_jsonl(folder / "metrics.jsonl"),
         split=split if sum(split.values()) else {},
-        samples=_lines(folder / "samples.jsonl"),
+        samples=files.read_jsonl(folder / "samples.jsonl"),
         facts=facts,
         counts={"problems": figures.get("data", {}), "examples": examples},
         tasks=[*SCENARIOS, *tasks],
@@ -266,20 +263,6 @@ def _members(record: object, name: str) -> list[str]:
     """Returns the names in a member of a record, [] where there is no such mapping."""
     inner = record.get(name) if isinstance(record, Mapping) else None
     return list(inner) if isinstance(inner, Mapping) else []
-
-
-def _lines(path: Path) -> list[dict]:
-    """Returns the rows of a JSONL file, [] without one; a last line without its end is left out."""
-    if not path.exists():
-        return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    rows = []
-    for place, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise ValueError(f"{path}, line {place}: not JSON, needs one object per line") from None
-    return rows
 
 
 def _object(path: Path) -> dict:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from r1jax.core import errors
+
 FIELD = "config.reward.graders"
 FORM = "TASK=PACKAGE.MODULE:FUNCTION or TASK=FILE.py:FUNCTION"
 
@@ -57,7 +59,7 @@ def check(entries: Sequence[str], built_in: Mapping[str, str], override: bool) -
         try:
             function = load(target)
         except Exception as error:  # the module is the user's: it may raise anything
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = errors.one_line(error)
             raise ValueError(f"{entry} cannot be loaded ({type(error).__name__}: {reason})") from error
         try:
             inspect.signature(function).bind(None, None)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
 from types import FrameType
 
+from r1jax.core import errors
 from r1jax.rewards.answers import math_answer
 from r1jax.rewards.sandbox import attack as sandbox_attack
 from r1jax.rewards.score import RewardRequest, Score
@@ -112,7 +113,7 @@ def grade(
     except BaseException as error:
         if isinstance(error, MemoryError):
             _forget()
-        reason = " ".join(str(error).split())[:200]
+        reason = errors.one_line(error, 200)
         found = f"the grader raised {type(error).__name__}: {reason}"
     if limit_s == 0.0:
         _FirstTurn.learn(found is not None)

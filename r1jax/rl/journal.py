@@ -3,13 +3,12 @@
 Deadlines and dropped samples are decisions of one moment; with the journal a repeated run makes the same ones.
 """
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from r1jax.core import distributed
+from r1jax.core import files, hosts
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.sampler.sample import RolloutSample
 
@@ -38,11 +37,10 @@ class Journal:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        if not distributed.is_writer():
+        if not hosts.is_writer():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob("*.tmp"):
-            leftover.unlink()
+        files.remove_unfinished(self.folder)
 
     def _path(self, start: int) -> Path:
         return self.folder / f"rollout_{start:08d}.npz"
@@ -52,7 +50,7 @@ class Journal:
 
         With several processes process 0 writes, and all return when it has.
         """
-        distributed.decide(self._store, start, rollout, name=f"the journal of rollout {start}")
+        hosts.decide(self._store, start, rollout, name=f"the journal of rollout {start}")
         return rollout
 
     def _store(self, start: int, rollout: Rollout) -> None:
@@ -76,16 +74,12 @@ class Journal:
         if rollout.dropped_parts is not None:
             fields |= dict(dropped_parts=rollout.dropped_parts, dropped_tokens=np.int64(rollout.dropped_tokens))
         fields |= {f"value_{name}": np.concatenate(arrays) for name, arrays in rollout.values.items()}
-        temporary = self._path(start).with_suffix(".tmp")
-        with open(temporary, "wb") as file:
+        with files.replacing(self._path(start)) as temporary, open(temporary, "wb") as file:
             np.savez(file, **fields)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path(start))
 
     def holds(self, start: int) -> bool:
         """Returns whether the rollout that starts at an update is there."""
-        return distributed.decide(self._path(start).exists, name=f"the journal of rollout {start}")
+        return hosts.decide(self._path(start).exists, name=f"the journal of rollout {start}")
 
     def read(self, start: int) -> Rollout | None:
         """Returns the rollout that starts at an update, or None when it was not finished."""
@@ -120,7 +114,7 @@ class Journal:
 
     def prune(self, before: int) -> None:
         """Removes rollouts that start before an update."""
-        if not distributed.is_writer():
+        if not hosts.is_writer():
             return
         for path in self.folder.glob("rollout_*.npz"):
             if int(path.stem.split("_")[1]) < before:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.core import distributed, sharding
+from r1jax.core import sharding
 from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PREFIXES
 from r1jax.models import decoder, logprobs
@@ -69,7 +69,7 @@ class Scorer:
         """
         fields = [name for name in ("tokens", "targets", "positions", "segments", ROUTED, PREFIXES) if name in batch]
         place = sharding.sharding(self.mesh, (None, "batch", "sequence"), batch["tokens"].shape)
-        arrays = {name: distributed.place(batch[name], place) for name in fields}
+        arrays = {name: sharding.place(batch[name], place) for name in fields}
         with use_mesh(self.mesh):
             return np.asarray(self._score(params, arrays, np.int32(filled), np.float32(temperature)))
 

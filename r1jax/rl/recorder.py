@@ -1,6 +1,5 @@
 """What a run leaves beside its weights: metrics rows, timing, warnings, and where it is at the moment."""
 
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -8,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from r1jax.core import distributed
+from r1jax.core import hosts
 from r1jax.core.metrics import MetricsLog
+from r1jax.core.say import say
 from r1jax.rewards.compose import PART_NAMES, RULE_PARTS
 from r1jax.rl import losses, schedules, warnings
 from r1jax.rl.journal import Rollout
@@ -67,7 +67,7 @@ class Recorder:
         lines = warnings.of_rollout(rollout, advantages, grpo, schedules.kl_coef(grpo, start))
         of_models, hacking = self.monitor.figures(rollout, start)
         for line in [*lines, *([hacking] if hacking else [])]:
-            self._print(f"update {start + 1}: {line}")
+            say(f"{self.config.stage} update {start + 1}: {line}")
         texts = self.inputs.tokenizer.decode_batch([sample.token_ids for sample in rollout.samples])
         self.figures = self._rewards(rollout, advantages, start) | self._tokens(rollout, start)
         self.figures |= of_models | self.inputs.describe(texts) | staleness
@@ -97,7 +97,7 @@ class Recorder:
 
     def phase(self, name: str) -> None:
         """Writes what the run is doing to the file `phase`, for people and scripts that watch from outside."""
-        if distributed.is_writer():
+        if hosts.is_writer():
             (self.inputs.folder / "phase").write_text(f"{name} {self.run.cursor.update}\n")
 
     def close(self) -> None:
@@ -132,11 +132,6 @@ class Recorder:
             accuracies = [*rollout.parts[:, ACCURACY], *left]
             figures |= {"prompts_drawn": float(rollout.draws), "drawn_accuracy": _mean(accuracies)}
         return figures
-
-    def _print(self, line: str) -> None:
-        """Prints a line about this run; of several processes, process 0 does."""
-        if distributed.is_writer():
-            print(f"{self.config.stage} {line}", file=sys.stderr, flush=True)
 
 
 def _mean(values: Any) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from r1jax.core import distributed, rng, sharding
+from r1jax.core import hosts, rng, sharding
 from r1jax.data.hashing import hash64
 from r1jax.data.packing import PREFIXES, PackedBatch, PackItem, pack, pack_batch, share_prompts, spread
 from r1jax.data.problems import Problem
@@ -18,7 +18,7 @@ from r1jax.rl import losses, schedules
 from r1jax.rl.advantages import group_advantages
 from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import ROUTED
-from r1jax.sampler.sample import RolloutRequest, RolloutSample, SamplingLaw
+from r1jax.sampler.sample import RolloutRequest, RolloutSample, SamplingParams
 from r1jax.schema import Config, replace
 
 
@@ -96,7 +96,7 @@ def requests_for(
     prompts: Sequence[EncodedPrompt],
     draws: Sequence[int],
     samples: int,
-    law: SamplingLaw,
+    sampling: SamplingParams,
     seed: int,
     stage: str,
     purpose: str,
@@ -105,7 +105,7 @@ def requests_for(
     repeated, indices = np.repeat(np.asarray(draws), samples), np.tile(np.arange(samples), len(draws))
     keys = rng.sample_keys(seed, stage, repeated, indices, purpose).reshape(len(draws), samples, 2)
     return [
-        RolloutRequest(int(draw), prompt.ids, keys[i], law)
+        RolloutRequest(int(draw), prompt.ids, keys[i], sampling)
         for i, (draw, prompt) in enumerate(zip(draws, prompts, strict=True))
     ]
 
@@ -124,7 +124,7 @@ class Grader:
     def add(self, samples: Sequence[RolloutSample]) -> None:
         """Begins to grade all samples of one prompt."""
         draw = samples[0].request_id
-        if draw % distributed.process_count() == distributed.process_index():
+        if draw % hosts.process_count() == hosts.process_index():
             texts, prompt = self._decode([sample.token_ids for sample in samples]), self._prompts[draw]
             self._gradings[draw] = self._pool.begin(
                 [_request(*one, prompt) for one in zip(samples, texts, strict=True)]
@@ -146,7 +146,7 @@ def grade(
 
     With several processes each grades the samples of its own prompts, draw % processes, and all get all scores.
     """
-    processes, own = distributed.process_count(), distributed.process_index()
+    processes, own = hosts.process_count(), hosts.process_index()
     mine = [i for i, sample in enumerate(samples) if sample.request_id % processes == own]
     found = pool.score([_request(samples[i], texts[i], prompts[i]) for i in mine])
     return _everywhere(mine, found, len(samples), pool)
@@ -171,15 +171,15 @@ def _everywhere(mine: list[int], scores: list[Score], total: int, pool: RewardPo
     parts = np.asarray([[score.parts.get(name, 0.0) for name in PART_NAMES] for score in scores], np.float32)
     parts = parts.reshape(len(scores), len(PART_NAMES))
     scorable = np.asarray([score.scorable for score in scores], bool)
-    if distributed.process_count() == 1:
+    if hosts.process_count() == 1:
         return parts, scorable
-    name, deadline_s = "the scores of a rollout", pool.batch_deadline_s + distributed.DEADLINE_S
-    found = distributed.gather([mine, parts, scorable], name, deadline_s)
+    name, deadline_s = "the scores of a rollout", pool.batch_deadline_s + hosts.DEADLINE_S
+    found = hosts.gather([mine, parts, scorable], name, deadline_s)
     if found is not None:
         parts, scorable = np.zeros((total, len(PART_NAMES)), np.float32), np.zeros(total, bool)
         for places, some_parts, some_scorable in found:
             parts[places], scorable[places] = some_parts, some_scorable
-    return tuple(distributed.broadcast([parts, scorable], name, deadline_s))
+    return tuple(hosts.broadcast([parts, scorable], name, deadline_s))
 
 
 def mini_batches(rollout: Rollout, start: int, config: Config) -> list[np.ndarray]:

@@ -12,9 +12,8 @@ from r1jax.rl import scenarios, schedules
 from r1jax.rl.journal import Rollout
 from r1jax.rl.recorder import Recorder, Timer
 from r1jax.rl.state import RunInputs
-from r1jax.sampler.engine import Engine
-from r1jax.sampler.sample import RolloutSample, SamplingLaw
-from r1jax.sampler.scheduler import RolloutSampler
+from r1jax.sampler.build import build_sampler, sampling_params
+from r1jax.sampler.sample import RolloutSample, SamplingParams
 from r1jax.schema import Config
 
 
@@ -24,15 +23,9 @@ class Sampling:
     def __init__(self, config: Config, inputs: RunInputs, recorder: Recorder):
         self.config, self.inputs, self.recorder = config, inputs, recorder
         self.pool: RewardPool | None = None  # between `open` and `close`
-        engine = Engine(
-            config.model,
-            config.sampler,
-            inputs.sampler_mesh or inputs.mesh,
-            inputs.tokenizer.stop_ids,
-            inputs.tokenizer,
-            record_experts=config.grpo.routing_replay,  # nothing else reads the experts of a rollout
-        )
-        self.sampler = RolloutSampler(engine)
+        mesh = inputs.sampler_mesh or inputs.mesh
+        record_experts = config.grpo.routing_replay  # nothing else reads the experts of a rollout
+        self.sampler = build_sampler(config.model, config.sampler, mesh, inputs.tokenizer, record_experts)
 
     def open(self) -> None:
         self.pool = RewardPool(self.config.reward)
@@ -75,7 +68,8 @@ class Sampling:
         by_number = dict(zip(numbers, prompts, strict=True))
         grader, grading = rollouts.Grader(by_number, self.pool, self.inputs.tokenizer.decode_batch), Timer()
         group = config.grpo.group_size
-        requests = rollouts.requests_for(prompts, numbers, group, self._law(start), config.seed, config.stage, "sample")
+        sampling = self._sampling_params(start)
+        requests = rollouts.requests_for(prompts, numbers, group, sampling, config.seed, config.stage, "sample")
         recorder.phase("rollout")
         begun = time.perf_counter()
         grade = lambda done: grading.run("rewards", grader.add, done)  # noqa: E731
@@ -100,6 +94,7 @@ class Sampling:
         decode, models = self.inputs.tokenizer.decode_batch, self.inputs.reward_models
         return scenarios.with_model_rewards(parts, samples, decode, by_number, models)
 
-    def _law(self, start: int) -> SamplingLaw:
-        s, longest = self.config.sampler, schedules.max_new_tokens(self.config.sampler, start)
-        return SamplingLaw(s.temperature, s.top_p, s.top_k, longest, self.inputs.tokenizer.stop_ids)
+    def _sampling_params(self, start: int) -> SamplingParams:
+        settings = self.config.sampler
+        longest = schedules.max_new_tokens(settings, start)
+        return sampling_params(settings, self.inputs.tokenizer.stop_ids, max_new_tokens=longest)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from r1jax.core import distributed, metrics
+from r1jax.core import hosts, metrics
 from r1jax.data import tasks
 from r1jax.data.problems import SCENARIOS
 from r1jax.rewards.compose import PART_NAMES
@@ -159,7 +159,7 @@ class HackingMonitor:
             return {}, ""
         if self._earlier is None:
             every = self.config.grpo.updates_per_rollout
-            rows = distributed.decide(metrics.read, self.folder, name=f"the metrics of {self.folder}")
+            rows = hosts.decide(metrics.read, self.folder, name=f"the metrics of {self.folder}")
             self._earlier = [row for row in rows if (row["update"] - 1) % every == 0 and row["update"] <= start]
         trends, line = watch(self._earlier, now, settings.hacking_window, settings.hacking_errors)
         self._earlier.append(now)

@@ -28,7 +28,7 @@ MAX_STOP_TOKENS = 16
 
 @struct.dataclass
 class SlotParams:
-    """Sampling law of each slot, arrays of [S]."""
+    """Sampling parameters of each slot, arrays of [S]."""
 
     temperature: Any  # float32; 0 is greedy
     top_p: Any  # float32; 1 is off
@@ -67,7 +67,7 @@ class StepOutput:
     tokens: jax.Array
     valid: jax.Array
     logp: jax.Array  # of softmax(logits), before temperature and filters
-    behaviour_logp: jax.Array  # of the law the token was drawn from
+    behaviour_logp: jax.Array  # of the distribution the token was drawn from
     status: jax.Array  # int32 [S] after the last step
     experts: jax.Array | None  # int16 [S, K, Lm, k] chosen for the emitted token
 
@@ -298,7 +298,7 @@ class Engine(jetstream.Engine):
             return self._insert(prefix, state, wide, slot_params)
 
     def default_slot_params(self, count: int) -> SlotParams:
-        """Returns greedy decoding up to the configured length, as JetStream's Driver gives no sampling law."""
+        """Returns greedy decoding up to the configured length, as JetStream's Driver gives no sampling parameters."""
         stop = np.full((count, MAX_STOP_TOKENS), -1, np.int32)
         stop[:, : len(self.stop_ids)] = self.stop_ids
         return SlotParams(

@@ -8,7 +8,7 @@ FINISH_REASONS = {1: "stop", 2: "length", 3: "capacity"}  # by the engine's stat
 
 
 @dataclass(frozen=True)
-class SamplingLaw:
+class SamplingParams:
     """How tokens are drawn. temperature 0 is greedy; top_p 1 and top_k 0 are off.
 
     Beside `stop_ids`, config.sampler's stop_ids and stop_strings end every response.
@@ -28,7 +28,7 @@ class RolloutRequest:
     request_id: int  # the draw of the prompt stream
     prompt_ids: np.ndarray  # int32 [P]
     keys: np.ndarray
-    law: SamplingLaw
+    sampling: SamplingParams
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class RolloutSample:
     prompt_ids: np.ndarray  # int32 [P]
     token_ids: np.ndarray  # int32 [N], the stop token, or the tokens of a stop string, included
     logps: np.ndarray  # float32 [N], of softmax(logits)
-    behaviour_logps: np.ndarray  # float32 [N], of the law sampled from (after temperature and filters)
+    behaviour_logps: np.ndarray  # float32 [N], of the distribution sampled from (after temperature, top_p and top_k)
     finish_reason: str  # stop, length or capacity
     weight_version: int
     routed_experts: np.ndarray | None = None  # int16 [P + N, Lm, k], by global layer order

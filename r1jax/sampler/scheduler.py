@@ -164,12 +164,12 @@ class RolloutSampler:
 
     def _check(self, request: RolloutRequest) -> None:
         self.engine.bucket_for(len(request.prompt_ids))
-        law, rows = request.law, self.engine.rows
+        sampling, rows = request.sampling, self.engine.rows
         if len(request.prompt_ids) + 1 > rows:
             raise ValueError(
                 f"request {request.request_id}: {len(request.prompt_ids)} prompt tokens fill the {rows} cache rows"
             )
-        self.engine.all_stops(law.stop_ids)
+        self.engine.all_stops(sampling.stop_ids)
         if len(request.keys) == 0:
             raise ValueError(f"request {request.request_id}: no keys, so no samples are asked for")
 
@@ -185,14 +185,14 @@ class RolloutSampler:
         return _Group(request, prefix, experts, deque(range(len(request.keys))))
 
     def _slot_params(self, request: RolloutRequest, indices: list[int]) -> SlotParams:
-        law, count = request.law, len(indices)
-        stop, stop_ids = np.full((count, MAX_STOP_TOKENS), -1, np.int32), self.engine.all_stops(law.stop_ids)
+        sampling, count = request.sampling, len(indices)
+        stop, stop_ids = np.full((count, MAX_STOP_TOKENS), -1, np.int32), self.engine.all_stops(sampling.stop_ids)
         stop[:, : len(stop_ids)] = stop_ids
         return SlotParams(
-            temperature=np.full(count, law.temperature, np.float32),
-            top_p=np.full(count, law.top_p, np.float32),
-            top_k=np.full(count, law.top_k, np.int32),
-            max_new_tokens=np.full(count, law.max_new_tokens, np.int32),
+            temperature=np.full(count, sampling.temperature, np.float32),
+            top_p=np.full(count, sampling.top_p, np.float32),
+            top_k=np.full(count, sampling.top_k, np.int32),
+            max_new_tokens=np.full(count, sampling.max_new_tokens, np.int32),
             key=np.asarray(request.keys[indices], np.uint32),
             stop_ids=stop,
         )

@@ -2,7 +2,7 @@
 
 The rollout sampler does not pass here: JetStream's Driver returns neither log-probs nor stop tokens and takes no
 sampling parameters per request. It serves the same engine for manual use and evaluation, one token a device call,
-with the sampling law that the engine gives to slots by default (greedy).
+with the sampling parameters that the engine gives to slots by default (greedy).
 """
 
 import atexit

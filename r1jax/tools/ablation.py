@@ -1,6 +1,5 @@
 """An ablation: variants of stages over the same inputs, one table."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 from r1jax import config as configs
 from r1jax import stage_table
 from r1jax.core import checkpoint
+from r1jax.core.say import say
 from r1jax.recipe import lineage
 from r1jax.report import table
 from r1jax.schema import Config, replace
@@ -62,7 +62,7 @@ def _one_seed(config: Config, variants: list[tuple[str, str, list[tuple[str, str
     for name, stage, overrides in variants:
         own = configs.load(f"{stage}:{config.preset}", overrides)
         own = replace(own, seed=config.seed, evaluation=config.evaluation, inputs=str(workdir))
-        print(f"== {name}, seed {config.seed}", file=sys.stderr)
+        say(f"== {name}, seed {config.seed}")
         figures = stage_table.function(stage)(own, folder / name)
         if (result := lineage.RESULTS[stage]) not in figures:
             raise ValueError(

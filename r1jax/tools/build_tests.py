@@ -1,12 +1,12 @@
 """Tests for code prompts: generated inputs, outputs that accepted programs agree on, kept for what they break (P2 B.3.2)."""
 
 import json
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from r1jax.core import sharding
+from r1jax.core.say import say
 from r1jax.data import jsonl
 from r1jax.data.hashing import hash64
 from r1jax.recipe import judging
@@ -41,7 +41,7 @@ def run(config: Config, workdir: Path) -> dict:
     made = judging.in_parts(folder, key, [{"id": name} for name in problems], work, "problems", ROWS_PER_PART)
     rows = [row for row in made if row["tests"]["cases"]]
     figures = summary(made) | {"seconds": round(time.monotonic() - started, 1)}
-    print(json.dumps(figures), file=sys.stderr)
+    say(json.dumps(figures))
     if not rows:
         raise ValueError(f"{config.stage}: no row of {config.data.path} gets a test; see 'built' of {folder}/parts-*")
     jsonl.write(config.output, rows)

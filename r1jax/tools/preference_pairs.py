@@ -1,12 +1,12 @@
 """Preference pairs for the helpful reward model: a judge compares two replies to a prompt, several times (P2 B.2)."""
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from r1jax.core import sharding
+from r1jax.core.say import say
 from r1jax.data import files, jsonl, preferences
 from r1jax.data.hashing import hash64
 from r1jax.data.problems import Problem
@@ -14,9 +14,7 @@ from r1jax.data.prompts import keyed_permutation
 from r1jax.recipe import common, judging, prompts
 from r1jax.rewards.models.judge import Judge, Judgement, Pair
 from r1jax.rl import rollout
-from r1jax.sampler.engine import Engine
-from r1jax.sampler.sample import SamplingLaw
-from r1jax.sampler.scheduler import RolloutSampler
+from r1jax.sampler.build import build_sampler, sampling_params
 from r1jax.schema import Config
 
 
@@ -43,7 +41,7 @@ def run(config: Config, workdir: Path) -> dict:
     kept = [pair for row in judged if (pair := labelled(row, config))]
     balanced = preferences.balance_lengths(kept, config.seed) if config.preferences.balance_lengths else kept
     figures = summary(rows, judged, kept, balanced) | {"seconds": round(time.monotonic() - started, 1)}
-    print(json.dumps(figures), file=sys.stderr)
+    say(json.dumps(figures))
     if not balanced:
         raise ValueError(
             f"{config.stage}: no pair is left of {len(judged)} ({len(kept)} before lengths were balanced, parse rate "
@@ -86,16 +84,16 @@ def answerer(config: Config):
             "--config.model.checkpoint=DIR"
         )
     params = common.load_weights(resolved, mesh, config.model.checkpoint, lambda: None)
-    sampler = RolloutSampler(Engine(resolved.model, resolved.sampler, mesh, words.stop_ids, words))
-    params, given = sampler.engine.load_params(params), resolved.sampler
-    law = SamplingLaw(given.temperature, given.top_p, given.top_k, given.max_new_tokens, words.stop_ids)
+    sampler = build_sampler(resolved.model, resolved.sampler, mesh, words)
+    params = sampler.engine.load_params(params)
+    sampling = sampling_params(resolved.sampler, words.stop_ids)
 
     def answer(rows: list[dict]) -> list[dict]:
         asked = [Problem(row["id"], "", row["prompt"], "") for row in rows]
         encoded = prompts.encode(asked, resolved, words)
         draws = [hash64("answers", prompt.problem.id) % 2**32 for prompt in encoded]
         count = config.preferences.responses_per_prompt
-        requests = rollout.requests_for(encoded, draws, count, law, config.seed, config.stage, "sample")
+        requests = rollout.requests_for(encoded, draws, count, sampling, config.seed, config.stage, "sample")
         texts: dict[str, list[str]] = {row["id"]: [] for row in rows}
         drawn = sampler.generate(requests, params)
         for prompt, sample in zip([p for p in encoded for _ in range(count)], drawn, strict=True):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.core import distributed, sharding
+from r1jax.core import sharding
 from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import batches
 from r1jax.models import decoder
@@ -83,7 +83,7 @@ def features(
     found: list[np.ndarray] = [np.empty(0)] * len(sequences)
     done = 0
     for members, batch in batches(sequences, size.row_tokens, size.rows_per_micro_batch):
-        arrays = [distributed.place(array, place) for array in (batch.tokens, batch.positions, batch.segments)]
+        arrays = [sharding.place(array, place) for array in (batch.tokens, batch.positions, batch.segments)]
         with use_mesh(mesh):
             made = np.asarray(run(params, *arrays))
         for index, (row, start, length) in zip(members, batch.slots, strict=True):

@@ -1,10 +1,9 @@
 """What a run says and does about updates that were skipped because their loss or gradient norm is not finite."""
 
 import math
-import sys
 from collections.abc import Mapping
 
-from r1jax.core import distributed
+from r1jax.core.say import say
 
 SKIPPED = "skipped_updates"  # a statistic of every update: 1 where weights and moments were left as they were
 _FIGURES = {  # what must be finite, and where to look when it is the first that is not
@@ -33,14 +32,11 @@ class SkippedUpdates:
         self.in_a_row += 1
         found = {name: float(stats[name]) for name in _FIGURES if name in stats}
         what, look = _FIGURES[next(name for name, value in found.items() if not math.isfinite(value))]
-        if distributed.is_writer():
-            figures = ", ".join(f"{_FIGURES[name][0]} {value:.4g}" for name, value in found.items())
-            print(
-                f"{self.run} update {update}: skipped, its {what} is not finite ({figures}); "
-                f"weights and moments stay as they were; look at {look}",
-                file=sys.stderr,
-                flush=True,
-            )
+        figures = ", ".join(f"{_FIGURES[name][0]} {value:.4g}" for name, value in found.items())
+        say(
+            f"{self.run} update {update}: skipped, its {what} is not finite ({figures}); "
+            f"weights and moments stay as they were; look at {look}"
+        )
         if self.limit and self.in_a_row >= self.limit:
             raise ValueError(
                 f"{self.run}: the last {self.in_a_row} updates, up to {update}, were skipped, the {what} is not finite; "

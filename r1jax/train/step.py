@@ -16,7 +16,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
-from r1jax.core import distributed, sharding, tree
+from r1jax.core import sharding, tree
 from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PackedBatch
 from r1jax.models import decoder, logprobs, moe, mtp
@@ -120,7 +120,7 @@ class Trainer:
 
     def state(self, params: decoder.Params, optimizer: Any, update: int) -> TrainState:
         """Returns the state after `update` updates from restored parts."""
-        count = distributed.place(np.int32(update), sharding.replicated(self.mesh))
+        count = sharding.place(np.int32(update), sharding.replicated(self.mesh))
         return jax.device_put(TrainState(params, optimizer, count), self.state_shardings())
 
     def update(self, state: TrainState, batch: dict[str, np.ndarray], filled: int, arguments: Any):
@@ -129,7 +129,7 @@ class Trainer:
         `skipped_updates` is 1 when loss or gradient norm is not finite: the state is then the given one, but for
         `update` and the schedule's count, which go on.
         """
-        batch = {name: distributed.place(array, self._batch_sharding(array.shape)) for name, array in batch.items()}
+        batch = {name: sharding.place(array, self._batch_sharding(array.shape)) for name, array in batch.items()}
         with use_mesh(self.mesh):
             return self._update(state, batch, np.int32(filled), arguments)
 

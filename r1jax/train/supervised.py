@@ -8,24 +8,11 @@ import numpy as np
 
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.core.metrics import MetricsLog
-from r1jax.data.hashing import hash64
-from r1jax.data.prompts import keyed_permutation
 from r1jax.models import decoder
 from r1jax.train import guard
 from r1jax.train.step import Trainer, TrainState
 
 Batch = tuple[dict[str, np.ndarray], int, Any]  # arrays [M, R, T], filled micro-batches, arguments of the loss
-
-
-def examples_of_updates(count: int, epochs: int, size: int, *key: str | int) -> list[np.ndarray]:
-    """Returns the numbers of the examples of each update: every one of `count` stands `epochs` times in all.
-
-    The keyed orders of the epochs follow one another, cut into updates of `size` (of all examples where there are
-    fewer); the last update is smaller where that leaves a rest.
-    """
-    orders = [keyed_permutation(count, hash64(*key, "shuffle", epoch)) for epoch in range(epochs)]
-    stream, size = np.concatenate(orders), min(size, count)
-    return [stream[start : start + size] for start in range(0, len(stream), size)]
 
 
 def fit(

@@ -13,7 +13,8 @@ from r1jax.data import templates
 from r1jax.data.hashing import hash64
 from r1jax.rewards.models import verdicts
 from r1jax.rewards.score import RewardRequest, Score
-from r1jax.sampler.sample import RolloutRequest, SamplingLaw
+from r1jax.sampler.build import sampling_params
+from r1jax.sampler.sample import RolloutRequest
 from r1jax.sampler.scheduler import RolloutSampler
 
 
@@ -77,8 +78,7 @@ class Judge:
         """`params` lie as the engine wants them (Engine.load_params); `template` is chat or plain (data.templates)."""
         self._sampler, self._params, self._tokenizer = sampler, params, tokenizer
         self._template, self._seed = template, seed
-        given = sampler.engine.sampler
-        self._law = SamplingLaw(given.temperature, given.top_p, given.top_k, given.max_new_tokens, tokenizer.stop_ids)
+        self._sampling = sampling_params(sampler.engine.sampler, tokenizer.stop_ids)
         self.counts = Counts()
 
     def defused(self, text: str) -> str:
@@ -96,7 +96,7 @@ class Judge:
             ids = np.asarray(self._tokenizer.encode(text), np.int32)
             if request.keys and 0 < len(ids) <= longest:
                 keys = np.asarray([divmod(key, 1 << 32) for key in request.keys], np.uint32)
-                asked.append(RolloutRequest(index, ids, keys, self._law))
+                asked.append(RolloutRequest(index, ids, keys, self._sampling))
                 opened[index] = templates.prefill(text)
         for sample in self._sampler.stream(asked, self._params) if asked else ():
             if not sample.truncated:

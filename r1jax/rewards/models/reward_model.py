@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from scipy.special import expit
 
-from r1jax.core import distributed, sharding
+from r1jax.core import sharding
 from r1jax.core.sharding import use_mesh
 from r1jax.data import templates
 from r1jax.data.packing import PackedBatch, batches
@@ -122,7 +122,7 @@ class RewardModel:
 
     def _batch(self, batch: PackedBatch) -> list[float]:
         place = sharding.sharding(self.mesh, ("batch", "sequence"), batch.tokens.shape)
-        arrays = [distributed.place(array, place) for array in (batch.tokens, batch.positions, batch.segments)]
+        arrays = [sharding.place(array, place) for array in (batch.tokens, batch.positions, batch.segments)]
         with use_mesh(self.mesh):
             scalars = np.asarray(self._score(self.params, *arrays))
         return [scalars[row, start + length - 1] for row, start, length in batch.slots]

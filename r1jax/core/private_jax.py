@@ -1,0 +1,60 @@
+"""The private parts of JAX that runs of several processes rest on: its coordination service, as a server and as a client.
+
+JAX may move or change them in any release. Nothing else in the package uses a private name of JAX.
+"""
+
+import importlib
+import operator
+from typing import Any
+
+import jax
+
+_STATE = ("jax._src.distributed", "global_state")
+_SERVICE = ("jax._src.lib", "_jax.get_distributed_runtime_service")
+_CLIENT = ("jax._src.lib", "_jax.DistributedRuntimeClient")
+CLIENT_METHODS = (
+    "blocking_key_value_get_bytes",
+    "key_value_delete",
+    "key_value_dir_get",
+    "key_value_dir_get_bytes",
+    "key_value_increment",
+    "key_value_set",
+    "key_value_set_bytes",
+)
+
+
+def check() -> None:
+    """Raises ValueError, naming the version of JAX and what it lacks, when it has not all that is needed here."""
+    _member(*_STATE)
+    _member(*_SERVICE)
+    client = _member(*_CLIENT)
+    for name in CLIENT_METHODS:
+        if not hasattr(client, name):
+            raise _lacks(f"{'.'.join(_CLIENT)}.{name}")
+
+
+def coordination_client() -> Any:
+    """Returns this process's client of the coordination service: keys and values that all processes of the run share.
+
+    To be called after jax.distributed.initialize.
+    """
+    return _member(*_STATE).client
+
+
+def coordination_service(address: str, processes: int, silence_s: int) -> Any:
+    """Returns a running coordination service; it gives up a process that has been silent for `silence_s`."""
+    return _member(*_SERVICE)(address, processes, heartbeat_timeout=silence_s, shutdown_timeout=60)
+
+
+def _member(module: str, name: str) -> Any:
+    try:
+        return operator.attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError):
+        raise _lacks(f"{module}.{name}") from None
+
+
+def _lacks(name: str) -> ValueError:
+    return ValueError(
+        f"JAX {jax.__version__} has no {name}, which a run of several processes needs: install an older JAX, or adapt "
+        "r1jax/core/private_jax.py"
+    )

@@ -1,0 +1,39 @@
+"""Supervised training in the folder of a stage: resumed from its checkpoints, with metrics and live progress."""
+
+from collections.abc import Callable
+
+from r1jax.core.metrics import MetricsLog
+from r1jax.models import decoder
+from r1jax.recipe.common import StageFolder
+from r1jax.recipe.progress import Progress
+from r1jax.train import supervised
+from r1jax.train.step import Trainer
+
+
+def fit(
+    folder: StageFolder,
+    trainer: Trainer,
+    params: decoder.Params,
+    batch_at: Callable[[int], supervised.Batch],
+    updates: int,
+    name: str,
+    log_every: int = 1,
+) -> tuple[decoder.Params, float]:
+    """Returns (weights after the last update, its loss), as train.supervised.fit; `name` is that of the result."""
+    store, log = folder.checkpoints(), MetricsLog(folder.path)
+    with Progress(name, updates) as progress:
+        result = supervised.fit(
+            trainer,
+            params,
+            batch_at,
+            updates,
+            store,
+            log,
+            folder.config.checkpointing.every_updates,
+            lambda update, loss: progress.update(update, loss=loss),
+            log_every=log_every,
+            name=name,
+        )
+    store.close()
+    log.close()
+    return result
