@@ -46,7 +46,7 @@ class Blocks:
 
 
 # By device kind and widest query: the sizes with the fewest static bundles for a causal row that keep spills low
-# (docs/kernels.md). v6e multiplies 256 wide.
+# (docs/kernel_figures.md). v6e multiplies 256 wide.
 _V5 = {64: Blocks(backward_part=256), 128: Blocks(key_part=128, backward_part=256), 256: Blocks()}
 _V6 = {64: Blocks(backward_part=512), 128: Blocks(key_part=128, backward_part=512), 256: Blocks(backward_part=512)}
 BLOCKS = {"TPU v5": _V5, "TPU v5 lite": _V5, "TPU v6 lite": _V6}
