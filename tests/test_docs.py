@@ -89,4 +89,4 @@ def test_code_that_a_page_prints_gives_what_it_says(page, capsys):
     )
     (code,) = [block for block in blocks if "\nprint(" in block]
     exec(compile(code, page, "exec"), {})
-    assert capsys.readouterr().out == code.rpartition("  # ")[2]
+    assert capsys.readouterr().out.rstrip() == code.rpartition("  # ")[2].rstrip()
