@@ -1,4 +1,6 @@
-"""The stages: the function of each, the parts of the config it reads, and whether several processes can run it. Imports no JAX.
+"""The stages: the function of each, the parts of the config it reads, and whether several processes can run it.
+
+Imports no JAX.
 
 An override of anything else is refused before a run: it would change nothing but the run's name and hash. The values of
 a preset are its author's and are not checked. Every stage takes a seed.
@@ -12,7 +14,7 @@ from pathlib import Path
 from r1jax.schema import Config
 
 EVERY = ("seed",)
-# What all stages read that take their start, or examples, from others in the working folder and evaluate what they make.
+# Read by every stage that starts from the results of others in the working folder and evaluates its own.
 _PLACE = ("start", "inputs", "input_preset", "rebuild_base", "checkpointing", "evaluation")
 _MODEL = ("model", "mesh", "data", "sampler", "reward")
 _TRAINING = (*_MODEL, *_PLACE, "optimizer", "pack")
@@ -21,13 +23,16 @@ _RL = (*_TRAINING, "mode", "sampler_mesh", "grpo", "ppo", "scenarios")
 _SFT = (*_TRAINING, "sft")
 _SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens_schedule")
 _WEIGHTS = dict.fromkeys((f"reward.{name}" for name in ("accuracy", "format", "language")), "")
-BY_GRAPH = ("gate",)  # of a stage's config, what the graph that runs it reads
+BY_GRAPH = ("gate",)  # the parts of a stage's config that are read by the graph which runs it
 _GRAPH = ("rebuild_base", "only", "from_stage", "list", "set", "evaluation")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. It reads everything under `reads` but what is under `unread`, which names the field that counts instead."""
+    """One stage.
+
+    It reads everything under `reads` except the keys of `unread`, whose values name the field that counts instead.
+    """
 
     function: str  # MODULE:NAME below r1jax, called with (config, workdir)
     reads: tuple[str, ...]  # dotted: a part of the config, or a field
@@ -132,7 +137,7 @@ def _holds_out(config: Config) -> bool:
 
 _WITH_ROWS = ("data.path", _reads_rows)
 _LATER = ("scenarios.from_update>=0", lambda config: config.scenarios.from_update >= 0)
-# Parts and fields that are read under a condition alone: key -> (what it needs, whether a config meets it).
+# Parts and fields that are read only under a condition: key -> (the condition as text, whether a config meets it).
 _CONDITIONS = {
     "ppo": ("grpo.advantage=gae", lambda config: config.grpo.advantage == "gae"),
     "sampler_mesh": ("mode=disaggregated", lambda config: config.mode == "disaggregated"),
@@ -189,7 +194,7 @@ def check(config: Config, keys: Iterable[str], also: tuple[str, ...] = ()) -> No
 
 
 def _conditions(stage: str, key: str) -> list[tuple[str, Callable[[Config], bool]]]:
-    """Returns what must hold for a stage to read a key, as (what it needs, whether a config meets it)."""
+    """Returns the conditions under which a stage reads a key, as (condition as text, whether a config meets it)."""
     conditions = [condition for part, condition in _CONDITIONS.items() if _covers((part,), key)]
     return [*conditions, _HOLDOUT] if key == "data.holdout_fraction" and stage in _ASKS_PROBLEMS else conditions
 

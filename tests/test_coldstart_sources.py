@@ -302,7 +302,7 @@ class Editor:
     def __init__(self, rule):
         self.rule, self.asked = rule, []
 
-    def defused(self, text: str) -> str:
+    def escape_special_tokens(self, text: str) -> str:
         return text
 
     def replies(self, requests):

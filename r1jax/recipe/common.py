@@ -97,6 +97,8 @@ class StageFolder:
         So too when one of several processes does not see what process 0 wrote there.
         """
         self.check()
+        if hosts.is_writer():
+            files.remove_unfinished(self.path)
         checkpoint.write_json(self.path / "config.json", self._fields())
         checkpoint.write_json(self.path / INPUTS, {"inputs": inputs})
         hosts.barrier(f"{self.path}/{INPUTS}")

@@ -75,7 +75,7 @@ def _ask(
     """Returns the editor's reply to each draft, None where prompt or reply is too long for its sampler."""
     requests = []
     for draft in drafts:
-        question, text = (editor.defused(part) for part in (draft.problem.text, draft.text))
+        question, text = (editor.escape_special_tokens(part) for part in (draft.problem.text, draft.text))
         key = hash64("edit", config.seed, draft.problem.id, question, text)
         requests.append(Request(prompt(draft, question, text, config.seed), (key,)))
     return [reply for (reply,) in editor.replies(requests)]

@@ -98,7 +98,9 @@ def with_generators(problem: code_cases.Problem, writer: Judge | None, config: C
     if problem.generators:
         return problem
     keys = [hash64("generator", config.seed, problem.id, n) for n in range(config.build_tests.generators_per_prompt)]
-    [replies] = writer.replies([Request(code_cases.prompt(writer.defused(problem.statement)), tuple(keys))])
+    [replies] = writer.replies(
+        [Request(code_cases.prompt(writer.escape_special_tokens(problem.statement)), tuple(keys))]
+    )
     return replace(problem, generators=generators_of(replies))
 
 

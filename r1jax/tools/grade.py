@@ -8,6 +8,7 @@ import time
 from rich.progress import Progress
 
 from r1jax import config as configs
+from r1jax.core.say import say
 from r1jax.data import jsonl
 from r1jax.rewards import explaining, golds, references
 from r1jax.rewards.pool import RewardPool
@@ -43,7 +44,7 @@ def run(config: Config, workdir: str) -> dict:
     requests = [graded_rows.request(row) for row in rows]
     checked = references.check(requests, reward)
     tried = golds.check(requests, checked.unscorable, reward)
-    print(checked.line(), *tried.lines(), *checked.warnings, sep="\n", file=sys.stderr)
+    say(checked.line(), *tried.lines(), *checked.warnings)
     scores = _score(rows, reward)
     jsonl.write(
         pathlib.Path(config.output),
