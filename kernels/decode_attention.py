@@ -1,9 +1,10 @@
-"""Decode attention over the cache as Pallas TPU kernels: one query a slot, for the latent of MLA and for grouped heads.
+"""Decode attention over the cache as Pallas TPU kernels: one query per slot, for MLA's latent and for grouped heads.
 
-In MLA queries have the key matrix folded in (DeepSeek-V2, arXiv 2405.04434, section 2.1.2), so a row of the cache is the key of
-every head and its first part the value. In GQA (arXiv 2305.13245) a key head serves its group of query heads. A slot's rows up to its
-length alone are read, block by block with a running softmax; the blocks of a slot are dealt out to several splits, so that two cores
-share a long context, and the splits' outputs are put together afterwards.
+In MLA the queries have the key matrix folded in (DeepSeek-V2, arXiv 2405.04434, section 2.1.2), so a row of the cache
+is the key of every head, and its first part is the value. In GQA (arXiv 2305.13245) a key head serves its group of
+query heads. Only the rows up to a slot's length are read, block by block, with a running softmax. The blocks of a slot
+are distributed over several splits, so that two cores share a long context; the splits' outputs are combined at the
+end.
 """
 
 import functools
@@ -22,7 +23,7 @@ MAX_ROW_WIDTHS = 512 * 1024  # rows of a block times the width of a row over all
 
 @dataclass(frozen=True)
 class Blocks:
-    """Cache rows of a step, and splits that the blocks of a slot are dealt out to."""
+    """Cache rows that a grid step reads, and splits that the blocks of a slot are distributed over."""
 
     rows: int = 512
     splits: int = 1
@@ -32,33 +33,39 @@ BLOCKS = {"TPU v5": Blocks(splits=2), "TPU v5 lite": Blocks(), "TPU v6 lite": Bl
 
 
 def blocks_for(device_kind: str, rows: int, width: int) -> Blocks:
-    """Returns the sizes for a generation of TPUs and a cache of `rows` rows, `width` wide over all key heads."""
-    found = BLOCKS.get(device_kind, Blocks())
+    """Returns the sizes for a TPU generation and a cache of `rows` rows, whose width over all key heads is `width`."""
+    preferred = BLOCKS.get(device_kind, Blocks())
     fitting = max(MAX_ROW_WIDTHS // width // LANES * LANES, LANES)
-    return Blocks(min(found.rows, fitting, doubled(LANES, rows)), found.splits)
+    return Blocks(min(preferred.rows, fitting, doubled(LANES, rows)), preferred.splits)
 
 
 def latent_decode(
     q_SNW, cache_LSTW, layer, lengths_S, value_width: int, scale: float, blocks=Blocks(), interpret=False
 ):
-    """Returns the outputs, float32 [S, N, value_width], of queries [S, N, W] over the first lengths [S] rows of
-    their slot of one layer of a cache [L, S, T, W]; 0 for a slot without rows.
+    """Returns the outputs, float32 [S, N, value_width], of queries [S, N, W] over the first lengths [S] rows of each
+    slot in one layer of a cache [L, S, T, W]; 0 for a slot of length 0.
 
-    Scores, times `scale`, and softmax are float32, products take the cache's dtype. Nothing past a slot's length counts.
+    Scores (multiplied by `scale`) and softmax are float32; the products' inputs have the cache's dtype. Rows past a
+    slot's length may hold anything.
     """
     arrays = (q_SNW[:, None], cache_LSTW[:, :, None])
     return _call(LATENT, arrays, layer, lengths_S, value_width, scale, blocks, interpret)[:, 0]
 
 
 def grouped_decode(q_SKGH, keys_LSKTH, values_LSKTH, layer, lengths_S, scale: float, blocks=Blocks(), interpret=False):
-    """Returns the outputs, float32 [S, K, G, H], of queries [S, K, G, H] over keys and values [L, S, K, T, H]; else as
-    `latent_decode`."""
+    """Returns the outputs, float32 [S, K, G, H], of queries [S, K, G, H] over keys and values [L, S, K, T, H].
+
+    All else is as in `latent_decode`.
+    """
     arrays, width = (q_SKGH, keys_LSKTH, values_LSKTH), values_LSKTH.shape[-1]
     return _call(GROUPED, arrays, layer, lengths_S, width, scale, blocks, interpret)
 
 
 def _call(name, arrays, layer, lengths_S, value_width, scale, blocks, interpret):
-    """Returns float32 [S, K, G, value_width] of (queries [S, K, G, W], keys [L, S, K, T, W], values unless keys hold them)."""
+    """Returns the outputs, float32 [S, K, G, value_width].
+
+    `arrays` are queries [S, K, G, W], keys [L, S, K, T, W], and values unless they are the first part of the keys.
+    """
     (slots, heads, group, width), cached = arrays[0].shape, arrays[1:]
     steps = pl.cdiv(pl.cdiv(cached[0].shape[3], blocks.rows), blocks.splits)
 
@@ -97,21 +104,22 @@ def _call(name, arrays, layer, lengths_S, value_width, scale, blocks, interpret)
 def _kernel(blocks, value_width, scale, layer, lengths, q_ref, keys_ref, *refs):
     *values_ref, out_ref, norm_ref, top_ref, total_ref, sums_ref = refs
     slot, step = pl.program_id(0), pl.program_id(2)
-    left = lengths[slot] - (step * blocks.splits + pl.program_id(1)) * blocks.rows  # rows from the block's first on
+    # Rows of the slot from the block's first row on.
+    left = lengths[slot] - (step * blocks.splits + pl.program_id(1)) * blocks.rows
 
     @pl.when(step == 0)
     def _():
         top_ref[...] = jnp.full_like(top_ref, LOWEST)
         total_ref[...], sums_ref[...] = jnp.zeros_like(total_ref), jnp.zeros_like(sums_ref)
 
-    def known(rows, edge: bool):
+    def within(rows, edge: bool):
         """Returns rows with zeros past the length, where the cache may hold anything."""
         return jnp.where(jax.lax.broadcasted_iota(jnp.int32, rows.shape, 0) < left, rows, 0) if edge else rows
 
     def work(edge: bool):
         for head in range(q_ref.shape[0]):
-            keys = known(keys_ref[head], edge)
-            values = known(values_ref[0][head], edge) if values_ref else keys[:, :value_width]
+            keys = within(keys_ref[head], edge)
+            values = within(values_ref[0][head], edge) if values_ref else keys[:, :value_width]
             scores = dot(q_ref[head], keys, (1, 1)) * scale
             if edge:
                 scores = jnp.where(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) < left, scores, LOWEST)

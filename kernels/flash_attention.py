@@ -1,11 +1,11 @@
 """Causal attention within the samples of packed rows as a Pallas TPU kernel, forward and fused backward.
 
-A step of the grid is one block of queries and one of keys that holds a pair which may look: the list of such steps is
-made from the segments before the kernel starts, so blocks of other samples cost nothing. Queries and keys may be wider than values
-(MLA: 192 and 128), nothing is padded to the other's width. Scores lie as [keys, queries]: the softmax's
-sums then run over sublanes, and a query's numbers (its largest score, its sum) are one row of lanes. Sources: Dao et
-al., arXiv 2205.14135 and 2307.08691 (the running softmax and its backward); exponents are of base 2, with log2(e) in the
-scale.
+A grid step takes one block of queries and one block of keys in which some query may attend to some key. The list of
+these steps is computed from the segments before the kernel starts, so blocks of other samples cost nothing. Queries
+and keys may be wider than values (MLA: 192 and 128); nothing is padded to the other's width. Scores are laid out as
+[keys, queries]: the softmax's sums then run over sublanes, and a query's statistics (its largest score, its sum) are
+one row of lanes. Exponentials have base 2, with log2(e) folded into the scale. Sources: Dao et al., arXiv 2205.14135
+and 2307.08691 (the running softmax and its backward pass).
 """
 
 import functools
@@ -19,20 +19,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from r1jax.kernels.tpu import LANES, LOWEST, dot, doubled, rounded
 
-LIVE, FIRST, LAST, MASKED = (
-    1,
-    2,
-    4,
-    8,
-)  # what a step does: anything; opens a block; closes it; has pairs that may not look
+# Flags of a grid step: it computes something; it is the first step of its block; the last one; some pairs are masked.
+LIVE, FIRST, LAST, MASKED = 1, 2, 4, 8
 LOG2_E = math.log2(math.e)
 VMEM_BYTES = 48 * 2**20  # that a kernel may use
-ROW_BYTES = 40 * 2**20  # of it, for the gradient of a row's queries
+ROW_BYTES = 40 * 2**20  # the part of VMEM_BYTES for the gradient of a row's queries
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Tokens that a step takes, and parts of them that are worked on at a time."""
+    """Tokens that a grid step takes, and the parts of them that are computed at a time."""
 
     query: int = 512
     key: int = 512
@@ -50,49 +46,52 @@ class Blocks:
 
 
 # By device kind and widest query: the sizes with the fewest static bundles for a causal row that keep spills low
-# (docs/kernels.md). v6e multiplies 256 wide.
+# (docs/kernel_figures.md). v6e multiplies 256 wide.
 _V5 = {64: Blocks(backward_part=256), 128: Blocks(key_part=128, backward_part=256), 256: Blocks()}
 _V6 = {64: Blocks(backward_part=512), 128: Blocks(key_part=128, backward_part=512), 256: Blocks(backward_part=512)}
 BLOCKS = {"TPU v5": _V5, "TPU v5 lite": _V5, "TPU v6 lite": _V6}
 
 
 def blocks_for(device_kind: str, length: int, width: int) -> Blocks:
-    """Returns the sizes for a generation of TPUs, rows of `length` tokens and queries of `width`; short rows are one block."""
+    """Returns sizes for a TPU generation, rows of `length` tokens and queries of `width`; a short row is one block."""
     table, whole = BLOCKS.get(device_kind, _V5), doubled(LANES, length)
-    found = table[min((widest for widest in table if width <= widest), default=max(table))]
-    return Blocks(*(min(size, whole) for size in astuple(found)))
+    preferred = table[min((widest for widest in table if width <= widest), default=max(table))]
+    return Blocks(*(min(size, whole) for size in astuple(preferred)))
 
 
 def flash_attention(q, k, v, segments, scale: float, blocks: Blocks = Blocks(), prefixes=None, interpret=False):
     """Returns the attention outputs, [B, T, K, G, V], of queries q [B, T, K, G, H] over keys k [B, T, K, H] and values
     v [B, T, K, V].
 
-    segments int32 [B, T] number the samples of a row, each in one piece, 0 is padding; a token sees itself, the earlier tokens
-    of its sample and, where `prefixes` int32 [B, T] is not 0, the segment it names, which stands earlier in the row. The G
-    query heads of a key head stand together. Products sum in float32, the softmax is float32. The outputs at padding are
-    finite and mean nothing. Rows are padded to whole blocks.
+    segments int32 [B, T] number the samples of a row, each contiguous; 0 is padding. A token attends to itself, to the
+    earlier tokens of its sample and, where `prefixes` int32 [B, T] is not 0, to the segment with that number, which
+    comes earlier in the row. The G query heads that share a key head are adjacent. Products are summed in float32 and
+    the softmax is float32. The outputs at padding are finite but undefined. Rows are padded to whole blocks.
     """
     batch, length, kv_heads, groups, _ = q.shape
     whole = math.lcm(blocks.query, blocks.key, blocks.backward_query, blocks.backward_key)
     padding, rows = -length % whole, [segments] if prefixes is None else [segments, prefixes]
     if padding:
         q, k, v, *rows = (jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) for x in (q, k, v, *rows))
-    reach = reaches(*rows)
+    ranges = key_ranges(*rows)
     q = q.reshape(batch, -1, kv_heads * groups, q.shape[-1]).swapaxes(1, 2)
-    out = _attend(scale, blocks, interpret, q, k.swapaxes(1, 2), v.swapaxes(1, 2), reach)
+    out = _attend(scale, blocks, interpret, q, k.swapaxes(1, 2), v.swapaxes(1, 2), ranges)
     return out.swapaxes(1, 2).reshape(batch, -1, kv_heads, groups, v.shape[-1])[:, :length]
 
 
-def reaches(segments: jax.Array, prefixes: jax.Array | None = None) -> jax.Array:
-    """Returns the keys that each token sees beside those between, int32 [B, 1 or 3, T]: its sample's first; with prefixes also
-    the first and last key of its shared prompt (T and -1 where there is none). Padding sees itself."""
+def key_ranges(segments: jax.Array, prefixes: jax.Array | None = None) -> jax.Array:
+    """Returns each query's visible key range, int32 [B, 1 or 3, T]: the first key of its sample; the last is itself.
+
+    With prefixes also the first and last key of its shared prompt, T and -1 where it has none. Padding sees itself
+    alone.
+    """
     length = segments.shape[1]
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), segments.shape)
     changes = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     starts = jax.lax.cummax(jnp.where(changes, index, 0), axis=1)
-    own = jnp.where(segments > 0, starts, index)
+    sample_start = jnp.where(segments > 0, starts, index)
     if prefixes is None:
-        return own[:, None]
+        return sample_start[:, None]
     bounds = jax.vmap(
         lambda i, s: (
             jax.ops.segment_min(i, s, num_segments=length + 1),
@@ -100,21 +99,25 @@ def reaches(segments: jax.Array, prefixes: jax.Array | None = None) -> jax.Array
         )
     )(index, segments)
     first, last = (jnp.take_along_axis(bound, prefixes, axis=1) for bound in bounds)
-    return jnp.stack([own, jnp.where(prefixes > 0, first, length), jnp.where(prefixes > 0, last, -1)], axis=1)
+    prompt = jnp.where(prefixes > 0, first, length), jnp.where(prefixes > 0, last, -1)
+    return jnp.stack([sample_start, *prompt], axis=1)
 
 
-def steps(reach: jax.Array, query: int, key: int, by_key: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (block of queries, block of keys, what to do), int32 [B, steps] each: the live steps of every row by block of
-    queries, or of keys, then idle ones at the last live step's place."""
-    batch, _, length = reach.shape
-    tokens = reach.reshape(batch, reach.shape[1], length // query, query)
-    begin = jnp.arange(0, length, key, dtype=jnp.int32)  # of the blocks of keys
-    own_first, own_last = tokens[:, 0].min(axis=-1)[..., None], tokens[:, 0].max(axis=-1)[..., None]
-    top = jnp.arange(query, length + 1, query, dtype=jnp.int32)[:, None] - 1  # last token of the blocks of queries
+def block_schedule(ranges: jax.Array, query: int, key: int, by_key: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the grid steps of every row as (block of queries, block of keys, flags), int32 [B, steps] each.
+
+    The steps that compute something come first, ordered by block of queries or, with `by_key`, by block of keys. Idle
+    steps (flags 0) follow and name the blocks of the last live step. `query` and `key` are the blocks' sizes in tokens.
+    """
+    batch, kinds, length = ranges.shape
+    tokens = ranges.reshape(batch, kinds, length // query, query)
+    begin = jnp.arange(0, length, key, dtype=jnp.int32)  # first key of each block of keys
+    sample_first, sample_last = tokens[:, 0].min(axis=-1)[..., None], tokens[:, 0].max(axis=-1)[..., None]
+    top = jnp.arange(query, length + 1, query, dtype=jnp.int32)[:, None] - 1  # last token of each block of queries
     causal = begin <= top
-    live = causal & (begin + key > own_first)
-    masked = (begin < own_last) | (begin + key > top - query + 2)
-    if reach.shape[1] > 1:
+    live = causal & (begin + key > sample_first)
+    masked = (begin < sample_last) | (begin + key > top - query + 2)
+    if kinds > 1:
         meets = (tokens[:, 1, :, :, None] < begin + key) & (tokens[:, 2, :, :, None] >= begin)
         live |= causal & meets.any(axis=2)
     live = jnp.broadcast_to(live, (batch, length // query, begin.size))
@@ -122,7 +125,7 @@ def steps(reach: jax.Array, query: int, key: int, by_key: bool) -> tuple[jax.Arr
     if by_key:
         live, masked = live.swapaxes(1, 2), masked.swapaxes(1, 2)
     outer, inner = live.shape[1:]
-    bound = sum(  # of the live steps: all that causality leaves
+    bound = sum(  # the most live steps that causality allows
         min((place + 1) * query - 1, length - 1) // key + 1 for place in range(length // query)
     )
     flat, masked = live.reshape(batch, -1), masked.reshape(batch, -1)
@@ -133,34 +136,34 @@ def steps(reach: jax.Array, query: int, key: int, by_key: bool) -> tuple[jax.Arr
     block = order // inner
     first = jnp.pad(block[:, 1:] != block[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     last = jnp.pad(block[:, 1:] != block[:, :-1], ((0, 0), (0, 1)), constant_values=True) | (place == count - 1)
-    todo = LIVE + FIRST * first + LAST * last + MASKED * jnp.take_along_axis(masked, order, axis=1)
-    todo = jnp.where(place < count, todo, 0).astype(jnp.int32)
+    flags = LIVE + FIRST * first + LAST * last + MASKED * jnp.take_along_axis(masked, order, axis=1)
+    flags = jnp.where(place < count, flags, 0).astype(jnp.int32)
     pair = (block, order % inner)
-    return (*(pair[::-1] if by_key else pair), todo)
+    return (*(pair[::-1] if by_key else pair), flags)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(scale, blocks, interpret, q_BNTH, k_BKSH, v_BKSV, reach):
-    return _forward(scale, blocks, interpret, q_BNTH, k_BKSH, v_BKSV, reach)[0]
+def _attend(scale, blocks, interpret, q_BNTH, k_BKSH, v_BKSV, ranges):
+    return _forward(scale, blocks, interpret, q_BNTH, k_BKSH, v_BKSV, ranges)[0]
 
 
-def _forward(scale, blocks, interpret, q_BNTH, k_BKSH, v_BKSV, reach):
-    out, norm = forward_call(blocks, interpret, _scaled(q_BNTH, scale), k_BKSH, v_BKSV, reach)
-    return out, (q_BNTH, k_BKSH, v_BKSV, reach, out, norm)
+def _forward(scale, blocks, interpret, q_BNTH, k_BKSH, v_BKSV, ranges):
+    out, norm = forward_call(blocks, interpret, _scaled(q_BNTH, scale), k_BKSH, v_BKSV, ranges)
+    return out, (q_BNTH, k_BKSH, v_BKSV, ranges, out, norm)
 
 
 def _scaled(q, scale: float):
     return (q.astype(jnp.float32) * (scale * LOG2_E)).astype(q.dtype)
 
 
-def forward_call(blocks: Blocks, interpret, q_BNTH, k_BKSH, v_BKSV, reach):
+def forward_call(blocks: Blocks, interpret, q_BNTH, k_BKSH, v_BKSV, ranges):
     """Returns (outputs [B, N, T, V], base-2 logarithm of the softmax's sum, float32 [B, N, 1, T]) of scaled queries."""
     batch, heads, length, width = q_BNTH.shape
     groups, out_width = heads // k_BKSH.shape[1], v_BKSV.shape[-1]
-    table = steps(reach, blocks.query, blocks.key, by_key=False)
-    at_query = lambda b, n, s, query, key, todo: (b, n, query[b, s], 0)  # noqa: E731
-    at_key = lambda b, n, s, query, key, todo: (b, n // groups, key[b, s], 0)  # noqa: E731
-    lanes = lambda b, n, s, query, key, todo: (b, n, 0, query[b, s])  # noqa: E731
+    table = block_schedule(ranges, blocks.query, blocks.key, by_key=False)
+    at_query = lambda b, n, s, query, key, flags: (b, n, query[b, s], 0)  # noqa: E731
+    at_key = lambda b, n, s, query, key, flags: (b, n // groups, key[b, s], 0)  # noqa: E731
+    lanes = lambda b, n, s, query, key, flags: (b, n, 0, query[b, s])  # noqa: E731
     return pl.pallas_call(
         functools.partial(_forward_kernel, blocks=blocks),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -171,7 +174,7 @@ def forward_call(blocks: Blocks, interpret, q_BNTH, k_BKSH, v_BKSV, reach):
                 pl.BlockSpec((None, None, blocks.key, width), at_key),
                 pl.BlockSpec((None, None, blocks.key, out_width), at_key),
                 pl.BlockSpec(
-                    (None, reach.shape[1], blocks.query), lambda b, n, s, query, key, todo: (b, 0, query[b, s])
+                    (None, ranges.shape[1], blocks.query), lambda b, n, s, query, key, flags: (b, 0, query[b, s])
                 ),
             ],
             out_specs=[
@@ -193,36 +196,36 @@ def forward_call(blocks: Blocks, interpret, q_BNTH, k_BKSH, v_BKSV, reach):
         ),
         interpret=interpret,
         name="flash_attention_forward",
-    )(*table, q_BNTH, k_BKSH, v_BKSV, reach)
+    )(*table, q_BNTH, k_BKSH, v_BKSV, ranges)
 
 
-def _visible(reach_ref, part: pl.Slice, query, key, shape: tuple[int, int]) -> jax.Array:
-    """Returns bool [keys, queries]: whether the query at column `query` + j may look at the key at `key` + i."""
-    own = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+def _visible(ranges_ref, part: pl.Slice, query, key, shape: tuple[int, int]) -> jax.Array:
+    """Returns bool [keys, queries]: whether query number `query` + j may attend to key number `key` + i of the row."""
+    index = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     column = jax.lax.broadcasted_iota(jnp.int32, (1, shape[1]), 1) + (query - key)
-    seen = (own >= reach_ref[0:1, part] - key) & (own <= column)
-    if reach_ref.shape[0] > 1:
-        seen |= (own >= reach_ref[1:2, part] - key) & (own <= reach_ref[2:3, part] - key)
+    seen = (index >= ranges_ref[0:1, part] - key) & (index <= column)
+    if ranges_ref.shape[0] > 1:
+        seen |= (index >= ranges_ref[1:2, part] - key) & (index <= ranges_ref[2:3, part] - key)
     return seen
 
 
-def _forward_kernel(query, key, todo, q_ref, k_ref, v_ref, reach_ref, out_ref, norm_ref, top, total, sums, *, blocks):
+def _forward_kernel(query, key, flags, q_ref, k_ref, v_ref, ranges_ref, out_ref, norm_ref, top, total, sums, *, blocks):
     row, step = pl.program_id(0), pl.program_id(2)
-    do = todo[row, step]
+    todo = flags[row, step]
 
-    @pl.when(do & FIRST > 0)
+    @pl.when(todo & FIRST > 0)
     def _():
         top[...], total[...], sums[...] = (jnp.full_like(top, LOWEST), jnp.zeros_like(total), jnp.zeros_like(sums))
 
     def scored(place: tuple[int, int], masked: bool):
-        """Returns the scores of a part of the keys and one of the queries, [keys, queries]."""
+        """Returns the scores of one part of the keys and one part of the queries, [keys, queries]."""
         first_key, first_query = place
         part = pl.ds(first_query, blocks.query_part)
         scores = dot(k_ref[pl.ds(first_key, blocks.key_part), :], q_ref[part, :], (1, 1))
         if masked:
             first_query += query[row, step] * blocks.query
             first_key += key[row, step] * blocks.key
-            scores = jnp.where(_visible(reach_ref, part, first_query, first_key, scores.shape), scores, LOWEST)
+            scores = jnp.where(_visible(ranges_ref, part, first_query, first_key, scores.shape), scores, LOWEST)
         return scores
 
     places = [(i, j) for j in range(0, blocks.query, blocks.query_part) for i in range(0, blocks.key, blocks.key_part)]
@@ -231,7 +234,7 @@ def _forward_kernel(query, key, todo, q_ref, k_ref, v_ref, reach_ref, out_ref, n
         following = scored(places[0], masked)
         for number, (first_key, first_query) in enumerate(places, 1):
             part, scores = pl.ds(first_query, blocks.query_part), following
-            if number < len(places):  # the next product runs beside this one's softmax
+            if number < len(places):  # the next product overlaps with this softmax
                 following = scored(places[number], masked)
             before = top[:, part]
             higher = jnp.maximum(before, scores.max(axis=0, keepdims=True))
@@ -241,21 +244,21 @@ def _forward_kernel(query, key, todo, q_ref, k_ref, v_ref, reach_ref, out_ref, n
             weighted = dot(v_ref[pl.ds(first_key, blocks.key_part), :], exps.astype(v_ref.dtype), (0, 0))
             sums[:, part] = sums[:, part] * shrink + weighted
 
-    pl.when(do & (LIVE | MASKED) == LIVE)(lambda: work(False))
-    pl.when(do & (LIVE | MASKED) == LIVE | MASKED)(lambda: work(True))
+    pl.when(todo & (LIVE | MASKED) == LIVE)(lambda: work(False))
+    pl.when(todo & (LIVE | MASKED) == LIVE | MASKED)(lambda: work(True))
 
-    @pl.when(do & LAST > 0)
+    @pl.when(todo & LAST > 0)
     def _():
         out_ref[...] = (sums[...] / total[...]).T.astype(out_ref.dtype)
         norm_ref[...] = top[...] + jnp.log2(total[...])
 
 
 def _backward(scale, blocks, interpret, saved, d_out):
-    q_BNTH, k_BKSH, v_BKSV, reach, out, norm = saved
+    q_BNTH, k_BKSH, v_BKSV, ranges, out, norm = saved
     # The sum over keys of probability times its gradient (arXiv 2205.14135, appendix B.2).
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)[:, :, None]
     d_q, d_k, d_v = backward_call(
-        blocks, interpret, _scaled(q_BNTH, scale), k_BKSH, v_BKSV, reach, d_out.astype(q_BNTH.dtype), norm, inner
+        blocks, interpret, _scaled(q_BNTH, scale), k_BKSH, v_BKSV, ranges, d_out.astype(q_BNTH.dtype), norm, inner
     )
     grouped = lambda d, like: d.reshape(*like.shape[:2], -1, *d.shape[2:]).sum(axis=2)  # noqa: E731
     d_k, d_v = grouped(d_k, k_BKSH), grouped(d_v, v_BKSV)
@@ -265,27 +268,28 @@ def _backward(scale, blocks, interpret, saved, d_out):
 _attend.defvjp(_forward, _backward)
 
 
-def backward_call(blocks: Blocks, interpret, q_BNTH, k_BKSH, v_BKSV, reach, d_out, norm, inner):
-    """Returns float32 gradients: of the natural scores through keys [B, N, T, H], of keys through scaled queries
-    [B, N, S, H] and of values [B, N, S, V], the latter two for each query head.
+def backward_call(blocks: Blocks, interpret, q_BNTH, k_BKSH, v_BKSV, ranges, d_out, norm, inner):
+    """Returns float32 gradients of queries [B, N, T, H], keys [B, N, S, H] and values [B, N, S, V], all per query head.
 
-    norm and inner are float32 [B, N, 1, T]: the base-2 logarithm of the softmax's sum, and d_out times the output, summed.
-    Raises ValueError for rows whose gradient of a head's queries does not fit VMEM.
+    Those of queries still lack the factor `scale`, and those of keys are log2(e) times too large. norm and inner are
+    float32 [B, N, 1, T]: the base-2 logarithm of the softmax's sum, and the sum of d_out times output. Raises
+    ValueError for rows whose gradient of a head's queries does not fit VMEM.
     """
     batch, heads, length, width = q_BNTH.shape
-    row = 2 * 4 * length * rounded(width)  # float32, two buffers
+    row = 2 * 4 * length * rounded(width)  # float32, in two buffers
     if row > ROW_BYTES:
         raise ValueError(
-            f"flash_attention: a row of {length} tokens needs {row / 2**20:.0f} MiB of VMEM for the gradient of its queries, "
-            f"{ROW_BYTES // 2**20} are there; divide rows (mesh.context) or set model.attention_implementation=xla"
+            f"flash_attention: a row of {length} tokens needs {row / 2**20:.0f} MiB of VMEM for the gradient of its "
+            f"queries, {ROW_BYTES // 2**20} are there; divide rows (mesh.context) or set "
+            "model.attention_implementation=xla"
         )
     groups, out_width = heads // k_BKSH.shape[1], v_BKSV.shape[-1]
     size, key_size = blocks.backward_query, blocks.backward_key
-    table = steps(reach, size, key_size, by_key=True)
-    at_query = lambda b, n, s, query, key, todo: (b, n, query[b, s], 0)  # noqa: E731
-    at_key = lambda b, n, s, query, key, todo: (b, n // groups, key[b, s], 0)  # noqa: E731
-    own_key = lambda b, n, s, query, key, todo: (b, n, key[b, s], 0)  # noqa: E731
-    lanes = lambda b, n, s, query, key, todo: (b, n, 0, query[b, s])  # noqa: E731
+    table = block_schedule(ranges, size, key_size, by_key=True)
+    at_query = lambda b, n, s, query, key, flags: (b, n, query[b, s], 0)  # noqa: E731
+    at_key = lambda b, n, s, query, key, flags: (b, n // groups, key[b, s], 0)  # noqa: E731
+    own_key = lambda b, n, s, query, key, flags: (b, n, key[b, s], 0)  # noqa: E731
+    lanes = lambda b, n, s, query, key, flags: (b, n, 0, query[b, s])  # noqa: E731
     return pl.pallas_call(
         functools.partial(_backward_kernel, blocks=blocks),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -295,13 +299,13 @@ def backward_call(blocks: Blocks, interpret, q_BNTH, k_BKSH, v_BKSV, reach, d_ou
                 pl.BlockSpec((None, None, size, width), at_query),
                 pl.BlockSpec((None, None, key_size, width), at_key),
                 pl.BlockSpec((None, None, key_size, out_width), at_key),
-                pl.BlockSpec((None, reach.shape[1], size), lambda b, n, s, query, key, todo: (b, 0, query[b, s])),
+                pl.BlockSpec((None, ranges.shape[1], size), lambda b, n, s, query, key, flags: (b, 0, query[b, s])),
                 pl.BlockSpec((None, None, size, out_width), at_query),
                 pl.BlockSpec((None, None, 1, size), lanes),
                 pl.BlockSpec((None, None, 1, size), lanes),
             ],
             out_specs=[
-                pl.BlockSpec((None, None, length, width), lambda b, n, s, query, key, todo: (b, n, 0, 0)),
+                pl.BlockSpec((None, None, length, width), lambda b, n, s, query, key, flags: (b, n, 0, 0)),
                 pl.BlockSpec((None, None, key_size, width), own_key),
                 pl.BlockSpec((None, None, key_size, out_width), own_key),
             ],
@@ -316,17 +320,17 @@ def backward_call(blocks: Blocks, interpret, q_BNTH, k_BKSH, v_BKSV, reach, d_ou
         ),
         interpret=interpret,
         name="flash_attention_backward",
-    )(*table, q_BNTH, k_BKSH, v_BKSV, reach, d_out, norm, inner)
+    )(*table, q_BNTH, k_BKSH, v_BKSV, ranges, d_out, norm, inner)
 
 
 def _backward_kernel(
     query,
     key,
-    todo,
+    flags,
     q_ref,
     k_ref,
     v_ref,
-    reach_ref,
+    ranges_ref,
     d_out_ref,
     norm_ref,
     inner_ref,
@@ -337,13 +341,13 @@ def _backward_kernel(
     blocks,
 ):
     row, step = pl.program_id(0), pl.program_id(2)
-    do, size = todo[row, step], blocks.backward_part
+    todo, size = flags[row, step], blocks.backward_part
 
     @pl.when(step == 0)
     def _():
         d_q_ref[...] = jnp.zeros_like(d_q_ref)
 
-    @pl.when(do & FIRST > 0)
+    @pl.when(todo & FIRST > 0)
     def _():
         d_k_ref[...], d_v_ref[...] = jnp.zeros_like(d_k_ref), jnp.zeros_like(d_v_ref)
 
@@ -356,12 +360,12 @@ def _backward_kernel(
             first_query = query[row, step] * blocks.backward_query + start
             if masked:
                 first_key = key[row, step] * blocks.backward_key
-                probs = jnp.where(_visible(reach_ref, part, first_query, first_key, scores.shape), probs, 0)
+                probs = jnp.where(_visible(ranges_ref, part, first_query, first_key, scores.shape), probs, 0)
             d_v_ref[...] += dot(probs.astype(d_out.dtype), d_out, (1, 0))
             d_probs = dot(v_ref[...], d_out, (1, 1))
             d_scores = (probs * (d_probs - inner_ref[:, part])).astype(q.dtype)
             d_k_ref[...] += dot(d_scores, q, (1, 0))
             d_q_ref[pl.ds(pl.multiple_of(first_query, size), size), :] += dot(d_scores, k_ref[...], (0, 0))
 
-    pl.when(do & (LIVE | MASKED) == LIVE)(lambda: work(False))
-    pl.when(do & (LIVE | MASKED) == LIVE | MASKED)(lambda: work(True))
+    pl.when(todo & (LIVE | MASKED) == LIVE)(lambda: work(False))
+    pl.when(todo & (LIVE | MASKED) == LIVE | MASKED)(lambda: work(True))

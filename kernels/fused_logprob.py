@@ -1,11 +1,11 @@
 """Token log-probabilities and entropies from hidden states and the unembedding, without logits in memory.
 
-Logits exist one tile at a time: some tokens by some columns of the vocabulary. The forward pass keeps running sums of the
-softmax for each token; the backward pass computes every tile again from what it saved of each token (its largest logit,
-the logarithm of its sum, its entropy), so neither pass holds [B, T, V]. Source of the running sums: Milakov and
+Logits exist one tile at a time: some tokens by some columns of the vocabulary. The forward pass keeps running sums of
+each token's softmax. The backward pass recomputes every tile from three values saved per token (its largest logit, the
+logarithm of its sum, its entropy), so neither pass holds [B, T, V]. Source of the running sums: Milakov and
 Gimelshein, arXiv 1805.02867.
 
-The tiles are XLA's, or on a TPU the blocks of the Pallas kernels in `logprob_tile`.
+The tiles are computed by XLA, or on a TPU by the Pallas kernels in `logprob_tile`, block by block.
 """
 
 import functools
@@ -21,20 +21,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from r1jax.kernels import logprob_tile
 from r1jax.kernels.tpu import LANES, LOWEST, SUBLANES, rounded
 
-WHOLE_LOGITS = 2**24  # up to this many logits a device (64 MiB of float32) they are computed at once
+WHOLE_LOGITS = 2**24  # up to this many logits per device (64 MiB of float32) are computed at once
 TILE_TOKENS = 1024
-TILE_LOGITS = 2**21  # of a tile: 8 MiB of float32, 2,048 columns of 1,024 tokens
-GATHERED_COLUMNS = 4096  # that the kernels take at once where D is divided: 56 MiB of bfloat16 at a width of 7,168
+TILE_LOGITS = 2**21  # logits of a tile: 8 MiB of float32, 2,048 columns of 1,024 tokens
+# Columns that are gathered for one call of the kernels where D is divided: 56 MiB of bfloat16 at a width of 7,168.
+GATHERED_COLUMNS = 4096
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where arrays lie on a mesh: every device works on its own tokens and its own part of the vocabulary."""
+    """How arrays are divided over a mesh: every device computes its own tokens and its own part of the vocabulary."""
 
     mesh: Mesh
     rows: PartitionSpec  # mesh axes of [B, T]
-    vocab: tuple[str, ...] = ()  # of V, which they divide evenly
-    embed: tuple[str, ...] = ()  # of the unembedding's D, which they divide evenly; hidden states have D whole
+    vocab: tuple[str, ...] = ()  # mesh axes of V, which they divide evenly
+    embed: tuple[str, ...] = ()  # mesh axes of the unembedding's D, likewise; hidden states have D whole
 
     @property
     def row_axes(self) -> tuple[str, ...]:
@@ -42,16 +43,16 @@ class Layout:
         return tuple(name for entry in entries for name in entry)
 
     def parts(self, axes: tuple[str, ...]) -> int:
-        """Returns how many parts these mesh axes make."""
+        """Returns into how many parts these mesh axes divide a dimension."""
         return math.prod(self.mesh.shape[name] for name in axes)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """The Pallas kernels for a kind of device, in interpret mode where that is no TPU.
+    """The Pallas kernels for a kind of device, in interpret mode where it is not a TPU.
 
-    Without `backward` they compute the forward pass alone: the two of the backward pass compute every logit twice, five
-    products a logit in all where XLA's tiles, which sum gradients in HBM, have four.
+    Without `backward` they compute the forward pass only. The two backward kernels compute every logit twice: five
+    products per logit in total, where XLA's tiles, which sum gradients in HBM, need four.
     """
 
     device_kind: str
@@ -61,7 +62,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Tile:
-    """The size of a tile of logits. With kernels that of what they are called on: logits are the kernels' blocks."""
+    """The size of a tile of logits. With Pallas kernels: the slice given to one kernel call, in blocks of its own."""
 
     tokens: int
     vocab: int
@@ -80,23 +81,25 @@ class Tiles:
 def tiles_of(
     tile: Tile, kernel: Kernel | None, tokens: int, vocab: int, states: jax.Array, layout: Layout | None = None
 ) -> Tiles:
-    """Returns the tiles for a device's tokens and vocabulary and hidden states [..., D] of whatever shape.
+    """Returns the tiles for a device's tokens and vocabulary and for hidden states [..., D].
 
-    They are `tile`, but where the kernels compute a pass: then all the tokens, and all columns or those gathered in D.
+    A pass that XLA computes takes `tile`. A pass that the kernels compute takes all tokens, and all columns or, where
+    D is divided, as many as are gathered at a time.
     """
     if kernel is None:
         return Tiles(tile, tile)
     vocab = min(vocab, GATHERED_COLUMNS) if layout is not None and layout.embed else vocab
     blocks = logprob_tile.blocks_for(kernel.device_kind, tokens, states.shape[-1], states.dtype.itemsize)
-    found = Tile(tokens, vocab, blocks, kernel.interpret)
-    return Tiles(found, found if kernel.backward else tile)
+    by_kernel = Tile(tokens, vocab, blocks, kernel.interpret)
+    return Tiles(by_kernel, by_kernel if kernel.backward else tile)
 
 
 def tile_of(tokens: int, vocab: int, chunk_tokens: int = 0, chunk_vocab: int = 0) -> Tile | None:
     """Returns the tile for a device's tokens and vocabulary; None to compute all logits at once.
 
-    A chunk of 0 is chosen: all at once up to WHOLE_LOGITS, else tiles of about TILE_LOGITS, even in size, with a multiple
-    of 128 columns. Raises ValueError for a negative chunk.
+    With both chunks 0, up to WHOLE_LOGITS logits are computed at once. A chunk of 0 is otherwise chosen so that tiles
+    have about TILE_LOGITS logits, are even in size and have a multiple of 128 columns. Raises ValueError for a
+    negative chunk.
     """
     for name, chunk in (("chunk_tokens", chunk_tokens), ("chunk_vocab", chunk_vocab)):
         if chunk < 0:
@@ -115,7 +118,10 @@ def _even(total: int, most: int, multiple: int) -> int:
 
 
 def _score(hidden, unembedding_DV, targets, temperature, used: int = 0):
-    """Returns (log p(target), entropy) of [..., D] hidden states; no operation mixes parts of a divided vocabulary."""
+    """Returns (log p(target), entropy) of hidden states [..., D].
+
+    Gathers no logits: over a divided vocabulary it uses only elementwise operations and reductions.
+    """
     logits = jnp.einsum("...D,DV->...V", hidden, unembedding_DV, preferred_element_type=jnp.float32)
     logits = _held(logits.astype(jnp.float32) / temperature, 0, used or None)
     norm = jax.nn.logsumexp(logits, axis=-1)
@@ -139,16 +145,16 @@ def token_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (log p(target), entropy), float32 [B, T] in nats, of softmax(hidden @ unembedding / temperature).
 
-    With `used` > 0 it is the softmax over the first `used` columns alone; targets are among these.
+    With `used` > 0 the softmax runs over the first `used` columns only, and targets are among these.
 
     hidden is [B, T, D], unembedding [D, V], targets int32 [B, T], temperature a scalar. At most chunk_tokens *
-    chunk_vocab logits exist at once on a device, forward and backward; a chunk of 0 is chosen (`tile_of`). Both results
-    have gradients with respect to hidden and unembedding; temperature has none where logits are tiled. Products take
-    their inputs as they are (bfloat16 or float32) and sum in float32; the unembedding's gradient is summed in float32
-    and rounded once. With `layout` the arrays are divided over its mesh: the vocabulary is never put together, columns
-    whose D is divided are gathered a tile at a time, and sums for each token and gradients travel. With `kernel` the
-    Pallas kernels compute it in blocks of their own; chunks then have a say in a backward pass that is XLA's. Raises
-    ValueError for a negative chunk.
+    chunk_vocab logits exist at once on a device, forward and backward; a chunk of 0 is chosen by `tile_of`. Both
+    results have gradients with respect to hidden and unembedding; temperature has none where logits are tiled.
+    Products take inputs of either dtype (bfloat16 or float32) and are summed in float32. The unembedding's gradient is
+    summed in float32 and rounded once. With `layout` the arrays are divided over its mesh: the vocabulary is never
+    gathered, columns whose D is divided are gathered a tile at a time, and only per-token sums and gradients are
+    exchanged. With `kernel` the Pallas kernels compute it in blocks of their own sizes, and chunks apply only to a
+    backward pass that XLA computes. Raises ValueError for a negative chunk.
     """
     (batch, length), vocab = targets.shape, unembedding.shape[1]
     tokens = batch * length
@@ -203,13 +209,13 @@ _tiled.defvjp(_forward, _backward)
 
 
 def _specs(layout: Layout) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec, PartitionSpec]:
-    """Returns the places of [B, T], [B, T, D], [D, V] and a scalar."""
+    """Returns the PartitionSpecs of [B, T], [B, T, D], [D, V] and a scalar."""
     matrix = PartitionSpec(layout.embed or None, layout.vocab or None)
     return layout.rows, PartitionSpec(*layout.rows, None), matrix, PartitionSpec()
 
 
 def _columns(unembedding, start, size: int, layout):
-    """Returns columns of this device's part of the vocabulary, whole in D."""
+    """Returns `size` columns, from `start` on, of this device's part of the vocabulary, with D whole."""
     part = _part(unembedding, start, size, axis=1)
     if layout is None or not layout.embed:
         return part
@@ -217,7 +223,7 @@ def _columns(unembedding, start, size: int, layout):
 
 
 def _summed(d_w, layout):
-    """Returns this device's part in D of columns' gradient, summed over the devices that hold other tokens."""
+    """Returns this device's part, along D, of the columns' gradient summed over the devices that hold other tokens."""
     if layout is None:
         return d_w
     if divided := tuple(name for name in layout.embed if name in layout.row_axes):
@@ -233,8 +239,8 @@ def _summed(d_w, layout):
 def forward_part(tile, layout, hidden, unembedding, targets, temperature, tiles=None, used=0):
     """Returns log p(target), entropy, largest logit and log of the sum of exp(logit - largest) of a device's tokens.
 
-    With `tiles` an int32 scalar, only that many leading tiles of tokens are computed; the rest means nothing. `used` as in
-    `token_logprobs`.
+    With `tiles`, an int32 scalar, only the first `tiles` tiles of tokens are computed and the rest is undefined.
+    `used` is as in `token_logprobs`.
     """
     flat_ND, targets_N = hidden.reshape(-1, hidden.shape[-1]), _local_targets(targets, unembedding, layout)
     limit = _local_limit(used, unembedding, layout)
@@ -253,13 +259,13 @@ def forward_part(tile, layout, hidden, unembedding, targets, temperature, tiles=
             exps = jnp.exp(below)
             total, weighted = _moved(total, weighted, top - higher)
             at_target = _at_target(start, logits.shape, _part(targets_N, first, count))
-            found = (
+            updated = (
                 higher,
                 total + exps.sum(axis=-1),
                 weighted + (exps * below).sum(axis=-1),
                 picked + jnp.where(at_target, logits, 0).sum(axis=-1),
             )
-            return tuple(_put(value, new, first) for value, new in zip(sums, found, strict=True))
+            return tuple(_put(value, new, first) for value, new in zip(sums, updated, strict=True))
 
         return _over(flat_ND.shape[0], tile.tokens, some_tokens, sums, tiles)
 
@@ -272,17 +278,17 @@ def forward_part(tile, layout, hidden, unembedding, targets, temperature, tiles=
         total, weighted, picked = jax.lax.psum((*_moved(total, weighted, top - highest), picked), layout.vocab)
         top = highest
     log_sum = jnp.log(total)
-    found = (picked - top) - log_sum, log_sum - weighted / total, top, log_sum
-    return tuple(value.reshape(targets.shape) for value in found)
+    results = (picked - top) - log_sum, log_sum - weighted / total, top, log_sum
+    return tuple(value.reshape(targets.shape) for value in results)
 
 
 def _count(tile, tiles):
-    """Returns how many leading tokens count, None where all do."""
+    """Returns how many leading tokens are computed, None for all."""
     return None if tiles is None else tiles * tile.tokens
 
 
 def _moved(total, weighted, shift):
-    """Returns sum e^x and sum e^x x when all x grow by `shift`, at most 0."""
+    """Returns the sums of e^x and of x e^x after all x have grown by `shift`, which is at most 0."""
     return total * jnp.exp(shift), (weighted + shift * total) * jnp.exp(shift)
 
 
@@ -301,7 +307,9 @@ def backward_part(
     tiles=None,
     used=0,
 ):
-    """Returns the gradients of a device's hidden states and its part of the unembedding; the last two as in `forward_part`.
+    """Returns the gradients of a device's hidden states and of its part of the unembedding.
+
+    `tiles` and `used` are as in `forward_part`.
 
     With p the softmax and H its entropy, d log p_t / d logit_j = [j = t] - p_j and dH / d logit_j = -p_j (log p_j + H).
     """
@@ -313,10 +321,10 @@ def backward_part(
         d_flat, d_unembedding = gradients
         w_DV = _columns(unembedding, start, size, layout)
         if tile.blocks is not None:
-            given = targets_N - start, temperature, per_token[:3], per_token[3:]
+            tokens = targets_N - start, temperature, per_token[:3], per_token[3:]
             how = _sum_dtypes(tile, layout, hidden, unembedding), tile.blocks, tile.interpret, _count(tile, tiles)
             how = *how, _rest(limit, start)
-            d_states, d_w = logprob_tile.backward_tile(flat_ND, w_DV, *given, *how)
+            d_states, d_w = logprob_tile.backward_tile(flat_ND, w_DV, *tokens, *how)
             d_flat = d_states if size == unembedding.shape[1] else d_flat + d_states
             return d_flat, _put(d_unembedding, _summed(d_w, layout).astype(unembedding.dtype), start, axis=1)
 
@@ -346,13 +354,13 @@ def backward_part(
 
 
 def _sum_dtypes(tile, layout, hidden, unembedding):
-    """Returns the dtypes of what the kernels return, float32 where other devices' or tiles' gradients are to be added."""
+    """Returns the dtypes of the kernels' two gradients: float32 where those of other devices or tiles are added."""
     whole = tile.vocab == unembedding.shape[1] and (layout is None or not layout.vocab)
     return hidden.dtype if whole else jnp.float32, unembedding.dtype if layout is None else jnp.float32
 
 
 def _local_targets(targets, unembedding, layout):
-    """Returns the column of each token's target in this device's part of the vocabulary, [N]; outside it where elsewhere."""
+    """Returns each token's target as a column of this device's part of the vocabulary, [N], or out of its range."""
     flat = targets.reshape(-1)
     if layout is None or not layout.vocab:
         return flat
@@ -360,7 +368,7 @@ def _local_targets(targets, unembedding, layout):
 
 
 def _local_limit(used: int, unembedding, layout):
-    """Returns how many columns of this device's part of the vocabulary count, int32, perhaps below 0; None where all do."""
+    """Returns how many of this device's columns are in the softmax, int32, 0 or less for none; None for all."""
     if not used:
         return None
     divided = layout is not None and layout.vocab
@@ -372,7 +380,10 @@ def _rest(limit, start):
 
 
 def _held(values, start, limit, instead=LOWEST):
-    """Returns values [..., V] of columns from `start` on, those from `limit` on replaced; as they are without a limit."""
+    """Returns values [..., V] of the columns from `start` on, with those from column `limit` on replaced by `instead`.
+
+    Without a limit they are returned unchanged.
+    """
     if limit is None:
         return values
     column = start + jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
@@ -390,9 +401,9 @@ def _at_target(start, shape, targets_N):
 
 
 def _over(total: int, size: int, body: Callable[[Any, int, Any], Any], carry: Any, parts=None) -> Any:
-    """Returns the carry after body(start, size, carry) over parts of `total`; the last may be shorter.
+    """Returns the carry after body(start, size, carry) over parts of `total`, of which the last may be shorter.
 
-    With `parts` an int32 scalar it is the first ones alone, all whole.
+    With `parts`, an int32 scalar, only the first `parts` of them are visited, each of the full size.
     """
     if parts is not None:
         return jax.lax.fori_loop(0, parts, lambda index, carry: body(index * size, size, carry), carry)

@@ -1,8 +1,8 @@
 """Grouped matrix products of a dropless mixture of experts, forward and backward, in tiles chosen for the TPU.
 
-The products are XLA's `ragged_dot`. On v5p that is a kernel of libtpu's over tiles of rows, with the grid of megablox (Gale
-et al., arXiv 2211.15841). Left alone it takes 128 rows by 128 columns for most products of DeepSeek-V3's experts, and waits for
-memory. Here its tile is the one that costs least by the bytes and the products of that grid.
+The products are XLA's `ragged_dot`. On v5p that is a kernel of libtpu over tiles of rows, with the grid of megablox
+(Gale et al., arXiv 2211.15841). By default it takes tiles of 128 rows by 128 columns for most products of DeepSeek-V3's
+experts and is bound by memory. Here the tile is the one whose grid costs least, counted in bytes and in products.
 """
 
 import functools
@@ -14,10 +14,12 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from r1jax.kernels.tpu import CHIPS, LANES
 
-VMEM_BYTES = 16 * 2**20  # that libtpu leaves to an operation
+VMEM_BYTES = 16 * 2**20  # that libtpu allows one operation
 ROWS = (128, 256, 512, 1024)  # of a tile
-SUM_ROWS = 48  # whose products cost as much as reading and writing the sum of a matrix's gradient, by libtpu's listing
-HEEDING = ("TPU v5",)  # device kinds whose compiler takes a tile
+# By libtpu's listing, reading and writing the sum of a matrix's gradient costs as much as the products of this many
+# rows.
+SUM_ROWS = 48
+HEEDING = ("TPU v5",)  # device kinds whose compiler follows a given tile
 FORWARD = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
 BY_OUTER = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])  # the gradient of the rows
 BY_ROWS = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])  # the gradient of the matrices
@@ -25,8 +27,10 @@ BY_ROWS = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])  # th
 
 @dataclass(frozen=True)
 class Problem:
-    """One grouped product: rows by groups, contracted over `inner` into `outer` columns; `transposed` is the gradient of the
-    groups' matrices, [inner, outer] each, contracted over rows."""
+    """One grouped product: rows by groups, contracted over `inner` into `outer` columns.
+
+    With `transposed` it is the gradient of the groups' matrices, [inner, outer] each, contracted over rows.
+    """
 
     rows: int
     inner: int
@@ -40,10 +44,10 @@ Tile = tuple[int, int, int]  # rows, inner, outer
 
 
 def moved(problem: Problem, tile: Tile) -> int:
-    """Returns the bytes that libtpu's kernel moves: a block counts when its index changes.
+    """Returns the bytes that libtpu's kernel moves: a block is moved when its index changes.
 
-    Its grid goes over (outer, rows, inner) tiles, transposed over (outer, inner, rows), the last fastest; a tile of rows
-    that two groups share is visited by both.
+    Its grid goes over (outer, rows, inner) tiles, or (outer, inner, rows) when transposed, the last one fastest. A tile
+    of rows that two groups share is visited by both.
     """
     p, (m, k, n) = problem, tile
     visits, inner, outer = _visits(p, m), -(-p.inner // k), -(-p.outer // n)
@@ -55,7 +59,7 @@ def moved(problem: Problem, tile: Tile) -> int:
 
 
 def seconds(problem: Problem, tile: Tile, device_kind: str) -> tuple[float, float]:
-    """Returns the times that memory and products of whole tiles take at a chip's best."""
+    """Returns the seconds that memory and the products of whole tiles take at a chip's peak rates."""
     chip = CHIPS[device_kind]
     products = 2 * _visits(problem, tile[0]) * tile[0] * problem.inner * problem.outer
     return moved(problem, tile) / chip.hbm, products / chip.operations
@@ -66,7 +70,7 @@ def _visits(p: Problem, rows: int) -> int:
 
 
 def _vmem(p: Problem, tile: Tile) -> int:
-    """Returns VMEM enough for a tile: blocks in two buffers, a sum in float32, and what the compiler makes beside them."""
+    """Returns the bytes of VMEM for a tile: blocks in two buffers, a float32 sum, and the compiler's temporaries."""
     m, k, n = tile
     blocks = 2 * p.itemsize * (m * k + k * n + m * n) + p.itemsize * m * k
     return blocks + (8 * k * n + 2**18 if p.transposed else (4 + p.itemsize) * m * n)
@@ -74,10 +78,13 @@ def _vmem(p: Problem, tile: Tile) -> int:
 
 @functools.cache
 def tile_for(problem: Problem, device_kind: str) -> Tile | None:
-    """Returns the tile of the least time, the smaller of equals; None where none divides rows and widths or is heeded."""
+    """Returns the fastest tile, the smaller one of equals.
+
+    Returns None where no tile divides rows and widths, or the compiler follows none.
+    """
     if device_kind not in HEEDING:
         return None
-    p, found = problem, []
+    p, candidates = problem, []
     for m in ROWS:
         for k in _divisors(p.inner):
             for n in _divisors(p.outer):
@@ -86,8 +93,8 @@ def tile_for(problem: Problem, device_kind: str) -> Tile | None:
                     memory, products = seconds(p, tile, device_kind)
                     products *= 1 + SUM_ROWS / m if p.transposed else 1
                     steps = _visits(p, m) * (p.inner // k) * (p.outer // n)
-                    found.append((max(memory, products) + min(memory, products) / 8, steps, tile))
-    return min(found)[2] if found else None
+                    candidates.append((max(memory, products) + min(memory, products) / 8, steps, tile))
+    return min(candidates)[2] if candidates else None
 
 
 def _divisors(width: int) -> list[int]:
@@ -98,8 +105,8 @@ def _divisors(width: int) -> list[int]:
 def grouped_matmul(rows_MK, matrices_EKN, sizes_E, device_kind: str = "") -> jax.Array:
     """Returns rows times their group's matrix, [M, N] of the rows' dtype, summed in float32; rows are sorted by group.
 
-    sizes int32 [E] are the rows of each group, and may sum to fewer than M: what comes of the rest means nothing, and they
-    give the matrices no gradient. `device_kind` is that of the device compiled for.
+    sizes int32 [E] are the rows of each group and may sum to fewer than M: the outputs of the remaining rows are
+    undefined, and these rows give the matrices no gradient. `device_kind` is that of the device compiled for.
     """
     return _forward(rows_MK, matrices_EKN, sizes_E, device_kind)[0]
 
@@ -107,23 +114,23 @@ def grouped_matmul(rows_MK, matrices_EKN, sizes_E, device_kind: str = "") -> jax
 def _forward(rows, matrices, sizes, device_kind):
     (groups, inner, outer), size = matrices.shape, rows.dtype.itemsize
     tile = tile_for(Problem(rows.shape[0], inner, outer, groups, size), device_kind)
-    return told(tile, rows, matrices, sizes, FORWARD), (rows, matrices, sizes)
+    return ragged_dot_with_tile(tile, rows, matrices, sizes, FORWARD), (rows, matrices, sizes)
 
 
 def _backward(device_kind, saved, d_out):
     rows, matrices, sizes = saved
     (groups, inner, outer), count, size = matrices.shape, rows.shape[0], rows.dtype.itemsize
     tile = tile_for(Problem(count, outer, inner, groups, size), device_kind)
-    d_rows = told(tile, d_out, matrices, sizes, BY_OUTER)
+    d_rows = ragged_dot_with_tile(tile, d_out, matrices, sizes, BY_OUTER)
     tile = tile_for(Problem(count, inner, outer, groups, size, transposed=True), device_kind)
-    d_matrices = told(tile, rows, d_out, sizes, BY_ROWS)
+    d_matrices = ragged_dot_with_tile(tile, rows, d_out, sizes, BY_ROWS)
     return d_rows.astype(rows.dtype), d_matrices.astype(matrices.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
-def told(tile: Tile | None, a, b, sizes, dimensions) -> jax.Array:
-    """Returns the grouped product of a and b, the compiler told the tile; with None it chooses its own."""
+def ragged_dot_with_tile(tile: Tile | None, a, b, sizes, dimensions) -> jax.Array:
+    """Returns the grouped product of a and b. `tile` is a hint to XLA; None lets XLA choose."""
     with set_xla_metadata(ragged_dot_tiling=",".join(map(str, tile)) if tile else None):
         return lax.ragged_dot_general(a, b, sizes, dimensions)

@@ -1,9 +1,9 @@
 """Token log-probabilities over columns of the unembedding as Pallas TPU kernels, forward and backward.
 
-The forward kernel moves the running sums of each token's softmax on by some columns; logits exist one block in VMEM. The
-backward pass computes them again in two kernels: the gradient of the hidden states is summed over columns, that of the
-columns over tokens, so each stays in VMEM until it is whole and no logits reach HBM. A token's numbers (its target, its
-sums) are the first entries of a row of lanes.
+The forward kernel updates the running sums of each token's softmax with some columns; only one block of logits exists,
+in VMEM. The backward pass recomputes the logits in two kernels: the gradient of the hidden states is summed over
+columns, and that of the columns over tokens, so each stays in VMEM until it is complete and no logits reach HBM. A
+token's numbers (its target and its sums) are the first entries of a row of lanes.
 """
 
 import functools
@@ -17,14 +17,14 @@ from jax.experimental.pallas import tpu as pltpu
 from r1jax.kernels.tpu import LANES, LOWEST, dot, doubled
 
 NUMBERS = 8  # places for the numbers of a token
-TARGET, TOP, TOTAL, WEIGHTED, PICKED = range(5)  # of the forward pass, as in `fused_logprob.forward_part`
-LOG_SUM, ENTROPY, D_LOGP, D_ENTROPY = range(2, 6)  # of the backward pass, behind TARGET and TOP
+TARGET, TOP, TOTAL, WEIGHTED, PICKED = range(5)  # places in the forward pass, as in `fused_logprob.forward_part`
+LOG_SUM, ENTROPY, D_LOGP, D_ENTROPY = range(2, 6)  # places in the backward pass, after TARGET and TOP
 NAMES = ("logprob_forward", "logprob_backward_hidden", "logprob_backward_columns")
 
 
 @dataclass(frozen=True)
 class Size:
-    """Tokens and columns that a step of a kernel takes, and tokens of it that are worked on at a time."""
+    """Tokens and columns that a grid step takes, and the tokens of it that are computed at a time."""
 
     tokens: int
     columns: int
@@ -46,39 +46,43 @@ class Blocks:
 
     @property
     def tokens(self) -> int:
-        """Tokens that every kernel's blocks divide."""
+        """Tokens of the largest block: a multiple of every kernel's."""
         return max(size.tokens for size in (self.forward, self.hidden, self.columns))
 
 
-# By device kind: at a width of 7,168 each kernel does at least twice the products that the speed of HBM asks for.
+# By device kind: at a width of 7,168 each kernel computes at least twice the products at which it would be bound by
+# HBM.
 _V5P = Blocks(Size(512, 256, 128), Size(512, 256, 256), Size(512, 256, 256))
 _V5E = Blocks(Size(1024, 256, 128), Size(512, 256, 256), Size(512, 512, 256), 100 * 2**20)
 _V6E = Blocks(Size(2048, 256, 128), Size(1024, 256, 256), Size(256, 768, 256), 120 * 2**20)
 BLOCKS = {"TPU v5": _V5P, "TPU v5 lite": _V5E, "TPU v6 lite": _V6E}
-MARGIN = 1.17  # VMEM that the compiler takes over blocks and sums, for operands turned and values spilled
-LEAST = 16  # tokens of a block
+MARGIN = 1.17  # VMEM that the compiler uses over that of blocks and sums, for transposed operands and spilled values
+LEAST = 16  # fewest tokens of a block
 
 
 def blocks_for(device_kind: str, tokens: int, width: int, itemsize: int = 2) -> Blocks:
-    """Returns the sizes for a generation of TPUs, `tokens` hidden states of `width` and a number of `itemsize` bytes.
+    """Returns the sizes for a TPU generation and `tokens` hidden states of `width` numbers of `itemsize` bytes.
 
-    Few tokens are one block; blocks of wide or long numbers have fewer tokens, so that they fit VMEM.
+    Few tokens are one block. Blocks of wide states or long numbers have fewer tokens, so that they fit VMEM.
     """
-    found, whole = BLOCKS.get(device_kind, _V5P), doubled(LEAST, tokens)
-    # Bytes of a sum: results in two buffers, float32 beside other types.
+    preferred, whole = BLOCKS.get(device_kind, _V5P), doubled(LEAST, tokens)
+    # Bytes of one number of a sum: its result in two buffers, and float32 as well where that is another type.
     sums = 2 * itemsize + (4 if itemsize < 4 else 0)
-    fit = functools.partial(_fit, found.vmem_bytes / (MARGIN * width), 2 * itemsize, whole)
+    fit = functools.partial(_fit, preferred.vmem_bytes / (MARGIN * width), 2 * itemsize, whole)
     return Blocks(
-        forward=fit(found.forward, 0, 0),
-        hidden=fit(found.hidden, sums, 0),
-        columns=fit(found.columns, 0, sums),
-        vmem_bytes=found.vmem_bytes,
+        forward=fit(preferred.forward, 0, 0),
+        hidden=fit(preferred.hidden, sums, 0),
+        columns=fit(preferred.columns, 0, sums),
+        vmem_bytes=preferred.vmem_bytes,
     )
 
 
 def _fit(room: float, value: int, most: int, size: Size, token_sum: int, column_sum: int) -> Size:
-    """Returns the largest size up to `most` tokens of which one number in D of every token and column takes up to `room`
-    bytes: `value` for inputs, and for sums of tokens or columns. What is summed shrinks first."""
+    """Returns the largest size, up to `most` tokens, that fits `room` bytes per element of D.
+
+    Every token and column takes `value` bytes as an input, and token_sum or column_sum bytes where it is summed. What
+    is summed shrinks first.
+    """
     tokens, columns = min(size.tokens, most), size.columns
     while (value + token_sum) * tokens + (value + column_sum) * columns > room:
         if column_sum and columns > LANES:
@@ -93,17 +97,17 @@ def _fit(room: float, value: int, most: int, size: Size, token_sum: int, column_
 def forward_tile(
     states_ND, w_DV, targets_N, temperature, sums, blocks: Blocks, interpret=False, count=None, limit=None
 ):
-    """Returns (largest logit, sum of exp, sum of exp times what is below the largest, logit of the target), float32 [N]
-    each, moved on from `sums` by the logits of these columns.
+    """Returns `sums` updated with the logits of these columns, float32 [N] each.
 
-    targets_N int32 is the column of each token's target among these, outside where it lies elsewhere. With `count` an
-    int32 scalar, only about that many leading tokens are computed; the rest means nothing. With `limit` an int32 scalar,
-    only that many leading columns count.
+    They are: the largest logit, the sum of exp(logit - largest), that of exp(logit - largest) * (logit - largest), and
+    the target's logit. targets_N int32 is the column of each token's target within w_DV, outside its range where the
+    target is elsewhere. With `count`, an int32 scalar, whole blocks that cover the first `count` tokens are computed
+    and the rest is undefined. With `limit`, an int32 scalar, only the first `limit` columns are in the softmax.
     """
     tokens, width = states_ND.shape
-    states, before = _padded(blocks, states_ND), _numbers(blocks, count, _own(targets_N, w_DV), *sums)
+    states, before = _padded(blocks, states_ND), _numbers(blocks, count, _local(targets_N, w_DV), *sums)
     size = blocks.forward
-    found = pl.pallas_call(
+    after = pl.pallas_call(
         functools.partial(_forward, size, w_DV.shape[1], limit is not None),
         grid=_grid(size, states, w_DV, count),
         in_specs=[
@@ -118,7 +122,7 @@ def forward_tile(
         interpret=interpret,
         name=NAMES[0],
     )(_scalars(temperature, w_DV, limit), states, w_DV, before)
-    return tuple(found[:tokens, place] for place in (TOP, TOTAL, WEIGHTED, PICKED))
+    return tuple(after[:tokens, place] for place in (TOP, TOTAL, WEIGHTED, PICKED))
 
 
 def backward_tile(
@@ -134,19 +138,19 @@ def backward_tile(
     count=None,
     limit=None,
 ):
-    """Returns (gradient of the hidden states through these columns [N, D], of the columns [D, V]), summed in float32 and
-    rounded once to the two `dtypes`.
+    """Returns the gradients of the hidden states through these columns, [N, D], and of the columns, [D, V].
 
-    saved are [N] of all columns: largest logit, log of the sum of exp(logit - largest), entropy. gradients are those of log
-    p(target) and entropy, [N], divided by the temperature. targets_N, `count` and `limit` are as in `forward_tile`; gradients
-    of the states past `count` mean nothing, those of columns past `limit` are 0.
+    Both are summed in float32 and rounded once to the two `dtypes`. `saved` are [N] each, over all columns: the
+    largest logit, the log of the sum of exp(logit - largest), and the entropy. `gradients` are those of log p(target)
+    and of the entropy, [N], divided by the temperature. targets_N, `count` and `limit` are as in `forward_tile`:
+    gradients of states past `count` are undefined, those of columns past `limit` are 0.
     """
     (tokens, width), vocab = states_ND.shape, w_DV.shape[1]
-    states, numbers = _padded(blocks, states_ND), _numbers(blocks, count, _own(targets_N, w_DV), *saved, *gradients)
+    states, numbers = _padded(blocks, states_ND), _numbers(blocks, count, _local(targets_N, w_DV), *saved, *gradients)
     arrays = (_scalars(temperature, w_DV, limit), states, w_DV, numbers)
 
     def call(name, kernel, size, sums_tokens: bool, dtype):
-        """Calls a kernel that sums over tokens for each block of columns, or the other way round; the last axis sums."""
+        """Calls a kernel that sums over tokens for each block of columns, or the reverse, along the last grid axis."""
         at_token, at_column = (lambda t, v: (t, 0)), (lambda t, v: (0, v))
         grid, block, place, whole = _grid(size, states, w_DV, count), (size.tokens, width), at_token, states
         if sums_tokens:
@@ -178,7 +182,7 @@ def _params(blocks: Blocks):
 
 
 def _scalars(temperature, w_DV, limit):
-    """Returns [1 / temperature], and behind it, where there is a limit, the columns that count; below 2**24 they are exact."""
+    """Returns [1 / temperature], followed by the limit on columns where there is one; it is exact below 2**24."""
     inverse = jnp.reshape(1 / jnp.asarray(temperature, jnp.float32), 1)
     if limit is None:
         return inverse
@@ -186,17 +190,17 @@ def _scalars(temperature, w_DV, limit):
 
 
 def _padded(blocks: Blocks, array):
-    """Returns [N, ...] with tokens to whole blocks."""
+    """Returns the array [N, ...] with its tokens padded to whole blocks."""
     return jnp.pad(array, ((0, -array.shape[0] % blocks.tokens), (0, 0)))
 
 
-def _own(targets_N, w_DV):
-    """Returns targets among these columns, -1 where elsewhere: no block's, not even one that reaches past the columns."""
+def _local(targets_N, w_DV):
+    """Returns targets within these columns, -1 where elsewhere: in no block, even one that ends past the columns."""
     return jnp.where(targets_N < w_DV.shape[1], targets_N, -1)
 
 
 def _numbers(blocks: Blocks, count, targets_N, *numbers):
-    """Returns [N, NUMBERS] float32 with tokens to whole blocks, 0 past `count`; a target below 2**24 is exact."""
+    """Returns float32 [N, NUMBERS], tokens padded to whole blocks, 0 past `count`; a target below 2**24 is exact."""
     columns = jnp.stack([targets_N.astype(jnp.float32), *numbers], axis=1)
     if count is not None:
         columns = jnp.where(jnp.arange(columns.shape[0])[:, None] < count, columns, 0)
@@ -206,7 +210,7 @@ def _numbers(blocks: Blocks, count, targets_N, *numbers):
 def _grid(size: Size, states, w_DV, count):
     """Returns how many blocks of tokens and of columns there are."""
     tokens = states.shape[0] // size.tokens
-    if count is not None:  # one block at least, or a sum over tokens would not be written
+    if count is not None:  # at least one block: otherwise a sum over tokens would not be written
         tokens = jnp.maximum(pl.cdiv(count, size.tokens), 1)
     return tokens, pl.cdiv(w_DV.shape[1], size.columns)
 
@@ -220,14 +224,15 @@ def _at_target(numbers_ref, part, first, shape):
 
 
 def _counted(vocab: int, limited: bool, scalars):
-    """Returns how many columns count: all, or where there is a limit as many as it says."""
+    """Returns how many columns are in the softmax: `vocab`, or the limit where there is one."""
     return scalars[1].astype(jnp.int32) if limited else vocab
 
 
 def _edge(vocab, size: Size, block, work):
-    """Runs work(whether columns of the block lie past the vocabulary), the check only where the last block has such.
+    """Runs work(edge) for a block, where `edge` says whether some of its columns are past the vocabulary.
 
-    Of a vocabulary known only on the device, blocks wholly past it are left out.
+    Blocks without such columns skip the check. Where the vocabulary's size is known only on the device, blocks that are
+    wholly past it are skipped.
     """
     if isinstance(vocab, int) and vocab % size.columns == 0:
         return work(False)
@@ -256,12 +261,12 @@ def _forward(size, vocab, limited, scalars, states_ref, w_ref, before_ref, after
             higher = jnp.maximum(top, logits.max(axis=1, keepdims=True))
             below, shift = logits - higher, top - higher
             exps, shrink = jnp.exp(below), jnp.exp(shift)
-            found = _at_target(before_ref, part, first, logits.shape)
+            hit = _at_target(before_ref, part, first, logits.shape)
             new = (
                 higher,
                 total * shrink + exps.sum(axis=1, keepdims=True),
                 (weighted + shift * total) * shrink + (exps * below).sum(axis=1, keepdims=True),
-                picked + jnp.where(found, logits, 0).sum(axis=1, keepdims=True),
+                picked + jnp.where(hit, logits, 0).sum(axis=1, keepdims=True),
             )
             for place, value in zip((TOP, TOTAL, WEIGHTED, PICKED), new, strict=True):
                 after_ref[part, place : place + 1] = value
@@ -270,16 +275,19 @@ def _forward(size, vocab, limited, scalars, states_ref, w_ref, before_ref, after
 
 
 def _d_logits(edge, vocab, first, part, scalars, states_ref, w, numbers_ref):
-    """With p the softmax and H its entropy, d log p_t / d logit_j = [j = t] - p_j and dH / d logit_j = -p_j (log p_j + H)."""
+    """Returns the gradient of a part's logits, in the dtype of the hidden states.
+
+    With p the softmax and H its entropy, d log p_t / d logit_j = [j = t] - p_j and dH / d logit_j = -p_j (log p_j + H).
+    """
     top, log_sum, entropy, d_logp, d_entropy = (
         numbers_ref[part, place : place + 1] for place in (TOP, LOG_SUM, ENTROPY, D_LOGP, D_ENTROPY)
     )
     log_probs = (dot(states_ref[part, :], w, (1, 0)) * scalars[0] - top) - log_sum
     hot = jnp.where(_at_target(numbers_ref, part, first, log_probs.shape), d_logp, 0)
-    found = hot - jnp.exp(log_probs) * (d_logp + d_entropy * (log_probs + entropy))
+    d_logits = hot - jnp.exp(log_probs) * (d_logp + d_entropy * (log_probs + entropy))
     if edge:
-        found = jnp.where(_column(first, found.shape) < vocab, found, 0)
-    return found.astype(states_ref.dtype)
+        d_logits = jnp.where(_column(first, d_logits.shape) < vocab, d_logits, 0)
+    return d_logits.astype(states_ref.dtype)
 
 
 def _hidden(size, vocab, limited, scalars, states_ref, w_ref, numbers_ref, *refs):
@@ -318,7 +326,7 @@ def _cleared(sums):
 
 
 def _rounded(refs):
-    """Writes the sums to the result in its dtype at the last inner step, where they are not the result themselves."""
+    """Writes the sums, rounded to the result's dtype, at the last inner step, unless they are the result themselves."""
     if len(refs) > 1:
 
         @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)

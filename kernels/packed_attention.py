@@ -1,8 +1,8 @@
-"""Causal attention within the samples of packed rows, block by block: what lies in other samples is not computed.
+"""Causal attention within the samples of packed rows, block by block: blocks of other samples are not computed.
 
-A row holds samples one after the other, so a block of queries sees keys from the start of its earliest sample to its own
-end, and those of the shared prompts that its samples go on from. The other blocks are passed over, forward and backward,
-and no [T, T] probabilities are kept: the backward pass computes each block again from the logarithm of the softmax's sum.
+A row holds samples one after the other, so a block of queries attends to keys from the start of its earliest sample to
+its own end, and to the shared prompts that its samples continue. The other blocks are skipped, forward and backward.
+No [T, T] probabilities are stored: the backward pass recomputes each block from the logarithm of the softmax's sum.
 Source of the running softmax and its backward: Dao et al., arXiv 2205.14135, algorithms 1 and 4.
 """
 
@@ -18,11 +18,11 @@ def packed_attention(q, k, v, segments, scale: float, block: int, prefixes=None)
     """Returns the attention outputs, [B, T, K, G, V], of queries q [B, T, K, G, H] over keys k [B, T, K, H] and values
     v [B, T, K, V].
 
-    segments int32 [B, T] number the samples of a row, 0 is padding; a token sees itself, the earlier tokens of its
-    sample and, where `prefixes` int32 [B, T] is not 0, the segment it names, which stands earlier in the row. The G query
-    heads of a key head stand together. `block` queries and keys are taken at a time; the work is that of the blocks that
-    any of the B rows needs. Products sum in float32, the softmax is float32. The outputs at padding are finite and mean
-    nothing. Raises ValueError for a block below 1.
+    segments int32 [B, T] number the samples of a row; 0 is padding. A token attends to itself, to the earlier tokens of
+    its sample and, where `prefixes` int32 [B, T] is not 0, to the segment with that number, which comes earlier in the
+    row. The G query heads that share a key head are adjacent. `block` queries and keys are taken at a time; a block is
+    computed when any of the B rows needs it. Products are summed in float32 and the softmax is float32. The outputs at
+    padding are finite but undefined. Raises ValueError for a block below 1.
     """
     if block < 1:
         raise ValueError(f"packed_attention: block={block} must be at least 1")
@@ -35,8 +35,11 @@ def packed_attention(q, k, v, segments, scale: float, block: int, prefixes=None)
 
 
 def needed_blocks(segments: jax.Array, block: int, prefixes: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Returns the earlier blocks of keys that each block of queries needs: (their numbers, rising, then others, int32
-    [T / block, T / block]; how many they are, int32 [T / block]). Padding needs none."""
+    """Returns (blocks of keys, int32 [T / block, T / block]; how many are needed, int32 [T / block]).
+
+    Row i lists the earlier blocks of keys that block i of queries needs, in rising order, followed by the other blocks.
+    Padding needs none.
+    """
     batch, length = segments.shape
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), segments.shape)
     bounds = jax.vmap(
@@ -48,10 +51,10 @@ def needed_blocks(segments: jax.Array, block: int, prefixes: jax.Array | None = 
     numbers = jnp.arange(length // block)
 
     def touched(named, end):
-        """Returns [T / block, T / block] whether a block holds a key, up to `end`, of a segment that is named in another."""
+        """Returns bool [T / block, T / block]: whether block i names a segment with keys, up to `end`, in block j."""
         first, last = (jnp.take_along_axis(bound, named, axis=1)[..., None] // block for bound in bounds)
-        found = (named > 0)[..., None] & (first <= numbers) & (numbers <= jnp.minimum(last, end[..., None] // block))
-        return found.reshape(batch, -1, block, numbers.size).any(axis=(0, 2))
+        inside = (named > 0)[..., None] & (first <= numbers) & (numbers <= jnp.minimum(last, end[..., None] // block))
+        return inside.reshape(batch, -1, block, numbers.size).any(axis=(0, 2))
 
     needed = touched(segments, index)
     if prefixes is not None:
@@ -78,12 +81,12 @@ def _forward(scale, block, q_BKGTH, k_BKTH, v_BKTV, rows):
             higher = jnp.maximum(top, scores.max(axis=-1))
             exps, shrink = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
             value = _part(v_BKTV, other, block, 2)
-            found = jnp.einsum("BKGTS,BKSV->BKGTV", exps.astype(value.dtype), value, preferred_element_type=jnp.float32)
-            return higher, total * shrink + exps.sum(axis=-1), weighted * shrink[..., None] + found
+            added = jnp.einsum("BKGTS,BKSV->BKGTV", exps.astype(value.dtype), value, preferred_element_type=jnp.float32)
+            return higher, total * shrink + exps.sum(axis=-1), weighted * shrink[..., None] + added
 
         zeros = jnp.zeros(q.shape[:-1], jnp.float32)
         start = (zeros + LOWEST, zeros, jnp.zeros((*q.shape[:-1], v_BKTV.shape[-1]), jnp.float32))
-        # The own block comes first: after it every query has seen a key, itself.
+        # The diagonal block comes first: after it every query has seen at least one key, itself.
         others = lambda place, sums: keys(order[number, place], sums)  # noqa: E731
         top, total, weighted = jax.lax.fori_loop(0, counts[number], others, keys(number, start))
         return (weighted / total[..., None]).astype(q.dtype), top + jnp.log(total)
@@ -100,14 +103,14 @@ def _backward(scale, block, saved, d_out):
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
     def queries(number, gradients):
-        q, d_o, own_norm, own_inner = (_part(x, number, block, 3) for x in (q_BKGTH, d_out, norm, inner))
+        q, d_o, block_norm, block_inner = (_part(x, number, block, 3) for x in (q_BKGTH, d_out, norm, inner))
 
         def keys(other, gradients):
             d_q, d_k, d_v = gradients
             key, value = _part(k_BKTH, other, block, 2), _part(v_BKTV, other, block, 2)
-            probs = jnp.exp(_scores(q, key, rows, number, other, scale, block) - own_norm[..., None])
+            probs = jnp.exp(_scores(q, key, rows, number, other, scale, block) - block_norm[..., None])
             d_probs = jnp.einsum("BKGTV,BKSV->BKGTS", d_o, value, preferred_element_type=jnp.float32)
-            d_scores = (probs * (d_probs - own_inner[..., None]) * scale).astype(q.dtype)
+            d_scores = (probs * (d_probs - block_inner[..., None]) * scale).astype(q.dtype)
             product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
             d_v = _add(d_v, product("BKGTS,BKGTV->BKSV", probs.astype(d_o.dtype), d_o), other, block)
             d_k = _add(d_k, product("BKGTS,BKGTH->BKSH", d_scores, q), other, block)
@@ -116,8 +119,8 @@ def _backward(scale, block, saved, d_out):
         d_q, d_k, d_v = gradients
         others = lambda place, gradients: keys(order[number, place], gradients)  # noqa: E731
         start = keys(number, (jnp.zeros(q.shape, jnp.float32), d_k, d_v))
-        own, d_k, d_v = jax.lax.fori_loop(0, counts[number], others, start)
-        return jax.lax.dynamic_update_slice_in_dim(d_q, own, number * block, 3), d_k, d_v
+        block_d_q, d_k, d_v = jax.lax.fori_loop(0, counts[number], others, start)
+        return jax.lax.dynamic_update_slice_in_dim(d_q, block_d_q, number * block, 3), d_k, d_v
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_BKGTH, k_BKTH, v_BKTV))
     d_q, d_k, d_v = jax.lax.fori_loop(0, q_BKGTH.shape[3] // block, queries, start)
@@ -128,7 +131,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _scores(q_BKGTH, k_BKSH, rows, number, other, scale, block):
-    """Returns the scores of a block of queries and one of keys, float32, LOWEST where a query may not look."""
+    """Returns the scores of a block of queries and one of keys, float32, LOWEST where a query may not attend."""
     scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32) * scale
     places = jnp.arange(block)
     seen = (number * block + places)[:, None] >= other * block + places

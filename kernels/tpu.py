@@ -1,4 +1,4 @@
-"""What the kernels share: sides of a TPU's registers, what its chips do at their best, and products that sum in float32."""
+"""Shared by the kernels: the sides of a TPU's registers, peak rates of its chips, and products summed in float32."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ LOWEST = -1e30  # below any score or logit
 
 @dataclass(frozen=True)
 class Chip:
-    """A chip at its best, by Google's pages on each generation."""
+    """Peak rates of a chip. Source: Google's page on each generation."""
 
-    operations: float  # dense, bfloat16, a second
-    hbm: float  # bytes a second
+    operations: float  # dense bfloat16 operations per second
+    hbm: float  # bytes per second
 
 
 CHIPS = {  # by JAX's device kind: v5p, v5e, v6e

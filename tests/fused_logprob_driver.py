@@ -54,8 +54,8 @@ def run(config, vocab, chunks):
         logp, entropy = token_logprobs(hidden, matrix, targets, 0.7, *chunks)
         return jnp.sum(weights[0] * logp + weights[1] * entropy), (logp, entropy)
 
-    compiled = sharding.with_mesh(mesh, jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True)).lower)(*placed)
-    compiled = compiled.compile()
+    with sharding.use_mesh(mesh):
+        compiled = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True)).lower(*placed).compile()
     (_, values), gradients = jax.device_get(compiled(*placed))
     return [*values, *gradients], compiled.as_text()
 

@@ -107,8 +107,8 @@ def context_parallel(model):
     for config in (MeshConfig(), MeshConfig(context=4)):
         mesh = sharding.make_mesh(config)
         params = sharding.initialize(decoder.specs(model), rng.key(0, "mesh", "init"), "float32", mesh)
-        run = sharding.with_mesh(mesh, jax.jit(jax.value_and_grad(loss, has_aux=True)))
-        (value, hidden), grads = jax.device_get(run(params))
+        with sharding.use_mesh(mesh):
+            (value, hidden), grads = jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(params))
         found.append((float(value), hidden[segments > 0], jax.tree.leaves(grads)))
     (loss_1, hidden_1, grads_1), (loss_4, hidden_4, grads_4) = found
     return {

@@ -163,19 +163,17 @@ def test_padding_and_idle_slots_leave_the_cache_as_it_was():
     assert not rows[:, 0, 2:].any() and not rows[:, 1].any()
 
 
-def test_absorbed_attention_equals_expanded_attention():
-    c = DEEPSEEK
-    keys = jax.random.split(jax.random.key(4), 4)
-    q_nope = jax.random.normal(keys[0], (2, 3, c.num_attention_heads, c.qk_nope_head_dim))
-    q_rope = jax.random.normal(keys[1], (2, 3, c.num_attention_heads, c.qk_rope_head_dim))
-    latent = jax.random.normal(keys[2], (2, 7, c.kv_lora_rank + c.qk_rope_head_dim))
-    kv_b = jax.random.normal(keys[3], (c.kv_lora_rank, c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim))
-    mask = np.arange(7) <= np.asarray([4, 5, 6])[:, None]
-    mask = np.broadcast_to(mask, (2, 3, 7))
-    absorbed, expanded = (
-        np.asarray(attend(kv_b, q_nope, q_rope, latent, mask, c))
-        for attend in (attention._absorbed, attention._expanded)
-    )
+def test_absorbed_attention_equals_expanded_attention(monkeypatch):
+    tokens, hidden = draw_tokens(2, 9), {}
+    for most in (attention.ABSORBED_MAX_QUERIES, 0):
+        monkeypatch.setattr(attention, "ABSORBED_MAX_QUERIES", most)
+        kv = cache.CacheSpec(DEEPSEEK, slots=2, rows=16).zeros()
+        for first, last in ((0, 6), (6, 9)):
+            places = np.tile(np.arange(first, last, dtype=np.int32), (2, 1))
+            piece = tokens[:, first:last], places, np.ones_like(places)
+            hidden[most], kv, _ = decoder.forward(weights(DEEPSEEK), *piece, DEEPSEEK, kv)
+    absorbed, expanded = map(np.asarray, hidden.values())
+    assert (absorbed != expanded).any()  # two ways of computing
     assert_close(absorbed, expanded)
 
 

@@ -18,7 +18,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from r1jax.core import rng, sharding
-from r1jax.kernels.flash_attention import FIRST, LAST, LIVE, MASKED, Blocks, blocks_for, flash_attention, reaches, steps
+from r1jax.kernels.flash_attention import (
+    FIRST,
+    LAST,
+    LIVE,
+    MASKED,
+    Blocks,
+    block_schedule,
+    blocks_for,
+    flash_attention,
+    key_ranges,
+)
 from r1jax.models import decoder
 from r1jax.rl import losses
 from r1jax.schema import GRPOConfig, MeshConfig, ModelConfig, OptimizerConfig, replace
@@ -120,7 +130,7 @@ def test_any_row_of_samples_is_the_formula(lengths, padding, seed):
 
 def live(segments, query, key, by_key, prefixes=None):
     given = [jnp.asarray(array, jnp.int32) for array in (segments, prefixes) if array is not None]
-    blocks = [np.asarray(array) for array in steps(reaches(*given), query, key, by_key)]
+    blocks = [np.asarray(array) for array in block_schedule(key_ranges(*given), query, key, by_key)]
     return [
         [tuple(step) for step in zip(*(array[row] for array in blocks), strict=True) if step[2]] for row in range(1)
     ][0]
@@ -177,11 +187,11 @@ def test_the_detector_of_races_sees_a_planted_one():
 
 def test_kernels_asked_for_on_a_gpu_are_refused_with_the_remedy(monkeypatch):
     monkeypatch.setattr(sharding, "device", lambda: types.SimpleNamespace(platform="gpu"))
-    assert not sharding.by_kernels("attention_implementation", "auto")
+    assert not sharding.use_pallas("attention_implementation", "auto")
     with pytest.raises(
         ValueError, match="attention_implementation=flash needs a TPU.*a gpu needs attention_impl.*=xla"
     ):
-        sharding.by_kernels("attention_implementation", "flash")
+        sharding.use_pallas("attention_implementation", "flash")
 
 
 def test_parts_that_do_not_divide_a_block_are_refused():

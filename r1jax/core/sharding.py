@@ -22,11 +22,11 @@ from r1jax.core import hosts
 from r1jax.schema import MeshConfig
 
 AXES = ("slice", "data", "fsdp", "expert", "tensor", "context")
-BATCH_AXES = ("slice", "data", "fsdp", "expert")  # rows are spread over these, the tokens of a row over `context`
+BATCH_AXES = ("slice", "data", "fsdp", "expert")  # divide rows; `context` divides the tokens of a row
 
 Rules = dict[str, tuple[str, ...]]  # logical axis -> mesh axes; a logical axis that is absent is replicated
 
-# Experts lie over fsdp and expert together, so that tokens travel to experts and expert weights never move.
+# Experts are divided over fsdp and expert together, so that tokens travel to experts and expert weights never move.
 TRAIN: Rules = {
     "batch": BATCH_AXES,
     "slots": BATCH_AXES,
@@ -37,8 +37,9 @@ TRAIN: Rules = {
     "ffw": ("tensor",),
     "experts": ("fsdp", "expert"),
 }
-# A decode step reads every weight for a handful of tokens: gathering fsdp's parts each time would cost more than holding
-# the dense weights whole. One token a slot leaves nothing to divide along a row, so `context` takes slots too.
+# A decode step reads every weight for a handful of tokens: gathering fsdp's parts each time would cost more than
+# holding the dense weights whole. A step has one token per slot, which leaves nothing to divide along a row, so
+# `context` divides slots too.
 DECODE: Rules = {
     **TRAIN,
     "batch": (*BATCH_AXES, "context"),
@@ -86,7 +87,7 @@ def map_specs(function: Callable[[ParamSpec], Any], specs: Any) -> Any:
 def make_mesh(config: MeshConfig, devices: list | None = None, field: str = "mesh") -> Mesh:
     """Returns a mesh over the first devices. Raises ValueError when there are too few.
 
-    On TPUs neighbours on a mesh axis are neighbours in the machine, and the `slice` axis alone crosses between slices.
+    On TPUs neighbours on a mesh axis are neighbours in the machine, and only the `slice` axis crosses between slices.
     """
     devices = jax.devices() if devices is None else devices
     needed = math.prod(config.shape)
@@ -118,8 +119,8 @@ def partition(
 ):
     """Returns the PartitionSpec of logical axes under `rules` (default: those in force).
 
-    Mesh axes of size 1 are left out. Where the rest do not divide a dimension, the leading ones are left out until they
-    do: rows too few for all of (data, fsdp) are spread over fsdp alone.
+    Mesh axes of size 1 are left out. Where the rest do not divide a dimension, leading axes are dropped until they do:
+    rows too few for (data, fsdp) together are divided over fsdp only.
     """
     rules = current_rules() if rules is None else rules
     entries = []
@@ -139,7 +140,7 @@ def _dividing(names: tuple[str, ...], size: int, axes: Mapping[str, int]) -> tup
 
 
 def row_shards(rows: int, mesh: MeshConfig) -> int:
-    """Returns the number of equal contiguous blocks into which a training mesh divides the rows of a micro-batch."""
+    """Returns into how many equal, contiguous parts a training mesh divides the rows of a micro-batch."""
     axes = dict(zip(AXES, mesh.shape, strict=True))
     return math.prod(axes[name] for name in _dividing(TRAIN["batch"], rows, axes))
 
@@ -185,7 +186,7 @@ def _replicate(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
 
 
 def on_host(shardings: Any) -> Any:
-    """Returns the shardings with their arrays kept in the host's memory instead of the device's."""
+    """Returns the shardings with arrays placed in the host's memory instead of the device's."""
     return jax.tree.map(lambda place: place.with_memory_kind("pinned_host"), shardings)
 
 
@@ -200,7 +201,7 @@ def abstract(specs: Any, dtype, mesh: Mesh | None = None) -> Any:
 
 
 def initialize(specs: Any, key: jax.Array, dtype, mesh: Mesh) -> Any:
-    """Returns freshly drawn parameters, created sharded. Each leaf's key is folded from its place in the tree."""
+    """Returns freshly drawn parameters, created sharded. Each leaf's key is folded from its index in the tree."""
     leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
 
     def draw(key):
@@ -218,7 +219,7 @@ _active = threading.local()
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, rules: Rules = TRAIN):
-    """Makes `mesh` and `rules` the ones that `constrain` and the like use while programs are traced."""
+    """Puts `mesh` and `rules` in force for this thread: `constrain` and others use them while programs are traced."""
     previous = current_mesh(), current_rules()
     _active.mesh, _active.rules = mesh, rules
     try:
@@ -232,15 +233,15 @@ def current_mesh() -> Mesh | None:
 
 
 def device() -> jax.Device:
-    """Returns one of the devices that the program being traced is for."""
+    """Returns a device of the mesh in force, or the first device without one."""
     mesh = current_mesh()
     return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
-def by_kernels(field: str, value: str) -> bool:
-    """Returns whether config.model.<field>=value asks for Pallas kernels: by name, or as `auto` on a TPU.
+def use_pallas(field: str, value: str) -> bool:
+    """Returns whether config.model.<field>=value asks for the Pallas TPU kernels; `auto` does on a TPU, `xla` never.
 
-    Raises ValueError when it does and the device is neither a TPU nor a CPU, which can interpret them.
+    Raises ValueError where it asks for them and the device is neither a TPU nor a CPU, which interprets them.
     """
     platform = device().platform
     if value == "xla" or (value == "auto" and platform != "tpu"):
@@ -257,19 +258,16 @@ def current_rules() -> Rules:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Returns x with the sharding of its logical axes, when a mesh is active."""
+    """Returns x with the sharding of its logical axes on the mesh in force, or as it is on a single device.
+
+    Raises ValueError without a mesh where there are several devices: it is then unknown how x is to be divided.
+    """
     mesh = current_mesh()
+    if mesh is None and jax.device_count() > 1:
+        raise ValueError(
+            f"constrain: no mesh is in force, and there are {jax.device_count()} devices; trace the program inside "
+            "`with sharding.use_mesh(mesh)`, for one device with sharding.make_mesh(MeshConfig())"
+        )
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, sharding(mesh, axes, x.shape))
-
-
-def with_mesh(mesh: Mesh, function: Callable) -> Callable:
-    """Returns the function traced with `mesh` active."""
-
-    @functools.wraps(function)
-    def traced(*args, **kwargs):
-        with use_mesh(mesh):
-            return function(*args, **kwargs)
-
-    return traced

@@ -1,4 +1,4 @@
-"""Tests of programs as public sets write them, turned into the `tests` that the code grader runs (docs/rewards.md)."""
+"""Tests of programs as public sets write them, turned into the `tests` that the code grader runs (docs/programs.md)."""
 
 import difflib
 import json

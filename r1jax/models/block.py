@@ -5,12 +5,12 @@ import jax.numpy as jnp
 from flax import struct
 
 from r1jax.core.sharding import constrain
-from r1jax.models import attention, moe
+from r1jax.models import attention, forms, moe
 from r1jax.models.layers import SwiGLU, norm_spec, rms_norm, swiglu, swiglu_specs
 from r1jax.schema import ModelConfig
 
-# What the backward pass of a recomputed block finds, by ModelConfig.remat_policy. Attention's products have batch
-# dimensions, those with weights have none; an expert's have its number.
+# What a recomputed block saves for the backward pass, by ModelConfig.remat_policy. Products in attention have batch
+# dimensions and those with weights have none, except the experts' weights, whose batch dimension is the expert.
 _KEPT = {
     "nothing": jax.checkpoint_policies.nothing_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -20,7 +20,7 @@ _KEPT = {
 
 @struct.dataclass
 class Block:
-    """One stack of equal layers, `[L, ...]` leaves."""
+    """The weights of a stack of L layers of one shape; every leaf is [L, ...]."""
 
     attention_norm: jax.Array
     attention: attention.LatentAttention | attention.GroupedAttention
@@ -30,17 +30,15 @@ class Block:
 
 @struct.dataclass
 class Routing:
-    """What the mixture-of-experts layers of a stack tell; None where there are none, or where it is not asked for."""
+    """Extra outputs of a stack's mixture-of-experts layers; None where it has none or the output is not requested."""
 
     experts: jax.Array | None = None  # int32 [L, B, T, k] experts used, in layer order
-    balance: jax.Array | None = (
-        None  # float32 [B, T] sequence-wise balance loss of each token's sequence, layers summed
-    )
-    differs: jax.Array | None = None  # bool [L, B, T] whether forced experts are not those the router would choose
+    balance: jax.Array | None = None  # float32 [B, T] balance loss of each token's sequence, summed over the layers
+    differs: jax.Array | None = None  # bool [L, B, T] whether forced experts differ from the router's choice
 
 
 def specs(c: ModelConfig, layers: int, sparse: bool) -> Block | None:
-    """Returns the ParamSpecs of a stack of `layers` layers, None of an empty one."""
+    """Returns the ParamSpecs of a stack of `layers` layers, None for an empty stack."""
     if layers == 0:
         return None
     attend = attention.latent_specs if c.is_mla else attention.grouped_specs
@@ -48,42 +46,41 @@ def specs(c: ModelConfig, layers: int, sparse: bool) -> Block | None:
     return Block(norm_spec(c.hidden_size, layers), attend(c, layers), norm_spec(c.hidden_size, layers), ffw)
 
 
-def run_stack(
-    stack: Block | None, x, kv, context: attention.Context, c: ModelConfig, first: int, window: int, forced=None
-):
-    """Returns (x [B, T, D], cache, Routing) after one stack, scanned or unrolled; `first` is its first cache layer.
+def run_stack(stack: Block | None, x, kv, context: forms.Context, c: ModelConfig, first: int, forced=None):
+    """Returns (x [B, T, D], cache, Routing) after one stack, scanned or unrolled.
 
-    `forced` int [L, B, T, k] gives each layer of the stack its experts, as in `moe.route`.
+    `first` is the cache layer of the stack's first layer. `forced` int [L, B, T, k] are the experts of each layer of
+    the stack, as in `moe.route`.
     """
     if stack is None:
         return x, kv, Routing()
 
     def body(carry, inputs):
         layer, index, forced = inputs
-        x, kv, routing = _block(layer, *carry, context, c, index, window, forced)
+        x, kv, routing = _block(layer, *carry, context, c, index, forced)
         return (x, kv), routing
 
     if c.remat:
         body = jax.checkpoint(body, policy=_KEPT[c.remat_policy])
     layers = stack.attention_norm.shape[0]
     if c.scan_layers:
-        (x, kv), told = jax.lax.scan(body, (x, kv), (stack, jnp.arange(first, first + layers), forced))
+        (x, kv), routing = jax.lax.scan(body, (x, kv), (stack, jnp.arange(first, first + layers), forced))
     else:
         by_layer = []
         for offset in range(layers):
-            layer, own = jax.tree.map(lambda leaf, i=offset: leaf[i], (stack, forced))
-            (x, kv), routing = body((x, kv), (layer, first + offset, own))
-            by_layer.append(routing)
-        told = jax.tree.map(lambda *leaves: jnp.stack(leaves), *by_layer)
-    return x, kv, told.replace(balance=None if told.balance is None else told.balance.sum(axis=0))
+            layer, forced_here = jax.tree.map(lambda leaf, i=offset: leaf[i], (stack, forced))
+            (x, kv), layer_routing = body((x, kv), (layer, first + offset, forced_here))
+            by_layer.append(layer_routing)
+        routing = jax.tree.map(lambda *leaves: jnp.stack(leaves), *by_layer)
+    return x, kv, routing.replace(balance=None if routing.balance is None else routing.balance.sum(axis=0))
 
 
-def _block(p: Block, x, kv, context: attention.Context, c: ModelConfig, layer, window: int, forced):
+def _block(p: Block, x, kv, context: forms.Context, c: ModelConfig, layer, forced):
     """Returns (x, cache, Routing) after one layer."""
     attend = attention.latent_attention if c.is_mla else attention.grouped_attention
     with jax.named_scope("attention"):
         normed = rms_norm(x, p.attention_norm, c.rms_norm_eps)
-        out, kv = attend(p.attention, normed, context, c, kv, layer, window)
+        out, kv = attend(p.attention, normed, context, c, kv, layer)
         x = constrain(x + out, "batch", "sequence", None)
     with jax.named_scope("ffw"):
         normed = rms_norm(x, p.ffw_norm, c.rms_norm_eps)

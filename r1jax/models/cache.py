@@ -1,8 +1,8 @@
-"""The key/value cache: what it holds stands behind `CacheSpec`, so that pages can come later.
+"""The key/value cache. Its layout is private to `CacheSpec` and this module, so that pages can be added later.
 
-Row i of a slot holds position i. The last row is scratch: it takes the writes of idle slots and of padding.
-MLA stores the 'latent' (normalised c_kv and rotated k_rope), GQA keys and values. Where the decode kernels read them, rows are padded
-with zeros to whole registers and those of a head stand together.
+Row i of a slot holds position i. The last row is a scratch row that takes the writes of idle slots and of padding. MLA
+stores the latent (normalised c_kv and rotated k_rope), GQA stores keys and values. Where the decode kernels read the
+cache, rows are padded with zeros to whole registers and the rows of a head are adjacent.
 """
 
 from dataclasses import dataclass
@@ -16,19 +16,24 @@ from r1jax.kernels.tpu import rounded
 from r1jax.models import flash
 from r1jax.schema import ModelConfig
 
-TILE_ROWS = 16  # of a TPU's tile of bfloat16
+TILE_ROWS = 16  # rows of a TPU's bfloat16 tile
 
 
 @struct.dataclass
 class Cache:
-    """Cached rows of all layers. MLA: `keys` is [L, S, T + 1, R + rope] and `values` is None. GQA: both are [L, S, T + 1, K, H].
+    """Cached rows of all layers.
 
-    For the kernels the last axis may be wider and GQA's are [L, S, K, T + 1, H]: `row_axis` is 3.
+    MLA: `keys` is [L, S, T + 1, R + rope] and `values` is None. GQA: both are [L, S, T + 1, K, H]. For the kernels the
+    last axis may be wider, and GQA's arrays are [L, S, K, T + 1, H] with `row_axis` 3.
     """
 
     keys: jax.Array
     values: jax.Array | None = None
     row_axis: int = struct.field(pytree_node=False, default=2)
+
+    @property
+    def arrays(self) -> tuple[jax.Array, ...]:
+        return (self.keys,) if self.values is None else (self.keys, self.values)
 
     @property
     def rows(self) -> int:
@@ -38,7 +43,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Shape of a cache of `slots` slots with at least `rows` usable rows each."""
+    """The shape of a cache of `slots` slots with at least `rows` usable rows each."""
 
     config: ModelConfig
     slots: int
@@ -47,7 +52,10 @@ class CacheSpec:
 
     @property
     def tiled(self) -> bool:
-        """Whether rows and widths are whole tiles: as the decode kernels read them, or XLA would lay slots between rows."""
+        """Whether rows and widths are padded to whole tiles, as the decode kernels read them.
+
+        Otherwise XLA would choose a layout with slots between rows, and copy the cache for the kernels.
+        """
         return flash.chosen(self.config)
 
     @property
@@ -73,39 +81,45 @@ class CacheSpec:
     def _with_rows(self, rows, others: tuple) -> tuple:
         return (*others[: self.row_axis], rows, *others[self.row_axis :])
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of one cached position over all layers."""
-        per_layer = 1
-        for size in self.row_shape:
-            per_layer *= size
-        count = 1 if self.config.is_mla else 2
-        return count * per_layer * self.config.num_hidden_layers * jnp.dtype(self.dtype).itemsize
-
     def zeros(self) -> Cache:
         keys = jnp.zeros(self.shape, self.dtype)
         values = None if self.config.is_mla else jnp.zeros(self.shape, self.dtype)
         return Cache(keys, values, self.row_axis)
 
 
-def write(
-    cache: jax.Array, layer: jax.Array | int, rows: jax.Array, positions: jax.Array, row_axis: int = 2
-) -> jax.Array:
-    """Returns cache [L, S, T + 1, ...], the rows on `row_axis`, with rows [S, Q, ...] stored at positions [S, Q] of one layer.
+def stored(cache: Cache, layer, rows: tuple[jax.Array, ...], positions: jax.Array) -> Cache:
+    """Returns the cache with new rows [S, Q, ...] of each of its arrays stored at positions [S, Q] of one layer."""
+    keys, *values = (
+        _write(array, layer, new, positions, cache.row_axis) for array, new in zip(cache.arrays, rows, strict=True)
+    )
+    return cache.replace(keys=keys, values=values[0] if values else None)
 
-    Rows narrower than the cache's are padded with zeros.
+
+def loaded(cache: Cache, layer, window: int, like: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Returns `window` rows of each array of one layer, [S, window, ...], in the width and dtype of `like`."""
+    return tuple(
+        _read(array, layer, window, cache.row_axis)[..., : new.shape[-1]].astype(new.dtype)
+        for array, new in zip(cache.arrays, like, strict=True)
+    )
+
+
+def _write(cache: jax.Array, layer, rows: jax.Array, positions: jax.Array, row_axis: int) -> jax.Array:
+    """Returns the cache array [L, S, T + 1, ...] with `rows` [S, Q, ...] stored at positions [S, Q] of one layer.
+
+    `row_axis` is the axis of T + 1. Rows narrower than the cache's are padded with zeros.
     """
     rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, cache.shape[-1] - rows.shape[-1])]).astype(cache.dtype)
     slots = jnp.arange(cache.shape[1])[:, None]
     if row_axis == 2:
         return cache.at[layer, slots, positions].set(rows, mode="promise_in_bounds")
-    # Heads are indexed too: a scatter of [K, H] parts would have XLA lay out the cache for it, and copy it for the kernel.
+    # Heads are indexed too: for a scatter of [K, H] parts XLA would change the cache's layout, and copy it for the
+    # kernel.
     index = layer, slots[..., None], jnp.arange(cache.shape[2]), positions[..., None]
     return cache.at[index].set(rows, mode="promise_in_bounds")
 
 
-def read(cache: jax.Array, layer: jax.Array | int, window: int, row_axis: int = 2) -> jax.Array:
-    """Returns the first `window` rows of one layer, [S, window, ...]."""
+def _read(cache: jax.Array, layer, window: int, row_axis: int) -> jax.Array:
+    """Returns the first `window` rows of one layer of a cache array, [S, window, ...]."""
     sizes = (1, *cache.shape[1:row_axis], window, *cache.shape[row_axis + 1 :])
     starts = (layer, *([0] * (cache.ndim - 1)))
     return jnp.moveaxis(jax.lax.dynamic_slice(cache, starts, sizes)[0], row_axis - 1, 1)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from r1jax.core.sharding import ParamSpec, constrain, normal
-from r1jax.models import attention, block, cache, mtp
+from r1jax.models import block, cache, forms, mtp
 from r1jax.models.block import Block
 from r1jax.models.layers import embed, norm_spec, rms_norm
 from r1jax.models.mtp import MTP
@@ -27,12 +27,12 @@ class Params:
 
 @struct.dataclass
 class Auxiliary:
-    """What a forward pass tells beside the hidden states."""
+    """Extra outputs of a forward pass: chosen experts, balance loss, and hidden states before the final norm."""
 
     experts: jax.Array | None  # int32 [Lm, B, T, k] experts used by the mixture-of-experts layers, in layer order
-    balance: jax.Array | None  # float32 [B, T] balance loss of each token's sequence, None unless trained with
+    balance: jax.Array | None  # float32 [B, T] balance loss of each token's sequence, None where its weight is 0
     before_norm: jax.Array  # [B, T, D] hidden states before the final norm
-    differs: jax.Array | None = None  # bool [Lm, B, T] forced experts are not those of the router; None if not forced
+    differs: jax.Array | None = None  # bool [Lm, B, T] forced experts differ from the router's; None if not forced
 
 
 def specs(c: ModelConfig) -> Params:
@@ -51,20 +51,23 @@ def specs(c: ModelConfig) -> Params:
 
 
 def unembedding(params: Params) -> jax.Array:
-    """Returns the output matrix, [D, V], lying as its parameter does."""
+    """Returns the output matrix, [D, V], sharded as its parameter is."""
     return params.embedding.T if params.unembedding is None else params.unembedding
 
 
 def logits(params: Params, hidden: jax.Array, vocab_used: int = 0) -> jax.Array:
-    """Returns float32 logits [..., V] of final hidden states [..., D]; with vocab_used > 0 those from there on are -inf."""
-    matrix = constrain(unembedding(params), None, "vocab")  # whole in D: no sums of whole logits between devices
+    """Returns float32 logits [..., V] of final hidden states [..., D].
+
+    With vocab_used > 0, logits of the ids from vocab_used on are -inf.
+    """
+    matrix = constrain(unembedding(params), None, "vocab")  # D is whole, so that devices need not sum logits
     out = jnp.einsum("...D,DV->...V", hidden, matrix, preferred_element_type=jnp.float32)
     out = out.astype(jnp.float32)
     return jnp.where(jnp.arange(out.shape[-1]) < vocab_used, out, -jnp.inf) if vocab_used else out
 
 
 def scalars(params: Params, hidden: jax.Array) -> jax.Array:
-    """Returns the scalar head's float32 value of each position, [...]. Raises ValueError when the model has none."""
+    """Returns the scalar head's float32 value at each position, [...]. Raises ValueError for a model without one."""
     if params.scalar_head is None:
         raise ValueError("scalars: this model has no scalar head; set config.model.scalar_head=true")
     return jnp.einsum("...D,D->...", hidden.astype(jnp.float32), params.scalar_head.astype(jnp.float32))
@@ -84,23 +87,23 @@ def forward(
 ) -> tuple[jax.Array, cache.Cache | None, Auxiliary]:
     """Returns (final hidden states [B, T, D] after the last norm, cache, auxiliary).
 
-    tokens, positions, segments are int32 [B, T]; segment 0 is padding. Without a cache, tokens see earlier tokens of the
-    same segment in the row. With one, row b is slot b: its T new tokens are stored at `positions` and see rows
-    0..position of the first `window` cache rows (default all); tokens of segment 0 leave no trace.
+    tokens, positions, segments are int32 [B, T]; segment 0 is padding. Without a cache, tokens attend to earlier
+    tokens of the same segment in the row. With one, row b is slot b: its T new tokens are stored at `positions` and
+    attend to rows 0..position of the first `window` cache rows (default all); tokens of segment 0 are not stored.
 
-    `experts` int [Lm, B, T, k] takes the place of the routers' choices: entry m is for layer num_dense_layers + m, and a
-    token with an id below 0 in a layer is routed there by the live router. A prediction module always routes by itself.
-    `prefixes` int32 [B, T] name the segment of a shared prompt that a token sees beside its own, 0 for none.
-    `features` [B, T, D] take the place of the embedded tokens: what blocks before these, run elsewhere, made of them.
+    `experts` int [Lm, B, T, k] replaces the routers' choices: entry m is for layer num_dense_layers + m, and a token
+    with an id below 0 in a layer is routed by that layer's router. The prediction module always uses its own router.
+    `prefixes` int32 [B, T] is the segment of a shared prompt that a token attends to beside its own, 0 for none.
+    `features` [B, T, D] replaces the embedded tokens: it is the output of earlier blocks that were run separately.
     """
     window = kv.rows if kv is not None and window is None else window or 0
     x = embed(params.embedding, tokens) if features is None else features
     x = x.astype(jnp.dtype(c.compute_dtype))
-    context = attention.build_context(positions, segments, c, kv, window, prefixes)
-    x, kv, _ = block.run_stack(params.dense, x, kv, context, c, 0, window)
-    x, kv, routing = block.run_stack(params.sparse, x, kv, context, c, c.num_dense_layers, window, experts)
-    told = Auxiliary(routing.experts, routing.balance, x, routing.differs)
-    return rms_norm(x, params.final_norm, c.rms_norm_eps), kv, told
+    context = forms.build_context(positions, segments, c, kv, window, prefixes)
+    x, kv, _ = block.run_stack(params.dense, x, kv, context, c, 0)
+    x, kv, routing = block.run_stack(params.sparse, x, kv, context, c, c.num_dense_layers, experts)
+    auxiliary = Auxiliary(routing.experts, routing.balance, x, routing.differs)
+    return rms_norm(x, params.final_norm, c.rms_norm_eps), kv, auxiliary
 
 
 def predict_further(

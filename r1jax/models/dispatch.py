@@ -1,9 +1,9 @@
-"""Tokens to their experts' devices and back: exact for any load, in rounds of a bounded buffer.
+"""Sends tokens to their experts' devices and back: exact for any load, in rounds of a bounded buffer.
 
 Every device sorts its rows by expert and sends each destination its part (`ragged_all_to_all`). A destination takes at
-most `capacity` rows a round, in the order sender, expert; what is over goes in the next round, so nothing is dropped and
-the buffer does not have to hold the worst case (all tokens of the group). The number of rounds follows from the counts,
-which all devices know. Runs inside shard_map.
+most `capacity` rows per round, in the order sender, expert. The remaining rows go in the next round, so nothing is
+dropped, and the buffer need not hold the worst case (all tokens of the group). The number of rounds follows from the
+counts, which all devices have. Everything here runs inside shard_map.
 """
 
 import functools
@@ -23,28 +23,31 @@ Run = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 @struct.dataclass
 class Round:
-    """Which rows one round moves, seen from one device; arrays of [P], one entry a device of the group."""
+    """Which rows one round moves, from the view of one device; arrays of [P], one entry per device of the group."""
 
-    send_from: jax.Array  # where the rows for each destination start in my sorted rows
-    send: jax.Array  # how many
-    send_to: jax.Array  # where they land in the destination's buffer
-    receive: jax.Array  # how many come from each sender
+    send_from: jax.Array  # where the rows for each destination start in this device's sorted rows
+    send: jax.Array  # number of rows for each destination
+    send_to: jax.Array  # where they start in the destination's buffer
+    receive: jax.Array  # number of rows from each sender
     received_from: jax.Array  # where they start in the sender's sorted rows
-    received_to: jax.Array  # where they land in my buffer
-    experts: jax.Array  # int32 [C] local expert of each row of my buffer, `count` for an empty one
+    received_to: jax.Array  # where they start in this device's buffer
+    experts: jax.Array  # int32 [C] local expert of each row of this device's buffer, `count` for an empty row
 
 
 def _plan(counts_PE: jax.Array, me: jax.Array, index: jax.Array, capacity: int) -> Round:
-    """Returns the moves of round `index` from how many rows every device has for every expert."""
+    """Returns the transfers of round `index` as seen by device `me`.
+
+    counts_PE is how many rows every device has for every expert.
+    """
     group = counts_PE.shape[0]
     by_owner = counts_PE.reshape(group, group, -1)  # sender, destination, local expert
     pairs = by_owner.sum(axis=-1)
-    starts = jnp.cumsum(pairs, axis=1) - pairs  # of each destination's part in the sender's sorted rows
-    queue = jnp.cumsum(pairs, axis=0) - pairs  # of each sender's part in the destination's queue
+    starts = jnp.cumsum(pairs, axis=1) - pairs  # start of each destination's part in the sender's sorted rows
+    queue = jnp.cumsum(pairs, axis=0) - pairs  # start of each sender's part in the destination's queue
     low, high = index * capacity, (index + 1) * capacity
     begin, end = jnp.clip(queue, low, high), jnp.clip(queue + pairs, low, high)
     origin, target = starts + begin - queue, begin - low
-    ends = jnp.cumsum(by_owner[:, me].reshape(-1))  # my queue, by sender and expert
+    ends = jnp.cumsum(by_owner[:, me].reshape(-1))  # ends of the parts of this device's queue, by sender and expert
     position = low + jnp.arange(capacity)
     count = by_owner.shape[-1]
     experts = jnp.searchsorted(ends, position, side="right") % count
@@ -54,7 +57,7 @@ def _plan(counts_PE: jax.Array, me: jax.Array, index: jax.Array, capacity: int) 
 
 
 def _ragged(rows, size: int, send_from, send, send_to, receive, mesh: Mesh, axes: tuple[str, ...]) -> jax.Array:
-    """Returns what arrives, [size, D], 0 where nothing does."""
+    """Returns the rows that arrive, [size, D], 0 where none does."""
     out = jnp.zeros((size, *rows.shape[1:]), rows.dtype)
     if mesh.devices.flat[0].platform == "tpu":
         offsets = (jnp.asarray(a, jnp.int32) for a in (send_from, send, send_to, receive))
@@ -63,10 +66,10 @@ def _ragged(rows, size: int, send_from, send, send_to, receive, mesh: Mesh, axes
 
 
 def _gathered_ragged(rows, size: int, send_from, send, send_to, axes: tuple[str, ...]) -> jax.Array:
-    """Returns the same as ragged_all_to_all, which only TPUs have: everybody's rows are gathered and mine picked out."""
-    everybody = functools.partial(jax.lax.all_gather, axis_name=axes)
+    """Returns the same as ragged_all_to_all, which only TPUs have: gathers all rows and picks those for this device."""
+    gather = functools.partial(jax.lax.all_gather, axis_name=axes)
     me = jax.lax.axis_index(axes)
-    rows_PND, origin, count, target = (everybody(a) for a in (rows, send_from, send, send_to))
+    rows_PND, origin, count, target = (gather(a) for a in (rows, send_from, send, send_to))
     origin, count, target = origin[:, me], count[:, me], target[:, me]
     position = jnp.arange(size)[:, None]
     inside = (position >= target) & (position < target + count)  # [size, P]
@@ -79,15 +82,16 @@ def _gathered_ragged(rows, size: int, send_from, send, send_to, axes: tuple[str,
 def exchange_and_run(
     rows: jax.Array, counts: jax.Array, weights: Any, run: Run, mesh: Mesh, axes: tuple[str, ...], capacity: int
 ) -> jax.Array:
-    """Returns run's output for every row, [N, D], rows sorted by global expert, `counts` int32 [E] of them for each.
+    """Returns the output of `run` for every row, [N, D].
 
-    `axes` are the mesh axes of the group; device i of it holds experts i * E / P and on, whose weights `weights` are.
-    The gradient recomputes each round, so what is kept between the passes does not grow with their number.
+    Rows are sorted by global expert; `counts` int32 [E] is how many each has. `axes` are the mesh axes of the group of
+    P devices: device i holds the E / P experts from i * E / P on, and `weights` are theirs. The gradient recomputes
+    each round, so the memory kept between the passes does not grow with the number of rounds.
     """
     counts_PE = jax.lax.all_gather(counts, axes)
     me = jax.lax.axis_index(axes)
     loads = counts_PE.reshape(counts_PE.shape[0], counts_PE.shape[0], -1).sum(axis=(0, 2))
-    # All devices of a slice take the same number of rounds: their programs stay in step.
+    # All devices of a slice take the same number of rounds, so that they run the same collectives.
     rounds = jax.lax.pmax(-(-loads.max() // capacity), tuple(name for name in mesh.axis_names if name != "slice"))
 
     def one_round(rows, weights, index, counts_PE, me):

@@ -1,4 +1,4 @@
-"""Attention by the Pallas kernels, on the mesh in force: over whole rows, and over the cache in decoding."""
+"""The Pallas attention kernels on the mesh in force: over whole rows, and over the cache when decoding."""
 
 import math
 
@@ -12,15 +12,15 @@ from r1jax.schema import ModelConfig
 
 
 def chosen(c: ModelConfig) -> bool:
-    """Returns whether the kernels compute attention: as configured, or on a TPU."""
-    return sharding.by_kernels("attention_implementation", c.attention_implementation)
+    """Returns whether the kernels compute attention: as configured or, with `auto`, on a TPU."""
+    return sharding.use_pallas("attention_implementation", c.attention_implementation)
 
 
 def attend(q_BTKGH, k_BTKH, v_BTKV, segments, prefixes, scale: float) -> jax.Array:
     """Returns causal attention within segments and to shared prompts, [B, T, K, G, V], as `flash_attention` does.
 
-    Rows and key heads lie where the mesh has them; tokens are whole. A CPU runs the kernel in interpret mode, which is
-    slow. No gradient passes to `segments` and `prefixes`.
+    Rows and key heads are sharded over the mesh; tokens are not. A CPU runs the kernel in interpret mode, which is
+    slow. `segments` and `prefixes` get no gradient.
     """
     mesh, rows = sharding.current_mesh(), [segments] if prefixes is None else [segments, prefixes]
     device = sharding.device()
@@ -40,10 +40,10 @@ def attend(q_BTKGH, k_BTKH, v_BTKV, segments, prefixes, scale: float) -> jax.Arr
 
 
 def decode(q, cached: tuple[jax.Array, ...], layer, lengths_S, value_width: int, scale: float) -> jax.Array:
-    """Returns one query's attention over the first lengths [S] rows of each slot, float32, value_width wide.
+    """Returns the attention of one query per slot over its first lengths [S] rows, float32, value_width wide.
 
-    `cached` is a latent [L, S, T, W] for q [S, N, R], or keys and values [L, S, K, T, W] for q [S, K, G, H]. Slots and heads lie
-    where the mesh has them. Queries narrower than the cache's rows are padded, as those are.
+    `cached` is a latent [L, S, T, W] for q [S, N, R], or keys and values [L, S, K, T, W] for q [S, K, G, H]. Slots and
+    heads are sharded over the mesh. Queries narrower than the cache's rows are padded with zeros, as the rows are.
     """
     mesh, device = sharding.current_mesh(), sharding.device()
     padding = [(0, 0)] * (q.ndim - 1) + [(0, cached[0].shape[-1] - q.shape[-1])]
@@ -57,12 +57,12 @@ def decode(q, cached: tuple[jax.Array, ...], layer, lengths_S, value_width: int,
         out = decode_attention.grouped_decode(q, *cached, layer, lengths, scale, blocks, interpret)
         return out[..., :value_width]
 
-    given = q, jnp.int32(layer), lengths_S, *cached
+    arguments = q, jnp.int32(layer), lengths_S, *cached
     if mesh is None or mesh.size == 1:
-        return body(*given)
+        return body(*arguments)
     place = lambda array, *axes: sharding.partition(axes, array.shape, mesh)  # noqa: E731
     queries = place(q, "slots", "heads", *[None] * (q.ndim - 2))
     heads = ["heads"] * (len(cached) - 1)  # a latent has none
     rows = [place(array, None, "slots", *heads, None, None) for array in cached]
     in_specs = (queries, jax.sharding.PartitionSpec(), place(lengths_S, "slots"), *rows)
-    return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=queries, check_vma=False)(*given)
+    return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=queries, check_vma=False)(*arguments)

@@ -20,9 +20,10 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def embed(table_VD: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Returns the rows of tokens [B, T], [B, T, D].
+    """Returns the embeddings of tokens [B, T], [B, T, D].
 
-    The table is made whole in D first: rows cut over the axes that also divide the batch cannot be looked up in place.
+    D of the table is gathered first: where the axes that divide it also divide the batch, rows cannot be looked up in
+    place.
     """
     return constrain(constrain(table_VD, "vocab", None)[tokens], "batch", "sequence", None)
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens under the model, on the mesh in force: the one way from hidden states to a loss."""
+"""Log-probabilities of tokens under the model, on the mesh in force: every loss computes them here."""
 
 import jax
 
@@ -8,7 +8,7 @@ from r1jax.schema import ModelConfig
 
 
 def settings(model: ModelConfig) -> dict:
-    """Returns what the functions below take from a model's config: how they compute, and which rows are tokens."""
+    """Returns the arguments that the functions below take from a model's config."""
     return dict(implementation=model.logprob_implementation, vocab_used=model.vocab_used)
 
 
@@ -24,9 +24,9 @@ def token_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (log p(target), entropy), float32 [B, T] in nats, as `fused_logprob.token_logprobs` does.
 
-    Rows, tokens and the output matrix lie where the logical axes batch, sequence, embed and vocab lie on the mesh being
-    traced under. `implementation` is config.model.logprob_implementation, `vocab_used` config.model.vocab_used.
-    The entropy has a gradient: a loss that only reports it stops it.
+    Rows, tokens and the output matrix are sharded by the logical axes batch, sequence, embed and vocab on the mesh in
+    force. `implementation` is config.model.logprob_implementation, `vocab_used` is config.model.vocab_used. The entropy
+    has a gradient; a loss that only reports it must stop it.
     """
     layout = _layout(targets.shape, unembedding.shape)
     how = chunk_tokens, chunk_vocab, layout, _kernel(implementation), vocab_used
@@ -44,10 +44,10 @@ def scored_logprobs(
     implementation: str = "auto",
     vocab_used: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (log p(target), entropy), float32 [B, T] in nats; what stands where mask [B, T] is 0 means nothing.
+    """Returns (log p(target), entropy), float32 [B, T] in nats; values where mask [B, T] is 0 are undefined.
 
-    With trained_chunk > 0, on a mesh of one device, the positions where mask > 0 alone are scored, that many at a time
-    (`trained_logprob.trained_logprobs`). Otherwise all are, as `token_logprobs` does.
+    With trained_chunk > 0, on a mesh of one device, only the positions where mask > 0 are scored, that many at a time
+    (`trained_logprob.trained_logprobs`). Otherwise all are, as in `token_logprobs`.
     """
     layout = _layout(targets.shape, unembedding.shape)
     if trained_chunk and layout is None:
@@ -58,7 +58,7 @@ def scored_logprobs(
 
 
 def _kernel(implementation: str) -> fused_logprob.Kernel | None:
-    if not sharding.by_kernels("logprob_implementation", implementation):
+    if not sharding.use_pallas("logprob_implementation", implementation):
         return None
     device = sharding.device()
     return fused_logprob.Kernel(device.device_kind, device.platform == "cpu", backward=implementation == "pallas")

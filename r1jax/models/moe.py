@@ -1,9 +1,9 @@
 """Mixture of experts: sigmoid router with a selection bias, group-limited top-k, dropless expert computation.
 
-The router runs in float32 outside; the rest is a shard_map over the mesh. Experts lie over a group of devices that each
-hold other tokens, and tokens travel to them, so expert weights never move. On TPUs every token goes only where it was
-routed (`dispatch`); elsewhere every device gathers the tokens of its group and scatters the sums back. Both give every
-token all its experts, however uneven the load.
+The router runs in float32 outside of shard_map; the rest runs in a shard_map over the mesh. Experts are divided over a
+group of devices that hold different tokens, and tokens travel to them, so expert weights never move. On TPUs every
+token is sent only where it was routed (`dispatch`). Elsewhere every device gathers the tokens of its group and
+scatters the sums back. Both give every token all its experts, however uneven the load.
 """
 
 import functools
@@ -23,17 +23,17 @@ from r1jax.models import dispatch
 from r1jax.models.layers import SwiGLU, swiglu, swiglu_specs
 from r1jax.schema import ModelConfig
 
-WIDE_BLOCK, NARROW_BLOCK = 64, 8  # rows a group is padded to in the blocked form, by how many rows there are
+WIDE_BLOCK, NARROW_BLOCK = 64, 8  # rows of a block in the blocked form, for many and for few rows
 
 
 @struct.dataclass
 class MoE:
-    """Weights of one mixture-of-experts layer, layers stacked in front."""
+    """Weights of one mixture-of-experts layer; stacked layers add a leading axis."""
 
-    KEEPS_DTYPE: ClassVar = ("bias",)  # a bias of 14 in bfloat16 would round scores between 0 and 1 away
+    KEEPS_DTYPE: ClassVar = ("bias",)  # in bfloat16 a bias of 14 would swallow differences of scores between 0 and 1
 
     router: jax.Array  # [D, E]
-    bias: jax.Array  # [E] float32: selection only, never in the gradient
+    bias: jax.Array  # [E] float32, used for selection only and never in the gradient
     gate: jax.Array  # [E, D, F]
     up: jax.Array  # [E, D, F]
     down: jax.Array  # [E, F, D]
@@ -64,12 +64,12 @@ def route(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (experts int32 [B, T, k], weights float32 [B, T, k]). Source: V3 report eq. 12-16.
 
-    `forced` [B, T, k] takes the place of the choice, token by token; a token with an id below 0 keeps the router's own.
-    Weights are always this router's scores of the experts taken, so that its gradient passes.
+    `forced` [B, T, k] replaces the choice, token by token; a token with an id below 0 keeps the router's choice.
+    Weights are always this router's scores of the experts used, so that the router gets its gradient.
 
-    The bias decides the choice only; weights are the unbiased scores. Experts of dropped groups are masked with -inf
+    The bias affects the choice only; weights are the unbiased scores. Experts of dropped groups are masked with -inf
     (Hugging Face's 0.0 lets a forbidden expert win when all kept ones are negative). Softmax scores (DeepSeek-V2) have
-    no bias, and a group is as good as its best expert instead of its two best.
+    no bias, and a group's score is that of its best expert instead of the sum of its two best.
     """
     scores = _scores(router, x_BTD, c)
     choice = jax.lax.stop_gradient(scores)
@@ -93,7 +93,7 @@ def route(
 
 
 def _dense(x_ND, gates_NE, gate, up, down) -> jax.Array:
-    """Returns the weighted sum with every expert run on every token: one wide product, cheap while E * F is small."""
+    """Returns the weighted sum of all experts run on every token: one wide product, cheap for small E * F."""
     experts, width, inner = gate.shape
     gate, up = (w.transpose(1, 0, 2).reshape(width, experts * inner) for w in (gate, up))
     hidden = jax.nn.silu(x_ND @ gate) * (x_ND @ up)
@@ -103,9 +103,9 @@ def _dense(x_ND, gates_NE, gate, up, down) -> jax.Array:
 
 @jax.custom_vjp
 def _permute(rows, forward_index, backward_index):
-    """Returns rows[forward_index], zero where the index is out of range; the gradient gathers by backward_index.
+    """Returns rows[forward_index], 0 where the index is out of range; the gradient gathers by backward_index.
 
-    The two indices are inverse to each other where in range, so neither direction needs a scatter.
+    The two indices are each other's inverse where they are in range, so neither direction needs a scatter.
     """
     return rows.at[forward_index].get(mode="fill", fill_value=0)
 
@@ -124,8 +124,8 @@ _permute.defvjp(_permute_forward, _permute_backward)
 def _places(experts_N: jax.Array, first: jax.Array, count: int, block: int):
     """Returns (place of each assignment [N], assignment of each place [M], sizes [count], padded sizes [count]).
 
-    Assignments are sorted by local expert, each expert's rows padded to a multiple of `block`. Those of other devices'
-    experts get place M, out of range; unused places get assignment N.
+    Assignments are sorted by local expert, with each expert's rows padded to a multiple of `block`. Assignments to
+    other devices' experts get place M, which is out of range; unused places get assignment N.
     """
     total = experts_N.shape[0]
     local = experts_N - first
@@ -142,9 +142,10 @@ def _places(experts_N: jax.Array, first: jax.Array, count: int, block: int):
 
 
 def _run_experts(rows_ND, experts_N, gate, up, down, first, *, kind: str) -> jax.Array:
-    """Returns each row's output of its expert, [N, D], 0 for an expert that is not among first..first + count - 1.
+    """Returns each row's output of its expert, [N, D], 0 for an expert outside first..first + count - 1.
 
-    Rows are sorted by expert; `ragged` takes grouped products, `blocked` pads groups to blocks and takes one batched one.
+    Rows are sorted by expert. `ragged` uses grouped products; `blocked` pads groups to whole blocks and uses one
+    batched product.
     """
     count, block = gate.shape[0], 1
     if kind == "blocked":
@@ -167,14 +168,14 @@ def _run_experts(rows_ND, experts_N, gate, up, down, first, *, kind: str) -> jax
 
 
 def _grouped(x_ND, experts_NK, weights_NK, gate, up, down, first, *, kind: str) -> jax.Array:
-    """Returns the weighted sum over each token's experts that are here."""
+    """Returns the weighted sum over those of each token's experts that this device holds."""
     k = experts_NK.shape[1]
     rows = _run_experts(jnp.repeat(x_ND, k, axis=0), experts_NK.reshape(-1), gate, up, down, first, kind=kind)
     return jnp.einsum("NKD,NK->ND", rows.reshape(-1, k, x_ND.shape[1]), weights_NK.astype(rows.dtype))
 
 
 def implementation(c: ModelConfig) -> str:
-    """Returns how experts are computed: as configured, or by platform (a CPU has no grouped matrix product)."""
+    """Returns the form of the experts' products: as configured or, with `auto`, `blocked` on a CPU, else `ragged`."""
     if c.moe_implementation != "auto":
         return c.moe_implementation
     return "blocked" if sharding.device().platform == "cpu" else "ragged"
@@ -182,8 +183,11 @@ def implementation(c: ModelConfig) -> str:
 
 @dataclass(frozen=True)
 class _Axes:
-    """Mesh axes of one mixture layer. `shared` hold parts of the experts and other tokens each; `copies` parts of the
-    experts and the same tokens; `width` parts of every expert's inner width."""
+    """The mesh axes of one mixture layer, by what their devices hold.
+
+    `shared`: different experts and different tokens. `copies`: different experts and the same tokens. `width`:
+    different parts of every expert's inner width.
+    """
 
     mesh: Mesh | None
     shared: tuple[str, ...]
@@ -196,7 +200,7 @@ class _Axes:
 
 
 def _gathered(x_BTD, experts_BTK, weights_BTK, gate, up, down, *, kind: str, axes: _Axes):
-    """Returns this device's tokens' expert sums with the whole group's tokens at hand; runs inside shard_map."""
+    """Returns the expert sums of this device's tokens, gathering those of the whole group; runs inside shard_map."""
     if axes.shared:
         gather = functools.partial(jax.lax.all_gather, axis_name=axes.shared, axis=0, tiled=True)
         x_BTD, experts_BTK, weights_BTK = gather(x_BTD), gather(experts_BTK), gather(weights_BTK)
@@ -218,7 +222,7 @@ def _gathered(x_BTD, experts_BTK, weights_BTK, gate, up, down, *, kind: str, axe
 
 
 def _dispatched(x_BTD, experts_BTK, weights_BTK, gate, up, down, *, kind: str, axes: _Axes, factor: float):
-    """Returns the same as `_gathered` with each token sent to its experts' devices alone; runs inside shard_map."""
+    """Returns the same as `_gathered`, sending each token only to its experts' devices; runs inside shard_map."""
     k, flat = experts_BTK.shape[-1], x_BTD.reshape(-1, x_BTD.shape[-1])
     n_experts = gate.shape[0] * math.prod(axes.mesh.shape[name] for name in axes.shared)
     place, assignment, counts, _ = _places(experts_BTK.reshape(-1), 0, n_experts, 1)
@@ -239,15 +243,15 @@ def _dispatched(x_BTD, experts_BTK, weights_BTK, gate, up, down, *, kind: str, a
 def moe(
     p: MoE, x_BTD: jax.Array, c: ModelConfig, forced: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Returns (output [B, T, D], experts used int32 [B, T, k], whether they differ from the router's own, bool [B, T]).
+    """Returns (output [B, T, D], experts used int32 [B, T, k], whether the router's choice differs, bool [B, T]).
 
-    `forced` as in `route`. Experts differ as sets, their order does not count; None when nothing is forced.
+    `forced` is as in `route`. Experts are compared as sets; the last result is None when nothing is forced.
     """
     experts, weights = route(p.router, p.bias, x_BTD, c, forced)
     differs = None
     if forced is not None:
-        own, _ = route(p.router, p.bias, x_BTD, c)
-        differs = jnp.any(jnp.sort(own, axis=-1) != jnp.sort(experts, axis=-1), axis=-1)
+        choice, _ = route(p.router, p.bias, x_BTD, c)
+        differs = jnp.any(jnp.sort(choice, axis=-1) != jnp.sort(experts, axis=-1), axis=-1)
     mesh, kind = sharding.current_mesh(), implementation(c)
     if mesh is None or mesh.size == 1:
         axes = _Axes(mesh, (), (), ())
@@ -275,9 +279,9 @@ def moe(
 def sequence_balance(router: jax.Array, x_BTD: jax.Array, segments_BT: jax.Array, c: ModelConfig) -> jax.Array:
     """Returns the balance loss of each token's sequence, sum_i f_i P_i, float32 [B, T]; 0 at padding.
 
-    Over the T tokens of one sequence (the tokens of one segment of a row): f_i = E / (k T) * how many rank expert i
-    among their k best by the scores without bias, P_i = the mean of their normalised scores. It is 1 under perfect
-    balance. The gradient passes P alone. Source: V3 report eq. 17-20.
+    Over the T tokens of one sequence (the tokens of one segment of a row): f_i = E / (k T) * the number of tokens that
+    have expert i among their k best by the scores without bias, P_i = the mean of their normalised scores. It is 1
+    under perfect balance. The gradient passes through P only. Source: V3 report eq. 17-20.
     """
     scores = _scores(router, x_BTD, c)
     shares = scores / scores.sum(axis=-1, keepdims=True)
@@ -299,5 +303,5 @@ def load(experts_LBTK: jax.Array, valid_BT: jax.Array, n_experts: int) -> jax.Ar
 
 
 def updated_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Array:
-    """Returns b + rate * sign(mean load - load), the V3 report's balance without an auxiliary loss."""
+    """Returns b + rate * sign(mean load - load): the V3 report's auxiliary-loss-free load balancing."""
     return bias_LE + rate * jnp.sign(load_LE.mean(axis=-1, keepdims=True) - load_LE)

@@ -1,8 +1,8 @@
 """Multi-token prediction, depth 1: one more layer that predicts the token after next (V3 report, section 2.2).
 
-Position i joins the main model's hidden state with the embedding of token i + 1 and predicts token i + 2; embedding and
-output matrix are the main model's. The report's eq. 21 prints the hidden state first; released weights hold the
-embedding's half first, which is what runs here.
+Position i concatenates the main model's hidden state with the embedding of token i + 1 and predicts token i + 2.
+Embedding and output matrix are the main model's. The report's eq. 21 prints the hidden state first; the released
+weights have the embedding's half first, and this module follows them.
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from r1jax.core.sharding import ParamSpec, constrain, normal
-from r1jax.models import attention, block
+from r1jax.models import block, forms
 from r1jax.models.layers import embed, norm_spec, rms_norm
 from r1jax.schema import ModelConfig
 
@@ -42,13 +42,13 @@ def specs(c: ModelConfig) -> MTP | None:
 
 
 def following(values: jax.Array, segments: jax.Array, fill=0) -> jax.Array:
-    """Returns [B, T] with each position's value replaced by the next one's, `fill` where another document begins."""
+    """Returns [B, T]: at each position the next one's value, or `fill` where that belongs to another document."""
     shifted = jnp.pad(values[:, 1:], ((0, 0), (0, 1)), constant_values=fill)
     return jnp.where(_continues(segments), shifted, fill)
 
 
 def _continues(segments: jax.Array) -> jax.Array:
-    """Returns, bool [B, T], whether the next position belongs to the same document; padding has none."""
+    """Returns bool [B, T]: whether the next position belongs to the same document, False at padding."""
     same = segments[:, 1:] == segments[:, :-1]
     return jnp.pad(same, ((0, 0), (0, 1))) & (segments > 0)
 
@@ -65,13 +65,14 @@ def forward(
     """Returns (hidden states [B, T, D] whose logits predict token i + 2, routing).
 
     `embedding` is the main model's [V, D], `hidden` [B, T, D] its output after or before the final norm
-    (c.mtp_hidden). The last position of a document has no next token: its result means nothing and reaches no other.
+    (c.mtp_hidden). The last position of a document has no next token: its result is undefined, and no other position
+    attends to it.
     """
     following_tokens = following(tokens, segments)
     embedded = embed(embedding, following_tokens).astype(hidden.dtype)
     embedded = rms_norm(embedded, p.embedding_norm[0], c.rms_norm_eps)
     joined = jnp.concatenate([embedded, rms_norm(hidden, p.hidden_norm[0], c.rms_norm_eps)], axis=-1)
     x = constrain(jnp.einsum("BTC,CD->BTD", joined, p.projection[0]), "batch", "sequence", None)
-    context = attention.build_context(positions, segments, c, None, 0)
-    x, _, routing = block.run_stack(p.block, x, None, context, c, 0, 0)
+    context = forms.build_context(positions, segments, c)
+    x, _, routing = block.run_stack(p.block, x, None, context, c, 0)
     return rms_norm(x, p.final_norm[0], c.rms_norm_eps), routing

@@ -1,7 +1,7 @@
-"""Attention over rows whose tokens are divided over the mesh's `context` axis: keys travel around a ring.
+"""Attention over rows whose tokens are divided over the mesh's `context` axis: keys travel around a ring of devices.
 
-Every device keeps its queries and passes what keys and values are made of to its neighbour, softmax sums running along.
-Source: Ring Attention, arXiv 2310.01889, with the keys' source (MLA's latent) sent instead of the keys.
+Every device keeps its queries, with running softmax sums, and passes the arrays that keys and values are made of to its
+neighbour. Source: Ring Attention, arXiv 2310.01889, but sending the keys' source (MLA's latent) instead of the keys.
 """
 
 import functools
@@ -19,7 +19,7 @@ RING = "context"
 
 
 def devices(tokens: int) -> int:
-    """Returns how many devices a row of `tokens` is divided over in the program being traced; 1 is no ring."""
+    """Returns how many devices a row of `tokens` is divided over on the mesh in force; 1 means no ring."""
     mesh = sharding.current_mesh()
     if mesh is None or RING not in sharding.mesh_axes(sharding.partition(("sequence",), (tokens,), mesh)[0]):
         return 1
@@ -38,8 +38,8 @@ def attend(
 ) -> jax.Array:
     """Returns causal attention within segments, [B, T, K, G, V].
 
-    `expand(source, weights)` makes keys [B, S, K, H] and values [B, S, K, V] of a part of `source`, a tree of
-    [B, T, ...] arrays with logical axes `source_axes`; `weights` (axes `weight_axes`) stay where they are.
+    `expand(source, weights)` returns keys [B, S, K, H] and values [B, S, K, V] of a part of `source`, a tree of
+    [B, T, ...] arrays with logical axes `source_axes`. `weights`, with axes `weight_axes`, do not travel.
     """
     mesh = sharding.current_mesh()
 
@@ -63,7 +63,7 @@ def _on_device(q, source, weights, segments, *, expand, scale: float, mesh: Mesh
     def part(carry, step):
         source, their_segments, top, total, out = carry
         keys, values = expand(source, weights)
-        first = (me - step) % size * length - me * length  # of their tokens, counted from my first
+        first = (me - step) % size * length - me * length  # the received part's start, relative to this one's
         causal = jnp.arange(length)[:, None] >= first + jnp.arange(length)
         mask = causal & (segments[:, :, None] == their_segments[:, None, :])
         scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, keys, preferred_element_type=jnp.float32) * scale

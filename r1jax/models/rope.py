@@ -1,7 +1,7 @@
 """Rotary position embedding with YaRN and Llama-3 scaling, in the half-split layout.
 
-DeepSeek checkpoints store adjacent pairs; the importer permutes them once (recipe: rope_interleave), so only this layout
-runs here.
+DeepSeek checkpoints store adjacent pairs. The importer permutes them once (recipe: rope_interleave), so all code here
+uses the half-split layout.
 """
 
 import math
@@ -24,7 +24,7 @@ def inverse_frequencies(dim: int, theta: float, scaling: RopeScaling) -> np.ndar
 
 
 def _yarn(freqs: np.ndarray, dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """Interpolates slow pairs by `factor` and keeps fast ones. Source: YaRN, arXiv 2309.00071, section 3.2."""
+    """Returns `freqs` with slow pairs interpolated by `factor`, fast ones kept. Source: YaRN, arXiv 2309.00071, 3.2."""
 
     def boundary(rotations: float) -> float:
         length = scaling.original_max_position_embeddings
@@ -37,7 +37,7 @@ def _yarn(freqs: np.ndarray, dim: int, theta: float, scaling: RopeScaling) -> np
 
 
 def _llama3(freqs: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Divides the slowest pairs by `factor`, with a smooth step between. Source: Llama 3.1 config.json."""
+    """Returns `freqs`, the slowest divided by `factor`, with a smooth transition. Source: Llama 3.1 config.json."""
     rotations = scaling.original_max_position_embeddings * freqs / (2 * np.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     blend = np.clip((rotations - low) / (high - low), 0, 1)
@@ -45,7 +45,7 @@ def _llama3(freqs: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """Returns 0.1 * mscale * ln(factor) + 1, or 1 when nothing is stretched."""
+    """Returns 0.1 * mscale * ln(factor) + 1, or 1 for a factor of at most 1."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -60,9 +60,9 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def magnitude(scaling: RopeScaling) -> float:
-    """Returns the factor on cos and sin: YaRN's attention factor, 1 for the other kinds.
+    """Returns the factor on cos and sin: YaRN's attention factor, 1 for the other kinds of scaling.
 
-    Source: YaRN, section 3.4, and the DeepSeek variant with a ratio when both mscales are given (as in HF).
+    Source: YaRN, section 3.4, and DeepSeek's ratio of two factors when both mscales are set (as in HF).
     """
     if scaling.kind != "yarn":
         return 1.0
@@ -72,7 +72,7 @@ def magnitude(scaling: RopeScaling) -> float:
 
 
 def angles(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin, float32 [B, T, dim / 2], of the rotated part at integer positions [B, T]."""
+    """Returns cos and sin, float32 [B, T, dim / 2], of the rotation angles at integer positions [B, T]."""
     dim = config.qk_rope_head_dim if config.is_mla else config.head_dim
     scaling = config.rope_scaling
     freqs = jnp.asarray(inverse_frequencies(dim, config.rope_theta, scaling), jnp.float32)

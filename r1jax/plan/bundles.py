@@ -1,7 +1,8 @@
-"""Reads what libtpu wrote of a kernel's instructions: bundles, units in use, spills. Static figures, nothing is run.
+"""Reads libtpu's listing of a kernel's instructions: bundles, units in use, spills. Figures are static; nothing is run.
 
-A bundle is what a core issues in one cycle. A kernel's program falls into regions, the straight pieces between control
-flow; the bodies of a grid's steps are those that multiply matrices. How often each runs is not in these files.
+A bundle holds the instructions that a core issues in one cycle. A kernel's program consists of regions, the straight
+pieces between control flow; the bodies of grid steps are the regions that multiply matrices. How often each region
+runs is not in these files.
 """
 
 import pathlib
@@ -11,23 +12,23 @@ from dataclasses import dataclass
 
 UTILISATION = "-final_hlo-static-per-bundle-utilization.txt"
 LISTING = "-final_bundles.txt"
-SHORTEST = 100  # bundles of a region worth telling: shorter ones are control
+SHORTEST = 100  # bundles of the shortest region that is reported: shorter ones are control code
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:", re.M)
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
 
 
 @dataclass(frozen=True)
 class Region:
-    """A straight piece of a program that multiplies matrices."""
+    """A piece of a program without control flow that multiplies matrices."""
 
     bundles: int
-    mxu_share: float  # of the slots for matrix products that are taken
+    mxu_share: float  # share of the slots for matrix products that are used
     spill_stores: int  # registers written to VMEM because there are too few
     spill_fills: int
 
     @property
     def spill_share(self) -> float:
-        """Spilling stores a bundle, at most 1."""
+        """Spilling stores per bundle, at most 1."""
         return self.spill_stores / self.bundles
 
 
@@ -37,16 +38,16 @@ class Kernel:
 
     name: str
     bundles: int  # of the whole program
-    vmem_bytes: int  # buffers of blocks and scratch; 0 where the module does not tell
+    vmem_bytes: int  # buffers of blocks and scratch; 0 where the module does not record it
     regions: tuple[Region, ...]  # in program order
 
 
 def kernels(folder: str | pathlib.Path, names: Sequence[str]) -> dict[str, Kernel]:
     """Returns the kernels called `names` in a folder that `compile_program(keep=folder, bundles=True)` has filled.
 
-    Raises ValueError for one that is not there.
+    Raises ValueError for a kernel that is not in the folder.
     """
-    folder, found = pathlib.Path(folder), {}
+    folder, by_name = pathlib.Path(folder), {}
     for name in names:
         places = sorted((folder / "bundles").glob(f"*-{name}*{UTILISATION}"))
         if not places:
@@ -55,12 +56,12 @@ def kernels(folder: str | pathlib.Path, names: Sequence[str]) -> dict[str, Kerne
         (listing,) = (
             path for path in places[0].parent.glob(f"{prefix}-*{LISTING}") if "schedule-analysis" not in path.name
         )
-        found[name] = Kernel(name, *_read(places[0].read_text(), listing.read_text(), _vmem(folder, name)))
-    return found
+        by_name[name] = Kernel(name, *_read(places[0].read_text(), listing.read_text(), _vmem(folder, name)))
+    return by_name
 
 
 def _vmem(folder: pathlib.Path, name: str) -> int:
-    """Returns the VMEM of the custom call of this name by the module's text."""
+    """Returns the VMEM, in bytes, of the custom call of this name according to the module's text."""
     for path in sorted((folder / "dump").glob("*.after_codegen.txt")):
         for line in path.read_text().splitlines():
             if re.match(rf"\s*(ROOT )?%?{name}[\w.]* = ", line) and (size := _VMEM.search(line)):

@@ -1,6 +1,6 @@
-"""Compiles a program for a TPU topology with libtpu and without a TPU, and reads what the compiler decided.
+"""Compiles a program for a TPU topology with libtpu, without a TPU, and reads the compiler's decisions.
 
-libtpu runs in a process of its own with a deadline: it may abort, it holds a lock for the life of its process, and in
+libtpu runs in a separate process with a deadline: it may abort, it holds a lock as long as its process lives, and in
 fast mode it is stopped as soon as memory is laid out, before it emits code. All figures are the compiler's.
 """
 
@@ -30,11 +30,11 @@ from r1jax.core import files
 from r1jax.plan import hlo
 
 GIB = 2**30
-# What libtpu 0.0.52 says is left for programs on one device of each generation; v4 and tpu7x have two devices a chip.
+# HBM left for programs on one device of each generation, by libtpu 0.0.52; v4 and tpu7x have two devices per chip.
 HBM_GIB = {"v4": 15.25, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 94.74}
 DEADLINE_S = 180.0
-SETTLED_S = 0.5  # a dump that has not changed for this long is whole
-# No look-up of a metadata server, no warnings about a missing worker list, and no quarrel over libtpu's lock file.
+SETTLED_S = 0.5  # a dump that has not changed for this long is complete
+# Avoids requests to a metadata server, warnings about a missing worker list, and failures on libtpu's lock file.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_ENABLE_COMPILATION_CACHE": "false",
@@ -49,27 +49,27 @@ Part = tuple[tuple[int, ...], tuple[int, ...]]  # a device's part of an array, t
 
 @dataclass(frozen=True)
 class Program:
-    """What a builder returns: a program lowered for a mesh of the topology's devices."""
+    """The result of a builder: a program lowered for a mesh of the topology's devices."""
 
     lowered: jax.stages.Lowered
     mesh: Mesh
-    weights: Mapping[str, Part] = field(default_factory=dict)  # those whose collectives `Plan.gathered` looks for
+    weights: Mapping[str, Part] = field(default_factory=dict)  # weights whose collectives `Plan.gathered` lists
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the compiler decided about one program on one topology."""
+    """The compiler's decisions on one program and one topology."""
 
     topology: str
     program: str
     mode: Literal["fast", "full"]
     mesh: Mapping[str, int]
     memory: hlo.Memory  # of one device
-    available: int  # bytes of HBM of one device, 0 where it is not known
+    available: int  # bytes of HBM of one device, 0 where unknown
     collectives: tuple[hlo.Collective, ...]
-    rematerialized: tuple[str, ...]  # what the partitioner copied whole to every device because it knew no better way
-    kernels: Mapping[str, int]  # Pallas kernels by name, and how often they run a call; loops as in `by_axes`
-    gathered: tuple[hlo.Collective, ...]  # collectives that bring a device more of a weight than it holds
+    rematerialized: tuple[str, ...]  # arrays that the partitioner replicated because it had no better way
+    kernels: Mapping[str, int]  # Pallas kernels by name, and their runs per call; loops as in `by_axes`
+    gathered: tuple[hlo.Collective, ...]  # collectives that give a device more of a weight than it holds
     libtpu: str
     lower_s: float  # wall time of tracing and lowering
     compile_s: float  # wall time until memory was laid out (fast) or code was emitted (full)
@@ -89,9 +89,9 @@ class Plan:
             )
 
     def by_axes(self) -> dict[str, dict[str, int]]:
-        """Returns the collectives by kind and mesh axes: how many, how often they run a call, bytes of their results.
+        """Returns the collectives by kind and mesh axes: how many, their runs per call, and bytes of their results.
 
-        Runs and bytes are those of one device; a loop of unknown length is counted once.
+        Runs and bytes are per device; a loop of unknown length is counted once.
         """
         count, runs, sizes = Counter(), Counter(), Counter()
         for one in self.collectives:
@@ -134,11 +134,12 @@ def compile_program(
 ) -> Plan:
     """Returns the plan of the program that `builder` makes for `slices` slices of `topology`, such as "v5p:4x4x4".
 
-    `builder` is "package.module:function" or "path/to/file.py:function", called in a process of its own as
-    function(devices, **arguments) with JSON values and returning a `Program`. `keep` names a folder for the compiler's
-    dump and logs (the module's text among them), which are otherwise removed. With `bundles` (mode full) the folder's `bundles` hold what `plan.bundles` reads. Raises ValueError where libtpu is absent, the topology
-    unknown or the program refused, TimeoutError after `deadline_s`. A program that does not fit gives a plan as well:
-    see `Plan.require_fit`.
+    `builder` is "package.module:function" or "path/to/file.py:function". A separate process calls it as
+    function(devices, **arguments), with JSON values, and it returns a `Program`. `keep` is a folder for the compiler's
+    dump and logs (the module's text among them), which are otherwise removed. With `bundles` (mode full) the folder's
+    `bundles` holds the files that `plan.bundles` reads. Raises ValueError where libtpu is absent, the topology unknown
+    or the program refused, and TimeoutError after `deadline_s`. A program that does not fit gives a plan as well: see
+    `Plan.require_fit`.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("plan: libtpu is not installed; it comes with the extra [plan]: pip install 'r1jax[plan]'")
@@ -157,7 +158,7 @@ def compile_program(
 
 
 def _run(folder: pathlib.Path, mode: str, deadline_s: float, bundles: bool) -> None:
-    """Runs the compiler's process until it ends, memory is laid out (fast) or the deadline is over."""
+    """Runs the compiler's process until it ends, memory is laid out (fast) or the deadline has passed."""
     environment = {
         **os.environ,
         **_ENVIRONMENT,
@@ -176,7 +177,8 @@ def _run(folder: pathlib.Path, mode: str, deadline_s: float, bundles: bool) -> N
             while process.poll() is None and not (mode == "fast" and _laid_out(folder)):
                 if time.monotonic() > limit:
                     raise TimeoutError(
-                        f"plan: the compiler did not {'lay out memory' if mode == 'fast' else 'end'} in {deadline_s:g} s"
+                        f"plan: the compiler did not {'lay out memory' if mode == 'fast' else 'end'} in "
+                        f"{deadline_s:g} s"
                     )
                 time.sleep(0.1)
         finally:
@@ -193,14 +195,14 @@ def _json(path: pathlib.Path) -> dict:
 
 
 def _dumped(folder: pathlib.Path, ending: str) -> pathlib.Path | None:
-    """Returns the newest dump of our module with this ending; other jitted functions leave theirs in the same folder."""
+    """Returns the newest dump, with this ending, of the program's module; other modules dump to the same folder."""
     module = _json(folder / "lowered.json").get("module")
-    found = sorted((folder / "dump").glob(f"*.{module}.*{ending}")) if module else []
-    return found[-1] if found else None
+    dumps = sorted((folder / "dump").glob(f"*.{module}.*{ending}")) if module else []
+    return dumps[-1] if dumps else None
 
 
 def _laid_out(folder: pathlib.Path) -> bool:
-    """Returns whether memory is laid out and the file that says so is whole: it ends a line and has stopped growing."""
+    """Returns whether the file of the memory layout is complete: it ends in a line break and has stopped growing."""
     path = _dumped(folder, ".after_optimizations-buffer-assignment.txt")
     if path is None or time.time() - path.stat().st_mtime < SETTLED_S:
         return False
@@ -208,7 +210,7 @@ def _laid_out(folder: pathlib.Path) -> bool:
 
 
 def _read(folder: pathlib.Path, topology: str, builder: str, mode: str) -> Plan:
-    """Returns the plan that an ended process left. Raises ValueError with its error when there is none."""
+    """Returns the plan from the files of an ended process. Raises ValueError with its error when there is none."""
     lowered, ended = _json(folder / "lowered.json"), _json(folder / "ended.json")
     assignment = _dumped(folder, ".after_optimizations-buffer-assignment.txt")
     module = _dumped(folder, ".after_optimizations_before_buffer_assignment.txt")
@@ -219,7 +221,7 @@ def _read(folder: pathlib.Path, topology: str, builder: str, mode: str) -> Plan:
             error = f"the compiler's process ended: {lines[-1] if lines else 'without a word'}"
         raise ValueError(f"plan: {error}")
     text = module.read_text()
-    found = hlo.collectives(text, lowered["mesh"])
+    collectives = hlo.collectives(text, lowered["mesh"])
     log = folder / "logs" / "tpu_driver.WARNING"
     warnings = log.read_text(errors="replace") if log.exists() else ""
     warnings += (folder / "output.txt").read_text(errors="replace")
@@ -232,10 +234,10 @@ def _read(folder: pathlib.Path, topology: str, builder: str, mode: str) -> Plan:
         mesh=lowered["mesh"],
         memory=hlo.Memory(**ended["memory"]) if "memory" in ended else hlo.memory(assignment.read_text()),
         available=int(HBM_GIB.get(generation, 0) * GIB),
-        collectives=found,
+        collectives=collectives,
         rematerialized=tuple(dict.fromkeys(_REMATERIALIZED.findall(warnings))),
         kernels=hlo.kernels(text),
-        gathered=tuple(hlo.gathered(found, weights)),
+        gathered=tuple(hlo.gathered(collectives, weights)),
         libtpu=importlib.metadata.version("libtpu"),
         lower_s=lowered["lower_s"],
         compile_s=ended.get("compile_s", assignment.stat().st_mtime - lowered["at"]),
@@ -255,13 +257,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _child() -> None:
-    """Lowers and compiles what the folder in argv asks for, and leaves lowered.json and ended.json there."""
+    """Lowers and compiles the program of request.json in the folder of argv; writes lowered.json and ended.json."""
     folder = pathlib.Path(sys.argv[1])
     request, ended = _json(folder / "request.json"), {}
     try:
         more = {"num_slices": request["slices"]} if request["slices"] > 1 else {}
         devices = topologies.get_topology_desc(request["topology"], platform="tpu", **more).devices
-    except Exception as error:  # the plugin's errors share no class
+    except Exception as error:  # the plugin's errors have no common class
         reason = re.sub(r"^[A-Z_]+: ", "", _first_line(error))
         ended = {"error": f"topology {request['topology']!r} is not one: {reason}; give one such as v5p:4x4x4"}
     else:
@@ -292,6 +294,6 @@ def _compile(folder: pathlib.Path, request: dict, devices: list) -> dict:
         "outputs": sizes.output_size_in_bytes,
         "aliased": sizes.alias_size_in_bytes,
         "temporaries": sizes.temp_size_in_bytes,
-        "constants": 0,  # the executable counts them among its code
+        "constants": 0,  # the executable counts them as code
     }
     return {"compile_s": time.monotonic() - start, "memory": memory}

@@ -1,4 +1,7 @@
-"""Grouped products for one TPU chip, each alone: XLA's with its own tile and with ours, and megablox with ours; static figures."""
+"""Static figures of grouped products, each compiled alone for one TPU chip.
+
+Compared are XLA's product with the tile it chooses and with r1jax's tile, and megablox with r1jax's tile.
+"""
 
 import importlib
 import re
@@ -16,9 +19,9 @@ from r1jax.kernels.grouped_matmul import (
     Problem,
     grouped_matmul,
     moved,
+    ragged_dot_with_tile,
     seconds,
     tile_for,
-    told,
 )
 from r1jax.plan import bundles
 from r1jax.plan.compile import Program, compile_program
@@ -27,42 +30,44 @@ from r1jax.plan.kernels import on_one
 MODULE = "r1jax.plan.grouped"
 DEADLINE_S = 300.0
 KIND = "TPU v5"
-TOPOLOGY = "v5p:1x1x1"  # other generations have no kernel whose tile can be told
-# Rows, width of experts' input and of their output, experts of a device: the 671B update on 512 chips (1.5 even shares of
-# 4,096 tokens x 8 experts), and Moonlight's experts on 8 chips.
+TOPOLOGY = "v5p:1x1x1"  # other generations have no kernel that takes a tile
+# Rows, width of the experts' input and of their output, experts per device: the 671B update on 512 chips (1.5 times an
+# even share of 4,096 tokens x 8 experts), and Moonlight's experts on 8 chips.
 SHAPES = {"v3": (49152, 7168, 2048, 1), "moonlight": (16384, 2048, 1408, 8)}
 PRODUCTS = {"forward": FORWARD, "rows_gradient": BY_OUTER, "matrices_gradient": BY_ROWS}
 FORMS = {"ragged_dot": "ragged-dot-none", "ragged_dot_tiled": "ragged-dot-none", "megablox": "gmm"}
 
 
 def problem(product: str, shape: str) -> Problem:
-    """Returns the product of a layer's first matrices or of one of their gradients."""
+    """Returns the problem of the product with a layer's first matrices, or of one of its gradients."""
     rows, width, inner, experts = SHAPES[shape]
     sides = (inner, width) if product == "rows_gradient" else (width, inner)
     return Problem(rows, *sides, experts, 2, transposed=product == "matrices_gradient")
 
 
 def figures(form: str, product: str, shape: str) -> dict:
-    """Returns tile, bundles of a tile and of 2**27 products of it, slots taken, spills, HBM bytes and their time over that of
-    the products at a v5p's best."""
-    asked = problem(product, shape)
+    """Returns tile, bundles per tile and per 2**27 products, shares of slots and spills, HBM bytes and a time ratio.
+
+    The ratio is memory time over product time at a v5p's peak rates.
+    """
+    size = problem(product, shape)
     with tempfile.TemporaryDirectory(prefix="r1jax-grouped-") as folder:
         arguments = {"form": form, "product": product, "shape": shape}
         compile_program(
             TOPOLOGY, f"{MODULE}:program", arguments, "full", deadline_s=DEADLINE_S, keep=folder, bundles=True
         )
-        name = "tgmm" if form == "megablox" and asked.transposed else FORMS[form]
-        (found,) = bundles.kernels(folder, [name]).values()
-        tile = _tile(Path(folder)) if form == "ragged_dot" else tile_for(asked, KIND)
-    worst = max(found.regions, key=lambda region: region.bundles)
-    memory, products = seconds(asked, tile, KIND)
+        name = "tgmm" if form == "megablox" and size.transposed else FORMS[form]
+        (kernel,) = bundles.kernels(folder, [name]).values()
+        tile = _tile(Path(folder)) if form == "ragged_dot" else tile_for(size, KIND)
+    worst = max(kernel.regions, key=lambda region: region.bundles)
+    memory, products = seconds(size, tile, KIND)
     return {
         "tile": list(tile),
         "bundles": worst.bundles,
         "bundles_of_2e27": worst.bundles * 2**27 / (tile[0] * tile[1] * tile[2]),
         "mxu_share": worst.mxu_share,
         "spill_share": worst.spill_share,
-        "hbm_bytes": moved(asked, tile),
+        "hbm_bytes": moved(size, tile),
         "memory_over_products": memory / products,
     }
 
@@ -80,21 +85,21 @@ def _arrays(devices: list):
 
 def program(devices: list, form: str, product: str, shape: str) -> Program:
     """Returns one product lowered for the first device."""
-    asked, array = problem(product, shape), _arrays(devices)
-    tile = tile_for(asked, KIND)
+    size, array = problem(product, shape), _arrays(devices)
+    tile = tile_for(size, KIND)
     other = {
-        "forward": (asked.groups, asked.inner, asked.outer),
-        "rows_gradient": (asked.groups, asked.outer, asked.inner),
-        "matrices_gradient": (asked.rows, asked.outer),
+        "forward": (size.groups, size.inner, size.outer),
+        "rows_gradient": (size.groups, size.outer, size.inner),
+        "matrices_gradient": (size.rows, size.outer),
     }[product]
 
     def multiply(a, b, sizes):
         if form == "megablox":
             return _megablox(product, tile, a, b, sizes)
-        return told(None if form == "ragged_dot" else tile, a, b, sizes, PRODUCTS[product])
+        return ragged_dot_with_tile(None if form == "ragged_dot" else tile, a, b, sizes, PRODUCTS[product])
 
-    given = array(asked.rows, asked.inner), array(*other), array(asked.groups, dtype=jnp.int32)
-    return on_one(devices, multiply, given)
+    arrays = array(size.rows, size.inner), array(*other), array(size.groups, dtype=jnp.int32)
+    return on_one(devices, multiply, arrays)
 
 
 def _megablox(product: str, tile, a, b, sizes):
@@ -105,12 +110,12 @@ def _megablox(product: str, tile, a, b, sizes):
 
 
 def gradients(devices: list, shape: str) -> Program:
-    """Returns a product with both its gradients as the model makes them, lowered for the first device."""
+    """Returns a product with both its gradients as the model computes them, lowered for the first device."""
     (rows, width, inner, experts), array = SHAPES[shape], _arrays(devices)
 
     def multiply(a, b, sizes, d_out):
         out, pull = jax.vjp(lambda a, b: grouped_matmul(a, b, sizes, devices[0].device_kind), a, b)
         return out, *pull(d_out)
 
-    given = array(rows, width), array(experts, width, inner), array(experts, dtype=jnp.int32), array(rows, inner)
-    return on_one(devices, multiply, given)
+    arrays = array(rows, width), array(experts, width, inner), array(experts, dtype=jnp.int32), array(rows, inner)
+    return on_one(devices, multiply, arrays)

@@ -1,6 +1,6 @@
-"""What a compiled module tells in its text: collectives with their bytes and mesh axes, and where memory goes.
+"""Reads the text of a compiled module: collectives with their bytes and mesh axes, kernels, and the use of memory.
 
-The text is that of the partitioned program: every shape is the part of one device.
+The text is that of the partitioned program: every shape is one device's part.
 """
 
 import itertools
@@ -20,7 +20,7 @@ KINDS = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
-# What may hand a device more of an array than it holds.
+# Kinds that may give a device more of an array than it holds.
 SPREADING = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
 
@@ -66,9 +66,9 @@ class Shape:
 class Collective:
     """One collective of a module.
 
-    `shapes` are its results on one device and `bytes` their sum. `axes` are the mesh axes its groups span; () where the
-    groups are no product of axes. `runs` is how often one call of the program runs it, a loop of unknown length counted
-    once, and `in_loop` says that there is such a loop around it.
+    `shapes` are its results on one device and `bytes` is their sum. `axes` are the mesh axes that its groups span, ()
+    where the groups are not a product of axes. `runs` is how often one call of the program runs it, with a loop of
+    unknown length counted once; `in_loop` is whether it is in such a loop.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Collective:
     axes: tuple[str, ...]
     runs: int
     in_loop: bool
-    op_name: str  # where in the traced program it comes from
+    op_name: str  # its origin in the traced program
 
     @property
     def bytes(self) -> int:
@@ -86,7 +86,7 @@ class Collective:
 
 
 def shapes(text: str) -> tuple[Shape, ...]:
-    """Returns the arrays of an HLO type, those of a tuple one by one; tokens and contexts have none."""
+    """Returns the arrays of an HLO type, those of a tuple one by one; tokens and contexts have no arrays."""
     return tuple(
         Shape(dtype, tuple(int(d) for d in dims.split(",") if d))
         for dtype, dims in _SHAPE.findall(re.sub(r"\{[^{}]*\}", "", text))
@@ -111,10 +111,10 @@ def _iota_groups(text: str) -> np.ndarray:
 
 
 def _mesh_groups(text: str) -> np.ndarray:
-    """Returns the groups of `mesh['x'=2,'y'=4] {'y'}`: devices that differ in the axes named alone.
+    """Returns the groups of `mesh['x'=2,'y'=4] {'y'}`: devices that differ only in the axes in braces.
 
-    `device_ids=([4,2]T(1,0))` before the axes puts the devices in another order than 0, 1, 2, ... A part of an axis is
-    written `'y':(before)size`: the axis of size before * size * after is cut in three.
+    `device_ids=([4,2]T(1,0))` before the axes gives the devices in another order than 0, 1, 2, ... A part of an axis is
+    written `'y':(before)size`: it is the middle factor of an axis of size before * size * after.
     """
     declared, used = re.match(r"mesh\[(.*?)\](.*)$", text, re.S).groups()
     sizes = {name: int(size) for name, size in re.findall(r"'?([\w.\-]+)'?=(\d+)", declared)}
@@ -148,13 +148,13 @@ def _mesh_groups(text: str) -> np.ndarray:
 
 
 def groups(line: str, devices: int) -> list[list[int]]:
-    """Returns the groups of device numbers that a collective's line names; all devices where it names none."""
+    """Returns the groups of device numbers in a collective's line; one group of all devices where it has none."""
     if pairs := _PAIRS.search(line):
         return _cycles(_brace_groups(pairs.group(1)), devices)
-    found = _GROUPS.search(line)
-    if found is None:
+    match = _GROUPS.search(line)
+    if match is None:
         return [list(range(devices))]
-    braces, iota, mesh = found.groups()
+    braces, iota, mesh = match.groups()
     if mesh:
         return _mesh_groups(mesh).tolist()
     if iota:
@@ -163,7 +163,7 @@ def groups(line: str, devices: int) -> list[list[int]]:
 
 
 def _cycles(pairs: list[list[int]], devices: int) -> list[list[int]]:
-    """Returns the devices that a permutation's (source, target) pairs connect."""
+    """Returns the groups of devices that a permutation's (source, target) pairs connect."""
     root = list(range(devices))
 
     def top(device: int) -> int:
@@ -182,7 +182,7 @@ def _cycles(pairs: list[list[int]], devices: int) -> list[list[int]]:
 def spanned(device_groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
     """Returns the axes of `mesh` (name -> size, devices numbered in row-major order) that the groups span.
 
-    It is () where a group is not the product of whole axes.
+    The result is () where a group is not a product of whole axes.
     """
     sizes = list(mesh.values())
     group = np.asarray(device_groups[0]) if device_groups else np.zeros(1, int)
@@ -199,11 +199,11 @@ class _Computation:
 
 def _computations(text: str) -> tuple[dict[str, _Computation], str]:
     """Returns the module's computations by name and the name of its entry."""
-    found: dict[str, _Computation] = {}
+    computations: dict[str, _Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
-            current = found.setdefault(header.group(2), _Computation([], []))
+            current = computations.setdefault(header.group(2), _Computation([], []))
             entry = header.group(2) if header.group(1) else entry
         elif current is not None and line.startswith("}"):
             current = None
@@ -214,7 +214,7 @@ def _computations(text: str) -> tuple[dict[str, _Computation], str]:
                 continue
             for several, one in _CALLED.findall(line):
                 current.calls += [(name.strip().lstrip("%"), "") for name in (several or one).split(",")]
-    return found, entry
+    return computations, entry
 
 
 def _trips(condition: _Computation) -> int | None:
@@ -224,17 +224,17 @@ def _trips(condition: _Computation) -> int | None:
     return int(bounds[below.group(1)]) if below and below.group(1) in bounds else None
 
 
-def _runs(found: dict[str, _Computation], entry: str) -> dict[str, tuple[int, bool]]:
-    """Returns how often each computation runs, and whether inside a loop of unknown length."""
+def _runs(computations: dict[str, _Computation], entry: str) -> dict[str, tuple[int, bool]]:
+    """Returns how often each computation runs, and whether it is in a loop of unknown length."""
     total: dict[str, tuple[int, bool]] = {}
 
     def visit(name: str, times: int, unknown: bool) -> None:
-        if name not in found:
+        if name not in computations:
             return
         before, looped = total.get(name, (0, False))
         total[name] = (before + times, looped or unknown)
-        for callee, condition in found[name].calls:
-            trips = _trips(found[condition]) if condition in found else 1
+        for callee, condition in computations[name].calls:
+            trips = _trips(computations[condition]) if condition in computations else 1
             visit(callee, times * (1 if trips is None else trips), unknown or trips is None)
 
     visit(entry, 1, False)
@@ -242,14 +242,14 @@ def _runs(found: dict[str, _Computation], entry: str) -> dict[str, tuple[int, bo
 
 
 def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
-    """Returns every collective of a module, in the order of its text; an asynchronous one is counted where it starts.
+    """Returns every collective of a module, in the order of its text; an asynchronous one is counted at its start.
 
-    `mesh` is name -> size. What is sent between slices over the data-centre network goes by its first axis.
+    `mesh` is name -> size. Transfers between slices over the data-centre network are assigned to its first axis.
     """
-    found, entry = _computations(text)
+    computations, entry = _computations(text)
     out = []
-    for name, (runs, in_loop) in _runs(found, entry).items():
-        for line in found[name].lines:
+    for name, (runs, in_loop) in _runs(computations, entry).items():
+        for line in computations[name].lines:
             if (parsed := _collective(line, mesh)) is not None:
                 op_name = _OP_NAME.search(line)
                 out.append(Collective(*parsed, runs, in_loop, op_name.group(1) if op_name else ""))
@@ -257,18 +257,18 @@ def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
 
 
 def kernels(text: str) -> dict[str, int]:
-    """Returns the Pallas kernels that a module calls and how often they run a call of it, by name."""
-    found, entry = _computations(text)
+    """Returns the Pallas kernels that a module calls, by name, and how often they run per call of the module."""
+    computations, entry = _computations(text)
     out: dict[str, int] = {}
-    for name, (runs, _) in _runs(found, entry).items():
-        for line in found[name].lines:
+    for name, (runs, _) in _runs(computations, entry).items():
+        for line in computations[name].lines:
             if 'custom_call_target="tpu_custom_call"' in line and (kernel := _KERNEL.search(line)):
                 out[kernel[1]] = out.get(kernel[1], 0) + runs
     return out
 
 
 def _collective(line: str, mesh: Mapping[str, int]):
-    """Returns (name, kind, shapes, group size, axes) of a line that is a collective, None of another."""
+    """Returns (name, kind, shapes, group size, axes) of a line that is a collective, None for any other."""
     matched = _INSTRUCTION.match(line)
     if not matched:
         return None
@@ -285,7 +285,7 @@ def _collective(line: str, mesh: Mapping[str, int]):
 
 
 def _results(both: tuple[Shape, ...], opcode: str) -> tuple[Shape, ...]:
-    """Returns the results alone: the `-start` of a gather or permutation also names its operands and contexts."""
+    """Returns the results only: the `-start` of a gather or permutation also lists its operands and contexts."""
     if not opcode.endswith("-start") or opcode == "all-reduce-start":
         return both
     arrays = tuple(shape for shape in both if shape.dims)
@@ -293,7 +293,7 @@ def _results(both: tuple[Shape, ...], opcode: str) -> tuple[Shape, ...]:
 
 
 def _wider(part: tuple[int, ...], whole: tuple[int, ...]) -> Iterable[tuple[int, ...]]:
-    """Returns every shape between a device's part of an array and the whole, the part excluded."""
+    """Returns every shape between a device's part of an array and the whole, without the part itself."""
     choices = [
         [d for d in range(small, large + 1, small) if large % d == 0] for small, large in zip(part, whole, strict=True)
     ]
@@ -305,17 +305,19 @@ def _sorted(dims: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def gathered(
-    found: Iterable[Collective], weights: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]
+    collectives: Iterable[Collective], weights: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]
 ) -> list[Collective]:
     """Returns the collectives whose result is more of a weight than a device holds.
 
-    `weights` are (a device's part, the whole) of each. The order of dimensions and dimensions of one are ignored, so a
-    transposed weight is found too, and so is one gathered over some of its axes only. One that was reshaped before it
-    was gathered is not.
+    `weights` are (a device's part, the whole) of each. The order of dimensions, and dimensions of size 1, are ignored,
+    so a transposed weight is recognised, and so is one gathered over only some of its axes. A weight that was reshaped
+    before it was gathered is not recognised.
     """
     wanted = {_sorted(dims) for part, whole in weights for dims in _wider(part, whole)}
     held = {_sorted(part) for part, _ in weights}
-    return [one for one in found if one.kind in SPREADING and any(_sorted(s.dims) in wanted - held for s in one.shapes)]
+    more = wanted - held
+    spreading = (one for one in collectives if one.kind in SPREADING)
+    return [one for one in spreading if any(_sorted(shape.dims) in more for shape in one.shapes)]
 
 
 @dataclass(frozen=True)
@@ -325,12 +327,12 @@ class Memory:
     arguments: int  # parameters of the program: weights, state, batch
     outputs: int  # results, aliased ones included
     aliased: int  # of these, the ones written over donated arguments
-    temporaries: int  # everything between
+    temporaries: int  # everything else
     constants: int
 
     @property
     def total(self) -> int:
-        """Bytes that must be there while the program runs."""
+        """Bytes that are needed while the program runs."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.constants
 
 
@@ -340,7 +342,8 @@ _ALLOCATION = re.compile(r"^allocation \d+: size (\d+)(.*)$", re.M)
 def memory(buffer_assignment: str) -> Memory:
     """Returns the HBM figures of a buffer assignment's text.
 
-    Space 0 is HBM; others (`color 1` is VMEM) and thread-local entries, which live inside a fusion, are left out.
+    Space 0 is HBM. Other spaces (`color 1` is VMEM) and thread-local entries, which exist inside a fusion, are left
+    out.
     """
     totals = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "constants"), 0)
     for size, rest in _ALLOCATION.findall(buffer_assignment):

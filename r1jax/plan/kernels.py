@@ -1,4 +1,4 @@
-"""The Pallas kernels and JAX's own, each alone as a program for one chip, and what the compiler makes of them."""
+"""Compiles r1jax's Pallas kernels and JAX's, each alone as a program for one chip, and reads the compiler's figures."""
 
 import functools
 import tempfile
@@ -23,9 +23,9 @@ SHAPES = {  # heads of keys, width of queries and keys, width of values
     "gqa_64": (2, 64, 64),
 }
 LOGPROB_TOKENS = 8192
-# Width and vocabulary; that of qwen2 is no whole number of blocks.
+# Width and vocabulary; qwen2's is not a whole number of blocks.
 LOGPROB_SHAPES = {"v3": (7168, 129280), "llama3_70b": (8192, 128256), "qwen2_1.5b": (1536, 151936)}
-# Rows of the cache and slots of decoding; heads and widths of a row and of its values; key heads, queries of one and their width.
+# Decoding: cache rows and slots. MLA: heads, width of a row and of its values. GQA: key heads, queries of each, width.
 DECODE_ROWS, DECODE_SLOTS = 8208, 8
 LATENT_SHAPES = {"v3": (128, 576, 512), "v2_lite": (16, 576, 512)}
 GROUPED_SHAPES = {"llama3_70b": (8, 8, 128), "qwen2_1.5b": (2, 6, 128), "qwen2_0.5b": (2, 7, 64)}
@@ -33,59 +33,64 @@ DECODE = decode_attention.NAMES
 ATTENTION = ("flash_attention_forward", "flash_attention_backward")
 LOGPROB = logprob_tile.NAMES
 OURS = {name: SHAPES for name in ATTENTION} | {name: LOGPROB_SHAPES for name in LOGPROB}
-OURS |= dict(zip(DECODE, (LATENT_SHAPES, GROUPED_SHAPES), strict=True))  # and their shapes
-PRODUCTS = dict(zip(LOGPROB, (1, 2, 2), strict=True))  # a logit: itself, and its part of a gradient
-GENERATIONS = {"v5p": "TPU v5", "v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}  # of topologies, and their device kinds
-SPLASH = ("splash_mha_fwd_segmented", "splash_mha_dkv_segmented")  # JAX's own, with the same blocks
+OURS |= dict(zip(DECODE, (LATENT_SHAPES, GROUPED_SHAPES), strict=True))  # r1jax's kernels and their shapes
+PRODUCTS = dict(zip(LOGPROB, (1, 2, 2), strict=True))  # per logit: for itself, and for its part of a gradient
+GENERATIONS = {"v5p": "TPU v5", "v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}  # topologies and their device kinds
+SPLASH = ("splash_mha_fwd_segmented", "splash_mha_dkv_segmented")  # JAX's kernels, with the same blocks
 
 
 def figures(kernel: str, shape: str, topology: str) -> dict:
-    """Returns bundles, vmem_bytes and regions of a kernel compiled in a process of its own, the program's temporary_bytes and,
-    of a log-prob kernel on a known chip, its `roofline`."""
+    """Returns bundles, vmem_bytes and regions of a kernel compiled in a separate process, and its temporary_bytes.
+
+    For a log-prob kernel on a known chip also its `roofline`.
+    """
     with tempfile.TemporaryDirectory(prefix="r1jax-kernel-") as folder:
         arguments = {"kernel": kernel, "shape": shape}
         plan = compile_program(
             topology, f"{MODULE}:program", arguments, "full", deadline_s=DEADLINE_S, keep=folder, bundles=True
         )
-        (found,) = bundles.kernels(folder, [kernel]).values()
-    regions = [vars(region) | {"spill_share": region.spill_share} for region in found.regions]
-    told = {"bundles": found.bundles, "vmem_bytes": found.vmem_bytes, "regions": regions}
-    told["temporary_bytes"] = plan.memory.temporaries
+        (compiled,) = bundles.kernels(folder, [kernel]).values()
+    regions = [vars(region) | {"spill_share": region.spill_share} for region in compiled.regions]
+    result = {"bundles": compiled.bundles, "vmem_bytes": compiled.vmem_bytes, "regions": regions}
+    result["temporary_bytes"] = plan.memory.temporaries
     generation = topology.partition(":")[0]
     if kernel in LOGPROB and generation in GENERATIONS:
-        told["roofline"] = roofline(kernel, shape, generation)
-    return told
+        result["roofline"] = roofline(kernel, shape, generation)
+    return result
 
 
 def roofline(kernel: str, shape: str, generation: str) -> dict:
-    """Returns what a log-prob kernel moves and multiplies and the time of the one over that of the other at a chip's best.
+    """Returns a log-prob kernel's hbm_bytes, flops and memory time over product time at a chip's peak rates.
 
-    hbm_bytes are counted by walking the grid (`plan.traffic`), not estimated. Below 1 products are the bound.
+    hbm_bytes are counted by walking the grid (`plan.traffic`), not estimated. Below 1 the kernel is bound by products.
     """
     kind = GENERATIONS[generation]
     chip = CHIPS[kind]
-    function, given = _logprob(kind, jax.ShapeDtypeStruct, kernel, shape)
-    (found,) = (one for one in traffic.kernels(function, *given) if one.name == kernel)
+    function, arrays = _logprob(kind, jax.ShapeDtypeStruct, kernel, shape)
+    (moved,) = (one for one in traffic.kernels(function, *arrays) if one.name == kernel)
     width, vocab = LOGPROB_SHAPES[shape]
     flops = 2 * PRODUCTS[kernel] * LOGPROB_TOKENS * width * vocab
     return {
-        "hbm_bytes": found.bytes,
+        "hbm_bytes": moved.bytes,
         "flops": flops,
-        "memory_over_products": found.bytes / chip.hbm / (flops / chip.operations),
+        "memory_over_products": moved.bytes / chip.hbm / (flops / chip.operations),
     }
 
 
 def program(devices: list, kernel: str, shape: str) -> Program:
-    """Returns a kernel lowered for the first device: attention on a row of 4,096 tokens and 8 query heads, log-probs of 8,192."""
+    """Returns a kernel lowered for the first device.
+
+    Attention has a row of 4,096 tokens and 8 query heads; log-probs have 8,192 tokens.
+    """
     make = _logprob if kernel in LOGPROB else _decode if kernel in DECODE else _attention
     array = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(devices[0]))
     return on_one(devices, *make(devices[0].device_kind, array, kernel, shape))
 
 
-def on_one(devices: list, function, given) -> Program:
-    """Returns the function of such arrays lowered for the first device."""
+def on_one(devices: list, function, arrays) -> Program:
+    """Returns the function lowered for the first device and arrays of these shapes."""
     with jax.default_device(devices[0]):
-        lowered = jax.jit(function).lower(*given)
+        lowered = jax.jit(function).lower(*arrays)
     return Program(lowered, sharding.make_mesh(MeshConfig(), devices[:1]))
 
 
@@ -110,25 +115,25 @@ def _attention(kind: str, make, kernel: str, shape: str):
 
 
 def _logprob(kind: str, make, kernel: str, shape: str):
-    """Returns one of the two passes, and of the backward pass the gradient that the kernel computes."""
+    """Returns (function, arguments): the forward pass, or the gradient that a kernel of the backward pass computes."""
     width, vocab = LOGPROB_SHAPES[shape]
     blocks = logprob_tile.blocks_for(kind, LOGPROB_TOKENS, width)
     arrays = make((LOGPROB_TOKENS, width), jnp.bfloat16), make((width, vocab), jnp.bfloat16)
-    given = *arrays, make((LOGPROB_TOKENS,), jnp.int32), [make((LOGPROB_TOKENS,), jnp.float32)] * 5
+    arguments = *arrays, make((LOGPROB_TOKENS,), jnp.int32), [make((LOGPROB_TOKENS,), jnp.float32)] * 5
 
     def forward(states, w, targets, numbers):
         return logprob_tile.forward_tile(states, w, targets, 1.0, numbers[:4], blocks)
 
     def backward(states, w, targets, numbers):
         dtypes = states.dtype, w.dtype
-        found = logprob_tile.backward_tile(states, w, targets, 1.0, numbers[:3], numbers[3:], dtypes, blocks)
-        return found[LOGPROB.index(kernel) - 1]
+        gradients = logprob_tile.backward_tile(states, w, targets, 1.0, numbers[:3], numbers[3:], dtypes, blocks)
+        return gradients[LOGPROB.index(kernel) - 1]
 
-    return forward if kernel == LOGPROB[0] else backward, given
+    return forward if kernel == LOGPROB[0] else backward, arguments
 
 
 def _decode(kind: str, make, kernel: str, shape: str):
-    """Returns decode attention over two layers' cache, the second's."""
+    """Returns (function, arguments) of decode attention on the second layer of a cache of two."""
     latent, layer = kernel == decode_attention.LATENT, jnp.int32(1)
     heads, group, width = (1, *LATENT_SHAPES[shape][:2]) if latent else GROUPED_SHAPES[shape]
     row, scale, between = rounded(width), width**-0.5, () if latent else (heads,)

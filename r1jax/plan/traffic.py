@@ -1,8 +1,8 @@
-"""Counts what Pallas kernels move between HBM and VMEM: their grids are walked by their own index maps, nothing is run.
+"""Counts the bytes that Pallas kernels move between HBM and VMEM, by evaluating their index maps over the grid.
 
-A block of an input is read when its index differs from the step before; a block of a result is written when its index is
-about to change. Blocks count as a TPU lays them out: 128 lanes by 8 registers' rows of 32 bits, the last dimension
-padded to lanes. A block past an array's end counts whole.
+No kernel is run. A block of an input is read when its index differs from the step before; a block of a result is
+written when its index is about to change. Blocks are counted in a TPU's layout: 128 lanes by 8 rows of 32 bits, the
+last dimension padded to lanes. A block that extends past an array's end counts whole.
 """
 
 import math
@@ -18,7 +18,7 @@ from r1jax.kernels.tpu import SUBLANES, rounded
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one call of a kernel moves."""
+    """The bytes that one call of a kernel moves."""
 
     name: str
     steps: int
@@ -35,20 +35,20 @@ def kernels(function: Callable, *arguments) -> list[Traffic]:
 
     Raises ValueError for a kernel whose grid or index maps depend on values.
     """
-    found: list[Traffic] = []
-    _collect(jax.make_jaxpr(function)(*arguments).jaxpr, found)
-    return found
+    calls: list[Traffic] = []
+    _collect(jax.make_jaxpr(function)(*arguments).jaxpr, calls)
+    return calls
 
 
-def _collect(jaxpr, found: list[Traffic]) -> None:
+def _collect(jaxpr, calls: list[Traffic]) -> None:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
-            found.append(_traffic(equation))
+            calls.append(_traffic(equation))
             continue
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                _collect(inner, found)
+                _collect(inner, calls)
 
 
 def _traffic(equation) -> Traffic:
@@ -62,7 +62,7 @@ def _traffic(equation) -> Traffic:
 
 
 def _moves(mapping, grid: tuple[int, ...]) -> int:
-    """Returns how many runs of one index the grid makes in its order, the last axis fastest."""
+    """Returns how often the block's index changes, counting the first, over the grid with the last axis fastest."""
     index_map = mapping.index_map_jaxpr
     places = jnp.asarray(np.indices(grid).reshape(len(grid), -1), jnp.int32)
     indices = jax.vmap(lambda place: jax.core.eval_jaxpr(index_map.jaxpr, index_map.consts, *place), in_axes=1)(places)
@@ -80,5 +80,5 @@ def _block_bytes(mapping) -> int:
 
 
 def _size(dimension) -> int:
-    """Returns how many elements a block has in a dimension; one that is squeezed out has one."""
+    """Returns how many elements a block has in a dimension; a squeezed dimension has one."""
     return dimension if isinstance(dimension, int) else getattr(dimension, "block_size", 1)

@@ -37,8 +37,3 @@ def of_policy_training(rows: Sequence[dict], config: Config) -> float:
 def of_fine_tuning(tokens: int, model: ModelConfig) -> float:
     """Returns the FLOPs of training on `tokens` tokens."""
     return 6.0 * active_parameters(model) * tokens
-
-
-def of_sampling(tokens: int, model: ModelConfig) -> float:
-    """Returns the FLOPs of sampling `tokens` tokens."""
-    return 2.0 * active_parameters(model) * tokens

@@ -13,6 +13,7 @@ from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.config import flatten, override
 from r1jax.core import tree
 from r1jax.core.say import say
+from r1jax.core.sharding import use_mesh
 from r1jax.data import templates
 from r1jax.models import decoder
 from r1jax.recipe import common, lineage, prompts
@@ -137,13 +138,13 @@ def verify(folder: Path, params: decoder.Params, model: ModelConfig, mesh: Mesh,
         kept = hf_export.read_back(tensor, before.value(tensor))
         if not np.array_equal(kept.view(np.uint32), after.value(tensor).view(np.uint32)):
             raise ValueError(f"export_hf: {tensor.name} reads back differently; nothing was kept")
-    reread, same_weights, original = (_logits(*pair) for pair in ((back, shape), (back, model), (params, model)))
+    reread, same_weights, original = (_logits(*pair, mesh) for pair in ((back, shape), (back, model), (params, model)))
     if not np.array_equal(reread, same_weights):
         raise ValueError("export_hf: config.json, read back, computes other logits; nothing was kept")
     return float(np.abs(reread - original).max() / np.abs(original).max())
 
 
-def _logits(params: decoder.Params, model: ModelConfig) -> np.ndarray:
+def _logits(params: decoder.Params, model: ModelConfig, mesh: Mesh) -> np.ndarray:
     """Returns the logits [2, 24, V] of two rows of random tokens."""
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, 24)).astype(np.int32)
     places = np.tile(np.arange(24, dtype=np.int32), (2, 1))
@@ -153,7 +154,8 @@ def _logits(params: decoder.Params, model: ModelConfig) -> np.ndarray:
         hidden, _, _ = decoder.forward(params, tokens, places, np.ones_like(tokens), model)
         return decoder.logits(params, hidden)
 
-    return np.asarray(run(params))
+    with use_mesh(mesh):
+        return np.asarray(run(params))
 
 
 def card(source: Path, fields: dict, name: str) -> str:

@@ -1,8 +1,9 @@
-"""The rollout engine: JetStream's Engine API over our decoder, pure device work without policy.
+"""The rollout engine: JetStream's Engine API over our decoder. It runs programs on the device and schedules nothing.
 
-A step samples from the logits of the last position, emits, stops on the device, then forwards the token: the first
-token needs no special case, and the samples of one prompt differ from token 0 on though they share its prefill.
-Random draws are keyed by each slot's own key and the position, so tokens depend on no slot, batch, K or order.
+A step samples from the logits of the last position, emits the token, checks for a stop on the device and then runs the
+token through the decoder. So the first token needs no special case, and the samples of one prompt differ from token 0
+on although they share its prefill. Random draws are keyed by the slot's key and the position, so that tokens do not
+depend on slot, batch, steps per dispatch or order.
 """
 
 import functools
@@ -40,7 +41,7 @@ class SlotParams:
 
 @struct.dataclass
 class DecodeState:
-    """Everything a decode step changes; donated to it."""
+    """Everything that a decode step changes; it is donated to the step."""
 
     cache: Cache
     logits: jax.Array  # float32 [S, V] of the last position
@@ -52,7 +53,7 @@ class DecodeState:
 
 @struct.dataclass
 class Prefix:
-    """A prefilled prompt: its cache rows, the logits after it, its length and the experts its tokens chose."""
+    """A prefilled prompt: its cache rows, the logits after it, its length and the experts of its tokens."""
 
     cache: Cache  # [L, 1, T + 1, ...]
     logits: jax.Array  # float32 [V]
@@ -62,20 +63,20 @@ class Prefix:
 
 @struct.dataclass
 class StepOutput:
-    """What K steps emitted, arrays of [S, K]; later entries of a slot that stopped are not valid."""
+    """Output of K steps, arrays of [S, K]; entries of a slot after it stopped are not valid."""
 
     tokens: jax.Array
     valid: jax.Array
     logp: jax.Array  # of softmax(logits), before temperature and filters
-    behaviour_logp: jax.Array  # of the distribution the token was drawn from
+    behaviour_logp: jax.Array  # of the distribution that the token was drawn from
     status: jax.Array  # int32 [S] after the last step
     experts: jax.Array | None  # int16 [S, K, Lm, k] chosen for the emitted token
 
 
 def filtered(scores_SV: jax.Array, top_p_S: jax.Array, top_k_S: jax.Array) -> jax.Array:
-    """Returns scores with all but the k best, and of these all but the nucleus, set to -inf; the best always stays.
+    """Returns scores with all but the k best, and of these all but the nucleus, set to -inf; the best is always kept.
 
-    A rounded running sum reaches 1 before the last token does, so top_p = 1 is told apart: it drops nothing.
+    top_p = 1 is a case of its own and drops nothing: the rounded running sum may reach 1 before the last token.
     """
     order = jnp.argsort(-scores_SV, axis=-1)
     k = jnp.where(top_k_S > 0, top_k_S, scores_SV.shape[-1])
@@ -88,7 +89,7 @@ def filtered(scores_SV: jax.Array, top_p_S: jax.Array, top_k_S: jax.Array) -> ja
 
 
 def sample(logits_SV: jax.Array, slots: SlotParams, position_S: jax.Array):
-    """Returns (token, raw log-prob, behaviour log-prob), each [S], drawn by the Gumbel maximum; greedy at temperature 0."""
+    """Returns (token, raw log-prob, behaviour log-prob), each [S], by the Gumbel-max trick; greedy at temperature 0."""
     greedy = slots.temperature <= 0
     scores = logits_SV / jnp.where(greedy, 1.0, slots.temperature)[:, None]
     any_filter = jnp.any(((slots.top_p < 1) | (slots.top_k > 0)) & ~greedy)
@@ -104,7 +105,7 @@ def sample(logits_SV: jax.Array, slots: SlotParams, position_S: jax.Array):
 
 
 def _step(params, state: DecodeState, config: ModelConfig, window: int):
-    """Returns (state, emitted) of one step; idle slots compute but change nothing."""
+    """Returns (state, StepOutput) of one step; idle slots are computed but do not change."""
     active = state.status == RUNNING
     token, logp, behaviour = sample(state.logits, state.slots, state.generated)
     generated = state.generated + active
@@ -159,7 +160,7 @@ def _prefill(params, tokens, length, config: ModelConfig, dtype, existing: Prefi
     before = 0 if existing is None else existing.length
     cache = CacheSpec(config, 1, tokens.shape[0], dtype).zeros()
     if existing is not None:
-        # The new rows are written over the old scratch row on; a fresh scratch row stands at the end.
+        # The old scratch row is dropped: the new rows follow the old ones, with a fresh scratch row at the end.
         cache = jax.tree.map(lambda old, new: jnp.concatenate([old[:, :, :-1], new], axis=2), existing.cache, cache)
     index = jnp.arange(tokens.shape[0])[None]
     hidden, cache, auxiliary = decoder.forward(
@@ -173,7 +174,7 @@ def _prefill(params, tokens, length, config: ModelConfig, dtype, existing: Prefi
 
 
 def _insert(prefix: Prefix, state: DecodeState, slots: jax.Array, slot_params: SlotParams) -> DecodeState:
-    """Returns the state with the prefix forked into `slots`; numbers outside 0..S-1 are dropped."""
+    """Returns the state with the prefix copied into `slots`; numbers outside 0..S-1 are dropped."""
     rows = min(prefix.cache.rows, state.cache.rows)  # a prefix of several pieces may end in more padding than fits
 
     kept = (*[slice(None)] * (state.cache.row_axis - 2), slice(rows))
@@ -197,7 +198,7 @@ def _insert(prefix: Prefix, state: DecodeState, slots: jax.Array, slot_params: S
 
 
 class Engine(jetstream.Engine):
-    """JetStream engine over a decoder on a mesh. Weights are arguments of every call, never state."""
+    """A JetStream engine over a decoder on a mesh. Weights are arguments of every call, never state."""
 
     def __init__(
         self,
@@ -209,9 +210,10 @@ class Engine(jetstream.Engine):
         cache_dtype: Any = None,
         record_experts: bool = False,
     ):
-        """`stop_ids` end a response, and those of config.sampler.stop_ids; ValueError for one that the model has no row for.
+        """`stop_ids` and config.sampler.stop_ids end a response.
 
-        With `record_experts` outputs tell the experts that each token was sent to, where the model has any.
+        With `record_experts` outputs hold the experts that each token was sent to, where the model has experts. Raises
+        ValueError for a stop id without a row in the model's vocabulary.
         """
         self.model, self.sampler, self._mesh, self.tokenizer = model, sampler, mesh, tokenizer
         self.stop_ids, self.record_experts = self.all_stops(stop_ids), record_experts
@@ -225,7 +227,7 @@ class Engine(jetstream.Engine):
         self._compile()
 
     def all_stops(self, stop_ids: Iterable[int]) -> tuple[int, ...]:
-        """Returns stop ids with those of config.sampler.stop_ids. ValueError where they do not fit a slot, or the model."""
+        """Returns `stop_ids` and config.sampler.stop_ids. Raises ValueError for ids beyond the slot or model."""
         every = tuple(dict.fromkeys((*stop_ids, *self.sampler.stop_ids)))
         if len(every) > MAX_STOP_TOKENS:
             raise ValueError(
@@ -250,7 +252,7 @@ class Engine(jetstream.Engine):
         def insert(prefix, state, slots, slot_params):
             return _insert(prefix, state, slots, slot_params)
 
-        # Outputs lie the same way whoever made them, so that one compilation serves every order of calls.
+        # Every program returns the same shardings, so that one compilation serves every order of calls.
         everywhere = sharding.replicated(self._mesh)
         with use_mesh(self._mesh, sharding.DECODE):
             state = self._state_shardings()
@@ -285,7 +287,7 @@ class Engine(jetstream.Engine):
         raise ValueError(f"prompt of {tokens} tokens exceeds config.sampler.max_prompt_tokens={self.buckets[-1]}")
 
     def bulk_insert(self, prefix: Prefix, state: DecodeState, slots, *, slot_params: SlotParams | None = None):
-        """Returns the state with one prefix forked into each slot of `slots` (a list of numbers)."""
+        """Returns the state with one prefix copied into each slot of `slots` (a list of numbers)."""
         slots = np.asarray(slots, np.int32)
         if slot_params is None:
             slot_params = self.default_slot_params(len(slots))
@@ -298,7 +300,7 @@ class Engine(jetstream.Engine):
             return self._insert(prefix, state, wide, slot_params)
 
     def default_slot_params(self, count: int) -> SlotParams:
-        """Returns greedy decoding up to the configured length, as JetStream's Driver gives no sampling parameters."""
+        """Returns greedy decoding up to the configured length: JetStream's Driver passes no sampling parameters."""
         stop = np.full((count, MAX_STOP_TOKENS), -1, np.int32)
         stop[:, : len(self.stop_ids)] = self.stop_ids
         return SlotParams(
@@ -322,7 +324,7 @@ class Engine(jetstream.Engine):
     # JetStream's Engine API
 
     def load_params(self, params: Any = None) -> Any:
-        """Returns a copy of `params` in the compute dtype, sharded as decoding wants them: one program, wherever they lie."""
+        """Returns a copy of `params` in the compute dtype, sharded for decoding; one program for any sharding."""
         return self._place(params)
 
     def prefill(
@@ -341,7 +343,7 @@ class Engine(jetstream.Engine):
             return self._prefill(params, tokens, np.int32(true_length), existing_prefix)
 
     def insert(self, prefix, decode_state, slot, request_id=None, *, slot_params=None) -> DecodeState:
-        """Returns the state with the prefix in one slot, greedy unless slot_params (arrays of [1]) say otherwise."""
+        """Returns the state with the prefix in one slot; decoding is greedy without slot_params (arrays of [1])."""
         return self.bulk_insert(prefix, decode_state, [int(slot)], slot_params=slot_params)
 
     def generate(self, params, decode_state, sampler=None):
@@ -379,7 +381,7 @@ class Engine(jetstream.Engine):
         return jax.tree.map(place, jax.eval_shape(self._empty_state))
 
     def release(self, state: DecodeState, slots) -> DecodeState:
-        """Returns the state with the given slots idle; the given state is donated."""
+        """Returns the state with these slots idle; the old state is donated."""
         wide = np.full(self.sampler.slots, self.sampler.slots, np.int32)
         wide[: len(slots)] = slots
         return self._release(state, wide)
@@ -394,7 +396,7 @@ class Engine(jetstream.Engine):
         return jetstream.TokenizerParameters(path=getattr(self.tokenizer, "source", ""), extra_ids=0)
 
     def build_tokenizer(self, metadata=None):
-        """Returns the engine's tokenizer behind JetStream's interface; without one it serves token prompts only."""
+        """Returns the engine's tokenizer behind JetStream's interface; without one only token prompts are served."""
         from r1jax.sampler.serve import DriverTokenizer
 
         return DriverTokenizer(self.tokenizer, self.stop_ids)

@@ -1,9 +1,9 @@
 """The one module that imports JetStream (google-jetstream 0.2.2): its engine types, Driver and gRPC server.
 
-JetStream's wheel imports `seqio`, and through it tensorflow, for tokenizers that r1jax never builds. Empty stand-ins
-take those names while JetStream is imported and are gone afterwards, so a later `import seqio` finds the real one.
-Where JetStream is not installed the same names are classes of our own, which is all that the rollout sampler needs;
-`AVAILABLE` is then False, `notice()` says what is off, and `orchestrator()` and `server_lib()` raise.
+JetStream's wheel imports `seqio`, and through it tensorflow, for tokenizers that r1jax never builds. Empty placeholder
+modules take those names while JetStream is imported and are removed afterwards, so a later `import seqio` gets the real
+one. Where JetStream is not installed, this module defines classes with the same names, which suffice for the rollout
+sampler; `AVAILABLE` is then False, `notice()` returns what is disabled, and `orchestrator()` and `server_lib()` raise.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ LIGHT_INSTALL = "pip install '.[jetstream-light]' && pip install --no-deps googl
 
 
 class _AbsentTokenizer:
-    """Base of the stand-in classes: they can be subclassed, but not built."""
+    """Base of the placeholder classes: they can be subclassed but not instantiated."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         raise ValueError(
             f"jetstream: {type(self).__name__} needs seqio, which r1jax does not load; "
-            "give the engine a tokenizer of its own (Engine.build_tokenizer)"
+            "build the engine with its own tokenizer (Engine.build_tokenizer)"
         )
 
 
-def _stand_ins() -> dict[str, ModuleType]:
-    """Returns the modules, by name, that JetStream imports and that are not loaded (seqio) or not installed."""
+def _placeholders() -> dict[str, ModuleType]:
+    """Returns placeholders, by name, for modules that JetStream imports: seqio, and tiktoken if not installed."""
     modules: dict[str, ModuleType] = {}
     if "seqio" not in sys.modules:
         vocabularies = ModuleType("seqio.vocabularies")
@@ -55,8 +55,8 @@ def _stand_ins() -> dict[str, ModuleType]:
 
 @contextlib.contextmanager
 def _clean_import() -> Iterator[None]:
-    """Holds the stand-ins in sys.modules, and puts the root logger back as it was (JetStream sets it to DEBUG)."""
-    modules = _stand_ins()
+    """Keeps the placeholders in sys.modules, and restores the root logger afterwards (JetStream sets it to DEBUG)."""
+    modules = _placeholders()
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
     sys.modules.update(modules)
@@ -87,11 +87,11 @@ if AVAILABLE:
 else:
 
     class Engine:
-        """Base of r1jax's engine where JetStream is not installed; JetStream's own is abstract."""
+        """Base of r1jax's engine where JetStream, which has an abstract class here, is not installed."""
 
     @struct.dataclass
     class SlotData:
-        """What one slot emitted, arrays of [samples_per_slot, tokens]; `lengths` is [samples_per_slot]."""
+        """Output of one slot, arrays of [samples_per_slot, tokens]; `lengths` is [samples_per_slot]."""
 
         tokens: jax.Array | np.ndarray
         valid: jax.Array | np.ndarray
@@ -99,7 +99,7 @@ else:
 
     @struct.dataclass
     class ResultTokens:
-        """What one generate call emitted, packed in one array so that one transfer brings it to the host.
+        """Output of one generate call, packed in one array so that one transfer brings it to the host.
 
         `data` is int32 [slots * samples_per_slot, columns]; each `*_idx` is the (first, last + 1) columns of its part.
         """
@@ -128,7 +128,7 @@ else:
             )
 
     class Tokenizer:
-        """Base of r1jax's tokenizers where JetStream is not installed; JetStream's own is abstract."""
+        """Base of r1jax's tokenizers where JetStream, which has an abstract class here, is not installed."""
 
         @property
         def stop_tokens(self) -> set[int]:
@@ -136,14 +136,14 @@ else:
 
     @dataclass
     class TokenizerParameters:
-        """Where a tokenizer is read from; JetStream's own is a protocol buffer with these fields."""
+        """Where a tokenizer is read from; in JetStream it is a protocol buffer with these fields."""
 
         path: str = ""
         extra_ids: int = 0
 
 
 def notice() -> str:
-    """Returns one line that says what is off without JetStream, or "" where JetStream is there."""
+    """Returns one line on what is disabled without JetStream, or "" where JetStream is installed."""
     if AVAILABLE:
         return ""
     return (
@@ -153,18 +153,18 @@ def notice() -> str:
 
 
 class _DaemonThread(threading.Thread):
-    """Takes the place of JetThread, which kills the process on an exception and may keep it from exiting."""
+    """Replaces JetThread, which kills the process on an exception and may keep it from exiting."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{**kwargs, "daemon": True})
 
 
 def _keep_prefix(prefix: Any) -> None:
-    """Takes the place of delete_pytree: a prefix may be shared by several slots, so it is left to its owners."""
+    """Replaces delete_pytree and deletes nothing: a prefix may be shared by several slots."""
 
 
 def _import_core(name: str) -> ModuleType:
-    """Returns jetstream.core.<name>; ValueError says in one line what is missing."""
+    """Returns jetstream.core.<name>. Raises ValueError, in one line, where something is missing."""
     if not AVAILABLE:
         raise ValueError(notice())
     if hasattr(Engine, "bulk_insert"):
@@ -176,13 +176,13 @@ def _import_core(name: str) -> ModuleType:
             module = importlib.import_module(f"jetstream.core.{name}")
     except ImportError as error:
         raise ValueError(f"serving: jetstream.core.{name} cannot be imported ({error}); {LIGHT_INSTALL}") from error
-    module.logging = logging.getLogger(f"jetstream.{name}")  # logging.info() of the module would configure the root
+    module.logging = logging.getLogger(f"jetstream.{name}")  # its logging.info() would configure the root logger
     return module
 
 
 @functools.cache
 def orchestrator() -> ModuleType:
-    """Returns jetstream.core.orchestrator, made safe to run: see `_DaemonThread` and `_keep_prefix`.
+    """Returns jetstream.core.orchestrator with the replacements `_DaemonThread` and `_keep_prefix`.
 
     Raises ValueError where JetStream, or a package that its Driver needs, is not installed.
     """
@@ -194,7 +194,7 @@ def orchestrator() -> ModuleType:
 
 @functools.cache
 def server_lib() -> ModuleType:
-    """Returns jetstream.core.server_lib, bound to this machine's loopback: its server has no authentication.
+    """Returns jetstream.core.server_lib, bound to the loopback address because its server has no authentication.
 
     Raises ValueError where JetStream, or a package that its server needs, is not installed.
     """

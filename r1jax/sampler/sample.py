@@ -1,4 +1,4 @@
-"""What goes into the sampler and what comes out."""
+"""Requests to the sampler and the samples that it returns."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ FINISH_REASONS = {1: "stop", 2: "length", 3: "capacity"}  # by the engine's stat
 class SamplingParams:
     """How tokens are drawn. temperature 0 is greedy; top_p 1 and top_k 0 are off.
 
-    Beside `stop_ids`, config.sampler's stop_ids and stop_strings end every response.
+    A response ends at one of `stop_ids`, or of config.sampler.stop_ids and config.sampler.stop_strings.
     """
 
     temperature: float = 1.0
@@ -33,14 +33,14 @@ class RolloutRequest:
 
 @dataclass(frozen=True, eq=False)
 class RolloutSample:
-    """One finished response, exactly as decoded."""
+    """One finished response with the token ids exactly as they were decoded."""
 
     request_id: int
     sample_index: int
     prompt_ids: np.ndarray  # int32 [P]
     token_ids: np.ndarray  # int32 [N], the stop token, or the tokens of a stop string, included
     logps: np.ndarray  # float32 [N], of softmax(logits)
-    behaviour_logps: np.ndarray  # float32 [N], of the distribution sampled from (after temperature, top_p and top_k)
+    behaviour_logps: np.ndarray  # float32 [N], of the distribution sampled from (after temperature and filters)
     finish_reason: str  # stop, length or capacity
     weight_version: int
     routed_experts: np.ndarray | None = None  # int16 [P + N, Lm, k], by global layer order

@@ -1,4 +1,4 @@
-"""The synchronous rollout scheduler: one prefill per group, forked into slots; freed slots are refilled at once."""
+"""The synchronous rollout scheduler: one prefill per prompt, copied into slots; freed slots are refilled at once."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ from r1jax.sampler.stop_strings import StopStrings
 
 @dataclass
 class Statistics:
-    """Counts of the last `generate` or `stream`."""
+    """Counts of the last call of `generate` or `stream`."""
 
     prefills: int = 0
     dispatches: int = 0
@@ -32,7 +32,7 @@ class Statistics:
 
 @dataclass
 class _Group:
-    """A prefilled prompt and which of its samples still wait for a slot."""
+    """A prefilled prompt, and its samples that still wait for a slot."""
 
     request: RolloutRequest
     prefix: Prefix
@@ -42,7 +42,7 @@ class _Group:
 
 @dataclass
 class _Running:
-    """A sample in a slot and what it has emitted so far."""
+    """A sample in a slot and its output so far."""
 
     group: _Group
     index: int
@@ -51,15 +51,15 @@ class _Running:
     behaviour: list[np.ndarray] = field(default_factory=list)
     experts: list[np.ndarray] = field(default_factory=list)
     emitted: int = 0
-    stops: StopStrings | None = None  # config.sampler.stop_strings
-    stopped: bool = False  # by one of them
+    stops: StopStrings | None = None  # for config.sampler.stop_strings
+    stopped: bool = False  # whether one of them ended it
 
 
 class RolloutSampler:
-    """Drives an engine over prefill, insert and decode. An exception reaches the caller; nothing runs in threads.
+    """Drives an engine through prefill, insert and decode, without threads; exceptions reach the caller.
 
-    What it does next depends on the requests and on outputs that every process of a run receives, never on time: so all
-    processes fill the same slots. `stalled(waited_s)` alone sees a clock, and it can only end the run.
+    Its decisions depend only on the requests and on outputs that every process of a run receives, never on time, so all
+    processes fill the same slots. Only `stalled(waited_s)` uses a clock, and it can only end the run.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class RolloutSampler:
         steps_per_dispatch: int | None = None,
         stalled: Callable[[float], bool] | None = None,
     ):
-        """`stalled` tells whether a dispatch has taken too long; without it, config.sampler.stall_deadline_s does.
+        """`stalled` returns whether a dispatch takes too long, by default longer than config.sampler.stall_deadline_s.
 
         Raises ValueError for config.sampler.stop_strings where the engine has no tokenizer.
         """
@@ -83,7 +83,7 @@ class RolloutSampler:
         self._state = None
 
     def warm_up(self, params: Any) -> None:
-        """Compiles every program of the rollout path: each prompt bucket, the insert, each decode window."""
+        """Compiles every program of the rollout path: prefill for each bucket, insert, and decode for each window."""
         engine = self.engine
         state = engine.init_decode_state()
         for bucket in reversed(engine.buckets):
@@ -102,19 +102,19 @@ class RolloutSampler:
     ) -> list[RolloutSample]:
         """Returns the samples of all requests, in order of request and sample. Raises ValueError for a bad request.
 
-        `on_request` gets the samples of each request when the last of them is done, while others are still drawn.
+        `on_request` is called with the samples of a request when the last of them is done, before other requests are.
         """
         done: dict[int, list[RolloutSample]] = {id(request): [] for request in requests}
         for request, sample in self._run(requests, params, version):
-            found = done[id(request)]
-            found.append(sample)
-            if len(found) == len(request.keys):
-                found.sort(key=lambda sample: sample.sample_index)
-                on_request(found)
+            samples = done[id(request)]
+            samples.append(sample)
+            if len(samples) == len(request.keys):
+                samples.sort(key=lambda sample: sample.sample_index)
+                on_request(samples)
         return [sample for request in requests for sample in done[id(request)]]
 
     def stream(self, requests: Sequence[RolloutRequest], params: Any, version: int = 0) -> Iterator[RolloutSample]:
-        """Yields the samples as they finish."""
+        """Yields samples as they finish."""
         for _, sample in self._run(requests, params, version):
             yield sample
 
@@ -122,7 +122,7 @@ class RolloutSampler:
         for request in requests:
             self._check(request)
         self.statistics = Statistics()
-        # The state is donated to every call: keep it only when a whole run has gone well.
+        # Every call donates the state, so it is kept only after a run that raised nothing.
         state, self._state = self._state, None
         if state is None:
             state = self.engine.init_decode_state()
@@ -152,7 +152,7 @@ class RolloutSampler:
             self.statistics.dispatches += 1
             self.statistics.steps_times_slots += int(out.valid.any(axis=0).sum()) * len(out.status)
             done = self._collect(out, running)
-            if cut := [slot for slot in done if out.status[slot] == RUNNING]:  # the device would go on with them
+            if cut := [slot for slot in done if out.status[slot] == RUNNING]:  # the device would go on decoding them
                 state = self.engine.release(state, cut)
             for slot in done:
                 finished = running.pop(slot)
@@ -171,7 +171,7 @@ class RolloutSampler:
             )
         self.engine.all_stops(sampling.stop_ids)
         if len(request.keys) == 0:
-            raise ValueError(f"request {request.request_id}: no keys, so no samples are asked for")
+            raise ValueError(f"request {request.request_id}: no keys, so no samples are requested")
 
     def _prefill(self, request: RolloutRequest, params) -> _Group:
         length = len(request.prompt_ids)
@@ -202,7 +202,7 @@ class RolloutSampler:
         return StopStrings(self.engine.tokenizer.decode, texts) if texts else None
 
     def _fetch(self, out: StepOutput, running: dict[int, _Running]) -> StepOutput:
-        """Returns the output on the host. Raises TimeoutError when the device does not answer before the deadline."""
+        """Returns the output on the host. Raises TimeoutError when the device does not finish before the deadline."""
         started = time.monotonic()
         pause = 1e-4
         while not out.status.is_ready():
@@ -214,9 +214,9 @@ class RolloutSampler:
         return jax.device_get(out)
 
     def _collect(self, out: StepOutput, running: dict[int, _Running]) -> list[int]:
-        """Appends what each slot emitted and returns the slots that are done.
+        """Appends the output of each slot to its sample and returns the slots that are done.
 
-        What a slot emitted after the end of a stop string is dropped, as if it had never been drawn.
+        Tokens after the end of a stop string are dropped, as if they had never been drawn.
         """
         finished, emitted = [], 0
         for slot, sample in running.items():

@@ -1,8 +1,8 @@
 """Serving an engine through JetStream's own Driver threads and gRPC server.
 
-The rollout sampler does not pass here: JetStream's Driver returns neither log-probs nor stop tokens and takes no
-sampling parameters per request. It serves the same engine for manual use and evaluation, one token a device call,
-with the sampling parameters that the engine gives to slots by default (greedy).
+The rollout sampler does not use this module: JetStream's Driver returns neither log-probs nor stop tokens and takes no
+sampling parameters per request. It serves the same engine for manual use and evaluation, one token per device call,
+with the engine's default sampling parameters (greedy).
 """
 
 import atexit
@@ -29,7 +29,7 @@ NO_SLOT_TAKEN = "At this point we must have some requests inserted"  # JetStream
 def prefill_buckets(engine: Any) -> tuple[int, ...]:
     """Returns the padded prompt lengths of `engine`, in tokens, rising; the last is its max_prefill_length.
 
-    An engine may name its own in an attribute `buckets`; otherwise they are 16, 32, ... and the maximum.
+    They are the engine's attribute `buckets` where it has one, otherwise 16, 32, ... and the maximum.
     """
     longest = engine.max_prefill_length
     named = tuple(getattr(engine, "buckets", ()))
@@ -40,10 +40,10 @@ def prefill_buckets(engine: Any) -> tuple[int, ...]:
 
 
 class DriverTokenizer(jetstream.Tokenizer):
-    """A tokenizer with encode_prompt(text) -> ids, decode(ids) -> text, eos_id and pad_id, behind JetStream's interface.
+    """Wraps a tokenizer with encode_prompt(text), decode(ids), eos_id and pad_id in JetStream's interface.
 
-    A text is encoded as the trainer encodes a prompt, so JetStream is told of no bos to add. Decoding ends
-    at `stop_ids` (the tokenizer's eos if None). Without a tokenizer it serves token prompts only.
+    A text is encoded as the trainer encodes a prompt, so `bos_id` is None and JetStream adds no bos. Decoding ends at
+    `stop_ids` (the tokenizer's eos if None). Without a tokenizer only token prompts can be served.
     """
 
     def __init__(self, tokenizer: Any, stop_ids: Sequence[int] | None = None):
@@ -51,7 +51,7 @@ class DriverTokenizer(jetstream.Tokenizer):
         self._stop_ids = {tokenizer.eos_id} if stop_ids is None else set(stop_ids)
 
     def encode(self, s: str, **kwargs: Any) -> tuple[np.ndarray, int]:
-        """Returns (int32 token ids, not padded, and their number). ValueError without a tokenizer."""
+        """Returns (int32 token ids without padding, their number). Raises ValueError without a tokenizer."""
         if self._tokenizer is None:
             raise ValueError("serving: a text prompt needs a tokenizer; build the engine with tokenizer=")
         ids = np.asarray(self._tokenizer.encode_prompt(s), np.int32)
@@ -79,15 +79,16 @@ class DriverTokenizer(jetstream.Tokenizer):
 
 
 class TextStream:
-    """Turns the tokens of one response into text as they come; what does not make whole characters yet waits."""
+    """Turns the tokens of one response into text as they arrive; tokens of incomplete characters are held back."""
 
     def __init__(self, decode: Any):
         self._decode = decode
         self._ids: list[int] = []
-        self._start = self._shown = 0  # text of the ids before `_shown` is out; decoding goes on from `_start`
+        # The text of the ids before `_shown` has been returned; decoding starts at `_start`.
+        self._start = self._shown = 0
 
     def add(self, token_ids: Sequence[int], last: bool = False) -> str:
-        """Returns the text that `token_ids` complete; with `last`, also what was still waiting."""
+        """Returns the text that `token_ids` complete; with `last`, also the text that was held back."""
         self._ids.extend(token_ids)
         if self._shown == len(self._ids):
             return ""
@@ -100,9 +101,9 @@ class TextStream:
 
 
 class _LatestParams:
-    """An engine as the Driver's threads see it: every call uses the parameters in force at that moment.
+    """An engine as the Driver's threads see it: every call uses the newest parameters.
 
-    The Driver's threads take their parameters once, when they start, so they are given None.
+    The Driver's threads take their parameters once, when they start, so they get None instead.
     """
 
     def __init__(self, engine: Any, params: Any):
@@ -116,7 +117,7 @@ class _LatestParams:
         return self.engine.generate(self.params, decode_state)
 
     def build_tokenizer(self, metadata: Any) -> Any:
-        if hasattr(self.engine, "stop_ids"):  # ours: JetStream must stop where the engine does, and nowhere else
+        if hasattr(self.engine, "stop_ids"):  # r1jax's engine: JetStream must stop where it does, and nowhere else
             return DriverTokenizer(self.engine.tokenizer, self.engine.stop_ids)
         return self.engine.build_tokenizer(metadata)
 
@@ -151,11 +152,11 @@ class _Collector:
 
 
 class _Channel:
-    """The return channel of one open request, known to the driver until it is closed.
+    """The return channel of one open request; the driver keeps it until it is closed.
 
-    It ends the request in the step that brings its last token (JetStream takes one more) or the end of a stop string,
-    frees the slot of a client that has gone, and is not disturbed by a client whose event loop is closed. Text goes out in whole characters;
-    JetStream decodes token by token.
+    It ends the request at the step of its last token (JetStream takes one step more) or of the end of a stop string,
+    frees the slot of a client that has disconnected, and ignores a client whose event loop is closed. Text is returned
+    in whole characters, where JetStream decodes token by token.
     """
 
     def __init__(
@@ -181,7 +182,7 @@ class _Channel:
             samples[0].text = [self._text.add(samples[0].token_ids, last)]
         delivered = self._deliver(self._inner.add_result, samples)
         if stopped or not delivered or self._inner.cancelled() or self._tokens >= self._request.max_tokens:
-            self._request.complete[:] = True  # the detokenize thread, which calls this, looks at it next
+            self._request.complete[:] = True  # the detokenize thread, which calls this, checks it next
 
     def set_exception(self, error: Exception) -> None:
         self._driver.forget(self)
@@ -194,7 +195,7 @@ class _Channel:
     def _deliver(self, send: Any, *arguments: Any) -> bool:
         try:
             send(*arguments)
-        except RuntimeError:  # asyncio: the event loop is closed, nobody reads
+        except RuntimeError:  # asyncio: the event loop is closed and nobody reads
             return False
         return True
 
@@ -207,21 +208,21 @@ _RUNNING: "weakref.WeakSet[SafeDriverMethods]" = weakref.WeakSet()
 
 @atexit.register
 def _stop_all() -> None:
-    """Ends the threads before the interpreter does: one that then comes back from a device call aborts the process."""
+    """Ends the threads before the interpreter exits: one that returned from a device call later would abort it."""
     for driver in list(_RUNNING):
         driver.stop()
 
 
 class SafeDriverMethods:
-    """What `SafeDriver` changes of JetStream 0.2.2's Driver.
+    """The changes that `SafeDriver` makes to JetStream 0.2.2's Driver.
 
-    * An exception in a thread reaches every open request; the process lives on.
+    * An exception in a thread reaches every open request; the process continues.
     * stop() fails open requests instead of leaving them waiting, and has a deadline.
     * A prompt that is empty or longer than the engine's max_prefill_length is refused with ValueError.
-    * Token prompts are used as they are when the tokenizer has no bos or the request has a session_cache.
+    * Token prompts are used unchanged when the tokenizer has no bos or the request has a session_cache.
     * max_prefill_length may be any length.
     * The parameters can be replaced while it runs.
-    * A process that ends without stop() stops it first.
+    * A process that exits without stop() stops it first.
     """
 
     def __init__(self, engine: Any, params: Any, metrics_collector: Any = None):
@@ -248,7 +249,7 @@ class SafeDriverMethods:
         self.stop()
 
     def set_params(self, params: Any) -> None:
-        """Uses `params` from the next device call on; requests in flight go on with them over their old cache."""
+        """Uses `params` from the next device call on, also for requests in flight, which keep their cache."""
         self._engine.params = params
 
     def generate_many(
@@ -256,10 +257,10 @@ class SafeDriverMethods:
     ) -> list[list[int]]:
         """Returns the continuation of each prompt, all decoded concurrently, in the order of the prompts.
 
-        Prompts are used as given (no bos is added). A continuation has at most `max_new_tokens` tokens, fewer where the
-        engine's own limit is lower, and ends before the stop token, which is not returned.
-        ValueError: a prompt that is empty or too long, or max_new_tokens below 1. RuntimeError: an engine call failed
-        (its exception is the cause), or the driver was stopped. TimeoutError: not all were done in `deadline_s`.
+        Prompts are used unchanged (no bos is added). A continuation has at most `max_new_tokens` tokens, fewer where
+        the engine's limit is lower, and ends before the stop token, which is not returned. ValueError: a prompt that
+        is empty or too long, or max_new_tokens below 1. RuntimeError: an engine call failed (its exception is the
+        cause), or the driver was stopped. TimeoutError: not all were done in `deadline_s`.
         """
         for prompt in prompts_ids:
             self._checked(np.asarray(prompt, np.int32), len(prompt))
@@ -282,7 +283,7 @@ class SafeDriverMethods:
         return [collector.token_ids for collector in collectors]
 
     def place_request_on_prefill_queue(self, request: Any) -> None:
-        """Queues `request`; ValueError refuses it, RuntimeError says that the driver has failed or was stopped."""
+        """Queues `request`. Raises ValueError for a bad request, RuntimeError after the driver failed or stopped."""
         if request.max_tokens < 1:
             raise ValueError(f"serving: max_tokens={request.max_tokens} must be at least 1")
         request.prefill_content = self._token_ids(request.prefill_content, with_bos=not request.history_path)
@@ -296,17 +297,17 @@ class SafeDriverMethods:
             self._prefill_backlog.put(request, block=False)
 
     def _stop_strings(self) -> StopStrings | None:
-        """Returns a follower of config.sampler.stop_strings, which engines of others have not."""
+        """Returns a follower of config.sampler.stop_strings, None without any or for an engine that is not r1jax's."""
         texts = getattr(getattr(self._engine, "sampler", None), "stop_strings", ())
         return StopStrings(self._tokenizer.decode, texts) if texts else None
 
     def forget(self, channel: _Channel) -> None:
-        """Takes a request that has ended off the list of open ones."""
+        """Removes a request that has ended from the open ones."""
         with self._lock:
             self._open.discard(channel)
 
     def stop(self, deadline_s: float = 60.0) -> None:
-        """Fails the open requests and ends the threads; TimeoutError names those that did not end in `deadline_s`."""
+        """Fails the open requests and ends the threads. Raises TimeoutError for threads that outlast `deadline_s`."""
         self._close(RuntimeError("serving: the driver was stopped"))
         queues = [
             self._prefill_backlog,
@@ -321,7 +322,7 @@ class SafeDriverMethods:
             for waiting in queues:  # some threads are blocked on a full queue,
                 _empty(waiting)
             time.sleep(0.005)
-            for waiting in queues:  # others on an empty one; None tells a thread to end
+            for waiting in queues:  # others on an empty one; None ends a thread
                 with contextlib.suppress(queue.Full):
                     waiting.put_nowait(None)
             time.sleep(0.005)
@@ -338,7 +339,7 @@ class SafeDriverMethods:
     def _run(self, thread: Any, index: int) -> None:
         try:
             thread(index)
-        except Exception as error:  # whatever it is, the open requests must learn of it
+        except Exception as error:  # any error must reach the open requests
             failure = RuntimeError(f"serving: {threading.current_thread().name} failed: {error}")
             failure.__cause__ = error
             self._close(failure)
@@ -353,7 +354,7 @@ class SafeDriverMethods:
         self._run(self._generate_until_stopped, idx)
 
     def _generate_until_stopped(self, idx: int) -> None:
-        """JetStream asserts that a slot is taken, which is false when the last request ends just before: start over."""
+        """Restarts the thread when the last request ends just before JetStream's assertion that a slot is taken."""
         while self.live:
             try:
                 return super()._generate_thread(idx)
@@ -365,7 +366,7 @@ class SafeDriverMethods:
         self._run(super()._detokenize_thread, idx)
 
     def _token_ids(self, content: str | Sequence[int], with_bos: bool) -> np.ndarray:
-        """Returns the prompt's token ids, int32 [length]; tokenized here so that a bad prompt fails its own caller."""
+        """Returns the prompt's token ids, int32 [length]; tokenized here so that a bad prompt fails in its caller."""
         if isinstance(content, str):
             tokens, length = self._tokenizer.encode(content, is_bos=with_bos, jax_padding=False)
             return self._checked(np.asarray(tokens, np.int32)[:length], int(length))

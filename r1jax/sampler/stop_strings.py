@@ -1,17 +1,19 @@
-"""Where a text that ends a response is complete: found on the host, one token after the other.
+"""Finds on the host, token by token, where a response first contains a text that ends it.
 
-The answer depends on the tokens alone, not on how many of them come at a time.
+The result depends only on the tokens, not on how many of them arrive at a time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 
-MARGIN = 8  # characters: more than a cut in the middle of a character, or before a space, can change of a text
+# In characters: more than can change at the start of a text that is decoded from the middle of a character or of a
+# word.
+MARGIN = 8
 
 
 class StopStrings:
-    """Follows one response and tells at which token its text first contains one of `texts`.
+    """Follows one response and finds the token at which its text first contains one of `texts`.
 
-    Only the last tokens are decoded, at least as many as hold the longest text and MARGIN characters more.
+    Only the last tokens are decoded: enough to hold the longest text and MARGIN characters more.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], texts: Sequence[str]):
@@ -20,7 +22,7 @@ class StopStrings:
         self._ids: list[int] = []
 
     def count(self, token_ids: Iterable[int]) -> int | None:
-        """Takes the next tokens and returns how many of them there are up to the end of a stop text; None without one."""
+        """Takes the next tokens and returns how many of them complete a stop text, None where none is complete."""
         for number, token in enumerate(token_ids, 1):
             self._ids.append(int(token))
             text = self._decode(self._ids)

@@ -1,4 +1,4 @@
-"""A decoder cut in two after some of its blocks: what the lower part makes of tokens is computed once, the upper trains."""
+"""A decoder split after some of its blocks: the lower part's outputs are computed once, the upper part is trained."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,17 +15,17 @@ from r1jax.schema import ModelConfig, PackConfig, replace
 
 
 def shapes(model: ModelConfig, blocks: int) -> tuple[ModelConfig, ModelConfig]:
-    """Returns (shape of the first `blocks` blocks, shape of the rest, whose input is features and not words).
+    """Returns (config of the first `blocks` blocks, config of the rest, whose input is features instead of tokens).
 
-    Raises ValueError unless at least one block is on either side.
+    Raises ValueError unless each part has at least one block.
     """
     layers, dense = model.num_hidden_layers, model.num_dense_layers
     if not 0 < blocks < layers:
         raise ValueError(
             f"config.reward_model.frozen_blocks={blocks} must be between 1 and {layers - 1}, or 0 for none"
         )
-    own = dict(scalar_head=False, tie_word_embeddings=True)
-    lower = replace(model, num_hidden_layers=blocks, first_k_dense_replace=min(dense, blocks), **own)
+    headless = dict(scalar_head=False, tie_word_embeddings=True)
+    lower = replace(model, num_hidden_layers=blocks, first_k_dense_replace=min(dense, blocks), **headless)
     upper = replace(
         model, num_hidden_layers=layers - blocks, first_k_dense_replace=max(dense - blocks, 0), vocab_size=1
     )
@@ -50,7 +50,7 @@ def join(lower: decoder.Params, upper: decoder.Params) -> decoder.Params:
 
 
 def _cut_stack(stack, place: int):
-    """Returns the first `place` layers of a stack and the others; None for none."""
+    """Returns the first `place` layers of a stack and the others, each None where it is empty."""
     layers = 0 if stack is None else stack.attention_norm.shape[0]
     parts = [(0, place), (place, layers)]
     return [jax.tree.map(lambda x, a=a, b=b: x[a:b], stack) if a < b else None for a, b in parts]
@@ -68,11 +68,11 @@ def features(
     sequences: Sequence[np.ndarray],
     size: PackConfig,
     mesh: Mesh,
-    told: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[np.ndarray]:
-    """Returns what the lower part makes of each sequence of ids, [n, D] in the dtype it computes in.
+    """Returns the lower part's output for each sequence of ids, [n, D] in the model's compute dtype.
 
-    `told` hears how many are done.
+    `on_progress(done)` is called after each batch with the number of sequences done.
     """
     place = sharding.sharding(mesh, ("batch", "sequence"), (size.rows_per_micro_batch, size.row_tokens))
 
@@ -80,14 +80,14 @@ def features(
     def run(params, tokens, positions, segments):
         return decoder.forward(params, tokens, positions, segments, model)[2].before_norm
 
-    found: list[np.ndarray] = [np.empty(0)] * len(sequences)
+    outputs: list[np.ndarray] = [np.empty(0)] * len(sequences)
     done = 0
     for members, batch in batches(sequences, size.row_tokens, size.rows_per_micro_batch):
         arrays = [sharding.place(array, place) for array in (batch.tokens, batch.positions, batch.segments)]
         with use_mesh(mesh):
-            made = np.asarray(run(params, *arrays))
+            hidden = np.asarray(run(params, *arrays))
         for index, (row, start, length) in zip(members, batch.slots, strict=True):
-            found[index] = made[row, start : start + length].copy()
+            outputs[index] = hidden[row, start : start + length].copy()
         done += len(members)
-        told(done)
-    return found
+        on_progress(done)
+    return outputs

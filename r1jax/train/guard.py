@@ -1,4 +1,4 @@
-"""What a run says and does about updates that were skipped because their loss or gradient norm is not finite."""
+"""Reports updates that were skipped because their loss or gradient norm is not finite, and ends a run of too many."""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from r1jax.core.say import say
 
 SKIPPED = "skipped_updates"  # a statistic of every update: 1 where weights and moments were left as they were
-_FIGURES = {  # what must be finite, and where to look when it is the first that is not
+_FIGURES = {  # figures that must be finite: name, and where to look when it is the first that is not
     "loss": ("loss", "the batch's rewards and log-probabilities and the weights the run started from"),
     "grad_norm": ("gradient norm", "optimizer.learning_rate, model.compute_dtype and the scale of the rewards"),
     "value_loss": ("critic's loss", "the returns and ppo.critic_learning_rate"),
@@ -15,10 +15,10 @@ _FIGURES = {  # what must be finite, and where to look when it is the first that
 
 
 class SkippedUpdates:
-    """Counts the updates skipped in a row, says each one on stderr, and ends a run in which none succeeds."""
+    """Counts the updates skipped in a row, reports each one on stderr, and ends a run with too many."""
 
     def __init__(self, run: str, limit: int, in_a_row: int = 0):
-        """`run` begins each line; `limit` in a row end the run, 0 never does."""
+        """`run` is the start of each line; `limit` skipped updates in a row end the run, 0 is no limit."""
         self.run, self.limit, self.in_a_row = run, limit, in_a_row
 
     def note(self, update: int, stats: Mapping[str, float]) -> None:
@@ -30,21 +30,21 @@ class SkippedUpdates:
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        found = {name: float(stats[name]) for name in _FIGURES if name in stats}
-        what, look = _FIGURES[next(name for name, value in found.items() if not math.isfinite(value))]
-        figures = ", ".join(f"{_FIGURES[name][0]} {value:.4g}" for name, value in found.items())
+        values = {name: float(stats[name]) for name in _FIGURES if name in stats}
+        what, look = _FIGURES[next(name for name, value in values.items() if not math.isfinite(value))]
+        figures = ", ".join(f"{_FIGURES[name][0]} {value:.4g}" for name, value in values.items())
         say(
             f"{self.run} update {update}: skipped, its {what} is not finite ({figures}); "
             f"weights and moments stay as they were; look at {look}"
         )
         if self.limit and self.in_a_row >= self.limit:
             raise ValueError(
-                f"{self.run}: the last {self.in_a_row} updates, up to {update}, were skipped, the {what} is not finite; "
-                f"look at {look}; the newest checkpoint holds finite weights "
+                f"{self.run}: the last {self.in_a_row} updates, up to {update}, were skipped, the {what} is not "
+                f"finite; look at {look}; the newest checkpoint holds finite weights "
                 f"(optimizer.max_skipped_updates={self.limit})"
             )
 
 
 def recorded(row: Mapping[str, float]) -> dict[str, float]:
-    """Returns a metrics row as it is written: that of a skipped update without the figures that are not finite."""
+    """Returns a metrics row as it is written: for a skipped update, without the figures that are not finite."""
     return {name: value for name, value in row.items() if not row.get(SKIPPED) or math.isfinite(value)}

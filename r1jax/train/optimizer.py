@@ -39,7 +39,7 @@ def _store_moments(inner: optax.GradientTransformation, dtype) -> optax.Gradient
 
 
 def _decays(params) -> object:
-    """Returns which leaves take weight decay: matrices, neither norms nor biases (stacked ones have a layer axis)."""
+    """Returns which leaves take weight decay: matrices, but not norms or biases (which have two axes when stacked)."""
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path)
@@ -48,7 +48,8 @@ def _decays(params) -> object:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-# Axes that a weight matrix sums over and makes, from the back; those before them (layers, experts) count matrices.
+# Input and output axes of a weight matrix, counted from the back; the axes before them (layers, experts) count
+# matrices.
 _DOWN, _TO_HEADS, _FROM_HEADS = ((-2,), (-1,)), ((-3,), (-2, -1)), ((-3, -2), (-1,))
 _MATRICES = {
     **dict.fromkeys(("gate", "up", "down", "q_a", "kv_a", "projection"), _DOWN),
@@ -60,12 +61,13 @@ _MATRICES = {
 def matrix_axes(path: tuple) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Returns (input axes, output axes) of the matrices that Muon updates in the leaf at a path, None where AdamW does.
 
-    Muon takes the matrices inside the layers. Embedding, output matrix, router, heads, norms and biases are AdamW's.
+    Muon updates the matrices inside the layers. AdamW updates embedding, output matrix, router, heads, norms and
+    biases.
     """
     return _MATRICES.get(getattr(path[-1], "name", "")) if path else None
 
 
-# Coefficients of Muon's five steps, given one by one so that optax loops over them instead of writing them out.
+# Coefficients of Muon's five steps, listed step by step so that optax loops over them instead of unrolling.
 _NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 
@@ -73,7 +75,7 @@ def _scale_by_muon(momentum: float, update_rms: float, dtype) -> optax.GradientT
     """Returns optax's Muon over every matrix of every leaf, scaled to one root mean square for all shapes.
 
     The update of an m x n matrix is U * update_rms * sqrt(max(m, n)), U the orthogonalised Nesterov momentum
-    (arXiv 2502.16982, eq. 4). The layer axis is mapped and not merged with the experts', so divided experts stay divided.
+    (arXiv 2502.16982, eq. 4). The layer axis is mapped and not merged with the experts', so experts stay sharded.
     """
     init = optax.contrib.scale_by_muon(_NEWTON_SCHULZ, beta=momentum, mu_dtype=dtype).init
 
@@ -89,10 +91,10 @@ def _scale_by_muon(momentum: float, update_rms: float, dtype) -> optax.GradientT
 
     def update(grads, state, params=None):
         del params
-        found = jax.tree_util.tree_map_with_path(lambda path, g, m: one(path, g, m, state), grads, state.mu)
+        pairs = jax.tree_util.tree_map_with_path(lambda path, g, m: one(path, g, m, state), grads, state.mu)
         is_pair = lambda node: type(node) is tuple  # noqa: E731
-        updates = jax.tree.map(lambda pair: pair[0], found, is_leaf=is_pair)
-        mu = jax.tree.map(lambda pair: pair[1].mu, found, is_leaf=is_pair)
+        updates = jax.tree.map(lambda pair: pair[0], pairs, is_leaf=is_pair)
+        mu = jax.tree.map(lambda pair: pair[1].mu, pairs, is_leaf=is_pair)
         return updates, state._replace(mu=mu, count=optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init, update)
@@ -101,7 +103,7 @@ def _scale_by_muon(momentum: float, update_rms: float, dtype) -> optax.GradientT
 def make(config: OptimizerConfig, total_updates: int) -> optax.GradientTransformation:
     """Returns the optimiser: global-norm clip, AdamW or Muon, weight decay, schedule.
 
-    Master weights keep the dtype of the parameters. With Muon all of that holds for the parameters it leaves to AdamW too.
+    Master weights keep the dtype of the parameters. With Muon, clip, decay and schedule apply to all parameters alike.
     """
     dtype = jnp.dtype(config.moment_dtype)
     scale = _store_moments(optax.scale_by_adam(config.beta1, config.beta2, config.eps), dtype)
@@ -117,21 +119,21 @@ def make(config: OptimizerConfig, total_updates: int) -> optax.GradientTransform
 
 
 def _owners(params) -> Any:
-    """Returns which transformation takes each leaf."""
+    """Returns the name of the transformation that updates each leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if matrix_axes(path) else "adamw", params)
 
 
 def is_masked(node) -> bool:
-    """Returns whether a node of an optimiser's state stands for a parameter that it does not hold."""
+    """Returns whether a node of an optimiser's state is a placeholder for a parameter that another part updates."""
     return isinstance(node, optax.MaskedNode)
 
 
-def kept_unless(moved: jax.Array, new: Any, old: Any) -> Any:
-    """Returns the optimiser's state `new` where the scalar `moved` is true, else `old` with the schedule's new count."""
+def select_state(moved: jax.Array, new: Any, old: Any) -> Any:
+    """Returns the optimiser's state `new` if the scalar `moved` is true, else `old` with the schedule's new count."""
 
-    def chosen(after, before):
+    def select(after, before):
         if isinstance(after, optax.ScaleByScheduleState):
             return after
         return jnp.where(moved, after, before)
 
-    return jax.tree.map(chosen, new, old, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
+    return jax.tree.map(select, new, old, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))

@@ -1,8 +1,8 @@
 """The losses of reward models on packed rows: pairs by Bradley-Terry, labels by cross-entropy, read at end tokens.
 
-The responses of a pair lie anywhere in the rows of one micro-batch. A token at which a score is read holds the number of
-its unit (a pair or a labelled response) in `unit`, from 1 in each micro-batch, and in `positive` whether it is the chosen
-or safe one.
+The responses of a pair may be anywhere in the rows of one micro-batch. At a token where a score is read, `unit` is the
+number of its unit (a pair or a labelled response), counted from 1 in each micro-batch, and `positive` is whether it is
+the chosen or safe one.
 """
 
 from collections.abc import Sequence
@@ -23,16 +23,16 @@ UNIT, POSITIVE, FEATURES = "unit", "positive", "features"
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """What one term of the loss reads: (chosen, rejected), or one labelled response."""
+    """The input of one term of the loss: (chosen, rejected), or one labelled response."""
 
     sequences: tuple[np.ndarray, ...]  # int32 [n] each, ending in the end token
     positive: tuple[bool, ...]  # chosen or safe
-    features: tuple[np.ndarray, ...] = ()  # [n, D] each: what frozen blocks made of the tokens, where there are any
+    features: tuple[np.ndarray, ...] = ()  # [n, D] each: outputs of frozen blocks, where there are any
 
 
 @struct.dataclass
 class LossArguments:
-    """float32 scalars; every term weighs the same."""
+    """Weights of the loss's terms, float32 scalars; all terms of a kind weigh the same."""
 
     per_unit: jax.Array  # 1 / pairs or labelled responses of the update
     per_token: jax.Array  # 1 / tokens of the update, for the balance loss
@@ -47,14 +47,14 @@ def pairwise(margins: jax.Array) -> jax.Array:
 
 
 def pointwise(scores: jax.Array, positive: jax.Array) -> jax.Array:
-    """Returns the binary cross-entropy of sigmoid(score) with the label, in nats (DeepSeek-R1, appendix B.3, pointwise)."""
+    """Returns the binary cross-entropy of sigmoid(score) with the label, in nats (DeepSeek-R1, B.3, pointwise)."""
     return jax.nn.softplus(jnp.where(positive, -scores, scores))
 
 
 def make_loss(model: ModelConfig, kind: str) -> step.Loss:
-    """Returns the loss of kind helpful (pairs) or safety (labels); its statistic `correct` is the share told right."""
+    """Returns the loss of kind helpful (pairs) or safety (labels); its statistic `correct` is the accuracy."""
 
-    def loss(params: decoder.Params, micro: dict[str, jax.Array], given: LossArguments):
+    def loss(params: decoder.Params, micro: dict[str, jax.Array], arguments: LossArguments):
         tokens, positions, segments = (micro[name] for name in ("tokens", "positions", "segments"))
         features = micro.get(FEATURES)
         hidden, _, auxiliary = decoder.forward(params, tokens, positions, segments, model, features=features)
@@ -65,17 +65,17 @@ def make_loss(model: ModelConfig, kind: str) -> step.Loss:
         else:
             counted, terms = unit > 0, pointwise(scores, positive)
             scores = jnp.where(positive, scores, -scores)
-        weights = (segments > 0) * given.per_token
+        weights = (segments > 0) * arguments.per_token
         extra, stats = step.auxiliary_loss(params, hidden, auxiliary, micro, weights, model)
-        stats["correct"] = jnp.sum(counted * (scores > 0)) * given.per_unit
-        return extra + jnp.sum(counted * terms) * given.per_unit, stats
+        stats["correct"] = jnp.sum(counted * (scores > 0)) * arguments.per_unit
+        return extra + jnp.sum(counted * terms) * arguments.per_unit, stats
 
     return loss
 
 
 def _margins(scores: jax.Array, unit: jax.Array, positive: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns (score of chosen - score of rejected, whether there is such a pair) by number of pair, from 0."""
-    room = scores.size // 2 + 1  # a pair has two tokens at least
+    """Returns (score of chosen - score of rejected, whether the pair exists), indexed by pair number - 1."""
+    room = scores.size // 2 + 1  # a pair has at least two tokens
     number, signed = jnp.maximum(unit, 0).reshape(-1), jnp.where(positive, scores, -scores).reshape(-1)
     signed = jnp.where(number > 0, signed, 0)
     margins = jax.ops.segment_sum(signed, number, num_segments=room)[1:]
@@ -89,17 +89,17 @@ def fits(unit: Unit, size: PackConfig) -> bool:
 
 
 def micro_batches(units: Sequence[Unit], size: PackConfig) -> list[list[int]]:
-    """Returns the numbers of the units of each micro-batch, in order, each filled as far as whole units go."""
-    found: list[list[int]] = []
+    """Returns the indices of the units of each micro-batch, in order; each takes as many whole units as fit."""
+    groups: list[list[int]] = []
     lengths: list[int] = []
     for number, unit in enumerate(units):
-        own = [len(ids) for ids in unit.sequences]
-        if not found or len(pack(lengths + own, size.row_tokens)) > size.rows_per_micro_batch:
-            found.append([])
+        added = [len(ids) for ids in unit.sequences]
+        if not groups or len(pack(lengths + added, size.row_tokens)) > size.rows_per_micro_batch:
+            groups.append([])
             lengths = []
-        found[-1].append(number)
-        lengths += own
-    return found
+        groups[-1].append(number)
+        lengths += added
+    return groups
 
 
 def make_batch(
@@ -107,7 +107,7 @@ def make_batch(
 ) -> tuple[dict[str, np.ndarray], int, LossArguments]:
     """Returns (arrays [M, R, T], filled micro-batches, arguments) of one update; `room` is M.
 
-    `shards` is what `sharding.row_shards` gives.
+    `shards` is the result of `sharding.row_shards`.
     """
     groups = micro_batches(units, size)
     items: list[PackItem] = []
@@ -122,8 +122,8 @@ def make_batch(
         rows += [[first + index for index in row] for row in placed]
     packed: PackedBatch = pack_batch(items, size.row_tokens, room * size.rows_per_micro_batch, rows)
     tokens = sum(len(item.tokens) for item in items)
-    given = LossArguments(np.float32(1 / len(units)), np.float32(1 / tokens))
-    return step.batch_arrays(packed, size, room, ()), len(groups), given
+    arguments = LossArguments(np.float32(1 / len(units)), np.float32(1 / tokens))
+    return step.batch_arrays(packed, size, room, ()), len(groups), arguments
 
 
 def _items(unit: Unit, number: int) -> list[PackItem]:

@@ -15,7 +15,8 @@ from r1jax.train import step
 def make_loss(model: ModelConfig, trained_chunk: int = 0) -> step.Loss:
     """Returns the loss: minus the sum of weight * log p, weight 1 / (all trained tokens of the update).
 
-    The balance and multi-token prediction losses of the model's config are added. `trained_chunk` as in `scored_logprobs`.
+    The balance and multi-token prediction losses of the model's config are added. `trained_chunk` is that of
+    `logprobs.scored_logprobs`.
     """
 
     def loss(params: decoder.Params, micro: dict[str, jax.Array], inverse_tokens: jax.Array):
@@ -31,7 +32,7 @@ def make_loss(model: ModelConfig, trained_chunk: int = 0) -> step.Loss:
 
 
 def example(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> PackItem:
-    """Returns one training example whose response tokens alone are trained."""
+    """Returns one training example of which only the response tokens are trained."""
     tokens = np.asarray([*prompt_ids, *response_ids], np.int32)
     mask = np.zeros(len(tokens), np.float32)
     mask[len(prompt_ids) :] = 1.0
@@ -52,7 +53,7 @@ def make_batch(
 ) -> tuple[dict, int, np.float32]:
     """Returns (arrays [M, R, T], filled micro-batches, 1 / trained tokens) of one update.
 
-    `rows` are the items of each row, where that is settled; `shards` is what `sharding.row_shards` gives.
+    `rows` are the items of each row, packed here by default; `shards` is the result of `sharding.row_shards`.
     """
     lengths = [len(item.tokens) for item in items]
     rows = pack(lengths, size.row_tokens) if rows is None else rows

@@ -1,9 +1,9 @@
 """One jitted update for every stage: gradients summed over micro-batches, one optimiser step, donated state.
 
-A batch is `[M, R, T]`: M micro-batches of R packed rows. Only the first `filled` are run, so one program serves any
-fill. A loss returns a sum, not a mean: each token's weight is set when the batch is packed, and so neither
-packing nor micro-batching nor the mesh changes the result. An update whose loss or gradient norm is not finite leaves
-weights, moments and router bias as they were.
+A batch is `[M, R, T]`: M micro-batches of R packed rows. Only the first `filled` micro-batches are run, so one program
+serves any number of them. A loss returns a sum, not a mean: each token's weight is set when the batch is packed, so
+that neither packing nor micro-batching nor the mesh changes the result. An update whose loss or gradient norm is not
+finite leaves weights, moments and router bias as they were.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class TrainState:
 def batch_arrays(batch: PackedBatch, pack: PackConfig, micro_batches: int, fields: tuple[str, ...]) -> dict:
     """Returns the batch as arrays [M, R, T] by name: tokens, targets, positions, segments, loss_mask and `fields`.
 
-    What the batch holds as inputs goes with them, [M, R, T, ...].
+    The batch's inputs are included, [M, R, T, ...].
     """
     shape = (micro_batches, pack.rows_per_micro_batch, pack.row_tokens)
     named = {name: getattr(batch, name) for name in ("tokens", "targets", "positions", "segments", "loss_mask")}
@@ -79,9 +79,9 @@ class Trainer:
         return jax.eval_shape(lambda p: TrainState(p, self.transform.init(p), jnp.zeros((), jnp.int32)), params)
 
     def state_shardings(self, on_device: bool = False) -> TrainState:
-        """Returns the sharding of every leaf: moments lie as their parameters do, all else everywhere.
+        """Returns the sharding of every leaf: moments are sharded as their parameters are, all else is replicated.
 
-        Offloaded moments lie in host memory, unless `on_device` asks where an update wants them.
+        Offloaded moments are in host memory, or with `on_device` where an update computes with them.
         """
         everywhere = sharding.replicated(self.mesh)
         structure = jax.tree.structure(self.param_shardings)
@@ -111,7 +111,7 @@ class Trainer:
         return jax.jit(build, out_shardings=self.state_shardings())(params)
 
     def restore_target(self) -> TrainState:
-        """Returns shape structs with shardings: what a checkpoint of the state is read into."""
+        """Returns shape structs with shardings, for reading a checkpoint of the state."""
         return jax.tree.map(
             lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
             self.abstract_state(),
@@ -124,10 +124,10 @@ class Trainer:
         return jax.device_put(TrainState(params, optimizer, count), self.state_shardings())
 
     def update(self, state: TrainState, batch: dict[str, np.ndarray], filled: int, arguments: Any):
-        """Returns (new state, statistics as device scalars). The given state is donated.
+        """Returns (new state, statistics as device scalars). The old state is donated.
 
-        `skipped_updates` is 1 when loss or gradient norm is not finite: the state is then the given one, but for
-        `update` and the schedule's count, which go on.
+        `skipped_updates` is 1 when loss or gradient norm is not finite. The new state then equals the old one, except
+        for `update` and the schedule's count, which advance.
         """
         batch = {name: sharding.place(array, self._batch_sharding(array.shape)) for name, array in batch.items()}
         with use_mesh(self.mesh):
@@ -180,10 +180,10 @@ class Trainer:
         experts_load, mtp_load = stats.pop("expert_load", None), stats.pop("mtp_expert_load", None)
         if self.model.router_bias_update_rate:
             params = _balanced(params, experts_load, mtp_load, self.model.router_bias_update_rate)
-        # Chosen element by element, which the compiler does in place where the state is donated.
+        # Selected element by element, which the compiler does in place where the state is donated.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), params, state.params)
-        opt_state = optimizers.kept_unless(finite, opt_state, moments)
+        opt_state = optimizers.select_state(finite, opt_state, moments)
         stats |= {"loss": loss, "grad_norm": norm, "learning_rate": self.rate(state.update)}
         stats[guard.SKIPPED] = 1 - finite.astype(jnp.float32)
         if experts_load is not None:
@@ -192,7 +192,7 @@ class Trainer:
 
 
 def _balanced(params: decoder.Params, load, mtp_load, rate: float) -> decoder.Params:
-    """Returns the parameters with the selection biases moved against the loads, where there are any."""
+    """Returns the parameters with the routers' selection biases moved against the loads that are not None."""
 
     def moved(stack, counts):
         bias = moe.updated_bias(stack.ffw.bias, counts, rate)
@@ -216,10 +216,10 @@ def auxiliary_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns (alpha * balance loss + lambda * multi-token prediction loss, statistics), both 0 unless configured.
 
-    `weights` [R, T] are the main loss's weights of each position's target. A sequence's balance loss counts by the
-    weights of its tokens; the prediction of token i + 2 counts as much as the main loss's prediction of that token, so
-    the sum runs over the same normaliser (V3 report eq. 24-25). With `head_alone` the prediction loss trains the
-    module and leaves the main model, embedding and output matrix as they are: in RL they follow the reward.
+    `weights` [R, T] are the main loss's weights of each position's target. A sequence's balance loss is weighted by
+    its tokens' weights. The prediction of token i + 2 has the weight of the main loss's prediction of that token, so
+    both sums have the same normaliser (V3 report eq. 24-25). With `head_alone` the prediction loss trains the module
+    only and gives the main model, embedding and output matrix no gradient: in RL only the reward trains them.
     """
     total, stats = jnp.zeros((), jnp.float32), {}
     valid = micro["segments"] > 0

@@ -1,4 +1,4 @@
-"""The loop of supervised stages (pretraining, SFT): a pure function update -> batch, metrics, checkpoints, resume."""
+"""The loop of supervised stages (pretraining, SFT): batches by update number, metrics, checkpoints, resume."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,9 +27,9 @@ def fit(
     log_every: int = 10,
     name: str = "training",
 ) -> tuple[decoder.Params, float]:
-    """Returns (weights after the last update, its loss), going on from the newest checkpoint in `store`.
+    """Returns (weights after the last update, its loss), continuing from the newest checkpoint in `store`.
 
-    The loss is the newest that is finite. Statistics are fetched, and skipped updates named, every `log_every` updates
+    The loss is the newest finite one. Statistics are fetched, and skipped updates reported, every `log_every` updates
     and before a checkpoint. Raises ValueError when too many updates in a row were skipped.
     """
     state, first, loss = resume(trainer, params, store)
@@ -48,9 +48,9 @@ def fit(
             on_update(done, row["loss"])
         if logged or saved:
             fetched, waiting = jax.device_get(waiting), []
-            for number, found in enumerate(fetched, done - len(fetched) + 1):
-                skipped.note(number, found)
-                loss = loss if found[guard.SKIPPED] else float(found["loss"])
+            for number, figures in enumerate(fetched, done - len(fetched) + 1):
+                skipped.note(number, figures)
+                loss = loss if figures[guard.SKIPPED] else float(figures["loss"])
         if saved:
             items = {"params": state.params, "optimizer": state.optimizer}
             store.save(done, items, {"update": done, "loss": loss, "skipped": skipped.in_a_row})

@@ -1,0 +1,163 @@
+"""The forms of attention behind one signature, and the choice among them, made once for a whole forward pass.
+
+A layer hands over its queries and the `Source` of its keys and values. Every form returns the same outputs: around a
+ring of devices, by the flash kernels, block by block, by the decode kernels, or plainly with all scores at once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from r1jax.core.sharding import constrain
+from r1jax.kernels.packed_attention import packed_attention
+from r1jax.kernels.tpu import LOWEST
+from r1jax.models import cache as kv
+from r1jax.models import flash, ring, rope
+from r1jax.schema import ModelConfig
+
+Axes = tuple[str | None, ...]  # logical axes of one array
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What the keys and values of a layer are made of: the arrays that a cache stores and that travel around a ring.
+
+    The head axes follow one of three patterns. Grouped: queries [B, T, K, G, H], keys [B, S, K, H]. A key head for each
+    query head: [B, T, N, H] and [B, S, N, H]. One key shared by all query heads: [B, T, N, H] and [B, S, H].
+    """
+
+    arrays: tuple[jax.Array, ...]  # [B, S, ...] each
+    axes: tuple[Axes, ...]  # of each array
+    expand: Callable[[Any, Any], tuple[jax.Array, jax.Array]]  # (arrays, weights) -> keys and values
+    query_heads: str  # letters of the head axes of queries and outputs: KG or N
+    key_heads: str  # of keys and values: K, N or none
+    weights: Any = ()
+    weight_axes: Axes = ()
+
+    def keys_and_values(self) -> tuple[jax.Array, jax.Array]:
+        return self.expand(self.arrays, self.weights)
+
+    @property
+    def value_width(self) -> int:
+        return jax.eval_shape(self.expand, self.arrays, self.weights)[1].shape[-1]
+
+
+@struct.dataclass
+class Context:
+    """What every layer of one forward pass shares."""
+
+    cos: jax.Array  # [B, T, rope / 2]
+    sin: jax.Array
+    mask: jax.Array  # [B, T, S] bool: query may see key
+    write_positions: jax.Array | None  # [B, T] cache row of each new token, the scratch row for padding
+    segments: jax.Array  # [B, T] document of each token, 0 is padding
+    lengths: jax.Array | None = None  # [B] with a cache: rows of it that the last query sees, 0 for padding
+    prefixes: jax.Array | None = None  # [B, T] segment of a shared prompt that a token sees beside its own, 0 for none
+    window: int = struct.field(pytree_node=False, default=0)  # cache rows that are read
+    form: "Form" = struct.field(pytree_node=False, default=None)  # how every layer attends, by `choose`
+
+
+# (queries [B, T, heads, H], source, context, config, cache, layer) -> outputs [B, T, heads, V]
+Form = Callable[[jax.Array, Source, Context, ModelConfig, kv.Cache | None, Any], jax.Array]
+
+
+def build_context(
+    positions: jax.Array,
+    segments: jax.Array,
+    config: ModelConfig,
+    cache: kv.Cache | None = None,
+    window: int = 0,
+    prefixes: jax.Array | None = None,
+) -> Context:
+    """Returns the context of one forward pass on the mesh in force. With a cache, `window` rows of it are read.
+
+    Without one, a token may also see the segment that `prefixes` [B, T] names for it, where that is not 0.
+    """
+    cos, sin = rope.angles(positions, config)
+    form = choose(config, positions.shape[1], cache is not None)
+    if cache is None:
+        causal = jnp.arange(positions.shape[1])[:, None] >= jnp.arange(positions.shape[1])
+        same = segments[:, :, None] == segments[:, None, :]
+        if prefixes is not None:
+            same |= (prefixes[:, :, None] == segments[:, None, :]) & (prefixes > 0)[:, :, None]
+        return Context(cos, sin, causal & same, None, segments, prefixes=prefixes, form=form)
+    mask = jnp.arange(window)[None, None, :] <= positions[:, :, None]
+    lengths = jnp.where(segments[:, -1] > 0, positions[:, -1] + 1, 0)
+    write_positions = jnp.where(segments > 0, positions, cache.rows)
+    return Context(cos, sin, mask, write_positions, segments, lengths, window=window, form=form)
+
+
+def choose(config: ModelConfig, tokens: int, cached: bool) -> Form:
+    """Returns the form for rows of `tokens` new tokens, with a cache or without, on the mesh in force.
+
+    Raises ValueError where the config asks for kernels that the device cannot run.
+    """
+    if cached:
+        return decoded if tokens == 1 and flash.chosen(config) else plain
+    if ring.devices(tokens) > 1:
+        return around_ring
+    if flash.chosen(config):
+        return by_kernel
+    return in_blocks if config.attention_block and not config.is_mla else plain
+
+
+def attend(q, source: Source, context: Context, c: ModelConfig, cache: kv.Cache | None, layer):
+    """Returns (outputs [B, T, heads, V] of queries q [B, T, heads, H], cache) in the form that the context carries.
+
+    A cache takes the new rows first.
+    """
+    if cache is not None:
+        cache = kv.stored(cache, layer, source.arrays, context.write_positions)
+    return context.form(q, source, context, c, cache, layer), cache
+
+
+def around_ring(q, source: Source, context: Context, c: ModelConfig, cache, layer) -> jax.Array:
+    """Rows divided over the mesh's `context` axis: the source travels, keys are expanded where it arrives."""
+    parts = source.arrays, source.axes, source.expand, source.weights, source.weight_axes
+    return _as_queries(ring.attend(_grouped(q), *parts, context.segments, rope.softmax_scale(c)), q)
+
+
+def by_kernel(q, source: Source, context: Context, c: ModelConfig, cache, layer) -> jax.Array:
+    """Whole rows by the flash attention kernels."""
+    rows = context.segments, context.prefixes
+    return _as_queries(flash.attend(_grouped(q), *source.keys_and_values(), *rows, rope.softmax_scale(c)), q)
+
+
+def in_blocks(q_BTKGH, source: Source, context: Context, c: ModelConfig, cache, layer) -> jax.Array:
+    """Whole rows of grouped queries in blocks of c.attention_block tokens; blocks of other samples are skipped."""
+    arrays = q_BTKGH, *source.keys_and_values(), context.segments
+    return packed_attention(*arrays, rope.softmax_scale(c), c.attention_block, context.prefixes)
+
+
+def decoded(q, source: Source, context: Context, c: ModelConfig, cache: kv.Cache, layer) -> jax.Array:
+    """One query per slot over its cached rows by the decode kernels, in float32; 0 for a slot of length 0."""
+    width, scale = source.value_width, rope.softmax_scale(c)
+    return flash.decode(q[:, 0], cache.arrays, layer, context.lengths, width, scale)[:, None]
+
+
+def plain(q, source: Source, context: Context, c: ModelConfig, cache: kv.Cache | None, layer) -> jax.Array:
+    """All scores at once, over the row itself or over the first rows of the cache."""
+    arrays, heads, key_heads = source.arrays, source.query_heads, source.key_heads
+    if cache is not None:
+        arrays = kv.loaded(cache, layer, context.window, like=arrays)
+    k, v = source.expand(arrays, source.weights)
+    if source.weight_axes:  # expanded by weights just now; other keys and values are constrained by their projections
+        k, v = (constrain(array, "batch", "sequence", "heads", None) for array in (k, v))
+    scores = jnp.einsum(f"BT{heads}H,BS{key_heads}H->B{heads}TS", q, k, preferred_element_type=jnp.float32)
+    mask = jnp.expand_dims(context.mask, range(1, 1 + len(heads)))
+    probs = jax.nn.softmax(jnp.where(mask, (scores * rope.softmax_scale(c)).astype(jnp.float32), LOWEST), axis=-1)
+    return jnp.einsum(f"B{heads}TS,BS{key_heads}V->BT{heads}V", probs.astype(v.dtype), v)
+
+
+def _grouped(q: jax.Array) -> jax.Array:
+    """Returns queries as [B, T, K, G, H]: those with a key head each as groups of one."""
+    return q if q.ndim == 5 else q[:, :, :, None]
+
+
+def _as_queries(out_BTKGV: jax.Array, q: jax.Array) -> jax.Array:
+    """Returns outputs with the head axes of the queries q."""
+    return out_BTKGV if q.ndim == 5 else out_BTKGV[:, :, :, 0]
