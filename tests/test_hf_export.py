@@ -234,8 +234,8 @@ def test_a_failed_check_leaves_nothing_and_an_interrupted_export_does_not_stand_
         save(tmp_path / "out", DENSE, check=check)
     assert {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} < set(seen)
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".out.tmp").mkdir()
-    (tmp_path / ".out.tmp" / "model-00009.safetensors").write_bytes(b"cut short")
+    (tmp_path / ".out.7.tmp").mkdir()
+    (tmp_path / ".out.7.tmp" / "model-00009.safetensors").write_bytes(b"cut short")
     save(tmp_path / "out", DENSE)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "model-00009.safetensors").exists()
