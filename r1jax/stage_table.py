@@ -12,8 +12,8 @@ from r1jax.schema import Config
 EVERY = ("seed",)
 # What all stages read that take their start, or examples, from others in the working folder and evaluate what they make.
 _PLACE = ("start", "inputs", "input_preset", "rebuild_base", "checkpointing", "evaluation")
-_MODEL = ("model", "mesh", "data", "sampler", "reward")
-_TRAINING = (*_MODEL, *_PLACE, "optimizer", "pack")
+_MODEL = ("model", "compute", "mesh", "data", "sampler", "reward")
+_TRAINING = (*_MODEL, *_PLACE, "auxiliary", "optimizer", "pack")
 _RL_STAGES = ("r1_zero", "ppo_baseline", "stage2_reasoning_rl", "stage4_all_scenarios", "student_rl")
 _RL = (*_TRAINING, "mode", "sampler_mesh", "grpo", "ppo", "scenarios")
 _SFT = (*_TRAINING, "sft")
@@ -57,7 +57,10 @@ STAGES: dict[str, Stage] = {
     "reward_helpful": _REWARD_MODEL,
     "reward_safety": _REWARD_MODEL,
     "stage0_base": Stage(
-        ("model", "mesh", "optimizer", "pack", "checkpointing", "pretrain", "output", "sampler.stop_ids"),
+        (
+            *("model", "compute", "auxiliary", "mesh", "optimizer", "pack", "checkpointing", "pretrain", "output"),
+            "sampler.stop_ids",
+        ),
         _NO_RL | {"pack.trained_chunk": ""},
     ),
     "evaluate": Stage(
@@ -75,7 +78,7 @@ STAGES: dict[str, Stage] = {
         _WEIGHTS,
     ),
     "preference_pairs": Stage(
-        ("model", "mesh", "data", "sampler", "output", "judge", "preferences"),
+        ("model", "compute", "mesh", "data", "sampler", "output", "judge", "preferences"),
         {"sampler.max_new_tokens_schedule": "", "data.holdout_fraction": ""},
     ),
     "quickstart": Stage(_GRAPH, shared=True),
@@ -90,12 +93,15 @@ STAGES: dict[str, Stage] = {
     "bench_loss": Stage(
         (
             *("pack.row_tokens", "pack.rows_per_micro_batch"),
-            *("model.hidden_size", "model.vocab_size", "model.compute_dtype"),
+            *("model.hidden_size", "model.vocab_size", "compute.compute_dtype"),
         )
     ),
     "bench_rewards": Stage(("bench.samples", "reward")),
     "bench_update": Stage(
-        ("model", "mesh", "optimizer", "sampler", "reward", "grpo", "pack", "checkpointing", "bench"),
+        (
+            *("model", "compute", "auxiliary", "mesh", "optimizer", "sampler", "reward", "grpo", "pack"),
+            *("checkpointing", "bench"),
+        ),
         dict.fromkeys(("bench.code_files", "bench.mutants_per_row", "bench.topology"), ""),
     ),
 }

@@ -218,7 +218,7 @@ def device() -> jax.Device:
 
 
 def by_kernels(field: str, value: str) -> bool:
-    """Returns whether Pallas kernels for TPUs compute what config.model.<field>=value says: as named, or `auto` on a TPU.
+    """Returns whether Pallas kernels for TPUs compute what config.compute.<field>=value says: as named, or `auto` on a TPU.
 
     Raises ValueError where they are asked for and the device neither is a TPU nor can interpret them.
     """
@@ -227,7 +227,7 @@ def by_kernels(field: str, value: str) -> bool:
         return False
     if platform not in ("tpu", "cpu"):
         raise ValueError(
-            f"ModelConfig.{field}={value} needs a TPU, or a CPU to interpret it; a {platform} needs {field}=xla"
+            f"ComputeConfig.{field}={value} needs a TPU, or a CPU to interpret it; a {platform} needs {field}=xla"
         )
     return True
 

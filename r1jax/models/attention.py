@@ -13,7 +13,7 @@ from r1jax.kernels.packed_attention import packed_attention
 from r1jax.models import cache as kv
 from r1jax.models import flash, ring, rope
 from r1jax.models.layers import norm_spec, rms_norm
-from r1jax.schema import ModelConfig
+from r1jax.schema import ModelConfig, Network
 
 # Up to this many new tokens per slot the latent cache is attended to directly (absorbed); above, keys are expanded.
 ABSORBED_MAX_QUERIES = 4
@@ -132,8 +132,9 @@ def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), -1e30), axis=-1)
 
 
-def latent_attention(p: LatentAttention, x_BTD, context: Context, c: ModelConfig, cache, layer, window: int):
+def latent_attention(p: LatentAttention, x_BTD, context: Context, network: Network, cache, layer, window: int):
     """Returns (output [B, T, D], cache). Absorbed form for few queries on a cache, expanded keys otherwise."""
+    c = network.model
     if p.q_a is not None:
         x_q = rms_norm(jnp.einsum("BTD,DR->BTR", x_BTD, p.q_a), p.q_a_norm, LATENT_NORM_EPS)
     else:
@@ -154,11 +155,11 @@ def latent_attention(p: LatentAttention, x_BTD, context: Context, c: ModelConfig
         o_BTNV = ring.attend(
             q, latent, ROWS, expand, p.kv_b, (None, "heads", None), context.segments, rope.softmax_scale(c)
         )[:, :, :, 0]
-    elif cache is None and flash.chosen(c):
+    elif cache is None and flash.chosen(network.compute):
         q, (k, v) = jnp.concatenate([q_nope, q_rope], axis=-1)[:, :, :, None], _expand(p.kv_b, latent, c)
         scale = rope.softmax_scale(c)
         o_BTNV = flash.attend(q, k, v, context.segments, context.prefixes, scale)[:, :, :, 0]
-    elif cache is not None and queries == 1 and flash.chosen(c):
+    elif cache is not None and queries == 1 and flash.chosen(network.compute):
         o_BTNV = _decoded(p.kv_b, q_nope, q_rope, cache.keys, layer, context.lengths, c)
     else:
         attend = _expanded
@@ -211,8 +212,9 @@ def _decoded(kv_b, q_nope, q_rope, cache_LSTW, layer, lengths, c: ModelConfig) -
     return jnp.einsum("BNR,RNV->BNV", context.astype(q_nope.dtype), w_v)[:, None]
 
 
-def grouped_attention(p: GroupedAttention, x_BTD, context: Context, c: ModelConfig, cache, layer, window: int):
+def grouped_attention(p: GroupedAttention, x_BTD, context: Context, network: Network, cache, layer, window: int):
     """Returns (output [B, T, D], cache) of grouped-query attention."""
+    c, block = network.model, network.compute.attention_block
     q = jnp.einsum("BTD,DNH->BTNH", x_BTD, p.query)
     k = jnp.einsum("BTD,DKH->BTKH", x_BTD, p.key)
     v = jnp.einsum("BTD,DKH->BTKH", x_BTD, p.value)
@@ -231,12 +233,12 @@ def grouped_attention(p: GroupedAttention, x_BTD, context: Context, c: ModelConf
     q = q.reshape(batch, queries, c.num_key_value_heads, groups, c.head_dim)  # [B, T, K, N / K, H]
     if cache is None and ring.devices(queries) > 1:
         o = ring.attend(q, (k, v), (HEADS, HEADS), lambda kv, _: kv, (), (), context.segments, rope.softmax_scale(c))
-    elif cache is None and flash.chosen(c):
+    elif cache is None and flash.chosen(network.compute):
         o = flash.attend(q, k, v, context.segments, context.prefixes, rope.softmax_scale(c))
-    elif cache is None and c.attention_block:
+    elif cache is None and block:
         scale = rope.softmax_scale(c)
-        o = packed_attention(q, k, v, context.segments, scale, c.attention_block, context.prefixes)
-    elif cache is not None and queries == 1 and flash.chosen(c):
+        o = packed_attention(q, k, v, context.segments, scale, block, context.prefixes)
+    elif cache is not None and queries == 1 and flash.chosen(network.compute):
         scale = rope.softmax_scale(c)
         o = flash.decode(q[:, 0], (cache.keys, cache.values), layer, context.lengths, c.head_dim, scale)
     else:

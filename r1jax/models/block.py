@@ -7,9 +7,9 @@ from flax import struct
 from r1jax.core.sharding import constrain
 from r1jax.models import attention, moe
 from r1jax.models.layers import SwiGLU, norm_spec, rms_norm, swiglu, swiglu_specs
-from r1jax.schema import ModelConfig
+from r1jax.schema import ModelConfig, Network
 
-# What the backward pass of a recomputed block finds, by ModelConfig.remat_policy. Attention's products have batch
+# What the backward pass of a recomputed block finds, by ComputeConfig.remat_policy. Attention's products have batch
 # dimensions, those with weights have none; an expert's have its number.
 _KEPT = {
     "nothing": jax.checkpoint_policies.nothing_saveable,
@@ -49,7 +49,7 @@ def specs(c: ModelConfig, layers: int, sparse: bool) -> Block | None:
 
 
 def run_stack(
-    stack: Block | None, x, kv, context: attention.Context, c: ModelConfig, first: int, window: int, forced=None
+    stack: Block | None, x, kv, context: attention.Context, network: Network, first: int, window: int, forced=None
 ):
     """Returns (x [B, T, D], cache, Routing) after one stack, scanned or unrolled; `first` is its first cache layer.
 
@@ -60,13 +60,13 @@ def run_stack(
 
     def body(carry, inputs):
         layer, index, forced = inputs
-        x, kv, routing = _block(layer, *carry, context, c, index, window, forced)
+        x, kv, routing = _block(layer, *carry, context, network, index, window, forced)
         return (x, kv), routing
 
-    if c.remat:
-        body = jax.checkpoint(body, policy=_KEPT[c.remat_policy])
+    if network.compute.remat:
+        body = jax.checkpoint(body, policy=_KEPT[network.compute.remat_policy])
     layers = stack.attention_norm.shape[0]
-    if c.scan_layers:
+    if network.compute.scan_layers:
         (x, kv), told = jax.lax.scan(body, (x, kv), (stack, jnp.arange(first, first + layers), forced))
     else:
         by_layer = []
@@ -78,19 +78,20 @@ def run_stack(
     return x, kv, told.replace(balance=None if told.balance is None else told.balance.sum(axis=0))
 
 
-def _block(p: Block, x, kv, context: attention.Context, c: ModelConfig, layer, window: int, forced):
+def _block(p: Block, x, kv, context: attention.Context, network: Network, layer, window: int, forced):
     """Returns (x, cache, Routing) after one layer."""
+    c = network.model
     attend = attention.latent_attention if c.is_mla else attention.grouped_attention
     with jax.named_scope("attention"):
         normed = rms_norm(x, p.attention_norm, c.rms_norm_eps)
-        out, kv = attend(p.attention, normed, context, c, kv, layer, window)
+        out, kv = attend(p.attention, normed, context, network, kv, layer, window)
         x = constrain(x + out, "batch", "sequence", None)
     with jax.named_scope("ffw"):
         normed = rms_norm(x, p.ffw_norm, c.rms_norm_eps)
         routing = Routing()
         if isinstance(p.ffw, moe.MoE):
-            out, experts, differs = moe.moe(p.ffw, normed, c, forced)
-            wanted = c.aux_loss_alpha > 0 and kv is None
+            out, experts, differs = moe.moe(p.ffw, normed, network, forced)
+            wanted = kv is None and network.auxiliary.aux_loss_alpha > 0
             balance = moe.sequence_balance(p.ffw.router, normed, context.segments, c) if wanted else None
             routing = Routing(experts, balance, differs)
         else:

@@ -4,12 +4,12 @@ import jax
 
 from r1jax.core import sharding
 from r1jax.kernels import fused_logprob, trained_logprob
-from r1jax.schema import ModelConfig
+from r1jax.schema import ComputeConfig
 
 
-def settings(model: ModelConfig) -> dict:
-    """Returns what the functions below take from a model's config: how they compute, and which rows are tokens."""
-    return dict(implementation=model.logprob_implementation, vocab_used=model.vocab_used)
+def settings(compute: ComputeConfig) -> dict:
+    """Returns what the functions below take from config.compute: by which kernels, and over which rows of the vocabulary."""
+    return dict(implementation=compute.logprob_implementation, vocab_used=compute.vocab_used)
 
 
 def token_logprobs(
@@ -25,7 +25,7 @@ def token_logprobs(
     """Returns (log p(target), entropy), float32 [B, T] in nats, as `fused_logprob.token_logprobs` does.
 
     Rows, tokens and the output matrix lie where the logical axes batch, sequence, embed and vocab lie on the mesh being
-    traced under. `implementation` is config.model.logprob_implementation, `vocab_used` config.model.vocab_used.
+    traced under. `implementation` is config.compute.logprob_implementation, `vocab_used` config.compute.vocab_used.
     The entropy has a gradient: a loss that only reports it stops it.
     """
     layout = _layout(targets.shape, unembedding.shape)

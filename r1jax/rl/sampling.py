@@ -25,7 +25,7 @@ class Sampling:
         self.config, self.inputs, self.recorder = config, inputs, recorder
         self.pool: RewardPool | None = None  # between `open` and `close`
         engine = Engine(
-            config.model,
+            config.network,
             config.sampler,
             inputs.sampler_mesh or inputs.mesh,
             inputs.tokenizer.stop_ids,

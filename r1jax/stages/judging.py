@@ -17,7 +17,7 @@ from r1jax.rewards.judge import Judge
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.schema import Config, ModelConfig, replace
+from r1jax.schema import ComputeConfig, Config, Network, replace
 from r1jax.stages import common
 from r1jax.stages.progress import Progress
 
@@ -47,11 +47,12 @@ def load(config: Config, mesh: Mesh) -> Judge:
     require_judge(config)
     folder = config.judge.checkpoint
     beside = Path(folder).parent if Path(folder).is_file() else Path(folder)
-    model = hf_config.model_config(beside, ModelConfig(compute_dtype=config.judge.compute_dtype))
+    model = hf_config.model_config(beside)
     words = tokenizer.from_folder(beside).stopping_at(config.judge.sampler.stop_ids)
-    model = tokenizer.fitted(model, words)
-    engine = Engine(model, config.judge.sampler, mesh, words.stop_ids, words)
-    params = engine.load_params(hf.load(folder, model, mesh, jnp.dtype(model.compute_dtype)))
+    used = tokenizer.vocab_used(model, words)
+    compute = ComputeConfig(compute_dtype=config.judge.compute_dtype, vocab_used=used)
+    engine = Engine(Network(model, compute), config.judge.sampler, mesh, words.stop_ids, words)
+    params = engine.load_params(hf.load(folder, model, mesh, jnp.dtype(compute.compute_dtype)))
     return Judge(RolloutSampler(engine), params, words, "chat" if words.chat_template else "plain", config.seed)
 
 

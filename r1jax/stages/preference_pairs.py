@@ -86,7 +86,7 @@ def answerer(config: Config):
             "--config.model.checkpoint=DIR"
         )
     params = common.load_weights(resolved, mesh, config.model.checkpoint, lambda: None)
-    sampler = RolloutSampler(Engine(resolved.model, resolved.sampler, mesh, words.stop_ids, words))
+    sampler = RolloutSampler(Engine(resolved.network, resolved.sampler, mesh, words.stop_ids, words))
     params, given = sampler.engine.load_params(params), resolved.sampler
     law = SamplingLaw(given.temperature, given.top_p, given.top_k, given.max_new_tokens, words.stop_ids)
 

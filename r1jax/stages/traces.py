@@ -46,7 +46,7 @@ def sample(
     They are graded by `pool`, which stays open, or else by the rule verifiers.
     """
     order = keyed_permutation(len(train), hash64(config.stage, config.seed, "prompts"))[:count]
-    sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, tokenizer.stop_ids, tokenizer))
+    sampler = RolloutSampler(Engine(config.network, config.sampler, mesh, tokenizer.stop_ids, tokenizer))
     law = SamplingLaw(temperature, 1.0, 0, config.sampler.max_new_tokens, tokenizer.stop_ids)
     with contextlib.nullcontext(pool) if pool else RewardPool(config.reward) as pool:
         asked = [train[i] for i in order]

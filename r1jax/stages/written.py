@@ -30,7 +30,7 @@ def examples(
     """
     asked = tasks.preference_prompts() if kind == "helpful" else tasks.safety_prompts()
     encoded = prompts.encode(asked, config, tokenizer)
-    sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, tokenizer.stop_ids, tokenizer))
+    sampler = RolloutSampler(Engine(config.network, config.sampler, mesh, tokenizer.stop_ids, tokenizer))
     law = SamplingLaw(1.0, 1.0, 0, config.sampler.max_new_tokens, tokenizer.stop_ids)
     drawn: list[Response] = []
     with RewardPool(config.reward) as pool:
