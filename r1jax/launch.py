@@ -4,24 +4,13 @@ Exit codes: 0 done, 1 an unexpected failure or a failed point of a sweep, 2 some
 of the run was lost, 130 interrupted.
 """
 
-import importlib
-import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable
 
 from r1jax import config, flags, schema, stage_table, sweep
 
 _USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-
-
-def stage_function(name: str) -> Callable:
-    """Returns `r1jax.stages.NAME.run`; raises ValueError when there is no such stage."""
-    module = f"r1jax.stages.{name}"
-    if not name.isidentifier() or importlib.util.find_spec(module) is None:
-        raise ValueError(f"no stage named '{name}' in r1jax/stages")
-    return importlib.import_module(module).run
 
 
 def execute(arguments: flags.Arguments) -> int:
@@ -47,10 +36,10 @@ def _run(resolved: schema.Config, arguments: flags.Arguments) -> int:
     """Runs the stage, together with the other processes when there are any, and returns the exit code."""
     from r1jax.core import distributed  # brings numpy, which the command line does without
 
-    run = stage_function(resolved.stage)
+    run = stage_table.function(resolved.stage)
     heartbeat_s = distributed.HEARTBEAT_S if arguments.heartbeat_s is None else arguments.heartbeat_s
     distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id, heartbeat_s)
-    if not stage_table.shared(resolved.stage):
+    if not stage_table.several_processes(resolved.stage):
         distributed.require_one(resolved.stage)
     figures = run(resolved, arguments.workdir)
     if arguments.json is not None and distributed.is_writer():

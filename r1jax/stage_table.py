@@ -1,11 +1,13 @@
-"""Which parts of the config each stage reads, and which stages several processes may share. Imports no JAX.
+"""The stages: the function of each, the parts of the config it reads, and whether several processes can run it. Imports no JAX.
 
 An override of anything else is refused before a run: it would change nothing but the run's name and hash. The values of
 a preset are its author's and are not checked. Every stage takes a seed.
 """
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from r1jax.schema import Config
 
@@ -25,11 +27,12 @@ _GRAPH = ("rebuild_base", "only", "from_stage", "list", "set", "evaluation")
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage reads: everything under `reads` but what is under `unread`, which says what it reads instead."""
+    """One stage. It reads everything under `reads` but what is under `unread`, which names the field that counts instead."""
 
+    function: str  # MODULE:NAME below r1jax, called with (config, workdir)
     reads: tuple[str, ...]  # dotted: a part of the config, or a field
     unread: Mapping[str, str] = field(default_factory=dict)  # dotted -> field that counts in its place, "" for none
-    shared: bool = False  # several processes can run it together
+    several_processes: bool = False  # can run it together
 
 
 def _law(**instead: str) -> dict[str, str]:
@@ -39,24 +42,29 @@ def _law(**instead: str) -> dict[str, str]:
 
 _EVALUATION = _law(temperature="evaluation.temperature", top_p="evaluation.top_p")
 _NO_RL = {"pack.shared_prompts": ""}
-_RL_STAGE = Stage(_RL, shared=True)
-_REWARD_MODEL = Stage((*_TRAINING, "reward_model"), _law() | _NO_RL | {"pack.trained_chunk": ""})
-_RECIPE = Stage(_GRAPH)
+_RL_STAGE = Stage("recipe.policy:run", _RL, several_processes=True)
+_REWARD_MODEL = Stage(
+    "recipe.reward_models:run", (*_TRAINING, "reward_model"), _law() | _NO_RL | {"pack.trained_chunk": ""}
+)
+_RECIPE = Stage("recipe.graph:run", _GRAPH)
 
 STAGES: dict[str, Stage] = {
     "r1_zero": _RL_STAGE,
-    "ppo_baseline": Stage(_RL),
+    "ppo_baseline": Stage("recipe.policy:run", _RL),
     "stage2_reasoning_rl": _RL_STAGE,
     "stage4_all_scenarios": _RL_STAGE,
     "student_rl": _RL_STAGE,
-    "stage1_coldstart": Stage((*_SFT, "coldstart", "judge"), _EVALUATION | _NO_RL),
+    "stage1_coldstart": Stage("recipe.stage1_coldstart:run", (*_SFT, "coldstart", "judge"), _EVALUATION | _NO_RL),
     "stage3_rejection_sft": Stage(
-        (*_SFT, "rejection", "judge"), _EVALUATION | _NO_RL | {"sampler.temperature": "rejection.temperature"}
+        "recipe.stage3_rejection_sft:run",
+        (*_SFT, "rejection", "judge"),
+        _EVALUATION | _NO_RL | {"sampler.temperature": "rejection.temperature"},
     ),
-    "distill": Stage((*_SFT, "distill"), _EVALUATION | _NO_RL),
+    "distill": Stage("recipe.distill:run", (*_SFT, "distill"), _EVALUATION | _NO_RL),
     "reward_helpful": _REWARD_MODEL,
     "reward_safety": _REWARD_MODEL,
     "stage0_base": Stage(
+        "recipe.stage0_base:run",
         (
             *("model", "compute", "auxiliary", "mesh", "optimizer", "pack", "checkpointing", "pretrain", "output"),
             "sampler.stop_ids",
@@ -64,40 +72,48 @@ STAGES: dict[str, Stage] = {
         _NO_RL | {"pack.trained_chunk": ""},
     ),
     "evaluate": Stage(
+        "recipe.evaluate:run",
         (*_MODEL, "evaluation", "checkpoint"),
         _EVALUATION | {"model.checkpoint": "checkpoint"},
-        shared=True,
+        several_processes=True,
     ),
-    "export_hf": Stage(("model.checkpoint", "mesh", "checkpoint", "output", "export")),
+    "export_hf": Stage("recipe.export_hf:run", ("model.checkpoint", "mesh", "checkpoint", "output", "export")),
     "grade": Stage(
+        "tools.grade:run",
         ("data.path", "data.max_rows", "output", "explain", "reward"),
         _WEIGHTS,
     ),
     "build_tests": Stage(
+        "tools.build_tests:run",
         ("data.path", "data.max_rows", "output", "mesh", "judge", "build_tests", "reward"),
         _WEIGHTS,
     ),
     "preference_pairs": Stage(
+        "tools.preference_pairs:run",
         ("model", "compute", "mesh", "data", "sampler", "output", "judge", "preferences"),
         {"sampler.max_new_tokens_schedule": "", "data.holdout_fraction": ""},
     ),
-    "quickstart": Stage(_GRAPH, shared=True),
+    "quickstart": _RECIPE,
     "r1": _RECIPE,
-    "ablation": Stage(("variants", "seeds", "output", "evaluation")),
+    "ablation": Stage("tools.ablation:run", ("variants", "seeds", "output", "evaluation")),
     "bench_code": Stage(
-        ("bench.code_files", "bench.samples", "bench.mutants_per_row", "data.max_rows", "reward"), _WEIGHTS
+        "bench.code:run",
+        ("bench.code_files", "bench.samples", "bench.mutants_per_row", "data.max_rows", "reward"),
+        _WEIGHTS,
     ),
-    "bench_grading": Stage(("data.path", "data.max_rows", "reward")),
-    "bench_import": Stage(("model", "optimizer.param_dtype")),
-    "bench_kernels": Stage(("bench.topology",)),
+    "bench_grading": Stage("bench.grading:run", ("data.path", "data.max_rows", "reward")),
+    "bench_import": Stage("bench.checkpoint_import:run", ("model", "optimizer.param_dtype")),
+    "bench_kernels": Stage("bench.kernels:run", ("bench.topology",)),
     "bench_loss": Stage(
+        "bench.loss:run",
         (
             *("pack.row_tokens", "pack.rows_per_micro_batch"),
             *("model.hidden_size", "model.vocab_size", "compute.compute_dtype"),
-        )
+        ),
     ),
-    "bench_rewards": Stage(("bench.samples", "reward")),
+    "bench_rewards": Stage("bench.rewards:run", ("bench.samples", "reward")),
     "bench_update": Stage(
+        "bench.update:run",
         (
             *("model", "compute", "auxiliary", "mesh", "optimizer", "sampler", "reward", "grpo", "pack"),
             *("checkpointing", "bench"),
@@ -150,9 +166,17 @@ def reads(stage: str, key: str) -> bool:
     return _covers((*EVERY, *STAGES[stage].reads), key) and not _covers(STAGES[stage].unread, key)
 
 
-def shared(stage: str) -> bool:
+def function(stage: str) -> Callable[[Config, Path], dict]:
+    """Returns the function that runs a stage in a working folder. Raises ValueError when there is no such stage."""
+    if stage not in STAGES:
+        raise ValueError(f"no stage named '{stage}'; the stages are {', '.join(STAGES)}")
+    module, _, name = STAGES[stage].function.partition(":")
+    return getattr(importlib.import_module(f"r1jax.{module}"), name)
+
+
+def several_processes(stage: str) -> bool:
     """Returns whether several processes can run a stage together; every other stage runs in one."""
-    return stage in STAGES and STAGES[stage].shared
+    return stage in STAGES and STAGES[stage].several_processes
 
 
 def check(config: Config, keys: Iterable[str], also: tuple[str, ...] = ()) -> None:

@@ -17,7 +17,7 @@ from r1jax.checkpoints import tokenizer
 from r1jax.core import metrics, rng, runtime, sharding, tree
 from r1jax.data import tasks
 from r1jax.models import decoder
-from r1jax.stages import policy, prompts
+from r1jax.recipe import policy, prompts
 
 WORDS = tokenizer.tiny()
 FIELDS = {

@@ -44,8 +44,8 @@ def build(settings: dict):
     from r1jax.core import runtime, sharding
     from r1jax.data import tasks
     from r1jax.models import decoder
+    from r1jax.recipe import policy, prompts
     from r1jax.schema import MeshConfig
-    from r1jax.stages import policy, prompts
 
     runtime.setup()
     fields = settings["fields"] | {

@@ -17,9 +17,9 @@ from r1jax.checkpoints import tokenizer
 from r1jax.core import checkpoint, rng, runtime, sharding, tree
 from r1jax.data import tasks
 from r1jax.models import decoder
+from r1jax.recipe import policy, prompts
 from r1jax.rewards.pool import RewardPool
 from r1jax.schema import MeshConfig
-from r1jax.stages import policy, prompts
 from r1jax.train.step import Trainer
 
 UPDATES, PER_ROLLOUT, CHECKPOINT_EVERY, REFRESH = 24, 3, 2, 4

@@ -15,10 +15,10 @@ from r1jax.core import rng, sharding
 from r1jax.data import tasks
 from r1jax.data.problems import Problem, from_row
 from r1jax.models import decoder
+from r1jax.recipe import common, policy, prompts
 from r1jax.rewards import references
 from r1jax.rl.assemble import Training
 from r1jax.schema import Config, Network, RewardConfig, replace
-from r1jax.stages import common, policy, prompts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

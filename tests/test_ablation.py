@@ -6,7 +6,8 @@ import math
 import pytest
 
 from r1jax import config as configs
-from r1jax.stages import ablation, r1_zero
+from r1jax.recipe import policy as r1_zero
+from r1jax.tools import ablation
 
 SHORT = "grpo.updates=1 grpo.updates_per_rollout=1 grpo.prompts_per_update=2 grpo.group_size=4 sampler.slots=8"
 FIELDS = [

@@ -9,10 +9,10 @@ import pytest
 from r1jax import config as configs
 from r1jax.core import tree
 from r1jax.core.metrics import read
+from r1jax.recipe import lineage
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rl.journal import Rollout
 from r1jax.sampler.sample import RolloutSample
-from r1jax.stages import lineage
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "algorithms.md"
 FIELDS = {

@@ -6,9 +6,10 @@ import sys
 import pytest
 
 from r1jax import config as configs
+from r1jax.bench import code as bench_code
+from r1jax.bench import mutants
 from r1jax.data import jsonl
 from r1jax.schema import replace
-from r1jax.stages import bench_code, mutants
 
 ROWS = [
     {

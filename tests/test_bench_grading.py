@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r1jax.bench import grading as bench_grading
 from r1jax.configs import bench_grading as bench_grading_config
 from r1jax.data import answer_forms
-from r1jax.rewards.math_answer import grade, parse_number
+from r1jax.rewards.answers.math_answer import grade, parse_number
 from r1jax.schema import DataConfig
-from r1jax.stages import bench_grading
 
 COMMITTED = pathlib.Path(__file__).resolve().parents[1] / "docs" / "results" / "bench_grading.json"
 GROUPS = ("gold", "rewritten", "perturbed")

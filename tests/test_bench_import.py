@@ -5,8 +5,8 @@ import json
 import pytest
 
 from r1jax import config as configs
+from r1jax.bench import checkpoint_import as bench_import
 from r1jax.schema import replace
-from r1jax.stages import bench_import
 
 SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 16384}
 

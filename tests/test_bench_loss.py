@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from r1jax import config as configs
+from r1jax.bench import loss as bench_loss
 from r1jax.schema import replace
-from r1jax.stages import bench_loss
 
 
 def test_the_tiled_loss_is_the_same_in_a_fraction_of_the_memory(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,7 @@
 import pytest
 
 from r1jax import config as configs
-from r1jax.stages import bench_rewards
+from r1jax.bench import rewards as bench_rewards
 
 
 def test_one_hang_costs_one_sample_and_the_batch_again_costs_only_it():

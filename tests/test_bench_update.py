@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from r1jax import config as configs
+from r1jax.bench import update as bench_update
 from r1jax.kernels.fused_logprob import token_logprobs
 from r1jax.kernels.packed_attention import needed_blocks, packed_attention
 from r1jax.kernels.trained_logprob import trained_logprobs
 from r1jax.models import decoder
 from r1jax.rl import losses
 from r1jax.schema import Config, PackConfig, replace
-from r1jax.stages import bench_update
 
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
 LENGTHS = dict(samples=8, prompt_tokens=6, median_tokens=5, p99_tokens=30, longest_tokens=24)

@@ -6,7 +6,8 @@ import sys
 import pytest
 from small import problems_of
 
-from r1jax.rewards import bug_fix, compose
+from r1jax.rewards import compose
+from r1jax.rewards.code import bug_fix
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import RewardConfig, SandboxConfig, replace

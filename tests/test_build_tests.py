@@ -12,11 +12,12 @@ from small import problems_of
 
 from r1jax import launch
 from r1jax.data import jsonl
-from r1jax.rewards import code_cases, code_tests
-from r1jax.rewards.sandbox import open_sandbox
+from r1jax.rewards.code import cases as code_cases
+from r1jax.rewards.code import tests as code_tests
+from r1jax.rewards.sandbox.attack import open_sandbox
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import BuildTestsConfig, RewardConfig, SandboxConfig
-from r1jax.stages import build_tests
+from r1jax.tools import build_tests
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux's namespaces")
 

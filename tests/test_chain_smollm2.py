@@ -11,7 +11,7 @@ import pytest
 
 from r1jax.core.metrics import read
 from r1jax.data import jsonl
-from r1jax.stages import common
+from r1jax.recipe import common
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 WORDS = (

@@ -5,7 +5,8 @@ import pytest
 from conftest import shared_folder, unavailable
 
 from r1jax.data import jsonl
-from r1jax.rewards import choice, compose
+from r1jax.rewards import compose
+from r1jax.rewards.answers import choice
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import RewardConfig
 

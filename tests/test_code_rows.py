@@ -7,7 +7,11 @@ import pytest
 from conftest import shared_folder, unavailable
 
 from r1jax.data import jsonl
-from r1jax.rewards import code_claims, code_programs, code_rows, code_tests, compose
+from r1jax.rewards import compose
+from r1jax.rewards.code import claims as code_claims
+from r1jax.rewards.code import programs as code_programs
+from r1jax.rewards.code import rows as code_rows
+from r1jax.rewards.code import tests as code_tests
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import RewardConfig
 

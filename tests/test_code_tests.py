@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from r1jax.rewards import code_tests, sandbox_attack
+from r1jax.rewards.code import tests as code_tests
 from r1jax.rewards.pool import RewardPool
-from r1jax.rewards.sandbox import SandboxUnavailable
+from r1jax.rewards.sandbox import attack as sandbox_attack
+from r1jax.rewards.sandbox.run import SandboxUnavailable
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import RewardConfig, SandboxConfig
 

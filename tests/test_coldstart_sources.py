@@ -15,10 +15,7 @@ from r1jax.checkpoints import hf_export, tokenizer
 from r1jax.core import sharding
 from r1jax.data import jsonl, tasks
 from r1jax.data.problems import Message, Problem
-from r1jax.rewards import editing as edits
-from r1jax.rewards.extraction import extract
-from r1jax.schema import Config, DistillConfig, JudgeConfig, MeshConfig, RejectionConfig, SamplerConfig, replace
-from r1jax.stages import (
+from r1jax.recipe import (
     common,
     distill,
     drafts,
@@ -30,7 +27,10 @@ from r1jax.stages import (
     stage1_coldstart,
     teachers,
 )
-from r1jax.stages.drafts import Draft
+from r1jax.recipe.drafts import Draft
+from r1jax.rewards.answers.extraction import extract
+from r1jax.rewards.models import editing as edits
+from r1jax.schema import Config, DistillConfig, JudgeConfig, MeshConfig, RejectionConfig, SamplerConfig, replace
 
 SHORT = (
     *(
@@ -179,7 +179,7 @@ def test_a_review_that_does_not_fit_is_refused_with_the_line(change, message, re
 
 def test_the_graph_stops_where_a_stage_waits_for_review(reviewed, capsys, monkeypatch):
     workdir, given, path = reviewed
-    monkeypatch.setattr("r1jax.stages.recipe._refuse_unready", lambda *given: None)
+    monkeypatch.setattr("r1jax.recipe.graph._refuse_unready", lambda *given: None)
     changes = ",".join(f"stage1_coldstart.{change}" for change in given)
     flags = ["--config=quickstart", f"--workdir={workdir}", "--config.only=stage1_coldstart", f"--config.set={changes}"]
     assert launch.main(flags) == 2

@@ -10,7 +10,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from r1jax import config, schema
+from r1jax import config, schema, stage_table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -50,7 +50,7 @@ def test_config_has_a_summary_and_names_its_preset(entry):
     assert entry.summary.endswith((".", ":")) and 20 < len(entry.summary) <= 120
     for preset in entry.presets:
         loaded = config.load(f"{entry.name}:{preset}")
-        assert (ROOT / "r1jax" / "stages" / f"{loaded.stage}.py").exists()
+        assert loaded.stage in stage_table.STAGES
         assert preset == (loaded.input_preset or loaded.preset)  # a student's own preset differs from its teacher's
 
 

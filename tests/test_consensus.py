@@ -9,7 +9,7 @@ import pytest
 from r1jax.data.problems import Problem
 from r1jax.evals import benchmarks, consensus
 from r1jax.evals.benchmarks import Response
-from r1jax.rewards.extraction import reference_answer
+from r1jax.rewards.answers.extraction import reference_answer
 from r1jax.rewards.pool import RewardPool
 from r1jax.schema import RewardConfig, replace
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from r1jax.data import dialects, files, jsonl
-from r1jax.rewards import code_tests
+from r1jax.rewards.code import tests as code_tests
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import RewardConfig
 

@@ -13,8 +13,8 @@ from r1jax.core import rng, sharding
 from r1jax.core.metrics import read
 from r1jax.data import corpus, jsonl, tasks, templates
 from r1jax.models import decoder
+from r1jax.recipe import fine_tuning, problems, prompts
 from r1jax.schema import MeshConfig, replace
-from r1jax.stages import fine_tuning, problems, prompts
 
 SHORT = (
     "sft.epochs=1",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from r1jax.rewards import edits
+from r1jax.rewards.code import edits
 
 FILES = {"src/a.py": "one\ntwo\nthree\nfour\n", "b.txt": "x\ny\nx\ny\n"}
 

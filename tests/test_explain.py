@@ -10,7 +10,7 @@ from r1jax.rewards import explaining
 from r1jax.rewards.answers import reading, showing
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import Config, DataConfig, RewardConfig
-from r1jax.stages import grade
+from r1jax.tools import grade
 
 ROWS = [
     {"id": "half", "task": "math", "reference": "1/2", "response": "<think>x</think>Half: \\boxed{0.50}, so."},

@@ -12,9 +12,9 @@ import pytest
 import small
 from fused_logprob_driver import RUNS
 
+from r1jax.bench import loss as bench_loss
 from r1jax.kernels.fused_logprob import WHOLE_LOGITS, Tile, tile_of, token_logprobs
 from r1jax.plan.compile import compile_program
-from r1jax.stages import bench_loss
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-5  # of values near 1 in float32, and of the largest gradient

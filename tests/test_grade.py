@@ -4,7 +4,7 @@ import pytest
 
 from r1jax.data import jsonl
 from r1jax.schema import Config, DataConfig, RewardConfig
-from r1jax.stages import grade
+from r1jax.tools import grade
 
 ROWS = [
     {"id": "a", "task": "math", "reference": "#### 72", "response": "<think>x</think><answer>72</answer>"},

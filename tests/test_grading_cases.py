@@ -6,11 +6,12 @@ import json
 import pytest
 from conftest import shared_folder, unavailable
 
+from r1jax.bench import grading as bench_grading
+from r1jax.bench import grading_cases
 from r1jax.configs import bench_grading as bench_grading_config
 from r1jax.data import jsonl
 from r1jax.rewards.score import Score
 from r1jax.schema import DataConfig, RewardConfig
-from r1jax.stages import bench_grading, grading_cases
 
 PATH = shared_folder() / "cases" / "grading_cases.jsonl"
 ABSENT = "absent"

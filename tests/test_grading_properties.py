@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from r1jax.data import answer_forms
-from r1jax.rewards import math_answer
+from r1jax.rewards.answers import math_answer
+from r1jax.rewards.answers.extraction import EXTRACTIONS
 from r1jax.rewards.answers.values import Choice
-from r1jax.rewards.extraction import EXTRACTIONS
 
 PROCESSOR_S = 5.0  # of the processor that one verdict may take, many times what one does take
 FILES = ("gsm8k_test", "math500", "math_train", "svamp", "cmath")

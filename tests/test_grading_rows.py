@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
+from r1jax.bench import grading_cases
 from r1jax.schema import RewardConfig
-from r1jax.stages import grading_cases
 
 ROWS = [
     json.loads(line)

@@ -18,8 +18,8 @@ from r1jax.core import sharding, tree
 from r1jax.data import templates
 from r1jax.data.problems import Message
 from r1jax.models import decoder
+from r1jax.recipe import common, evaluate, export_hf, stage0_base
 from r1jax.schema import Config, DataConfig, MeshConfig, ModelConfig, RopeScaling, replace
-from r1jax.stages import common, evaluate, export_hf, stage0_base
 
 DENSE = ModelConfig(
     family="llama",

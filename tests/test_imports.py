@@ -1,6 +1,7 @@
 """Imports go one way, read from the sources: who may import whom inside r1jax, and who may import JAX."""
 
 import ast
+import graphlib
 import pathlib
 
 import pytest
@@ -13,7 +14,7 @@ BELOW = {  # part of r1jax: the parts it may import; itself and schema always
     "flags": {"config"},
     "stage_table": set(),
     "sweep": {"config", "flags", "stage_table"},
-    "launch": {"flags", "config", "sweep", "stage_table", "stages", "core"},  # of core, what starts several processes
+    "launch": {"flags", "config", "sweep", "stage_table", "core"},  # of core, what starts several processes
     "core": set(),
     "kernels": set(),
     "data": set(),
@@ -26,13 +27,33 @@ BELOW = {  # part of r1jax: the parts it may import; itself and schema always
     "evals": {"sampler", "rewards", "data", "core"},
     "plan": {"kernels", "core"},
     "rl": {"sampler", "rewards", "data", "train", "models", "core"},
-    "stages": {
+    "recipe": {
         *("rl", "train", "sampler", "data", "rewards", "evals", "checkpoints", "report", "plan", "models", "core"),
-        "stage_table",  # the graph and ablations give overrides to other stages
+        "stage_table",  # the graph gives overrides to other stages and calls them by name
         "config",  # a stage writes its flattened config and its hash
     },
+    "tools": {"recipe"},
+    "bench": {"recipe", "tools"},
 }
-MODEL_REWARDS = {"rewards/model.py", "rewards/judge.py"}  # these two run a model
+for upper in ("tools", "bench"):  # both may import what the recipe may
+    BELOW[upper] |= BELOW["recipe"]
+ROOMS = {  # folder or module of rewards: those of the others that it may import
+    "score": set(),
+    "plugins": set(),
+    "rules": set(),
+    "answers": {"score"},
+    "sandbox": set(),
+    "code": {"score", "answers", "sandbox"},
+    "models": {"score"},
+    "compose": {"score", "plugins", "rules", "answers", "sandbox", "code"},
+    "warm": {"answers"},
+    "worker": {"score", "answers", "sandbox"},
+    "pool": {"score", "compose", "worker", "sandbox"},
+    "references": {"score", "plugins", "answers", "sandbox", "code", "compose", "pool"},
+    "golds": {"score", "answers", "compose", "pool"},
+    "explaining": {"score", "answers", "compose", "pool"},
+}
+MODEL_REWARDS = {"rewards/models/reward_model.py", "rewards/models/judge.py"}  # these two run a model
 WITHOUT_JAX = {"schema", "configs", "config", "flags", "sweep", "stage_table", "launch", "data", "report", "rewards"}
 JAX_FAMILY = {"jax", "jaxlib", "flax", "optax", "orbax", "jetstream"}
 
@@ -77,6 +98,30 @@ def test_module_imports_only_what_lies_below_it(path):
     )
     inner = {name.split(".")[1] for name in imported(path.read_text(encoding="utf-8")) if name.startswith("r1jax.")}
     assert inner - allowed == set()
+
+
+def module_of(path: pathlib.Path) -> str:
+    """Returns the dotted name of a source: `r1jax.core.rng`; a package's is that of its folder."""
+    return ".".join(["r1jax", *pathlib.Path(name_of(path)).with_suffix("").parts]).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", [path for path in sources() if part_of(path) == "rewards"], ids=name_of)
+def test_room_of_rewards_imports_only_what_lies_below_it(path):
+    def room(name: str) -> str:
+        return name.split(".")[2]
+
+    names = [name for name in imported(path.read_text(encoding="utf-8")) if name.startswith("r1jax.rewards.")]
+    if module_of(path) != "r1jax.rewards":
+        assert {room(name) for name in names} - ROOMS[room(module_of(path))] <= {room(module_of(path))}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    modules = {module_of(path): path for path in sources()}
+    graph = {}
+    for name, path in modules.items():
+        names = imported(path.read_text(encoding="utf-8"))
+        graph[name] = {full if full in modules else full.rpartition(".")[0] for full in names} & modules.keys()
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules of a circle
 
 
 @pytest.mark.parametrize("path", [path for path in sources() if part_of(path) in WITHOUT_JAX], ids=name_of)

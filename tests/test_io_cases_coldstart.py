@@ -15,10 +15,10 @@ from r1jax.core import sharding
 from r1jax.data import jsonl
 from r1jax.data.problems import Problem
 from r1jax.evals.benchmarks import Response
+from r1jax.recipe import example_files, lineage, stage1_coldstart, stage3_rejection_sft, teachers
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import Config, MeshConfig, RewardConfig, replace
-from r1jax.stages import example_files, lineage, stage1_coldstart, stage3_rejection_sft, teachers
 
 SHORT = (
     *(

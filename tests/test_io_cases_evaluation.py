@@ -17,9 +17,9 @@ from r1jax.data.problems import Problem
 from r1jax.evals import benchmarks
 from r1jax.evals.benchmarks import Drawn, Response
 from r1jax.models import decoder
+from r1jax.recipe import common, evaluate, prompts
 from r1jax.report import html
 from r1jax.schema import Config, DataConfig, EvalConfig, MeshConfig, RewardConfig, replace
-from r1jax.stages import common, evaluate, prompts
 
 TINY = ["--config.evaluation.samples_per_problem=2", "--config.evaluation.greedy=false"]
 LENGTHS = ["--config.sampler.max_prompt_tokens=40", "--config.sampler.max_new_tokens=8", "--config.sampler.windows=()"]

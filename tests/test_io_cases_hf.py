@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 from r1jax.checkpoints import hf, hf_config, hf_export, tokenizer
 from r1jax.core import sharding
 from r1jax.models import decoder
+from r1jax.recipe import common
 from r1jax.schema import MeshConfig, ModelConfig, RopeScaling
-from r1jax.stages import common
 
 MESH = sharding.make_mesh(MeshConfig())
 DENSE = dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=300, rope_theta=10000.0)

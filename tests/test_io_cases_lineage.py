@@ -11,8 +11,8 @@ from r1jax import launch
 from r1jax.checkpoints import hf_export, tokenizer
 from r1jax.core import rng, sharding
 from r1jax.models import decoder
+from r1jax.recipe import common
 from r1jax.schema import MeshConfig, ModelConfig
-from r1jax.stages import common
 
 # A model of one's own, of another shape than any preset.
 SHAPE = ModelConfig(
@@ -254,7 +254,7 @@ def test_code_rows_need_tests_and_no_answer(config, world, capsys):
 def test_general_and_safety_rows_enter_at_their_update_and_held_out_ones_never(world, monkeypatch):
     io_case("scenario-rows-in-the-reasoning-part")
     io_case("held-out-safety-row-is-trained-on")
-    from r1jax.stages import policy
+    from r1jax.recipe import policy
 
     some = rows(20)
     some += [{"id": f"g{i}", "task": "general", "prompt": f"tell cat {i} :"} for i in range(10)]

@@ -14,12 +14,12 @@ from r1jax.checkpoints import chat, tokenizer
 from r1jax.core import metrics, rng
 from r1jax.data.problems import Problem
 from r1jax.models import decoder, logprobs
+from r1jax.recipe import common, fine_tuning, policy, prompts
 from r1jax.rl.logprobs import Scorer
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import RolloutRequest, SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import Config, ModelConfig, PackConfig, SamplerConfig, replace
-from r1jax.stages import common, fine_tuning, policy, prompts
 
 PROBLEMS = [Problem(f"p{n}", "math", f"{n}+{n}", str(2 * n), "en") for n in range(6)]
 END, START, TURN = 256, 257, 258  # ids of SPECIAL

@@ -14,19 +14,11 @@ from r1jax import launch
 from r1jax.core import sharding
 from r1jax.data import jsonl
 from r1jax.data.tasks import TOPICS, linear_prompts
-from r1jax.rewards.judge import Judge, Pair
+from r1jax.recipe import common, judging, lineage, prompts, stage3_rejection_sft, traces, wider_pool
+from r1jax.rewards.models.judge import Judge, Pair
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import Config, JudgeConfig, SamplerConfig, replace
-from r1jax.stages import (
-    common,
-    judging,
-    lineage,
-    preference_pairs,
-    prompts,
-    stage3_rejection_sft,
-    traces,
-    wider_pool,
-)
+from r1jax.tools import preference_pairs
 
 SAMPLER = SamplerConfig(slots=8, max_prompt_tokens=256, max_new_tokens=8)
 FLAGS = [

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from r1jax import config, flags, launch
+from r1jax import config, flags, launch, stage_table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STAGES = ("r1_zero", "stage0_base", "stage1_coldstart", "evaluate", "grade")
@@ -164,7 +164,7 @@ def test_sweep_script_needs_a_sweep(tmp_path):
 def test_unknown_stage_is_a_value_error():
     for name in ("no_such_stage", "", "../grade"):
         with pytest.raises(ValueError, match="no stage named"):
-            launch.stage_function(name)
+            stage_table.function(name)
 
 
 def test_stage_figures_are_written_as_json(tmp_path):

@@ -10,12 +10,12 @@ from r1jax import config as configs
 from r1jax import launch
 from r1jax.checkpoints import hf
 from r1jax.data import jsonl, tasks
+from r1jax.recipe import common, evaluate, prompts
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.stages import common, evaluate, prompts
 
 PROBLEMS = 32  # held-out problems compared; the figures of the run are over these
 

@@ -15,11 +15,11 @@ from r1jax.checkpoints import hf, hf_config, hf_export, hf_names, tokenizer
 from r1jax.core import sharding, tree
 from r1jax.data import tasks
 from r1jax.models import decoder
+from r1jax.recipe import common, stage0_base
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import RolloutRequest, SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import MeshConfig, RopeScaling, replace
-from r1jax.stages import common, stage0_base
 
 PRESETS = {"tiny": transformers.DeepseekV3ForCausalLM, "tiny_dense": transformers.LlamaForCausalLM}
 PROMPTS = tasks.linear_prompts("test")[::40][:10]

@@ -8,8 +8,8 @@ import pytest
 
 from r1jax.data import answer_forms
 from r1jax.rewards.answers import reading
+from r1jax.rewards.answers.math_answer import grade
 from r1jax.rewards.answers.values import Based
-from r1jax.rewards.math_answer import grade
 
 math_verify = pytest.importorskip("math_verify", reason="needs the parity extra")
 

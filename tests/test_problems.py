@@ -8,7 +8,7 @@ from small import problems_of
 from r1jax import config as configs
 from r1jax.data.problems import Message, Problem, question_key, read_prompt, split_holdout
 from r1jax.data.tasks import TinyWorld
-from r1jax.stages import problems
+from r1jax.recipe import problems
 
 ASSERTS = {"kind": "python-asserts", "setup": "", "asserts": ["assert add(1, 2) == 3"]}
 

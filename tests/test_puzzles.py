@@ -5,7 +5,8 @@ import pytest
 from small import problems_of
 
 from r1jax.data import reasoning_gym
-from r1jax.rewards import compose, countdown
+from r1jax.rewards import compose
+from r1jax.rewards.answers import countdown
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import RewardConfig

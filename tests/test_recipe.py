@@ -13,8 +13,8 @@ from r1jax.core.metrics import read
 from r1jax.data import files, jsonl, tasks
 from r1jax.data.problems import Problem
 from r1jax.evals.benchmarks import Response
+from r1jax.recipe import common, graph, lineage, stage3_rejection_sft, traces
 from r1jax.schema import RejectionConfig
-from r1jax.stages import common, lineage, recipe, stage3_rejection_sft, traces
 
 REASONERS = ("r1_zero", "stage1_coldstart", "stage2_reasoning_rl", "stage3_rejection_sft")
 MODELS = ("reward_helpful", "reward_safety")
@@ -68,7 +68,7 @@ def states(workdir, *changes: str, capsys) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def graph(tmp_path_factory):
+def finished(tmp_path_factory):
     """(working folder, summary) of the short graph."""
     workdir = tmp_path_factory.mktemp("graph") / "runs"
     assert launch.main(arguments(workdir)) == 0
@@ -76,13 +76,13 @@ def graph(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def workdir(graph):
-    return graph[0]
+def workdir(finished):
+    return finished[0]
 
 
 @pytest.fixture(scope="module")
-def summary(graph):
-    return graph[1]
+def summary(finished):
+    return finished[1]
 
 
 def test_summary_holds_every_checkpoint_with_every_figure(summary):
@@ -191,14 +191,14 @@ def test_a_changed_file_or_checkpoint_is_stale_in_the_listing_and_one_that_is_no
     }
     folder.start(inputs)
     folder.finish({}, inputs, "digest")
-    assert recipe.state("r1_zero", stages, tmp_path) == "done"
+    assert graph.state("r1_zero", stages, tmp_path) == "done"
     (model / "model.safetensors").write_bytes(b"other weights")
-    assert recipe.state("r1_zero", stages, tmp_path) == "stale"
+    assert graph.state("r1_zero", stages, tmp_path) == "stale"
     (model / "model.safetensors").write_bytes(b"weights")
     file.write_text('{"id": 1}')
-    assert recipe.state("r1_zero", stages, tmp_path) == "stale"
+    assert graph.state("r1_zero", stages, tmp_path) == "stale"
     file.unlink()
-    assert recipe.state("r1_zero", stages, tmp_path) == "done"
+    assert graph.state("r1_zero", stages, tmp_path) == "done"
 
 
 def test_listing_of_an_empty_folder_tells_all_as_missing(tmp_path, capsys):
@@ -250,11 +250,11 @@ def test_from_runs_a_changed_stage_again_and_leaves_the_others_alone(workdir, tm
     ],
 )
 def test_from_chooses_a_stage_and_all_that_depend_on_it(stage, expected):
-    assert tuple(recipe.chosen_stages(configs.load("quickstart", [("from", stage)]))) == expected
+    assert tuple(graph.chosen_stages(configs.load("quickstart", [("from", stage)]))) == expected
 
 
 def test_only_chooses_the_named_stages_in_the_order_of_the_graph():
-    chosen = recipe.chosen_stages(configs.load("r1", [("only", "distill,stage1_coldstart")]))
+    chosen = graph.chosen_stages(configs.load("r1", [("only", "distill,stage1_coldstart")]))
     assert chosen == ["stage1_coldstart", "distill"]
 
 
@@ -304,7 +304,7 @@ def test_gate_stops_the_graph_with_the_reason_and_keeps_the_stage(workdir, tmp_p
 
 def test_graph_hands_its_seed_and_evaluation_to_every_stage_and_single_fields_to_one():
     given = [("seed", "3"), ("evaluation.max_problems", "7"), ("set", "distill.sft.epochs=1,distill.seed=4")]
-    stages = recipe.stage_configs(configs.load("quickstart", given))
+    stages = graph.stage_configs(configs.load("quickstart", given))
     assert {stage: config.seed for stage, config in stages.items()} == dict.fromkeys(STAGES, 3) | {"distill": 4}
     assert {config.evaluation.max_problems for config in stages.values()} == {7}
     assert (stages["distill"].sft.epochs, stages["stage3_rejection_sft"].sft.epochs) == (1, 2)

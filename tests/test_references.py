@@ -5,10 +5,11 @@ import pytest
 from small import problems_of
 
 from r1jax.data import jsonl
+from r1jax.recipe import problems
 from r1jax.rewards import references
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import Config, DataConfig, RewardConfig
-from r1jax.stages import grade, problems
+from r1jax.tools import grade
 
 GOOD = [("math", "#### 72"), ("math", "(3, 4]"), ("mcq", "B"), ("linear", "7"), ("code_io", "[1]")]
 GOOD += [("countdown", '{"numbers": [1, 2], "target": 3}')]

@@ -6,7 +6,8 @@ import pytest
 from r1jax import config as configs
 from r1jax.core.metrics import read
 from r1jax.data import jsonl, tasks
-from r1jax.stages import reward_helpful, stage4_all_scenarios
+from r1jax.recipe import policy as stage4_all_scenarios
+from r1jax.recipe import reward_models
 
 EVERY = {"evaluation.max_problems": 20, "evaluation.samples_per_problem": 1, "evaluation.consensus_problems": 0}
 MODEL = EVERY | {"data.template": "tiny", "data.holdout_fraction": 0.2, "start": "", "reward_model.epochs": 2}
@@ -50,7 +51,7 @@ def run(folder, hackable: bool) -> tuple[dict, list[dict]]:
     pairs(folder / "pairs.jsonl", hackable)
     given = {"data.path": folder / "pairs.jsonl", "reward_model.balance_lengths": not hackable}
     model = configs.load("reward_helpful", [(name, str(value)) for name, value in (MODEL | given).items()])
-    held_out = reward_helpful.run(model, folder)["held_out"]
+    held_out = reward_models.run(model, folder)["held_out"]
     given = POLICY | {"scenarios.helpful_model": folder / "reward_helpful"}
     stage4_all_scenarios.run(
         configs.load("stage4_all_scenarios", [(name, str(value)) for name, value in given.items()]), folder

@@ -19,10 +19,10 @@ from r1jax.core import rng, sharding, tree
 from r1jax.data import jsonl, reward_examples, tasks
 from r1jax.evals import preference
 from r1jax.models import decoder
-from r1jax.rewards import model as reward_model
-from r1jax.rewards.model import Reading, RewardModel
+from r1jax.recipe import common, reward_models
+from r1jax.rewards.models import reward_model
+from r1jax.rewards.models.reward_model import Reading, RewardModel
 from r1jax.schema import MeshConfig, Network, PackConfig
-from r1jax.stages import common, reward_models
 from r1jax.train import frozen, reward, step
 from r1jax.train.reward import Unit
 
@@ -356,7 +356,7 @@ def start_folder(path, blocks: int = 0) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("blocks", [0, 1])
 def test_stage_learns_a_known_rule_and_can_be_loaded_again(blocks, tmp_path):
     config = configs.load("reward_helpful", start_folder(tmp_path, blocks))
-    figures = reward_models.run(config, tmp_path / "runs", "helpful")
+    figures = reward_models.run(config, tmp_path / "runs")
     held_out = figures["held_out"]
     assert held_out["accuracy"] >= 0.95 and held_out["pairs"] > 60
     folder = tmp_path / "runs" / "reward_helpful"
@@ -364,9 +364,7 @@ def test_stage_learns_a_known_rule_and_can_be_loaded_again(blocks, tmp_path):
     scorer = reward_models.load(folder, "helpful", tokenizer, mesh, config.pack, config.model)
     polite, curt = scorer.rewards(["tell cat 1 :"] * 2, ["the cat is small thanks", "the cat is small cannot"])
     assert polite > 0.5 > curt
-    assert (
-        reward_models.run(config, tmp_path / "runs", "helpful") == json.loads((folder / "DONE").read_text())["figures"]
-    )
+    assert reward_models.run(config, tmp_path / "runs") == json.loads((folder / "DONE").read_text())["figures"]
     with pytest.raises(ValueError, match="holds a reward model of kind helpful, needs safety"):
         reward_models.load(folder, "safety", tokenizer, mesh, config.pack, config.model)
     with pytest.raises(ValueError, match="holds a reward model, which gives scores and no text"):
@@ -376,7 +374,7 @@ def test_stage_learns_a_known_rule_and_can_be_loaded_again(blocks, tmp_path):
 @pytest.mark.parametrize("blocks", [0, 1])
 def test_stopped_stage_goes_on_to_the_same_bits(blocks, tmp_path, monkeypatch):
     config = configs.load("reward_helpful", start_folder(tmp_path, blocks))
-    reward_models.run(config, tmp_path / "whole", "helpful")
+    reward_models.run(config, tmp_path / "whole")
     update, made = step.Trainer.update, []
 
     def stopping(self, *arguments):
@@ -387,9 +385,9 @@ def test_stopped_stage_goes_on_to_the_same_bits(blocks, tmp_path, monkeypatch):
 
     monkeypatch.setattr(step.Trainer, "update", stopping)
     with pytest.raises(Stopped):
-        reward_models.run(config, tmp_path / "stopped", "helpful")
+        reward_models.run(config, tmp_path / "stopped")
     monkeypatch.undo()
-    reward_models.run(config, tmp_path / "stopped", "helpful")
+    reward_models.run(config, tmp_path / "stopped")
     whole, stopped = (
         json.loads((tmp_path / name / "reward_helpful" / "DONE").read_text()) for name in ("whole", "stopped")
     )

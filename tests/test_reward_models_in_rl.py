@@ -11,14 +11,14 @@ from r1jax.core import rng, sharding, tree
 from r1jax.core.metrics import read
 from r1jax.data import tasks
 from r1jax.models import decoder
-from r1jax.rewards import model as reward_model
+from r1jax.recipe import policy, prompts
 from r1jax.rewards.compose import PART_NAMES
-from r1jax.rewards.model import Reading, RewardModel
+from r1jax.rewards.models import reward_model
+from r1jax.rewards.models.reward_model import Reading, RewardModel
 from r1jax.rl import rollout, scenarios
 from r1jax.rl.assemble import Training
 from r1jax.rl.rollout import Mixture
 from r1jax.schema import MeshConfig, replace
-from r1jax.stages import policy, prompts
 
 WORDS = tokenizers.tiny()
 SMALL = {

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1jax.data import tasks
-from r1jax.rewards import compose, math_answer, rules
-from r1jax.rewards.math_answer import extract, grade, parse_number, quick
+from r1jax.rewards import compose, rules
+from r1jax.rewards.answers import math_answer
+from r1jax.rewards.answers.math_answer import extract, grade, parse_number, quick
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import RewardConfig
 

@@ -10,6 +10,7 @@ from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
 from r1jax.core import tree
 from r1jax.core.metrics import read
+from r1jax.recipe import policy, prompts
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rl import minibatch, schedules
 from r1jax.rl import rollout as rollouts
@@ -17,7 +18,6 @@ from r1jax.rl.journal import Journal, Rollout
 from r1jax.rl.loop import warm_up
 from r1jax.sampler.sample import RolloutSample
 from r1jax.schema import ScenarioConfig, replace
-from r1jax.stages import policy, prompts
 
 WORDS = tokenizer.tiny()
 

@@ -16,6 +16,7 @@ from r1jax.core.metrics import read
 from r1jax.data import tasks
 from r1jax.data.packing import PackItem, pack_batch
 from r1jax.models import decoder, moe
+from r1jax.recipe import policy, prompts
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rl import losses
 from r1jax.rl import rollout as rollouts
@@ -25,7 +26,6 @@ from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import RolloutRequest, SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import Config, GRPOConfig, MeshConfig, PackConfig, SamplerConfig, replace
-from r1jax.stages import policy, prompts
 from r1jax.train import step
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -13,12 +13,12 @@ from r1jax.core import rng, sharding
 from r1jax.data import tasks
 from r1jax.data.packing import PackItem, pack_batch, unpack
 from r1jax.models import decoder, moe, rope
+from r1jax.recipe import common, stage0_base
 from r1jax.sampler import engine as engines
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import RolloutRequest, SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import MeshConfig, SamplerConfig
-from r1jax.stages import common, stage0_base
 
 WORDS = tokenizer.tiny()
 MODEL = configs.load("r1_zero:tiny").network

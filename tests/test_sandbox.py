@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from r1jax.rewards import isolation, sandbox_attack
-from r1jax.rewards.sandbox import BACKENDS, PYTHON, Limits, Program, Sandbox, SandboxUnavailable, open_sandbox
+from r1jax.rewards.sandbox import attack as sandbox_attack
+from r1jax.rewards.sandbox.attack import open_sandbox
+from r1jax.rewards.sandbox.run import BACKENDS, PYTHON, Limits, Program, Sandbox, SandboxUnavailable, isolation
 from r1jax.schema import SandboxConfig
 
 SMALL = Limits(wall_s=20.0, cpu_s=10.0, memory_bytes=256 << 20, processes=8, output_bytes=1 << 16)
@@ -87,7 +88,7 @@ def test_a_missing_command_is_status_127_and_said(backend):
 
 SCRIPT = """
 import os, sys, threading, time
-from r1jax.rewards.sandbox import PYTHON, Limits, Sandbox
+from r1jax.rewards.sandbox.run import PYTHON, Limits, Sandbox
 sandbox = Sandbox(Limits(wall_s=100, cpu_s=100), sys.argv[1])
 run = lambda: sandbox.run([*PYTHON, "-c", "import time; time.sleep(100)", "marker-" + sys.argv[2]], {})
 threading.Thread(target=run, daemon=True).start()

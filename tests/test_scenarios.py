@@ -14,11 +14,11 @@ from r1jax.core.metrics import read
 from r1jax.data import corpus, tasks
 from r1jax.data.prompts import CYCLE_DRAWS
 from r1jax.models import decoder
+from r1jax.recipe import policy, prompts
 from r1jax.rewards import compose
 from r1jax.rewards.score import RewardRequest
 from r1jax.rl.rollout import Mixture, PromptPhases
 from r1jax.schema import GRPOConfig, MeshConfig, RewardConfig, ScenarioConfig, replace
-from r1jax.stages import policy, prompts
 
 TOKENIZER = tokenizers.tiny()
 SMALL = {

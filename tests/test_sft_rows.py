@@ -5,8 +5,8 @@ import pytest
 import tokenizers
 
 from r1jax.checkpoints.tokenizer import JsonBackend, Tokenizer
+from r1jax.recipe import fine_tuning, sft_rows
 from r1jax.schema import Config, DataConfig
-from r1jax.stages import fine_tuning, sft_rows
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"

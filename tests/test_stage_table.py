@@ -13,7 +13,8 @@ from r1jax import launch, schema, stage_table
 from r1jax.core import rng, sharding
 from r1jax.data import jsonl, tasks
 from r1jax.models import decoder
-from r1jax.stages import ablation, recipe
+from r1jax.recipe import graph
+from r1jax.tools import ablation
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ENTRIES = configs.entries()
@@ -111,10 +112,10 @@ def test_what_a_stage_reads_is_taken(capsys, arguments):
 
 def test_overrides_of_the_graphs_stages_are_held_to_what_each_of_them_reads():
     quick = configs.load("quickstart", [("set", "distill.sft.epochs=1,r1_zero.gate.pass_at_1=0.1")])
-    stages = recipe.stage_configs(quick)
+    stages = graph.stage_configs(quick)
     assert (stages["distill"].sft.epochs, stages["r1_zero"].gate.pass_at_1) == (1, 0.1)
     with pytest.raises(ValueError, match="^r1_zero does not read config.sft; "):
-        recipe.stage_configs(configs.load("quickstart", [("set", "r1_zero.sft.epochs=1")]))
+        graph.stage_configs(configs.load("quickstart", [("set", "r1_zero.sft.epochs=1")]))
 
 
 def test_overrides_of_an_ablations_variants_are_held_to_what_their_stage_reads(tmp_path):
@@ -132,7 +133,7 @@ def test_the_table_has_every_stage_of_a_config_and_no_other():
         stage_table.STAGES
     )
     for name in stage_table.STAGES:
-        assert callable(launch.stage_function(name))
+        assert callable(stage_table.function(name))
 
 
 @pytest.mark.parametrize("name", stage_table.STAGES)
@@ -145,12 +146,14 @@ def test_every_part_in_the_table_is_one_of_the_config_and_each_exception_lies_in
         assert not stage_table.reads(name, part) and (not instead or stage_table.reads(name, instead))
 
 
-def test_stages_that_several_processes_share_are_those_that_do_not_ask_for_one():
-    for name in stage_table.STAGES:
-        source = (ROOT / "r1jax" / "stages" / f"{name}.py").read_text()
-        assert not (stage_table.shared(name) and "require_one" in source), name
-    assert [name for name in stage_table.STAGES if stage_table.shared(name)] == [
-        *("r1_zero", "stage2_reasoning_rl", "stage4_all_scenarios", "student_rl", "evaluate", "quickstart"),
+def source_of(stage: str) -> pathlib.Path:
+    """Returns the file that holds a stage's function."""
+    return ROOT.joinpath("r1jax", *stage_table.STAGES[stage].function.partition(":")[0].split(".")).with_suffix(".py")
+
+
+def test_stages_that_several_processes_run_together_are_these():
+    assert [name for name in stage_table.STAGES if stage_table.several_processes(name)] == [
+        *("r1_zero", "stage2_reasoning_rl", "stage4_all_scenarios", "student_rl", "evaluate"),
     ]
 
 
@@ -184,7 +187,7 @@ def imported(path: pathlib.Path, seen: set[pathlib.Path]) -> set[pathlib.Path]:
 
 @pytest.mark.parametrize("name", stage_table.STAGES)
 def test_every_part_in_the_table_is_read_by_something_that_the_stage_imports(name):
-    sources = imported(ROOT / "r1jax" / "stages" / f"{name}.py", set())
+    sources = imported(source_of(name), set())
     known = set().union(*map(names_read, sources))
     missing = [part for part in stage_table.STAGES[name].reads if part.rpartition(".")[2] not in known]
     assert missing == []
@@ -318,7 +321,7 @@ def test_what_a_running_stage_reads_is_in_the_table(place, tmp_path, stage, own)
     config = watched(schema.replace(config, model=model, compute=SMALL_RUN.compute), seen)
     workdir = place if stage == "stage3_rejection_sft" else tmp_path
     try:
-        launch.stage_function(stage)(config, workdir)
+        stage_table.function(stage)(config, workdir)
     except ValueError as error:  # a random model writes nothing that is right
         assert stage in ("stage1_coldstart", "stage3_rejection_sft") and "no example passed the checks" in str(error)
     assert len(seen) > 3

@@ -10,7 +10,8 @@ from r1jax.core import sharding, tree
 from r1jax.core.metrics import read
 from r1jax.data import jsonl, tasks
 from r1jax.models import decoder
-from r1jax.stages import common, evaluate, fine_tuning, lineage, r1_zero, stage0_base, stage1_coldstart
+from r1jax.recipe import common, evaluate, fine_tuning, lineage, stage0_base, stage1_coldstart
+from r1jax.recipe import policy as r1_zero
 
 SHORT = [
     ("grpo.updates", "16"),

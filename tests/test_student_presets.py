@@ -10,8 +10,8 @@ from r1jax.checkpoints import hf_config, tokenizer
 from r1jax.configs import _presets, distill
 from r1jax.core import sharding, tree
 from r1jax.models import decoder
+from r1jax.recipe import common
 from r1jax.schema import ModelConfig, replace
-from r1jax.stages import common
 
 # The table of the six students: hidden, ffn, layers, heads, kv, vocabulary, theta, eps; head_dim 128, 131,072 positions.
 STUDENTS = {

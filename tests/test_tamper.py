@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from tamper_cases import PROGRAMS, TEXT, Case
 
-from r1jax.rewards import sandbox
 from r1jax.rewards.pool import RewardPool
+from r1jax.rewards.sandbox import run as sandbox
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import Limits, RewardConfig, SandboxConfig
 

@@ -14,12 +14,12 @@ from r1jax import launch
 from r1jax.checkpoints import tokenizer
 from r1jax.data import templates
 from r1jax.data.problems import Problem
+from r1jax.recipe import export_hf, prompts, template_check
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.rl import rollout
 from r1jax.sampler.sample import RolloutSample
 from r1jax.schema import Config, DataConfig, RewardConfig, SamplerConfig, replace
-from r1jax.stages import export_hf, prompts, template_check
 
 PROMPT = Problem("1", "math", "What is 1 + 1?", "2", "en")
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"

@@ -21,12 +21,12 @@ from r1jax.core.metrics import MetricsLog, read
 from r1jax.data import tasks
 from r1jax.data.packing import PackItem, pack_batch
 from r1jax.models import decoder
+from r1jax.recipe import policy, prompts
 from r1jax.rl import losses, warnings
 from r1jax.rl.advantages import group_advantages
 from r1jax.rl.journal import Rollout
 from r1jax.rl.rollout import Advantages
 from r1jax.schema import GRPOConfig, MeshConfig, OptimizerConfig, PackConfig, replace
-from r1jax.stages import policy, prompts
 from r1jax.train import guard, sft, step, supervised
 
 WORDS = tokenizer.tiny()

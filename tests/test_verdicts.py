@@ -9,7 +9,7 @@ import pytest
 
 from r1jax.checkpoints import tokenizer
 from r1jax.data import templates
-from r1jax.rewards import verdicts
+from r1jax.rewards.models import verdicts
 
 RIGHT = '{"reasoning": "the same number", "correct": true}'
 

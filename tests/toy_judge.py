@@ -18,7 +18,7 @@ from r1jax.checkpoints import hf_export
 from r1jax.checkpoints.tokenizer import JsonBackend, Tokenizer
 from r1jax.core import rng, sharding
 from r1jax.models import decoder
-from r1jax.rewards import verdicts
+from r1jax.rewards.models import verdicts
 from r1jax.schema import MeshConfig
 
 SPECIAL = ("<unk>", "<eos>", "<end>")

@@ -1,6 +1,6 @@
 """Procedural problems of the library reasoning-gym as prompts, keyed by family, seed and index.
 
-Source: Stojanovski et al., "Reasoning Gym", arXiv 2505.24760. The task `reasoning_gym` grades them (r1jax/rewards/reasoning_gym.py).
+Source: Stojanovski et al., "Reasoning Gym", arXiv 2505.24760. The task `reasoning_gym` grades them (r1jax/rewards/answers/reasoning_gym.py).
 """
 
 import json

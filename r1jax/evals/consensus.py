@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from r1jax.evals.metrics import majority
-from r1jax.rewards import choice, code_io, countdown, extraction, math_answer, plugins
+from r1jax.rewards import plugins
+from r1jax.rewards.answers import choice, countdown, extraction, math_answer
+from r1jax.rewards.code import io as code_io
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import RewardConfig, replace

@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from r1jax.data.tasks import LEXICON
-from r1jax.rewards import math_answer, plugins, tiny_world
+from r1jax.rewards import plugins
+from r1jax.rewards.answers import math_answer, tiny_world
 from r1jax.rewards.rules import detect_language, format_score, language_consistency, repetition_penalty
-from r1jax.rewards.sandbox import open_sandbox
+from r1jax.rewards.sandbox.attack import open_sandbox
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
 
@@ -17,16 +18,16 @@ Grader = Callable[[RewardRequest, RewardConfig], Score]  # gives the accuracy pa
 RULE_PARTS = ("accuracy", "format", "language", "repetition")  # what graders give
 PART_NAMES = (*RULE_PARTS, "reward_model", "rule")  # the last two: rl.scenarios
 GRADERS = {  # task -> module:function, a Grader that is imported when first used
-    "math": "r1jax.rewards.math_answer:accuracy",
-    "mcq": "r1jax.rewards.choice:accuracy",
-    "code": "r1jax.rewards.code_tests:accuracy",
-    "bug_fix": "r1jax.rewards.bug_fix:accuracy",
-    "reasoning_gym": "r1jax.rewards.reasoning_gym:accuracy",
-    "countdown": "r1jax.rewards.countdown:accuracy",
-    "code_io": "r1jax.rewards.code_io:accuracy",
-    "linear": "r1jax.rewards.tiny_world:linear",
-    "general": "r1jax.rewards.tiny_world:general",
-    "safety": "r1jax.rewards.tiny_world:safety",
+    "math": "r1jax.rewards.answers.math_answer:accuracy",
+    "mcq": "r1jax.rewards.answers.choice:accuracy",
+    "code": "r1jax.rewards.code.tests:accuracy",
+    "bug_fix": "r1jax.rewards.code.bug_fix:accuracy",
+    "reasoning_gym": "r1jax.rewards.answers.reasoning_gym:accuracy",
+    "countdown": "r1jax.rewards.answers.countdown:accuracy",
+    "code_io": "r1jax.rewards.code.io:accuracy",
+    "linear": "r1jax.rewards.answers.tiny_world:linear",
+    "general": "r1jax.rewards.answers.tiny_world:general",
+    "safety": "r1jax.rewards.answers.tiny_world:safety",
 }
 # Tasks whose grader is quick whatever a sample says, and may run in the trainer.
 IN_PROCESS = frozenset(("linear", "general", "safety", "mcq"))

@@ -3,8 +3,8 @@
 import json
 from dataclasses import asdict, dataclass
 
-from r1jax.rewards import compose, math_answer
-from r1jax.rewards.answers import showing
+from r1jax.rewards import compose
+from r1jax.rewards.answers import math_answer, showing
 from r1jax.rewards.answers.values import Value
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest, Score

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from r1jax.rewards import compose, math_answer
-from r1jax.rewards.answers import reading
+from r1jax.rewards import compose
+from r1jax.rewards.answers import math_answer, reading
 from r1jax.rewards.answers.tokens import Unreadable
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from pebble import ProcessExpired, ProcessPool
 
-from r1jax.rewards import compose, sandbox_attack, worker
+from r1jax.rewards import compose, worker
+from r1jax.rewards.sandbox import attack as sandbox_attack
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.rewards.worker import ScoreFunction
 from r1jax.schema import RewardConfig

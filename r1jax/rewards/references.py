@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1jax.data import dialects, problems
-from r1jax.rewards import bug_fix, choice, code_rows, code_tests, compose, plugins
+from r1jax.rewards import compose, plugins
+from r1jax.rewards.answers import choice
+from r1jax.rewards.code import bug_fix
+from r1jax.rewards.code import rows as code_rows
+from r1jax.rewards.code import tests as code_tests
 from r1jax.rewards.pool import RewardPool
-from r1jax.rewards.sandbox import SandboxUnavailable
+from r1jax.rewards.sandbox.run import SandboxUnavailable
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import RewardConfig
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
 from types import FrameType
 
-from r1jax.rewards import math_answer, sandbox_attack
+from r1jax.rewards.answers import math_answer
+from r1jax.rewards.sandbox import attack as sandbox_attack
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
 

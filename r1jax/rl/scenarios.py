@@ -12,7 +12,7 @@ from r1jax.core import distributed, metrics
 from r1jax.data import tasks
 from r1jax.data.problems import SCENARIOS
 from r1jax.rewards.compose import PART_NAMES
-from r1jax.rewards.model import RewardModel
+from r1jax.rewards.models.reward_model import RewardModel
 from r1jax.rl.journal import Rollout
 from r1jax.rl.rollout import EncodedPrompt, PromptPhases
 from r1jax.sampler.sample import RolloutSample

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from r1jax.core import runtime, sharding, tree
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.models import decoder
-from r1jax.rewards.model import RewardModel
+from r1jax.rewards.models.reward_model import RewardModel
 from r1jax.rl import schedules
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.rollout import PromptPhases

@@ -1,0 +1,386 @@
+"""Measure the update of the policy: packed, with shared prompts and padded, GRPO and SFT, and other libraries."""
+
+import json
+import math
+import os
+import pickle
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r1jax.bench import measure
+from r1jax.checkpoints import hf, hf_config
+from r1jax.core import rng, sharding
+from r1jax.core.metrics import read_timing
+from r1jax.data.packing import PackItem, pack, pack_batch, share_prompts, unpack
+from r1jax.data.problems import Problem
+from r1jax.models import decoder
+from r1jax.recipe import common, compute, policy
+from r1jax.report import table
+from r1jax.rl import losses
+from r1jax.rl.logprobs import Scorer
+from r1jax.rl.rollout import EncodedPrompt
+from r1jax.schema import Config, MeshConfig, Network, PackConfig, replace
+from r1jax.train import sft, step
+
+MODULE = "r1jax.bench.update"
+PEERS = Path(__file__).parent / "peers"
+PEAK_SIDE, PEAK_CALLS = 2048, 8  # of the matrix product that stands for the machine's peak
+NOISE = 0.05  # nats between the policy's log-probs and those of sampler and reference
+P99_NORMAL = 2.3263478740408408  # 99th percentile of the standard normal law
+PHASES = ("rollout_s", "rewards_s", "reference_s", "update_s", "checkpoint_s")
+
+
+@dataclass(frozen=True)
+class System:
+    """Who updates, on what loss, in which form, and how that is started."""
+
+    name: str
+    loss: str
+    form: str
+    python: str = ""  # a peer's interpreter; "" is one of ours
+    script: str = ""
+    micro_batch: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}.{self.loss}.{self.form}"
+
+
+def run(config: Config, workdir: Path) -> dict:
+    """Returns `systems.<name>.<loss>.<form>`: tokens_per_s and the rest of what each system takes for one update.
+
+    A useful token is a trained response token. Every run is a process of its own, held to config.bench.threads
+    processors; the systems run in turn, config.bench.repeats times, and figures are medians. `ratios.<packed|shared>`
+    are each system's time over that of ours, medians over the turns. Without a checkpoint the weights are random and there are no peers. Raises ValueError where the
+    system does not tell a process its memory, for an interpreter that is not there, or when a measurement ends early.
+    """
+    measure.require_memory_figures("bench_update")
+    systems = systems_of(config)
+    folder = Path(workdir) / config.stage
+    folder.mkdir(parents=True, exist_ok=True)
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[: config.bench.threads])
+    try:
+        (folder / "config.pickle").write_bytes(pickle.dumps(config))
+        np.savez(folder / "samples.npz", **draw(config))
+        told = _own(folder, "prepare", what="scoring the samples")
+        found: dict[str, list[dict]] = {system.key: [] for system in systems}
+        for turn in range(config.bench.repeats):
+            for system in systems:
+                figures = _run(system, config, folder)
+                found[system.key].append(figures)
+                print(f"turn {turn + 1}: {system.key} {figures['seconds']:.1f} s", file=sys.stderr, flush=True)
+        split = _own(folder, "split", what="the GRPO steps") if config.bench.split_updates else {}
+    finally:
+        os.sched_setaffinity(0, allowed)
+    return report(config, systems, found, told) | ({"split": split} if split else {})
+
+
+def systems_of(config: Config) -> list[System]:
+    """Returns what is measured, in the order of a turn; ValueError for an interpreter that does not exist."""
+    bench, found = config.bench, []
+    for loss in bench.losses:
+        if loss not in ("grpo", "sft"):
+            raise ValueError(f"bench_update: config.bench.losses has '{loss}', which is neither grpo nor sft")
+        forms = ("packed", "shared", "padded") if loss == "grpo" else ("packed", "padded")
+        found += [System("r1jax", loss, form) for form in forms]
+    peers = [
+        System("trl", "grpo", "padded", bench.trl_python, "trl_update.py", bench.peer_micro_batch),
+        System("transformers", "sft", "padded", bench.trl_python, "transformers_update.py", bench.peer_micro_batch),
+        System("tunix", "grpo", "padded", bench.tunix_python, "tunix_update.py", bench.tunix_micro_batch),
+    ]
+    for peer in peers:
+        if peer.loss not in bench.losses:
+            continue
+        field = "tunix_python" if peer.name == "tunix" else "trl_python"
+        if not peer.python or not config.model.checkpoint:
+            why = f"config.bench.{field} is empty" if not peer.python else "config.model.checkpoint is empty"
+            print(f"bench_update: {why}, so {peer.key} is left out", file=sys.stderr)
+            continue
+        if shutil.which(peer.python) is None:
+            raise ValueError(
+                f"bench_update: config.bench.{field}={peer.python} is no interpreter; give VENV/bin/python"
+            )
+        if bench.samples % peer.micro_batch:
+            raise ValueError(
+                f"bench_update: config.bench.samples={bench.samples} does not split into {peer.name}'s micro-batches of "
+                f"{peer.micro_batch}"
+            )
+        found.append(peer)
+    return found
+
+
+def draw(config: Config) -> dict[str, np.ndarray]:
+    """Returns prompts [N, P], responses [N, longest], lengths [N] and advantages [N], keyed by seed and stage alone."""
+    bench, key = config.bench, [config.seed, zlib.crc32(config.stage.encode())]
+    sigma = math.log(bench.p99_tokens / bench.median_tokens) / P99_NORMAL
+    law = np.random.default_rng(key).standard_normal(bench.samples)
+    lengths = np.clip(np.rint(bench.median_tokens * np.exp(sigma * law)), 1, bench.longest_tokens).astype(np.int64)
+    generator, size, group = np.random.default_rng([*key, 1]), config.model.vocab_size, config.grpo.group_size
+    prompts = generator.integers(3, size, (-(-bench.samples // group), bench.prompt_tokens))
+    responses = generator.integers(3, size, (bench.samples, lengths.max()))
+    responses *= np.arange(lengths.max()) < lengths[:, None]
+    return {
+        "prompt_ids": np.repeat(prompts, group, axis=0)[: bench.samples].astype(np.int32),
+        "response_ids": responses.astype(np.int32),
+        "lengths": lengths,
+        "advantages": generator.standard_normal(bench.samples).astype(np.float32),
+        "group_size": np.int64(group),
+        "kl_coef": np.float64(config.grpo.kl_coef),
+        "clip_ratio": np.float64(config.grpo.clip_ratio),
+        "learning_rate": np.float64(config.optimizer.learning_rate),
+        "clip_norm": np.float64(config.optimizer.clip_norm),
+    }
+
+
+def items_of(given: dict[str, np.ndarray], config: Config, loss: str) -> list[PackItem]:
+    """Returns the samples for packing, with what the loss takes of each token; without log-probs those are 0."""
+    lengths = given["lengths"]
+    weights = losses.token_weights(lengths, config.grpo, config.bench.longest_tokens)
+    zeros = np.zeros(given["response_ids"].shape, np.float32)
+    items = []
+    for index, length in enumerate(lengths):
+        item = sft.example(given["prompt_ids"][index], given["response_ids"][index, :length])
+        values = {
+            "advantage": item.loss_mask * given["advantages"][index],
+            "weight": item.loss_mask * weights[index],
+        }
+        for name in ("behaviour_logp", "reference_logp"):
+            values[name] = np.zeros_like(item.loss_mask)
+            values[name][-length:] = given.get(f"{name}s", zeros)[index, :length]
+        items.append(replace(item, values=values if loss == "grpo" else {}))
+    return items
+
+
+def arrays_of(items: list[PackItem], config: Config, form: str) -> tuple[dict[str, np.ndarray], int, PackConfig]:
+    """Returns (arrays [M, R, T], filled micro-batches, their shape), in one of three forms.
+
+    packed: rows filled by `pack`; shared: a prompt stands once in a row for its samples there; padded: one sample a row,
+    rows as long as the longest sample, as many at a time as hold about the tokens of a packed micro-batch.
+    """
+    lengths, size = [len(item.tokens) for item in items], config.pack
+    if form == "shared":
+        items, rows = share_prompts(items, [config.bench.prompt_tokens] * len(items), size.row_tokens)
+    elif form == "packed":
+        rows = pack(lengths, size.row_tokens)
+    else:
+        longest = max(lengths)
+        at_once = max(size.row_tokens * size.rows_per_micro_batch // longest, 1)
+        size = replace(size, row_tokens=longest, rows_per_micro_batch=at_once)
+        rows = [[index] for index in np.argsort([-length for length in lengths], kind="stable").tolist()]
+    micro_batches = -(-len(rows) // size.rows_per_micro_batch)
+    batch = pack_batch(items, size.row_tokens, micro_batches * size.rows_per_micro_batch, rows)
+    arrays = step.batch_arrays(batch, size, micro_batches, tuple(batch.values))
+    return arrays, step.filled_micro_batches(batch, size), size
+
+
+def start_weights(config: Config) -> tuple[Config, object, decoder.Params]:
+    """Returns (config with the checkpoint's shape, mesh, float32 weights): the checkpoint's, or random ones without."""
+    mesh, folder = sharding.make_mesh(MeshConfig()), config.model.checkpoint
+    if not folder:
+        key = rng.key(config.seed, config.stage, "init")
+        return config, mesh, sharding.initialize(decoder.specs(config.model), key, jnp.float32, mesh)
+    config = replace(config, model=replace(hf_config.model_config(Path(folder)), checkpoint=folder))
+    return config, mesh, hf.load(Path(folder), config.model, mesh, jnp.float32)
+
+
+def update_figures(config: Config, given: dict[str, np.ndarray], loss: str, form: str) -> dict[str, float]:
+    """Returns the time of one update in this process, its loss and gradient norm, and the process's peak memory."""
+    config, mesh, params = start_weights(config)
+    arrays, filled, size = arrays_of(items_of(given, config, loss), config, form)
+    chunk = size.trained_chunk
+    if loss == "grpo":
+        function = losses.make_loss(config.network, config.grpo, trained_chunk=chunk)
+        arguments = losses.arguments(config.grpo, config.grpo.kl_coef, 1.0)
+    else:
+        function, arguments = sft.make_loss(config.network, chunk), np.float32(1 / given["lengths"].sum())
+    trainer = step.Trainer(config.network, config.optimizer, mesh, function, total_updates=2)
+    state = trainer.init(params)
+    del params
+    blank = {name: np.zeros_like(array) for name, array in arrays.items()}
+    state, _ = jax.block_until_ready(trainer.update(state, blank, 1, arguments))  # no gradient, so weights stay
+    start, used = time.perf_counter(), time.process_time()
+    state, stats = jax.block_until_ready(trainer.update(state, arrays, filled, arguments))
+    seconds, processor = time.perf_counter() - start, time.process_time() - used
+    return {
+        "seconds": seconds,
+        "processor_s": processor,
+        "loss": float(stats["loss"]),
+        "grad_norm": float(stats["grad_norm"]),
+        "rows": filled * size.rows_per_micro_batch,
+        "row_tokens": size.row_tokens,
+        "peak_rss_bytes": measure.peak(),
+    }
+
+
+def prepare_figures(config: Config, samples: Path) -> dict[str, float]:
+    """Adds sampler's and reference's log-probs to the samples; returns the time of scoring and the machine's peak.
+
+    Both are the policy's own, moved by keyed noise, so that ratios and the KL term are not trivial.
+    """
+    given = dict(np.load(samples))
+    config, mesh, params = start_weights(config)
+    items = items_of(given, config, "grpo")
+    arrays, filled, size = arrays_of(items, config, "packed")
+    scorer = Scorer(config.network, mesh)
+    scorer(params, arrays, 1, 1.0)
+    start = time.perf_counter()
+    logps = scorer(params, arrays, filled, 1.0)
+    seconds = time.perf_counter() - start
+    rows = filled * size.rows_per_micro_batch
+    packed = pack_batch(items, size.row_tokens, rows)
+    generator = np.random.default_rng([config.seed, 2])
+    policy = np.zeros(given["response_ids"].shape, np.float32)
+    for index, values in enumerate(unpack(logps.reshape(-1, size.row_tokens)[:rows], packed)):
+        policy[index, : given["lengths"][index]] = values[-given["lengths"][index] :]
+    for name in ("behaviour_logps", "reference_logps"):
+        given[name] = policy + (NOISE * generator.standard_normal(policy.shape)).astype(np.float32)
+    np.savez(samples, **given)
+    return {"reference_s": seconds, "peak_flops_per_s": matmul_peak()}
+
+
+def matmul_peak() -> float:
+    """Returns the floating-point operations a second of the fastest float32 matrix product, by NumPy or by XLA."""
+    a = np.random.default_rng(0).standard_normal((PEAK_SIDE, PEAK_SIDE), np.float32)
+    on_device, product = jnp.asarray(a), jax.jit(lambda a: a @ a)
+    best = math.inf
+    for call in (lambda: a @ a, lambda: product(on_device).block_until_ready()):
+        call()
+        for _ in range(PEAK_CALLS):
+            start = time.perf_counter()
+            call()
+            best = min(best, time.perf_counter() - start)
+    return 2 * PEAK_SIDE**3 / best
+
+
+def useful_flops(network: Network, totals: np.ndarray, trained: int) -> float:
+    """Returns what an update needs without padding and without computing anything twice: forward and backward.
+
+    6 per weight and token, for the unembedding of the trained tokens alone, and causal attention within each sample;
+    `totals` are the samples' tokens, prompts included.
+    """
+    model = network.model
+    tables = 1 if model.tie_word_embeddings else 2
+    inside = compute.active_parameters(network) - tables * model.vocab_size * model.hidden_size
+    width = model.num_attention_heads * model.head_dim
+    attention = 6.0 * model.num_hidden_layers * width * float(np.square(totals, dtype=np.float64).sum())
+    return 6.0 * (inside * float(totals.sum()) + model.vocab_size * model.hidden_size * trained) + attention
+
+
+def split_figures(config: Config, folder: Path) -> dict[str, float]:
+    """Returns the shares of a GRPO step's time of a short run, its first step left out; idle is what no phase took."""
+    config = replace(
+        config,
+        grpo=replace(config.grpo, updates=config.bench.split_updates),
+        checkpointing=replace(config.checkpointing, every_updates=config.bench.split_updates + 1),
+    )
+    resolved, tokenizer, mesh = common.prepare(config)
+    _, mesh, params = start_weights(resolved)
+    asked = []
+    for number in range(10 * config.grpo.prompts_per_update):
+        text = f"Question: what is {3 * number + 7} plus {5 * number + 2}?\nAnswer:"
+        ids = np.asarray(tokenizer.encode(text), np.int32)[: config.sampler.max_prompt_tokens]
+        asked.append(EncodedPrompt(Problem(f"sum/{number}", "math", text, str(8 * number + 9)), ids))
+    ends, lengths = [], []
+
+    def on_update(update, row, timing) -> None:
+        ends.append(time.perf_counter())
+        lengths.append(row["length"])
+
+    shutil.rmtree(folder, ignore_errors=True)
+    policy.make_training(resolved, tokenizer, mesh, asked, params, folder, on_update=on_update).train()
+    rows, wall = read_timing(folder)[1:], ends[-1] - ends[0]
+    sums = {name.removesuffix("_s"): sum(row.get(name, 0.0) for row in rows) for name in PHASES}
+    shutil.rmtree(folder, ignore_errors=True)
+    shares = {name: seconds / wall for name, seconds in sums.items()}
+    return shares | {
+        "idle": 1 - sum(shares.values()),
+        "step_s": wall / max(len(rows), 1),
+        "samples": config.grpo.prompts_per_update * config.grpo.group_size,
+        "mean_response_tokens": statistics.mean(lengths[1:] or [0.0]),
+    }
+
+
+def report(config: Config, systems: list[System], found: dict[str, list[dict]], told: dict[str, float]) -> dict:
+    """Returns the figures by system, with ratios over the turns, and prints them as a table."""
+    network = config.network
+    if folder := config.model.checkpoint:
+        network = replace(network, model=hf_config.model_config(Path(folder)))
+    lengths = draw(config)["lengths"]
+    trained, flops = int(lengths.sum()), useful_flops(network, lengths + config.bench.prompt_tokens, int(lengths.sum()))
+    out: dict = {"systems": {}, "ratios": {}}
+    for system in systems:
+        runs = found[system.key]
+        figures = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        seconds = figures.pop("seconds")
+        figures |= {"tokens_per_s": trained / seconds, "seconds": [run["seconds"] for run in runs]}
+        figures["utilisation"] = flops / seconds / told["peak_flops_per_s"]
+        figures["peak_rss_bytes"] = max(run["peak_rss_bytes"] for run in runs)
+        out["systems"].setdefault(system.name, {}).setdefault(system.loss, {})[system.form] = figures
+        for form in ("packed", "shared"):
+            ours = found.get(f"r1jax.{system.loss}.{form}", runs)
+            if ours is not runs:
+                pairs = [theirs["seconds"] / own["seconds"] for theirs, own in zip(runs, ours, strict=True)]
+                out["ratios"].setdefault(form, {})[system.key] = statistics.median(pairs)
+    out["samples"] = {
+        "samples": len(lengths),
+        "prompt_tokens": len(lengths) * config.bench.prompt_tokens,
+        "trained_tokens": trained,
+        "longest": int(lengths.max()),
+    }
+    out |= {"useful_flops": flops, "peak_flops_per_s": told["peak_flops_per_s"], "threads": config.bench.threads}
+    out["reference"] = {"seconds": told["reference_s"], "tokens_per_s": trained / told["reference_s"]}
+    columns = ("tokens_per_s", "utilisation", "peak_rss_bytes", "processor_s", "loss", "grad_norm")
+    rows = [{"system": system.key} | out["systems"][system.name][system.loss][system.form] for system in systems]
+    table.render(
+        [row | {f"over {form}": of.get(row["system"]) for form, of in out["ratios"].items()} for row in rows],
+        ("system", *columns, *(f"over {form}" for form in out["ratios"])),
+        f"{trained} trained tokens of {len(lengths)} samples, medians of {config.bench.repeats}",
+    )
+    return out
+
+
+def _own(folder: Path, *arguments: str, what: str) -> dict:
+    return measure.in_own_process(MODULE, str(folder), *arguments, what=what)
+
+
+def _run(system: System, config: Config, folder: Path) -> dict[str, float]:
+    """Returns the figures of one run of a system."""
+    if not system.python:
+        return _own(folder, "update", system.loss, system.form, what=system.key)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": str(config.bench.threads), "TOKENIZERS_PARALLELISM": "false"}
+    command = [system.python, str(PEERS / system.script), str(folder / "samples.npz"), config.model.checkpoint]
+    command += [str(system.micro_batch), str(config.bench.threads)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"bench_update: {system.key}: {(done.stderr.strip() or 'was killed').splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(folder: str, action: str, *arguments: str) -> None:
+    """Prints the figures of one measurement in this process."""
+    common.runtime.setup()
+    place = Path(folder)
+    config, samples = pickle.loads((place / "config.pickle").read_bytes()), place / "samples.npz"
+    if action == "prepare":
+        figures = prepare_figures(config, samples)
+    elif action == "split":
+        figures = split_figures(config, place / "steps")
+    else:
+        figures = update_figures(config, dict(np.load(samples)), *arguments)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

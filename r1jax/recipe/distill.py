@@ -1,0 +1,70 @@
+"""Distillation: a dense student is fine-tuned on a teacher's examples; hard targets, no RL (P2 B.4.3)."""
+
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.data import files, jsonl
+from r1jax.recipe import common, example_files, fine_tuning, lineage
+from r1jax.recipe.drafts import Counts, Draft, tally, tell
+from r1jax.rl.rollout import EncodedPrompt
+from r1jax.schema import Config
+
+SOURCE = "stage3_rejection_sft"
+
+
+def run(config: Config, workdir: Path) -> dict:
+    """Fine-tunes the student's base on examples of config.distill.examples or of stage 3 and evaluates.
+
+    Raises ValueError, before anything is written, when the base or the examples are not given or not readable.
+    """
+    _check_inputs(config, workdir)
+    path = config.distill.examples
+    if not path:
+        return fine_tuning.run(config, workdir, (SOURCE,), collect)
+    drafts, notes = example_files.read(path, config)
+
+    def graded(*given) -> tuple[list[dict], Counts]:
+        example_files.say(example_files.remarks(path, drafts, notes))
+        return of_file(drafts, config)
+
+    return fine_tuning.run(config, workdir, (), graded, {path: files.digest(path)})
+
+
+def collect(
+    config: Config, tokenizer: Tokenizer, mesh: Mesh, train: list[EncodedPrompt], workdir: Path
+) -> tuple[list[dict], Counts]:
+    """Returns stage 3's examples as they are, and their number by task."""
+    rows = jsonl.read(lineage.require(SOURCE, config, workdir) / fine_tuning.EXAMPLES)
+    counts: Counts = {}
+    tally(counts, "kept", (row.get("task", "") for row in rows))
+    return rows, counts
+
+
+def of_file(drafts: list[Draft], config: Config) -> tuple[list[dict], Counts]:
+    """Returns (rows of a file without those that their task's grader finds wrong, counts by task); all with distill.grade=false."""
+    counts: Counts = {}
+    tally(counts, "rows", (draft.task for draft in drafts))
+    if config.distill.grade:
+        drafts = example_files.right(drafts, config, counts)
+    tally(counts, "kept", (draft.task for draft in drafts))
+    tell(config.stage, counts)
+    return [draft.row() for draft in drafts], counts
+
+
+def _check_inputs(config: Config, workdir: Path) -> None:
+    """Raises ValueError when a student that is none of the tiny world lacks its weights or its examples."""
+    if config.data.world == "tiny":
+        return
+    if not config.model.checkpoint:
+        raise ValueError(
+            f"{config.stage}:{config.preset} ships no base model; give the student's starting weights with "
+            "--config.model.checkpoint=DIR (a Hugging Face folder)"
+        )
+    source = Path(config.inputs or workdir) / SOURCE
+    if not config.distill.examples and not (source / common.DONE).exists():
+        raise ValueError(
+            f"{config.stage}:{config.preset}: {source} is missing or unfinished; give the examples with "
+            "--config.distill.examples=FILE.jsonl (rows with prompt and response)"
+        )

@@ -1,0 +1,81 @@
+"""A model that edits drafts: traces written anew in the first person and one language, thoughts for replies without any."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from r1jax.data.hashing import hash64
+from r1jax.recipe.drafts import Counts, Draft, tally
+from r1jax.rewards.models import editing
+from r1jax.rewards.models.judge import Judge, Request
+from r1jax.rewards.rules import detect_language
+from r1jax.schema import Config
+
+
+def rewrite(
+    drafts: Sequence[Draft], editor: Judge, config: Config, counts: Counts, keep_unedited: bool = False
+) -> list[Draft]:
+    """Returns the drafts written anew by the editor, in order.
+
+    One without a readable edit (also where trace or edit is longer than config.judge.sampler allows) is left out, or stays as it was
+    with `keep_unedited`.
+    """
+    edits = [editing.read_edit(reply or "") for reply in _ask(editor, drafts, config, _edit_prompt)]
+    tally(counts, "edits asked", (draft.task for draft in drafts))
+    tally(counts, "edits read", (draft.task for draft, edit in zip(drafts, edits, strict=True) if edit))
+    found = []
+    for draft, edit in zip(drafts, edits, strict=True):
+        if edit:
+            found.append(with_text(draft, edit.turn(config.reward.extraction), config.judge.checkpoint))
+        elif keep_unedited:
+            found.append(draft)
+    return found
+
+
+def with_thoughts(drafts: Sequence[Draft], editor: Judge, config: Config, counts: Counts) -> list[Draft]:
+    """Returns the drafts, those without a thought with the one that the editor writes before their reply.
+
+    One that it leaves empty, and one that cannot be read, is none: the reply stays as it was.
+    """
+    asked = [draft for draft in drafts if "<think>" not in draft.text]
+    thoughts = [editing.read_thoughts(reply or "") for reply in _ask(editor, asked, config, _thoughts_prompt)]
+    tally(counts, "thoughts asked", (draft.task for draft in asked))
+    pairs = list(zip(asked, thoughts, strict=True))
+    tally(counts, "thoughts read", (draft.task for draft, thought in pairs if thought is not None))
+    tally(counts, "thoughts added", (draft.task for draft, thought in pairs if thought))
+    written = {
+        id(draft): with_text(draft, f"<think>\n{thought}\n</think>\n\n{draft.text.strip()}", config.judge.checkpoint)
+        for draft, thought in pairs
+        if thought
+    }
+    return [written.get(id(draft), draft) for draft in drafts]
+
+
+def language_of(draft: Draft) -> str:
+    """Returns the language that a draft's problem names, else that of its text."""
+    return draft.problem.language or detect_language(draft.problem.text)
+
+
+def with_text(draft: Draft, text: str, editor: str) -> Draft:
+    """Returns the draft with a text that `editor` wrote; its provenance keeps what was there before."""
+    told = {"trace": draft.text} | draft.provenance | {"edited": True, "editor": editor}
+    return dataclasses.replace(draft, text=text, provenance=told)
+
+
+def _edit_prompt(draft: Draft, question: str, trace: str, seed: int) -> str:
+    return editing.edit_prompt(question, trace, draft.task, language_of(draft), seed)
+
+
+def _thoughts_prompt(draft: Draft, request: str, reply: str, seed: int) -> str:
+    return editing.thoughts_prompt(request, reply, language_of(draft), seed)
+
+
+def _ask(
+    editor: Judge, drafts: Sequence[Draft], config: Config, prompt: Callable[[Draft, str, str, int], str]
+) -> list[str | None]:
+    """Returns the editor's reply to each draft, None where prompt or reply is too long for its sampler."""
+    requests = []
+    for draft in drafts:
+        question, text = (editor.defused(part) for part in (draft.problem.text, draft.text))
+        key = hash64("edit", config.seed, draft.problem.id, question, text)
+        requests.append(Request(prompt(draft, question, text, config.seed), (key,)))
+    return [reply for (reply,) in editor.replies(requests)]

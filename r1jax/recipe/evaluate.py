@@ -1,0 +1,409 @@
+"""Evaluate a checkpoint on held-out problems: pass@1 with its standard error, greedy, and behaviour."""
+
+import functools
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.core import checkpoint, distributed, tree
+from r1jax.data import jsonl
+from r1jax.data.problems import SCENARIOS
+from r1jax.evals import benchmarks
+from r1jax.evals.benchmarks import Drawn, Response, summarize
+from r1jax.recipe import common, lineage, problems, prompts, template_check
+from r1jax.recipe.prompts import StagePrompts
+from r1jax.report import html, table
+from r1jax.rewards.compose import PART_NAMES, RULE_PARTS
+from r1jax.rewards.pool import RewardPool
+from r1jax.rl import rollout
+from r1jax.rl.rollout import EncodedPrompt
+from r1jax.sampler.engine import Engine
+from r1jax.sampler.sample import SamplingLaw
+from r1jax.sampler.scheduler import RolloutSampler
+from r1jax.schema import Config, replace
+
+COLUMNS = (
+    "checkpoint",
+    "problems",
+    "pass@1",
+    "pass@1_se",
+    "greedy",
+    "mean_tokens",
+    "truncated",
+    "unscorable",
+    "reflective_per_response",
+    "language_consistency",
+)
+GROUP_COLUMNS = ("problems", "pass@1", "pass@1_se", "greedy", "mean_tokens", "truncated", "unscorable")
+FAITHFULNESS_COLUMNS = (
+    "checkpoint",
+    "first_guess_accuracy",
+    "final_accuracy",
+    "fixed",
+    "broken",
+    "p_right_given_ok",
+    "p_wrong_given_no",
+    "p_wait_after_no",
+    "arithmetic_true",
+    "comparison_true",
+)
+
+# Fields of a run that name files it was trained on: those of which it held a share out, and those of which it held nothing out.
+DIVIDED = ("data.path", "data.general_path", "data.safety_path")
+WHOLE = ("distill.examples", "coldstart.examples", "rejection.judged_prompts")
+
+
+def run(config: Config, workdir: Path) -> dict:
+    """Evaluates config.checkpoint (a stage's folder or a Hugging Face folder) and returns the figures.
+
+    They are written to `workdir/evaluate/` with the responses, the config, the digests of what was evaluated, and a report.
+    """
+    if not config.checkpoint:
+        raise ValueError(
+            "evaluate: give the checkpoint with --config.checkpoint=DIR (a stage's folder or a Hugging Face folder)"
+        )
+    config = replace(config, model=replace(config.model, checkpoint=config.checkpoint))
+    resolved, tokenizer, mesh = common.prepare(as_trained(config))
+    asked = prompts.load_held_out(resolved, tokenizer)
+    template_check.check(resolved, tokenizer, asked.held_out)
+    started = time.monotonic()
+    params = common.load_weights(resolved, mesh, config.checkpoint, lambda: None)
+    figures, responses = evaluate(resolved, tokenizer, mesh, asked.held_out, params, asked.source.reflective_words)
+    figures["data"] = asked.counts
+    figures["seconds"] = round(time.monotonic() - started, 1)
+    folder, name = Path(workdir) / config.stage, Path(config.checkpoint).name
+    write_samples(folder / "samples.jsonl", responses)
+    checkpoint.write_json(folder / "config.json", common.json_fields(resolved))
+    made_from = {config.checkpoint: common.checkpoint_digest(config.checkpoint)}
+    made_from |= asked.source.inputs | lineage.grader_digests(config)
+    checkpoint.write_json(folder / common.INPUTS, {"inputs": made_from})
+    checkpoint.write_json(folder / "figures.json", figures)
+    print_figures([{"checkpoint": name, **figures}])
+    say_left_out(resolved, asked, int(figures["problems"]))
+    write_report(resolved, workdir, name, {name: figures, "seconds": figures["seconds"]})
+    return figures
+
+
+def say_left_out(config: Config, asked: StagePrompts, measured: int) -> None:
+    """Prints how many of the rows of the files the figures are of, and why not of the others."""
+    counts, most = asked.counts, config.evaluation.max_problems
+    if not distributed.is_writer():
+        return
+    every = counts.get("rows", len(asked.held_out))
+    why = {
+        "are not held out": counts.get("training", 0),
+        f"are of task {' or '.join(SCENARIOS)}": sum(counts.get("rows_by_task", {}).get(task, 0) for task in SCENARIOS),
+        "are too long": sum(counts["left_out"]["too_long"].values()),
+        f"are behind the first config.evaluation.max_problems={most}": len(asked.held_out) - measured,
+    }
+    why["ask what another row of config.data.eval_path asks"] = every - measured - sum(why.values())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in why.items() if count > 0)
+    print(f"figures of {measured} of {every} problems" + (f": {reasons}" if reasons else ""))
+
+
+def as_trained(config: Config) -> Config:
+    """Returns the config with the hold-out of the runs that made config.checkpoint, where one trained on the same files.
+
+    Of files that they have read, also such as have changed since, only what they held out is evaluated; of other files
+    everything. Raises ValueError where that differs between the files of config.data.path, and where they held nothing out.
+    """
+    if not problems.has_files(config) or config.data.eval_path:
+        return config
+    trained = distributed.decide(_trained_on, Path(config.checkpoint), name=f"what {config.checkpoint} was trained on")
+    given = problems.digests(config)
+    keys = {path: {given[path], str(Path(path).resolve())} & trained.keys() for path in given}
+    seen = [path for path in given if keys[path]]
+    if not seen:
+        return config
+    if len(seen) < len(given):
+        fresh = next(path for path in given if path not in seen)
+        raise ValueError(
+            f"evaluate: {config.checkpoint} was trained on {seen[0]} and not on {fresh}; evaluate one at a time, so that of "
+            "the first only what was held out counts"
+        )
+    fraction = min(trained[key] for path in seen for key in keys[path])
+    if not fraction:
+        raise ValueError(
+            f"evaluate: {config.checkpoint} was trained on every row of {seen[0]}; give other problems, or evaluate these "
+            f"nonetheless with --config.data.eval_path={seen[0]}"
+        )
+    if distributed.is_writer():
+        changed = ", which has changed since" if given[seen[0]] not in trained else ""
+        print(
+            f"{config.checkpoint} was trained on {seen[0]}{changed}: evaluated is what that run held out "
+            f"(config.data.holdout_fraction={fraction}); --config.data.eval_path evaluates every row",
+            file=sys.stderr,
+        )
+    return replace(config, data=replace(config.data, holdout_fraction=fraction))
+
+
+def _trained_on(folder: Path) -> dict[str, float]:
+    """Returns {digest of a file, and its place: share held out of it} of what a stage, or one before it, has trained on."""
+    found: dict[str, float] = {}
+    waiting, known = [folder], set()
+    while waiting:
+        folder = waiting.pop().resolve()
+        inputs, fields = folder / common.INPUTS, folder / "config.json"
+        if folder in known or not (inputs.exists() and fields.exists()):
+            continue
+        known.add(folder)
+        digests, config = json.loads(inputs.read_text())["inputs"], json.loads(fields.read_text())
+        fraction = 0.0 if config.get("data.eval_path") else config.get("data.holdout_fraction", 0.0)
+        shares = dict.fromkeys(DIVIDED, fraction) | dict.fromkeys(WHOLE, 0.0)
+        if "people" not in config.get("coldstart.sources", ()):
+            del shares["coldstart.examples"]  # they stand before a question, if anywhere
+        for name, share in shares.items():
+            for path in problems.paths(config.get(name, "")):
+                for key in (digests[path], str(Path(path).resolve())) if path in digests else ():
+                    found[key] = min(share, found.get(key, 1.0))
+        beside = Path(config["inputs"]) if config.get("inputs") else folder.parent
+        waiting += [place for name in digests if name for place in (beside / name, Path(name))]
+    return found
+
+
+def of_weights(
+    config: Config,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    asked: StagePrompts,
+    params: Any,
+    workdir: Path,
+    name: str,
+    samples: Path | None = None,
+) -> dict[str, Any]:
+    """Returns the figures of weights on the held-out prompts of `asked`, from `workdir/evaluations/NAME.json` when they were measured.
+
+    What is there counts only for the same weights, prompts, graders and settings (`measurement_key`). `samples` is where
+    responses are written.
+    """
+    path = Path(workdir) / "evaluations" / f"{name}.json"
+    key = measurement_key(config, tokenizer, asked, params)
+    measured = distributed.decide(_measured, path, key, samples, name=str(path))
+    if measured is not None:
+        return measured
+    figures, responses = evaluate(config, tokenizer, mesh, asked.held_out, params, asked.source.reflective_words)
+    if samples is not None:
+        write_samples(samples, responses)
+    checkpoint.write_json(path, {"key": key, "figures": figures})
+    return figures
+
+
+def measurement_key(config: Config, tokenizer: Tokenizer, asked: StagePrompts, params: Any) -> str:
+    """Returns a digest of all that decides a checkpoint's figures.
+
+    The problems (text, reference, task, language, source) and their ids under the template, the weights and the shape that
+    uses them, the tokenizer, the law and length of the samples, and the graders: their settings without weights, and the
+    content of the user's own.
+    """
+    questions = [(replace(prompt.problem, place=""), prompt.ids.tolist(), prompt.prefill) for prompt in asked.held_out]
+    sampler = replace(config.sampler, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens_schedule=())
+    shape = {name: value for name, value in vars(config.model).items() if name != "checkpoint"}
+    weightless = replace(config.reward, **dict.fromkeys(PART_NAMES, 0.0), workers=0, cache_entries=0)
+    settings = (
+        config.evaluation,
+        sampler,
+        sampling_law(config, tokenizer),
+        config.seed,
+        tuple(asked.source.reflective_words),
+    )
+    drawn = settings, shape, config.compute.compute_dtype, _tokenizer_digest(tokenizer), tree.digest(params)
+    return hashlib.sha256(repr((drawn, weightless, lineage.grader_digests(config), questions)).encode()).hexdigest()
+
+
+def _tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Returns a digest of what turns ids into text and of the ids that end one, wherever the tokenizer was read from."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        files = [path for path in sorted(Path(folder).iterdir()) if path.name != common.GENERATION]
+        found = [(path.name, common.file_digest(str(path))) for path in files]
+    return hashlib.sha256(repr((found, sorted(tokenizer.stop_ids))).encode()).hexdigest()
+
+
+def _measured(path: Path, key: str, samples: Path | None) -> dict | None:
+    """Returns the figures in a file of `of_weights` when they belong to the key and the samples are there too."""
+    if not path.exists() or (samples is not None and not samples.exists()):
+        return None
+    record = json.loads(path.read_text())
+    return record["figures"] if record["key"] == key else None
+
+
+def finished(folder: common.StageFolder, inputs: dict[str, str]) -> dict | None:
+    """Returns the figures of a stage that is done with these inputs, after printing them, else None."""
+    figures = folder.finished(inputs)
+    if figures is not None:
+        if distributed.is_writer():
+            print(f"{folder.path} is finished; nothing to do", file=sys.stderr)
+        print_checkpoints(figures)
+    return figures
+
+
+def before_and_after(
+    config: Config,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    asked: StagePrompts,
+    trained: Any,
+    workdir: Path,
+    folder: Path,
+) -> dict[str, dict[str, float]]:
+    """Returns the figures of the stage's base and of its result, prints them, and leaves samples.jsonl in its folder."""
+    if not asked.held_out:
+        return {}
+    measure = functools.partial(of_weights, config, tokenizer, mesh, asked)
+    name, base = lineage.result_name(config), lineage.base_weights(config, mesh, workdir)
+    figures = {
+        lineage.BASE: measure(base, workdir, lineage.base_name(config)),
+        name: measure(trained, workdir, name, folder / "samples.jsonl"),
+    }
+    print_checkpoints(figures)
+    return figures
+
+
+def sampling_law(config: Config, tokenizer: Tokenizer) -> SamplingLaw:
+    """Returns how the samples of an evaluation are drawn: config.evaluation has a law of its own."""
+    settings = config.evaluation
+    return SamplingLaw(settings.temperature, settings.top_p, 0, config.sampler.max_new_tokens, tokenizer.stop_ids)
+
+
+def evaluate(
+    config: Config,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    held_out: Sequence[EncodedPrompt],
+    params: Any,
+    words: Sequence[str] = (),
+) -> tuple[dict[str, Any], list[Response]]:
+    """Returns (figures, sampled responses) of weights on held-out prompts; `greedy` is one greedy sample a problem.
+
+    The keys of the samples depend on the seed and the problem alone, so checkpoints are compared on the same draws.
+    """
+    if not held_out:
+        raise ValueError("evaluate: no held-out problems; raise config.data.holdout_fraction or give more rows")
+    settings = config.evaluation
+    if settings.max_problems:
+        held_out = held_out[: settings.max_problems]
+    config = replace(config, stage="evaluate")
+    sampler = RolloutSampler(Engine(config.network, config.sampler, mesh, tokenizer.stop_ids, tokenizer))
+    params = sampler.engine.load_params(params)
+    law, size, k = sampling_law(config, tokenizer), settings.samples_per_problem, settings.consensus_samples
+    with RewardPool(config.reward) as pool:
+        ask = functools.partial(respond, config, tokenizer, sampler, pool)
+        sampled = ask(held_out, params, law, size, "evaluate")
+        greedy = ask(held_out, params, replace(law, temperature=0.0), 1, "greedy") if settings.greedy else []
+        voting: list[Response] = []
+        if settings.consensus_problems and k <= size:  # they are drawn already, under the same law
+            starts = [size * place for place in spread(len(held_out), settings.consensus_problems)]
+            voting = [response for start in starts for response in sampled[start : start + k]]
+        elif settings.consensus_problems:
+            chosen = [held_out[place] for place in spread(len(held_out), settings.consensus_problems)]
+            voting = ask(chosen, params, law, k, "evaluate")
+    verdicts = distributed.decide(benchmarks.vote, voting, k, config.reward, name="the votes of cons@k")
+    return summarize(Drawn(sampled, greedy, verdicts), settings, words), sampled
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Returns `count` places spread evenly over `total` of them (all where there are fewer)."""
+    return [int(place) for place in np.linspace(0, total - 1, min(count, total)).round()]
+
+
+def respond(
+    config: Config,
+    tokenizer: Tokenizer,
+    sampler: RolloutSampler,
+    pool: RewardPool,
+    asked: Sequence[EncodedPrompt],
+    params: Any,
+    law: SamplingLaw,
+    samples: int,
+    purpose: str,
+) -> list[Response]:
+    """Returns graded responses to each prompt in order, `samples` each."""
+    requests = rollout.requests_for(asked, range(len(asked)), samples, law, config.seed, config.stage, purpose)
+    drawn = sampler.generate(requests, params)
+    texts = tokenizer.decode_batch([sample.token_ids for sample in drawn])
+    repeated = [prompt for prompt in asked for _ in range(samples)]
+    parts, scorable = rollout.grade(drawn, repeated, texts, pool)
+    return [
+        Response(
+            problem=p.problem,
+            text=p.prefill + text,
+            tokens=len(sample.token_ids),
+            truncated=sample.truncated,
+            parts=dict(zip(RULE_PARTS, (float(v) for v in row), strict=False)),
+            scorable=bool(known),
+        )
+        for p, text, sample, row, known in zip(repeated, texts, drawn, parts, scorable, strict=True)
+    ]
+
+
+def write_samples(path: Path, responses: Sequence[Response]) -> None:
+    """Writes responses as JSON lines; only in the process that writes the run's files."""
+    if distributed.is_writer():
+        jsonl.write(path, [response.row() for response in responses])
+
+
+def print_checkpoints(figures: dict) -> None:
+    """Prints the tables of a stage's figures: every entry that is an evaluation."""
+    print_figures([{"checkpoint": name, **value} for name, value in figures.items() if is_evaluation(value)])
+
+
+def is_evaluation(value: Any) -> bool:
+    """Returns whether an entry of a stage's figures holds a checkpoint's figures."""
+    return isinstance(value, dict) and "pass@1_se" in value
+
+
+def write_report(config: Config, workdir: Path, name: str, figures: dict) -> None:
+    """Writes report.html of a single stage, whose result is called `name`, into its folder; process 0 alone does."""
+    if distributed.is_writer():
+        measured = {key: value for key, value in figures.items() if is_evaluation(value)}
+        summary = {"checkpoints": measured, "wall_s": figures["seconds"]}
+        path = Path(workdir) / config.stage / "report.html"
+        html.write_run(path, summary, html.collect(Path(workdir), {config.stage: name}))
+
+
+def print_figures(rows: list[dict]) -> None:
+    """Prints the main table, those by task and source where there are several, what figures leave out, and the
+    faithfulness table where there are equations; of several processes, process 0 does."""
+    if not distributed.is_writer():
+        return
+    table.render(rows, columns(rows, COLUMNS), "held-out problems")
+    print_groups(rows)
+    print_faithfulness(rows)
+
+
+def columns(rows: Sequence[dict], usual: Sequence[str]) -> tuple[str, ...]:
+    """Returns the usual columns, with every pass@k and cons@k that a row has behind `greedy`."""
+    more = html.sampled_figures(rows)
+    place = usual.index("greedy") + 1
+    return (*usual[:place], *more, *usual[place:])
+
+
+def print_groups(rows: Sequence[dict]) -> None:
+    """Prints the figures by task and by source where there are several, and what was left out of a figure."""
+    for field, label in html.GROUPS.items():
+        if any(len(row.get(field, {})) > 1 for row in rows):
+            shown = [
+                {"checkpoint": row["checkpoint"], label: name, **figures}
+                for row in rows
+                for name, figures in row.get(field, {}).items()
+            ]
+            table.render(shown, ("checkpoint", label, *columns(shown, GROUP_COLUMNS)), f"held-out problems by {label}")
+    for row in rows:
+        for note in row.get("notes", ()):
+            print(f"{row['checkpoint']}: {note}")
+
+
+def print_faithfulness(rows: list[dict]) -> None:
+    """Prints whether written arithmetic is true and what retries change, where there are equations."""
+    rows = [row for row in rows if "arithmetic_true" in row]
+    if rows:
+        table.render(rows, FAITHFULNESS_COLUMNS, "are the checks real?")

@@ -1,0 +1,118 @@
+"""Files of finished responses: read row by row, graded where a row's task can be, and said what they lack."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from r1jax.core import distributed
+from r1jax.data import files, turns
+from r1jax.data.problems import SCENARIOS, Problem, is_countdown, read_prompt
+from r1jax.recipe.drafts import NO_TASK, Counts, Draft, grade, tally
+from r1jax.rewards import compose, plugins, references, rules
+from r1jax.schema import KINDS, Config
+
+UNGRADED, WRONG, UNSCORABLE = "not graded", "wrong", "no verdict"
+
+
+def read(path: str, config: Config) -> tuple[list[Draft], list[str]]:
+    """Returns (drafts of the rows of a file, remarks on how they were read).
+
+    A row has prompt and response, or messages that end in an assistant turn, and may have id, task, kind, language and what its
+    task's grader needs. Raises ValueError, with file and line, for a bad file or row.
+    """
+    table = files.read(path, config.data.columns)
+    return [draft(row, path, config, config.data.task) for row in table.rows], table.notes
+
+
+def draft(row: files.Row, path: str, config: Config, task: str = "") -> Draft:
+    """Returns the draft of a row; `task` is that of a row that names none. Raises ValueError, with its place, for a bad one."""
+    fields, place = row.fields, f"{row.place} ({row.fields['id']})"
+    response = fields.get("response")
+    if response is None:
+        raise ValueError(
+            f"{row.place}: field 'response' is missing; it needs what an assistant answered, as text or messages"
+        )
+    if not response.strip():
+        raise ValueError(f"{row.place}: field 'response' is empty, text is needed")
+    task = fields.get("task") or task
+    task = "countdown" if task == "math" and is_countdown(fields) else task
+    gradable = task in compose.graders(config.reward) and task not in SCENARIOS and _has_reference(task, fields, config)
+    try:
+        problem = Problem(
+            id=fields["id"],
+            task=task,
+            prompt=read_prompt(fields["prompt"]),
+            reference=references.read(task, fields, config.reward) if gradable else "",
+            language=rules.canonical_language(fields["language"]) if fields.get("language") else "",
+            source=fields.get("source", ""),
+            kind=check_kind(fields.get("kind")),
+            place=row.place,
+        )
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    return Draft(problem, response, {"teacher": path}, gradable, _conversation(fields, problem))
+
+
+def check_kind(kind: Any) -> str:
+    """Returns a row's kind, "" without one. Raises ValueError for one that is not in KINDS."""
+    if not kind:
+        return ""
+    if kind not in KINDS:
+        raise ValueError(f"field 'kind' is {kind!r}; the kinds are {', '.join(KINDS)}")
+    return kind
+
+
+def _has_reference(task: str, fields: dict, config: Config) -> bool:
+    """Returns whether a row holds what its task's grader compares with."""
+    if task in plugins.parse(config.reward.graders):
+        return True
+    return any(fields.get(name) not in (None, "") for name in references.NEEDS.get(task, references.ANY))
+
+
+def _conversation(fields: dict, problem: Problem) -> tuple[dict, ...]:
+    """Returns the row's messages where they are the prompt and the response, and another assistant turn stands among them."""
+    spoken = fields.get("messages") or []
+    earlier = [turn for turn in spoken[:-1] if turn["role"] == "assistant"]
+    same = [(turn["role"], turn["content"]) for turn in spoken[:-1]] == list(problem.messages)
+    return tuple(spoken) if earlier and same and spoken[-1]["content"] == fields["response"] else ()
+
+
+def right(drafts: Sequence[Draft], config: Config, counts: Counts) -> list[Draft]:
+    """Returns the drafts without those that their row's own grader finds wrong; what cannot be graded stays. All are counted by task."""
+    scores = grade(drafts, config)
+    verdicts = [
+        UNGRADED
+        if score is None
+        else UNSCORABLE
+        if not score.scorable
+        else ""
+        if score.parts["accuracy"] == 1.0
+        else WRONG
+        for score in scores
+    ]
+    for name in (WRONG, UNGRADED, UNSCORABLE):
+        tally(counts, name, (draft.task for draft, verdict in zip(drafts, verdicts, strict=True) if verdict == name))
+    return [draft for draft, verdict in zip(drafts, verdicts, strict=True) if verdict != WRONG]
+
+
+def remarks(path: str, drafts: Sequence[Draft], notes: Sequence[str]) -> list[str]:
+    """Returns one line each for how a file was read, thoughts that are missing or not closed, and rows that nothing grades."""
+    told = [f"{path}: {note}" for note in notes]
+    if faults := turns.thoughts(draft.text for draft in drafts):
+        listed = ", ".join(f"{cause}: {count}" for cause, count in faults.items())
+        told.append(
+            f"{path}: {sum(faults.values())} of {len(drafts)} responses lack exactly one closed <think>...</think> ({listed})"
+        )
+    if without := sum(not draft.task for draft in drafts):
+        told.append(
+            f"{path}: {without} of {len(drafts)} rows have {NO_TASK}: their responses are taken as they are; "
+            "--config.data.task=TASK grades those with an answer"
+        )
+    return told
+
+
+def say(lines: Iterable[str]) -> None:
+    """Prints lines, in the process that writes the run's files."""
+    if distributed.is_writer():
+        for line in lines:
+            print(line, file=sys.stderr)

@@ -1,0 +1,183 @@
+"""Export a stage's result to a Hugging Face folder and check that what was written is what was trained."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from r1jax.checkpoints import hf, hf_config, hf_export
+from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.config import flatten, override
+from r1jax.core import tree
+from r1jax.data import templates
+from r1jax.models import decoder
+from r1jax.recipe import common, lineage, prompts
+from r1jax.schema import ComputeConfig, Config, ModelConfig, Network, replace
+
+# Of the run's config.json: what an export must agree with.
+RUN_FIELDS = ("model.", "compute.", "data.", "sampler.stop_ids")
+PATHS = ("model.checkpoint", "data.path", "distill.examples", "coldstart.teacher", "inputs", "checkpoint", "output")
+# A conversation as templates.flat writes it: system texts, then one turn as it is, or every turn under its role. A last
+# turn of the assistant is what such a prompt asks for, and no part of it.
+FLAT = (
+    "{% set said = messages | rejectattr('role', 'equalto', 'system') | list %}"
+    "{% if said and said[-1]['role'] == 'assistant' %}{% set said = said[:-1] %}{% endif %}"
+    "{% for turn in messages if turn['role'] == 'system' %}{{ turn['content'] + '\\n\\n' }}{% endfor %}"
+    "{% for turn in said %}{{ turn['content'] if said | length == 1 else (turn['role'] | capitalize) + ': ' + turn['content'] }}"
+    "{{ '' if loop.last else '\\n\\n' }}{% endfor %}"
+)
+# Puts TEXT before the last message where that is the user's.
+INSTRUCTED = (
+    "{% if messages[-1]['role'] == 'user' %}{% set messages = messages[:-1] + "
+    "[{'role': 'user', 'content': TEXT + messages[-1]['content']}] %}{% endif %}"
+)
+ASKED = "{% if add_generation_prompt and messages[-1]['role'] != 'tool' %}"  # a turn goes on after a tool's output
+
+
+def run(config: Config, workdir: Path) -> dict[str, float]:
+    """Writes config.output from the stage folder config.checkpoint and verifies it.
+
+    Returns the numbers of tensors, parameters and files, and the logit difference when verified. Raises ValueError
+    when a folder is not given, config.output exists, or what was written reads back differently.
+    """
+    if not config.checkpoint or not config.output:
+        raise ValueError("export_hf: give --config.checkpoint=STAGE_FOLDER and --config.output=NEW_FOLDER")
+    source, target = Path(config.checkpoint), Path(config.output)
+    hf_export.refuse_existing(target)
+    if common.is_hugging_face(source):
+        raise ValueError(f"{source} is a Hugging Face folder already, or no stage's folder; give a stage's folder")
+    fields = run_fields(source)
+    own, tokenizer, mesh = common.prepare(stage_config(source, fields, config), source)
+    hf_export.check_dtype(own.model, config.export.dtype)
+    ends, pad = common.token_ids(tokenizer)
+    tokenizer = Tokenizer(tokenizer.backend, tokenizer.config, chat_template(own, tokenizer), tokenizer.source)
+    params = common.load_weights(own, mesh, str(source), lambda: None)
+    figures, kind = {"parameters": tree.count(params)}, config.export.dtype
+
+    def check(folder: Path) -> None:
+        with hf.TensorFiles(folder) as files:
+            figures["tensors"] = len(list(files))
+        figures["files"] = len(list(folder.glob("*.safetensors")))
+        if config.export.verify:
+            figures["logit_difference"] = verify(folder, params, own.network, mesh, kind)
+
+    about = card(source, fields, target.name)
+    hf_export.save(target, params, own.model, tokenizer, kind, about, check=check, end_ids=ends, pad_id=pad)
+    checked = "not read back"
+    if config.export.verify:
+        moved = figures["logit_difference"]
+        checked = f"read back and compared, logits moved by {moved:.2g} of the largest"
+    print(f"{target}: {figures['parameters']:,} parameters as {kind}, {checked}", file=sys.stderr)
+    return figures
+
+
+def run_fields(folder: Path) -> dict:
+    """Returns the flat config.json of a run's folder. Raises ValueError when there is none."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} has no config.json; give the folder of a stage")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def stage_config(folder: Path, fields: dict, config: Config) -> Config:
+    """Returns `config` with the model and the data of the run in `folder`, whose flat config is `fields`.
+
+    A folder that does not hold its tokenizer names the Hugging Face folder that does: config.model.checkpoint says where
+    that one has moved since.
+    """
+    known = flatten(config)
+    wanted = {key: str(value) for key, value in fields.items() if key.startswith(RUN_FIELDS) and key in known}
+    if config.model.checkpoint:
+        wanted["model.checkpoint"] = config.model.checkpoint
+    return override(config, wanted.items())
+
+
+def chat_template(config: Config, tokenizer: Tokenizer) -> str:
+    """Returns the Jinja template that renders a conversation as the run's training did.
+
+    The tokenizer's own for `chat`; for the other templates one that writes it as one question (templates.flat). The last
+    user message begins with config.data.instruction. With config.data.think_prefill the generation prompt ends in `<think>`
+    and a line break.
+    """
+    kind, opened, instruction = prompts.template(config, tokenizer), config.data.think_prefill, config.data.instruction
+    told = INSTRUCTED.replace("TEXT", json.dumps(f"{instruction}\n", ensure_ascii=False)) if instruction else ""
+    if kind == "chat":
+        if not opened:
+            return told + tokenizer.chat_template
+        shut, open_ = (templates.render("1", kind, "", tokenizer.render_chat, prefilled) for prefilled in (False, True))
+        missing = json.dumps(open_.removeprefix(shut), ensure_ascii=False)
+        opening = f"{ASKED}{{{{ {missing} }}}}{{% endif %}}" if open_ != shut else ""
+        return told + tokenizer.chat_template + opening
+    parts = templates.render("\0", kind, think_prefill=opened).split("\0")
+    before, after = (f"{{{{ {json.dumps(part, ensure_ascii=False)} }}}}" if part else "" for part in parts)
+    return f"{told}{before}{FLAT}{after}"
+
+
+def verify(folder: Path, params: decoder.Params, network: Network, mesh: Mesh, dtype: str) -> float:
+    """Returns max |logit before - after| on random tokens, as a fraction of the largest logit; 0 for float32.
+
+    Reads the folder back with a second copy of the weights on the devices. Raises ValueError when a weight does not
+    have the bits of the one here after rounding to `dtype` (`fp8`: quantised and multiplied out again), or when
+    config.json describes a model that computes something else.
+    """
+    model, compute = network.model, replace(network.compute, compute_dtype="float32")
+    shape = hf_config.model_config(folder)
+    back = hf.load(folder, shape, mesh, jnp.float32)
+    before, after = hf_export.Leaves(params), hf_export.Leaves(back)
+    for tensor in hf_export.tensors(model, dtype):
+        if tensor.is_scale:
+            continue
+        kept = hf_export.read_back(tensor, before.value(tensor))
+        if not np.array_equal(kept.view(np.uint32), after.value(tensor).view(np.uint32)):
+            raise ValueError(f"export_hf: {tensor.name} reads back differently; nothing was kept")
+    reread, same_weights, original = (
+        _logits(*pair, compute) for pair in ((back, shape), (back, model), (params, model))
+    )
+    if not np.array_equal(reread, same_weights):
+        raise ValueError("export_hf: config.json, read back, computes other logits; nothing was kept")
+    return float(np.abs(reread - original).max() / np.abs(original).max())
+
+
+def _logits(params: decoder.Params, model: ModelConfig, compute: ComputeConfig) -> np.ndarray:
+    """Returns the logits [2, 24, V] of two rows of random tokens."""
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, 24)).astype(np.int32)
+    places = np.tile(np.arange(24, dtype=np.int32), (2, 1))
+
+    @jax.jit
+    def run(params: decoder.Params) -> jax.Array:
+        hidden, _, _ = decoder.forward(params, tokens, places, np.ones_like(tokens), Network(model, compute))
+        return decoder.logits(params, hidden)
+
+    return np.asarray(run(params))
+
+
+def card(source: Path, fields: dict, name: str) -> str:
+    """Returns the model card of a run: its stage, the figures it measured, and the settings that are not defaults."""
+    stage = fields.get("stage", source.name)
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {name}", ""]
+    lines += [f"Trained with r1jax, stage `{stage}`, {fields.get('model.family')} architecture."]
+    if base := fields.get("model.checkpoint"):
+        lines += ["", f"Started from `{Path(base).name}`."]
+    marker = source / common.DONE
+    if marker.exists():
+        figures = json.loads(marker.read_text())["figures"].get(lineage.RESULTS.get(stage, stage), {})
+        shown = [(key, value) for key, value in figures.items() if isinstance(value, float)]
+        if shown:
+            lines += ["", "## Held-out figures", "", "| figure | value |", "|---|---|"]
+            lines += [f"| {key} | {value:.4g} |" for key, value in shown]
+    defaults = common.json_fields(Config())
+    chosen = [(key, value) for key, value in fields.items() if key not in PATHS and value != defaults.get(key)]
+    lines += ["", "## Settings", "", "Fields that differ from r1jax's defaults.", "", "| field | value |", "|---|---|"]
+    lines += [f"| {key} | {_one_line(value)} |" for key, value in chosen]
+    return "\n".join(lines) + "\n"
+
+
+def _one_line(value) -> str:
+    return " ".join(str(value).split()).replace("|", r"\|")

@@ -1,0 +1,129 @@
+"""What every SFT stage does: examples once, fine-tune resumably, evaluate start and end."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.core import checkpoint, sharding, tree
+from r1jax.core.metrics import MetricsLog
+from r1jax.data import jsonl
+from r1jax.data.packing import PackItem
+from r1jax.recipe import common, compute, evaluate, lineage, problems, prompts, sft_rows, template_check
+from r1jax.recipe.progress import Progress
+from r1jax.rl.rollout import EncodedPrompt
+from r1jax.schema import Config
+from r1jax.train import sft, step, supervised
+
+EXAMPLES = common.EXAMPLES
+COUNTS = "examples_counts.json"
+TOO_LONG = "longer than pack.row_tokens"  # why an example is left out
+
+# (config, tokenizer, mesh, training prompts, workdir) -> (rows {id, prompt, response, provenance}, counts by check)
+Collect = Callable[[Config, Tokenizer, Mesh, list[EncodedPrompt], Path], tuple[list[dict], dict[str, float]]]
+
+
+def run(
+    config: Config, workdir: Path, sources: tuple[str, ...], collect: Collect, files: Mapping[str, str] | None = None
+) -> dict:
+    """Collects examples from the results of the stages `sources`, fine-tunes, evaluates and returns the figures.
+
+    `files` are further inputs, {path: digest of its content}.
+    """
+    folder = common.StageFolder(config, workdir)
+    folder.check()
+    inputs = lineage.inputs(config, workdir) | dict(files or {})
+    inputs |= {source: lineage.output_digest(lineage.require(source, config, workdir)) for source in sources}
+    if (figures := evaluate.finished(folder, inputs)) is not None:
+        return figures
+    resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
+    asked = prompts.load(resolved, tokenizer) if problems.given(resolved) or config.stage != "distill" else None
+    train, held_out = (asked.training.all, asked.held_out) if asked else ([], [])
+    template_check.check(resolved, tokenizer, train or held_out)
+    started, path = time.monotonic(), folder.path / EXAMPLES
+    folder.start(inputs)
+    common.write_model(folder.path, resolved, tokenizer, prompts.template(resolved, tokenizer))
+    if not path.exists():
+        rows, counts = collect(resolved, tokenizer, mesh, train, Path(workdir))
+        if not rows:
+            raise ValueError(
+                f"{config.stage}: no example passed the checks ({dict(counts)}); train the stage before longer, give easier "
+                "problems, or rows written by people (coldstart.sources)"
+            )
+        checkpoint.write_json(folder.path / COUNTS, counts)
+        jsonl.write(path, rows)
+    rows = jsonl.read(path)
+    every = [item for row in rows for item in sft_rows.items_of(row, resolved, tokenizer)]
+    items = fitting(every, resolved.pack.row_tokens)
+    params = lineage.start_weights(resolved, mesh, workdir)
+    trained, loss = fine_tune(resolved, mesh, items, params, folder)
+    tokens = sum(len(item.tokens) for item in items) * resolved.sft.epochs
+    figures = {"seconds": round(time.monotonic() - started, 1), "examples": len(items), "tokens": tokens}
+    figures |= {"loss": loss, "left_out": {TOO_LONG: len(every) - len(items)}}
+    figures["compute"] = compute.of_fine_tuning(tokens, resolved.network)
+    if asked:
+        figures["data"] = asked.counts
+        figures |= evaluate.before_and_after(resolved, tokenizer, mesh, asked, trained, workdir, folder.path)
+    checkpoint.write_json(folder.path / "figures.json", figures)
+    evaluate.write_report(config, workdir, lineage.result_name(config), figures)
+    return folder.finish(figures, inputs, tree.digest(trained))
+
+
+def encode(rows: list[dict], config: Config, tokenizer: Tokenizer) -> list[PackItem]:
+    """Returns the rows as training examples (sft_rows.items_of), of most rows one, those that fit as `fitting`."""
+    return fitting([item for row in rows for item in sft_rows.items_of(row, config, tokenizer)], config.pack.row_tokens)
+
+
+def fitting(items: list[PackItem], limit: int) -> list[PackItem]:
+    """Returns the examples of at most `limit` tokens; others are left out, and said to be. Raises ValueError when none is left."""
+    kept = [item for item in items if len(item.tokens) <= limit]
+    longest = max((len(item.tokens) for item in items), default=0)
+    if not kept:
+        raise ValueError(
+            f"all {len(items)} examples exceed config.pack.row_tokens={limit} (longest {longest}); raise it"
+        )
+    if len(kept) < len(items):
+        print(
+            f"{len(items) - len(kept)} of {len(items)} examples exceed {limit} tokens (longest {longest}), left out",
+            file=sys.stderr,
+        )
+    return kept
+
+
+def fine_tune(config: Config, mesh: Mesh, items: list[PackItem], params, folder: common.StageFolder):
+    """Returns (weights, last loss) after the configured epochs over the examples, each of which is trained in each."""
+    given = config.sft
+    chosen = supervised.examples_of_updates(
+        len(items), given.epochs, given.examples_per_update, config.stage, config.seed
+    )
+    updates = len(chosen)
+    loss = sft.make_loss(config.network, config.pack.trained_chunk)
+    trainer = step.Trainer(config.network, config.optimizer, mesh, loss, updates)
+    micro_batches = max(sft.rows_of([items[i] for i in some], config.pack) for some in chosen)
+    micro_batches = -(-micro_batches // config.pack.rows_per_micro_batch)
+
+    shards = sharding.row_shards(config.pack.rows_per_micro_batch, config.mesh)
+
+    def batch_at(update: int):
+        return sft.make_batch([items[i] for i in chosen[update]], config.pack, micro_batches, shards=shards)
+
+    store, log = folder.checkpoints(), MetricsLog(folder.path)
+    with Progress(lineage.result_name(config), updates) as progress:
+        result = supervised.fit(
+            trainer,
+            params,
+            batch_at,
+            updates,
+            store,
+            log,
+            config.checkpointing.every_updates,
+            lambda update, loss: progress.update(update, loss=loss),
+            log_every=1,
+            name=lineage.result_name(config),
+        )
+    store.close()
+    log.close()
+    return result

@@ -1,0 +1,231 @@
+"""The recipe as a graph of stages: finished ones are skipped, stopped ones resumed, stale ones named, gates held."""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from r1jax import config as configs
+from r1jax import stage_table
+from r1jax.core import checkpoint
+from r1jax.recipe import common, evaluate, export_hf, lineage, reward_models
+from r1jax.report import html, table
+from r1jax.schema import Config, replace
+
+# Stage -> the stages whose results it reads, in an order that can be run.
+GRAPH: dict[str, tuple[str, ...]] = {
+    "r1_zero": (),
+    "stage1_coldstart": ("r1_zero",),
+    "stage2_reasoning_rl": ("stage1_coldstart",),
+    "stage3_rejection_sft": ("stage2_reasoning_rl",),
+    "reward_helpful": ("stage3_rejection_sft",),
+    "reward_safety": ("stage3_rejection_sft",),
+    "stage4_all_scenarios": ("stage3_rejection_sft", "reward_helpful", "reward_safety"),
+    "distill": ("stage3_rejection_sft",),
+    "student_rl": (),
+}
+REWARD_MODELS = ("reward_helpful", "reward_safety")
+EXPORTED = ("stage4_all_scenarios", "distill")  # R1 and the student leave as Hugging Face folders
+COLUMNS = (
+    *("checkpoint", "problems", "pass@1", "pass@1_se", "greedy", "mean_tokens", "truncated", "unscorable"),
+    "reflective_per_response",
+    *(
+        "language_consistency",
+        "arithmetic_true",
+        "first_guess_accuracy",
+        "final_accuracy",
+        "fixed",
+        "broken",
+        "compute",
+    ),
+)
+
+
+def run(config: Config, workdir: Path) -> dict:
+    """Runs the stages that are not done, in order, and returns the summary, which is also `workdir/summary.json`.
+
+    Raises ValueError for an unknown stage, a stale one, a missing input of `only`, or a result below its gate.
+    """
+    workdir, started = Path(workdir), time.monotonic()
+    stages = stage_configs(config)
+    if config.list:
+        return listing(stages, workdir)
+    chosen = chosen_stages(config)
+    _refuse_unready(chosen, stages, workdir, bool(config.from_stage))
+    if config.from_stage:
+        for stage in chosen:
+            shutil.rmtree(workdir / stage, ignore_errors=True)
+    for stage in chosen:
+        print(f"== {stage}", file=sys.stderr)
+        figures = stage_table.function(stage)(stages[stage], workdir)
+        if awaited := figures.get("awaits"):
+            raise ValueError(f"{stage} waits for the verdicts in {awaited}; run again when they are there")
+        hold_gate(stages[stage], workdir)
+    if not set(EXPORTED) - {stage for stage in GRAPH if (workdir / stage / common.DONE).exists()}:
+        export(config, workdir)
+    summary = summarize(workdir, round(time.monotonic() - started, 1))
+    checkpoint.write_json(workdir / "summary.json", summary)
+    write_report(summary, workdir)
+    table.render(rows(summary), evaluate.columns(rows(summary), COLUMNS), "the recipe on held-out problems")
+    evaluate.print_groups(rows(summary))
+    evaluate.print_faithfulness(rows(summary))
+    reward_models.show(summary["reward_models"])
+    for name in ("report.html", "summary.json", *(f"export/{lineage.RESULTS[stage]}" for stage in EXPORTED)):
+        print(f"  {workdir / name}", file=sys.stderr)
+    return summary
+
+
+def stage_configs(config: Config) -> dict[str, Config]:
+    """Returns every stage's own config with the graph's seed, evaluation and overrides (STAGE.FIELD=VALUE).
+
+    Raises ValueError for an override that names no stage or field, and for a field of `config` that no stage would see.
+    """
+    _refuse_unread(config)
+    overrides: dict[str, list[tuple[str, str]]] = {stage: [] for stage in GRAPH}
+    for entry in config.set:
+        key, equals, value = entry.partition("=")
+        stage, dot, field = key.partition(".")
+        if stage not in GRAPH or not dot or not equals:
+            raise ValueError(f"config.set={entry}: needs STAGE.FIELD=VALUE; {configs.hint(stage, GRAPH)}{_known()}")
+        overrides[stage].append((field, value))
+    result = {}
+    for stage in GRAPH:
+        shared = dict(seed=config.seed, rebuild_base=config.rebuild_base, evaluation=config.evaluation)
+        own = replace(configs.load(f"{stage}:{config.preset}"), **shared)
+        result[stage] = configs.override(own, overrides[stage])
+        stage_table.check(result[stage], configs.keys(overrides[stage]), also=stage_table.BY_GRAPH)
+    return result
+
+
+def _refuse_unread(config: Config) -> None:
+    """Raises ValueError for a changed field that the graph hands to no stage."""
+    usual = configs.flatten(configs.load(f"{config.stage}:{config.preset}"))
+    for name, value in configs.flatten(config).items():
+        if value != usual[name]:
+            stage_table.check(config, [name])
+
+
+def chosen_stages(config: Config) -> list[str]:
+    """Returns the stages to run, in order: all, those of `only`, or `from_stage` and what depends on it.
+
+    Raises ValueError for an unknown stage and when both fields are given.
+    """
+    if config.only and config.from_stage:
+        raise ValueError(f"config.only={','.join(config.only)} and config.from={config.from_stage}: give one of them")
+    for stage in (*config.only, *([config.from_stage] if config.from_stage else [])):
+        if stage not in GRAPH:
+            raise ValueError(f"no stage named '{stage}' in the graph; {configs.hint(stage, GRAPH)}{_known()}")
+    if config.only:
+        return [stage for stage in GRAPH if stage in config.only]
+    if not config.from_stage:
+        return list(GRAPH)
+    wanted = {config.from_stage}
+    for stage, needed in GRAPH.items():
+        if wanted & set(needed):
+            wanted.add(stage)
+    return [stage for stage in GRAPH if stage in wanted]
+
+
+def state(stage: str, stages: dict[str, Config], workdir: Path) -> str:
+    """Returns done, stale, stopped or missing, without running anything; a stage is stale until those before it are done."""
+    found = _own_state(stage, stages, workdir)
+    remade = any(state(name, stages, workdir) != "done" for name in GRAPH[stage])
+    return "stale" if found == "done" and remade else found
+
+
+def _own_state(stage: str, stages: dict[str, Config], workdir: Path) -> str:
+    """Returns the state by the stage's own config and by the inputs that are there."""
+    folder = common.StageFolder(stages[stage], workdir)
+    marker = folder.path / common.DONE
+    if not marker.exists():
+        return folder.state({})
+    recorded = json.loads(marker.read_text())["inputs"]
+    return folder.state({name: lineage.digest_now(name, workdir, digest) for name, digest in recorded.items()})
+
+
+def listing(stages: dict[str, Config], workdir: Path) -> dict:
+    """Prints what is done, stale, stopped or missing and returns it by stage."""
+    states = {stage: state(stage, stages, workdir) for stage in stages}
+    shown = [{"stage": stage, "state": found, "needs": ", ".join(GRAPH[stage])} for stage, found in states.items()]
+    table.render(shown, ("stage", "state", "needs"), str(workdir))
+    return states
+
+
+def hold_gate(config: Config, workdir: Path) -> None:
+    """Raises ValueError when the stage's result is below its gate."""
+    name = lineage.result_name(config)
+    figures = json.loads((workdir / config.stage / common.DONE).read_text())["figures"].get(name, {})
+    for field, figure in (("pass_at_1", "pass@1"), ("language_consistency", "language_consistency")):
+        least = getattr(config.gate, field)
+        if least and figures.get(figure, 0.0) < least:
+            raise ValueError(
+                f"gate: {name} has {figure} {figures.get(figure, 0.0):.3f}, below config.gate.{field}={least} of "
+                f"{config.stage}; the graph stops here"
+            )
+
+
+def summarize(workdir: Path, wall_s: float) -> dict:
+    """Returns {"checkpoints": {name: figures}, "reward_models": {name: held-out figures}, "wall_s": seconds} of what is done."""
+    checkpoints: dict[str, dict] = {}
+    models: dict[str, dict] = {}
+    for stage in GRAPH:
+        marker = workdir / stage / common.DONE
+        if not marker.exists():
+            continue
+        figures = json.loads(marker.read_text())["figures"]
+        name = lineage.RESULTS[stage]
+        if stage in REWARD_MODELS:
+            models[name] = figures["held_out"]
+            continue
+        if name not in figures:
+            continue  # it had no held-out problems
+        if stage == "r1_zero":
+            checkpoints[lineage.BASE] = figures[lineage.BASE] | {"compute": 0.0}
+        checkpoints[name] = figures[name] | {"compute": figures["compute"]}
+    return {"checkpoints": checkpoints, "reward_models": models, "wall_s": wall_s}
+
+
+def export(config: Config, workdir: Path) -> None:
+    """Writes R1 and the student to `workdir/export/` as Hugging Face folders, anew when the stage was run again."""
+    for stage in EXPORTED:
+        target = workdir / "export" / lineage.RESULTS[stage]
+        stamp = workdir / "export" / f"{lineage.RESULTS[stage]}.digest"
+        digest = lineage.output_digest(workdir / stage)
+        if target.exists() and stamp.exists() and stamp.read_text() == digest:
+            continue
+        shutil.rmtree(target, ignore_errors=True)
+        export_hf.run(replace(config, checkpoint=str(workdir / stage), output=str(target)), workdir)
+        stamp.write_text(digest)
+
+
+def write_report(summary: dict, workdir: Path) -> None:
+    """Writes `workdir/report.html`."""
+    stages = html.collect(workdir, {stage: lineage.RESULTS[stage] for stage in GRAPH})
+    html.write_run(workdir / "report.html", summary, stages)
+
+
+def rows(summary: dict) -> list[dict]:
+    """Returns the summary as table rows."""
+    return [{"checkpoint": name, **figures} for name, figures in summary["checkpoints"].items()]
+
+
+def _refuse_unready(chosen: list[str], stages: dict[str, Config], workdir: Path, again: bool) -> None:
+    """Raises ValueError, before anything runs, for a stage that is missing or stale; `again`: the chosen are made anew."""
+    needed = {name for stage in chosen for name in GRAPH[stage]} - set(chosen)
+    for name in (name for name in GRAPH if name in needed):
+        if not (workdir / name / common.DONE).exists():
+            reader = next(stage for stage in chosen if name in GRAPH[stage])
+            raise ValueError(
+                f"{reader} needs {name}, which is not done in {workdir}; run with --config.only={name} first"
+            )
+    kept = needed if again else needed | set(chosen)
+    for name in (name for name in GRAPH if name in kept):
+        if (_own_state if name in chosen else state)(name, stages, workdir) == "stale":
+            raise ValueError(
+                f"{workdir / name} is stale: its config or an input has changed; run again with --config.from={name}"
+            )
+
+
+def _known() -> str:
+    return f"known: {', '.join(GRAPH)}"

@@ -1,0 +1,134 @@
+"""What stages that ask a judge share: loading it, grading by it, and work on many rows that a stopped run does not lose."""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from r1jax.checkpoints import hf, hf_config, tokenizer
+from r1jax.config import config_hash
+from r1jax.core import distributed
+from r1jax.data import jsonl
+from r1jax.recipe import common
+from r1jax.recipe.progress import Progress
+from r1jax.rewards import compose
+from r1jax.rewards.models.judge import Judge
+from r1jax.rewards.score import RewardRequest, Score
+from r1jax.sampler.engine import Engine
+from r1jax.sampler.scheduler import RolloutSampler
+from r1jax.schema import ComputeConfig, Config, Network, replace
+
+ROWS_PER_PART = 64  # rows that a stopped run loses at most
+
+
+def require_judge(config: Config) -> None:
+    """Raises ValueError when config.judge.checkpoint is no Hugging Face folder."""
+    folder = config.judge.checkpoint
+    if not folder or not common.is_hugging_face(folder):
+        raise ValueError(
+            f"{config.stage}: config.judge.checkpoint={folder!r} is no Hugging Face folder; give the judge's with "
+            "--config.judge.checkpoint=DIR (export_hf makes one of a stage's folder)"
+        )
+
+
+def editor_inputs(config: Config, editor: str) -> dict[str, str]:
+    """Returns {folder: digest} of the model that a stage's editor (`judge`) is; {} without one. ValueError as `require_judge`."""
+    if not editor:
+        return {}
+    require_judge(config)
+    return {config.judge.checkpoint: common.checkpoint_digest(config.judge.checkpoint)}
+
+
+def load(config: Config, mesh: Mesh) -> Judge:
+    """Returns the judge of config.judge.checkpoint. Raises ValueError as `require_judge`."""
+    require_judge(config)
+    folder = config.judge.checkpoint
+    beside = Path(folder).parent if Path(folder).is_file() else Path(folder)
+    model = hf_config.model_config(beside)
+    words = tokenizer.from_folder(beside).stopping_at(config.judge.sampler.stop_ids)
+    used = tokenizer.vocab_used(model, words)
+    compute = ComputeConfig(compute_dtype=config.judge.compute_dtype, vocab_used=used)
+    engine = Engine(Network(model, compute), config.judge.sampler, mesh, words.stop_ids, words)
+    params = engine.load_params(hf.load(folder, model, mesh, jnp.dtype(compute.compute_dtype)))
+    return Judge(RolloutSampler(engine), params, words, "chat" if words.chat_template else "plain", config.seed)
+
+
+class JudgePool:
+    """A RewardPool's `score` whose accuracy part is a judge's verdict; the judge is loaded when first asked."""
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self._config, self._mesh = config, mesh
+        self._judge: Judge | None = None
+
+    def __enter__(self) -> "JudgePool":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._judge = None
+
+    @property
+    def parse_rate(self) -> float:
+        """Returns the share of verdicts that could be read."""
+        return self._judge.counts.parse_rate if self._judge else 1.0
+
+    def score(self, requests: Sequence[RewardRequest]) -> list[Score]:
+        """Returns one Score per request, in order; what the judge cannot decide is unscorable."""
+        self._judge = self._judge or load(self._config, self._mesh)
+        verdicts = self._judge.accuracy(requests)
+        pairs = zip(requests, verdicts, strict=True)
+        return [compose.compose(request, self._config.reward, verdict) for request, verdict in pairs]
+
+
+def work_key(config: Config, *models: str) -> str:
+    """Returns a digest of what work on the rows of config.data.path is made from: the settings, the rows, and the models, of
+    folders, "" for none."""
+    made_from = [common.file_digest(config.data.path)]
+    made_from += [common.checkpoint_digest(folder) if folder else "" for folder in models]
+    settings = config_hash(replace(config, output=""))
+    return settings[:16] + hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
+
+
+def in_parts(
+    folder: Path,
+    key: str,
+    rows: Sequence[dict],
+    work: Callable[[list[dict]], list[dict]],
+    title: str,
+    size: int = 0,
+) -> list[dict]:
+    """Returns what `work` makes of the rows, `size` (or ROWS_PER_PART) at a time, one result a row, in order.
+
+    Each part is a file in `folder` until `finish_parts`; one that an earlier run with the same `key` left is read
+    instead of made again.
+    """
+    kept = folder / f"parts-{key}"
+    results: list[dict] = []
+    size = size or ROWS_PER_PART
+    with Progress(title, len(rows)) as progress:
+        for number, start in enumerate(range(0, len(rows), size)):
+            path = kept / f"{number:06d}.jsonl"
+            if not path.exists():
+                jsonl.write(path, work(list(rows[start : start + size])))
+            results += jsonl.read(path)
+            progress.update(len(results))
+    return results
+
+
+def finish_parts(folder: Path) -> None:
+    """Removes the parts of all keys: their content is in the stage's output now."""
+    for kept in folder.glob("parts-*"):
+        shutil.rmtree(kept)
+
+
+def require_paths(config: Config) -> None:
+    """Raises ValueError without config.data.path or config.output, and in a run of several processes."""
+    distributed.require_one(config.stage)
+    for name, value in (("data.path", config.data.path), ("output", config.output)):
+        if not value:
+            raise ValueError(
+                f"{config.stage}: --config.{name} is empty; it needs --config.data.path=IN.jsonl and "
+                "--config.output=OUT.jsonl"
+            )

@@ -1,0 +1,207 @@
+"""Where a stage's starting weights come from, which stages it needs, and what to do when one is missing."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from r1jax import config as configs
+from r1jax import stage_table
+from r1jax.core import distributed, tree
+from r1jax.data import files
+from r1jax.recipe import common, problems, stage0_base
+from r1jax.rewards import plugins
+from r1jax.schema import Config, replace
+
+# What the result of each stage is called in tables and in summary.json.
+RESULTS = {
+    "stage0_base": "base",
+    "r1_zero": "r1_zero",
+    "stage1_coldstart": "dev1",
+    "stage2_reasoning_rl": "dev2",
+    "stage3_rejection_sft": "dev3",
+    "stage4_all_scenarios": "r1",
+    "distill": "student_distilled",
+    "student_rl": "student_rl",
+    "reward_helpful": "reward_helpful",
+    "reward_safety": "reward_safety",
+}
+BASE = "base"
+REWARD_MODELS = {"general": ("helpful", "helpful_model"), "safety": ("safety", "safety_model")}  # task -> kind, field
+
+
+def result_name(config: Config) -> str:
+    """Returns what this stage's result is called."""
+    return RESULTS.get(config.stage, config.stage)
+
+
+def base_name(config: Config) -> str:
+    """Returns what the base of this stage's preset is called among the evaluations: a student has another one."""
+    return f"student_{BASE}" if config.input_preset else BASE
+
+
+def require(stage: str, config: Config, workdir: Path) -> Path:
+    """Returns the folder of a finished stage in `workdir`; a missing one is run first at the presets of the tiny world.
+
+    Raises ValueError with the command that makes it where data of one's own is used.
+    """
+    workdir = Path(config.inputs or workdir)
+    folder, preset = workdir / stage, config.input_preset or config.preset
+    if (folder / common.DONE).exists():
+        return folder
+    if problems.has_files(config) or config.model.checkpoint:
+        raise ValueError(
+            f"{folder} is missing or unfinished; make it with: python -m r1jax.launch --config={stage}:{preset} "
+            f"--workdir={workdir} and the same --config.data.path and --config.model.checkpoint"
+        )
+    needed = configs.load(f"{stage}:{preset}")
+    needed = replace(needed, seed=config.seed, rebuild_base=config.rebuild_base, evaluation=config.evaluation)
+    stage_table.function(stage)(needed, workdir)
+    return folder
+
+
+def output_digest(folder: Path) -> str:
+    """Returns the digest of a finished stage's result, as its DONE marker tells it."""
+    return json.loads((folder / common.DONE).read_text())["output"]
+
+
+def digest_now(name: str, workdir: Path, usual: str) -> str:
+    """Returns the digest of what an input of a stage is now: a stage of `workdir`, a checkpoint or a file; `usual` for others,
+    and for what is not there."""
+    if (workdir / name / common.DONE).exists():
+        return output_digest(workdir / name)
+    path = Path(name)
+    if not usual or name in RESULTS or not path.exists():
+        return usual
+    if path.suffix == ".safetensors" or any((path / inside).exists() for inside in ("checkpoints", "config.json")):
+        return common.checkpoint_digest(path)
+    return files.digest(name)
+
+
+def inputs(config: Config, workdir: Path, compared: bool = True) -> dict[str, str]:
+    """Returns {what a stage is made from: digest of its content}: its start, its base, its problems, graders of the user's.
+
+    The stage that it starts from is run first when it is missing and can be made. `compared`: its result is compared with the
+    base, which is then an input of its figures also where config.model.checkpoint does not name it.
+    """
+    found = {}
+    if config.start:
+        found[config.start] = output_digest(require(config.start, config, workdir))
+    named, then = _base_of_start(config, workdir)
+    if base := config.model.checkpoint or (named if compared else ""):
+        found[base] = _base_digest(config, base, named, then)
+    elif not config.start:
+        found[BASE] = ""
+    return found | problems.digests(config) | grader_digests(config)
+
+
+def _base_digest(config: Config, base: str, named: str, then: str) -> str:
+    """Returns the digest of a stage's base; `named` is the one that its start was made from, `then` that one's digest.
+
+    Raises ValueError where the base is not there, or is another Hugging Face model than that one.
+    """
+    if base == named and not Path(base).exists():
+        raise ValueError(
+            f"{config.stage}: {config.start} was made from {named}, which is not there; name its place with "
+            "--config.model.checkpoint=DIR"
+        )
+    digest = common.checkpoint_digest(base)
+    if then and digest != then and not (Path(named).exists() and not common.is_hugging_face(named)):
+        now = "is another model by now" if base == named else f"is another model than config.model.checkpoint={base}"
+        raise ValueError(
+            f"{config.stage}: {config.start} was made from {named}, which {now}; make {config.start} again from the base that "
+            "counts, or give the one that it was made from with --config.model.checkpoint=DIR"
+        )
+    return digest
+
+
+def grader_digests(config: Config) -> dict[str, str]:
+    """Returns {file or module: digest of its source} of the graders of config.reward.graders."""
+    found = {}
+    for target in plugins.parse(config.reward.graders).values():
+        name = target.rpartition(":")[0]
+        try:
+            path = name if name.endswith(".py") else getattr(importlib.util.find_spec(name), "origin", None)
+        except (ImportError, ValueError):
+            continue  # plugins.check says what is wrong with it
+        if path and Path(path).is_file():
+            found[name] = common.file_digest(path)
+    return found
+
+
+def start_folder(config: Config, workdir: Path) -> Path | None:
+    """Returns the folder of the stage whose result this one starts from, None where it starts from a base."""
+    return require(config.start, config, workdir) if config.start else None
+
+
+def start_weights(config: Config, mesh, workdir: Path) -> Any:
+    """Returns the float32 weights a stage starts from: the result of config.start, else the base."""
+    folder = start_folder(config, workdir)
+    if folder is None:
+        return base_weights(config, mesh, workdir)
+    return tree.cast(common.load_weights(config, mesh, str(folder), lambda: None), jnp.float32)
+
+
+def base_weights(config: Config, mesh, workdir: Path) -> Any:
+    """Returns the base a stage compares itself with: config.model.checkpoint, else the preset's own base model.
+
+    A stage that starts from another one, without either, is compared with the base that one names in its config.json.
+    """
+    source = config.model.checkpoint or _base_of_start(config, workdir)[0]
+    if source:
+        return tree.cast(common.load_weights(config, mesh, source, lambda: None), jnp.float32)
+    known = {entry.name: entry.presets for entry in configs.entries()}["stage0_base"]
+    if config.preset not in known:
+        raise ValueError(
+            f"preset '{config.preset}' has no base model of its own; give the starting weights with "
+            "--config.model.checkpoint=DIR (a Hugging Face folder)"
+        )
+    base = replace(configs.load(f"stage0_base:{config.preset}"), seed=0)
+    return stage0_base.base_params(config, base, mesh, workdir)
+
+
+def _base_of_start(config: Config, workdir: Path) -> tuple[str, str]:
+    """Returns (config.model.checkpoint of the run that config.start was, or of the nearest one before it that names one; its
+    digest then), "" for what is not known."""
+    if not config.start:
+        return "", ""
+    folder = Path(config.inputs or workdir) / config.start
+    return distributed.decide(_base_of_run, folder, name=f"the base of {folder}")
+
+
+def _base_of_run(folder: Path) -> tuple[str, str]:
+    seen: set[Path] = set()
+    while folder not in seen and (folder / "config.json").exists():
+        seen.add(folder)
+        fields = json.loads((folder / "config.json").read_text())
+        if base := fields.get("model.checkpoint", ""):
+            marker = folder / common.DONE
+            return base, json.loads(marker.read_text())["inputs"].get(base, "") if marker.exists() else ""
+        if not fields.get("start"):
+            break
+        folder = Path(fields.get("inputs") or folder.parent) / fields["start"]
+    return "", ""
+
+
+def reward_model_folders(config: Config, workdir: Path) -> dict[str, Path]:
+    """Returns {task: folder} of the reward models that config.scenarios uses, running a stage when it is missing.
+
+    Raises ValueError for a folder that holds no finished stage.
+    """
+    found = {}
+    for task, (_, field) in REWARD_MODELS.items():
+        name = getattr(config.scenarios, field)
+        if not name or config.scenarios.from_update < 0:
+            continue
+        found[task] = require(name, config, workdir) if name in RESULTS else Path(name)
+        if not (found[task] / common.DONE).exists():
+            raise ValueError(f"{name} holds no finished reward model; give a folder of reward_helpful or reward_safety")
+    return found
+
+
+def reward_models(config: Config, workdir: Path) -> dict[str, str]:
+    """Returns {stage or folder: digest of its result} of the reward models that config.scenarios uses."""
+    folders = reward_model_folders(config, workdir).items()
+    return {getattr(config.scenarios, REWARD_MODELS[task][1]): output_digest(folder) for task, folder in folders}

@@ -1,0 +1,182 @@
+"""What every RL stage does: start weights, prompts by phase, the loop, curves, evaluation before and after."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.core import checkpoint, distributed, sharding, tree
+from r1jax.core.metrics import read, read_timing
+from r1jax.evals.behaviour import reflective_count
+from r1jax.models import decoder
+from r1jax.recipe import common, compute, evaluate, lineage, prompts, reward_models, template_check
+from r1jax.recipe.progress import Progress
+from r1jax.report import curves
+from r1jax.rewards import plugins
+from r1jax.rewards.models.reward_model import RewardModel
+from r1jax.rl import losses
+from r1jax.rl.assemble import Training, assemble
+from r1jax.rl.objective import Objective
+from r1jax.rl.rollout import EncodedPrompt, Mixture, PromptPhases
+from r1jax.rl.state import RunInputs
+from r1jax.sampler import jetstream
+from r1jax.schema import Config
+
+CURVES = ("accuracy", "length", "reflective_words")
+
+
+def run(config: Config, workdir: Path) -> dict:
+    """Trains, resuming where it was stopped, evaluates start and end on held-out problems and returns the figures."""
+    folder = common.StageFolder(config, workdir)
+    folder.check()
+    inputs = lineage.inputs(config, workdir) | lineage.reward_models(config, workdir)
+    if (figures := evaluate.finished(folder, inputs)) is not None:
+        return figures
+    resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
+    asked = prompts.load(resolved, tokenizer)
+    template_check.check(resolved, tokenizer, asked.training.all)
+    if (notice := jetstream.notice()) and distributed.is_writer():
+        print(notice, file=sys.stderr)
+    if losses.k1_in_loss(config.grpo) and distributed.is_writer():
+        print(f"warning: {losses.K1_WARNING}", file=sys.stderr)
+    started, name = time.monotonic(), lineage.result_name(config)
+    params = lineage.start_weights(resolved, mesh, workdir)
+    with Progress(name, resolved.grpo.updates) as progress:
+        training = make_training(
+            resolved,
+            tokenizer,
+            mesh,
+            asked.training,
+            params,
+            folder.path,
+            later(resolved, tokenizer, asked),
+            on_update=lambda update, row, timing: progress.update(update, **shown(row, timing)),
+            describe=lambda texts: describe(texts, asked.source.reflective_words),
+            reward_models=load_reward_models(resolved, tokenizer, sampler_mesh(resolved, mesh), workdir),
+        )
+        folder.start(inputs)
+        common.write_model(folder.path, resolved, tokenizer, prompts.template(resolved, tokenizer))
+        trained = training.train()
+    if distributed.is_writer():
+        write_curves(folder.path)
+    figures = {"seconds": round(time.monotonic() - started, 1), "updates": resolved.grpo.updates}
+    figures["programs"] = training.run.programs.counts()
+    figures["data"] = asked.counts
+    figures["compute"] = distributed.decide(lambda: compute.of_policy_training(read(folder.path), resolved))
+    figures["split"] = distributed.decide(time_split, folder.path)
+    figures |= evaluate.before_and_after(resolved, tokenizer, mesh, asked, trained, workdir, folder.path)
+    if asked.held_out:
+        figures["ratios"] = ratios(figures[lineage.BASE], figures[name])
+    checkpoint.write_json(folder.path / "figures.json", figures)
+    evaluate.write_report(config, workdir, name, figures)
+    return folder.finish(figures, inputs, tree.digest(trained))
+
+
+def make_training(
+    config: Config,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    training: Mixture | Sequence[EncodedPrompt],
+    params: decoder.Params,
+    folder: Path,
+    later: tuple | None = None,
+    objective: Objective | None = None,
+    **more,
+) -> Training:
+    """Returns the parts of a run on the devices of config.mode; ValueError when the sampler's are not there.
+
+    `later` is (update, sources, weights): the mixture of prompts from that update on, in place of `training`. Without an
+    `objective` it is the one of config.grpo.advantage. `more` are further fields of RunInputs.
+    """
+    if config.mode == "disaggregated":
+        distributed.require_one("config.mode=disaggregated")
+        more["sampler_mesh"] = sampler_mesh(config, mesh)
+    phases = PromptPhases(training, later, config)
+    return assemble(config, RunInputs(tokenizer, mesh, phases, params, folder, **more), objective)
+
+
+def sampler_mesh(config: Config, mesh: Mesh) -> Mesh:
+    """Returns where rollouts are drawn and judged: the trainer's mesh, or in mode disaggregated the devices behind it."""
+    if config.mode == "colocated":
+        return mesh
+    return sharding.make_mesh(config.sampler_mesh, jax.devices()[mesh.size :], "sampler_mesh")
+
+
+def later(config: Config, tokenizer: Tokenizer, asked: prompts.StagePrompts):
+    """Returns (update, prompt sources, weights) of the part with general and safety prompts, or None without one.
+
+    Raises ValueError when there are no such prompts, or nothing rewards them: rows of files need a reward model, or a grader of
+    config.reward.graders.
+    """
+    scenarios = config.scenarios
+    if scenarios.from_update < 0:
+        return None
+    found = {"general": asked.source.general(), "safety": asked.source.safety()}
+    own = plugins.parse(config.reward.graders)
+    for task, some in found.items():
+        if not some:
+            raise ValueError(
+                f"{config.stage}: no row of task {task} for config.scenarios.from_update={scenarios.from_update}; give some "
+                f"in config.data.path or config.data.{task}_path, or set it to -1"
+            )
+        field = lineage.REWARD_MODELS[task][1]
+        if asked.source.inputs and not getattr(scenarios, field) and task not in own:
+            raise ValueError(
+                f"{config.stage}: nothing rewards the rows of task {task}; name a reward model with "
+                f"--config.scenarios.{field}=FOLDER, or a grader with --config.reward.graders={task}=FILE.py:FUNCTION"
+            )
+    rest = 1 - scenarios.general_fraction - scenarios.safety_fraction
+    weights = [weight * rest / sum(asked.training.weights) for weight in asked.training.weights]
+    sources = [*asked.training.parts, *(prompts.encode(some, config, tokenizer) for some in found.values())]
+    return scenarios.from_update, sources, (*weights, scenarios.general_fraction, scenarios.safety_fraction)
+
+
+def load_reward_models(config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) -> dict[str, RewardModel]:
+    """Returns the reward model of each task that config.scenarios names one for; {} without those prompts."""
+    return {
+        task: reward_models.load(folder, lineage.REWARD_MODELS[task][0], tokenizer, mesh, config.pack, config.model)
+        for task, folder in lineage.reward_model_folders(config, workdir).items()
+    }
+
+
+def describe(texts: list[str], words: Sequence[str] = ()) -> dict[str, float]:
+    """Returns the behaviour figures of a rollout's texts; `words` are reflective ones beside those of the paper."""
+    counts = [reflective_count(text, words) for text in texts]
+    return {"reflective_words": sum(counts) / max(len(counts), 1)}
+
+
+def shown(row: dict[str, float], timing: dict[str, float]) -> dict[str, float]:
+    """Returns the figures of the progress line: reward, accuracy, length, words, tokens/s and the split of the time."""
+    phases = {name.removesuffix("_s"): timing[name] for name in timing if name in PHASES}
+    total = sum(phases.values()) or 1.0
+    speed = {"tok/s": timing["rollout_tokens_per_s"]} if "rollout_tokens_per_s" in timing else {}
+    figures = {name: row[name] for name in ("reward", "accuracy", "length", "reflective_words") if name in row}
+    return figures | speed | {name: seconds / total for name, seconds in phases.items()}
+
+
+PHASES = ("rollout_s", "rewards_s", "reference_s", "update_s", "checkpoint_s")
+
+
+def time_split(folder: Path) -> dict[str, float]:
+    """Returns the share of each phase in the measured time of all updates."""
+    rows = read_timing(folder)
+    sums = {name: sum(row.get(name, 0.0) for row in rows) for name in PHASES}
+    total = sum(sums.values()) or 1.0
+    return {name.removesuffix("_s"): seconds / total for name, seconds in sums.items()}
+
+
+def ratios(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """Returns after / before of accuracy, length and reflective words."""
+    names = {"pass@1": "pass@1", "mean_tokens": "length", "reflective_per_response": "reflective_words"}
+    return {short: after[name] / before[name] if before[name] else float("inf") for name, short in names.items()}
+
+
+def write_curves(folder: Path) -> None:
+    """Writes curves.csv and curves.png: accuracy, length and reflective words per update."""
+    rows = read(folder)
+    curves.write_csv(rows, folder / "curves.csv", ("update", "reward", *CURVES))
+    curves.plot(rows, folder / "curves.png")

@@ -1,0 +1,117 @@
+"""The check by people: examples go into a file, verdicts come back from it (P2 B.3.2)."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from r1jax.core import checkpoint
+from r1jax.data import files, jsonl
+from r1jax.recipe import common
+from r1jax.recipe.drafts import Counts, Draft, from_record, tally
+from r1jax.schema import Config
+
+VERDICTS = ("accept", "reject", "edit")
+DRAFTS = "drafts.json"  # in the stage's folder: the examples that wait for verdicts
+
+
+class Awaited(Exception):
+    """The examples wait for people's verdicts; the message says where and what to do."""
+
+
+def inputs(path: str) -> dict[str, str]:
+    """Returns {path: digest of the verdicts}, the digest empty until there is a file; {} without a review."""
+    return {path: files.digest(path) if Path(path).exists() else ""} if path else {}
+
+
+def kept(config: Config, workdir: Path) -> tuple[list[Draft], Counts] | None:
+    """Returns (drafts, counts) that an earlier run with the same config and inputs has left to be reviewed, None without any."""
+    path = Path(workdir) / config.stage / DRAFTS
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["key"] != _key(config, workdir):
+        return None
+    return [from_record(draft) for draft in record["drafts"]], record["counts"]
+
+
+def ask(drafts: Sequence[Draft], counts: Counts, config: Config, workdir: Path) -> None:
+    """Writes the drafts for people to review and keeps them for the next run. Raises Awaited."""
+    path = config.coldstart.review
+    record = {"key": _key(config, workdir), "counts": counts, "drafts": [draft.record() for draft in drafts]}
+    checkpoint.write_json(Path(workdir) / config.stage / DRAFTS, record)
+    rows = [
+        {"id": name, "prompt": draft.row()["prompt"], "response": draft.text, "verdict": "", "edit": ""}
+        for name, draft in _named(drafts)
+    ]
+    jsonl.write(path, rows)
+    raise Awaited(
+        f"{config.stage}: {len(rows)} examples wait for review in {path}: set each row's verdict to accept, reject or edit (the "
+        "new response in 'edit') and run the same command again"
+    )
+
+
+def apply(drafts: Sequence[Draft], config: Config, counts: Counts) -> list[Draft]:
+    """Returns the drafts that people accepted, or have edited, as their file says; the verdicts are counted by task.
+
+    Raises ValueError, with file and line, for a verdict that is none, a row of no draft or of one that reads otherwise, and drafts
+    without a row; Awaited where rows have no verdict yet.
+    """
+    path = config.coldstart.review
+    waiting, verdicts = dict(_named(drafts)), {}
+    for line, row in jsonl.read_numbered(path, required=("id", "response")):
+        place, name, verdict = f"{path}, line {line}", str(row["id"]), row.get("verdict") or ""
+        draft = waiting.get(name)
+        if draft is None or name in verdicts:
+            why = "stands there twice" if draft else "is no example of this run"
+            raise ValueError(f"{place}: {name!r} {why}; remove the file to have the examples written again")
+        if row["response"] != draft.text:
+            raise ValueError(
+                f"{place} ({name}): 'response' is not the example's; a new text goes into 'edit', and a file of older examples "
+                "must be removed"
+            )
+        if verdict and verdict not in VERDICTS:
+            raise ValueError(f"{place} ({name}): field 'verdict' is {verdict!r}, it must be accept, reject or edit")
+        text = row.get("edit") or ""
+        if verdict == "edit" and not (isinstance(text, str) and text.strip()):
+            raise ValueError(f"{place} ({name}): verdict edit without a text in 'edit'")
+        verdicts[name] = (verdict, text)
+    if missing := [name for name in waiting if name not in verdicts]:
+        raise ValueError(
+            f"{path}: {len(missing)} examples have no row, the first is {missing[0]!r}; reject with a verdict instead"
+        )
+    if unread := sum(not verdict for verdict, _ in verdicts.values()):
+        raise Awaited(
+            f"{config.stage}: {unread} of {len(waiting)} examples in {path} have no verdict yet; set accept, reject or edit and run "
+            "the same command again"
+        )
+    for name in VERDICTS:
+        tally(
+            counts, f"review: {name}", (waiting[key].task for key, (verdict, _) in verdicts.items() if verdict == name)
+        )
+    found = []
+    for name, (verdict, text) in verdicts.items():
+        if verdict != "reject":
+            told = waiting[name].provenance | {"review": verdict}
+            text = text.strip() if verdict == "edit" else waiting[name].text
+            found.append(dataclasses.replace(waiting[name], text=text, provenance=told))
+    return found
+
+
+def _named(drafts: Sequence[Draft]) -> list[tuple[str, Draft]]:
+    """Returns (a name of its own, draft): the problem's id, and a number where it has several drafts."""
+    seen: dict[str, int] = {}
+    found = []
+    for draft in drafts:
+        number = seen[draft.problem.id] = seen.get(draft.problem.id, 0) + 1
+        found.append((draft.problem.id if number == 1 else f"{draft.problem.id}#{number}", draft))
+    return found
+
+
+def _key(config: Config, workdir: Path) -> str:
+    """Returns a digest of the stage's config and of its inputs but the verdicts."""
+    folder = common.StageFolder(config, workdir)
+    given = json.loads((folder.path / common.INPUTS).read_text(encoding="utf-8"))["inputs"]
+    given.pop(config.coldstart.review, None)
+    return hashlib.sha256(json.dumps([folder.hash, given], sort_keys=True).encode()).hexdigest()

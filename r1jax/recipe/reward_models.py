@@ -1,0 +1,317 @@
+"""What both reward model stages do: examples once, a scalar head on the start's weights, held-out figures; and loading one."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from r1jax.checkpoints.tokenizer import Tokenizer, from_folder
+from r1jax.core import checkpoint, distributed, sharding, tree
+from r1jax.core.metrics import MetricsLog
+from r1jax.data import jsonl, preferences, reward_examples
+from r1jax.data.hashing import hash64
+from r1jax.data.prompts import keyed_permutation
+from r1jax.evals import preference
+from r1jax.models import decoder
+from r1jax.recipe import common, lineage, prompts, tiny_preferences
+from r1jax.recipe.progress import Progress
+from r1jax.report import table
+from r1jax.rewards.models import reward_model
+from r1jax.rewards.models.reward_model import Reading, RewardModel
+from r1jax.schema import ComputeConfig, Config, ModelConfig, Network, PackConfig
+from r1jax.train import frozen, reward, step, supervised
+from r1jax.train.reward import Unit
+
+KINDS = {"reward_helpful": "helpful", "reward_safety": "safety"}  # stage -> kind of reward model
+WHOLE = "whole"  # the model put together again, where a part of it was frozen
+NOTHING, TOO_LONG = "with nothing to judge", "longer than pack allows"  # why an example is left out
+CENTER_UNITS = 256  # training pairs whose mean score is the center of a helpful model
+COLUMNS = (
+    "model",
+    "examples",
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "auc",
+    "auc_se",
+    "ece",
+    "length_correlation",
+)
+
+
+def run(config: Config, workdir: Path) -> dict:
+    """Trains, resuming where it was stopped, and returns the figures; `held_out` are those on prompts never trained on.
+
+    Raises ValueError, before anything is written, for bad data or a shape that cannot be cut as asked.
+    """
+    kind = KINDS[config.stage]
+    folder = common.StageFolder(config, workdir)
+    folder.check()
+    inputs = lineage.inputs(config, workdir, compared=False)
+    if (figures := folder.finished(inputs)) is not None:
+        show({config.stage: figures["held_out"]})
+        return figures
+    resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
+    network, reading = reward_model.architecture(resolved.network), reading_of(kind, resolved, tokenizer)
+    path = folder.path / common.EXAMPLES
+    rows = [] if path.exists() or _is_written(resolved) else given_rows(resolved, kind)
+    if blocks := config.reward_model.frozen_blocks:
+        frozen.shapes(network, blocks)
+    started, params = time.monotonic(), lineage.start_weights(resolved, mesh, workdir)
+    if path.exists():
+        rows = jsonl.read(path)
+    else:
+        rows = rows or tiny_preferences.examples(kind, resolved, tokenizer, mesh, params, workdir)
+        rows = chosen_examples(rows, kind, resolved)
+    units = [_unit(row, kind, reading, tokenizer) for row in rows]
+    fitting = [unit is not None and reward.fits(unit, config.pack) for unit in units]
+    sides = [[i for i in range(len(rows)) if fitting[i] and rows[i]["held_out"] == held] for held in (False, True)]
+    if not all(sides):
+        raise ValueError(
+            f"{config.stage}: {len(sides[0])} examples to train on and {len(sides[1])} held out, {fitting.count(False)} of "
+            f"{len(rows)} do not fit {config.pack.rows_per_micro_batch} rows of config.pack.row_tokens="
+            f"{config.pack.row_tokens} tokens; give more, or raise it or config.data.holdout_fraction"
+        )
+    left_out = {NOTHING: units.count(None), TOO_LONG: fitting.count(False) - units.count(None)}
+    if any(left_out.values()):
+        told = ", ".join(f"{count} {why}" for why, count in left_out.items())
+        print(f"{config.stage}: of {len(rows)} examples left out: {told}", file=sys.stderr)
+    folder.start(inputs)
+    common.write_model(folder.path, resolved, tokenizer, reading.template)
+    if not path.exists():
+        jsonl.write(path, rows)
+    train, held_out = ([units[i] for i in side] for side in sides)
+    trained, loss = fit(resolved, mesh, kind, train, reward_model.from_decoder(params, network.model), folder)
+    scorer = make_scorer(trained, network, mesh, reading, tokenizer, config.pack)
+    figures = {"seconds": round(time.monotonic() - started, 1), "examples": len(train), "loss": loss}
+    figures |= {"left_out": left_out, "held_out": evaluate(scorer, held_out, [rows[i] for i in sides[1]])}
+    some = keyed_permutation(len(train), hash64(config.stage, config.seed, "center"))[:CENTER_UNITS]
+    center = _center(scorer, [train[i] for i in some]) if kind == "helpful" else 0.0
+    write_record(folder.path, kind, network, reading, config, center)
+    checkpoint.write_json(folder.path / "figures.json", figures)
+    show({config.stage: figures["held_out"]})
+    return folder.finish(figures, inputs, tree.digest(trained))
+
+
+def _is_written(config: Config) -> bool:
+    """Returns whether the stage draws and ranks its examples itself, as it can in the tiny world."""
+    return config.data.world == "tiny" and not config.data.path
+
+
+def given_rows(config: Config, kind: str) -> list[dict]:
+    """Returns the rows of config.data.path, having said how they were read."""
+    rows, notes = reward_examples.read(given_data(config), kind)
+    for note in notes:
+        print(f"{config.data.path}: {note}", file=sys.stderr)
+    return rows
+
+
+def given_data(config: Config) -> str:
+    """Returns config.data.path. Raises ValueError where it is empty."""
+    if not config.data.path:
+        raise ValueError(
+            f"{config.stage}: config.data.path is empty, and {config.stage}:{config.preset} has no examples of "
+            "its own; give some with --config.data.path=FILE.jsonl (rows with prompt and chosen, rejected or a label)"
+        )
+    return config.data.path
+
+
+def reading_of(kind: str, config: Config, tokenizer: Tokenizer) -> Reading:
+    """Returns how the model of this run reads its texts."""
+    settings = config.reward_model
+    template = prompts.template(config, tokenizer)
+    return Reading(kind, template, config.data.instruction, settings.prompt_tokens, settings.response_tokens)
+
+
+def chosen_examples(rows: list[dict], kind: str, config: Config) -> list[dict]:
+    """Returns the rows that are used, in order, each with `held_out`; pairs of either side are balanced by length."""
+    if config.data.max_rows:
+        order = keyed_permutation(len(rows), hash64(config.stage, "rows"))
+        rows = [rows[i] for i in sorted(order[: config.data.max_rows])]
+    sides = reward_examples.split(rows, config.data.holdout_fraction)
+    if kind == "helpful" and config.reward_model.balance_lengths:
+        sides = tuple(map(preferences.balance_lengths, sides))
+    held_out = {row["id"]: held for held, side in zip((False, True), sides, strict=True) for row in side}
+    return [row | {"held_out": held_out[row["id"]]} for row in rows if row["id"] in held_out]
+
+
+def _unit(row: dict, kind: str, reading: Reading, tokenizer: Tokenizer) -> Unit | None:
+    """Returns what the loss reads of a row, None where one of its responses has nothing to judge."""
+    names = ("chosen", "rejected") if kind == "helpful" else ("response",)
+    sequences = tuple(reading.ids(row["prompt"], row[name], tokenizer) for name in names)
+    if any(ids is None for ids in sequences):
+        return None
+    return Unit(sequences, (True, False) if kind == "helpful" else (row["safe"],))
+
+
+def fit(
+    config: Config, mesh: Mesh, kind: str, units: list[Unit], params: decoder.Params, folder: common.StageFolder
+) -> tuple[decoder.Params, float]:
+    """Returns (weights of the whole model, last loss) after the configured epochs."""
+    settings, network = config.reward_model, reward_model.architecture(config.network)
+    lower = None
+    if settings.frozen_blocks:
+        lower, params = frozen.cut(params, network.model, settings.frozen_blocks)
+        lower_network, network = frozen.shapes(network, settings.frozen_blocks)
+    chosen = supervised.examples_of_updates(
+        len(units), settings.epochs, settings.examples_per_update, config.stage, config.seed
+    )
+    room = max(len(reward.micro_batches([units[i] for i in some], config.pack)) for some in chosen)
+    shards = sharding.row_shards(config.pack.rows_per_micro_batch, config.mesh)
+    trainer = step.Trainer(network, config.optimizer, mesh, reward.make_loss(network, kind), len(chosen))
+    store, log = folder.checkpoints(), MetricsLog(folder.path)
+    if lower is not None and store.latest() != len(chosen):
+        units = _with_features(units, lower, lower_network, config, mesh)
+
+    def batch_at(update: int):
+        return reward.make_batch([units[i] for i in chosen[update]], config.pack, room, shards)
+
+    with Progress(config.stage, len(chosen)) as progress:
+        trained, loss = supervised.fit(
+            trainer,
+            params,
+            batch_at,
+            len(chosen),
+            store,
+            log,
+            config.checkpointing.every_updates,
+            lambda update, loss: progress.update(update, loss=loss),
+            log_every=1,
+            name=config.stage,
+        )
+    store.close()
+    log.close()
+    if lower is not None:
+        trained = frozen.join(lower, trained)
+        whole = checkpoint.CheckpointStore(folder.path / WHOLE, keep=1)
+        if whole.latest() is None:
+            whole.save(len(chosen), {"params": trained}, {})
+        whole.close()
+    return trained, loss
+
+
+def _with_features(
+    units: list[Unit], lower: decoder.Params, network: Network, config: Config, mesh: Mesh
+) -> list[Unit]:
+    """Returns the units with what the frozen blocks make of them."""
+    flat = [ids for unit in units for ids in unit.sequences]
+    params = tree.cast(lower, jnp.dtype(network.compute.compute_dtype))
+    with Progress(f"{config.stage} features", len(flat)) as progress:
+        made = iter(frozen.features(params, network, flat, config.pack, mesh, progress.update))
+    return [dataclasses.replace(unit, features=tuple(next(made) for _ in unit.sequences)) for unit in units]
+
+
+def evaluate(scorer: RewardModel, units: list[Unit], rows: Sequence[dict]) -> dict:
+    """Returns the figures of held-out units, and those of each source where the rows name several."""
+    ends = [0]
+    for unit in units:
+        ends.append(ends[-1] + len(unit.sequences))
+    scores = scorer.scores([ids for unit in units for ids in unit.sequences])
+
+    def figures(some: list[int]) -> dict:
+        asked = [rows[i]["prompt"] or rows[i]["response"] for i in some]
+        lengths = [[len(ids) for ids in units[i].sequences] for i in some]
+        if scorer.reading.kind == "helpful":
+            two = [scores[ends[i] : ends[i] + 2] for i in some]
+            return preference.of_pairs(*zip(*two, strict=True), *zip(*lengths, strict=True), asked)
+        own = [scores[ends[i]] for i in some]
+        return preference.of_labels(own, [units[i].positive[0] for i in some], [n for (n,) in lengths], asked)
+
+    found = figures(list(range(len(units))))
+    sources = sorted({row["source"] for row in rows})
+    if len(sources) > 1:
+        found["sources"] = {
+            name: figures([i for i, row in enumerate(rows) if row["source"] == name]) for name in sources
+        }
+    return found
+
+
+def _center(scorer: RewardModel, units: list[Unit]) -> float:
+    return float(scorer.scores([ids for unit in units for ids in unit.sequences]).mean())
+
+
+def show(models: Mapping[str, dict]) -> None:
+    """Prints the held-out figures of reward models by name."""
+    rows = [
+        {"model": name, "examples": found.get("pairs", found.get("responses")), **found}
+        for name, found in models.items()
+    ]
+    if rows:
+        table.render(rows, COLUMNS, "reward models on held-out prompts")
+
+
+def make_scorer(
+    params: decoder.Params,
+    network: Network,
+    mesh: Mesh,
+    reading: Reading,
+    tokenizer: Tokenizer,
+    size: PackConfig,
+    center: float = 0.0,
+) -> RewardModel:
+    """Returns the scorer of weights, copied in the dtype they compute in."""
+    specs = decoder.specs(network.model, network.scalar_head)
+    copy = tree.copier(network.compute.compute_dtype, sharding.spec_shardings(specs, mesh))
+    rows, tokens = size.rows_per_micro_batch, size.row_tokens
+    return RewardModel(copy(params), network, mesh, reading, tokenizer, rows, tokens, center)
+
+
+def write_record(folder: Path, kind: str, network: Network, reading: Reading, config: Config, center: float) -> None:
+    """Writes what `load` reads beside the weights."""
+    record = {"kind": kind, "reading": dataclasses.asdict(reading)}
+    record |= {"model": dataclasses.asdict(network.model), "compute": dataclasses.asdict(network.compute)}
+    record |= {"weights": WHOLE if config.reward_model.frozen_blocks else "checkpoints", "center": center}
+    checkpoint.write_json(folder / common.REWARD_MODEL, record)
+
+
+def load(
+    folder: Path, kind: str, tokenizer: Tokenizer, mesh: Mesh, size: PackConfig, policy: ModelConfig
+) -> RewardModel:
+    """Returns the finished reward model of a stage's folder, which reads with the tokenizer of the policy.
+
+    Raises ValueError when the folder holds none, one of the other kind, or one whose tokens are not the policy's.
+    """
+    record = distributed.decide(_record, Path(folder), kind, name=f"the reward model of {folder}")
+    model = common.model_of(record["model"])
+    compute = common.known_fields(ComputeConfig, record["model"] | record.get("compute", {}))  # once one with the model
+    if model.vocab_size != policy.vocab_size:
+        raise ValueError(
+            f"{folder}: a reward model of {model.vocab_size} tokens cannot read a policy of {policy.vocab_size}; train it "
+            "from a checkpoint with the policy's tokenizer"
+        )
+    if (own := Path(folder) / common.MODEL).is_dir() and (token := _other_token(own, tokenizer)) is not None:
+        raise ValueError(
+            f"{folder}: id {token} is another token to this reward model than to the policy; train it from a checkpoint with "
+            "the policy's tokenizer"
+        )
+    store = checkpoint.CheckpointStore(Path(folder) / record["weights"])
+    target = sharding.abstract(decoder.specs(model, scalar_head=True), jnp.float32, mesh)
+    params = store.restore(store.latest(), {"params": target})["params"]
+    store.close()
+    network = Network(model, compute, scalar_head=True)
+    return make_scorer(params, network, mesh, Reading(**record["reading"]), tokenizer, size, record["center"])
+
+
+def _other_token(folder: Path, tokenizer: Tokenizer) -> int | None:
+    """Returns the first id that is not the same text to the tokenizer of a folder as to another, None where all are."""
+    own = from_folder(folder)
+    size = max(own.vocab_size, tokenizer.vocab_size)
+    texts = (
+        [words.decode([index]) if index < words.vocab_size else None for index in range(size)]
+        for words in (own, tokenizer)
+    )
+    return next((index for index, (one, other) in enumerate(zip(*texts, strict=True)) if one != other), None)
+
+
+def _record(folder: Path, kind: str) -> dict:
+    if not (folder / common.DONE).exists() or not (folder / common.REWARD_MODEL).exists():
+        raise ValueError(f"{folder} holds no finished reward model; run --config=reward_{kind} to its end first")
+    record = json.loads((folder / common.REWARD_MODEL).read_text())
+    if record["kind"] != kind:
+        raise ValueError(f"{folder} holds a reward model of kind {record['kind']}, needs {kind}")
+    return record

@@ -1,0 +1,157 @@
+"""Stage 0: pretrain a tiny base model on the tiny world's corpus."""
+
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.core import distributed, rng, sharding, tree
+from r1jax.core.metrics import MetricsLog
+from r1jax.data import corpus, tasks
+from r1jax.data.hashing import hash64
+from r1jax.data.packing import PackItem, pack
+from r1jax.data.prompts import keyed_permutation
+from r1jax.models import decoder
+from r1jax.recipe import common
+from r1jax.recipe.progress import Progress
+from r1jax.schema import AuxiliaryConfig, Config, ModelConfig, replace
+from r1jax.train import sft, step, supervised
+
+FOURIER_PERIODS = (2, 3, 5, 7, 9, 10, 20, 50, 100, 200)
+
+
+def run(config: Config, workdir: Path) -> dict:
+    """Pretrains, resuming from the newest checkpoint, and returns the final loss and the seconds spent.
+
+    With config.output the finished base is also written there as one file, which is how the shipped bases are made.
+    """
+    output, config = config.output, replace(config, output="")
+    figures = pretrain(config, workdir)
+    if output:
+        write_asset(config, workdir, Path(output))
+    return figures
+
+
+def pretrain(config: Config, workdir: Path) -> dict:
+    """Returns the figures of the finished base in `workdir/stage0_base`, training it if need be."""
+    folder = common.StageFolder(config, workdir)
+    if (figures := folder.finished({})) is not None:
+        return figures
+    distributed.require_one(f"pretraining {config.stage}")
+    config, tokenizer, mesh = common.prepare(config)
+    folder.start({})
+    trainer = step.Trainer(
+        config.network, config.optimizer, mesh, sft.make_loss(config.network), total_updates=config.pretrain.updates
+    )
+    rows, items = packed_corpus(config, tokenizer)
+    store, log = folder.checkpoints(), MetricsLog(folder.path)
+    started, total = time.monotonic(), config.pretrain.updates
+    with Progress("pretraining", total) as progress:
+        params, loss = supervised.fit(
+            trainer,
+            initial_params(config, mesh),
+            lambda update: batch_at(update, rows, items, config),
+            total,
+            store,
+            log,
+            config.checkpointing.every_updates,
+            lambda update, loss: progress.update(update, loss=loss),
+            name=config.stage,
+        )
+    store.close()
+    log.close()
+    figures = {"loss": loss, "updates": total, "seconds": round(time.monotonic() - started, 1)}
+    return folder.finish(figures, {}, tree.digest(params))
+
+
+def packed_corpus(config: Config, tokenizer: Tokenizer) -> tuple[list[list[int]], list[PackItem]]:
+    """Returns (rows of item numbers, items): the whole corpus packed once, so that a row is always the same."""
+    settings = config.pretrain
+    texts = corpus.documents(settings.corpus_documents, config.seed, settings.drill_fraction)
+    items = []
+    for text in texts:
+        ids = np.asarray([*tokenizer.encode(text), tokenizer.eos_id], np.int32)
+        mask = np.ones(len(ids), np.float32)
+        mask[0] = 0
+        items.append(PackItem(ids, mask))
+    return pack([len(item.tokens) for item in items], config.pack.row_tokens), items
+
+
+def batch_at(update: int, rows: list[list[int]], items: list[PackItem], config: Config):
+    """Returns the batch of one update: the next rows of a keyed order that changes every epoch."""
+    size, chosen, packed = config.pretrain.rows_per_update, [], []
+    for place in range(update * size, (update + 1) * size):
+        epoch, index = divmod(place, len(rows))
+        row = rows[_order(config.seed, epoch, len(rows))[index]]
+        packed.append(list(range(len(chosen), len(chosen) + len(row))))
+        chosen += row
+    micro_batches = -(-size // config.pack.rows_per_micro_batch)
+    shards = sharding.row_shards(config.pack.rows_per_micro_batch, config.mesh)
+    return sft.make_batch([items[i] for i in chosen], config.pack, micro_batches, packed, shards)
+
+
+_orders: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _order(seed: int, epoch: int, size: int) -> np.ndarray:
+    key = (seed, epoch, size)
+    if key not in _orders:
+        _orders.clear()
+        _orders[key] = keyed_permutation(size, hash64("stage0_base", seed, epoch))
+    return _orders[key]
+
+
+def initial_params(config: Config, mesh: Mesh) -> decoder.Params:
+    """Returns random weights; number tokens start from sines of the number when the config says so."""
+    params = sharding.initialize(
+        decoder.specs(config.model), rng.key(config.seed, "stage0_base", "init"), jnp.float32, mesh
+    )
+    if config.pretrain.fourier_numbers:
+        params = with_fourier_numbers(params, config.model)
+    return params
+
+
+def with_fourier_numbers(params: decoder.Params, model: ModelConfig) -> decoder.Params:
+    """Returns the parameters with number embeddings (and their output columns) that know the numbers' order and residues."""
+    vocabulary = tasks.vocabulary()
+    first, count = vocabulary.index("0"), tasks.MAX_NUMBER + 1
+    angle = 2 * np.pi * np.arange(count)[:, None] / np.asarray(FOURIER_PERIODS)
+    waves = np.concatenate([np.cos(angle), np.sin(angle)], axis=1) * model.initializer_range * 2
+    table = np.zeros((count, model.hidden_size), np.float32)
+    width = min(waves.shape[1], model.hidden_size)
+    table[:, :width] = waves[:, :width]
+    embedding = params.embedding.at[first : first + count].add(table)
+    output = params.unembedding
+    if output is not None:
+        output = output.at[:, first : first + count].add(table.T)
+    return params.replace(embedding=embedding, unembedding=output)
+
+
+def base_key(config: Config) -> str:
+    """Returns the hash of what a shipped base depends on: shape, corpus settings, optimiser, packing, losses beside and seed 0."""
+    beside = [config.auxiliary] if config.auxiliary != AuxiliaryConfig() else []
+    return common.shape_hash(config.model, config.pretrain, config.optimizer, config.pack, *beside)
+
+
+def asset_path(preset: str) -> Path:
+    return common.ASSETS / f"base_{preset}.safetensors"
+
+
+def base_params(config: Config, base: Config, mesh: Mesh, workdir: Path) -> decoder.Params:
+    """Returns the base model: the shipped one when it fits `base` (the stage0_base config), else a freshly trained one."""
+    path = asset_path(config.preset)
+    if not config.rebuild_base and path.exists() and common.asset_metadata(path).get("key") == base_key(base):
+        return common.load_asset(path, config.model, mesh)
+    folder = Path(workdir) / f"base_{config.preset}"  # teacher and student have one each
+    pretrain(base, folder)
+    return common.load_weights(config, mesh, str(folder / base.stage), lambda: None)
+
+
+def write_asset(config: Config, workdir: Path, path: Path) -> None:
+    """Writes the finished base of `workdir` as one safetensors file that knows what it was made from."""
+    config, _, mesh = common.prepare(config)
+    params = common.load_weights(config, mesh, str(Path(workdir) / config.stage), lambda: None)
+    common.save_asset(path, params, {"key": base_key(config), "preset": config.preset})

@@ -1,0 +1,184 @@
+"""Stage 1, cold start: good traces, edited and checked again, teach the base to reason readably (SFT)."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.data import files, rewrite, tasks
+from r1jax.recipe import common, editing, example_files, fine_tuning, judging, lineage, review, teachers, traces
+from r1jax.recipe.drafts import Counts, Draft, grade, tally, tell
+from r1jax.rewards.models.judge import Judge
+from r1jax.rewards.score import Score
+from r1jax.rl.rollout import EncodedPrompt
+from r1jax.schema import Config
+
+TEACHER = "r1_zero"
+PEOPLE = "people"
+CHANGED = "answers that the edit changed"
+
+
+def run(config: Config, workdir: Path) -> dict:
+    """Makes the examples (and R1-Zero first where it can be made), fine-tunes the base on them and evaluates.
+
+    Where config.coldstart.review waits for verdicts, it says so and returns {"awaits": that file}.
+    """
+    settings = config.coldstart
+    made_here = TEACHER in settings.sources and not settings.teacher
+    try:
+        return fine_tuning.run(config, workdir, (TEACHER,) if made_here else (), collect, inputs(config))
+    except review.Awaited as wait:
+        print(wait, file=sys.stderr)
+        return {"awaits": settings.review}
+
+
+def inputs(config: Config) -> dict[str, str]:
+    """Returns {what examples are made from: digest} of the models and files that config.coldstart names; ValueError for a missing one."""
+    settings, found = config.coldstart, {}
+    prompted = {"few_shot", "direct"} & {*settings.sources}
+    for folder, used in ((settings.teacher, TEACHER in settings.sources), (settings.prompted_model, prompted)):
+        if folder and used:
+            found[folder] = common.checkpoint_digest(folder)
+    if settings.examples:
+        found[settings.examples] = files.digest(settings.examples)
+    return found | judging.editor_inputs(config, settings.editor) | review.inputs(settings.review)
+
+
+def collect(
+    config: Config, tokenizer: Tokenizer, mesh: Mesh, train: list[EncodedPrompt], workdir: Path
+) -> tuple[list[dict], Counts]:
+    """Returns (examples with their provenance, how many of each task every check let through) (P2 B.3.2)."""
+    settings = config.coldstart
+    drafts, counts = (settings.review and review.kept(config, workdir)) or _make(
+        config, tokenizer, mesh, train, workdir
+    )
+    if settings.review and drafts:
+        if not Path(settings.review).exists():
+            review.ask(drafts, counts, config, workdir)
+        drafts = _right_again(review.apply(drafts, config, counts), config, counts, "right after review")
+    tell(config.stage, counts)
+    return [draft.row() for draft in drafts], counts
+
+
+def _make(
+    config: Config, tokenizer: Tokenizer, mesh: Mesh, train: list[EncodedPrompt], workdir: Path
+) -> tuple[list[Draft], Counts]:
+    """Returns (drafts of all sources, edited, right and capped; counts)."""
+    settings, counts = config.coldstart, {}
+    found = []
+    for source in settings.sources:
+        if source == PEOPLE:
+            found.append(people(config, counts))
+        else:
+            found.append(_sampled(source, config, tokenizer, mesh, train, workdir, counts))
+    editor = judging.load(config, mesh) if settings.editor and any(found) else None
+    drafts = [draft for own in found for draft in _edited(own, editor, config, counts)]
+    tally(counts, "rewritten", (draft.task for draft in drafts))
+    drafts = _right_again(drafts, config, counts, "right again", edited=bool(settings.editor))
+    drafts = traces.capped(drafts, settings.max_examples_per_prompt, settings.max_examples, Draft.row)
+    tally(counts, "kept", (draft.task for draft in drafts))
+    return drafts, counts
+
+
+def people(config: Config, counts: Counts) -> list[Draft]:
+    """Returns the rows of config.coldstart.examples, without those that their task's grader finds wrong."""
+    path = config.coldstart.examples
+    rows, notes = example_files.read(path, config)
+    example_files.say(example_files.remarks(path, rows, notes))
+    tally(counts, "rows of people", (row.task for row in rows))
+    return [
+        dataclasses.replace(draft, provenance={"source": PEOPLE} | draft.provenance | {"edited": False})
+        for draft in example_files.right(rows, config, counts)
+    ]
+
+
+def _sampled(
+    source: str,
+    config: Config,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    train: list[EncodedPrompt],
+    workdir: Path,
+    counts: Counts,
+) -> list[Draft]:
+    """Returns the good traces of one source, before any edit."""
+    settings = config.coldstart
+    if source == TEACHER:
+        folder = Path(settings.teacher) if settings.teacher else lineage.require(TEACHER, config, workdir)
+        teacher = teachers.load(config, mesh, folder, TEACHER)
+        drawn = teachers.sampled(teacher, mesh, train, settings.prompts, settings.samples_per_prompt, temperature=1.0)
+    else:
+        teacher = teachers.prompted(config, tokenizer, mesh, workdir)
+        examples = _worked(config) if source == "few_shot" else []
+        drawn = teachers.answered(teacher, mesh, train, source, examples)
+    checks = traces.basic_checks(settings.min_language_consistency)
+    if settings.editor:  # it translates: the language is looked at after it
+        checks = [check for check in checks if check[0] != traces.ONE_LANGUAGE]
+    samples = settings.samples_per_prompt
+    return [
+        Draft(response.problem, response.text, {"source": source} | told | {"edited": False})
+        for number, response in traces.passing(drawn, checks, counts)
+        for told in [traces.source(teacher.name, number, samples, response.text)]
+    ]
+
+
+def _worked(config: Config) -> list[tuple[str, str]]:
+    """Returns (question, whole turn) of the examples for few-shot prompting: those of the file, else our own."""
+    if not config.coldstart.examples:
+        return teachers.worked_examples(config.reward.extraction)
+    rows, _ = example_files.read(config.coldstart.examples, config)
+    return [(row.problem.text, row.text) for row in rows[: teachers.MOST_EXAMPLES]]
+
+
+def _edited(drafts: list[Draft], editor: Judge | None, config: Config, counts: Counts) -> list[Draft]:
+    """Returns the drafts of one source after its editor: the tiny world's rules for its own problems, the model for others.
+
+    The model writes sampled traces anew and adds thoughts to people's replies that nothing grades; what else people wrote stays.
+    """
+    if not drafts or drafts[0].provenance["source"] == PEOPLE:
+        replies = [draft for draft in drafts if not draft.gradable]
+        others = [draft for draft in drafts if draft.gradable]
+        return others + (editing.with_thoughts(replies, editor, config, counts) if editor and replies else replies)
+    own = [draft for draft in drafts if draft.problem.source == tasks.SOURCE]
+    others = [draft for draft in drafts if draft.problem.source != tasks.SOURCE]
+    found = [edited for draft in own if (edited := _tidied(draft)) is not None]
+    if editor and others:
+        return found + editing.rewrite(others, editor, config, counts, config.coldstart.keep_unedited)
+    return found + [dataclasses.replace(draft, text=draft.text.strip()) for draft in others]
+
+
+def _tidied(draft: Draft) -> Draft | None:
+    """Returns a trace of the tiny world in one clean layout, None where it is no chain of true checks."""
+    problem = draft.problem
+    text = rewrite.tidy(problem.text, draft.text, problem.language)
+    if text is None or not rewrite.is_sound(problem.text, text):
+        return None
+    told = draft.provenance | {"edited": text != draft.text}
+    return dataclasses.replace(draft, text=text, provenance=told)
+
+
+def _right_again(drafts: list[Draft], config: Config, counts: Counts, name: str, edited: bool = False) -> list[Draft]:
+    """Returns the drafts whose text, as it is now, is right and well formed by their own task's grader.
+
+    What nothing can grade stays, and people need not keep to the form. After a model's edit (`edited`) a trace must also be of one
+    language, and answers that the edit changed are counted. `counts` gets how many drafts there are under `name`.
+    """
+    scores = grade(drafts, config)
+    pairs = list(zip(drafts, scores, strict=True))
+    if edited:
+        written = [(draft, score) for draft, score in pairs if score and draft.provenance["edited"]]
+        tally(counts, CHANGED, (draft.task for draft, score in written if score.parts["accuracy"] != 1.0))
+    least = config.coldstart.min_language_consistency if edited else 0.0
+    found = [draft for draft, score in pairs if _is_good(draft, score, least)]
+    tally(counts, name, (draft.task for draft in found))
+    return found
+
+
+def _is_good(draft: Draft, score: Score | None, least_language: float) -> bool:
+    by_people = draft.provenance["source"] == PEOPLE
+    if score is None or not score.scorable:
+        return score is None or by_people
+    well_formed = by_people or (score.parts["format"] == 1.0 and score.parts["language"] >= least_language)
+    return score.parts["accuracy"] == 1.0 and well_formed

@@ -1,0 +1,65 @@
+"""Stage 3: rejection sampling from the reasoning model, mixed with general data, teaches the base again (SFT)."""
+
+import re
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.evals.benchmarks import Response
+from r1jax.recipe import fine_tuning, general_rows, lineage, teachers, traces, wider_pool
+from r1jax.recipe.drafts import Counts, Draft, tally, tell
+from r1jax.rl.rollout import EncodedPrompt
+from r1jax.schema import Config, RejectionConfig
+
+TEACHER = "stage2_reasoning_rl"
+
+
+def run(config: Config, workdir: Path) -> dict:
+    """Samples Dev2, keeps what passes, mixes general data in, fine-tunes the base (not Dev2) and evaluates."""
+    files = wider_pool.inputs(config) | general_rows.inputs(config)
+    return fine_tuning.run(config, workdir, (TEACHER,), collect, files)
+
+
+def collect(
+    config: Config, tokenizer: Tokenizer, mesh: Mesh, train: list[EncodedPrompt], workdir: Path
+) -> tuple[list[dict], Counts]:
+    """Returns (examples with their provenance, how many of each task every check let through) (P2 B.3.3)."""
+    settings, counts = config.rejection, {}
+    teacher = teachers.load(config, mesh, lineage.require(TEACHER, config, workdir))
+    samples = settings.samples_per_prompt
+    drawn = teachers.sampled(teacher, mesh, train, settings.prompts, samples, settings.temperature)
+    drawn += wider_pool.sample(teacher.config, teacher.tokenizer, mesh, teacher.params, counts)
+    checks = [*traces.basic_checks(settings.min_language_consistency), *readable(settings)]
+    drafts = [
+        Draft(response.problem, response.text, traces.source(teacher.name, number, samples, response.text))
+        for number, response in traces.passing(drawn, checks, counts)
+    ]
+    drafts = traces.capped(drafts, settings.max_examples_per_prompt, row_of=Draft.row)
+    tally(counts, "kept", (draft.task for draft in drafts))
+    wanted = round(len(drafts) * settings.general_fraction / (1 - settings.general_fraction))
+    general = general_rows.chosen(config, mesh, wanted, counts)
+    tell(config.stage, counts)
+    return [draft.row() for draft in drafts] + general, counts
+
+
+def readable(settings: RejectionConfig) -> list[traces.Check]:
+    """Returns the checks for long paragraphs and code blocks in the thinking; the paper gives no thresholds.
+
+    A program in the answer is no block of the thinking: rows of task code ask for one.
+    """
+
+    def short(response: Response) -> bool:
+        return all(
+            len(part.split()) <= settings.max_paragraph_words for part in re.split(r"\n\s*\n", thinking(response))
+        )
+
+    def no_code(response: Response) -> bool:
+        return not settings.drop_code_blocks or not re.search("```|~~~", thinking(response))
+
+    return [("short paragraphs", short), ("no code block", no_code)]
+
+
+def thinking(response: Response) -> str:
+    """Returns what stands before the end of the thought."""
+    return response.text.split("</think>")[0]

@@ -1,0 +1,159 @@
+"""Models whose responses become examples: each with its own shape, tokenizer and template, whatever the stage's are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.data.hashing import hash64
+from r1jax.data.problems import Message, Problem
+from r1jax.data.prompts import keyed_permutation
+from r1jax.evals.benchmarks import Response
+from r1jax.recipe import common, lineage, prompts, traces
+from r1jax.rl.rollout import EncodedPrompt
+from r1jax.schema import Config, replace
+
+# How a model that was trained for no form of reply is asked for long thoughts; our words.
+DIRECT = (
+    "Think at length before you answer. Take the question apart, work it out step by step, and when a step is doubtful say so and "
+    "try another way. Look back at your result: check it by a second way or put it into the question, and correct what is "
+    "wrong. Write all of that between <think> and </think>. {answer}"
+)
+LIKE_THESE = (
+    "Answer the last question as the ones before it are answered: long thoughts between <think> and </think>. {answer}"
+)
+ANSWER = {
+    "boxed": "After it write the solution in short, with the final answer in \\boxed{}.",
+    "answer_tag": "After it write only the final answer, or the whole program, between <answer> and </answer>.",
+}
+# Worked examples for few-shot prompting where the user gives none: question, thoughts, solution, final answer.
+WORKED = (
+    (
+        "A shop sells pens in packs of 6 and packs of 10. Lea buys 5 packs and has 38 pens. How many packs of 10 did she buy?",
+        "I call the packs of 10 t, so she has 5 - t packs of 6.\n\nThe pens are 10 t + 6 (5 - t) = 4 t + 30. That must be 38, so "
+        "4 t = 8 and t = 2.\n\nWait, does that fit? 2 packs of 10 are 20 pens, 3 packs of 6 are 18, together 38. And 2 + 3 = 5 "
+        "packs. It fits.",
+        "With t packs of 10 she has 10 t + 6 (5 - t) = 38 pens, so t = 2.",
+        "2",
+    ),
+    (
+        "What is the remainder when 7 to the power 20 is divided by 5?",
+        "I look at the powers of 7 modulo 5. 7 is 2 modulo 5, so I need 2 to the power 20.\n\n2, 4, 3, 1: after four steps it "
+        "repeats. 20 is a multiple of 4, so I am at the end of a round, which is 1.\n\nLet me check it another way: 7 to the "
+        "power 2 is 49, which is -1 modulo 5. Then 7 to the power 20 is (-1) to the power 10, which is 1. Both ways agree.",
+        "Since 7^4 leaves the remainder 1 and 20 is a multiple of 4, so does 7^20.",
+        "1",
+    ),
+)
+MOST_EXAMPLES = 4  # of a file, that stand before a question
+NEXT_TURN = "\n\nUser:"  # where a base model goes on with a question of its own
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A model that is asked."""
+
+    config: Config  # the stage's, with the model's own shape and template
+    tokenizer: Tokenizer
+    params: Any
+    name: str
+
+
+def load(config: Config, mesh: Mesh, folder: str | Path, stage: str = "") -> Teacher:
+    """Returns the model of a stage's folder or a Hugging Face folder, to be asked as it was trained.
+
+    A stage's folder tells its template; one that does not is asked as `stage` asks ("" is the config's own), a Hugging Face folder in
+    the chat template that it ships, else as R1-Zero.
+    """
+    data = replace(config.data, template="auto")
+    own, tokenizer, _ = common.prepare(replace(config, model=replace(config.model, checkpoint=str(folder)), data=data))
+    if own.data.template == "auto":
+        asking = replace(own, stage=config.stage if common.is_hugging_face(folder) or not stage else stage)
+        own = replace(own, data=replace(own.data, template=prompts.template(asking, tokenizer)))
+    params = common.load_weights(own, mesh, str(folder), lambda: None)
+    return Teacher(own, tokenizer, params, Path(folder).name)
+
+
+def prompted(config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) -> Teacher:
+    """Returns config.coldstart.prompted_model, or the stage's base, to be asked by prompting alone: in its chat template or as text."""
+    if folder := config.coldstart.prompted_model:
+        found = load(config, mesh, folder)
+    else:
+        found = Teacher(config, tokenizer, lineage.base_weights(config, mesh, workdir), lineage.base_name(config))
+    template = "chat" if found.tokenizer.chat_template else "plain"
+    data = replace(found.config.data, template=template, instruction="", think_prefill=False)
+    return Teacher(replace(found.config, data=data), found.tokenizer, found.params, found.name)
+
+
+def sampled(
+    teacher: Teacher, mesh: Mesh, train: Sequence[EncodedPrompt], count: int, samples: int, temperature: float
+) -> list[Response]:
+    """Returns `samples` graded responses of a teacher to each of `count` training problems, asked as it was trained to be."""
+    config, tokenizer = teacher.config, teacher.tokenizer
+    asked = prompts.encode([prompt.problem for prompt in train], config, tokenizer)
+    return traces.sample(config, tokenizer, mesh, asked, teacher.params, count, samples, temperature)
+
+
+def answered(
+    teacher: Teacher, mesh: Mesh, train: Sequence[EncodedPrompt], source: str, examples: Sequence[tuple[str, str]]
+) -> list[Response]:
+    """Returns graded responses to training problems that are asked with an instruction and worked examples (question, whole turn).
+
+    Each response keeps the problem as the row has it. What a model without turns writes after its answer is cut off.
+    """
+    config, settings = replace(teacher.config, stage=f"{teacher.config.stage}/{source}"), teacher.config.coldstart
+    order = keyed_permutation(len(train), hash64(config.stage, config.seed, "prompts"))[: settings.prompts]
+    problems = {train[place].problem.id: train[place].problem for place in order}
+    chat = config.data.template == "chat"
+    form = ANSWER["boxed" if config.reward.extraction == "boxed" else "answer_tag"]
+    wish = (LIKE_THESE if examples else DIRECT).replace("{answer}", form)
+    asked = [replace(problem, prompt=_request(problem, wish, examples, chat)) for problem in problems.values()]
+    encoded = prompts.encode(asked, config, teacher.tokenizer)
+    drawn = traces.sample(
+        *(config, teacher.tokenizer, mesh, encoded, teacher.params, len(encoded), settings.samples_per_prompt),
+        temperature=1.0,
+    )
+    responses = [replace(response, problem=problems[response.problem.id]) for response in drawn]
+    return responses if chat else _cut(responses, config)
+
+
+def worked_examples(extraction: str) -> list[tuple[str, str]]:
+    """Returns (question, whole turn) of our own worked examples, with the answer where it is looked for."""
+    found = []
+    for question, thoughts, solution, answer in WORKED:
+        end = (
+            f"{solution} The answer is \\boxed{{{answer}}}."
+            if extraction == "boxed"
+            else f"<answer> {answer} </answer>"
+        )
+        found.append((question, f"<think>\n{thoughts}\n</think>\n{end}"))
+    return found
+
+
+def _request(problem: Problem, wish: str, examples: Sequence[tuple[str, str]], chat: bool) -> str | tuple[Message, ...]:
+    """Returns the wish, the examples and the question: turns of a chat, or one text that ends where the answer begins."""
+    turns = [Message(role, text) for pair in examples for role, text in zip(("user", "assistant"), pair, strict=True)]
+    turns += problem.messages
+    first = next(index for index, turn in enumerate(turns) if turn.role == "user")
+    turns[first] = Message("user", f"{wish}\n\n{turns[first].content}")
+    if chat:
+        system = [turn for turn in turns if turn.role == "system"]
+        return tuple(system + [turn for turn in turns if turn.role != "system"])
+    return "\n\n".join([*(f"{turn.role.capitalize()}: {turn.content}" for turn in turns), "Assistant:"])
+
+
+def _cut(responses: list[Response], config: Config) -> list[Response]:
+    """Returns the responses up to the next question that the model puts itself, graded again where that left something out."""
+    cut = [(response, response.text.partition(NEXT_TURN)) for response in responses]
+    longer = [(response, text) for response, (text, mark, _) in cut if mark]
+    scores = iter(traces.regrade(longer, config) if longer else [])
+    found = []
+    for response, (text, mark, _) in cut:
+        if mark:
+            score = next(scores)
+            response = replace(response, text=text, truncated=False, parts=score.parts, scorable=score.scorable)
+        found.append(response)
+    return found

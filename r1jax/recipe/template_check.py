@@ -1,0 +1,93 @@
+"""The start-up check: one hand-made right answer goes the way that samples go, and must be rewarded.
+
+A template that opens the thinking, a tokenizer that loses a tag or an answer looked for in another place would make a
+reward 0 for every sample of a long run, without an error anywhere.
+"""
+
+from collections.abc import Sequence
+
+from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.data import templates
+from r1jax.data.problems import Problem
+from r1jax.recipe import prompts
+from r1jax.rewards import compose, plugins
+from r1jax.rewards.score import RewardRequest, Score
+from r1jax.rl.rollout import EncodedPrompt
+from r1jax.schema import Config
+
+# A problem of each checkable task, with a thought about it and its answer.
+PROBLEMS = {
+    "math": (Problem("start-up check", "math", "What is 3 + 4?", "7", "en"), "3 and 4 more make 7"),
+    "linear": (Problem("start-up check", "linear", "solve 2 x + 3 = 7 :", "2", "en"), "2 * 2 = 4 + 3 = 7 = 7 ok"),
+}
+MOST_SHOWN = 200  # characters of a text in the error line
+
+
+def check(config: Config, tokenizer: Tokenizer, asked: Sequence[EncodedPrompt]) -> None:
+    """Raises ValueError when a right, well-formed answer to one of `asked`'s tasks earns no accuracy or format reward.
+
+    A part that config.reward weighs with 0 does not count, nor does a task with a grader of config.reward.graders, whose idea
+    of a right answer is its own. Raises ValueError too when a grader cannot be used, or nothing grades a task.
+    """
+    compose.check(config.reward, dict.fromkeys(prompt.problem.task for prompt in asked))
+    own = plugins.parse(config.reward.graders)
+    parts = [name for name in ("accuracy", "format") if getattr(config.reward, name)]
+    for task in PROBLEMS:
+        if task not in own and any(prompt.problem.task == task for prompt in asked):
+            _check_task(config, tokenizer, task, parts)
+
+
+def _check_task(config: Config, tokenizer: Tokenizer, task: str, parts: list[str]) -> None:
+    prompt, thought = PROBLEMS[task]
+    text = prompts.render(prompt.prompt, config, tokenizer)
+    if prompt.text not in text:
+        raise ValueError(f"{_fields(config, tokenizer)}: the template leaves the question out, it gives {_shown(text)}")
+    opening = text.rpartition(prompt.text)[2]
+    answer = _answer(prompt.reference, task, config.reward.extraction)
+    response = _rest_of_turn(opening, f"{thought}\n</think>\n{answer}", answer)
+    score, graded = _score(config, tokenizer, prompt, templates.prefill(text), response)
+    for name in parts:
+        if not score.parts[name]:
+            raise ValueError(
+                f"{_fields(config, tokenizer)}: a right answer gets {name} 0 ({score.detail}); after the question the "
+                f"prompt reads {_shown(opening)}, the graded turn is {_shown(graded)}; change one of the three, or set "
+                f"config.reward.{name}=0 if it is not wanted"
+            )
+
+
+def _answer(value: str, task: str, extraction: str) -> str:
+    """Returns the answer where the grader looks for it."""
+    if task == "linear" or extraction in ("auto", "answer_tag"):
+        return f"<answer> {value} </answer>"
+    return f"The answer is \\boxed{{{value}}}." if extraction == "boxed" else value
+
+
+def _rest_of_turn(opening: str, after_think: str, answer: str) -> str:
+    """Returns what a model has to write of the turn after what the prompt holds of it."""
+    before, opened, inside = opening.rpartition("<think>")
+    if not opened:
+        return f"{templates.THINK}{after_think}"
+    return answer if "</think>" in inside else after_think
+
+
+def _score(config: Config, tokenizer: Tokenizer, prompt: Problem, prefill: str, response: str) -> tuple[Score, str]:
+    """Returns (score of the response as ids and back, the assistant turn that was graded)."""
+    decoded = tokenizer.decode([*tokenizer.encode(response), tokenizer.eos_id])
+    request = RewardRequest(
+        prompt.id, prompt.task, prompt.text, decoded, prompt.reference, prefill=prefill, language=prompt.language
+    )
+    return compose.score(request, config.reward), request.text
+
+
+def _fields(config: Config, tokenizer: Tokenizer) -> str:
+    """Returns the settings that decide, as they would be typed."""
+    prefilled, extraction = str(config.data.think_prefill).lower(), config.reward.extraction
+    kind = prompts.template(config, tokenizer)
+    return (
+        f"{config.stage}: start-up check of config.data.template={kind}, config.data.think_prefill={prefilled}, "
+        f"config.reward.extraction={extraction}"
+    )
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= MOST_SHOWN else f"...{text[-MOST_SHOWN:]}")

@@ -1,0 +1,72 @@
+"""Examples of reward models in the tiny world: responses of varied quality, ranked and labelled by its rules."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.data import tasks
+from r1jax.data.hashing import hash64
+from r1jax.data.prompts import keyed_permutation
+from r1jax.data.templates import summary
+from r1jax.evals.benchmarks import Response
+from r1jax.models import decoder
+from r1jax.recipe import evaluate, lineage, prompts
+from r1jax.rewards.pool import RewardPool
+from r1jax.sampler.engine import Engine
+from r1jax.sampler.sample import SamplingLaw
+from r1jax.sampler.scheduler import RolloutSampler
+from r1jax.schema import Config, replace
+
+
+def examples(
+    kind: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, params: decoder.Params, workdir: Path
+) -> list[dict]:
+    """Returns rows as data.reward_examples.read gives them, of responses that the start and the base draw.
+
+    The base keeps the rules now and then, the start mostly: together they show both sides. Responses that were cut off, and
+    repeated ones, are left out.
+    """
+    asked = tasks.preference_prompts() if kind == "helpful" else tasks.safety_prompts()
+    encoded = prompts.encode(asked, config, tokenizer)
+    sampler = RolloutSampler(Engine(config.network, config.sampler, mesh, tokenizer.stop_ids, tokenizer))
+    law = SamplingLaw(1.0, 1.0, 0, config.sampler.max_new_tokens, tokenizer.stop_ids)
+    drawn: list[Response] = []
+    with RewardPool(config.reward) as pool:
+        for name, weights in (("start", params), ("base", lineage.base_weights(config, mesh, workdir))):
+            own, given = replace(config, stage=f"{config.stage}/{name}"), sampler.engine.load_params(weights)
+            samples = config.reward_model.samples_per_prompt
+            drawn += evaluate.respond(own, tokenizer, sampler, pool, encoded, given, law, samples, "sample")
+    found: dict[str, dict[str, Response]] = {prompt.id: {} for prompt in asked}
+    for response in drawn:
+        text = summary(response.text) if kind == "helpful" else response.text
+        if not response.truncated and text.strip():
+            found[response.problem.id].setdefault(text, response)
+    make = _pairs if kind == "helpful" else _labelled
+    return [row for name, own in found.items() for row in make(name, list(own.values()), config)]
+
+
+def _pairs(name: str, responses: Sequence[Response], config: Config) -> list[dict]:
+    """Returns pairs of one prompt's responses that the rule does not hold equal, at most pairs_per_prompt of them."""
+    value = [response.parts["accuracy"] for response in responses]
+    places = [(i, j) for i in range(len(value)) for j in range(len(value)) if value[i] > value[j]]
+    order = keyed_permutation(len(places), hash64(config.stage, config.seed, "pairs", name))
+    rows = []
+    for number, place in enumerate(order[: config.reward_model.pairs_per_prompt]):
+        better, worse = (responses[i] for i in places[place])
+        texts = {"prompt": better.problem.text, "chosen": better.text, "rejected": worse.text}
+        rows.append({"id": f"{name}-{number}", "source": "tiny"} | texts)
+    return rows
+
+
+def _labelled(name: str, responses: Sequence[Response], config: Config) -> list[dict]:
+    rows = enumerate(responses)
+    return [
+        {"id": f"{name}-{number}", "source": "tiny", "prompt": r.problem.text, "response": r.text, "safe": _is_safe(r)}
+        for number, r in rows
+    ]
+
+
+def _is_safe(response: Response) -> bool:
+    return response.parts["accuracy"] == 1.0

@@ -1,0 +1,203 @@
+"""Grades programs by their tests, in the sandbox.
+
+A test of a function runs in one sandbox and the program in another; they exchange plain values (wire.py), so what the
+program does to its own process changes no verdict. A test of a whole program gives it an input and compares what it
+printed out here. Expected values never enter the program's sandbox.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from r1jax.rewards.code.programs import Source, extract_program
+from r1jax.rewards.code.rows import MalformedTests, read_tests
+from r1jax.rewards.sandbox.attack import open_sandbox
+from r1jax.rewards.sandbox.run import PYTHON, Outcome, Program, Sandbox
+from r1jax.rewards.score import RewardRequest, Score
+from r1jax.schema import RewardConfig
+
+MAX_PROGRAM_CHARACTERS = 100_000
+COMPILE_LIMITS = {"cpu_s": 20.0, "memory_bytes": 2 << 30, "output_bytes": 16 << 20, "file_bytes": 64 << 20}
+COMPILE = "g++ -std=c++20 -O2 -pipe -o program main.cpp && cat program"
+NO_COMPILER = "no C++ compiler here (apt-get install g++)"
+GRACE = 0.8  # share of a sample's deadline that its tests may take in all, so that a slow program is a 0 and not a lost sample
+# What a program that does nothing useful returns from everything: tests that all of these pass check nothing.
+_MEANINGLESS = ("'neither number nor list'", "None", "True", "-907.25")
+_MEANINGLESS_PROGRAM = """
+class _Object:
+    def __init__(self, *_, **__): pass
+    def __getattr__(self, name):
+        if name.startswith("__"): raise AttributeError(name)
+        return lambda *_, **__: {value}
+"""
+
+
+def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
+    """Returns a Score with value 1 if the response's program passes every test of the row, else 0.
+
+    Malformed tests, those that check nothing, and C++ without a compiler give scorable False; a program in another language is 0. Raises
+    SandboxUnavailable where programs cannot be isolated.
+    """
+    try:
+        tests = read_tests(request.reference, request.prompt)
+    except MalformedTests as error:
+        return Score(0.0, {}, False, f"malformed tests: {error}")
+    source = extract_program(request.text)
+    if source is None:
+        return Score(0.0, {}, True, "no program found")
+    if source.language not in ("python", "cpp"):
+        return Score(0.0, {}, True, f"the program is in {source.language}, and only Python and C++ can be run")
+    if len(source.text) > MAX_PROGRAM_CHARACTERS:
+        return Score(
+            0.0, {}, True, f"the program has {len(source.text)} characters, more than {MAX_PROGRAM_CHARACTERS}"
+        )
+    if source.language == "cpp" and not has_compiler():
+        return Score(0.0, {}, False, NO_COMPILER)
+    if tests["kind"] == "stdin-stdout":
+        failure = _whole_program_failure(source, tests, config)
+    elif source.language != "python":
+        failure = f"the tests call a Python function, the program is {source.language}"
+    else:
+        failure = _function_failure(source.text, tests, sandbox_of_sample(config))
+    if not failure and not tests.get("sure", True):
+        if reason := checks_nothing(request.reference, request.prompt, config):
+            return Score(0.0, {}, False, f"malformed tests: {reason}")
+    return Score(float(not failure), {}, True, failure or "all tests passed")
+
+
+@lru_cache(maxsize=256)
+def checks_nothing(reference: str, prompt: str, config: RewardConfig) -> str:
+    """Returns why a row's tests of a function would pass every program, found by running some that are meaningless; else "".
+
+    Nothing is run where the text of the tests shows that they compare results. Raises MalformedTests, SandboxUnavailable.
+    """
+    tests = read_tests(reference, prompt)
+    if tests["kind"] == "stdin-stdout" or tests["sure"]:
+        return ""
+    sandbox = sandbox_of_sample(config)
+    for value in _MEANINGLESS:
+        if _function_failure(_meaningless(tests, value), tests, sandbox):
+            return ""
+    return "they check nothing: functions that always return None, True or a text pass them"
+
+
+def _meaningless(tests: dict, value: str) -> str:
+    """Returns a program that defines every tested name: as a function, or as a class where it begins like one."""
+    lines = [_MEANINGLESS_PROGRAM.format(value=value)]
+    for name in tests.get("names") or [tests["entry_point"]]:
+        one = f"class {name}(_Object): pass" if name[0].isupper() else f"def {name}(*_, **__): return {value}"
+        lines.append(one)
+    return "\n".join(lines)
+
+
+def has_compiler() -> bool:
+    """Returns whether g++ is where the sandbox would find it."""
+    return shutil.which("g++", path=os.defpath) is not None
+
+
+def sandbox_of_sample(config: RewardConfig) -> Sandbox:
+    """Returns the sandbox in which a sample's tests run once, with the time that its deadline leaves them."""
+    wall_s = min(config.sandbox.wall_s, GRACE * config.deadline_s)
+    return open_sandbox(config.sandbox).limited(wall_s=wall_s)
+
+
+def outputs_equal(printed: str, expected: str, float_tolerance: float | None = None) -> bool:
+    """Returns whether two outputs are equal, all of them, up to white space at the ends of lines and of the whole.
+
+    With a tolerance, words that are both numbers may differ by it, absolutely or relative to the expected one.
+    """
+    ours, theirs = (_lines(text) for text in (printed, expected))
+    if ours == theirs or float_tolerance is None or len(ours) != len(theirs):
+        return ours == theirs
+    pairs = [(one.split(), other.split()) for one, other in zip(ours, theirs, strict=True)]
+    return all(
+        len(one) == len(other) and all(_close(*words, float_tolerance) for words in zip(one, other, strict=True))
+        for one, other in pairs
+    )
+
+
+def _function_failure(program: str, tests: dict, sandbox: Sandbox) -> str:
+    """Returns why the program fails the tests of a function; "" when it passes."""
+    wire = {"code_wire.py": companion("wire.py")}
+    texts = {"prompt.py": tests.get("prompt", ""), "program.py": program}
+    files = {name: text.encode("utf-8", "surrogatepass") for name, text in texts.items()}
+    verdict, run = sandbox.converse(
+        Program(
+            [*PYTHON, "main.py"],
+            wire | {"main.py": companion("driver.py"), "tests.json": json.dumps(tests).encode()},
+        ),
+        Program([*PYTHON, "main.py"], wire | {"main.py": companion("candidate.py")} | files),
+    )
+    try:
+        told = json.loads(verdict.stdout)
+    except ValueError:
+        told = {"passed": False, "detail": "the tests gave no verdict"}
+    if told["passed"] is True and verdict.status == 0 and not verdict.stopped_by:
+        return ""
+    return explained(told["detail"], run if run.stopped_by else replace(run, stopped_by=verdict.stopped_by))
+
+
+def _whole_program_failure(source: Source, tests: dict, config: RewardConfig) -> str:
+    """Returns why the program fails the first of its tests that it fails; "" when it passes them all."""
+    sandbox = open_sandbox(config.sandbox)
+    until = time.monotonic() + GRACE * config.deadline_s
+    if source.language == "cpp":
+        program = compile_cpp(source.text, config)
+        if isinstance(program, str):
+            return program
+        command, files = ["./program"], {"program": program}
+    else:
+        command, files = [*PYTHON, "main.py"], {"main.py": source.text.encode("utf-8", "surrogatepass")}
+    for number, (given, expected) in enumerate(tests["cases"], 1):
+        left = until - time.monotonic()
+        if left <= 0:
+            return f"test {number} of {len(tests['cases'])}: no time left of the sample's {config.deadline_s:g} s"
+        limited = sandbox.limited(wall_s=min(left, config.sandbox.wall_s))
+        outcome = limited.run(command, files, given.encode("utf-8", "surrogatepass"))
+        if outcome.status or outcome.stopped_by:
+            return explained(f"test {number} of {len(tests['cases'])}: ended with status {outcome.status}", outcome)
+        if not outputs_equal(outcome.stdout.decode(errors="replace"), expected, tests["float_tolerance"]):
+            return (
+                f"test {number} of {len(tests['cases'])}: printed {outcome.stdout[:80]!r}, expected {expected[:80]!r}"
+            )
+    return ""
+
+
+def compile_cpp(text: str, config: RewardConfig) -> bytes | str:
+    """Returns the compiled program, or why there is none. The compiler runs in a sandbox too."""
+    if not has_compiler():
+        return NO_COMPILER
+    sandbox = open_sandbox(config.sandbox).limited(wall_s=GRACE * config.deadline_s, **COMPILE_LIMITS)
+    outcome = sandbox.run(["sh", "-c", COMPILE], {"main.cpp": text.encode("utf-8", "surrogatepass")})
+    return (
+        outcome.stdout if outcome.status == 0 and not outcome.stopped_by else explained("it does not compile", outcome)
+    )
+
+
+def explained(what: str, outcome: Outcome) -> str:
+    """Returns a reason with the limit that stopped a run, if one did, and the last line that it wrote to standard error."""
+    words = outcome.stderr.decode(errors="replace").strip().splitlines()
+    stopped = f"; stopped by the {outcome.stopped_by} limit" if outcome.stopped_by else ""
+    return f"{what}{stopped}" + (f"; {words[-1][:200]}" if words else "")
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().split("\n")]
+
+
+def _close(one: str, other: str, tolerance: float) -> bool:
+    try:
+        return one == other or math.isclose(float(one), float(other), rel_tol=tolerance, abs_tol=tolerance)
+    except ValueError:
+        return False
+
+
+@lru_cache
+def companion(name: str) -> bytes:
+    """Returns the source of a file that runs in the sandbox."""
+    return Path(__file__).with_name(name).read_bytes()

@@ -1,0 +1,171 @@
+"""A decoder as a judge, run through our own sampler: right or wrong against a reference, and which of two replies is better.
+
+Every draw is keyed by the seed and by what is judged, so a verdict depends on no order, batch, slot or restart.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from r1jax.data import templates
+from r1jax.data.hashing import hash64
+from r1jax.rewards.models import verdicts
+from r1jax.rewards.score import RewardRequest, Score
+from r1jax.sampler.sample import RolloutRequest, SamplingLaw
+from r1jax.sampler.scheduler import RolloutSampler
+
+
+class Tokenizer(Protocol):
+    """What a judge needs of its own tokenizer (checkpoints.tokenizer.Tokenizer)."""
+
+    stop_ids: tuple[int, ...]
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def defused(self, text: str) -> str: ...
+
+    def render_chat(self, messages: list[dict[str, str]]) -> str: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text for the model and the 64-bit key of each reply that is wanted."""
+
+    text: str
+    keys: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two replies to one request; what is compared is what follows their thinking."""
+
+    id: str
+    prompt: str
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One verdict on a pair: whether the second reply was shown first, and the margin of the first over the second."""
+
+    swapped: bool
+    margin: int | None  # -2 to 2; None: the reply could not be read
+    detail: str
+
+
+@dataclass
+class Counts:
+    """How many verdicts were asked for, and how many could be read."""
+
+    asked: int = 0
+    readable: int = 0
+
+    @property
+    def parse_rate(self) -> float:
+        return self.readable / max(self.asked, 1)
+
+
+class Judge:
+    """Asks a model. A question that is too long for the sampler's prompts is answered with None, not with an error."""
+
+    def __init__(self, sampler: RolloutSampler, params: Any, tokenizer: Tokenizer, template: str, seed: int = 0):
+        """`params` lie as the engine wants them (Engine.load_params); `template` is chat or plain (data.templates)."""
+        self._sampler, self._params, self._tokenizer = sampler, params, tokenizer
+        self._template, self._seed = template, seed
+        given = sampler.engine.sampler
+        self._law = SamplingLaw(given.temperature, given.top_p, given.top_k, given.max_new_tokens, tokenizer.stop_ids)
+        self.counts = Counts()
+
+    def defused(self, text: str) -> str:
+        """Returns a stranger's text without special tokens of this model (Tokenizer.defused)."""
+        return self._tokenizer.defused(text)
+
+    def replies(self, requests: Sequence[Request]) -> list[list[str | None]]:
+        """Returns the whole turns that answer each request, one a key; None where the prompt or the turn is too long."""
+        found: list[list[str | None]] = [[None] * len(request.keys) for request in requests]
+        asked, opened, engine = [], {}, self._sampler.engine
+        window = (
+            engine.network.model.max_position_embeddings - engine.sampler.max_new_tokens
+        )  # what a whole reply leaves
+        longest = min(engine.sampler.max_prompt_tokens, window)
+        for index, request in enumerate(requests):
+            text = templates.render(request.text, self._template, chat=self._tokenizer.render_chat)
+            ids = np.asarray(self._tokenizer.encode(text), np.int32)
+            if request.keys and 0 < len(ids) <= longest:
+                keys = np.asarray([divmod(key, 1 << 32) for key in request.keys], np.uint32)
+                asked.append(RolloutRequest(index, ids, keys, self._law))
+                opened[index] = templates.prefill(text)
+        for sample in self._sampler.stream(asked, self._params) if asked else ():
+            if not sample.truncated:
+                turn = opened[sample.request_id] + self._tokenizer.decode(sample.token_ids)
+                found[sample.request_id][sample.sample_index] = turn
+        return found
+
+    def accuracy(self, requests: Sequence[RewardRequest]) -> list[Score]:
+        """Returns whether each response says what its reference does: value 1 or 0; no readable verdict is unscorable.
+
+        What follows the thinking is judged. Without it, and for a truncated response, the value is 0 and nobody is asked.
+        """
+        scores: list[Score | None] = []
+        for request in requests:
+            if not request.reference.strip():
+                scores.append(Score(0.0, {}, False, "the reference is empty"))
+            elif request.truncated or not templates.summary(request.text):
+                scores.append(Score(0.0, {}, True, "truncated" if request.truncated else "no answer found"))
+            else:
+                scores.append(None)
+        open_places = [place for place, score in enumerate(scores) if score is None]
+        materials = [self._materials(requests[place]) for place in open_places]
+        replies = self.replies(
+            [
+                Request(verdicts.correctness_prompt(*parts, self._seed), (hash64("correctness", self._seed, *parts),))
+                for parts in materials
+            ]
+        )
+        for place, parts, (reply,) in zip(open_places, materials, replies, strict=True):
+            value, detail = self._count(reply, verdicts.read_correctness, parts)
+            scores[place] = Score(float(value or 0), {}, value is not None, f"judge: {detail}")
+        return scores
+
+    def compare(self, pairs: Sequence[Pair], judgements: int = 4) -> list[list[Judgement]]:
+        """Returns `judgements` verdicts on each pair, each drawn on its own, with A and B in an order of its own.
+
+        Source: DeepSeek-R1, supplement B.2 (4 judgements a pair, order random each time).
+        """
+        asked, places = [], []
+        for index, pair in enumerate(pairs):
+            parts = tuple(
+                map(self._tokenizer.defused, (pair.prompt, *map(templates.summary, (pair.first, pair.second))))
+            )
+            orders = [bool(hash64("order", self._seed, pair.id, *parts, n) & 1) for n in range(judgements)]
+            for swapped in (False, True):
+                numbers = [n for n in range(judgements) if orders[n] is swapped]
+                prompt, first, second = parts if not swapped else (parts[0], parts[2], parts[1])
+                keys = tuple(hash64("comparison", self._seed, pair.id, *parts, n) for n in numbers)
+                asked.append(Request(verdicts.comparison_prompt(prompt, first, second, self._seed), keys))
+                places.append((index, swapped, numbers, parts))
+        found: list[list[Judgement | None]] = [[None] * judgements for _ in pairs]
+        for (index, swapped, numbers, parts), replies in zip(places, self.replies(asked), strict=True):
+            for number, reply in zip(numbers, replies, strict=True):
+                margin, detail = self._count(reply, verdicts.read_comparison, parts)
+                if margin is not None and swapped:
+                    margin = -margin
+                found[index][number] = Judgement(swapped, margin, detail)
+        return found
+
+    def _materials(self, request: RewardRequest) -> tuple[str, str, str]:
+        texts = (request.prompt, request.reference, templates.summary(request.text))
+        return tuple(map(self._tokenizer.defused, texts))
+
+    def _count(self, reply: str | None, read, materials: Sequence[str]) -> verdicts.Reading:
+        """Returns the reading of a reply and counts it."""
+        missing = verdicts.Reading(None, "the prompt or the reply is longer than the judge's sampler allows")
+        reading = missing if reply is None else read(reply, materials)
+        self.counts.asked += 1
+        self.counts.readable += reading.value is not None
+        return reading

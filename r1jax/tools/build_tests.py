@@ -1,0 +1,139 @@
+"""Tests for code prompts: generated inputs, outputs that accepted programs agree on, kept for what they break (P2 B.3.2)."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from r1jax.core import sharding
+from r1jax.data import jsonl
+from r1jax.data.hashing import hash64
+from r1jax.recipe import judging
+from r1jax.rewards.code import cases as code_cases
+from r1jax.rewards.code.programs import Source, extract_program
+from r1jax.rewards.models.judge import Judge, Request
+from r1jax.rewards.sandbox.attack import open_sandbox
+from r1jax.schema import Config, replace
+
+ROWS_PER_PART = 8
+
+
+def run(config: Config, workdir: Path) -> dict:
+    """Writes rows {id, task, prompt, tests, built} of config.data.path to config.output, in the shape the task `code` reads.
+
+    Rows are {id, prompt, accepted, wrong, generators?, float_tolerance?}. config.judge writes the generators of rows that have none.
+    Returns numbers of rows, tests and broken programs. A row without a test is left out. The output appears when it is
+    complete; a stopped run goes on where it was. Raises ValueError for a bad row, or when no row gets a test.
+    """
+    judging.require_paths(config)
+    started, folder = time.monotonic(), Path(workdir) / config.stage
+    problems = {problem.id: problem for problem in read(config)}
+    open_sandbox(config.reward.sandbox)
+    writer = None
+    if any(not problem.generators for problem in problems.values()):
+        writer = generator_writer(config)
+    key = judging.work_key(config, config.judge.checkpoint if writer else "")
+
+    def work(part: list[dict]) -> list[dict]:
+        return [built_row(with_generators(problems[row["id"]], writer, config), config) for row in part]
+
+    made = judging.in_parts(folder, key, [{"id": name} for name in problems], work, "problems", ROWS_PER_PART)
+    rows = [row for row in made if row["tests"]["cases"]]
+    figures = summary(made) | {"seconds": round(time.monotonic() - started, 1)}
+    print(json.dumps(figures), file=sys.stderr)
+    if not rows:
+        raise ValueError(f"{config.stage}: no row of {config.data.path} gets a test; see 'built' of {folder}/parts-*")
+    jsonl.write(config.output, rows)
+    judging.finish_parts(folder)
+    return figures
+
+
+def read(config: Config) -> list[code_cases.Problem]:
+    """Returns the problems of config.data.path. Raises ValueError with file and line for a bad one."""
+    found: dict[str, code_cases.Problem] = {}
+    rows = jsonl.read_numbered(config.data.path, ("id", "prompt", "accepted", "wrong"), config.data.max_rows)
+    for line, row in rows:
+        where = f"{config.data.path}, line {line}"
+        if str(row["id"]) in found:
+            raise ValueError(f"{where}: id {row['id']!r} was used before, needs its own")
+        if not isinstance(row["accepted"], list) or len(row["accepted"]) < 2:
+            raise ValueError(
+                f"{where}: 'accepted' needs two programs or more, since tests they disagree on are dropped"
+            )
+        generators = row.get("generators") or []
+        if not isinstance(generators, list) or not all(isinstance(text, str) for text in generators):
+            raise ValueError(f"{where}: 'generators' must be a list of Python texts")
+        programs = [tuple(source(given, where) for given in row[name]) for name in ("accepted", "wrong")]
+        tolerance = row.get("float_tolerance")
+        found[str(row["id"])] = code_cases.Problem(
+            str(row["id"]), row["prompt"], *programs, tuple(generators), tolerance
+        )
+    return list(found.values())
+
+
+def source(given: object, where: str) -> Source:
+    """Returns a program given as Python text or as {language: python or cpp, text}. Raises ValueError for anything else."""
+    if isinstance(given, str):
+        return Source(given, "python")
+    if isinstance(given, dict) and given.get("language") in ("python", "cpp") and isinstance(given.get("text"), str):
+        return Source(given["text"], given["language"])
+    raise ValueError(
+        f"{where}: a program must be Python text or {{language: python or cpp, text}}, not {str(given)[:60]!r}"
+    )
+
+
+def generator_writer(config: Config) -> Judge:
+    """Returns the model of config.judge. Raises ValueError, naming the remedy, without one."""
+    if not config.judge.checkpoint:
+        raise ValueError(
+            f"{config.stage}: rows of {config.data.path} have no 'generators', and no model is given to write them; give "
+            "--config.judge.checkpoint=DIR"
+        )
+    return judging.load(config, sharding.make_mesh(config.mesh))
+
+
+def with_generators(problem: code_cases.Problem, writer: Judge | None, config: Config) -> code_cases.Problem:
+    """Returns the problem with generators: its own, or programs that the model's replies hold."""
+    if problem.generators:
+        return problem
+    keys = [hash64("generator", config.seed, problem.id, n) for n in range(config.build_tests.generators_per_prompt)]
+    [replies] = writer.replies([Request(code_cases.prompt(writer.defused(problem.statement)), tuple(keys))])
+    return replace(problem, generators=generators_of(replies))
+
+
+def generators_of(replies: Iterable[str | None]) -> tuple[str, ...]:
+    """Returns the distinct Python programs in a model's replies; a reply without one (or None) gives none."""
+    programs = [extract_program(reply) for reply in replies if reply]
+    return tuple(dict.fromkeys(program.text for program in programs if program and program.language == "python"))
+
+
+def built_row(problem: code_cases.Problem, config: Config) -> dict:
+    """Returns the row of a problem with its tests and, in `built`, how they came about."""
+    built = code_cases.build(problem, config.build_tests, config.reward, config.seed)
+    tests = {
+        "kind": "stdin-stdout",
+        "cases": [{"input": given, "output": output} for given, output in built.cases],
+        "float_tolerance": problem.float_tolerance,
+    }
+    told = {name: value for name, value in vars(built).items() if name != "cases"}
+    return {
+        "id": problem.id,
+        "task": "code",
+        "prompt": problem.statement,
+        "tests": tests,
+        "built": told | {"generators": len(problem.generators)},
+    }
+
+
+def summary(rows: list[dict]) -> dict[str, int]:
+    """Returns the figures of a run."""
+    return {
+        "rows": len(rows),
+        "rows_with_tests": sum(bool(row["tests"]["cases"]) for row in rows),
+        "inputs": sum(row["built"]["inputs"] for row in rows),
+        "dropped_inputs": sum(row["built"]["dropped"] for row in rows),
+        "tests": sum(len(row["tests"]["cases"]) for row in rows),
+        "wrong_broken": sum(len(row["built"]["broken"]) for row in rows),
+        "wrong_unbroken": sum(len(row["built"]["unbroken"]) for row in rows),
+    }

@@ -1,0 +1,158 @@
+"""Preference pairs for the helpful reward model: a judge compares two replies to a prompt, several times (P2 B.2)."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from r1jax.core import sharding
+from r1jax.data import files, jsonl, preferences
+from r1jax.data.hashing import hash64
+from r1jax.data.problems import Problem
+from r1jax.data.prompts import keyed_permutation
+from r1jax.recipe import common, judging, prompts
+from r1jax.rewards.models.judge import Judge, Judgement, Pair
+from r1jax.rl import rollout
+from r1jax.sampler.engine import Engine
+from r1jax.sampler.sample import SamplingLaw
+from r1jax.sampler.scheduler import RolloutSampler
+from r1jax.schema import Config
+
+
+def run(config: Config, workdir: Path) -> dict:
+    """Writes the kept pairs {id, prompt, chosen, rejected, margin, judgements} of config.data.path to config.output.
+
+    Rows are {id, prompt, responses: [text, ...]}; those without responses are answered by config.model. Returns the numbers
+    of rows, pairs, judged, kept and balanced pairs, the parse rate and the length bias. The output appears when it is complete; a
+    stopped run goes on where it was. Raises ValueError for a bad row, no judge, or when no pair is left.
+    """
+    judging.require_paths(config)
+    judging.require_judge(config)
+    started, folder = time.monotonic(), Path(workdir) / config.stage
+    rows = read(config)
+    key = judging.work_key(config, config.judge.checkpoint, config.model.checkpoint)
+    mesh = sharding.make_mesh(config.mesh)
+    if missing := [row for row in rows if not row["responses"]]:
+        answered = judging.in_parts(folder, f"{key}-answers", missing, answerer(config), "answers")
+        found = {row["id"]: row for row in answered}
+        rows = [found.get(row["id"], row) for row in rows]
+    judge = judging.load(config, mesh)
+    pairs = [vars(pair) for row in rows for pair in pairs_of(row, config.seed)]
+    judged = judging.in_parts(folder, f"{key}-verdicts", pairs, lambda part: compare(judge, part, config), "judgements")
+    kept = [pair for row in judged if (pair := labelled(row, config))]
+    balanced = preferences.balance_lengths(kept, config.seed) if config.preferences.balance_lengths else kept
+    figures = summary(rows, judged, kept, balanced) | {"seconds": round(time.monotonic() - started, 1)}
+    print(json.dumps(figures), file=sys.stderr)
+    if not balanced:
+        raise ValueError(
+            f"{config.stage}: no pair is left of {len(judged)} ({len(kept)} before lengths were balanced, parse rate "
+            f"{figures['parse_rate']:.3f}); give more rows, a better judge or a smaller config.preferences.min_margin"
+        )
+    jsonl.write(config.output, balanced)
+    judging.finish_parts(folder)
+    return figures
+
+
+def read(config: Config) -> list[dict]:
+    """Returns rows {id, prompt, responses}, `responses` a list of two or more distinct texts, or empty where the row has none.
+
+    Raises ValueError with file and line for anything else and for an id given twice.
+    """
+    rows, seen = [], set()
+    for given in files.read(config.data.path, config.data.columns, config.data.max_rows).rows:
+        row, where = given.fields, given.place
+        if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+            raise ValueError(f"{where}: 'prompt' must be one text that is not empty")
+        responses = row.get("responses") or []
+        if not isinstance(responses, list) or not all(isinstance(text, str) and text.strip() for text in responses):
+            raise ValueError(f"{where}: 'responses' must be a list of texts that are not empty")
+        distinct = list(dict.fromkeys(responses))
+        if len(distinct) == 1:
+            raise ValueError(f"{where}: 'responses' holds one text, needs two different ones or none")
+        if row["id"] in seen:
+            raise ValueError(f"{where}: id {row['id']!r} was used before, needs its own")
+        seen.add(row["id"])
+        rows.append({"id": row["id"], "prompt": row["prompt"], "responses": distinct})
+    return rows
+
+
+def answerer(config: Config):
+    """Returns a function that puts config.preferences.responses_per_prompt replies of config.model into rows."""
+    resolved, words, mesh = common.prepare(config)
+    if not config.model.checkpoint:
+        raise ValueError(
+            f"{config.stage}: rows of {config.data.path} have no 'responses', and no model is given to write them; give "
+            "--config.model.checkpoint=DIR"
+        )
+    params = common.load_weights(resolved, mesh, config.model.checkpoint, lambda: None)
+    sampler = RolloutSampler(Engine(resolved.network, resolved.sampler, mesh, words.stop_ids, words))
+    params, given = sampler.engine.load_params(params), resolved.sampler
+    law = SamplingLaw(given.temperature, given.top_p, given.top_k, given.max_new_tokens, words.stop_ids)
+
+    def answer(rows: list[dict]) -> list[dict]:
+        asked = [Problem(row["id"], "", row["prompt"], "") for row in rows]
+        encoded = prompts.encode(asked, resolved, words)
+        draws = [hash64("answers", prompt.problem.id) % 2**32 for prompt in encoded]
+        count = config.preferences.responses_per_prompt
+        requests = rollout.requests_for(encoded, draws, count, law, config.seed, config.stage, "sample")
+        texts: dict[str, list[str]] = {row["id"]: [] for row in rows}
+        drawn = sampler.generate(requests, params)
+        for prompt, sample in zip([p for p in encoded for _ in range(count)], drawn, strict=True):
+            text = prompt.prefill + words.decode(sample.token_ids)
+            if not sample.truncated and text not in texts[prompt.problem.id]:
+                texts[prompt.problem.id].append(text)
+        return [row | {"responses": texts[row["id"]]} for row in rows]
+
+    return answer
+
+
+def pairs_of(row: dict, seed: int) -> list[Pair]:
+    """Returns the replies of a row two by two, each in one pair, in a keyed order; an odd one is left out."""
+    order = keyed_permutation(len(row["responses"]), hash64("pairs", seed, row["id"]))
+    texts = [row["responses"][index] for index in order]
+    return [
+        Pair(f"{row['id']}/{number}", row["prompt"], *texts[2 * number : 2 * number + 2])
+        for number in range(len(texts) // 2)
+    ]
+
+
+def compare(judge: Judge, rows: Sequence[dict], config: Config) -> list[dict]:
+    """Returns the rows of pairs, each with its `judgements`."""
+    found = judge.compare([Pair(**row) for row in rows], config.preferences.judgements)
+    return [row | {"judgements": list(map(vars, given))} for row, given in zip(rows, found, strict=True)]
+
+
+def labelled(row: dict, config: Config) -> dict | None:
+    """Returns the pair as chosen and rejected, or None when its mean margin does not exceed config.preferences.min_margin."""
+    margins = [judgement["margin"] for judgement in row["judgements"]]
+    margin = preferences.mean_margin(margins, config.preferences.min_readable)
+    if margin is None or abs(margin) <= config.preferences.min_margin:
+        return None
+    chosen, rejected = (row["first"], row["second"]) if margin > 0 else (row["second"], row["first"])
+    return {
+        "id": row["id"],
+        "prompt": row["prompt"],
+        "chosen": chosen,
+        "rejected": rejected,
+        "margin": abs(margin),
+        "judgements": row["judgements"],
+    }
+
+
+def summary(rows: list[dict], judged: list[dict], kept: list[dict], balanced: list[dict]) -> dict:
+    """Returns the figures of a run; `shown_first_preferred` is 0.5 for a judge that does not mind the order."""
+    judgements = [Judgement(**judgement) for row in judged for judgement in row["judgements"]]
+    margins = [(-j.margin if j.swapped else j.margin) for j in judgements if j.margin is not None]
+    readable = max(len(margins), 1)
+    return {
+        "rows": len(rows),
+        "pairs": len(judged),
+        "judgements": len(judgements),
+        "parse_rate": len(margins) / max(len(judgements), 1),
+        "shown_first_preferred": sum((m > 0) + 0.5 * (m == 0) for m in margins) / readable,
+        "kept": len(kept),
+        "balanced": len(balanced),
+        **{f"kept_{name}": value for name, value in preferences.length_bias(kept).items()},
+        **{f"balanced_{name}": value for name, value in preferences.length_bias(balanced).items()},
+    }
