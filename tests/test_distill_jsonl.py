@@ -110,7 +110,7 @@ def test_a_students_folder_gives_shape_tokenizer_and_template_and_takes_no_evalu
     assert [row["update"] for row in read(source)] == [1, 2, 3, 4]
     assert launch.main(["--config=export_hf", f"--config.checkpoint={source}", f"--config.output={target}"]) == 0
     assert (target / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
-    assert hf_config.model_config(target, model) == model
+    assert hf_config.model_config(target) == model
     asked = tokenizer.from_folder(target).render_chat([{"role": "user", "content": "q"}])
     assert asked == templates.render("q", "r1_zero", think_prefill=True) and asked.endswith("Assistant:<think>\n")
     assert str(tmp_path) not in (target / "README.md").read_text()

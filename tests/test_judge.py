@@ -228,7 +228,7 @@ def test_missing_judge_and_pairs_that_all_tie_are_named(folder, tmp_path, capsys
 def test_rows_without_replies_are_answered_by_the_model_the_same_in_any_part(folder, tmp_path):
     jsonl.write(tmp_path / "in.jsonl", [{"id": f"row-{n}", "prompt": f"word {n}"} for n in range(6)])
     fields = {
-        **{"data.path": tmp_path / "in.jsonl", "model.checkpoint": folder, "model.compute_dtype": "float32"},
+        **{"data.path": tmp_path / "in.jsonl", "model.checkpoint": folder, "compute.compute_dtype": "float32"},
         **{"sampler.max_prompt_tokens": 128, "sampler.temperature": 5.0, "preferences.responses_per_prompt": 3},
     }
     config = configs.load("preference_pairs", [(name, str(value)) for name, value in fields.items()])

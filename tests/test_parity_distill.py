@@ -56,7 +56,7 @@ def ours(student):
     asked = prompts.encode(
         [prompt.problem for prompt in prompts.load(config, words).held_out[:PROBLEMS]], config, words
     )
-    sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, (words.eos_id,), words))
+    sampler = RolloutSampler(Engine(config.network, config.sampler, mesh, (words.eos_id,), words))
     params = hf.load(target, config.model, mesh, np.float32)
     sampling = SamplingParams(temperature=0.0, max_new_tokens=config.sampler.max_new_tokens, stop_ids=(words.eos_id,))
     with RewardPool(config.reward) as pool:

@@ -31,7 +31,7 @@ from r1jax.report.phases import seconds_by_phase
 from r1jax.rl import losses
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import Config, MeshConfig, ModelConfig, PackConfig, replace
+from r1jax.schema import Config, MeshConfig, Network, PackConfig, replace
 from r1jax.train import sft, step
 
 MODULE = "r1jax.bench.update"
@@ -191,7 +191,7 @@ def start_weights(config: Config) -> tuple[Config, object, decoder.Params]:
     if not folder:
         key = rng.key(config.seed, config.stage, "init")
         return config, mesh, sharding.initialize(decoder.specs(config.model), key, jnp.float32, mesh)
-    config = replace(config, model=hf_config.model_config(Path(folder), config.model))
+    config = replace(config, model=replace(hf_config.model_config(Path(folder)), checkpoint=folder))
     return config, mesh, hf.load(Path(folder), config.model, mesh, jnp.float32)
 
 
@@ -201,11 +201,11 @@ def update_figures(config: Config, given: dict[str, np.ndarray], loss: str, form
     arrays, filled, size = arrays_of(items_of(given, config, loss), config, form)
     chunk = size.trained_chunk
     if loss == "grpo":
-        function = losses.make_loss(config.model, config.grpo, trained_chunk=chunk)
+        function = losses.make_loss(config.network, config.grpo, trained_chunk=chunk)
         arguments = losses.arguments(config.grpo, config.grpo.kl_coef, 1.0)
     else:
-        function, arguments = sft.make_loss(config.model, chunk), np.float32(1 / given["lengths"].sum())
-    trainer = step.Trainer(config.model, config.optimizer, mesh, function, total_updates=2)
+        function, arguments = sft.make_loss(config.network, chunk), np.float32(1 / given["lengths"].sum())
+    trainer = step.Trainer(config.network, config.optimizer, mesh, function, total_updates=2)
     state = trainer.init(params)
     del params
     blank = {name: np.zeros_like(array) for name, array in arrays.items()}
@@ -233,7 +233,7 @@ def prepare_figures(config: Config, samples: Path) -> dict[str, float]:
     config, mesh, params = start_weights(config)
     items = items_of(given, config, "grpo")
     arrays, filled, size = arrays_of(items, config, "packed")
-    scorer = Scorer(config.model, mesh)
+    scorer = Scorer(config.network, mesh)
     scorer(params, arrays, 1, 1.0)
     start = time.perf_counter()
     logps = scorer(params, arrays, filled, 1.0)
@@ -264,14 +264,15 @@ def matmul_peak() -> float:
     return 2 * PEAK_SIDE**3 / best
 
 
-def useful_flops(model: ModelConfig, totals: np.ndarray, trained: int) -> float:
+def useful_flops(network: Network, totals: np.ndarray, trained: int) -> float:
     """Returns what an update needs without padding and without computing anything twice: forward and backward.
 
     6 per weight and token, for the unembedding of the trained tokens alone, and causal attention within each sample;
     `totals` are the samples' tokens, prompts included.
     """
+    model = network.model
     tables = 1 if model.tie_word_embeddings else 2
-    inside = compute.active_parameters(model) - tables * model.vocab_size * model.hidden_size
+    inside = compute.active_parameters(network) - tables * model.vocab_size * model.hidden_size
     width = model.num_attention_heads * model.head_dim
     attention = 6.0 * model.num_hidden_layers * width * float(np.square(totals, dtype=np.float64).sum())
     return 6.0 * (inside * float(totals.sum()) + model.vocab_size * model.hidden_size * trained) + attention
@@ -313,11 +314,11 @@ def split_figures(config: Config, folder: Path) -> dict[str, float]:
 
 def report(config: Config, systems: list[System], found: dict[str, list[dict]], told: dict[str, float]) -> dict:
     """Returns the figures by system, with ratios over the turns, and prints them as a table."""
-    model = config.model
-    if model.checkpoint:
-        model = hf_config.model_config(Path(model.checkpoint), model)
+    network = config.network
+    if folder := config.model.checkpoint:
+        network = replace(network, model=hf_config.model_config(Path(folder)))
     lengths = draw(config)["lengths"]
-    trained, flops = int(lengths.sum()), useful_flops(model, lengths + config.bench.prompt_tokens, int(lengths.sum()))
+    trained, flops = int(lengths.sum()), useful_flops(network, lengths + config.bench.prompt_tokens, int(lengths.sum()))
     out: dict = {"systems": {}, "ratios": {}}
     for system in systems:
         runs = found[system.key]

@@ -159,7 +159,7 @@ def prepare(config: Config, start: Path | None = None) -> tuple[Config, tokenize
     if not folder:
         tokenizer = tokenizers.tiny()
     elif is_hugging_face(folder):
-        shape, tokenizer = _hugging_face(folder, shape)
+        shape, tokenizer = _hugging_face(folder)
     else:
         shape, tokenizer, template = read_model(Path(folder), shape)
         if config.data.template == "auto" and template:
@@ -170,16 +170,17 @@ def prepare(config: Config, start: Path | None = None) -> tuple[Config, tokenize
             "with --config.model.checkpoint=DIR"
         )
     tokenizer = tokenizer.stopping_at(config.sampler.stop_ids)
-    config = replace(config, model=tokenizers.fitted(shape, tokenizer))
-    return config, tokenizer, mesh
+    compute = replace(config.compute, vocab_used=tokenizers.vocab_used(shape, tokenizer))
+    shape = replace(shape, checkpoint=config.model.checkpoint)
+    return replace(config, model=shape, compute=compute), tokenizer, mesh
 
 
-def _hugging_face(folder: str | Path, defaults: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer]:
+def _hugging_face(folder: str | Path) -> tuple[ModelConfig, tokenizers.Tokenizer]:
     """Returns (shape, tokenizer) of a Hugging Face folder, or of a file in one."""
     from r1jax.checkpoints import hf_config
 
     beside = Path(folder).parent if Path(folder).is_file() else Path(folder)
-    return hf_config.model_config(beside, defaults), tokenizers.from_folder(beside)
+    return hf_config.model_config(beside), tokenizers.from_folder(beside)
 
 
 def write_model(folder: Path, config: Config, tokenizer: tokenizers.Tokenizer, template: str) -> None:
@@ -205,35 +206,35 @@ def token_ids(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], int]:
     return list(dict.fromkeys([*ends, *tokenizer.stop_ids])), tokenizer.pad_id if pad is None else pad
 
 
-def read_model(folder: Path, defaults: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer, dict]:
-    """Returns (shape, tokenizer, fields of config.data) of a stage's folder; how it computes is as `defaults` say.
+def read_model(folder: Path, preset: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer, dict]:
+    """Returns (shape, tokenizer, fields of config.data) of a stage's folder; without a record the shape is `preset`.
 
     Raises ValueError for a folder that does not hold them.
     """
     path = folder / MODEL / SHAPE
     if not path.exists():
-        return _model_of_run(folder, defaults)
+        return _model_of_run(folder, preset)
     record = hosts.decide(lambda: json.loads(path.read_text(encoding="utf-8")), name=str(path))
-    return _shape(record["model"], defaults), tokenizers.from_folder(folder / MODEL), record["data"]
+    return model_of(record["model"]), tokenizers.from_folder(folder / MODEL), record["data"]
 
 
-def _model_of_run(folder: Path, defaults: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer, dict]:
+def _model_of_run(folder: Path, preset: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer, dict]:
     """Returns the same of a folder without a record of it: by the config.json of its run, else as the preset has it.
 
-    The run's Hugging Face folder holds its tokenizer: `defaults.checkpoint` names it where it has moved since.
+    The run's Hugging Face folder holds its tokenizer: `preset.checkpoint` names it where it has moved since.
     """
     path = folder / "config.json"
     fields = hosts.decide(lambda: json.loads(path.read_text()) if path.exists() else {}, name=str(path))
     if not fields:
-        return defaults, tokenizers.tiny(), {}
-    moved = defaults.checkpoint if defaults.checkpoint and Path(defaults.checkpoint) != folder else ""
+        return preset, tokenizers.tiny(), {}
+    moved = preset.checkpoint if preset.checkpoint and Path(preset.checkpoint) != folder else ""
     if base := moved or fields.get("model.checkpoint"):
         if not Path(base).exists():
             raise ValueError(
                 f"{folder} was trained from {base}, which holds its tokenizer and is not there; name that folder with "
                 "--config.model.checkpoint=DIR"
             )
-        shape, tokenizer = _hugging_face(base, defaults)
+        shape, tokenizer = _hugging_face(base)
     else:
         nested: dict = {"rope_scaling": {}}
         for name, value in fields.items():
@@ -241,18 +242,19 @@ def _model_of_run(folder: Path, defaults: ModelConfig) -> tuple[ModelConfig, tok
                 nested["rope_scaling"][name.removeprefix("model.rope_scaling.")] = value
             elif name.startswith("model."):
                 nested[name.removeprefix("model.")] = value
-        shape, tokenizer = _shape(nested, defaults), tokenizers.tiny()
+        shape, tokenizer = model_of(nested), tokenizers.tiny()
     return shape, tokenizer, {}
 
 
-def _shape(record: dict, defaults: ModelConfig) -> ModelConfig:
-    """Returns a recorded shape, with the fields that say how it computes taken from `defaults`."""
-    from r1jax.checkpoints.hf_config import RUNTIME_FIELDS
+def model_of(record: dict) -> ModelConfig:
+    """Returns a recorded shape; fields that no longer belong to it are left aside."""
+    scaling = RopeScaling(**record["rope_scaling"])
+    return known_fields(ModelConfig, record | {"rope_scaling": scaling, "checkpoint": ""})
 
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    kept = {name: value for name, value in record.items() if name in known and name not in RUNTIME_FIELDS}
-    kept["rope_scaling"] = RopeScaling(**record["rope_scaling"])
-    return ModelConfig(**kept, **{name: getattr(defaults, name) for name in RUNTIME_FIELDS})
+
+def known_fields(kind: type, record: dict):
+    """Returns a config of `kind` with those of the recorded fields that it has."""
+    return kind(**{field.name: record[field.name] for field in dataclasses.fields(kind) if field.name in record})
 
 
 def is_hugging_face(folder: str | Path) -> bool:
@@ -357,10 +359,7 @@ def shape_hash(model: ModelConfig, *more) -> str:
 
     Only fields that differ from their default count, so a field added later leaves the hash as it was.
     """
-    neutral = dict(compute_dtype="float32", scan_layers=True, moe_implementation="auto", checkpoint="")
-    neutral |= dict(remat=False, remat_policy="nothing", attention_implementation="auto", attention_block=0)
-    neutral |= dict(logprob_implementation="auto", vocab_used=0)
-    text = repr([_chosen(config) for config in (replace(model, **neutral), *more)])
+    text = repr([_chosen(config) for config in (replace(model, checkpoint=""), *more)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

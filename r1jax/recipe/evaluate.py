@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.checkpoints.hf_config import RUNTIME_FIELDS
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import checkpoint, hosts, tree
 from r1jax.core.say import say
@@ -205,7 +204,7 @@ def measurement_key(config: Config, tokenizer: Tokenizer, asked: StagePrompts, p
     """
     questions = [(replace(prompt.problem, place=""), prompt.ids.tolist(), prompt.prefill) for prompt in asked.held_out]
     sampler = replace(config.sampler, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens_schedule=())
-    shape = {name: value for name, value in vars(config.model).items() if name not in (*RUNTIME_FIELDS, "checkpoint")}
+    shape = {name: value for name, value in vars(config.model).items() if name != "checkpoint"}
     weightless = replace(config.reward, **dict.fromkeys(PART_NAMES, 0.0), workers=0, cache_entries=0)
     settings = (
         config.evaluation,
@@ -214,7 +213,7 @@ def measurement_key(config: Config, tokenizer: Tokenizer, asked: StagePrompts, p
         config.seed,
         tuple(asked.source.reflective_words),
     )
-    drawn = settings, shape, config.model.compute_dtype, _tokenizer_digest(tokenizer), tree.digest(params)
+    drawn = settings, shape, config.compute.compute_dtype, _tokenizer_digest(tokenizer), tree.digest(params)
     return hashlib.sha256(repr((drawn, weightless, lineage.grader_digests(config), questions)).encode()).hexdigest()
 
 
@@ -291,7 +290,7 @@ def evaluate(
     if settings.max_problems:
         held_out = held_out[: settings.max_problems]
     config = replace(config, stage="evaluate")
-    sampler = build_sampler(config.model, config.sampler, mesh, tokenizer)
+    sampler = build_sampler(config.network, config.sampler, mesh, tokenizer)
     params = sampler.engine.load_params(params)
     sampling, size, k = evaluation_params(config, tokenizer), settings.samples_per_problem, settings.consensus_samples
     with RewardPool(config.reward) as pool:

@@ -17,10 +17,10 @@ from r1jax.core.sharding import use_mesh
 from r1jax.data import templates
 from r1jax.models import decoder
 from r1jax.recipe import common, lineage, prompts
-from r1jax.schema import Config, ModelConfig, replace
+from r1jax.schema import ComputeConfig, Config, ModelConfig, Network, replace
 
 # Of the run's config.json: what an export must agree with.
-RUN_FIELDS = ("model.", "data.", "sampler.stop_ids")
+RUN_FIELDS = ("model.", "compute.", "data.", "sampler.stop_ids")
 PATHS = ("model.checkpoint", "data.path", "distill.examples", "coldstart.teacher", "inputs", "checkpoint", "output")
 # A conversation as templates.flat writes it: system texts, then one turn as it is, or every turn under its role. A last
 # turn of the assistant is what such a prompt asks for, and no part of it.
@@ -64,7 +64,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
             figures["tensors"] = len(list(files))
         figures["files"] = len(list(folder.glob("*.safetensors")))
         if config.export.verify:
-            figures["logit_difference"] = verify(folder, params, own.model, mesh, kind)
+            figures["logit_difference"] = verify(folder, params, own.network, mesh, kind)
 
     about = card(source, fields, target.name)
     hf_export.save(target, params, own.model, tokenizer, kind, about, check=check, end_ids=ends, pad_id=pad)
@@ -121,15 +121,15 @@ def chat_template(config: Config, tokenizer: Tokenizer) -> str:
     return f"{told}{before}{FLAT}{after}"
 
 
-def verify(folder: Path, params: decoder.Params, model: ModelConfig, mesh: Mesh, dtype: str) -> float:
+def verify(folder: Path, params: decoder.Params, network: Network, mesh: Mesh, dtype: str) -> float:
     """Returns max |logit before - after| on random tokens, as a fraction of the largest logit; 0 for float32.
 
     Reads the folder back with a second copy of the weights on the devices. Raises ValueError when a weight does not
     have the bits of the one here after rounding to `dtype` (`fp8`: quantised and multiplied out again), or when
     config.json describes a model that computes something else.
     """
-    model = replace(model, compute_dtype="float32")
-    shape = hf_config.model_config(folder, model)
+    model, compute = network.model, replace(network.compute, compute_dtype="float32")
+    shape = hf_config.model_config(folder)
     back = hf.load(folder, shape, mesh, jnp.float32)
     before, after = hf_export.Leaves(params), hf_export.Leaves(back)
     for tensor in hf_export.tensors(model, dtype):
@@ -138,20 +138,22 @@ def verify(folder: Path, params: decoder.Params, model: ModelConfig, mesh: Mesh,
         kept = hf_export.read_back(tensor, before.value(tensor))
         if not np.array_equal(kept.view(np.uint32), after.value(tensor).view(np.uint32)):
             raise ValueError(f"export_hf: {tensor.name} reads back differently; nothing was kept")
-    reread, same_weights, original = (_logits(*pair, mesh) for pair in ((back, shape), (back, model), (params, model)))
+    reread, same_weights, original = (
+        _logits(*pair, compute, mesh) for pair in ((back, shape), (back, model), (params, model))
+    )
     if not np.array_equal(reread, same_weights):
         raise ValueError("export_hf: config.json, read back, computes other logits; nothing was kept")
     return float(np.abs(reread - original).max() / np.abs(original).max())
 
 
-def _logits(params: decoder.Params, model: ModelConfig, mesh: Mesh) -> np.ndarray:
+def _logits(params: decoder.Params, model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> np.ndarray:
     """Returns the logits [2, 24, V] of two rows of random tokens."""
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, 24)).astype(np.int32)
     places = np.tile(np.arange(24, dtype=np.int32), (2, 1))
 
     @jax.jit
     def run(params: decoder.Params) -> jax.Array:
-        hidden, _, _ = decoder.forward(params, tokens, places, np.ones_like(tokens), model)
+        hidden, _, _ = decoder.forward(params, tokens, places, np.ones_like(tokens), Network(model, compute))
         return decoder.logits(params, hidden)
 
     with use_mesh(mesh):

@@ -61,7 +61,7 @@ def run(
     tokens = sum(len(item.tokens) for item in items) * resolved.sft.epochs
     figures = {"seconds": round(time.monotonic() - started, 1), "examples": len(items), "tokens": tokens}
     figures |= {"loss": loss, "left_out": {TOO_LONG: len(every) - len(items)}}
-    figures["compute"] = compute.of_fine_tuning(tokens, resolved.model)
+    figures["compute"] = compute.of_fine_tuning(tokens, resolved.network)
     if asked:
         figures["data"] = asked.counts
         figures |= evaluate.before_and_after(resolved, tokenizer, mesh, asked, trained, workdir, folder.path)
@@ -95,8 +95,8 @@ def fine_tune(config: Config, mesh: Mesh, items: list[PackItem], params, folder:
         len(items), settings.epochs, settings.examples_per_update, config.stage, config.seed
     )
     updates = len(chosen)
-    loss = sft.make_loss(config.model, config.pack.trained_chunk)
-    trainer = step.Trainer(config.model, config.optimizer, mesh, loss, updates)
+    loss = sft.make_loss(config.network, config.pack.trained_chunk)
+    trainer = step.Trainer(config.network, config.optimizer, mesh, loss, updates)
     most_rows = max(sft.rows_of([items[i] for i in some], config.pack) for some in chosen)
     micro_batches = -(-most_rows // config.pack.rows_per_micro_batch)
     shards = sharding.row_shards(config.pack.rows_per_micro_batch, config.mesh)

@@ -18,7 +18,7 @@ from r1jax.rewards import compose
 from r1jax.rewards.models.judge import Judge
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.sampler.build import build_sampler
-from r1jax.schema import Config, ModelConfig, replace
+from r1jax.schema import ComputeConfig, Config, Network, replace
 
 ROWS_PER_PART = 64  # rows that a stopped run loses at most
 
@@ -46,11 +46,11 @@ def load(config: Config, mesh: Mesh) -> Judge:
     require_judge(config)
     folder = config.judge.checkpoint
     beside = Path(folder).parent if Path(folder).is_file() else Path(folder)
-    model = hf_config.model_config(beside, ModelConfig(compute_dtype=config.judge.compute_dtype))
+    model = hf_config.model_config(beside)
     words = tokenizer.from_folder(beside).stopping_at(config.judge.sampler.stop_ids)
-    model = tokenizer.fitted(model, words)
-    sampler = build_sampler(model, config.judge.sampler, mesh, words)
-    params = sampler.engine.load_params(hf.load(folder, model, mesh, jnp.dtype(model.compute_dtype)))
+    compute = ComputeConfig(compute_dtype=config.judge.compute_dtype, vocab_used=tokenizer.vocab_used(model, words))
+    sampler = build_sampler(Network(model, compute), config.judge.sampler, mesh, words)
+    params = sampler.engine.load_params(hf.load(folder, model, mesh, jnp.dtype(compute.compute_dtype)))
     return Judge(sampler, params, words, "chat" if words.chat_template else "plain", config.seed)
 
 

@@ -15,7 +15,7 @@ from r1jax.data.packing import PackItem, pack
 from r1jax.data.prompts import keyed_permutation
 from r1jax.models import decoder
 from r1jax.recipe import common, training
-from r1jax.schema import Config, ModelConfig, replace
+from r1jax.schema import AuxiliaryConfig, Config, ModelConfig, replace
 from r1jax.train import sft, step
 
 FOURIER_PERIODS = (2, 3, 5, 7, 9, 10, 20, 50, 100, 200)
@@ -42,7 +42,7 @@ def pretrain(config: Config, workdir: Path) -> dict:
     config, tokenizer, mesh = common.prepare(config)
     folder.start({})
     trainer = step.Trainer(
-        config.model, config.optimizer, mesh, sft.make_loss(config.model), total_updates=config.pretrain.updates
+        config.network, config.optimizer, mesh, sft.make_loss(config.network), total_updates=config.pretrain.updates
     )
     rows, items = packed_corpus(config, tokenizer)
     started, total = time.monotonic(), config.pretrain.updates
@@ -123,8 +123,9 @@ def with_fourier_numbers(params: decoder.Params, model: ModelConfig) -> decoder.
 
 
 def base_key(config: Config) -> str:
-    """Returns the hash of what a shipped base depends on: shape, corpus settings, optimiser, packing and seed 0."""
-    return common.shape_hash(config.model, config.pretrain, config.optimizer, config.pack)
+    """Returns the hash of what a shipped base depends on: shape, corpus settings, optimiser, packing, losses beside and seed 0."""
+    beside = [config.auxiliary] if config.auxiliary != AuxiliaryConfig() else []
+    return common.shape_hash(config.model, config.pretrain, config.optimizer, config.pack, *beside)
 
 
 def asset_path(preset: str) -> Path:

@@ -29,7 +29,7 @@ def examples(
     """
     asked = tasks.preference_prompts() if kind == "helpful" else tasks.safety_prompts()
     encoded = prompts.encode(asked, config, tokenizer)
-    sampler = build_sampler(config.model, config.sampler, mesh, tokenizer)
+    sampler = build_sampler(config.network, config.sampler, mesh, tokenizer)
     sampling = SamplingParams(max_new_tokens=config.sampler.max_new_tokens, stop_ids=tokenizer.stop_ids)
     drawn: list[Response] = []
     with RewardPool(config.reward) as pool:

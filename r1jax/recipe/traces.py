@@ -45,7 +45,7 @@ def sample(
     They are graded by `pool`, which stays open, or else by the rule verifiers.
     """
     order = keyed_permutation(len(train), hash64(config.stage, config.seed, "prompts"))[:count]
-    sampler = build_sampler(config.model, config.sampler, mesh, tokenizer)
+    sampler = build_sampler(config.network, config.sampler, mesh, tokenizer)
     longest = config.sampler.max_new_tokens
     sampling = SamplingParams(temperature, max_new_tokens=longest, stop_ids=tokenizer.stop_ids)
     with contextlib.nullcontext(pool) if pool else RewardPool(config.reward) as pool:

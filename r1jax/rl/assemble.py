@@ -57,7 +57,7 @@ def _source_ahead(run: RunState, sampling: Sampling, journal: Journal) -> Source
     shared = set(run.mesh.devices.flat) & set(sampling.inputs.sampler_mesh.devices.flat)
     if shared:
         raise ValueError(f"disaggregated: {len(shared)} devices are in config.mesh and in config.sampler_mesh")
-    snapshot = tree.copier(run.config.model.compute_dtype, run.trainer.param_shardings)
+    snapshot = tree.copier(run.config.compute.compute_dtype, run.trainer.param_shardings)
     placed = sampling.sampler.engine.param_shardings
     # The copy to the sampler's devices runs beside what follows.
     return SourceAhead(run, sampling, lambda: jax.device_put(snapshot(run.params), placed), journal.holds)

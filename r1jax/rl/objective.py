@@ -75,7 +75,7 @@ class GroupObjective(Objective):
 
     def __init__(self, config: Config):
         self.config, self.fields = config, losses.fields(config.grpo)
-        self.loss = losses.make_loss(config.model, config.grpo, trained_chunk=config.pack.trained_chunk)
+        self.loss = losses.make_loss(config.network, config.grpo, trained_chunk=config.pack.trained_chunk)
 
     def advantages(self, rollout: Rollout, start: int) -> Advantages:
         """Returns advantages over whole groups, so before samples are split into mini-batches."""

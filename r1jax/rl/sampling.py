@@ -25,7 +25,7 @@ class Sampling:
         self.pool: RewardPool | None = None  # between `open` and `close`
         mesh = inputs.sampler_mesh or inputs.mesh
         record_experts = config.grpo.routing_replay  # nothing else reads the experts of a rollout
-        self.sampler = build_sampler(config.model, config.sampler, mesh, inputs.tokenizer, record_experts)
+        self.sampler = build_sampler(config.network, config.sampler, mesh, inputs.tokenizer, record_experts)
 
     def open(self) -> None:
         self.pool = RewardPool(self.config.reward)

@@ -63,11 +63,11 @@ class RunState:
     def __init__(self, config: Config, inputs: RunInputs, loss: step.Loss):
         self.config, self.mesh = config, inputs.mesh
         offloaded = config.grpo.offload_reference
-        self.trainer = step.Trainer(config.model, config.optimizer, inputs.mesh, loss, config.grpo.updates)
-        self.scorer = Scorer(config.model, inputs.mesh, offloaded=offloaded)
+        self.trainer = step.Trainer(config.network, config.optimizer, inputs.mesh, loss, config.grpo.updates)
+        self.scorer = Scorer(config.network, inputs.mesh, offloaded=offloaded)
         placed = self.trainer.param_shardings
         self.reference_shardings = sharding.on_host(placed) if offloaded else placed
-        self._copy = tree.copier(config.model.compute_dtype, self.reference_shardings)
+        self._copy = tree.copier(config.compute.compute_dtype, self.reference_shardings)
         self.state, self.reference, self.cursor = self.trainer.init(inputs.params), None, Cursor()
         self.store = CheckpointStore(inputs.folder / "checkpoints", config.checkpointing.keep)
         self.programs = runtime.ProgramSet()

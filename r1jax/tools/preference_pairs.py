@@ -84,7 +84,7 @@ def answerer(config: Config):
             "--config.model.checkpoint=DIR"
         )
     params = common.load_weights(resolved, mesh, config.model.checkpoint, lambda: None)
-    sampler = build_sampler(resolved.model, resolved.sampler, mesh, words)
+    sampler = build_sampler(resolved.network, resolved.sampler, mesh, words)
     params = sampler.engine.load_params(params)
     sampling = sampling_params(resolved.sampler, words.stop_ids)
 
