@@ -18,7 +18,7 @@ from r1jax.recipe.progress import Progress
 from r1jax.report import curves
 from r1jax.rewards import plugins
 from r1jax.rewards.models.reward_model import RewardModel
-from r1jax.rl import losses
+from r1jax.rl import losses, settings
 from r1jax.rl.assemble import Training, assemble
 from r1jax.rl.objective import Objective
 from r1jax.rl.rollout import EncodedPrompt, Mixture, PromptPhases
@@ -95,8 +95,9 @@ def make_training(
     if config.mode == "disaggregated":
         distributed.require_one("config.mode=disaggregated")
         more["sampler_mesh"] = sampler_mesh(config, mesh)
-    phases = PromptPhases(training, later, config)
-    return assemble(config, RunInputs(tokenizer, mesh, phases, params, folder, **more), objective)
+    run = settings.of_config(config)
+    phases = PromptPhases(training, later, run)
+    return assemble(run, RunInputs(tokenizer, mesh, phases, params, folder, **more), objective)
 
 
 def sampler_mesh(config: Config, mesh: Mesh) -> Mesh:
