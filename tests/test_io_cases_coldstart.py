@@ -91,7 +91,7 @@ def test_every_model_and_file_that_examples_are_made_from_is_an_input(name, tmp_
         "judge.checkpoint": judge,
     }
     config = configs.load("stage1_coldstart", [(field, str(value)) for field, value in fields.items()])
-    before = stage1_coldstart.inputs(config)
+    before = stage1_coldstart.inputs(config.stage, config.coldstart, config.judge)
     changed = {"teacher": teacher, "prompted_model": model, "examples": rows, "judge": judge}[name]
     if name == "examples":
         jsonl.write(rows, [{"prompt": "p", "response": "another"}])
@@ -99,7 +99,7 @@ def test_every_model_and_file_that_examples_are_made_from_is_an_input(name, tmp_
         (judge / "config.json").write_text('{"a": 1}')
     else:
         (changed / "DONE").write_text(json.dumps({"output": "another"}))
-    after = stage1_coldstart.inputs(config)
+    after = stage1_coldstart.inputs(config.stage, config.coldstart, config.judge)
     assert {path for path in before if before[path] != after[path]} == {str(changed)}
 
 

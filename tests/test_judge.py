@@ -308,7 +308,9 @@ def test_stage_three_keeps_of_the_wider_pool_what_judge_and_checks_accept(wider,
     problems = linear_prompts("train")[:4]
     rows = [{"id": f"open-{p.id}", "prompt": p.text, "answer": p.reference, "language": p.language} for p in problems]
     jsonl.write(config.rejection.judged_prompts, rows)
-    train = prompts.encode(linear_prompts("train")[100:110], config, words)
+    train = prompts.encode(
+        linear_prompts("train")[100:110], config.stage, config.model, config.data, config.sampler, words
+    )
     found, counts = stage3_rejection_sft.collect(config, words, mesh, train, tmp_path)
     drawn = wider_pool.sample(config, words, mesh, params, {})
     checks = [*traces.basic_checks(1.0), *stage3_rejection_sft.readable(config.rejection)]
@@ -322,12 +324,12 @@ def test_stage_three_keeps_of_the_wider_pool_what_judge_and_checks_accept(wider,
 def test_wider_pool_is_off_without_a_file_and_an_input_of_the_stage_with_one(wider, tmp_path):
     config = wider[0]
     off = configs.load("stage3_rejection_sft")
-    assert wider_pool.inputs(off) == {} and wider_pool.sample(off, *wider[1:], {}) == []
+    assert wider_pool.inputs(off.stage, off.rejection, off.judge) == {} and wider_pool.sample(off, *wider[1:], {}) == []
     path = config.rejection.judged_prompts
-    before = wider_pool.inputs(config)
+    before = wider_pool.inputs(config.stage, config.rejection, config.judge)
     assert set(before) == {path, config.judge.checkpoint}
     jsonl.write(path, [{"id": "x", "prompt": "tell x :", "answer": "x"}])
-    assert wider_pool.inputs(config)[path] != before[path]
+    assert wider_pool.inputs(config.stage, config.rejection, config.judge)[path] != before[path]
     with pytest.raises(ValueError, match="judged_prompts=a.jsonl needs a judge: set judge.checkpoint"):
         configs.load("stage3_rejection_sft", [("rejection.judged_prompts", "a.jsonl")])
 

@@ -29,7 +29,7 @@ from r1jax.report import table
 from r1jax.rl import losses
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import Config, MeshConfig, Network, PackConfig, replace
+from r1jax.schema import BenchConfig, Config, GRPOConfig, MeshConfig, ModelConfig, Network, PackConfig, replace
 from r1jax.train import sft, step
 
 MODULE = "r1jax.bench.update"
@@ -65,7 +65,7 @@ def run(config: Config, workdir: Path) -> dict:
     system does not tell a process its memory, for an interpreter that is not there, or when a measurement ends early.
     """
     measure.require_memory_figures("bench_update")
-    systems = systems_of(config)
+    systems = systems_of(config.model, config.bench)
     folder = Path(workdir) / config.stage
     folder.mkdir(parents=True, exist_ok=True)
     allowed = os.sched_getaffinity(0)
@@ -77,7 +77,7 @@ def run(config: Config, workdir: Path) -> dict:
         found: dict[str, list[dict]] = {system.key: [] for system in systems}
         for turn in range(config.bench.repeats):
             for system in systems:
-                figures = _run(system, config, folder)
+                figures = _run(system, config.model, config.bench, folder)
                 found[system.key].append(figures)
                 print(f"turn {turn + 1}: {system.key} {figures['seconds']:.1f} s", file=sys.stderr, flush=True)
         split = _own(folder, "split", what="the GRPO steps") if config.bench.split_updates else {}
@@ -86,9 +86,9 @@ def run(config: Config, workdir: Path) -> dict:
     return report(config, systems, found, told) | ({"split": split} if split else {})
 
 
-def systems_of(config: Config) -> list[System]:
+def systems_of(model: ModelConfig, bench: BenchConfig) -> list[System]:
     """Returns what is measured, in the order of a turn; ValueError for an interpreter that does not exist."""
-    bench, found = config.bench, []
+    found = []
     for loss in bench.losses:
         if loss not in ("grpo", "sft"):
             raise ValueError(f"bench_update: config.bench.losses has '{loss}', which is neither grpo nor sft")
@@ -103,7 +103,7 @@ def systems_of(config: Config) -> list[System]:
         if peer.loss not in bench.losses:
             continue
         field = "tunix_python" if peer.name == "tunix" else "trl_python"
-        if not peer.python or not config.model.checkpoint:
+        if not peer.python or not model.checkpoint:
             why = f"config.bench.{field} is empty" if not peer.python else "config.model.checkpoint is empty"
             print(f"bench_update: {why}, so {peer.key} is left out", file=sys.stderr)
             continue
@@ -143,10 +143,10 @@ def draw(config: Config) -> dict[str, np.ndarray]:
     }
 
 
-def items_of(given: dict[str, np.ndarray], config: Config, loss: str) -> list[PackItem]:
+def items_of(given: dict[str, np.ndarray], grpo: GRPOConfig, bench: BenchConfig, loss: str) -> list[PackItem]:
     """Returns the samples for packing, with what the loss takes of each token; without log-probs those are 0."""
     lengths = given["lengths"]
-    weights = losses.token_weights(lengths, config.grpo, config.bench.longest_tokens)
+    weights = losses.token_weights(lengths, grpo, bench.longest_tokens)
     zeros = np.zeros(given["response_ids"].shape, np.float32)
     items = []
     for index, length in enumerate(lengths):
@@ -197,7 +197,7 @@ def start_weights(config: Config) -> tuple[Config, object, decoder.Params]:
 def update_figures(config: Config, given: dict[str, np.ndarray], loss: str, form: str) -> dict[str, float]:
     """Returns the time of one update in this process, its loss and gradient norm, and the process's peak memory."""
     config, mesh, params = start_weights(config)
-    arrays, filled, size = arrays_of(items_of(given, config, loss), config, form)
+    arrays, filled, size = arrays_of(items_of(given, config.grpo, config.bench, loss), config, form)
     chunk = size.trained_chunk
     if loss == "grpo":
         function = losses.make_loss(config.network, config.grpo, trained_chunk=chunk)
@@ -230,7 +230,7 @@ def prepare_figures(config: Config, samples: Path) -> dict[str, float]:
     """
     given = dict(np.load(samples))
     config, mesh, params = start_weights(config)
-    items = items_of(given, config, "grpo")
+    items = items_of(given, config.grpo, config.bench, "grpo")
     arrays, filled, size = arrays_of(items, config, "packed")
     scorer = Scorer(config.network, mesh)
     scorer(params, arrays, 1, 1.0)
@@ -354,14 +354,14 @@ def _own(folder: Path, *arguments: str, what: str) -> dict:
     return measure.in_own_process(MODULE, str(folder), *arguments, what=what)
 
 
-def _run(system: System, config: Config, folder: Path) -> dict[str, float]:
+def _run(system: System, model: ModelConfig, bench: BenchConfig, folder: Path) -> dict[str, float]:
     """Returns the figures of one run of a system."""
     if not system.python:
         return _own(folder, "update", system.loss, system.form, what=system.key)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"OMP_NUM_THREADS": str(config.bench.threads), "TOKENIZERS_PARALLELISM": "false"}
-    command = [system.python, str(PEERS / system.script), str(folder / "samples.npz"), config.model.checkpoint]
-    command += [str(system.micro_batch), str(config.bench.threads)]
+    environment |= {"OMP_NUM_THREADS": str(bench.threads), "TOKENIZERS_PARALLELISM": "false"}
+    command = [system.python, str(PEERS / system.script), str(folder / "samples.npz"), model.checkpoint]
+    command += [str(system.micro_batch), str(bench.threads)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"bench_update: {system.key}: {(done.stderr.strip() or 'was killed').splitlines()[-1]}")

@@ -9,7 +9,7 @@ from r1jax.data import files, jsonl
 from r1jax.recipe import common, example_files, fine_tuning, lineage
 from r1jax.recipe.drafts import Counts, Draft, tally, tell
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import Config
+from r1jax.schema import Config, DistillConfig, RewardConfig
 
 SOURCE = "stage3_rejection_sft"
 
@@ -27,7 +27,7 @@ def run(config: Config, workdir: Path) -> dict:
 
     def graded(*given) -> tuple[list[dict], Counts]:
         example_files.say(example_files.remarks(path, drafts, notes))
-        return of_file(drafts, config)
+        return of_file(drafts, config.stage, config.reward, config.distill)
 
     return fine_tuning.run(config, workdir, (), graded, {path: files.digest(path)})
 
@@ -42,14 +42,14 @@ def collect(
     return rows, counts
 
 
-def of_file(drafts: list[Draft], config: Config) -> tuple[list[dict], Counts]:
+def of_file(drafts: list[Draft], stage: str, reward: RewardConfig, distill: DistillConfig) -> tuple[list[dict], Counts]:
     """Returns (rows of a file without those that their task's grader finds wrong, counts by task); all with distill.grade=false."""
     counts: Counts = {}
     tally(counts, "rows", (draft.task for draft in drafts))
-    if config.distill.grade:
-        drafts = example_files.right(drafts, config, counts)
+    if distill.grade:
+        drafts = example_files.right(drafts, reward, counts)
     tally(counts, "kept", (draft.task for draft in drafts))
-    tell(config.stage, counts)
+    tell(stage, counts)
     return [draft.row() for draft in drafts], counts
 
 

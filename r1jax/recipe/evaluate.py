@@ -29,7 +29,7 @@ from r1jax.rl.rollout import EncodedPrompt
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.schema import Config, replace
+from r1jax.schema import Config, EvalConfig, SamplerConfig, replace
 
 COLUMNS = (
     "checkpoint",
@@ -74,9 +74,9 @@ def run(config: Config, workdir: Path) -> dict:
     config = replace(config, model=replace(config.model, checkpoint=config.checkpoint))
     resolved, tokenizer, mesh = common.prepare(as_trained(config))
     asked = prompts.load_held_out(resolved, tokenizer)
-    template_check.check(resolved, tokenizer, asked.held_out)
+    template_check.check(resolved.stage, resolved.data, resolved.reward, tokenizer, asked.held_out)
     started = time.monotonic()
-    params = common.load_weights(resolved, mesh, config.checkpoint, lambda: None)
+    params = common.load_weights(resolved.model, mesh, config.checkpoint, lambda: None)
     figures, responses = evaluate(resolved, tokenizer, mesh, asked.held_out, params, asked.source.reflective_words)
     figures["data"] = asked.counts
     figures["seconds"] = round(time.monotonic() - started, 1)
@@ -88,14 +88,14 @@ def run(config: Config, workdir: Path) -> dict:
     checkpoint.write_json(folder / common.INPUTS, {"inputs": made_from})
     checkpoint.write_json(folder / "figures.json", figures)
     print_figures([{"checkpoint": name, **figures}])
-    say_left_out(resolved, asked, int(figures["problems"]))
-    write_report(resolved, workdir, name, {name: figures, "seconds": figures["seconds"]})
+    say_left_out(resolved.evaluation, asked, int(figures["problems"]))
+    write_report(resolved.stage, workdir, name, {name: figures, "seconds": figures["seconds"]})
     return figures
 
 
-def say_left_out(config: Config, asked: StagePrompts, measured: int) -> None:
+def say_left_out(evaluation: EvalConfig, asked: StagePrompts, measured: int) -> None:
     """Prints how many of the rows of the files the figures are of, and why not of the others."""
-    counts, most = asked.counts, config.evaluation.max_problems
+    counts, most = asked.counts, evaluation.max_problems
     if not distributed.is_writer():
         return
     every = counts.get("rows", len(asked.held_out))
@@ -116,10 +116,10 @@ def as_trained(config: Config) -> Config:
     Of files that they have read, also such as have changed since, only what they held out is evaluated; of other files
     everything. Raises ValueError where that differs between the files of config.data.path, and where they held nothing out.
     """
-    if not problems.has_files(config) or config.data.eval_path:
+    if not problems.has_files(config.data) or config.data.eval_path:
         return config
     trained = distributed.decide(_trained_on, Path(config.checkpoint), name=f"what {config.checkpoint} was trained on")
-    given = problems.digests(config)
+    given = problems.digests(config.data)
     keys = {path: {given[path], str(Path(path).resolve())} & trained.keys() for path in given}
     seen = [path for path in given if keys[path]]
     if not seen:
@@ -211,7 +211,7 @@ def measurement_key(config: Config, tokenizer: Tokenizer, asked: StagePrompts, p
     settings = (
         config.evaluation,
         sampler,
-        sampling_law(config, tokenizer),
+        sampling_law(config.sampler, config.evaluation, tokenizer),
         config.seed,
         tuple(asked.source.reflective_words),
     )
@@ -268,10 +268,9 @@ def before_and_after(
     return figures
 
 
-def sampling_law(config: Config, tokenizer: Tokenizer) -> SamplingLaw:
+def sampling_law(sampler: SamplerConfig, evaluation: EvalConfig, tokenizer: Tokenizer) -> SamplingLaw:
     """Returns how the samples of an evaluation are drawn: config.evaluation has a law of its own."""
-    settings = config.evaluation
-    return SamplingLaw(settings.temperature, settings.top_p, 0, config.sampler.max_new_tokens, tokenizer.stop_ids)
+    return SamplingLaw(evaluation.temperature, evaluation.top_p, 0, sampler.max_new_tokens, tokenizer.stop_ids)
 
 
 def evaluate(
@@ -294,7 +293,8 @@ def evaluate(
     config = replace(config, stage="evaluate")
     sampler = RolloutSampler(Engine(config.network, config.sampler, mesh, tokenizer.stop_ids, tokenizer))
     params = sampler.engine.load_params(params)
-    law, size, k = sampling_law(config, tokenizer), settings.samples_per_problem, settings.consensus_samples
+    law, size = sampling_law(config.sampler, settings, tokenizer), settings.samples_per_problem
+    k = settings.consensus_samples
     with RewardPool(config.reward) as pool:
         ask = functools.partial(respond, config, tokenizer, sampler, pool)
         sampled = ask(held_out, params, law, size, "evaluate")
@@ -361,13 +361,13 @@ def is_evaluation(value: Any) -> bool:
     return isinstance(value, dict) and "pass@1_se" in value
 
 
-def write_report(config: Config, workdir: Path, name: str, figures: dict) -> None:
+def write_report(stage: str, workdir: Path, name: str, figures: dict) -> None:
     """Writes report.html of a single stage, whose result is called `name`, into its folder; process 0 alone does."""
     if distributed.is_writer():
         measured = {key: value for key, value in figures.items() if is_evaluation(value)}
         summary = {"checkpoints": measured, "wall_s": figures["seconds"]}
-        path = Path(workdir) / config.stage / "report.html"
-        html.write_run(path, summary, html.collect(Path(workdir), {config.stage: name}))
+        path = Path(workdir) / stage / "report.html"
+        html.write_run(path, summary, html.collect(Path(workdir), {stage: name}))
 
 
 def print_figures(rows: list[dict]) -> None:

@@ -9,7 +9,7 @@ from r1jax.data import files, turns
 from r1jax.data.problems import SCENARIOS, Problem, is_countdown, read_prompt
 from r1jax.recipe.drafts import NO_TASK, Counts, Draft, grade, tally
 from r1jax.rewards import compose, plugins, references, rules
-from r1jax.schema import KINDS, Config
+from r1jax.schema import KINDS, Config, RewardConfig
 
 UNGRADED, WRONG, UNSCORABLE = "not graded", "wrong", "no verdict"
 
@@ -36,7 +36,9 @@ def draft(row: files.Row, path: str, config: Config, task: str = "") -> Draft:
         raise ValueError(f"{row.place}: field 'response' is empty, text is needed")
     task = fields.get("task") or task
     task = "countdown" if task == "math" and is_countdown(fields) else task
-    gradable = task in compose.graders(config.reward) and task not in SCENARIOS and _has_reference(task, fields, config)
+    gradable = (
+        task in compose.graders(config.reward) and task not in SCENARIOS and _has_reference(task, fields, config.reward)
+    )
     try:
         problem = Problem(
             id=fields["id"],
@@ -62,9 +64,9 @@ def check_kind(kind: Any) -> str:
     return kind
 
 
-def _has_reference(task: str, fields: dict, config: Config) -> bool:
+def _has_reference(task: str, fields: dict, reward: RewardConfig) -> bool:
     """Returns whether a row holds what its task's grader compares with."""
-    if task in plugins.parse(config.reward.graders):
+    if task in plugins.parse(reward.graders):
         return True
     return any(fields.get(name) not in (None, "") for name in references.NEEDS.get(task, references.ANY))
 
@@ -77,9 +79,9 @@ def _conversation(fields: dict, problem: Problem) -> tuple[dict, ...]:
     return tuple(spoken) if earlier and same and spoken[-1]["content"] == fields["response"] else ()
 
 
-def right(drafts: Sequence[Draft], config: Config, counts: Counts) -> list[Draft]:
+def right(drafts: Sequence[Draft], reward: RewardConfig, counts: Counts) -> list[Draft]:
     """Returns the drafts without those that their row's own grader finds wrong; what cannot be graded stays. All are counted by task."""
-    scores = grade(drafts, config)
+    scores = grade(drafts, reward)
     verdicts = [
         UNGRADED
         if score is None

@@ -10,15 +10,15 @@ from r1jax.data.hashing import hash64
 from r1jax.data.prompts import keyed_permutation
 from r1jax.recipe import editing, example_files, judging, problems
 from r1jax.recipe.drafts import Counts, Draft, tally
-from r1jax.schema import KINDS, Config
+from r1jax.schema import KINDS, Config, JudgeConfig, RejectionConfig
 
 GENERAL, NO_KIND = "general", "no kind"
 
 
-def inputs(config: Config) -> dict[str, str]:
+def inputs(stage: str, rejection: RejectionConfig, judge: JudgeConfig) -> dict[str, str]:
     """Returns {file or folder: digest} of config.rejection.general_path and of the editor. ValueError for a missing one."""
-    paths = problems.paths(config.rejection.general_path)
-    return {path: files.digest(path) for path in paths} | judging.editor_inputs(config, config.rejection.editor)
+    paths = problems.paths(rejection.general_path)
+    return {path: files.digest(path) for path in paths} | judging.editor_inputs(stage, judge, rejection.editor)
 
 
 def chosen(config: Config, mesh: Mesh, wanted: int, counts: Counts) -> list[dict]:
@@ -26,7 +26,7 @@ def chosen(config: Config, mesh: Mesh, wanted: int, counts: Counts) -> list[dict
 
     counts["general"] and counts["general by kind"] tell how many of each task and kind.
     """
-    if not problems.has_files(config) and not config.rejection.general_path:
+    if not problems.has_files(config.data) and not config.rejection.general_path:
         rows = corpus.preferred(wanted, hash64(config.stage, config.seed, GENERAL) % 2**32)
         tally(counts, GENERAL, [GENERAL] * len(rows))
         return [row | {"provenance": {"teacher": "rules of the tiny world"}} for row in rows]
@@ -34,7 +34,7 @@ def chosen(config: Config, mesh: Mesh, wanted: int, counts: Counts) -> list[dict
     tally(counts, "general rows", (draft.problem.kind or NO_KIND for draft in found))
     found = mixed(found, config.rejection.kind_weights(), wanted, hash64(config.stage, config.seed, "kinds"))
     if config.rejection.editor and found:
-        found = editing.with_thoughts(found, judging.load(config, mesh), config, counts)
+        found = editing.with_thoughts(found, judging.load(config, mesh), config.seed, config.judge, counts)
     tally(counts, GENERAL, (draft.task for draft in found))
     tally(counts, "general by kind", (draft.problem.kind or NO_KIND for draft in found))
     return [draft.row() for draft in found]

@@ -19,32 +19,32 @@ from r1jax.rewards.models.judge import Judge
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.schema import ComputeConfig, Config, Network, replace
+from r1jax.schema import ComputeConfig, Config, DataConfig, JudgeConfig, Network, replace
 
 ROWS_PER_PART = 64  # rows that a stopped run loses at most
 
 
-def require_judge(config: Config) -> None:
+def require_judge(stage: str, judge: JudgeConfig) -> None:
     """Raises ValueError when config.judge.checkpoint is no Hugging Face folder."""
-    folder = config.judge.checkpoint
+    folder = judge.checkpoint
     if not folder or not common.is_hugging_face(folder):
         raise ValueError(
-            f"{config.stage}: config.judge.checkpoint={folder!r} is no Hugging Face folder; give the judge's with "
+            f"{stage}: config.judge.checkpoint={folder!r} is no Hugging Face folder; give the judge's with "
             "--config.judge.checkpoint=DIR (export_hf makes one of a stage's folder)"
         )
 
 
-def editor_inputs(config: Config, editor: str) -> dict[str, str]:
+def editor_inputs(stage: str, judge: JudgeConfig, editor: str) -> dict[str, str]:
     """Returns {folder: digest} of the model that a stage's editor (`judge`) is; {} without one. ValueError as `require_judge`."""
     if not editor:
         return {}
-    require_judge(config)
-    return {config.judge.checkpoint: common.checkpoint_digest(config.judge.checkpoint)}
+    require_judge(stage, judge)
+    return {judge.checkpoint: common.checkpoint_digest(judge.checkpoint)}
 
 
 def load(config: Config, mesh: Mesh) -> Judge:
     """Returns the judge of config.judge.checkpoint. Raises ValueError as `require_judge`."""
-    require_judge(config)
+    require_judge(config.stage, config.judge)
     folder = config.judge.checkpoint
     beside = Path(folder).parent if Path(folder).is_file() else Path(folder)
     model = hf_config.model_config(beside)
@@ -123,12 +123,11 @@ def finish_parts(folder: Path) -> None:
         shutil.rmtree(kept)
 
 
-def require_paths(config: Config) -> None:
+def require_paths(stage: str, data: DataConfig, output: str) -> None:
     """Raises ValueError without config.data.path or config.output, and in a run of several processes."""
-    distributed.require_one(config.stage)
-    for name, value in (("data.path", config.data.path), ("output", config.output)):
+    distributed.require_one(stage)
+    for name, value in (("data.path", data.path), ("output", output)):
         if not value:
             raise ValueError(
-                f"{config.stage}: --config.{name} is empty; it needs --config.data.path=IN.jsonl and "
-                "--config.output=OUT.jsonl"
+                f"{stage}: --config.{name} is empty; it needs --config.data.path=IN.jsonl and --config.output=OUT.jsonl"
             )

@@ -29,7 +29,7 @@ def examples(
     repeated ones, are left out.
     """
     asked = tasks.preference_prompts() if kind == "helpful" else tasks.safety_prompts()
-    encoded = prompts.encode(asked, config, tokenizer)
+    encoded = prompts.encode(asked, config.stage, config.model, config.data, config.sampler, tokenizer)
     sampler = RolloutSampler(Engine(config.network, config.sampler, mesh, tokenizer.stop_ids, tokenizer))
     law = SamplingLaw(1.0, 1.0, 0, config.sampler.max_new_tokens, tokenizer.stop_ids)
     drawn: list[Response] = []

@@ -22,7 +22,7 @@ from r1jax.rl.rollout import EncodedPrompt
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import SamplingLaw
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.schema import Config
+from r1jax.schema import Config, RewardConfig
 
 MAX_REPETITION = 0.2  # share of repeated eight-word runs above which a trace counts as a loop
 ONE_LANGUAGE = "one language"
@@ -75,9 +75,9 @@ def passing(responses: list[Response], checks: list[Check], counts: Counts) -> l
     return kept
 
 
-def regrade(rows: list[tuple[Response, str]], config: Config) -> list[Score]:
+def regrade(rows: list[tuple[Response, str]], reward: RewardConfig) -> list[Score]:
     """Returns the scores of rewritten texts in place of the responses they came from, each by its own task's grader."""
-    with RewardPool(config.reward) as pool:
+    with RewardPool(reward) as pool:
         return pool.score([response.request(text) for response, text in rows])
 
 

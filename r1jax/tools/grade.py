@@ -39,7 +39,7 @@ def run(config: Config, workdir: str) -> dict:
     if config.explain is not None:
         return _explain(rows, config)
     started = time.monotonic()
-    reward = _reward_config(config)
+    reward = _reward_config(config.reward)
     requests = [graded_rows.request(row) for row in rows]
     checked = references.check(requests, reward)
     tried = golds.check(requests, checked.unscorable, reward)
@@ -83,7 +83,7 @@ def _explain(rows: list[dict], config: Config) -> dict:
         near = configs.hint(config.explain, [str(row["id"]) for row in rows]) or f"the first is {rows[0]['id']!r}"
         raise ValueError(f"--explain={config.explain}: no row of {config.data.path} has that id; {near.rstrip('; ')}")
     found: dict[int, explaining.Explained] = {}
-    for places, reward in graded_rows.by_extraction(chosen, _reward_config(config)):
+    for places, reward in graded_rows.by_extraction(chosen, _reward_config(config.reward)):
         requests = [graded_rows.request(chosen[place]) for place in places]
         found |= zip(places, explaining.explain(requests, reward), strict=True)
     explained = [found[place] for place in range(len(chosen))]
@@ -93,11 +93,11 @@ def _explain(rows: list[dict], config: Config) -> dict:
     return {"explained": [one.figures() for one in explained]}
 
 
-def _reward_config(config: Config) -> RewardConfig:
+def _reward_config(reward: RewardConfig) -> RewardConfig:
     return dataclasses.replace(
-        config.reward,
+        reward,
         accuracy=1.0,
         format=0.0,
         language=0.0,
-        workers=config.reward.workers or DEFAULT_WORKERS,
+        workers=reward.workers or DEFAULT_WORKERS,
     )

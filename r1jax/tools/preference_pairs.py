@@ -27,8 +27,8 @@ def run(config: Config, workdir: Path) -> dict:
     of rows, pairs, judged, kept and balanced pairs, the parse rate and the length bias. The output appears when it is complete; a
     stopped run goes on where it was. Raises ValueError for a bad row, no judge, or when no pair is left.
     """
-    judging.require_paths(config)
-    judging.require_judge(config)
+    judging.require_paths(config.stage, config.data, config.output)
+    judging.require_judge(config.stage, config.judge)
     started, folder = time.monotonic(), Path(workdir) / config.stage
     rows = read(config)
     key = judging.work_key(config, config.judge.checkpoint, config.model.checkpoint)
@@ -85,14 +85,14 @@ def answerer(config: Config):
             f"{config.stage}: rows of {config.data.path} have no 'responses', and no model is given to write them; give "
             "--config.model.checkpoint=DIR"
         )
-    params = common.load_weights(resolved, mesh, config.model.checkpoint, lambda: None)
+    params = common.load_weights(resolved.model, mesh, config.model.checkpoint, lambda: None)
     sampler = RolloutSampler(Engine(resolved.network, resolved.sampler, mesh, words.stop_ids, words))
     params, given = sampler.engine.load_params(params), resolved.sampler
     law = SamplingLaw(given.temperature, given.top_p, given.top_k, given.max_new_tokens, words.stop_ids)
 
     def answer(rows: list[dict]) -> list[dict]:
         asked = [Problem(row["id"], "", row["prompt"], "") for row in rows]
-        encoded = prompts.encode(asked, resolved, words)
+        encoded = prompts.encode(asked, resolved.stage, resolved.model, resolved.data, resolved.sampler, words)
         draws = [hash64("answers", prompt.problem.id) % 2**32 for prompt in encoded]
         count = config.preferences.responses_per_prompt
         requests = rollout.requests_for(encoded, draws, count, law, config.seed, config.stage, "sample")
