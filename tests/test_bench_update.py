@@ -68,7 +68,7 @@ def gradients(config: Config, form: str):
     }
     config, _, params = bench_update.start_weights(config)
     arrays, filled, size = bench_update.arrays_of(
-        bench_update.items_of(given, config.grpo, config.bench, "grpo"), config, form
+        bench_update.items_of(given, config.grpo, config.bench, "grpo"), config.pack, config.bench.prompt_tokens, form
     )
     loss = losses.make_loss(config.network, config.grpo, trained_chunk=size.trained_chunk)
     arguments = losses.arguments(config.grpo, config.grpo.kl_coef, 1.0)

@@ -496,7 +496,7 @@ def test_an_unknown_kind_is_refused_with_its_line(tmp_path):
     with pytest.raises(
         ValueError, match=r"more\.jsonl, line 1 \(s\): field 'kind' is 'poetry'; the kinds are reasoning"
     ):
-        general_rows.read(config)
+        general_rows.read(config.data, config.reward, config.rejection)
 
 
 # Files for distillation.
@@ -529,7 +529,8 @@ def test_planted_wrong_answers_are_lost_exactly_and_counted_by_task(tmp_path, ca
         {"id": "own", "task": "riddle", "prompt": "?", "response": "!"},
     ]
     jsonl.write(tmp_path / "rows.jsonl", rows)
-    given, _ = example_files.read(str(tmp_path / "rows.jsonl"), Config())
+    own_config = Config()
+    given, _ = example_files.read(str(tmp_path / "rows.jsonl"), own_config.data, own_config.reward)
     own_config = Config(stage="distill")
     found, counts = distill.of_file(given, own_config.stage, own_config.reward, own_config.distill)
     assert [row["id"] for row in found] == [row["id"] for row in rows if not row["id"].endswith("-1")]
@@ -546,7 +547,10 @@ def test_a_task_for_rows_without_one_grades_them(tmp_path):
     jsonl.write(tmp_path / "rows.jsonl", rows)
     config = configs.load("distill", [("data.task", "math"), ("distill.examples", f"{tmp_path}/rows.jsonl")])
     found, counts = distill.of_file(
-        example_files.read(f"{tmp_path}/rows.jsonl", config)[0], config.stage, config.reward, config.distill
+        example_files.read(f"{tmp_path}/rows.jsonl", config.data, config.reward)[0],
+        config.stage,
+        config.reward,
+        config.distill,
     )
     assert [row["id"] for row in found] == ["row-1"] and counts["wrong"] == {"math": 1}
 
@@ -555,7 +559,8 @@ def test_a_conversation_keeps_all_its_turns_for_training(tmp_path):
     talk = [("user", "2+2?"), ("assistant", "4"), ("user", "and 1?"), ("assistant", "5")]
     messages = [{"role": role, "content": content} for role, content in talk]
     jsonl.write(tmp_path / "rows.jsonl", [{"messages": messages}, {"messages": messages[:2]}])
-    (many, one), _ = example_files.read(f"{tmp_path}/rows.jsonl", Config())
+    own_config = Config()
+    (many, one), _ = example_files.read(f"{tmp_path}/rows.jsonl", own_config.data, own_config.reward)
     assert many.row()["messages"] == messages and many.row()["prompt"] == messages[:-1]
     assert "messages" not in one.row() and one.row()["prompt"] == "2+2?"
     assert drafts.from_record(json.loads(json.dumps(many.record()))) == many
@@ -589,7 +594,7 @@ def test_distillation_says_what_rows_lack_and_loses_a_planted_wrong_answer(tmp_p
 def test_smollm2_edits_its_own_traces_and_every_edit_is_read_or_counted(smollm2_folder, tmp_path):
     sampler = SamplerConfig(slots=2, max_prompt_tokens=768, max_new_tokens=192, temperature=0.6)
     config = Config(stage="test", judge=JudgeConfig(str(smollm2_folder), "float32", sampler))
-    editor, counts = judging.load(config, sharding.make_mesh(config.mesh)), {}
+    editor, counts = judging.load(config.stage, config.seed, config.judge, sharding.make_mesh(config.mesh)), {}
     given = [trace("a"), trace("b")]
     found = editing.rewrite(given, editor, config.seed, config.reward, config.judge, counts, keep_unedited=True)
     read = sum(counts["edits read"].values())

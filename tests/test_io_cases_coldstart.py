@@ -201,7 +201,8 @@ def read(tmp_path, case: str) -> tuple[list, list[str]]:
     given = io_case(case)["input"]
     path = tmp_path / "rows.jsonl"
     jsonl.write(path, given["rows"] if "rows" in given else [given["row"]])
-    drafts, notes = example_files.read(str(path), Config())
+    own_config = Config()
+    drafts, notes = example_files.read(str(path), own_config.data, own_config.reward)
     return drafts, example_files.remarks(str(path), drafts, notes)
 
 

@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def judge(folder) -> Judge:
     config = Config(stage="test", judge=JudgeConfig(str(folder), "float32", SAMPLER))
-    return judging.load(config, sharding.make_mesh(config.mesh))
+    return judging.load(config.stage, config.seed, config.judge, sharding.make_mesh(config.mesh))
 
 
 def request(name: str, response: str, reference: str = "word", **changes) -> RewardRequest:
@@ -163,11 +163,11 @@ def test_stopped_run_goes_on_and_gives_the_same_file(folder, tmp_path, monkeypat
     asked = []
     compare = preference_pairs.compare
 
-    def stopping(judge, part, config):
+    def stopping(judge, part, judgements):
         asked.append([row["id"] for row in part])
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return compare(judge, part, config)
+        return compare(judge, part, judgements)
 
     monkeypatch.setattr(preference_pairs, "compare", stopping)
     assert launch.main(arguments(folder, tmp_path)) == 130
@@ -232,7 +232,7 @@ def test_rows_without_replies_are_answered_by_the_model_the_same_in_any_part(fol
         **{"sampler.max_prompt_tokens": 128, "sampler.temperature": 5.0, "preferences.responses_per_prompt": 3},
     }
     config = configs.load("preference_pairs", [(name, str(value)) for name, value in fields.items()])
-    answer, asked = preference_pairs.answerer(config), preference_pairs.read(config)
+    answer, asked = preference_pairs.answerer(config), preference_pairs.read(config.data)
     answered = answer(asked)
     assert [row["id"] for row in answered] == [row["id"] for row in asked]
     assert any(len(set(row["responses"])) == 3 for row in answered)
@@ -254,7 +254,7 @@ def test_pairs_use_each_reply_once_in_a_keyed_order():
 def test_pair_is_kept_when_its_mean_margin_exceeds_one(margins, kept):
     judgements = [{"swapped": False, "margin": margin, "detail": ""} for margin in margins]
     row = {"id": "a", "prompt": "p", "first": "one", "second": "two", "judgements": judgements}
-    found = preference_pairs.labelled(row, configs.load("preference_pairs"))
+    found = preference_pairs.labelled(row, configs.load("preference_pairs").preferences)
     assert (found is None) if kept is None else (found["margin"] == abs(kept))
     assert kept is None or found["chosen"] == ("one" if kept > 0 else "two")
 
@@ -363,7 +363,7 @@ def test_every_verdict_of_smollm2_is_either_read_or_unscorable_and_the_parse_rat
         prefill_buckets=(512,),
     )
     config = Config(stage="test", judge=JudgeConfig(str(smollm2_folder), "float32", sampler))
-    judge = judging.load(config, sharding.make_mesh(config.mesh))
+    judge = judging.load(config.stage, config.seed, config.judge, sharding.make_mesh(config.mesh))
     problems = jsonl.read(shared_data / "gsm8k_test.jsonl")[:8]
     asked = []
     for row in problems:

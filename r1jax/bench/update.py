@@ -162,15 +162,17 @@ def items_of(given: dict[str, np.ndarray], grpo: GRPOConfig, bench: BenchConfig,
     return items
 
 
-def arrays_of(items: list[PackItem], config: Config, form: str) -> tuple[dict[str, np.ndarray], int, PackConfig]:
+def arrays_of(
+    items: list[PackItem], size: PackConfig, prompt_tokens: int, form: str
+) -> tuple[dict[str, np.ndarray], int, PackConfig]:
     """Returns (arrays [M, R, T], filled micro-batches, their shape), in one of three forms.
 
     packed: rows filled by `pack`; shared: a prompt stands once in a row for its samples there; padded: one sample a row,
     rows as long as the longest sample, as many at a time as hold about the tokens of a packed micro-batch.
     """
-    lengths, size = [len(item.tokens) for item in items], config.pack
+    lengths = [len(item.tokens) for item in items]
     if form == "shared":
-        items, rows = share_prompts(items, [config.bench.prompt_tokens] * len(items), size.row_tokens)
+        items, rows = share_prompts(items, [prompt_tokens] * len(items), size.row_tokens)
     elif form == "packed":
         rows = pack(lengths, size.row_tokens)
     else:
@@ -197,7 +199,9 @@ def start_weights(config: Config) -> tuple[Config, object, decoder.Params]:
 def update_figures(config: Config, given: dict[str, np.ndarray], loss: str, form: str) -> dict[str, float]:
     """Returns the time of one update in this process, its loss and gradient norm, and the process's peak memory."""
     config, mesh, params = start_weights(config)
-    arrays, filled, size = arrays_of(items_of(given, config.grpo, config.bench, loss), config, form)
+    arrays, filled, size = arrays_of(
+        items_of(given, config.grpo, config.bench, loss), config.pack, config.bench.prompt_tokens, form
+    )
     chunk = size.trained_chunk
     if loss == "grpo":
         function = losses.make_loss(config.network, config.grpo, trained_chunk=chunk)
@@ -231,7 +235,7 @@ def prepare_figures(config: Config, samples: Path) -> dict[str, float]:
     given = dict(np.load(samples))
     config, mesh, params = start_weights(config)
     items = items_of(given, config.grpo, config.bench, "grpo")
-    arrays, filled, size = arrays_of(items, config, "packed")
+    arrays, filled, size = arrays_of(items, config.pack, config.bench.prompt_tokens, "packed")
     scorer = Scorer(config.network, mesh)
     scorer(params, arrays, 1, 1.0)
     start = time.perf_counter()

@@ -354,15 +354,15 @@ def shape_hash(model: ModelConfig, *more) -> str:
 
     Only fields that differ from their default count, so a field added later leaves the hash as it was.
     """
-    text = repr([_chosen(config) for config in (replace(model, checkpoint=""), *more)])
+    text = repr([_chosen(part) for part in (replace(model, checkpoint=""), *more)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _chosen(config) -> list[tuple]:
+def _chosen(part) -> list[tuple]:
     """Returns (field, value) of the fields that differ from their default, nested ones likewise."""
-    default, found = type(config)(), []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    default, found = type(part)(), []
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
         if value != getattr(default, field.name):
             found.append((field.name, _chosen(value) if dataclasses.is_dataclass(value) else value))
     return found

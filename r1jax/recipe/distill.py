@@ -23,7 +23,7 @@ def run(config: Config, workdir: Path) -> dict:
     path = config.distill.examples
     if not path:
         return fine_tuning.run(config, workdir, (SOURCE,), collect)
-    drafts, notes = example_files.read(path, config)
+    drafts, notes = example_files.read(path, config.data, config.reward)
 
     def graded(*given) -> tuple[list[dict], Counts]:
         example_files.say(example_files.remarks(path, drafts, notes))

@@ -84,7 +84,7 @@ def run(config: Config, workdir: Path) -> dict:
     write_samples(folder / "samples.jsonl", responses)
     checkpoint.write_json(folder / "config.json", common.json_fields(resolved))
     made_from = {config.checkpoint: common.checkpoint_digest(config.checkpoint)}
-    made_from |= asked.source.inputs | lineage.grader_digests(config)
+    made_from |= asked.source.inputs | lineage.grader_digests(config.reward)
     checkpoint.write_json(folder / common.INPUTS, {"inputs": made_from})
     checkpoint.write_json(folder / "figures.json", figures)
     print_figures([{"checkpoint": name, **figures}])
@@ -216,7 +216,9 @@ def measurement_key(config: Config, tokenizer: Tokenizer, asked: StagePrompts, p
         tuple(asked.source.reflective_words),
     )
     drawn = settings, shape, config.compute.compute_dtype, _tokenizer_digest(tokenizer), tree.digest(params)
-    return hashlib.sha256(repr((drawn, weightless, lineage.grader_digests(config), questions)).encode()).hexdigest()
+    return hashlib.sha256(
+        repr((drawn, weightless, lineage.grader_digests(config.reward), questions)).encode()
+    ).hexdigest()
 
 
 def _tokenizer_digest(tokenizer: Tokenizer) -> str:
@@ -259,9 +261,9 @@ def before_and_after(
     if not asked.held_out:
         return {}
     measure = functools.partial(of_weights, config, tokenizer, mesh, asked)
-    name, base = lineage.result_name(config), lineage.base_weights(config, mesh, workdir)
+    name, base = lineage.result_name(config.stage), lineage.base_weights(config, mesh, workdir)
     figures = {
-        lineage.BASE: measure(base, workdir, lineage.base_name(config)),
+        lineage.BASE: measure(base, workdir, lineage.base_name(config.input_preset)),
         name: measure(trained, workdir, name, folder / "samples.jsonl"),
     }
     print_checkpoints(figures)
@@ -296,7 +298,7 @@ def evaluate(
     law, size = sampling_law(config.sampler, settings, tokenizer), settings.samples_per_problem
     k = settings.consensus_samples
     with RewardPool(config.reward) as pool:
-        ask = functools.partial(respond, config, tokenizer, sampler, pool)
+        ask = functools.partial(respond, config.seed, config.stage, tokenizer, sampler, pool)
         sampled = ask(held_out, params, law, size, "evaluate")
         greedy = ask(held_out, params, replace(law, temperature=0.0), 1, "greedy") if settings.greedy else []
         voting: list[Response] = []
@@ -316,7 +318,8 @@ def spread(total: int, count: int) -> list[int]:
 
 
 def respond(
-    config: Config,
+    seed: int,
+    stage: str,
     tokenizer: Tokenizer,
     sampler: RolloutSampler,
     pool: RewardPool,
@@ -327,7 +330,7 @@ def respond(
     purpose: str,
 ) -> list[Response]:
     """Returns graded responses to each prompt in order, `samples` each."""
-    requests = rollout.requests_for(asked, range(len(asked)), samples, law, config.seed, config.stage, purpose)
+    requests = rollout.requests_for(asked, range(len(asked)), samples, law, seed, stage, purpose)
     drawn = sampler.generate(requests, params)
     texts = tokenizer.decode_batch([sample.token_ids for sample in drawn])
     repeated = [prompt for prompt in asked for _ in range(samples)]

@@ -74,7 +74,7 @@ def run(
         figures["data"] = asked.counts
         figures |= evaluate.before_and_after(resolved, tokenizer, mesh, asked, trained, workdir, folder.path)
     checkpoint.write_json(folder.path / "figures.json", figures)
-    evaluate.write_report(config.stage, workdir, lineage.result_name(config), figures)
+    evaluate.write_report(config.stage, workdir, lineage.result_name(config.stage), figures)
     return folder.finish(figures, inputs, tree.digest(trained))
 
 
@@ -117,7 +117,7 @@ def fine_tune(config: Config, mesh: Mesh, items: list[PackItem], params, folder:
         return sft.make_batch([items[i] for i in chosen[update]], config.pack, micro_batches, shards=shards)
 
     store, log = folder.checkpoints(), MetricsLog(folder.path)
-    with Progress(lineage.result_name(config), updates) as progress:
+    with Progress(lineage.result_name(config.stage), updates) as progress:
         result = supervised.fit(
             trainer,
             params,
@@ -128,7 +128,7 @@ def fine_tune(config: Config, mesh: Mesh, items: list[PackItem], params, folder:
             config.checkpointing.every_updates,
             lambda update, loss: progress.update(update, loss=loss),
             log_every=1,
-            name=lineage.result_name(config),
+            name=lineage.result_name(config.stage),
         )
     store.close()
     log.close()

@@ -1,5 +1,6 @@
 """What stages that ask a judge share: loading it, grading by it, and work on many rows that a stopped run does not lose."""
 
+import functools
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
@@ -42,25 +43,25 @@ def editor_inputs(stage: str, judge: JudgeConfig, editor: str) -> dict[str, str]
     return {judge.checkpoint: common.checkpoint_digest(judge.checkpoint)}
 
 
-def load(config: Config, mesh: Mesh) -> Judge:
+def load(stage: str, seed: int, judge: JudgeConfig, mesh: Mesh) -> Judge:
     """Returns the judge of config.judge.checkpoint. Raises ValueError as `require_judge`."""
-    require_judge(config.stage, config.judge)
-    folder = config.judge.checkpoint
+    require_judge(stage, judge)
+    folder = judge.checkpoint
     beside = Path(folder).parent if Path(folder).is_file() else Path(folder)
     model = hf_config.model_config(beside)
-    words = tokenizer.from_folder(beside).stopping_at(config.judge.sampler.stop_ids)
+    words = tokenizer.from_folder(beside).stopping_at(judge.sampler.stop_ids)
     used = tokenizer.vocab_used(model, words)
-    compute = ComputeConfig(compute_dtype=config.judge.compute_dtype, vocab_used=used)
-    engine = Engine(Network(model, compute), config.judge.sampler, mesh, words.stop_ids, words)
+    compute = ComputeConfig(compute_dtype=judge.compute_dtype, vocab_used=used)
+    engine = Engine(Network(model, compute), judge.sampler, mesh, words.stop_ids, words)
     params = engine.load_params(hf.load(folder, model, mesh, jnp.dtype(compute.compute_dtype)))
-    return Judge(RolloutSampler(engine), params, words, "chat" if words.chat_template else "plain", config.seed)
+    return Judge(RolloutSampler(engine), params, words, "chat" if words.chat_template else "plain", seed)
 
 
 class JudgePool:
     """A RewardPool's `score` whose accuracy part is a judge's verdict; the judge is loaded when first asked."""
 
-    def __init__(self, config: Config, mesh: Mesh):
-        self._config, self._mesh = config, mesh
+    def __init__(self, stage: str, seed: int, judge: JudgeConfig, mesh: Mesh):
+        self._load = functools.partial(load, stage, seed, judge, mesh)
         self._judge: Judge | None = None
 
     def __enter__(self) -> "JudgePool":
@@ -76,7 +77,7 @@ class JudgePool:
 
     def score(self, requests: Sequence[RewardRequest]) -> list[Score]:
         """Returns one Score per request, in order; what the judge cannot decide is unscorable."""
-        self._judge = self._judge or load(self._config, self._mesh)
+        self._judge = self._judge or self._load()
         verdicts = self._judge.accuracy(requests)
         pairs = zip(requests, verdicts, strict=True)
         return [compose.compose(request, self._config.reward, verdict) for request, verdict in pairs]

@@ -43,7 +43,7 @@ def run(config: Config, workdir: Path) -> dict:
         print(notice, file=sys.stderr)
     if losses.k1_in_loss(config.grpo) and distributed.is_writer():
         print(f"warning: {losses.K1_WARNING}", file=sys.stderr)
-    started, name = time.monotonic(), lineage.result_name(config)
+    started, name = time.monotonic(), lineage.result_name(config.stage)
     params = lineage.start_weights(resolved, mesh, workdir)
     with Progress(name, resolved.grpo.updates) as progress:
         training = make_training(

@@ -46,7 +46,7 @@ def pretrain(config: Config, workdir: Path) -> dict:
     trainer = step.Trainer(
         config.network, config.optimizer, mesh, sft.make_loss(config.network), total_updates=config.pretrain.updates
     )
-    rows, items = packed_corpus(config, tokenizer)
+    rows, items = packed_corpus(config.seed, config.pretrain, config.pack.row_tokens, tokenizer)
     store, log = folder.checkpoints(), MetricsLog(folder.path)
     started, total = time.monotonic(), config.pretrain.updates
     with Progress("pretraining", total) as progress:
@@ -67,17 +67,18 @@ def pretrain(config: Config, workdir: Path) -> dict:
     return folder.finish(figures, {}, tree.digest(params))
 
 
-def packed_corpus(config: Config, tokenizer: Tokenizer) -> tuple[list[list[int]], list[PackItem]]:
+def packed_corpus(
+    seed: int, settings: PretrainConfig, row_tokens: int, tokenizer: Tokenizer
+) -> tuple[list[list[int]], list[PackItem]]:
     """Returns (rows of item numbers, items): the whole corpus packed once, so that a row is always the same."""
-    settings = config.pretrain
-    texts = corpus.documents(settings.corpus_documents, config.seed, settings.drill_fraction)
+    texts = corpus.documents(settings.corpus_documents, seed, settings.drill_fraction)
     items = []
     for text in texts:
         ids = np.asarray([*tokenizer.encode(text), tokenizer.eos_id], np.int32)
         mask = np.ones(len(ids), np.float32)
         mask[0] = 0
         items.append(PackItem(ids, mask))
-    return pack([len(item.tokens) for item in items], config.pack.row_tokens), items
+    return pack([len(item.tokens) for item in items], row_tokens), items
 
 
 def batch_at(

@@ -13,7 +13,7 @@ from r1jax.recipe.drafts import Counts, Draft, grade, tally, tell
 from r1jax.rewards.models.judge import Judge
 from r1jax.rewards.score import Score
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import ColdStartConfig, Config, JudgeConfig, RewardConfig
+from r1jax.schema import ColdStartConfig, Config, DataConfig, JudgeConfig, RewardConfig
 
 TEACHER = "r1_zero"
 PEOPLE = "people"
@@ -82,10 +82,10 @@ def _make(
     found = []
     for source in settings.sources:
         if source == PEOPLE:
-            found.append(people(config, counts))
+            found.append(people(config.data, config.reward, config.coldstart, counts))
         else:
             found.append(_sampled(source, config, tokenizer, mesh, train, workdir, counts))
-    editor = judging.load(config, mesh) if settings.editor and any(found) else None
+    editor = judging.load(config.stage, config.seed, config.judge, mesh) if settings.editor and any(found) else None
     drafts = [
         draft
         for own in found
@@ -98,15 +98,15 @@ def _make(
     return drafts, counts
 
 
-def people(config: Config, counts: Counts) -> list[Draft]:
+def people(data: DataConfig, reward: RewardConfig, coldstart: ColdStartConfig, counts: Counts) -> list[Draft]:
     """Returns the rows of config.coldstart.examples, without those that their task's grader finds wrong."""
-    path = config.coldstart.examples
-    rows, notes = example_files.read(path, config)
+    path = coldstart.examples
+    rows, notes = example_files.read(path, data, reward)
     example_files.say(example_files.remarks(path, rows, notes))
     tally(counts, "rows of people", (row.task for row in rows))
     return [
         dataclasses.replace(draft, provenance={"source": PEOPLE} | draft.provenance | {"edited": False})
-        for draft in example_files.right(rows, config.reward, counts)
+        for draft in example_files.right(rows, reward, counts)
     ]
 
 
@@ -127,7 +127,7 @@ def _sampled(
         drawn = teachers.sampled(teacher, mesh, train, settings.prompts, settings.samples_per_prompt, temperature=1.0)
     else:
         teacher = teachers.prompted(config, tokenizer, mesh, workdir)
-        examples = _worked(config) if source == "few_shot" else []
+        examples = _worked(config.data, config.reward, config.coldstart) if source == "few_shot" else []
         drawn = teachers.answered(teacher, mesh, train, source, examples)
     checks = traces.basic_checks(settings.min_language_consistency)
     if settings.editor:  # it translates: the language is looked at after it
@@ -140,11 +140,11 @@ def _sampled(
     ]
 
 
-def _worked(config: Config) -> list[tuple[str, str]]:
+def _worked(data: DataConfig, reward: RewardConfig, coldstart: ColdStartConfig) -> list[tuple[str, str]]:
     """Returns (question, whole turn) of the examples for few-shot prompting: those of the file, else our own."""
-    if not config.coldstart.examples:
-        return teachers.worked_examples(config.reward.extraction)
-    rows, _ = example_files.read(config.coldstart.examples, config)
+    if not coldstart.examples:
+        return teachers.worked_examples(reward.extraction)
+    rows, _ = example_files.read(coldstart.examples, data, reward)
     return [(row.problem.text, row.text) for row in rows[: teachers.MOST_EXAMPLES]]
 
 

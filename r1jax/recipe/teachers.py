@@ -82,7 +82,9 @@ def prompted(config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) ->
     if folder := config.coldstart.prompted_model:
         found = load(config, mesh, folder)
     else:
-        found = Teacher(config, tokenizer, lineage.base_weights(config, mesh, workdir), lineage.base_name(config))
+        found = Teacher(
+            config, tokenizer, lineage.base_weights(config, mesh, workdir), lineage.base_name(config.input_preset)
+        )
     template = "chat" if found.tokenizer.chat_template else "plain"
     data = replace(found.config.data, template=template, instruction="", think_prefill=False)
     return Teacher(replace(found.config, data=data), found.tokenizer, found.params, found.name)

@@ -1,6 +1,7 @@
 """Sampling a policy's traces and keeping the good ones, with a count of how far each came (P2 B.3.2 and B.3.3)."""
 
 import contextlib
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -50,9 +51,8 @@ def sample(
     law = SamplingLaw(temperature, 1.0, 0, config.sampler.max_new_tokens, tokenizer.stop_ids)
     with contextlib.nullcontext(pool) if pool else RewardPool(config.reward) as pool:
         asked = [train[i] for i in order]
-        return evaluate.respond(
-            config, tokenizer, sampler, pool, asked, sampler.engine.load_params(params), law, samples, "sample"
-        )
+        ask = functools.partial(evaluate.respond, config.seed, config.stage, tokenizer, sampler, pool)
+        return ask(asked, sampler.engine.load_params(params), law, samples, "sample")
 
 
 def basic_checks(min_language_consistency: float) -> list[Check]:

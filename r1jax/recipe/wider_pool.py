@@ -35,7 +35,7 @@ def sample(config: Config, tokenizer: Tokenizer, mesh: Mesh, params: Any, counts
     found = [from_row(row.fields, row.place, judged, "judged") for row in rows]
     asked = prompts.encode(found, config.stage, config.model, config.data, config.sampler, tokenizer)
     own = replace(config, stage=f"{config.stage}/judged")  # draws of its own
-    with judging.JudgePool(config, mesh) as pool:
+    with judging.JudgePool(config.stage, config.seed, config.judge, mesh) as pool:
         drawn = traces.sample(
             own, tokenizer, mesh, asked, params, len(asked), settings.samples_per_prompt, settings.temperature, pool
         )

@@ -14,7 +14,7 @@ from r1jax.rewards.code import cases as code_cases
 from r1jax.rewards.code.programs import Source, extract_program
 from r1jax.rewards.models.judge import Judge, Request
 from r1jax.rewards.sandbox.attack import open_sandbox
-from r1jax.schema import BuildTestsConfig, Config, RewardConfig, replace
+from r1jax.schema import BuildTestsConfig, Config, DataConfig, RewardConfig, replace
 
 ROWS_PER_PART = 8
 
@@ -28,7 +28,7 @@ def run(config: Config, workdir: Path) -> dict:
     """
     judging.require_paths(config.stage, config.data, config.output)
     started, folder = time.monotonic(), Path(workdir) / config.stage
-    problems = {problem.id: problem for problem in read(config)}
+    problems = {problem.id: problem for problem in read(config.data)}
     open_sandbox(config.reward.sandbox)
     writer = None
     if any(not problem.generators for problem in problems.values()):
@@ -57,12 +57,12 @@ def run(config: Config, workdir: Path) -> dict:
     return figures
 
 
-def read(config: Config) -> list[code_cases.Problem]:
+def read(data: DataConfig) -> list[code_cases.Problem]:
     """Returns the problems of config.data.path. Raises ValueError with file and line for a bad one."""
     found: dict[str, code_cases.Problem] = {}
-    rows = jsonl.read_numbered(config.data.path, ("id", "prompt", "accepted", "wrong"), config.data.max_rows)
+    rows = jsonl.read_numbered(data.path, ("id", "prompt", "accepted", "wrong"), data.max_rows)
     for line, row in rows:
-        where = f"{config.data.path}, line {line}"
+        where = f"{data.path}, line {line}"
         if str(row["id"]) in found:
             raise ValueError(f"{where}: id {row['id']!r} was used before, needs its own")
         if not isinstance(row["accepted"], list) or len(row["accepted"]) < 2:
@@ -98,7 +98,7 @@ def generator_writer(config: Config) -> Judge:
             f"{config.stage}: rows of {config.data.path} have no 'generators', and no model is given to write them; give "
             "--config.judge.checkpoint=DIR"
         )
-    return judging.load(config, sharding.make_mesh(config.mesh))
+    return judging.load(config.stage, config.seed, config.judge, sharding.make_mesh(config.mesh))
 
 
 def with_generators(
