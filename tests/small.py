@@ -119,7 +119,9 @@ def rl_training(folder: pathlib.Path, seed: int = 0, name="r1_zero:tiny", **more
     config = configs.load(name, [(field, str(value)) for field, value in fields.items()])
     mesh = sharding.make_mesh(config.mesh)
     words = tokenizer.tiny()
-    train = prompts.encode(tasks.linear_prompts("train")[:30], config, words)
+    train = prompts.encode(
+        tasks.linear_prompts("train")[:30], config.stage, config.model, config.data, config.sampler, words
+    )
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
     return policy.make_training(config, words, mesh, train, params, folder, describe=policy.describe)
 

@@ -67,7 +67,9 @@ def gradients(config: Config, form: str):
         name: generator.normal(-5, 0.1, shape).astype(np.float32) for name in ("behaviour_logps", "reference_logps")
     }
     config, _, params = bench_update.start_weights(config)
-    arrays, filled, size = bench_update.arrays_of(bench_update.items_of(given, config, "grpo"), config, form)
+    arrays, filled, size = bench_update.arrays_of(
+        bench_update.items_of(given, config.grpo, config.bench, "grpo"), config.pack, config.bench.prompt_tokens, form
+    )
     loss = losses.make_loss(config.network, config.grpo, trained_chunk=size.trained_chunk)
     arguments = losses.arguments(config.grpo, config.grpo.kl_coef, 1.0)
     value = jax.jit(jax.value_and_grad(lambda params, micro: loss(params, micro, arguments)[0]))
@@ -100,14 +102,16 @@ def test_useful_operations_of_a_hand_counted_model():
 
 
 def test_peers_are_left_out_with_a_line_and_a_wrong_interpreter_is_one_line(capsys):
-    assert {system.name for system in bench_update.systems_of(small_config())} == {"r1jax"}
+    own_config = small_config()
+    assert {system.name for system in bench_update.systems_of(own_config.model, own_config.bench)} == {"r1jax"}
     assert "config.bench.trl_python is empty, so trl.grpo.padded is left out" in capsys.readouterr().err
     config = small_config(trl_python="/nowhere/python")
     config = replace(config, model=replace(config.model, checkpoint="somewhere"))
     with pytest.raises(ValueError, match="config.bench.trl_python=/nowhere/python is no interpreter"):
-        bench_update.systems_of(config)
+        bench_update.systems_of(config.model, config.bench)
     with pytest.raises(ValueError, match="neither grpo nor sft"):
-        bench_update.systems_of(small_config(losses=("dpo",)))
+        own_config = small_config(losses=("dpo",))
+        bench_update.systems_of(own_config.model, own_config.bench)
 
 
 SEGMENTS = np.zeros((2, 50), np.int32)

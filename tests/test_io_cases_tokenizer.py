@@ -29,7 +29,7 @@ def opened(folder, **fields):
     """Returns (config, tokenizer, mesh, weights) of a checkpoint as every stage opens it."""
     config = Config(model=ModelConfig(checkpoint=str(folder)), sampler=SamplerConfig(**fields))
     config, words, mesh = common.prepare(config)
-    return config, words, mesh, common.load_weights(config, mesh, str(folder), dict)
+    return config, words, mesh, common.load_weights(config.model, mesh, str(folder), dict)
 
 
 def drawn(config, words, mesh, params, temperature=1.0, groups=4, samples=8, longest=24, steps=4):
@@ -314,7 +314,7 @@ def test_fine_tuning_ends_every_example_once_as_its_template_does(tmp_path, temp
     config = Config(pack=PackConfig(row_tokens=1024))
     config = replace(config, model=ModelConfig(vocab_size=259), data=replace(config.data, template=template))
     rows = [{"prompt": "q", "response": text} for text in ("r", "r<|im_end|>", "r<|endoftext|>\n")]
-    for item in fine_tuning.encode(rows, config, words):
+    for item in fine_tuning.encode(rows, config.stage, config.data, config.pack, words):
         assert item.tokens[item.loss_mask > 0].tolist() == [*words.encode("r"), end]
 
 
@@ -446,8 +446,9 @@ def test_a_padded_model_with_two_end_tokens_and_another_end_of_turn_trains_on_wh
     config = configs.load("r1_zero:smollm2_135m", [(name, str(value)) for name, value in fields.items()])
     config, words, mesh = common.prepare(config)
     assert words.stop_ids == (256, 259, 258) and config.compute.vocab_used == 260
-    params = common.load_weights(config, mesh, str(folder), dict)
-    train = prompts.encode(PROBLEMS, replace(config, data=replace(config.data, template="chat")), words)
+    params = common.load_weights(config.model, mesh, str(folder), dict)
+    own_config = replace(config, data=replace(config.data, template="chat"))
+    train = prompts.encode(PROBLEMS, own_config.stage, own_config.model, own_config.data, own_config.sampler, words)
     seen = []
     training = policy.make_training(config, words, mesh, train, params, tmp_path / "run")
     generate = training.source.sampling.sampler.generate

@@ -302,7 +302,9 @@ FIELDS = {
 
 def build(folder):
     config = configs.load("r1_zero:tiny", [(name, str(value)) for name, value in FIELDS.items()])
-    train = prompts.encode(tasks.linear_prompts("train")[:30], config, WORDS)
+    train = prompts.encode(
+        tasks.linear_prompts("train")[:30], config.stage, config.model, config.data, config.sampler, WORDS
+    )
     mesh = sharding.make_mesh(MeshConfig())
     return policy.make_training(config, WORDS, mesh, train, weights(config.model), folder, describe=policy.describe)
 

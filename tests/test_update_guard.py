@@ -150,7 +150,9 @@ def run(folder, changes, **fields):
     fields = {**BUILD, **{name.replace("__", "."): value for name, value in fields.items()}}
     config = configs.load("r1_zero:tiny", [(name, str(value)) for name, value in fields.items()])
     mesh = sharding.make_mesh(MeshConfig())
-    train = prompts.encode(tasks.linear_prompts("train")[:20], config, WORDS)
+    train = prompts.encode(
+        tasks.linear_prompts("train")[:20], config.stage, config.model, config.data, config.sampler, WORDS
+    )
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "guard/loop", "init"), "float32", mesh)
     training = policy.make_training(config, WORDS, mesh, train, params, folder, describe=policy.describe)
     source, objective, transform = training.source.source, training.objective, training.run.trainer.transform

@@ -19,7 +19,7 @@ from r1jax.config import config_hash, flatten
 from r1jax.core import checkpoint, files, hosts, runtime, sharding
 from r1jax.core.say import say
 from r1jax.models import decoder
-from r1jax.schema import Config, GateConfig, ModelConfig, RopeScaling, replace
+from r1jax.schema import Config, DataConfig, GateConfig, ModelConfig, RopeScaling, replace
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 DONE = "DONE"
@@ -183,17 +183,19 @@ def _hugging_face(folder: str | Path) -> tuple[ModelConfig, tokenizers.Tokenizer
     return hf_config.model_config(beside), tokenizers.from_folder(beside)
 
 
-def write_model(folder: Path, config: Config, tokenizer: tokenizers.Tokenizer, template: str) -> None:
+def write_model(
+    folder: Path, model: ModelConfig, data: DataConfig, tokenizer: tokenizers.Tokenizer, template: str
+) -> None:
     """Writes into a stage's folder what its weights are used with: shape, tokenizer, and how questions become prompts."""
     if not hosts.is_writer():
         return
     target = folder / MODEL
     target.mkdir(parents=True, exist_ok=True)
     tokenizer.save(target)
-    asked = {"template": template, "instruction": config.data.instruction, "think_prefill": config.data.think_prefill}
+    asked = {"template": template, "instruction": data.instruction, "think_prefill": data.think_prefill}
     ends, pad = token_ids(tokenizer)
     checkpoint.write_json(target / GENERATION, {"eos_token_id": ends, "pad_token_id": pad})
-    record = {"model": dataclasses.asdict(replace(config.model, checkpoint="")), "data": asked}
+    record = {"model": dataclasses.asdict(replace(model, checkpoint="")), "data": asked}
     checkpoint.write_json(target / SHAPE, record)
 
 
@@ -284,14 +286,14 @@ def _names_its_family(path: Path) -> bool:
         return False
 
 
-def load_weights(config: Config, mesh: Mesh, source: str, default: Callable[[], decoder.Params]) -> decoder.Params:
+def load_weights(model: ModelConfig, mesh: Mesh, source: str, default: Callable[[], decoder.Params]) -> decoder.Params:
     """Returns float32 parameters of a Hugging Face folder or a stage's newest checkpoint; `default()` without a source."""
     if not source:
         return default()
     if is_hugging_face(source):
         from r1jax.checkpoints import hf
 
-        return hf.load(source, config.model, mesh, jnp.float32)
+        return hf.load(source, model, mesh, jnp.float32)
     if (Path(source) / REWARD_MODEL).exists():
         raise ValueError(
             f"{source} holds a reward model, which gives scores and no text; give the folder of another stage"
@@ -300,7 +302,7 @@ def load_weights(config: Config, mesh: Mesh, source: str, default: Callable[[], 
     number = store.latest()
     if number is None:
         raise ValueError(f"{source} holds no finished checkpoint; run that stage to its end first")
-    target = sharding.abstract(decoder.specs(config.model), jnp.float32, mesh)
+    target = sharding.abstract(decoder.specs(model), jnp.float32, mesh)
     params = store.restore(number, {"params": target})["params"]
     store.close()
     return params
@@ -359,15 +361,15 @@ def shape_hash(model: ModelConfig, *more) -> str:
 
     Only fields that differ from their default count, so a field added later leaves the hash as it was.
     """
-    text = repr([_chosen(config) for config in (replace(model, checkpoint=""), *more)])
+    text = repr([_chosen(part) for part in (replace(model, checkpoint=""), *more)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _chosen(config) -> list[tuple]:
+def _chosen(part) -> list[tuple]:
     """Returns (field, value) of the fields that differ from their default, nested ones likewise."""
-    default, found = type(config)(), []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    default, found = type(part)(), []
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
         if value != getattr(default, field.name):
             found.append((field.name, _chosen(value) if dataclasses.is_dataclass(value) else value))
     return found

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from r1jax.core import sharding, tree
 from r1jax.models import decoder
-from r1jax.schema import Config, Network
+from r1jax.schema import GRPOConfig, Network
 
 
 def active_parameters(network: Network) -> int:
@@ -24,15 +24,15 @@ def active_parameters(network: Network) -> int:
     return total - max(model.n_routed_experts - model.num_experts_per_tok, 0) * expert * layers
 
 
-def of_policy_training(rows: Sequence[dict], config: Config) -> float:
+def of_policy_training(rows: Sequence[dict], network: Network, grpo: GRPOConfig) -> float:
     """Returns the FLOPs of an RL run from its metrics rows: per parameter 2 for a sampled token, 6 for one trained on and
     2 for one scored by the reference, or by the policy before its updates (prompts included in all but the first). A
     critic scores and is trained on the same tokens."""
     sampled = sum(row.get("sampled_tokens", row["tokens"]) for row in rows)
     packed = sum(row["packed_tokens"] for row in rows)
-    scored = config.grpo.uses_reference + (config.grpo.old_logp == "recomputed")
-    critic = 8.0 if config.grpo.advantage == "gae" else 0.0
-    return active_parameters(config.network) * (2.0 * sampled + (6.0 + 2.0 * scored + critic) * packed)
+    scored = grpo.uses_reference + (grpo.old_logp == "recomputed")
+    critic = 8.0 if grpo.advantage == "gae" else 0.0
+    return active_parameters(network) * (2.0 * sampled + (6.0 + 2.0 * scored + critic) * packed)
 
 
 def of_fine_tuning(tokens: int, network: Network) -> float:

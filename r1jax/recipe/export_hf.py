@@ -17,7 +17,7 @@ from r1jax.core.sharding import use_mesh
 from r1jax.data import templates
 from r1jax.models import decoder
 from r1jax.recipe import common, lineage, prompts
-from r1jax.schema import ComputeConfig, Config, ModelConfig, Network, replace
+from r1jax.schema import ComputeConfig, Config, DataConfig, ModelConfig, Network, replace
 
 # Of the run's config.json: what an export must agree with.
 RUN_FIELDS = ("model.", "compute.", "data.", "sampler.stop_ids")
@@ -55,8 +55,10 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     own, tokenizer, mesh = common.prepare(stage_config(source, fields, config), source)
     hf_export.check_dtype(own.model, config.export.dtype)
     ends, pad = common.token_ids(tokenizer)
-    tokenizer = Tokenizer(tokenizer.backend, tokenizer.config, chat_template(own, tokenizer), tokenizer.source)
-    params = common.load_weights(own, mesh, str(source), lambda: None)
+    tokenizer = Tokenizer(
+        tokenizer.backend, tokenizer.config, chat_template(own.stage, own.data, tokenizer), tokenizer.source
+    )
+    params = common.load_weights(own.model, mesh, str(source), lambda: None)
     figures, kind = {"parameters": tree.count(params)}, config.export.dtype
 
     def check(folder: Path) -> None:
@@ -100,14 +102,14 @@ def stage_config(folder: Path, fields: dict, config: Config) -> Config:
     return override(config, wanted.items())
 
 
-def chat_template(config: Config, tokenizer: Tokenizer) -> str:
+def chat_template(stage: str, data: DataConfig, tokenizer: Tokenizer) -> str:
     """Returns the Jinja template that renders a conversation as the run's training did.
 
     The tokenizer's own for `chat`; for the other templates one that writes it as one question (templates.flat). The last
     user message begins with config.data.instruction. With config.data.think_prefill the generation prompt ends in `<think>`
     and a line break.
     """
-    kind, opened, instruction = prompts.template(config, tokenizer), config.data.think_prefill, config.data.instruction
+    kind, opened, instruction = prompts.template(stage, data, tokenizer), data.think_prefill, data.instruction
     told = INSTRUCTED.replace("TEXT", json.dumps(f"{instruction}\n", ensure_ascii=False)) if instruction else ""
     if kind == "chat":
         if not opened:

@@ -22,7 +22,7 @@ from r1jax.recipe.progress import Progress
 from r1jax.report import table
 from r1jax.rewards.models import reward_model
 from r1jax.rewards.models.reward_model import Reading, RewardModel
-from r1jax.schema import ComputeConfig, Config, ModelConfig, Network, PackConfig
+from r1jax.schema import ComputeConfig, Config, DataConfig, ModelConfig, Network, PackConfig, RewardModelConfig
 from r1jax.train import epochs, frozen, reward, step
 from r1jax.train.reward import Unit
 
@@ -56,9 +56,16 @@ def run(config: Config, workdir: Path) -> dict:
         show({config.stage: figures["held_out"]})
         return figures
     resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
-    network, reading = reward_model.architecture(resolved.network), reading_of(kind, resolved, tokenizer)
+    network, reading = (
+        reward_model.architecture(resolved.network),
+        reading_of(kind, resolved.stage, resolved.data, resolved.reward_model, tokenizer),
+    )
     path = folder.path / common.EXAMPLES
-    rows = [] if path.exists() or _is_written(resolved) else given_rows(resolved, kind)
+    rows = (
+        []
+        if path.exists() or _is_written(resolved.data)
+        else given_rows(resolved.stage, resolved.preset, resolved.data, kind)
+    )
     if blocks := config.reward_model.frozen_blocks:
         frozen.shapes(network, blocks)
     started, params = time.monotonic(), lineage.start_weights(resolved, mesh, workdir)
@@ -66,7 +73,7 @@ def run(config: Config, workdir: Path) -> dict:
         rows = jsonl.read(path)
     else:
         rows = rows or tiny_preferences.examples(kind, resolved, tokenizer, mesh, params, workdir)
-        rows = chosen_examples(rows, kind, resolved)
+        rows = chosen_examples(rows, kind, resolved.stage, resolved.data, resolved.reward_model)
     units = [_unit(row, kind, reading, tokenizer) for row in rows]
     fitting = [unit is not None and reward.fits(unit, config.pack) for unit in units]
     sides = [[i for i in range(len(rows)) if fitting[i] and rows[i]["held_out"] == held] for held in (False, True)]
@@ -81,7 +88,7 @@ def run(config: Config, workdir: Path) -> dict:
         told = ", ".join(f"{count} {why}" for why, count in left_out.items())
         say(f"{config.stage}: of {len(rows)} examples left out: {told}")
     folder.start(inputs)
-    common.write_model(folder.path, resolved, tokenizer, reading.template)
+    common.write_model(folder.path, resolved.model, resolved.data, tokenizer, reading.template)
     if not path.exists():
         jsonl.write(path, rows)
     train, held_out = ([units[i] for i in side] for side in sides)
@@ -91,48 +98,52 @@ def run(config: Config, workdir: Path) -> dict:
     figures |= {"left_out": left_out, "held_out": evaluate(scorer, held_out, [rows[i] for i in sides[1]])}
     some = keyed_permutation(len(train), hash64(config.stage, config.seed, "center"))[:CENTER_UNITS]
     center = _center(scorer, [train[i] for i in some]) if kind == "helpful" else 0.0
-    write_record(folder.path, kind, network, reading, config, center)
+    write_record(folder.path, kind, network, reading, config.reward_model, center)
     checkpoint.write_json(folder.path / "figures.json", figures)
     show({config.stage: figures["held_out"]})
     return folder.finish(figures, inputs, tree.digest(trained))
 
 
-def _is_written(config: Config) -> bool:
+def _is_written(data: DataConfig) -> bool:
     """Returns whether the stage draws and ranks its examples itself, as it can in the tiny world."""
-    return config.data.world == "tiny" and not config.data.path
+    return data.world == "tiny" and not data.path
 
 
-def given_rows(config: Config, kind: str) -> list[dict]:
+def given_rows(stage: str, preset: str, data: DataConfig, kind: str) -> list[dict]:
     """Returns the rows of config.data.path, having said how they were read."""
-    rows, notes = reward_examples.read(given_data(config), kind)
-    say(*(f"{config.data.path}: {note}" for note in notes))
+    rows, notes = reward_examples.read(given_data(stage, preset, data), kind)
+    say(*(f"{data.path}: {note}" for note in notes))
     return rows
 
 
-def given_data(config: Config) -> str:
+def given_data(stage: str, preset: str, data: DataConfig) -> str:
     """Returns config.data.path. Raises ValueError where it is empty."""
-    if not config.data.path:
+    if not data.path:
         raise ValueError(
-            f"{config.stage}: config.data.path is empty, and {config.stage}:{config.preset} has no examples of "
+            f"{stage}: config.data.path is empty, and {stage}:{preset} has no examples of "
             "its own; give some with --config.data.path=FILE.jsonl (rows with prompt and chosen, rejected or a label)"
         )
-    return config.data.path
+    return data.path
 
 
-def reading_of(kind: str, config: Config, tokenizer: Tokenizer) -> Reading:
+def reading_of(
+    kind: str, stage: str, data: DataConfig, reward_model: RewardModelConfig, tokenizer: Tokenizer
+) -> Reading:
     """Returns how the model of this run reads its texts."""
-    settings = config.reward_model
-    template = prompts.template(config, tokenizer)
-    return Reading(kind, template, config.data.instruction, settings.prompt_tokens, settings.response_tokens)
+    settings = reward_model
+    template = prompts.template(stage, data, tokenizer)
+    return Reading(kind, template, data.instruction, settings.prompt_tokens, settings.response_tokens)
 
 
-def chosen_examples(rows: list[dict], kind: str, config: Config) -> list[dict]:
+def chosen_examples(
+    rows: list[dict], kind: str, stage: str, data: DataConfig, reward_model: RewardModelConfig
+) -> list[dict]:
     """Returns the rows that are used, in order, each with `held_out`; pairs of either side are balanced by length."""
-    if config.data.max_rows:
-        order = keyed_permutation(len(rows), hash64(config.stage, "rows"))
-        rows = [rows[i] for i in sorted(order[: config.data.max_rows])]
-    sides = reward_examples.split(rows, config.data.holdout_fraction)
-    if kind == "helpful" and config.reward_model.balance_lengths:
+    if data.max_rows:
+        order = keyed_permutation(len(rows), hash64(stage, "rows"))
+        rows = [rows[i] for i in sorted(order[: data.max_rows])]
+    sides = reward_examples.split(rows, data.holdout_fraction)
+    if kind == "helpful" and reward_model.balance_lengths:
         sides = tuple(map(preferences.balance_lengths, sides))
     held_out = {row["id"]: held for held, side in zip((False, True), sides, strict=True) for row in side}
     return [row | {"held_out": held_out[row["id"]]} for row in rows if row["id"] in held_out]
@@ -163,7 +174,7 @@ def fit(
     shards = sharding.row_shards(config.pack.rows_per_micro_batch, config.mesh)
     trainer = step.Trainer(network, config.optimizer, mesh, reward.make_loss(network, kind), len(chosen))
     if lower is not None and folder.newest_checkpoint() != len(chosen):
-        units = _with_features(units, lower, lower_network, config, mesh)
+        units = _with_features(units, lower, lower_network, config.stage, config.pack, mesh)
 
     def batch_at(update: int):
         return reward.make_batch([units[i] for i in chosen[update]], config.pack, room, shards)
@@ -179,13 +190,13 @@ def fit(
 
 
 def _with_features(
-    units: list[Unit], lower: decoder.Params, network: Network, config: Config, mesh: Mesh
+    units: list[Unit], lower: decoder.Params, network: Network, stage: str, pack: PackConfig, mesh: Mesh
 ) -> list[Unit]:
     """Returns the units with what the frozen blocks make of them."""
     flat = [ids for unit in units for ids in unit.sequences]
     params = tree.cast(lower, jnp.dtype(network.compute.compute_dtype))
-    with Progress(f"{config.stage} features", len(flat)) as progress:
-        made = iter(frozen.features(params, network, flat, config.pack, mesh, progress.update))
+    with Progress(f"{stage} features", len(flat)) as progress:
+        made = iter(frozen.features(params, network, flat, pack, mesh, progress.update))
     return [dataclasses.replace(unit, features=tuple(next(made) for _ in unit.sequences)) for unit in units]
 
 
@@ -244,11 +255,13 @@ def make_scorer(
     return RewardModel(copy(params), network, mesh, reading, tokenizer, rows, tokens, center)
 
 
-def write_record(folder: Path, kind: str, network: Network, reading: Reading, config: Config, center: float) -> None:
+def write_record(
+    folder: Path, kind: str, network: Network, reading: Reading, reward_model: RewardModelConfig, center: float
+) -> None:
     """Writes what `load` reads beside the weights."""
     record = {"kind": kind, "reading": dataclasses.asdict(reading)}
     record |= {"model": dataclasses.asdict(network.model), "compute": dataclasses.asdict(network.compute)}
-    record |= {"weights": WHOLE if config.reward_model.frozen_blocks else "checkpoints", "center": center}
+    record |= {"weights": WHOLE if reward_model.frozen_blocks else "checkpoints", "center": center}
     checkpoint.write_json(folder / common.REWARD_MODEL, record)
 
 

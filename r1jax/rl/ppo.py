@@ -21,8 +21,9 @@ from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.objective import Batch, GroupObjective, Objective
 from r1jax.rl.rollout import Advantages, token_kl
+from r1jax.rl.settings import RunSettings
 from r1jax.rl.state import RunInputs, RunState
-from r1jax.schema import Config, Network, replace
+from r1jax.schema import Network, replace
 from r1jax.train import guard, step
 
 CRITIC_FIELDS = ("value", "return")  # per-token values of the critic's batch beside `weight`
@@ -81,7 +82,7 @@ def make_value_loss(network: Network) -> step.Loss:
 class CriticObjective(Objective):
     """Advantages from a critic that is trained beside the policy; the policy's loss is that of `GroupObjective`."""
 
-    def __init__(self, config: Config, inputs: RunInputs):
+    def __init__(self, config: RunSettings, inputs: RunInputs):
         self.config, self.policy = config, GroupObjective(config)
         self.fields, self.loss, self.arguments = (
             (*self.policy.fields, *CRITIC_FIELDS),
