@@ -226,7 +226,7 @@ def test_a_rollout_in_the_journal_is_used_instead_of_a_new_one(watched, tmp_path
 
 def test_stopped_in_the_middle_of_a_rollout_in_bfloat16_a_run_goes_on_from_the_journal_and_ends_bit_equal(tmp_path):
     more = {
-        "model__compute_dtype": "bfloat16",
+        "compute__compute_dtype": "bfloat16",
         "optimizer__moment_dtype": "bfloat16",
         "checkpointing__every_updates": 2,
     }

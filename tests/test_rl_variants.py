@@ -52,7 +52,7 @@ def test_log_probs_of_the_policy_before_its_updates_survive_a_stop_between_them(
 
 
 def test_in_bfloat16_the_ratio_to_the_trainers_own_log_probs_starts_at_one_and_the_samplers_does_not(tmp_path):
-    more = SHORT | {"grpo__updates": 1, "grpo__updates_per_rollout": 1, "model__compute_dtype": "bfloat16"}
+    more = SHORT | {"grpo__updates": 1, "grpo__updates_per_rollout": 1, "compute__compute_dtype": "bfloat16"}
     rows = {}
     for name in ("rollout", "recomputed"):
         rl_training(tmp_path / name, **more, grpo__old_logp=name).train()
