@@ -111,6 +111,7 @@ def attend(q, source: Source, context: Context, c: ModelConfig, cache: kv.Cache 
     A cache takes the new rows first.
     """
     if cache is not None:
+        assert context.write_positions is not None
         cache = kv.stored(cache, layer, source.arrays, context.write_positions)
     return context.form(q, source, context, c, cache, layer), cache
 
@@ -133,9 +134,10 @@ def in_blocks(q_BTKGH, source: Source, context: Context, c: ModelConfig, cache, 
     return packed_attention(*arrays, rope.softmax_scale(c), c.attention_block, context.prefixes)
 
 
-def decoded(q, source: Source, context: Context, c: ModelConfig, cache: kv.Cache, layer) -> jax.Array:
+def decoded(q, source: Source, context: Context, c: ModelConfig, cache: kv.Cache | None, layer) -> jax.Array:
     """One query per slot over its cached rows by the decode kernels, in float32; 0 for a slot of length 0."""
     width, scale = source.value_width, rope.softmax_scale(c)
+    assert cache is not None
     return flash.decode(q[:, 0], cache.arrays, layer, context.lengths, width, scale)[:, None]
 
 

@@ -355,7 +355,7 @@ def _count_rows(counts: object, path: tuple[str, ...], tasks: set[str]) -> Itera
             yield from _count_rows(value, (*path, label), tasks)
 
 
-def _count(value: object) -> str:
+def _count(value: float | None) -> str:
     return number(value, 0 if isinstance(value, int) or float(value or 0).is_integer() else 2)
 
 

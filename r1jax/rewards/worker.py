@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from multiprocessing import forkserver
 from types import FrameType
 
@@ -27,7 +27,7 @@ _main_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _main_module_hidden() -> Iterator[None]:
+def _main_module_hidden() -> Generator[None]:
     """Keeps a new worker from importing the user's __main__ (slow, may import jax, needs a guard): it uses nothing of it."""
     main = sys.modules["__main__"]
     with _main_lock:

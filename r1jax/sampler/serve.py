@@ -14,12 +14,17 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from r1jax.sampler import jetstream
 from r1jax.sampler.stop_strings import StopStrings
+
+if TYPE_CHECKING:
+    from jetstream.core.orchestrator import Driver
+else:
+    Driver = object  # JetStream is imported when a driver is made, by `safe_driver_class`
 
 SMALLEST_BUCKET = 16  # tokens; prompts are padded to powers of two from here on, where the engine names no buckets
 
@@ -39,7 +44,7 @@ def prefill_buckets(engine: Any) -> tuple[int, ...]:
     return tuple(sorted({length for length in named if length < longest} | {longest}))
 
 
-class DriverTokenizer(jetstream.Tokenizer):
+class DriverTokenizer(jetstream.Tokenizer):  # ty: ignore[unsupported-base] JetStream's or, without it, our own base
     """Wraps a tokenizer with encode_prompt(text), decode(ids), eos_id and pad_id in JetStream's interface.
 
     A text is encoded as the trainer encodes a prompt, so `bos_id` is None and JetStream adds no bos. Decoding ends at
@@ -213,7 +218,7 @@ def _stop_all() -> None:
         driver.stop()
 
 
-class SafeDriverMethods:
+class SafeDriverMethods(Driver):
     """The changes that `SafeDriver` makes to JetStream 0.2.2's Driver.
 
     * An exception in a thread reaches every open request; the process continues.

@@ -1,5 +1,6 @@
 """What a trained reward model says of responses: a decoder with a scalar head, read at the end token of the turn."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from scipy.special import expit
 
-from r1jax.core import sharding
+from r1jax.core import private_jax, sharding
 from r1jax.core.sharding import use_mesh
 from r1jax.data import templates
 from r1jax.data.packing import PackedBatch, batches
@@ -59,7 +60,7 @@ def architecture(model: ModelConfig) -> ModelConfig:
 
 def from_decoder(params: decoder.Params, model: ModelConfig) -> decoder.Params:
     """Returns the weights of a decoder as a reward model that says 0 of everything."""
-    return params.replace(unembedding=None, mtp=None, scalar_head=np.zeros(model.hidden_size, np.float32))
+    return dataclasses.replace(params, unembedding=None, mtp=None, scalar_head=np.zeros(model.hidden_size, np.float32))
 
 
 class RewardModel:
@@ -95,7 +96,7 @@ class RewardModel:
     @property
     def compilations(self) -> int:
         """Programs compiled so far."""
-        return self._score._cache_size()
+        return private_jax.compilations(self._score)
 
     def scores(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
         """Returns the score of each sequence of ids, read at its last token, float32 [N].

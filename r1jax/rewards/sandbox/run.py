@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -109,7 +109,7 @@ class Sandbox:
             return tuple(_collect([one, two], self.limits))
 
     @contextmanager
-    def _started(self, program: Program, stdin: int) -> Iterator["_Run"]:
+    def _started(self, program: Program, stdin: int) -> Generator["_Run"]:
         """A started run; on leaving, its whole tree is gone."""
         report, reported = os.pipe()
         spec = os.memfd_create("spec")
