@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import tokenizers
 
 from r1jax.checkpoints import chat
@@ -225,7 +226,7 @@ class Tokenizer:
 
     # Ids to text
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of ids, special tokens included except pad and eos, and except stop ids at the end."""
         kept = [int(index) for index in ids if index not in (self.eos_id, self.pad_id)]
         while kept and kept[-1] in self.stop_ids:

@@ -169,6 +169,7 @@ def _prefill(params, tokens, length, config: ModelConfig, dtype, existing: Prefi
     hidden, cache, auxiliary = decoder.forward(
         params, tokens[None], before + index, (index < length).astype(jnp.int32), config, cache
     )
+    assert cache is not None
     last = jax.lax.dynamic_index_in_dim(hidden[0], length - 1, keepdims=False)
     experts = None if auxiliary.experts is None else auxiliary.experts.transpose(1, 2, 0, 3).astype(jnp.int16)
     if experts is not None and existing is not None:

@@ -41,14 +41,14 @@ def _placeholders() -> dict[str, ModuleType]:
         vocabularies: Any = ModuleType("seqio.vocabularies")
         vocabularies.Vocabulary = type("Vocabulary", (_AbsentTokenizer,), {})
         vocabularies.SentencePieceVocabulary = type("SentencePieceVocabulary", (_AbsentTokenizer,), {})
-        modules["seqio"] = ModuleType("seqio")
-        modules["seqio"].vocabularies = vocabularies
+        seqio: Any = ModuleType("seqio")
+        modules["seqio"], seqio.vocabularies = seqio, vocabularies
         modules["seqio.vocabularies"] = vocabularies
     if "tiktoken" not in sys.modules and importlib.util.find_spec("tiktoken") is None:
         load: Any = ModuleType("tiktoken.load")
         load.load_tiktoken_bpe = _AbsentTokenizer
-        modules["tiktoken"] = ModuleType("tiktoken")
-        modules["tiktoken"].load = load
+        tiktoken: Any = ModuleType("tiktoken")
+        modules["tiktoken"], tiktoken.load = tiktoken, load
         modules["tiktoken.load"] = load
     return modules
 
@@ -121,7 +121,7 @@ else:
         def get_result_at_slot(self, slot: int) -> SlotData:
             """Returns the rows of `slot`."""
             rows = self.data[slot * self.samples_per_slot : (slot + 1) * self.samples_per_slot]
-            return SlotData(
+            return SlotData(  # ty: ignore[invalid-explicit-return] the one above
                 tokens=rows[:, slice(*self.tokens_idx)],
                 valid=rows[:, slice(*self.valid_idx)],
                 lengths=rows[:, self.length_idx[0]],
@@ -176,7 +176,7 @@ def _import_core(name: str) -> Any:
         )
     try:
         with _clean_import():
-            module = importlib.import_module(f"jetstream.core.{name}")
+            module: Any = importlib.import_module(f"jetstream.core.{name}")
     except ImportError as error:
         raise ValueError(f"serving: jetstream.core.{name} cannot be imported ({error}); {LIGHT_INSTALL}") from error
     module.logging = logging.getLogger(f"jetstream.{name}")  # its logging.info() would configure the root logger

@@ -235,7 +235,7 @@ class SafeDriverMethods(Driver):
         self._open: set[_Channel] = set()
         self._closed: Exception | None = None
         self._buckets = prefill_buckets(engine)
-        self._engine = _LatestParams(engine, params)
+        self._engine: Any = _LatestParams(engine, params)
         self._tokenizer = self._engine.build_tokenizer(engine.get_tokenizer())
         super().__init__(
             prefill_engines=[self._engine],
@@ -314,7 +314,7 @@ class SafeDriverMethods(Driver):
     def stop(self, deadline_s: float = 60.0) -> None:
         """Fails the open requests and ends the threads. Raises TimeoutError for threads that outlast `deadline_s`."""
         self._close(RuntimeError("serving: the driver was stopped"))
-        queues = [
+        queues: list[Any] = [
             self._prefill_backlog,
             *self._transfer_backlogs,
             *self._generate_backlogs.values(),

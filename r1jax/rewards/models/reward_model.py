@@ -115,10 +115,10 @@ class RewardModel:
         For pairs that is the chance to win against a response of score `center`, for labels that of being safe.
         """
         read = [self.reading.ids(*both, self.tokenizer) for both in zip(questions, responses, strict=True)]
-        judged = [index for index, ids in enumerate(read) if ids is not None]
+        judged = {index: ids for index, ids in enumerate(read) if ids is not None}
         found = np.zeros(len(read), np.float32)
-        scores = self.scores([read[index] for index in judged]).astype(np.float64)
-        found[judged] = expit(scores - self.center)
+        scores = self.scores(list(judged.values())).astype(np.float64)
+        found[list(judged)] = expit(scores - self.center)
         return found
 
     def _batch(self, batch: PackedBatch) -> list[float]:
