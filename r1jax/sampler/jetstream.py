@@ -15,7 +15,7 @@ import threading
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -77,6 +77,11 @@ try:
 except Exception as error:  # absent, or broken by another package's version: the sampler works without it
     AVAILABLE, _REASON = False, f"{type(error).__name__}: {error}"
 
+
+if TYPE_CHECKING:
+    from jetstream.core.orchestrator import Driver
+else:
+    Driver = object  # the real one is imported when a driver is made: see `orchestrator`
 
 if AVAILABLE:
     Engine = engine_api.Engine

@@ -14,17 +14,12 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
 from r1jax.sampler import jetstream
 from r1jax.sampler.stop_strings import StopStrings
-
-if TYPE_CHECKING:
-    from jetstream.core.orchestrator import Driver
-else:
-    Driver = object  # JetStream is imported when a driver is made, by `safe_driver_class`
 
 SMALLEST_BUCKET = 16  # tokens; prompts are padded to powers of two from here on, where the engine names no buckets
 
@@ -218,7 +213,7 @@ def _stop_all() -> None:
         driver.stop()
 
 
-class SafeDriverMethods(Driver):
+class SafeDriverMethods(jetstream.Driver):
     """The changes that `SafeDriver` makes to JetStream 0.2.2's Driver.
 
     * An exception in a thread reaches every open request; the process continues.
