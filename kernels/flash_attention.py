@@ -281,7 +281,7 @@ def backward_call(blocks: Blocks, interpret, q_BNTH, k_BKSH, v_BKSV, ranges, d_o
         raise ValueError(
             f"flash_attention: a row of {length} tokens needs {row / 2**20:.0f} MiB of VMEM for the gradient of its "
             f"queries, {ROW_BYTES // 2**20} are there; divide rows (mesh.context) or set "
-            "model.attention_implementation=xla"
+            "compute.attention_implementation=xla"
         )
     groups, out_width = heads // k_BKSH.shape[1], v_BKSV.shape[-1]
     size, key_size = blocks.backward_query, blocks.backward_key

@@ -3,7 +3,7 @@
 Imports no JAX.
 
 An override of anything else is refused before a run: it would change nothing but the run's name and hash. The values of
-a preset are its author's and are not checked. Every stage takes a seed.
+a preset are its author's and are not checked.
 """
 
 import importlib
@@ -13,18 +13,18 @@ from pathlib import Path
 
 from r1jax.schema import Config
 
-EVERY = ("seed",)
 # Read by every stage that starts from the results of others in the working folder and evaluates its own.
-_PLACE = ("start", "inputs", "input_preset", "rebuild_base", "checkpointing", "evaluation")
-_MODEL = ("model", "mesh", "data", "sampler", "reward")
-_TRAINING = (*_MODEL, *_PLACE, "optimizer", "pack")
+_PLACE = ("seed", "start", "inputs", "input_preset", "rebuild_base", "checkpointing", "evaluation")
+_MODEL = ("model", "compute", "mesh", "data", "sampler", "reward")
+_TRAINING = (*_MODEL, *_PLACE, "auxiliary", "optimizer", "pack")
 _RL_STAGES = ("r1_zero", "ppo_baseline", "stage2_reasoning_rl", "stage4_all_scenarios", "student_rl")
 _RL = (*_TRAINING, "mode", "sampler_mesh", "grpo", "ppo", "scenarios")
 _SFT = (*_TRAINING, "sft")
 _SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens_schedule")
 _WEIGHTS = dict.fromkeys((f"reward.{name}" for name in ("accuracy", "format", "language")), "")
+DERIVED = {"compute.vocab_used": "the tokenizer"}  # fields that follow from something else
 BY_GRAPH = ("gate",)  # the parts of a stage's config that are read by the graph which runs it
-_GRAPH = ("rebuild_base", "only", "from_stage", "list", "set", "evaluation")
+_GRAPH = ("seed", "rebuild_base", "only", "from_stage", "list", "set", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,16 @@ def _other_sampling(**instead: str) -> dict[str, str]:
 
 _EVALUATION = _other_sampling(temperature="evaluation.temperature", top_p="evaluation.top_p")
 _NO_RL = {"pack.shared_prompts": ""}
+_JUDGE = {"judge.sampler.max_new_tokens_schedule": "judge.sampler.max_new_tokens"}
+_SAMPLES_ALONE = {"compute.logprob_implementation": ""}  # the sampler scores by whole logits
 _RL_STAGE = Stage("recipe.policy:run", _RL, several_processes=True)
 _REWARD_MODEL = Stage(
-    "recipe.reward_models:run", (*_TRAINING, "reward_model"), _other_sampling() | _NO_RL | {"pack.trained_chunk": ""}
+    "recipe.reward_models:run",
+    (*_TRAINING, "reward_model"),
+    _other_sampling()
+    | _NO_RL
+    | dict.fromkeys(("pack.trained_chunk", "auxiliary.mtp_loss_weight", "auxiliary.mtp_hidden"), "")
+    | dict.fromkeys(("data.weights", "data.columns", "data.task"), ""),
 )
 _RECIPE = Stage("recipe.graph:run", _GRAPH)
 
@@ -59,24 +66,29 @@ STAGES: dict[str, Stage] = {
     "stage2_reasoning_rl": _RL_STAGE,
     "stage4_all_scenarios": _RL_STAGE,
     "student_rl": _RL_STAGE,
-    "stage1_coldstart": Stage("recipe.stage1_coldstart:run", (*_SFT, "coldstart", "judge"), _EVALUATION | _NO_RL),
+    "stage1_coldstart": Stage(
+        "recipe.stage1_coldstart:run", (*_SFT, "coldstart", "judge"), _EVALUATION | _NO_RL | _JUDGE
+    ),
     "stage3_rejection_sft": Stage(
         "recipe.stage3_rejection_sft:run",
         (*_SFT, "rejection", "judge"),
-        _EVALUATION | _NO_RL | {"sampler.temperature": "rejection.temperature"},
+        _EVALUATION | _NO_RL | _JUDGE | {"sampler.temperature": "rejection.temperature"},
     ),
     "distill": Stage("recipe.distill:run", (*_SFT, "distill"), _EVALUATION | _NO_RL),
     "reward_helpful": _REWARD_MODEL,
     "reward_safety": _REWARD_MODEL,
     "stage0_base": Stage(
         "recipe.stage0_base:run",
-        ("model", "mesh", "optimizer", "pack", "checkpointing", "pretrain", "output", "sampler.stop_ids"),
-        _NO_RL | {"pack.trained_chunk": ""},
+        (
+            *("seed", "model", "compute", "auxiliary", "mesh", "optimizer", "pack", "checkpointing", "pretrain"),
+            *("output", "sampler.stop_ids"),
+        ),
+        _NO_RL | {"pack.trained_chunk": "", "model.max_position_embeddings": ""},
     ),
     "evaluate": Stage(
         "recipe.evaluate:run",
-        (*_MODEL, "evaluation", "checkpoint"),
-        _EVALUATION | {"model.checkpoint": "checkpoint"},
+        ("seed", *_MODEL, "evaluation", "checkpoint"),
+        _EVALUATION | _SAMPLES_ALONE | {"model.checkpoint": "checkpoint"},
         several_processes=True,
     ),
     "export_hf": Stage("recipe.export_hf:run", ("model.checkpoint", "mesh", "checkpoint", "output", "export")),
@@ -87,20 +99,26 @@ STAGES: dict[str, Stage] = {
     ),
     "build_tests": Stage(
         "tools.build_tests:run",
-        ("data.path", "data.max_rows", "output", "mesh", "judge", "build_tests", "reward"),
-        _WEIGHTS,
+        (
+            *("seed", "data.path", "data.max_rows", "output", "mesh", "judge", "build_tests"),
+            *("reward.deadline_s", "reward.sandbox"),
+        ),
+        _JUDGE,
     ),
     "preference_pairs": Stage(
         "tools.preference_pairs:run",
-        ("model", "mesh", "data", "sampler", "output", "judge", "preferences"),
-        {"sampler.max_new_tokens_schedule": "", "data.holdout_fraction": ""},
+        ("seed", "model", "compute", "mesh", "data", "sampler", "output", "judge", "preferences"),
+        _JUDGE
+        | _SAMPLES_ALONE
+        | {"sampler.max_new_tokens_schedule": "sampler.max_new_tokens"}
+        | dict.fromkeys(("data.holdout_fraction", "data.weights", "data.task"), ""),
     ),
     "quickstart": _RECIPE,
     "r1": _RECIPE,
-    "ablation": Stage("tools.ablation:run", ("variants", "seeds", "output", "evaluation")),
+    "ablation": Stage("tools.ablation:run", ("seed", "variants", "seeds", "output", "evaluation")),
     "bench_code": Stage(
         "bench.code:run",
-        ("bench.code_files", "bench.samples", "bench.mutants_per_row", "data.max_rows", "reward"),
+        ("seed", "bench.code_files", "bench.samples", "bench.mutants_per_row", "data.max_rows", "reward"),
         _WEIGHTS,
     ),
     "bench_grading": Stage("bench.grading:run", ("data.path", "data.max_rows", "reward")),
@@ -110,13 +128,16 @@ STAGES: dict[str, Stage] = {
         "bench.loss:run",
         (
             *("pack.row_tokens", "pack.rows_per_micro_batch"),
-            *("model.hidden_size", "model.vocab_size", "model.compute_dtype"),
+            *("model.hidden_size", "model.vocab_size", "compute.compute_dtype"),
         ),
     ),
     "bench_rewards": Stage("bench.rewards:run", ("bench.samples", "reward")),
     "bench_update": Stage(
         "bench.update:run",
-        ("model", "mesh", "optimizer", "sampler", "reward", "grpo", "pack", "checkpointing", "bench"),
+        (
+            *("seed", "model", "compute", "auxiliary", "mesh", "optimizer", "sampler", "reward", "grpo", "pack"),
+            *("checkpointing", "bench"),
+        ),
         dict.fromkeys(("bench.code_files", "bench.mutants_per_row", "bench.topology"), ""),
     ),
 }
@@ -162,7 +183,7 @@ _ASKS_PROBLEMS = (*_RL_STAGES, "stage1_coldstart", "stage3_rejection_sft", "dist
 
 def reads(stage: str, key: str) -> bool:
     """Returns whether a stage reads the field, or anything of the part, at a dotted key."""
-    return _covers((*EVERY, *STAGES[stage].reads), key) and not _covers(STAGES[stage].unread, key)
+    return _covers(STAGES[stage].reads, key) and not _covers((*STAGES[stage].unread, *DERIVED), key)
 
 
 def function(stage: str) -> Callable[[Config, Path], dict]:
@@ -186,6 +207,8 @@ def check(config: Config, keys: Iterable[str], also: tuple[str, ...] = ()) -> No
     for key in keys:
         if config.stage not in STAGES or _covers(also, key):
             continue
+        if key in DERIVED:
+            raise ValueError(f"config.{key} follows from {DERIVED[key]}; leave it out")
         if not reads(config.stage, key):
             raise ValueError(_refusal(config.stage, key))
         for needed, met in _conditions(config.stage, key):

@@ -80,3 +80,13 @@ def test_config_fields_that_a_page_names_exist(page):
     named += [key for key in quoted if key.split(".")[0] in parts and not FILE.search(key)]
     for key in configs.keys((key, "") for key in named if key not in NO_FIELDS):
         configs.field_type(schema.Config(), key)
+
+
+@pytest.mark.parametrize("page", ["rewards.md", "sandbox.md"])
+def test_code_that_a_page_prints_gives_what_it_says(page, capsys):
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    (code,) = [block for block in blocks if "\nprint(" in block]
+    exec(compile(code, page, "exec"), {})
+    assert capsys.readouterr().out.rstrip() == code.rpartition("  # ")[2].rstrip()

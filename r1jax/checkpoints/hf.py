@@ -176,8 +176,8 @@ def load(folder: str | Path, config: ModelConfig, mesh: Mesh, dtype: Any) -> dec
     `folder` is a Hugging Face folder, or one safetensors file beside its config.json. FP8 in blocks is multiplied out
     in float32. Leaves are built one after the other, and of each only what this process's devices hold; beside that
     the host holds one tensor. Rotary buffers, prediction layers that the config leaves out and the head of a tied
-    model are skipped; repeated tensors, such a head too, are compared with what they repeat. A scalar head and a
-    softmax router's bias, which checkpoints do not have, are zero. Raises ValueError when files are missing or cut
+    model are skipped; repeated tensors, such a head too, are compared with what they repeat. A softmax
+    router's bias, which checkpoints do not have, is zero. Raises ValueError when files are missing or cut
     short, tensors do not fit the config, or a type is not read.
     """
     source = Path(folder)

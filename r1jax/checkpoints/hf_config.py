@@ -49,26 +49,6 @@ ABSENT: dict[str, dict[str, Any]] = {
 }
 EXPERTS_ALIAS = {"deepseek_v3": "num_local_experts", "deepseek_v2": "num_experts"}  # of n_routed_experts
 
-# How a run computes, not what the weights are: config.json does not set these.
-RUNTIME_FIELDS = (
-    "router_bias_update_rate",
-    "aux_loss_alpha",
-    "mtp_loss_weight",
-    "mtp_hidden",
-    "scalar_head",
-    "compute_dtype",
-    "scan_layers",
-    "remat",
-    "remat_policy",
-    "attention_implementation",
-    "attention_block",
-    "logprob_implementation",
-    "moe_implementation",
-    "moe_dispatch",
-    "moe_buffer_factor",
-    "checkpoint",
-    "vocab_used",
-)
 _NEEDED: Any = object()  # as a default: the field must be stated; as null's meaning: null is refused
 
 
@@ -160,8 +140,8 @@ class Fields:
             raise ValueError(f"{self.path}: {name}={value!r} is not supported, only {allowed[0]!r} is")
 
 
-def model_config(folder: str | Path, defaults: ModelConfig) -> ModelConfig:
-    """Returns the shape that a folder's config.json describes, with the runtime fields of `defaults`.
+def model_config(folder: str | Path) -> ModelConfig:
+    """Returns the shape that a folder's config.json describes.
 
     Raises ValueError for an unknown model_type, for a field of another type, for fields that contradict each other and
     for a setting that the decoder does not compute.
@@ -195,7 +175,7 @@ def model_config(folder: str | Path, defaults: ModelConfig) -> ModelConfig:
         raise ValueError(f"{fields.path}: {turned}={shape[turned]} is odd; rotary position embedding turns pairs")
     shape["rope_theta"], shape["rope_scaling"] = _rope(fields, shape["max_position_embeddings"])
     try:
-        return ModelConfig(**shape, **{name: getattr(defaults, name) for name in RUNTIME_FIELDS})
+        return ModelConfig(**shape)
     except ValueError as error:
         raise ValueError(f"{fields.path}: {error}") from None
 

@@ -88,7 +88,7 @@ def _check(params: decoder.Params, c: ModelConfig, tokenizer: Tokenizer, dtype: 
     check_dtype(c, dtype)
     if jax.process_count() > 1:
         raise ValueError(f"export: one process is needed, not {jax.process_count()}; run export_hf on a single host")
-    if c.scalar_head:
+    if params.scalar_head is not None:
         raise ValueError("export: a scalar head has no place in these formats; export the policy instead")
     only: dict[str, Any] = {"attention_bias": c.family == "qwen2", "qk_norm": c.family == "qwen3"}
     if c.is_mla:

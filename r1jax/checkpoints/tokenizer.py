@@ -16,7 +16,7 @@ from r1jax.checkpoints import sentencepiece_model as spm
 from r1jax.core import errors
 from r1jax.core.say import say
 from r1jax.data import tasks
-from r1jax.schema import ModelConfig, replace
+from r1jax.schema import ModelConfig
 
 GENERATION = "generation_config.json"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -359,8 +359,8 @@ def _stated_stops(folder: Path, backend: Backend) -> list[int]:
     return kept
 
 
-def fitted(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """Returns the model with `vocab_used` set to the tokenizer's size.
+def vocab_used(model: ModelConfig, tokenizer: Tokenizer) -> int:
+    """Returns config.compute.vocab_used: rows beyond the tokenizer's highest id are neither drawn nor normalised over.
 
     Rows beyond the tokenizer's highest id are then neither sampled nor part of the softmax. Raises ValueError where the
     tokenizer has ids that the model has no rows for.
@@ -371,7 +371,7 @@ def fitted(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
             f"tokenizer {tokenizer.source} has {size} ids, but the model only {model.vocab_size} rows (vocab_size of "
             "config.json); give the tokenizer that belongs to the weights"
         )
-    return replace(model, vocab_used=0 if size == model.vocab_size else size)
+    return 0 if size == model.vocab_size else size
 
 
 def _chat_template(folder: Path, stated: Any) -> str:

@@ -244,7 +244,7 @@ def device() -> jax.Device:
 
 
 def use_pallas(field: str, value: str) -> bool:
-    """Returns whether config.model.<field>=value asks for the Pallas TPU kernels; `auto` does on a TPU, `xla` never.
+    """Returns whether config.compute.<field>=value asks for the Pallas TPU kernels; `auto` does on a TPU, `xla` never.
 
     Raises ValueError where it asks for them and the device is neither a TPU nor a CPU, which interprets them.
     """
@@ -253,7 +253,7 @@ def use_pallas(field: str, value: str) -> bool:
         return False
     if platform not in ("tpu", "cpu"):
         raise ValueError(
-            f"ModelConfig.{field}={value} needs a TPU, or a CPU to interpret it; a {platform} needs {field}=xla"
+            f"ComputeConfig.{field}={value} needs a TPU, or a CPU to interpret it; a {platform} needs {field}=xla"
         )
     return True
 

@@ -89,7 +89,9 @@ class Judge:
         """Returns the whole turns that answer each request, one a key; None where the prompt or the turn is too long."""
         found: list[list[str | None]] = [[None] * len(request.keys) for request in requests]
         asked, opened, engine = [], {}, self._sampler.engine
-        window = engine.model.max_position_embeddings - engine.sampler.max_new_tokens  # what a whole reply leaves
+        window = (
+            engine.network.model.max_position_embeddings - engine.sampler.max_new_tokens
+        )  # what a whole reply leaves
         longest = min(engine.sampler.max_prompt_tokens, window)
         for index, request in enumerate(requests):
             text = templates.render(request.text, self._template, chat=self._tokenizer.render_chat)
