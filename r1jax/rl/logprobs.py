@@ -51,7 +51,9 @@ class Scorer:
                 micro = jax.tree.map(lambda x: x[index], batch)
                 hidden, _, _ = decoder.forward(
                     params,
-                    *(micro[name] for name in ("tokens", "positions", "segments")),
+                    micro["tokens"],
+                    micro["positions"],
+                    micro["segments"],
                     network,
                     experts=replayed_experts(micro),
                     prefixes=micro.get(PREFIXES),
