@@ -371,7 +371,7 @@ def test_stage_learns_a_known_rule_and_can_be_loaded_again(blocks, tmp_path):
     with pytest.raises(ValueError, match="holds a reward model of kind helpful, needs safety"):
         reward_models.load(folder, "safety", tokenizer, mesh, config.pack, config.model)
     with pytest.raises(ValueError, match="holds a reward model, which gives scores and no text"):
-        common.load_weights(config.model, mesh, str(folder), lambda: None)
+        common.load_weights(config.model, mesh, str(folder))
 
 
 @pytest.mark.parametrize("blocks", [0, 1])
