@@ -60,7 +60,7 @@ def update(
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
     everywhere = sharding.replicated(mesh)
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)  # noqa: E731
-    arguments = losses.LossArguments(*[scalar("float32")] * 4)
+    arguments = losses.PolicyLossArguments(*[scalar("float32")] * 4)
     changed = {axis: tuple(names) for axis, names in (rules or {}).items()}
     with sharding.use_mesh(mesh, {**sharding.TRAIN, **changed}):
         lowered = trainer._update.lower(trainer.restore_target(), batch, scalar("int32"), arguments)
