@@ -1,5 +1,7 @@
 """Sizes that the configs share: model shapes, and the batch and length settings that go with them."""
 
+from typing import Any
+
 from r1jax.schema import (
     ComputeConfig,
     DataConfig,
@@ -18,9 +20,11 @@ _COMPUTE = {  # how models are run, those of real size apart
 # What every model of real size computes with: bfloat16 copies of float32 weights, one compiled block, recomputed backward.
 _REAL = ComputeConfig(compute_dtype="bfloat16", remat=True)
 # What the config.json of all four Qwen2.5 students says alike.
-_QWEN = dict(family="qwen2", head_dim=128, vocab_size=152064, attention_bias=True, max_position_embeddings=131072)
+_QWEN: dict[str, Any] = dict(
+    family="qwen2", head_dim=128, vocab_size=152064, attention_bias=True, max_position_embeddings=131072
+)
 # Of both Llama students; their rope scaling is that of Llama 3.1.
-_LLAMA = dict(
+_LLAMA: dict[str, Any] = dict(
     family="llama",
     head_dim=128,
     num_key_value_heads=8,
@@ -33,7 +37,7 @@ _LLAMA = dict(
     max_position_embeddings=131072,
 )
 # Attention dimensions that DeepSeek-V2, V2-Lite, V3 and Moonlight share; head_dim is the query's, nope and rope together.
-_LATENT = dict(
+_LATENT: dict[str, Any] = dict(
     kv_lora_rank=512,
     qk_nope_head_dim=128,
     qk_rope_head_dim=64,
@@ -107,7 +111,7 @@ _MODELS = {
     # The six distilled students. Their shipped config.json: hidden sizes and rope of the base, the declared context and
     # an untied head of the release. The Math bases (1.5B, 7B) turn at theta 10000, the others at 1e6.
     "qwen2_5_1_5b": ModelConfig(
-        **_QWEN | dict(vocab_size=151936),
+        **_QWEN | dict[str, Any](vocab_size=151936),
         hidden_size=1536,
         intermediate_size=8960,
         num_hidden_layers=28,
@@ -150,7 +154,7 @@ _MODELS = {
     ),
     # The released DeepSeek-R1 config.json (V3's own): 671B, 37B of them active.
     "v3_671b": ModelConfig(
-        **_LATENT | dict(vocab_size=129280),
+        **_LATENT | dict[str, Any](vocab_size=129280),
         family="deepseek_v3",
         hidden_size=7168,
         intermediate_size=18432,
@@ -187,7 +191,7 @@ _MODELS = {
     ),
     # Moonlight-16B-A3B's config.json (DeepSeek-V3 architecture).
     "moonlight_16b": ModelConfig(
-        **_LATENT | dict(vocab_size=163840),
+        **_LATENT | dict[str, Any](vocab_size=163840),
         **_SMALL_MIXTURE,
         family="deepseek_v3",
         intermediate_size=11264,

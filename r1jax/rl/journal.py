@@ -5,6 +5,7 @@ Which samples miss a deadline or are dropped depends on the moment; with the jou
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class Journal:
     def _store(self, first_update: int, rollout: Rollout) -> None:
         samples = rollout.samples
         lengths = np.asarray([(len(s.prompt_ids), len(s.token_ids)) for s in samples], np.int32)
-        fields = dict(
+        fields: dict[str, Any] = dict(
             parts=rollout.reward_terms,
             part_names=np.asarray(PART_NAMES),
             scorable=rollout.scorable,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -139,8 +140,17 @@ class Grader:
         return gather_scores(own_indices, scores, len(samples), self._pool)
 
 
+class Graders(Protocol):
+    """What scores responses: a pool of graders (rewards.pool.RewardPool), or a judge in place of one."""
+
+    @property
+    def batch_deadline_s(self) -> float: ...
+
+    def score(self, requests: Sequence[RewardRequest]) -> list[Score]: ...
+
+
 def grade(
-    samples: Sequence[RolloutSample], prompts: Sequence[EncodedPrompt], texts: Sequence[str], pool: RewardPool
+    samples: Sequence[RolloutSample], prompts: Sequence[EncodedPrompt], texts: Sequence[str], pool: Graders
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (reward terms float32 [N, P] in the order of PART_NAMES, scorable bool [N]) of samples and their prompts.
 
@@ -167,7 +177,7 @@ def _request(sample: RolloutSample, text: str, prompt: EncodedPrompt) -> RewardR
 
 
 def gather_scores(
-    own_indices: list[int], scores: list[Score], total: int, pool: RewardPool
+    own_indices: list[int], scores: list[Score], total: int, pool: Graders
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (reward terms, scorable) of all samples; this process has scored those with `own_indices`."""
     reward_terms = np.asarray([[score.parts.get(name, 0.0) for name in PART_NAMES] for score in scores], np.float32)
