@@ -99,7 +99,7 @@ def choose(config: ModelConfig, tokens: int, cached: bool) -> Form:
     if cached:
         return decoded if tokens == 1 and flash.chosen(config) else plain
     if ring.devices(tokens) > 1:
-        return around_ring
+        return around_ring_by_kernel if flash.chosen(config) else around_ring
     if flash.chosen(config):
         return by_kernel
     return in_blocks if config.attention_block and not config.is_mla else plain
@@ -117,8 +117,17 @@ def attend(q, source: Source, context: Context, c: ModelConfig, cache: kv.Cache 
 
 def around_ring(q, source: Source, context: Context, c: ModelConfig, cache, layer) -> jax.Array:
     """Rows divided over the mesh's `context` axis: the source travels, keys are expanded where it arrives."""
+    return _as_queries(_ring(q, source, context, c, by_kernel=False), q)
+
+
+def around_ring_by_kernel(q, source: Source, context: Context, c: ModelConfig, cache, layer) -> jax.Array:
+    """The same, with the flash attention kernels on every part that arrives."""
+    return _as_queries(_ring(q, source, context, c, by_kernel=True), q)
+
+
+def _ring(q, source: Source, context: Context, c: ModelConfig, by_kernel: bool) -> jax.Array:
     parts = source.arrays, source.axes, source.expand, source.weights, source.weight_axes
-    return _as_queries(ring.attend(_grouped(q), *parts, context.segments, rope.softmax_scale(c)), q)
+    return ring.attend(_grouped(q), *parts, context.segments, rope.softmax_scale(c), by_kernel)
 
 
 def by_kernel(q, source: Source, context: Context, c: ModelConfig, cache, layer) -> jax.Array:
