@@ -1,13 +1,24 @@
 """Sizes that the configs share: model shapes, and the batch and length settings that go with them."""
 
-from r1jax.schema import DataConfig, MeshConfig, ModelConfig, PackConfig, RopeScaling, SamplerConfig, replace
-
-# What every model of real size computes with: bfloat16 copies of float32 weights, one compiled block, recomputed backward.
-_REAL = dict(compute_dtype="bfloat16", scan_layers=True, remat=True)
-# What the config.json of all four Qwen2.5 students says alike.
-_QWEN = dict(
-    family="qwen2", head_dim=128, vocab_size=152064, attention_bias=True, max_position_embeddings=131072, **_REAL
+from r1jax.schema import (
+    ComputeConfig,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    PackConfig,
+    RopeScaling,
+    SamplerConfig,
+    replace,
 )
+
+_COMPUTE = {  # how models are run, those of real size apart
+    **dict.fromkeys(("tiny", "tiny_dense"), ComputeConfig(scan_layers=False)),
+    "smollm2_135m": ComputeConfig(),
+}
+# What every model of real size computes with: bfloat16 copies of float32 weights, one compiled block, recomputed backward.
+_REAL = ComputeConfig(compute_dtype="bfloat16", remat=True)
+# What the config.json of all four Qwen2.5 students says alike.
+_QWEN = dict(family="qwen2", head_dim=128, vocab_size=152064, attention_bias=True, max_position_embeddings=131072)
 # Of both Llama students; their rope scaling is that of Llama 3.1.
 _LLAMA = dict(
     family="llama",
@@ -20,7 +31,6 @@ _LLAMA = dict(
         "llama3", factor=8.0, original_max_position_embeddings=8192, low_freq_factor=1.0, high_freq_factor=4.0
     ),
     max_position_embeddings=131072,
-    **_REAL,
 )
 # Attention dimensions that DeepSeek-V2, V2-Lite, V3 and Moonlight share; head_dim is the query's, nope and rope together.
 _LATENT = dict(
@@ -30,7 +40,6 @@ _LATENT = dict(
     v_head_dim=128,
     head_dim=192,
     vocab_size=102400,
-    **_REAL,
 )
 
 # What the two 16B mixtures share.
@@ -68,7 +77,6 @@ _MODELS = {
         n_group=4,
         topk_group=2,
         max_position_embeddings=512,
-        scan_layers=False,
     ),
     "tiny_dense": ModelConfig(
         family="llama",
@@ -80,7 +88,6 @@ _MODELS = {
         num_key_value_heads=1,
         head_dim=32,
         max_position_embeddings=512,
-        scan_layers=False,
     ),
     # SmolLM2-135M's config.json.
     "smollm2_135m": ModelConfig(
@@ -238,6 +245,11 @@ def data(preset: str) -> DataConfig:
 def model(preset: str) -> ModelConfig:
     """Returns the decoder's shape at `preset`."""
     return _MODELS[preset]
+
+
+def compute(preset: str) -> ComputeConfig:
+    """Returns how the decoder of `preset` is run."""
+    return _COMPUTE.get(preset, _REAL)
 
 
 def sampler(preset: str) -> SamplerConfig:

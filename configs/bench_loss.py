@@ -13,4 +13,5 @@ PRESETS = ("tiny",)
 def config(preset: str) -> Config:
     """Returns the measurement at SmolLM2's width and vocabulary in float32, 4,096 tokens."""
     pack = PackConfig(row_tokens=512, rows_per_micro_batch=8)
-    return Config(stage="bench_loss", preset=preset, model=_presets.model("smollm2_135m"), pack=pack)
+    model, compute = _presets.model("smollm2_135m"), _presets.compute("smollm2_135m")
+    return Config(stage="bench_loss", preset=preset, model=model, compute=compute, pack=pack)

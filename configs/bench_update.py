@@ -20,7 +20,8 @@ def config(preset: str) -> Config:
         stage="bench_update",
         preset=preset,
         seed=54,
-        model=replace(_presets.model("smollm2_135m"), attention_block=64, remat=True),
+        model=_presets.model("smollm2_135m"),
+        compute=replace(_presets.compute("smollm2_135m"), attention_block=64, remat=True),
         sampler=SamplerConfig(
             slots=64, steps_per_dispatch=8, max_prompt_tokens=64, max_new_tokens=96, prefill_buckets=(32,)
         ),

@@ -34,6 +34,7 @@ def config(preset: str) -> Config:
         base,
         stage="distill",
         model=_presets.model(STUDENT),
+        compute=_presets.compute(STUDENT),
         optimizer=replace(base.optimizer, learning_rate=2e-3),
         sft=SFTConfig(epochs=3, examples_per_update=48),
         input_preset=preset,
@@ -47,6 +48,7 @@ def _real(preset: str) -> Config:
         preset=preset,
         input_preset=preset,
         model=_presets.model(preset),
+        compute=_presets.compute(preset),
         mesh=_presets.mesh(preset),
         # Warm-up is not given in the paper: none.
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATES[preset], schedule="cosine", final_fraction=0.1),

@@ -26,6 +26,7 @@ def config(preset: str) -> Config:
         stage="evaluate",
         preset=preset,
         model=_presets.model(preset),
+        compute=_presets.compute(preset),
         mesh=_presets.mesh(preset),
         data=replace(_presets.data(preset), holdout_fraction=1.0),  # nothing is trained on
         sampler=_presets.sampler(preset),

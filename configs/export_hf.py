@@ -12,4 +12,4 @@ PRESETS = ("tiny", "tiny_dense", "smollm2_135m")
 
 def config(preset: str) -> Config:
     """Returns the export; the shape of the model is read from the run itself."""
-    return Config(stage="export_hf", preset=preset, model=_presets.model(preset))
+    return Config(stage="export_hf", preset=preset, model=_presets.model(preset), compute=_presets.compute(preset))

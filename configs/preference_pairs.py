@@ -17,6 +17,7 @@ def config(preset: str) -> Config:
         stage="preference_pairs",
         preset=preset,
         model=_presets.model(preset),
+        compute=_presets.compute(preset),
         mesh=_presets.mesh(preset),
         sampler=_presets.sampler(preset),
     )

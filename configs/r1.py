@@ -16,6 +16,7 @@ def config(preset: str) -> Config:
         stage="r1",
         preset=preset,
         model=_presets.model(preset),
+        compute=_presets.compute(preset),
         sampler=_presets.sampler(preset),
         evaluation=EvalConfig(samples_per_problem=4, consensus_problems=96),
     )

@@ -18,6 +18,7 @@ def config(preset: str) -> Config:
         stage="r1_zero",
         preset=preset,
         model=_presets.model(preset),
+        compute=_presets.compute(preset),
         optimizer=OptimizerConfig(learning_rate=3e-6 if real else 3e-4),
         data=_presets.data(preset),
         sampler=_presets.sampler(preset),

@@ -16,6 +16,7 @@ def config(preset: str) -> Config:
         stage="stage0_base",
         preset=preset,
         model=_presets.model(preset),
+        compute=_presets.compute(preset),
         optimizer=OptimizerConfig(learning_rate=4e-3, schedule="cosine", final_fraction=0.05, warmup_updates=50),
         data=_presets.data(preset),
         sampler=_presets.sampler(preset),

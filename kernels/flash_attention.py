@@ -53,14 +53,14 @@ class Blocks:
 
 
 # By device kind and widest query: the sizes with the fewest static bundles for a causal row that keep spills low
-# (docs/kernels.md). v6e multiplies 256 wide.
-_V5 = {64: Blocks(backward_part=256), 128: Blocks(key_part=128, backward_part=256), 256: Blocks()}
+# (docs/kernel_figures.md). v6e multiplies 256 wide.
+_V5 = {64: Blocks(), 128: Blocks(key_part=128), 256: Blocks()}
 _V6 = {64: Blocks(backward_part=512), 128: Blocks(key_part=128, backward_part=512), 256: Blocks(backward_part=512)}
 BLOCKS = {"TPU v5": _V5, "TPU v5 lite": _V5, "TPU v6 lite": _V6}
 
 
 def blocks_for(device_kind: str, length: int, width: int) -> Blocks:
-    """Returns the sizes for a TPU generation, rows of `length` tokens and queries of `width`, at most one row each."""
+    """Returns sizes for a TPU generation, rows of `length` tokens and queries of `width`; a short row is one block."""
     table, whole = BLOCKS.get(device_kind, _V5), doubled(LANES, length)
     preferred = table[min((widest for widest in table if width <= widest), default=max(table))]
     return Blocks(*(min(size, whole) for size in astuple(preferred)))
@@ -212,11 +212,11 @@ def forward_call(blocks: Blocks, interpret, q_BNTH, k_BKSH, v_BKSV, ranges, posi
 def _visible(ranges_ref, part: pl.Slice, key, shape: tuple[int, int]) -> jax.Array:
     """Returns bool [keys, queries]: whether query j of the part may attend to key number `key` + i."""
     index = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    first, last = (ranges_ref[row : row + 1, part] - key for row in (0, 1))
-    seen = (index >= first) & (index <= last)
+    own = ranges_ref[0:2, part] - key
+    seen = (index >= own[0:1]) & (index <= own[1:2])
     if ranges_ref.shape[0] > 2:
-        first, last = (ranges_ref[row : row + 1, part] - key for row in (2, 3))
-        seen |= (index >= first) & (index <= last)
+        prompt = ranges_ref[2:4, part] - key
+        seen |= (index >= prompt[0:1]) & (index <= prompt[1:2])
     return seen
 
 
@@ -384,8 +384,8 @@ def _backward_kernel(query, key, flags, q_ref, k_ref, v_ref, ranges_ref, d_out_r
             if masked:
                 first_key = key[row, step] * blocks.backward_key
                 probs = jnp.where(_visible(ranges_ref, part, first_key, scores.shape), probs, 0)
-            d_v_ref[...] += dot(probs.astype(d_out.dtype), d_out, (1, 0))
             d_probs = dot(v_ref[...], d_out, (1, 1))
+            d_v_ref[...] += dot(probs.astype(d_out.dtype), d_out, (1, 0))
             d_scores = (probs * (d_probs - inner_ref[:, part])).astype(q.dtype)
             d_k_ref[...] += dot(d_scores, q, (1, 0))
             # With queries last nothing but the keys is turned, once a block, and 192 numbers are not padded to 256.

@@ -62,7 +62,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Tile:
-    """The size of a tile of logits. With Pallas kernels: the slice given to one kernel call, which has blocks."""
+    """The size of a tile of logits. With Pallas kernels: the slice given to one kernel call, in blocks of its own."""
 
     tokens: int
     vocab: int

@@ -1,7 +1,8 @@
 """Load a config by name, override fields by dotted key, expand sweeps, flatten and hash. Imports no JAX.
 
-A config is a module r1jax/configs/NAME.py with a docstring, `PRESETS` (the sizes it takes, a literal tuple of names) and
-`config(preset) -> schema.Config`. Everything a user can get wrong raises ValueError with one line that names what to type.
+A config is a module r1jax/configs/NAME.py with a docstring, `PRESETS` (the sizes it takes, a literal tuple of names)
+and `config(preset) -> schema.Config`. Everything a user can get wrong raises ValueError with one line that names what
+to type.
 """
 
 import ast

@@ -147,7 +147,7 @@ def _take_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _with_value(flag: str, arguments: list[str]) -> list[str]:
-    """Returns the arguments with an empty value for `flag` where none follows it: at the end, or before another flag."""
+    """Returns the arguments with an empty value for `flag` where it has none: at the end, or before another flag."""
     names = (flag, flag[1:])
     return [
         f"{argument}=" if argument in names and after.startswith("-") else argument

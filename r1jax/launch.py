@@ -1,7 +1,7 @@
 """Run one config, or a sweep over it: `python -m r1jax.launch --config=NAME[:PRESET] [--config.FIELD=VALUE ...]`.
 
-Exit codes: 0 done, 1 an unexpected failure or a failed point of a sweep, 2 something the user can mend, 3 another process
-of the run was lost, 130 interrupted.
+Exit codes: 0 done, 1 an unexpected failure or a failed point of a sweep, 2 something the user can mend, 3 another
+process of the run was lost, 130 interrupted.
 """
 
 import os

@@ -1,7 +1,9 @@
-"""The stages: the function of each, the parts of the config it reads, and whether several processes can run it. Imports no JAX.
+"""The stages: the function of each, the parts of the config it reads, and whether several processes can run it.
+
+Imports no JAX.
 
 An override of anything else is refused before a run: it would change nothing but the run's name and hash. The values of
-a preset are its author's and are not checked. Every stage takes a seed.
+a preset are its author's and are not checked.
 """
 
 import importlib
@@ -11,23 +13,26 @@ from pathlib import Path
 
 from r1jax.schema import Config
 
-EVERY = ("seed",)
-# What all stages read that take their start, or examples, from others in the working folder and evaluate what they make.
-_PLACE = ("start", "inputs", "input_preset", "rebuild_base", "checkpointing", "evaluation")
-_MODEL = ("model", "mesh", "data", "sampler", "reward")
-_TRAINING = (*_MODEL, *_PLACE, "optimizer", "pack")
+# Read by every stage that starts from the results of others in the working folder and evaluates its own.
+_PLACE = ("seed", "start", "inputs", "input_preset", "rebuild_base", "checkpointing", "evaluation")
+_MODEL = ("model", "compute", "mesh", "data", "sampler", "reward")
+_TRAINING = (*_MODEL, *_PLACE, "auxiliary", "optimizer", "pack")
 _RL_STAGES = ("r1_zero", "ppo_baseline", "stage2_reasoning_rl", "stage4_all_scenarios", "student_rl")
 _RL = (*_TRAINING, "mode", "sampler_mesh", "grpo", "ppo", "scenarios")
 _SFT = (*_TRAINING, "sft")
 _SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens_schedule")
 _WEIGHTS = dict.fromkeys((f"reward.{name}" for name in ("accuracy", "format", "language")), "")
-BY_GRAPH = ("gate",)  # of a stage's config, what the graph that runs it reads
-_GRAPH = ("rebuild_base", "only", "from_stage", "list", "set", "evaluation")
+DERIVED = {"compute.vocab_used": "the tokenizer"}  # fields that follow from something else
+BY_GRAPH = ("gate",)  # the parts of a stage's config that are read by the graph which runs it
+_GRAPH = ("seed", "rebuild_base", "only", "from_stage", "list", "set", "evaluation")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. It reads everything under `reads` but what is under `unread`, which names the field that counts instead."""
+    """One stage.
+
+    It reads everything under `reads` except the keys of `unread`, whose values name the field that counts instead.
+    """
 
     function: str  # MODULE:NAME below r1jax, called with (config, workdir)
     reads: tuple[str, ...]  # dotted: a part of the config, or a field
@@ -42,9 +47,16 @@ def _other_sampling(**instead: str) -> dict[str, str]:
 
 _EVALUATION = _other_sampling(temperature="evaluation.temperature", top_p="evaluation.top_p")
 _NO_RL = {"pack.shared_prompts": ""}
+_JUDGE = {"judge.sampler.max_new_tokens_schedule": "judge.sampler.max_new_tokens"}
+_SAMPLES_ALONE = {"compute.logprob_implementation": ""}  # the sampler scores by whole logits
 _RL_STAGE = Stage("recipe.policy:run", _RL, several_processes=True)
 _REWARD_MODEL = Stage(
-    "recipe.reward_models:run", (*_TRAINING, "reward_model"), _other_sampling() | _NO_RL | {"pack.trained_chunk": ""}
+    "recipe.reward_models:run",
+    (*_TRAINING, "reward_model"),
+    _other_sampling()
+    | _NO_RL
+    | dict.fromkeys(("pack.trained_chunk", "auxiliary.mtp_loss_weight", "auxiliary.mtp_hidden"), "")
+    | dict.fromkeys(("data.weights", "data.columns", "data.task"), ""),
 )
 _RECIPE = Stage("recipe.graph:run", _GRAPH)
 
@@ -54,24 +66,29 @@ STAGES: dict[str, Stage] = {
     "stage2_reasoning_rl": _RL_STAGE,
     "stage4_all_scenarios": _RL_STAGE,
     "student_rl": _RL_STAGE,
-    "stage1_coldstart": Stage("recipe.stage1_coldstart:run", (*_SFT, "coldstart", "judge"), _EVALUATION | _NO_RL),
+    "stage1_coldstart": Stage(
+        "recipe.stage1_coldstart:run", (*_SFT, "coldstart", "judge"), _EVALUATION | _NO_RL | _JUDGE
+    ),
     "stage3_rejection_sft": Stage(
         "recipe.stage3_rejection_sft:run",
         (*_SFT, "rejection", "judge"),
-        _EVALUATION | _NO_RL | {"sampler.temperature": "rejection.temperature"},
+        _EVALUATION | _NO_RL | _JUDGE | {"sampler.temperature": "rejection.temperature"},
     ),
     "distill": Stage("recipe.distill:run", (*_SFT, "distill"), _EVALUATION | _NO_RL),
     "reward_helpful": _REWARD_MODEL,
     "reward_safety": _REWARD_MODEL,
     "stage0_base": Stage(
         "recipe.stage0_base:run",
-        ("model", "mesh", "optimizer", "pack", "checkpointing", "pretrain", "output", "sampler.stop_ids"),
-        _NO_RL | {"pack.trained_chunk": ""},
+        (
+            *("seed", "model", "compute", "auxiliary", "mesh", "optimizer", "pack", "checkpointing", "pretrain"),
+            *("output", "sampler.stop_ids"),
+        ),
+        _NO_RL | {"pack.trained_chunk": "", "model.max_position_embeddings": ""},
     ),
     "evaluate": Stage(
         "recipe.evaluate:run",
-        (*_MODEL, "evaluation", "checkpoint"),
-        _EVALUATION | {"model.checkpoint": "checkpoint"},
+        ("seed", *_MODEL, "evaluation", "checkpoint"),
+        _EVALUATION | _SAMPLES_ALONE | {"model.checkpoint": "checkpoint"},
         several_processes=True,
     ),
     "export_hf": Stage("recipe.export_hf:run", ("model.checkpoint", "mesh", "checkpoint", "output", "export")),
@@ -82,20 +99,26 @@ STAGES: dict[str, Stage] = {
     ),
     "build_tests": Stage(
         "tools.build_tests:run",
-        ("data.path", "data.max_rows", "output", "mesh", "judge", "build_tests", "reward"),
-        _WEIGHTS,
+        (
+            *("seed", "data.path", "data.max_rows", "output", "mesh", "judge", "build_tests"),
+            *("reward.deadline_s", "reward.sandbox"),
+        ),
+        _JUDGE,
     ),
     "preference_pairs": Stage(
         "tools.preference_pairs:run",
-        ("model", "mesh", "data", "sampler", "output", "judge", "preferences"),
-        {"sampler.max_new_tokens_schedule": "", "data.holdout_fraction": ""},
+        ("seed", "model", "compute", "mesh", "data", "sampler", "output", "judge", "preferences"),
+        _JUDGE
+        | _SAMPLES_ALONE
+        | {"sampler.max_new_tokens_schedule": "sampler.max_new_tokens"}
+        | dict.fromkeys(("data.holdout_fraction", "data.weights", "data.task"), ""),
     ),
     "quickstart": _RECIPE,
     "r1": _RECIPE,
-    "ablation": Stage("tools.ablation:run", ("variants", "seeds", "output", "evaluation")),
+    "ablation": Stage("tools.ablation:run", ("seed", "variants", "seeds", "output", "evaluation")),
     "bench_code": Stage(
         "bench.code:run",
-        ("bench.code_files", "bench.samples", "bench.mutants_per_row", "data.max_rows", "reward"),
+        ("seed", "bench.code_files", "bench.samples", "bench.mutants_per_row", "data.max_rows", "reward"),
         _WEIGHTS,
     ),
     "bench_grading": Stage("bench.grading:run", ("data.path", "data.max_rows", "reward")),
@@ -105,13 +128,16 @@ STAGES: dict[str, Stage] = {
         "bench.loss:run",
         (
             *("pack.row_tokens", "pack.rows_per_micro_batch"),
-            *("model.hidden_size", "model.vocab_size", "model.compute_dtype"),
+            *("model.hidden_size", "model.vocab_size", "compute.compute_dtype"),
         ),
     ),
     "bench_rewards": Stage("bench.rewards:run", ("bench.samples", "reward")),
     "bench_update": Stage(
         "bench.update:run",
-        ("model", "mesh", "optimizer", "sampler", "reward", "grpo", "pack", "checkpointing", "bench"),
+        (
+            *("seed", "model", "compute", "auxiliary", "mesh", "optimizer", "sampler", "reward", "grpo", "pack"),
+            *("checkpointing", "bench"),
+        ),
         dict.fromkeys(("bench.code_files", "bench.mutants_per_row", "bench.topology"), ""),
     ),
 }
@@ -132,7 +158,7 @@ def _holds_out(config: Config) -> bool:
 
 _WITH_ROWS = ("data.path", _reads_rows)
 _LATER = ("scenarios.from_update>=0", lambda config: config.scenarios.from_update >= 0)
-# Parts and fields that are read under a condition alone: key -> (what it needs, whether a config meets it).
+# Parts and fields that are read only under a condition: key -> (the condition as text, whether a config meets it).
 _CONDITIONS = {
     "ppo": ("grpo.advantage=gae", lambda config: config.grpo.advantage == "gae"),
     "sampler_mesh": ("mode=disaggregated", lambda config: config.mode == "disaggregated"),
@@ -157,7 +183,7 @@ _ASKS_PROBLEMS = (*_RL_STAGES, "stage1_coldstart", "stage3_rejection_sft", "dist
 
 def reads(stage: str, key: str) -> bool:
     """Returns whether a stage reads the field, or anything of the part, at a dotted key."""
-    return _covers((*EVERY, *STAGES[stage].reads), key) and not _covers(STAGES[stage].unread, key)
+    return _covers(STAGES[stage].reads, key) and not _covers((*STAGES[stage].unread, *DERIVED), key)
 
 
 def function(stage: str) -> Callable[[Config, Path], dict]:
@@ -181,6 +207,8 @@ def check(config: Config, keys: Iterable[str], also: tuple[str, ...] = ()) -> No
     for key in keys:
         if config.stage not in STAGES or _covers(also, key):
             continue
+        if key in DERIVED:
+            raise ValueError(f"config.{key} follows from {DERIVED[key]}; leave it out")
         if not reads(config.stage, key):
             raise ValueError(_refusal(config.stage, key))
         for needed, met in _conditions(config.stage, key):
@@ -189,7 +217,7 @@ def check(config: Config, keys: Iterable[str], also: tuple[str, ...] = ()) -> No
 
 
 def _conditions(stage: str, key: str) -> list[tuple[str, Callable[[Config], bool]]]:
-    """Returns what must hold for a stage to read a key, as (what it needs, whether a config meets it)."""
+    """Returns the conditions under which a stage reads a key, as (condition as text, whether a config meets it)."""
     conditions = [condition for part, condition in _CONDITIONS.items() if _covers((part,), key)]
     return [*conditions, _HOLDOUT] if key == "data.holdout_fraction" and stage in _ASKS_PROBLEMS else conditions
 

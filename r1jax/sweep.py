@@ -1,7 +1,8 @@
 """Run the points of a sweep one after another, each in its own process and its own folder. Imports no JAX.
 
-Point SLUG lives in WORKDIR/sweep/SLUG: the run's output, log.txt, figures.json and, written last, DONE with the config's hash.
-A point whose DONE holds the hash of its resolved config is not run again. WORKDIR/sweep/table.json is the table as rows.
+Point SLUG lives in WORKDIR/sweep/SLUG: the run's output, log.txt, figures.json and, written last, DONE with the
+config's hash. A point whose DONE holds the hash of its resolved config is not run again. WORKDIR/sweep/table.json is
+the table as rows.
 """
 
 import json
@@ -39,7 +40,8 @@ class Row:
 def run(arguments: flags.Arguments, base: schema.Config) -> int:
     """Runs the points that are not finished, prints one table and returns 0, or 1 when a point failed.
 
-    With `sweep_index` only that point runs, and table.json is not written, since other jobs may be running other points.
+    With `sweep_index` only that point runs, and table.json is not written, since other jobs may be running other
+    points.
     """
     points = config.sweep(base, arguments.sweep, arguments.overrides)
     for point in points:

@@ -41,7 +41,9 @@ def build(folder: pathlib.Path, name: str = "r1_zero:tiny", **more):
     fields = {**FIELDS, **{field.replace("__", "."): value for field, value in more.items()}}
     config = configs.load(name, [(field, str(value)) for field, value in fields.items()])
     mesh = sharding.make_mesh(config.mesh)
-    train = prompts.encode(tasks.linear_prompts("train")[:30], config, WORDS)
+    train = prompts.encode(
+        tasks.linear_prompts("train")[:30], config.stage, config.model, config.data, config.sampler, WORDS
+    )
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
     return policy.make_training(config, WORDS, mesh, train, params, folder, describe=policy.describe)
 

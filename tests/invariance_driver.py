@@ -15,12 +15,12 @@ from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PackItem, pack, pack_batch, spread
 from r1jax.models import decoder
 from r1jax.rl import losses
-from r1jax.schema import GRPOConfig, MeshConfig, ModelConfig, OptimizerConfig, PackConfig, replace
+from r1jax.schema import GRPOConfig, MeshConfig, OptimizerConfig, PackConfig, replace
 from r1jax.train import sft, step
 
 MODELS = {
     "moe": replace(small.MIXTURE, num_hidden_layers=1, first_k_dense_replace=0, aux_loss_alpha=0.01),
-    "dense": ModelConfig(
+    "dense": small.network(
         family="llama",
         vocab_size=32,
         hidden_size=16,
@@ -66,7 +66,7 @@ def samples():
     return items
 
 
-def gradients(model, params, objective, micro_batches, rows, alone, mesh_config):
+def gradients(network, params, objective, micro_batches, rows, alone, mesh_config):
     """Returns (loss, gradient leaves) of the samples laid out so."""
     items, mesh = samples(), sharding.make_mesh(mesh_config)
     layout = [[index] for index in range(len(items))] if alone else pack(LENGTHS, ROW_TOKENS)
@@ -74,11 +74,11 @@ def gradients(model, params, objective, micro_batches, rows, alone, mesh_config)
     packed, size = pack_batch(items, ROW_TOKENS, micro_batches * rows, layout), PackConfig(ROW_TOKENS, rows)
     if objective in GRPO:
         config = GRPO[objective]
-        loss, fields = losses.make_loss(model, config), losses.fields(config)
+        loss, fields = losses.make_loss(network, config), losses.fields(config)
         arguments = losses.arguments(config, 0.05, 1.0)
     else:
-        loss, fields, arguments = sft.make_loss(model), (), np.float32(1 / packed.loss_mask.sum())
-    trainer = step.Trainer(model, OptimizerConfig(), mesh, loss, 1)
+        loss, fields, arguments = sft.make_loss(network), (), np.float32(1 / packed.loss_mask.sum())
+    trainer = step.Trainer(network, OptimizerConfig(), mesh, loss, 1)
     batch = step.batch_arrays(packed, size, micro_batches, fields)
     batch = {name: sharding.place(array, trainer._batch_sharding(array.shape)) for name, array in batch.items()}
     params = jax.device_put(params, trainer.param_shardings)
@@ -90,13 +90,15 @@ def gradients(model, params, objective, micro_batches, rows, alone, mesh_config)
 
 def main():
     runtime.setup()
-    model, report = MODELS[sys.argv[1]], {}
+    network, report = MODELS[sys.argv[1]], {}
     one = sharding.make_mesh(MeshConfig())
-    params = jax.device_get(sharding.initialize(decoder.specs(model), rng.key(0, "same", "init"), "float32", one))
+    params = jax.device_get(
+        sharding.initialize(decoder.specs(network.model), rng.key(0, "same", "init"), "float32", one)
+    )
     for objective, layouts in LAYOUTS.items():
         expected = None
         for name in dict.fromkeys((next(iter(VARIANTS)), *layouts)):
-            loss, grads = gradients(model, params, objective, *VARIANTS[name])
+            loss, grads = gradients(network, params, objective, *VARIANTS[name])
             expected = expected or (loss, grads)
             pairs = [(a, b) for a, b in zip(grads, expected[1], strict=True) if np.abs(b).max()]
             report[f"{objective}: {name}"] = {

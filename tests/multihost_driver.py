@@ -54,7 +54,9 @@ def build(settings: dict):
     }
     config = configs.load(f"r1_zero:{settings['preset']}", [(name, str(value)) for name, value in fields.items()])
     words, mesh = tokenizer.tiny(), sharding.make_mesh(MeshConfig(**settings["mesh"]))
-    train = prompts.encode(tasks.linear_prompts("train")[:60], config, words)
+    train = prompts.encode(
+        tasks.linear_prompts("train")[:60], config.stage, config.model, config.data, config.sampler, words
+    )
     specs, random = (
         decoder.specs(config.model),
         np.random.default_rng(0),

@@ -8,14 +8,15 @@ import sys
 
 import jax
 import numpy as np
+import small
 
 from r1jax.core import rng, runtime, sharding
 from r1jax.models import decoder
-from r1jax.schema import MeshConfig, ModelConfig, OptimizerConfig, PackConfig
+from r1jax.schema import MeshConfig, OptimizerConfig, PackConfig
 from r1jax.train import optimizer, sft, step
 
 # Width and inner width agree, so that gate and down have one shape and lie differently.
-MODEL = ModelConfig(
+MODEL = small.network(
     vocab_size=32,
     hidden_size=16,
     intermediate_size=16,
@@ -67,7 +68,7 @@ def main():
     moved, report = [], {}
     for config in (MeshConfig(), MeshConfig(fsdp=2, expert=2, tensor=2)):
         mesh = sharding.make_mesh(config)
-        start = sharding.initialize(decoder.specs(MODEL), rng.key(0, "muon", "init"), "float32", mesh)
+        start = sharding.initialize(decoder.specs(MODEL.model), rng.key(0, "muon", "init"), "float32", mesh)
         settings = OptimizerConfig(kind="muon", learning_rate=0.1, eps=1e-3)
         trainer = step.Trainer(MODEL, settings, mesh, sft.make_loss(MODEL), 10)
         batch = sft.make_batch(items, PackConfig(row_tokens=16, rows_per_micro_batch=8), 1)

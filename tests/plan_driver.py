@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import small
 from jax.sharding import NamedSharding, PartitionSpec
 
 from r1jax.configs import _presets as presets
@@ -11,14 +12,14 @@ from r1jax.models.moe import MoE
 from r1jax.plan.compile import Program
 from r1jax.rl import losses
 from r1jax.sampler.engine import Engine
-from r1jax.schema import GRPOConfig, MeshConfig, OptimizerConfig, replace
+from r1jax.schema import GRPOConfig, MeshConfig, Network, OptimizerConfig, replace
 from r1jax.train import step
 
 BATCH = {"tokens": "int32", "targets": "int32", "positions": "int32", "segments": "int32", "loss_mask": "float32"}
 
 
-def _model(preset: str, changes: dict):
-    return replace(presets.model(preset), **changes)
+def _network(preset: str, changes: dict) -> Network:
+    return small.changed(Network(presets.model(preset), presets.compute(preset)), **changes)
 
 
 def _placed(shapes, shardings):
@@ -26,9 +27,9 @@ def _placed(shapes, shardings):
     return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings)
 
 
-def expert_weights(model, mesh, rules) -> dict:
+def expert_weights(network, mesh, rules) -> dict:
     """Returns (a device's part of one layer, the whole) of each expert weight."""
-    specs, found = decoder.specs(model), {}
+    specs, found = decoder.specs(network.model), {}
     for stack, ffw in {"sparse": specs.sparse, "mtp": specs.mtp and specs.mtp.block}.items():
         ffw = ffw and ffw.ffw
         for name in ("gate", "up", "down") if isinstance(ffw, MoE) else ():
@@ -49,8 +50,10 @@ def update(
     optimizer: dict | None = None,
 ):
     """Returns the GRPO update of one micro-batch of `rows` rows; `rules` change those it is traced under, not where weights lie."""
-    mesh, model = sharding.make_mesh(MeshConfig(**mesh), devices), _model(preset, model or {})
-    trainer = step.Trainer(model, OptimizerConfig(**optimizer or {}), mesh, losses.make_loss(model, GRPOConfig()), 100)
+    mesh, network = sharding.make_mesh(MeshConfig(**mesh), devices), _network(preset, model or {})
+    trainer = step.Trainer(
+        network, OptimizerConfig(**optimizer or {}), mesh, losses.make_loss(network, GRPOConfig()), 100
+    )
     shape = (1, rows, row_tokens)
     place = sharding.sharding(mesh, (None, "batch", "sequence"), shape)
     dtypes = BATCH | dict.fromkeys(losses.fields(GRPOConfig()), "float32")
@@ -61,20 +64,20 @@ def update(
     changed = {axis: tuple(names) for axis, names in (rules or {}).items()}
     with sharding.use_mesh(mesh, {**sharding.TRAIN, **changed}):
         lowered = trainer._update.lower(trainer.restore_target(), batch, scalar("int32"), arguments)
-    return Program(lowered, mesh, expert_weights(model, mesh, sharding.TRAIN))
+    return Program(lowered, mesh, expert_weights(network, mesh, sharding.TRAIN))
 
 
 def decode(devices, preset: str, mesh: dict, model: dict | None = None, **sampler):
     """Returns one dispatch of decode steps over all slots of the full window."""
-    mesh, model = sharding.make_mesh(MeshConfig(**mesh), devices), _model(preset, model or {})
+    mesh, network = sharding.make_mesh(MeshConfig(**mesh), devices), _network(preset, model or {})
     settings = replace(presets.sampler(preset), **sampler)
-    engine = Engine(model, settings, mesh, stop_ids=(1,))
+    engine = Engine(network, settings, mesh, stop_ids=(1,))
     with sharding.use_mesh(mesh, sharding.DECODE):
-        shapes = sharding.abstract(decoder.specs(model), jnp.dtype(model.compute_dtype))
-        params = _placed(shapes, sharding.spec_shardings(decoder.specs(model), mesh, sharding.DECODE))
+        shapes = sharding.abstract(decoder.specs(network.model), jnp.dtype(network.compute.compute_dtype))
+        params = _placed(shapes, sharding.spec_shardings(decoder.specs(network.model), mesh, sharding.DECODE))
         state = _placed(jax.eval_shape(engine._empty_state), engine._state_shardings())
         lowered = engine._decode.lower(params, state, settings.steps_per_dispatch, engine.rows)
-    return Program(lowered, mesh, expert_weights(model, mesh, sharding.DECODE))
+    return Program(lowered, mesh, expert_weights(network, mesh, sharding.DECODE))
 
 
 def product(devices, rows: int, inner: int, columns: int, gather: bool = False):

@@ -79,7 +79,9 @@ def main(folder: pathlib.Path) -> None:
     runtime.setup()
     config = configs.load("r1_zero:tiny", [(name, str(value)) for name, value in FIELDS.items()])
     words, mesh = tokenizer.tiny(), sharding.make_mesh(MeshConfig())
-    train = prompts.encode(tasks.linear_prompts("train")[:60], config, words)
+    train = prompts.encode(
+        tasks.linear_prompts("train")[:60], config.stage, config.model, config.data, config.sampler, words
+    )
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "resume", "init"), "float32", mesh)
     if os.environ.get("SLOW"):
         slow_down(folder)

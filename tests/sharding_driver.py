@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import small
 
 from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
@@ -22,7 +23,7 @@ from r1jax.rl import losses
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import RolloutRequest, SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.schema import GRPOConfig, MeshConfig, OptimizerConfig, PackConfig, SamplerConfig, replace
+from r1jax.schema import GRPOConfig, MeshConfig, OptimizerConfig, PackConfig, SamplerConfig
 from r1jax.train import step
 
 MESHES = {
@@ -58,17 +59,17 @@ def batch():
     return step.batch_arrays(packed, PACK, 2, losses.fields(GRPOConfig())), step.filled_micro_batches(packed, PACK)
 
 
-def run(model, mesh_config):
+def run(network, mesh_config):
     mesh = sharding.make_mesh(mesh_config)
-    params = sharding.initialize(decoder.specs(model), rng.key(0, "mesh", "init"), "float32", mesh)
+    params = sharding.initialize(decoder.specs(network.model), rng.key(0, "mesh", "init"), "float32", mesh)
     optimizer = OptimizerConfig(learning_rate=1e-3, eps=1e-3)  # a large eps: an update in proportion to the gradient
-    trainer = step.Trainer(model, optimizer, mesh, losses.make_loss(model, GRPOConfig()), 10)
+    trainer = step.Trainer(network, optimizer, mesh, losses.make_loss(network, GRPOConfig()), 10)
     arrays, filled = batch()
     arguments = losses.arguments(GRPOConfig(), 0.01, 1.0)
     state, stats = trainer.update(trainer.init(params), arrays, filled, arguments)
     figures = {name: np.asarray(value).tolist() for name, value in jax.device_get(stats).items()}
     sampler = SamplerConfig(slots=8, steps_per_dispatch=4, max_prompt_tokens=16, max_new_tokens=12)
-    rollout = RolloutSampler(Engine(model, sampler, mesh, (WORDS.eos_id,), WORDS))
+    rollout = RolloutSampler(Engine(network, sampler, mesh, (WORDS.eos_id,), WORDS))
     sampling = SamplingParams(max_new_tokens=12, stop_ids=(WORDS.eos_id,))
     requests = [
         RolloutRequest(
@@ -89,7 +90,7 @@ def run(model, mesh_config):
 CONTEXT_TOKENS = 4096
 
 
-def context_parallel(model):
+def context_parallel(network):
     """Returns how a row of 4,096 tokens over four devices differs from one device: hidden states, loss and gradients."""
     generator = np.random.default_rng(1)
     tokens = generator.integers(4, 190, (1, CONTEXT_TOKENS)).astype(np.int32)
@@ -99,14 +100,14 @@ def context_parallel(model):
     targets, mask = np.roll(tokens, -1, axis=1), (segments > 0).astype(np.float32)
 
     def loss(params):
-        hidden, _, _ = decoder.forward(params, tokens, positions, segments, model)
+        hidden, _, _ = decoder.forward(params, tokens, positions, segments, network)
         logp, _ = token_logprobs(hidden, decoder.unembedding(params), targets)
         return -np.float32(1 / 4000) * jnp.sum(logp * mask), hidden
 
     found = []
     for config in (MeshConfig(), MeshConfig(context=4)):
         mesh = sharding.make_mesh(config)
-        params = sharding.initialize(decoder.specs(model), rng.key(0, "mesh", "init"), "float32", mesh)
+        params = sharding.initialize(decoder.specs(network.model), rng.key(0, "mesh", "init"), "float32", mesh)
         with sharding.use_mesh(mesh):
             (value, hidden), grads = jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(params))
         found.append((float(value), hidden[segments > 0], jax.tree.leaves(grads)))
@@ -138,18 +139,16 @@ def vocabulary_shapes():
 
 def main():
     runtime.setup()
-    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2)
-    moe = replace(configs.load("r1_zero:tiny").model, **small, moe_intermediate_size=16, initializer_range=0.2)
-    dense = replace(
-        configs.load("r1_zero:tiny_dense").model, **small, head_dim=16, num_key_value_heads=2, initializer_range=0.2
-    )
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, initializer_range=0.2)
+    moe = small.changed(configs.load("r1_zero:tiny").network, **sizes, moe_intermediate_size=16)
+    dense = small.changed(configs.load("r1_zero:tiny_dense").network, **sizes, head_dim=16, num_key_value_heads=2)
     report = {}
-    for name, model in {"moe": moe, "dense": dense}.items():
-        runs = [(mesh_name, model, mesh) for mesh_name, mesh in MESHES.items()]
+    for name, network in {"moe": moe, "dense": dense}.items():
+        runs = [(mesh_name, network, mesh) for mesh_name, mesh in MESHES.items()]
         if name == "moe":
-            sent = replace(model, moe_dispatch="routed", moe_buffer_factor=0.4)  # more than one round
+            sent = small.changed(network, moe_dispatch="routed", moe_buffer_factor=0.4)  # more than one round
             runs += [(f"{mesh_name}_routed", sent, MESHES[mesh_name]) for mesh_name in ROUTED]
-        kernel = replace(model, attention_implementation="flash", logprob_implementation="pallas")
+        kernel = small.changed(network, attention_implementation="flash", logprob_implementation="pallas")
         runs.append(("fsdp2_expert2_tensor2_flash", kernel, MESHES["fsdp2_expert2_tensor2"]))
         single = None
         for mesh_name, own, mesh in runs:
@@ -164,7 +163,7 @@ def main():
                 "largest_move": largest,
                 "difference": difference,
             }
-        report[f"{name}/context"] = context_parallel(replace(model, num_hidden_layers=2))
+        report[f"{name}/context"] = context_parallel(small.changed(network, num_hidden_layers=2))
     report["vocabulary_shapes"] = vocabulary_shapes()
     json.dump(report, sys.stdout)
 

@@ -18,12 +18,29 @@ from r1jax.models import decoder
 from r1jax.recipe import common, policy, prompts
 from r1jax.rewards import references
 from r1jax.rl.assemble import Training
-from r1jax.schema import Config, ModelConfig, RewardConfig
+from r1jax.schema import Config, Network, RewardConfig, replace
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
+
+def changed(network: Network, **fields) -> Network:
+    """Returns a network with fields of its model, of how it is computed and of its losses changed, each by its name alone."""
+    parts = {part: getattr(network, part) for part in ("model", "compute", "auxiliary")}
+    of_parts: dict[str, dict] = {part: {} for part in parts}
+    of_network = {}
+    for name, value in fields.items():
+        owner = next((part for part, held in parts.items() if hasattr(held, name)), None)
+        (of_parts[owner] if owner else of_network)[name] = value
+    return replace(network, **{part: replace(held, **of_parts[part]) for part, held in parts.items()}, **of_network)
+
+
+def network(**fields) -> Network:
+    """Returns the default network with such fields."""
+    return changed(Network(), **fields)
+
+
 # A mixture of experts of a few thousand parameters.
-MIXTURE = ModelConfig(
+MIXTURE = network(
     vocab_size=32,
     hidden_size=16,
     intermediate_size=16,
@@ -38,7 +55,7 @@ MIXTURE = ModelConfig(
     scan_layers=False,
 )
 # A dense model with grouped heads.
-GROUPED = ModelConfig(
+GROUPED = network(
     family="qwen3",
     qk_norm=True,
     vocab_size=32,
@@ -102,7 +119,9 @@ def rl_training(folder: pathlib.Path, seed: int = 0, name="r1_zero:tiny", **more
     config = configs.load(name, [(field, str(value)) for field, value in fields.items()])
     mesh = sharding.make_mesh(config.mesh)
     words = tokenizer.tiny()
-    train = prompts.encode(tasks.linear_prompts("train")[:30], config, words)
+    train = prompts.encode(
+        tasks.linear_prompts("train")[:30], config.stage, config.model, config.data, config.sampler, words
+    )
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
     return policy.make_training(config, words, mesh, train, params, folder, describe=policy.describe)
 

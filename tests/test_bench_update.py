@@ -22,7 +22,8 @@ def small_config(**bench) -> Config:
     config = configs.load("bench_update")
     return replace(
         config,
-        model=replace(config.model, **SHAPE, head_dim=8, vocab_size=196, attention_block=8),
+        model=replace(config.model, **SHAPE, head_dim=8, vocab_size=196),
+        compute=replace(config.compute, attention_block=8),
         bench=replace(config.bench, **LENGTHS | dict(repeats=1, split_updates=0) | bench),
         pack=PackConfig(row_tokens=40, rows_per_micro_batch=2, trained_chunk=16),
         grpo=replace(config.grpo, group_size=4, prompts_per_update=2),
@@ -31,8 +32,8 @@ def small_config(**bench) -> Config:
 
 def plain(config: Config) -> Config:
     """Returns the config without the two options and without recomputation."""
-    model = replace(config.model, attention_block=0, remat=False)
-    return replace(config, model=model, pack=replace(config.pack, trained_chunk=0))
+    compute = replace(config.compute, attention_block=0, remat=False)
+    return replace(config, compute=compute, pack=replace(config.pack, trained_chunk=0))
 
 
 def in_this_process(folder, action, *arguments, what):
@@ -66,8 +67,10 @@ def gradients(config: Config, form: str):
         name: generator.normal(-5, 0.1, shape).astype(np.float32) for name in ("behaviour_logps", "reference_logps")
     }
     config, _, params = bench_update.start_weights(config)
-    arrays, filled, size = bench_update.arrays_of(bench_update.items_of(given, config, "grpo"), config, form)
-    loss = losses.make_loss(config.model, config.grpo, trained_chunk=size.trained_chunk)
+    arrays, filled, size = bench_update.arrays_of(
+        bench_update.items_of(given, config.grpo, config.bench, "grpo"), config.pack, config.bench.prompt_tokens, form
+    )
+    loss = losses.make_loss(config.network, config.grpo, trained_chunk=size.trained_chunk)
     arguments = losses.arguments(config.grpo, config.grpo.kl_coef, 1.0)
     value = jax.jit(jax.value_and_grad(lambda params, micro: loss(params, micro, arguments)[0]))
     parts = [value(params, {name: array[i] for name, array in arrays.items()}) for i in range(filled)]
@@ -92,21 +95,23 @@ def test_draws_follow_the_law_and_depend_on_the_seed_alone():
 
 
 def test_useful_operations_of_a_hand_counted_model():
-    model = replace(small_config().model, num_hidden_layers=1)
+    network = small_config().network
     weights = 32 * (4 * 8 + 2 * 2 * 8) + 4 * 8 * 32 + 3 * 32 * 48 + 3 * 32  # attention, feed-forward, three norms
     expected = 6 * (weights * 15 + 196 * 32 * 7) + 6 * (4 * 8) * (10**2 + 5**2)
-    assert bench_update.useful_flops(model, np.asarray([10, 5]), 7) == expected
+    assert bench_update.useful_flops(network, np.asarray([10, 5]), 7) == expected
 
 
 def test_peers_are_left_out_with_a_line_and_a_wrong_interpreter_is_one_line(capsys):
-    assert {system.name for system in bench_update.systems_of(small_config())} == {"r1jax"}
+    own_config = small_config()
+    assert {system.name for system in bench_update.systems_of(own_config.model, own_config.bench)} == {"r1jax"}
     assert "config.bench.trl_python is empty, so trl.grpo.padded is left out" in capsys.readouterr().err
     config = small_config(trl_python="/nowhere/python")
     config = replace(config, model=replace(config.model, checkpoint="somewhere"))
     with pytest.raises(ValueError, match="config.bench.trl_python=/nowhere/python is no interpreter"):
-        bench_update.systems_of(config)
+        bench_update.systems_of(config.model, config.bench)
     with pytest.raises(ValueError, match="neither grpo nor sft"):
-        bench_update.systems_of(small_config(losses=("dpo",)))
+        own_config = small_config(losses=("dpo",))
+        bench_update.systems_of(own_config.model, own_config.bench)
 
 
 SEGMENTS = np.zeros((2, 50), np.int32)
@@ -187,8 +192,8 @@ def test_blocked_attention_of_the_decoder_leaves_hidden_states_of_samples_as_the
     segments = jnp.asarray([[1] * 11 + [2] * 7 + [0] * 4])
     positions = jnp.asarray([[*range(11), *range(7), *[0] * 4]])
     tokens = jnp.arange(22)[None] + 3
-    hidden = {
-        block: decoder.forward(params, tokens, positions, segments, replace(config.model, attention_block=block))[0]
-        for block in (0, 4)
-    }
+    hidden = {}
+    for block in (0, 4):
+        network = replace(config.network, compute=replace(config.compute, attention_block=block))
+        hidden[block] = decoder.forward(params, tokens, positions, segments, network)[0]
     np.testing.assert_allclose(hidden[4][:, :18], hidden[0][:, :18], atol=1e-5)

@@ -229,7 +229,7 @@ def test_a_teacher_is_asked_as_its_folder_records_whatever_the_stage_asks(base, 
     folder = common.StageFolder(replace(config, stage="r1_zero"), tmp_path)
     folder.start({})
     asked = replace(own, data=replace(own.data, think_prefill=True, instruction="Begin."))
-    common.write_model(folder.path, asked, words, "r1_zero")
+    common.write_model(folder.path, asked.model, asked.data, words, "r1_zero")
     store = folder.checkpoints()
     store.save(1, {"params": params}, {})
     store.close()
@@ -245,7 +245,7 @@ def test_what_a_base_writes_after_its_answer_is_cut_and_graded_without():
     text = "<think> two twos </think> <answer> 4 </answer>"
     (whole,) = sampled(problem, [text + "\n\nUser: And 3?\n\nAssistant: <think>"], Config().reward)
     assert whole.parts["format"] == 0.0
-    (found,) = teachers._cut([replace(whole, truncated=True)], Config())
+    (found,) = teachers._cut([replace(whole, truncated=True)], Config().reward)
     assert found.text == text and not found.truncated
     assert found.parts["accuracy"] == found.parts["format"] == 1.0
 
@@ -302,7 +302,7 @@ class Editor:
     def __init__(self, rule):
         self.rule, self.asked = rule, []
 
-    def defused(self, text: str) -> str:
+    def escape_special_tokens(self, text: str) -> str:
         return text
 
     def replies(self, requests):
@@ -327,8 +327,8 @@ def test_edits_are_graded_again_and_counted():
     editor = Editor(lambda text: rules[next(name for name in rules if f"{name}: what" in text)])
     config, counts = Config(judge=JudgeConfig(checkpoint="E")), {}
     given = [trace(name) for name in rules]
-    found = stage1_coldstart._edited(given, editor, config, counts)
-    kept = stage1_coldstart._right_again(found, config, counts, "right again", edited=True)
+    found = stage1_coldstart._edited(given, editor, config.seed, config.reward, config.coldstart, config.judge, counts)
+    kept = stage1_coldstart._right_again(found, config.reward, config.coldstart, counts, "right again", edited=True)
     assert [draft.problem.id for draft in kept] == ["good"]
     assert kept[0].text == "<think>\nI add 3 and 4.\n\nThat is 7.\n</think>\n<answer>\n3 + 4 = \\boxed{7}\n</answer>"
     told = kept[0].row()["provenance"]
@@ -340,7 +340,15 @@ def test_edits_are_graded_again_and_counted():
 def test_a_trace_without_a_readable_edit_is_left_out_unless_it_may_stay():
     config = configs.load("stage1_coldstart", [("coldstart.keep_unedited", "true")])
     for settings, expected in ((config, ["a", "b"]), (Config(), [])):
-        found = stage1_coldstart._edited([trace("a"), trace("b")], Editor(lambda text: "no"), settings, {})
+        found = stage1_coldstart._edited(
+            [trace("a"), trace("b")],
+            Editor(lambda text: "no"),
+            settings.seed,
+            settings.reward,
+            settings.coldstart,
+            settings.judge,
+            {},
+        )
         assert [draft.problem.id for draft in found] == expected
         assert all(draft.text == trace(draft.problem.id).text and not draft.provenance["edited"] for draft in found)
 
@@ -354,11 +362,17 @@ def test_rules_of_the_tiny_world_edit_its_own_problems_and_no_row_that_reads_lik
         told,
     )
     other = Draft(Problem("b", "math", "solve 2 x + 1 = 9 :", "4"), text, told)
-    found = stage1_coldstart._edited([own, other], None, Config(), {})
+    own_config = Config()
+    found = stage1_coldstart._edited(
+        [own, other], None, own_config.seed, own_config.reward, own_config.coldstart, own_config.judge, {}
+    )
     assert [draft.text for draft in found][-1] == text.strip()
     assert [draft.provenance["edited"] for draft in found if draft.problem.id == "a"] in ([], [True])
     editor = Editor(lambda text: EDITED)
-    stage1_coldstart._edited([own, other], editor, Config(), {})
+    own_config = Config()
+    stage1_coldstart._edited(
+        [own, other], editor, own_config.seed, own_config.reward, own_config.coldstart, own_config.judge, {}
+    )
     assert len(editor.asked) == 1
 
 
@@ -376,7 +390,16 @@ def test_replies_of_people_get_thoughts_where_the_editor_has_some_and_their_trac
     ]
     solved_by_people = replace(trace("a"), provenance={"source": "people", "edited": False})
     counts: dict = {}
-    found = stage1_coldstart._edited([solved_by_people, *given], editor, Config(judge=JudgeConfig("E")), counts)
+    own_config = Config(judge=JudgeConfig("E"))
+    found = stage1_coldstart._edited(
+        [solved_by_people, *given],
+        editor,
+        own_config.seed,
+        own_config.reward,
+        own_config.coldstart,
+        own_config.judge,
+        counts,
+    )
     assert [draft.text for draft in found] == [
         solved_by_people.text,
         "<think>\nA short one.\n</think>\n\nHere.",
@@ -464,7 +487,7 @@ def test_general_rows_come_from_the_problem_files_and_their_own_with_kinds_count
     assert rows[1]["response"] == "A program." and rows[1]["provenance"] == {"teacher": f"{tmp_path}/more.jsonl"}
     assert counts["general"] == {"general": 3}
     assert counts["general by kind"] == {"writing": 1, "self_cognition": 1, "no kind": 1}
-    assert set(general_rows.inputs(config)) == {f"{tmp_path}/more.jsonl"}
+    assert set(general_rows.inputs(config.stage, config.rejection, config.judge)) == {f"{tmp_path}/more.jsonl"}
 
 
 def test_an_unknown_kind_is_refused_with_its_line(tmp_path):
@@ -473,7 +496,7 @@ def test_an_unknown_kind_is_refused_with_its_line(tmp_path):
     with pytest.raises(
         ValueError, match=r"more\.jsonl, line 1 \(s\): field 'kind' is 'poetry'; the kinds are reasoning"
     ):
-        general_rows.read(config)
+        general_rows.read(config.data, config.reward, config.rejection)
 
 
 # Files for distillation.
@@ -506,13 +529,16 @@ def test_planted_wrong_answers_are_lost_exactly_and_counted_by_task(tmp_path, ca
         {"id": "own", "task": "riddle", "prompt": "?", "response": "!"},
     ]
     jsonl.write(tmp_path / "rows.jsonl", rows)
-    given, _ = example_files.read(str(tmp_path / "rows.jsonl"), Config())
-    found, counts = distill.of_file(given, Config(stage="distill"))
+    own_config = Config()
+    given, _ = example_files.read(str(tmp_path / "rows.jsonl"), own_config.data, own_config.reward)
+    own_config = Config(stage="distill")
+    found, counts = distill.of_file(given, own_config.stage, own_config.reward, own_config.distill)
     assert [row["id"] for row in found] == [row["id"] for row in rows if not row["id"].endswith("-1")]
     assert counts["wrong"] == dict.fromkeys(kinds, 1)
     assert counts["not graded"] == {"general": 1, "no task": 1, "riddle": 1}
     assert "distill: examples: rows 15" in capsys.readouterr().err
-    kept, counts = distill.of_file(given, Config(stage="distill", distill=DistillConfig(grade=False)))
+    own_config = Config(stage="distill", distill=DistillConfig(grade=False))
+    kept, counts = distill.of_file(given, own_config.stage, own_config.reward, own_config.distill)
     assert len(kept) == 15 and "wrong" not in counts
 
 
@@ -520,7 +546,12 @@ def test_a_task_for_rows_without_one_grades_them(tmp_path):
     rows = [{"problem": "2+2?", "answer": 4, "response": f"<think>x</think> \\boxed{{{value}}}"} for value in (4, 5)]
     jsonl.write(tmp_path / "rows.jsonl", rows)
     config = configs.load("distill", [("data.task", "math"), ("distill.examples", f"{tmp_path}/rows.jsonl")])
-    found, counts = distill.of_file(example_files.read(f"{tmp_path}/rows.jsonl", config)[0], config)
+    found, counts = distill.of_file(
+        example_files.read(f"{tmp_path}/rows.jsonl", config.data, config.reward)[0],
+        config.stage,
+        config.reward,
+        config.distill,
+    )
     assert [row["id"] for row in found] == ["row-1"] and counts["wrong"] == {"math": 1}
 
 
@@ -528,7 +559,8 @@ def test_a_conversation_keeps_all_its_turns_for_training(tmp_path):
     talk = [("user", "2+2?"), ("assistant", "4"), ("user", "and 1?"), ("assistant", "5")]
     messages = [{"role": role, "content": content} for role, content in talk]
     jsonl.write(tmp_path / "rows.jsonl", [{"messages": messages}, {"messages": messages[:2]}])
-    (many, one), _ = example_files.read(f"{tmp_path}/rows.jsonl", Config())
+    own_config = Config()
+    (many, one), _ = example_files.read(f"{tmp_path}/rows.jsonl", own_config.data, own_config.reward)
     assert many.row()["messages"] == messages and many.row()["prompt"] == messages[:-1]
     assert "messages" not in one.row() and one.row()["prompt"] == "2+2?"
     assert drafts.from_record(json.loads(json.dumps(many.record()))) == many
@@ -562,9 +594,9 @@ def test_distillation_says_what_rows_lack_and_loses_a_planted_wrong_answer(tmp_p
 def test_smollm2_edits_its_own_traces_and_every_edit_is_read_or_counted(smollm2_folder, tmp_path):
     sampler = SamplerConfig(slots=2, max_prompt_tokens=768, max_new_tokens=192, temperature=0.6)
     config = Config(stage="test", judge=JudgeConfig(str(smollm2_folder), "float32", sampler))
-    editor, counts = judging.load(config, sharding.make_mesh(config.mesh)), {}
+    editor, counts = judging.load(config.stage, config.seed, config.judge, sharding.make_mesh(config.mesh)), {}
     given = [trace("a"), trace("b")]
-    found = editing.rewrite(given, editor, config, counts, keep_unedited=True)
+    found = editing.rewrite(given, editor, config.seed, config.reward, config.judge, counts, keep_unedited=True)
     read = sum(counts["edits read"].values())
     assert counts["edits asked"] == {"math": 2} and len(found) == 2
     assert sum(draft.provenance["edited"] for draft in found) == read

@@ -111,6 +111,20 @@ def test_override_that_breaks_a_cross_field_check_says_both_fields():
             [("mesh.zzz", "1")],
             "MeshConfig has no field 'zzz' (in config.mesh.zzz); it has: slice, data, fsdp, expert, tensor, context",
         ),
+        *(
+            (
+                "r1_zero",
+                [(f"model.{name}", "1")],
+                f"ModelConfig has no field '{name}' (in config.model.{name}); did you mean '{part}.{name}'?",
+            )
+            for part, name in (("compute", "remat"), ("compute", "scan_layers"), ("auxiliary", "mtp_loss_weight"))
+        ),
+        (
+            "r1_zero",
+            [("model.compute_dtype", "float32")],
+            "ModelConfig has no field 'compute_dtype' (in config.model.compute_dtype); did you mean "
+            "'compute.compute_dtype' or 'judge.compute_dtype'?",
+        ),
         ("grade", [("seed.x", "1")], "config.seed.x: 'seed' is 0, which has no fields of its own"),
         (
             "grade",

@@ -10,6 +10,8 @@ import sys
 import pytest
 
 from r1jax.core import errors, files
+from r1jax.recipe import common
+from r1jax.schema import Config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RENAMING = {"os.replace", "os.rename", "os.renames", "shutil.move"}
@@ -76,6 +78,14 @@ def test_remove_unfinished_without_a_name_clears_all_leftovers_and_no_other_file
         kill_while_writing(tmp_path / name, "file")
     files.remove_unfinished(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_stage_that_starts_again_clears_what_a_killed_run_left(tmp_path):
+    folder = common.StageFolder(Config(stage="grade"), tmp_path)
+    folder.path.mkdir()
+    kill_while_writing(folder.path / "figures.json", "file")
+    folder.start({})
+    assert sorted(path.name for path in folder.path.iterdir()) == ["config.json", common.INPUTS]
 
 
 def test_rows_are_read_without_a_last_line_that_was_cut_off(tmp_path):

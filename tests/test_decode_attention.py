@@ -17,7 +17,7 @@ from r1jax.core import rng, sharding
 from r1jax.kernels.decode_attention import Blocks, blocks_for, grouped_decode, latent_decode
 from r1jax.kernels.tpu import rounded
 from r1jax.models import cache, decoder
-from r1jax.schema import MeshConfig, replace
+from r1jax.schema import MeshConfig
 
 LAYER, VALUES, SCALE = 1, 16, 0.3
 
@@ -110,25 +110,25 @@ def test_blocks_of_short_caches_are_whole_registers_and_a_v5p_has_two_cores():
 
 
 def test_a_cache_for_the_kernel_is_padded_to_whole_registers_and_others_are_not():
-    model = small.MIXTURE
-    width = model.kv_lora_rank + model.qk_rope_head_dim
-    assert cache.CacheSpec(model, 2, 8).row_shape == (width,)
-    spec = cache.CacheSpec(replace(model, attention_implementation="flash"), 2, 20)
+    network = small.MIXTURE
+    width = network.model.kv_lora_rank + network.model.qk_rope_head_dim
+    assert cache.CacheSpec(network, 2, 8).row_shape == (width,)
+    spec = cache.CacheSpec(small.changed(network, attention_implementation="flash"), 2, 20)
     assert spec.row_shape == (rounded(width),)
     assert spec.shape[2] == 32
     assert spec.zeros().rows == 31
-    grouped = cache.CacheSpec(replace(small.GROUPED, attention_implementation="flash"), 2, 20)
-    assert grouped.shape[2:] == (small.GROUPED.num_key_value_heads, 32, rounded(small.GROUPED.head_dim))
+    grouped = cache.CacheSpec(small.changed(small.GROUPED, attention_implementation="flash"), 2, 20)
+    assert grouped.shape[2:] == (small.GROUPED.model.num_key_value_heads, 32, rounded(small.GROUPED.model.head_dim))
     assert grouped.axes == (None, "slots", "heads", None, None)
     assert grouped.zeros().rows == 31
 
 
-def decoded(model, params):
+def decoded(network, params):
     """Returns hidden states of two slots of a prompt and four tokens fed one by one, the second idle in the third step."""
-    store = cache.CacheSpec(model, 2, 16).zeros()
-    tokens = np.random.default_rng(3).integers(1, model.vocab_size, (2, 10))
+    store = cache.CacheSpec(network, 2, 16).zeros()
+    tokens = np.random.default_rng(3).integers(1, network.model.vocab_size, (2, 10))
     places, running = np.broadcast_to(np.arange(6), (2, 6)), np.ones((2, 6), np.int32)
-    step = jax.jit(lambda t, at, on, store: decoder.forward(params, t, at, on, model, store)[:2])
+    step = jax.jit(lambda t, at, on, store: decoder.forward(params, t, at, on, network, store)[:2])
     found = []
     out, store = step(tokens[:, :6], places, running, store)
     for number in range(4):
@@ -141,9 +141,11 @@ def decoded(model, params):
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
 @pytest.mark.parametrize("shape", [small.MIXTURE, small.GROUPED], ids=["latent", "grouped"])
 def test_steps_through_the_kernel_are_those_of_xla(shape, scan):
-    model = replace(shape, scan_layers=scan, attention_implementation="xla")
+    network = small.changed(shape, scan_layers=scan, attention_implementation="xla")
     mesh = sharding.make_mesh(MeshConfig())
-    params = sharding.initialize(decoder.specs(model), rng.key(0, "decode", "init"), "float32", mesh)
-    by_xla, by_kernel = (decoded(replace(model, attention_implementation=how), params) for how in ("xla", "flash"))
+    params = sharding.initialize(decoder.specs(network.model), rng.key(0, "decode", "init"), "float32", mesh)
+    by_xla, by_kernel = (
+        decoded(small.changed(network, attention_implementation=how), params) for how in ("xla", "flash")
+    )
     np.testing.assert_allclose(by_kernel, by_xla, atol=2e-5 * np.abs(by_xla).max())
     assert np.abs(by_xla[2, 0]).max() > 0

@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from r1jax.core import sharding
 from r1jax.core.sharding import ParamSpec
 from r1jax.models import attention, cache, decoder, moe, rope
-from r1jax.schema import ModelConfig, RopeScaling, replace
+from r1jax.schema import Network, RopeScaling
 
 TOLERANCE = 1e-5  # of the largest value: float32 sums in another order
 
 YARN = RopeScaling("yarn", 8.0, 8, mscale=1.0, mscale_all_dim=1.0)
-DEEPSEEK = ModelConfig(
+DEEPSEEK = small.network(
     vocab_size=67,
     hidden_size=32,
     intermediate_size=48,
@@ -34,7 +35,7 @@ DEEPSEEK = ModelConfig(
     rope_scaling=YARN,
     initializer_range=0.2,
 )
-QWEN2 = ModelConfig(
+QWEN2 = small.network(
     family="qwen2",
     vocab_size=67,
     hidden_size=32,
@@ -46,7 +47,7 @@ QWEN2 = ModelConfig(
     tie_word_embeddings=True,
     initializer_range=0.2,
 )
-V2 = replace(
+V2 = small.changed(
     DEEPSEEK,
     family="deepseek_v2",
     scoring_func="softmax",
@@ -56,14 +57,14 @@ V2 = replace(
     topk_group=1,
     rope_scaling=RopeScaling(),
 )
-QWEN3 = replace(QWEN2, family="qwen3", attention_bias=False, qk_norm=True)
+QWEN3 = small.changed(QWEN2, family="qwen3", attention_bias=False, qk_norm=True)
 CONFIGS = {"deepseek_v3": DEEPSEEK, "deepseek_v2": V2, "qwen2": QWEN2, "qwen3": QWEN3}
 families = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 both_attentions = pytest.mark.parametrize("config", [DEEPSEEK, QWEN2], ids=["latent", "grouped"])
 
 
 @functools.cache
-def weights(config: ModelConfig) -> decoder.Params:
+def weights(config: Network) -> decoder.Params:
     """Returns random weights; those that start at zero or one are moved away from it."""
     draw = np.random.default_rng(0)
 
@@ -71,7 +72,7 @@ def weights(config: ModelConfig) -> decoder.Params:
         centre = 1.0 if spec.init is sharding.ones else 0.0
         return jnp.asarray(centre + 0.2 * draw.normal(size=spec.shape), jnp.float32)
 
-    return sharding.map_specs(value, decoder.specs(config))
+    return sharding.map_specs(value, decoder.specs(config.model, config.scalar_head))
 
 
 def draw_tokens(rows: int, length: int) -> np.ndarray:
@@ -84,7 +85,7 @@ def run(params, tokens, positions, segments, config, kv=None, window=None):
     return decoder.logits(params, hidden), kv, auxiliary.experts
 
 
-def whole(tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
+def whole(tokens: np.ndarray, config: Network) -> np.ndarray:
     """Returns the logits of rows that are one segment each."""
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     return np.asarray(run(weights(config), tokens, positions, np.ones_like(tokens), config)[0])
@@ -123,7 +124,7 @@ def test_a_later_token_changes_no_earlier_logit(config):
 @families
 @pytest.mark.parametrize("unrolled", [False, True], ids=["scanned", "unrolled"])
 def test_prefill_in_pieces_and_decode_through_the_cache_equal_one_pass(config, unrolled):
-    config = replace(config, scan_layers=not unrolled)
+    config = small.changed(config, scan_layers=not unrolled)
     tokens, lengths = draw_tokens(3, 24), (9, 16, 13)
     wanted = whole(tokens, config)
     kv = cache.CacheSpec(config, slots=3, rows=24).zeros()
@@ -180,12 +181,12 @@ def test_absorbed_attention_equals_expanded_attention(monkeypatch):
 @families
 def test_unrolled_layers_equal_scanned_layers(config):
     tokens = draw_tokens(2, 16)
-    assert_close(whole(tokens, replace(config, scan_layers=False)), whole(tokens, config))
+    assert_close(whole(tokens, small.changed(config, scan_layers=False)), whole(tokens, config))
 
 
 @both_attentions
 def test_a_scalar_head_reads_the_hidden_states_and_leaves_the_logits_as_they_are(config):
-    headed, tokens = replace(config, scalar_head=True), draw_tokens(1, 8)
+    headed, tokens = small.changed(config, scalar_head=True), draw_tokens(1, 8)
     params = weights(headed)
     positions, segments = np.arange(8, dtype=np.int32)[None], np.ones_like(tokens)
 
@@ -198,7 +199,7 @@ def test_a_scalar_head_reads_the_hidden_states_and_leaves_the_logits_as_they_are
     np.testing.assert_allclose(gradient.scalar_head, hidden[0, -1], rtol=1e-5)
     assert float(jnp.abs(gradient.embedding).max()) > 0
     assert_close(whole(tokens, headed), whole(tokens, config))
-    with pytest.raises(ValueError, match="no scalar head; set config.model.scalar_head=true"):
+    with pytest.raises(ValueError, match="no scalar head; only reward models and critics have one"):
         decoder.scalars(weights(config), hidden)
 
 
@@ -214,7 +215,7 @@ def test_recomputing_blocks_changes_no_gradient(config):
 
         return jax.jit(jax.grad(loss))(weights(config))
 
-    plain, recomputed = gradient(config), gradient(replace(config, remat=True))
+    plain, recomputed = gradient(config), gradient(small.changed(config, remat=True))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(recomputed), strict=True):
         np.testing.assert_allclose(b, a, atol=TOLERANCE * max(np.abs(a).max(), 1e-3), rtol=0)
 
@@ -223,17 +224,17 @@ def test_recomputing_blocks_changes_no_gradient(config):
 @pytest.mark.parametrize("kind", ["blocked", "ragged"])
 def test_every_expert_form_equals_the_dense_one(kind, length):
     tokens = draw_tokens(2, length)
-    dense = whole(tokens, replace(DEEPSEEK, moe_implementation="dense"))
-    assert_close(whole(tokens, replace(DEEPSEEK, moe_implementation=kind)), dense)
+    dense = whole(tokens, small.changed(DEEPSEEK, moe_implementation="dense"))
+    assert_close(whole(tokens, small.changed(DEEPSEEK, moe_implementation=kind)), dense)
 
 
 @pytest.mark.parametrize("kind", ["blocked", "ragged"])
 def test_every_expert_form_has_the_gradients_of_the_dense_one(kind):
     layer = jax.tree.map(lambda leaf: leaf[0], weights(DEEPSEEK).sparse.ffw)
-    x = jax.random.normal(jax.random.key(5), (2, 11, DEEPSEEK.hidden_size))
+    x = jax.random.normal(jax.random.key(5), (2, 11, DEEPSEEK.model.hidden_size))
 
     def gradients(kind):
-        config = replace(DEEPSEEK, moe_implementation=kind)
+        config = small.changed(DEEPSEEK, moe_implementation=kind)
         return jax.jit(jax.grad(lambda p, x: jnp.sum(jnp.sin(moe.moe(p, x, config)[0])), argnums=(0, 1)))(layer, x)
 
     for a, b in zip(jax.tree.leaves(gradients("dense")), jax.tree.leaves(gradients(kind)), strict=True):
@@ -246,19 +247,19 @@ def test_forward_reports_the_chosen_experts_of_every_mixture_layer():
     experts = np.asarray(run(weights(DEEPSEEK), tokens, positions, np.ones_like(tokens), DEEPSEEK)[2])
     assert experts.shape == (2, 2, 6, 3)
     groups = experts // 2  # 8 experts in 4 groups
-    assert max(len(set(row)) for row in groups.reshape(-1, 3)) <= DEEPSEEK.topk_group
+    assert max(len(set(row)) for row in groups.reshape(-1, 3)) <= DEEPSEEK.model.topk_group
     assert all(len(set(row)) == 3 for row in experts.reshape(-1, 3))
 
 
 # Router and rotary embedding against numbers worked out by hand
 
 
-ROUTER = replace(DEEPSEEK, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, hidden_size=4)
+ROUTER = small.changed(DEEPSEEK, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, hidden_size=4)
 
 
 def test_router_never_picks_from_a_dropped_group_even_when_every_choice_is_negative():
     bias = np.asarray([-3.0, -3.1, -2.0, -9.0], np.float32)  # group sums -6.1 and -11: the first stays
-    experts, weights = moe.route(np.zeros((4, 4), np.float32), bias, np.ones((1, 1, 4), np.float32), ROUTER)
+    experts, weights = moe.route(np.zeros((4, 4), np.float32), bias, np.ones((1, 1, 4), np.float32), ROUTER.model)
     assert sorted(np.asarray(experts)[0, 0].tolist()) == [0, 1]
     np.testing.assert_allclose(weights[0, 0], [1.25, 1.25], rtol=1e-6)  # equal scores, normalised, times 2.5
 
@@ -266,7 +267,7 @@ def test_router_never_picks_from_a_dropped_group_even_when_every_choice_is_negat
 def test_router_bias_moves_the_choice_and_not_the_weights():
     router = np.diag([0.3, 0.2, 0.1, -0.1]).astype(np.float32)
     bias = np.asarray([0.0, 0.0, 5.0, 5.0], np.float32)
-    experts, weights = moe.route(router, bias, np.ones((1, 1, 4), np.float32), ROUTER)
+    experts, weights = moe.route(router, bias, np.ones((1, 1, 4), np.float32), ROUTER.model)
     assert sorted(np.asarray(experts)[0, 0].tolist()) == [2, 3]
     scores = 1 / (1 + np.exp(-np.asarray([0.1, -0.1])))
     np.testing.assert_allclose(np.sort(weights[0, 0]), np.sort(2.5 * scores / scores.sum()), rtol=1e-6)
@@ -274,12 +275,12 @@ def test_router_bias_moves_the_choice_and_not_the_weights():
 
 def test_yarn_of_the_671b_config_keeps_ten_pairs_and_divides_from_the_twenty_third():
     scaling = RopeScaling("yarn", 40.0, 4096, mscale=1.0, mscale_all_dim=1.0)
-    config = ModelConfig(qk_nope_head_dim=128, qk_rope_head_dim=64, rope_scaling=scaling)
+    config = small.network(qk_nope_head_dim=128, qk_rope_head_dim=64, rope_scaling=scaling)
     ratio = rope.inverse_frequencies(64, 10000.0, RopeScaling()) / rope.inverse_frequencies(64, 10000.0, scaling)
     np.testing.assert_allclose(ratio[:11], 1.0, rtol=1e-12)
     assert 1.0 < ratio[11] < ratio[22] < 40.0
     np.testing.assert_allclose(ratio[23:], 40.0, rtol=1e-12)
-    assert abs(rope.softmax_scale(config) - 0.1352338) < 1e-7
+    assert abs(rope.softmax_scale(config.model) - 0.1352338) < 1e-7
     assert rope.magnitude(scaling) == 1.0
 
 

@@ -108,7 +108,7 @@ def test_an_error_in_an_update_ends_the_rollouts_under_way(report):
     [
         ("grpo.rollouts_ahead", "-1", "rollouts_ahead=-1 must be 0 or more"),
         ("sampler_mesh.data", "0", "MeshConfig.data=0 must be at least 1"),
-        ("model.moe_buffer_factor", "0", "moe_buffer_factor=0.0 must be above 0"),
+        ("compute.moe_buffer_factor", "0", "moe_buffer_factor=0.0 must be above 0"),
     ],
 )
 def test_a_setting_out_of_range_is_named(field, value, said):

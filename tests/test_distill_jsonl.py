@@ -110,7 +110,7 @@ def test_a_students_folder_gives_shape_tokenizer_and_template_and_takes_no_evalu
     assert [row["update"] for row in read(source)] == [1, 2, 3, 4]
     assert launch.main(["--config=export_hf", f"--config.checkpoint={source}", f"--config.output={target}"]) == 0
     assert (target / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
-    assert hf_config.model_config(target, model) == model
+    assert hf_config.model_config(target) == model
     asked = tokenizer.from_folder(target).render_chat([{"role": "user", "content": "q"}])
     assert asked == templates.render("q", "r1_zero", think_prefill=True) and asked.endswith("Assistant:<think>\n")
     assert str(tmp_path) not in (target / "README.md").read_text()
@@ -130,7 +130,7 @@ def spoken(folder) -> tokenizer.Tokenizer:
 def test_only_the_response_and_the_end_are_trained():
     config, own = configs.load("distill"), tokenizer.tiny()
     row = solved(tasks.Linear(7, 5, 5))
-    (item,) = fine_tuning.encode([row], config, own)
+    (item,) = fine_tuning.encode([row], config.stage, config.data, config.pack, own)
     assert own.backend.decode(item.tokens.tolist()) == f"{row['prompt']} {row['response']} <eos>"
     asked = len(own.encode(row["prompt"]))
     assert item.loss_mask.tolist() == [0.0] * asked + [1.0] * (len(item.tokens) - asked)
@@ -144,7 +144,7 @@ def test_a_prefilled_think_is_prompt_and_not_trained(template):
     )
     config = replace(config, pack=replace(config.pack, row_tokens=400))
     row = solved(tasks.Linear(7, 5, 5))
-    (item,) = fine_tuning.encode([row], config, own)
+    (item,) = fine_tuning.encode([row], config.stage, config.data, config.pack, own)
     trained = item.tokens[item.loss_mask > 0].tolist()
     assert own.backend.decode(trained) == f"{row['response'].removeprefix('<think> ')} <eos>"
     assert (item.tokens[item.loss_mask == 0][-1], trained.count(own.encode("<think>")[0])) == (
@@ -152,13 +152,16 @@ def test_a_prefilled_think_is_prompt_and_not_trained(template):
         0,
     )
     # Split differently, it is the same text.
-    (plain,) = fine_tuning.encode([row], replace(config, data=replace(config.data, think_prefill=False)), own)
+    own_config = replace(config, data=replace(config.data, think_prefill=False))
+    (plain,) = fine_tuning.encode([row], own_config.stage, own_config.data, own_config.pack, own)
     np.testing.assert_array_equal(item.tokens, plain.tokens)
 
 
 def test_an_answer_without_a_thought_is_trained_after_a_prompt_that_opens_none():
     config, own = configs.load("distill", [("data.think_prefill", "true")]), tokenizer.tiny()
-    (item,) = fine_tuning.encode([{"prompt": "tell cat :", "response": "the cat is small thanks"}], config, own)
+    (item,) = fine_tuning.encode(
+        [{"prompt": "tell cat :", "response": "the cat is small thanks"}], config.stage, config.data, config.pack, own
+    )
     assert own.backend.decode(item.tokens.tolist()) == "tell cat : the cat is small thanks <eos>"
 
 
@@ -181,10 +184,10 @@ def test_examples_longer_than_a_row_are_left_out_and_counted(capsys):
     config, own = configs.load("distill"), tokenizer.tiny()
     long = {"prompt": "tell cat :", "response": "cat " * 200}
     rows = [solved(tasks.Linear(7, 5, 5)), long]
-    assert len(fine_tuning.encode(rows, config, own)) == 1
+    assert len(fine_tuning.encode(rows, config.stage, config.data, config.pack, own)) == 1
     assert "1 of 2 examples exceed 96 tokens (longest 204), left out" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"all 1 examples exceed config.pack.row_tokens=96 \(longest 204\); raise it"):
-        fine_tuning.encode([long], config, own)
+        fine_tuning.encode([long], config.stage, config.data, config.pack, own)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +224,7 @@ def test_a_real_student_without_examples_names_both_sources(tmp_path, capsys):
 
 def test_a_real_model_without_problems_is_asked_for_them_and_a_student_is_not():
     real = configs.load("distill:qwen2_5_1_5b")
-    assert not problems.given(real)
+    assert not problems.given(real.data)
     with pytest.raises(ValueError, match=r"--config\.data\.path=FILE\.jsonl"):
         problems.source(real)
-    assert prompts.template(real, tokenizer.tiny()) == "r1_zero"
+    assert prompts.template(real.stage, real.data, tokenizer.tiny()) == "r1_zero"

@@ -103,7 +103,7 @@ def stored(folder: pathlib.Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("kind", MODELS)
 def test_import_of_an_export_is_bit_equal_with_the_same_config(tmp_path, kind):
     params = save(tmp_path / "out", MODELS[kind])
-    read = hf_config.model_config(tmp_path / "out", MODELS[kind])
+    read = hf_config.model_config(tmp_path / "out")
     assert tree.digest(hf.load(tmp_path / "out", read, MESH, jnp.float32)) == tree.digest(params)
     unused = {} if read.n_routed_experts else {"num_experts_per_tok": 2, "moe_intermediate_size": 8}
     unused |= {} if kind != "deepseek_dense" else {"routed_scaling_factor": 2.5}
@@ -191,7 +191,6 @@ def test_tokenizer_token_ids_and_card_are_in_the_folder(tmp_path):
 @pytest.mark.parametrize(
     ("model", "dtype", "words"),
     [
-        (replace(DENSE, scalar_head=True), "float32", "scalar head"),
         (replace(LATENT, scoring_func="softmax"), "float32", "scoring_func=softmax is not what deepseek_v3 computes"),
         (replace(DENSE, attention_bias=True), "float32", "attention_bias=True is not what llama computes"),
         (replace(DENSE, family="qwen2"), "float32", "attention_bias=False is not what qwen2 computes"),
@@ -208,6 +207,13 @@ def test_what_the_format_cannot_hold_is_refused_in_one_line_before_anything_is_w
     with pytest.raises(ValueError) as error:
         save(tmp_path / "out", model, dtype)
     assert words in str(error.value) and "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reward_models_weights_are_refused(tmp_path):
+    params = random_params(DENSE).replace(scalar_head=jnp.zeros(DENSE.hidden_size))
+    with pytest.raises(ValueError, match="a scalar head has no place in these formats"):
+        hf_export.save(tmp_path / "out", params, DENSE, tokenizer.tiny(), "float32")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -234,8 +240,8 @@ def test_a_failed_check_leaves_nothing_and_an_interrupted_export_does_not_stand_
         save(tmp_path / "out", DENSE, check=check)
     assert {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} < set(seen)
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".out.tmp").mkdir()
-    (tmp_path / ".out.tmp" / "model-00009.safetensors").write_bytes(b"cut short")
+    (tmp_path / ".out.7.tmp").mkdir()
+    (tmp_path / ".out.7.tmp" / "model-00009.safetensors").write_bytes(b"cut short")
     save(tmp_path / "out", DENSE)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "model-00009.safetensors").exists()
@@ -352,9 +358,8 @@ def test_chat_template_renders_a_question_as_training_did(kind):
     own, question = tokenizer.tiny(), 'What is "7 \\n 5"?\nThink.'
     turns = [Message("system", "s"), Message("user", question), Message("assistant", "a"), Message("user", "b\nc")]
     for instruction in ("", 'Say "it".'):
-        template = export_hf.chat_template(
-            Config(data=DataConfig(path="f", template=kind, instruction=instruction)), own
-        )
+        own_config = Config(data=DataConfig(path="f", template=kind, instruction=instruction))
+        template = export_hf.chat_template(own_config.stage, own_config.data, own)
         made = tokenizer.Tokenizer(own.backend, own.config, template)
         for asked in (turns[1:2], turns[:2], turns):
             messages = [turn._asdict() for turn in asked]
@@ -363,14 +368,15 @@ def test_chat_template_renders_a_question_as_training_did(kind):
 
 def test_chat_template_of_the_base_is_kept_when_training_used_it():
     own = tokenizer.Tokenizer(tokenizer.tiny().backend, tokenizer.tiny().config, "<{{ messages }}>")
-    assert export_hf.chat_template(Config(data=DataConfig(path="rows.jsonl")), own) == "<{{ messages }}>"
+    own_config = Config(data=DataConfig(path="rows.jsonl"))
+    assert export_hf.chat_template(own_config.stage, own_config.data, own) == "<{{ messages }}>"
 
 
 def test_chat_template_of_the_base_puts_the_instruction_of_the_run_before_the_question():
     base = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     own = tokenizer.Tokenizer(tokenizer.tiny().backend, tokenizer.tiny().config, base)
     settings = Config(data=DataConfig(path="f", template="chat", instruction="Be short."))
-    made = tokenizer.Tokenizer(own.backend, own.config, export_hf.chat_template(settings, own))
+    made = tokenizer.Tokenizer(own.backend, own.config, export_hf.chat_template(settings.stage, settings.data, own))
     asked = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
     expected = templates.render(asked, "chat", "Be short.", own.render_chat)
     assert made.render_chat([turn._asdict() for turn in asked]) == expected == "<user>a<assistant>b<user>Be short.\nc"
@@ -413,7 +419,7 @@ def test_fp8_export_is_the_published_layout_and_says_so_in_config_json(tmp_path)
 
 def test_fp8_export_of_an_fp8_import_is_bit_equal_and_so_is_its_import(tmp_path):
     first = fp8_folder(tmp_path / "first", random_params(PREDICTING))
-    config = hf_config.model_config(tmp_path / "first", PREDICTING)
+    config = hf_config.model_config(tmp_path / "first")
     read = hf.load(tmp_path / "first", config, MESH, jnp.float32)
     second = fp8_folder(tmp_path / "second", read)
     assert {name: value.tobytes() for name, value in second.items()} == {k: v.tobytes() for k, v in first.items()}

@@ -174,7 +174,7 @@ def write(folder: pathlib.Path, config: dict, tensors: dict[str, np.ndarray] | N
 
 
 def load(folder: pathlib.Path, dtype=jnp.float32, **changes) -> tuple[decoder.Params, ModelConfig]:
-    config = replace(hf_config.model_config(folder, ModelConfig()), **changes)
+    config = replace(hf_config.model_config(folder), **changes)
     return hf.load(folder, config, sharding.make_mesh(MeshConfig()), dtype), config
 
 
@@ -194,11 +194,8 @@ def exported(params: decoder.Params, config: ModelConfig, interleaved: bool = Tr
 # config.json
 
 
-def test_model_config_takes_the_shape_from_the_folder_and_runtime_fields_from_the_defaults(tmp_path):
-    defaults = ModelConfig(
-        n_routed_experts=8, compute_dtype="bfloat16", scan_layers=False, remat=True, scalar_head=True, checkpoint="here"
-    )
-    config = hf_config.model_config(write(tmp_path, LLAMA), defaults)
+def test_model_config_takes_the_shape_from_the_folder(tmp_path):
+    config = hf_config.model_config(write(tmp_path, LLAMA))
     assert config == ModelConfig(
         family="llama",
         vocab_size=11,
@@ -211,11 +208,6 @@ def test_model_config_takes_the_shape_from_the_folder_and_runtime_fields_from_th
         rms_norm_eps=1e-5,
         rope_theta=5e5,
         max_position_embeddings=512,
-        compute_dtype="bfloat16",
-        scan_layers=False,
-        remat=True,
-        scalar_head=True,
-        checkpoint="here",
     )
 
 
@@ -228,13 +220,13 @@ WEIGHTS = (  # fields of ModelConfig that say what the weights are
 )
 
 
-def test_every_field_of_the_model_config_is_of_the_weights_or_kept_from_the_defaults():
+def test_every_field_of_the_model_config_is_of_the_weights_but_the_folder_they_are_in():
     names = [field.name for field in dataclasses.fields(ModelConfig)]
-    assert sorted(names) == sorted([*WEIGHTS.split(), *hf_config.RUNTIME_FIELDS])
+    assert sorted(names) == sorted([*WEIGHTS.split(), "checkpoint"])
 
 
 def test_model_config_reads_every_deepseek_field(tmp_path):
-    config = hf_config.model_config(write(tmp_path, DEEPSEEK), ModelConfig())
+    config = hf_config.model_config(write(tmp_path, DEEPSEEK))
     assert (config.q_lora_rank, config.kv_lora_rank, config.v_head_dim) == (6, 5, 7)
     assert (config.qk_nope_head_dim, config.qk_rope_head_dim) == (3, 4)
     assert (config.num_dense_layers, config.num_moe_layers) == (1, 2)
@@ -244,28 +236,26 @@ def test_model_config_reads_every_deepseek_field(tmp_path):
 
 
 def test_model_config_reads_null_q_lora_rank_as_a_plain_query_projection(tmp_path):
-    assert hf_config.model_config(write(tmp_path, DEEPSEEK | {"q_lora_rank": None}), ModelConfig()).q_lora_rank == 0
+    assert hf_config.model_config(write(tmp_path, DEEPSEEK | {"q_lora_rank": None})).q_lora_rank == 0
 
 
 def test_model_config_reads_null_head_dim_and_kv_heads_as_the_usual_ones(tmp_path):
-    config = hf_config.model_config(
-        write(tmp_path, LLAMA | {"head_dim": None, "num_key_value_heads": None}), ModelConfig()
-    )
+    config = hf_config.model_config(write(tmp_path, LLAMA | {"head_dim": None, "num_key_value_heads": None}))
     assert (config.head_dim, config.num_key_value_heads) == (4, 4)
 
 
 def test_model_config_gives_qwen2_its_query_key_and_value_biases(tmp_path):
-    assert hf_config.model_config(write(tmp_path, QWEN2), ModelConfig()).attention_bias
+    assert hf_config.model_config(write(tmp_path, QWEN2)).attention_bias
 
 
 def test_model_config_gives_qwen3_its_head_norms(tmp_path):
-    config = hf_config.model_config(write(tmp_path, QWEN3), ModelConfig())
+    config = hf_config.model_config(write(tmp_path, QWEN3))
     assert (config.qk_norm, config.attention_bias, config.head_dim) == (True, False, 6)
 
 
 def test_model_config_of_deepseek_v2_has_groups_only_where_they_limit_the_choice(tmp_path):
-    limited = hf_config.model_config(write(tmp_path, DEEPSEEK_V2), ModelConfig())
-    greedy = hf_config.model_config(write(tmp_path, DEEPSEEK_V2 | {"topk_method": "greedy"}), ModelConfig())
+    limited = hf_config.model_config(write(tmp_path, DEEPSEEK_V2))
+    greedy = hf_config.model_config(write(tmp_path, DEEPSEEK_V2 | {"topk_method": "greedy"}))
     assert (limited.n_group, limited.topk_group, greedy.n_group, greedy.topk_group) == (2, 1, 1, 1)
     assert limited.scoring_func == greedy.scoring_func == "softmax"
     assert not limited.norm_topk_prob
@@ -277,7 +267,7 @@ def test_model_config_counts_a_prediction_layer_only_where_the_weights_hold_it(t
     for name, tensors in (("sharded", whole), ("sharded without", without)):
         folders.append(write(tmp_path / name, DEEPSEEK))
         split_in_two(folders[-1], tensors)
-    found = [hf_config.model_config(folder, ModelConfig()).num_nextn_predict_layers for folder in folders]
+    found = [hf_config.model_config(folder).num_nextn_predict_layers for folder in folders]
     assert found == [1, 0, 1, 0]
 
 
@@ -294,21 +284,19 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0, "origi
     ids=["type", "rope_type", "rope_parameters"],
 )
 def test_model_config_reads_all_three_ways_to_write_rope_scaling(tmp_path, fields):
-    config = hf_config.model_config(write(tmp_path, LLAMA | fields), ModelConfig())
+    config = hf_config.model_config(write(tmp_path, LLAMA | fields))
     assert config.rope_theta == 7e5
     assert config.rope_scaling == RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=2.0)
 
 
 def test_model_config_derives_a_yarn_factor_of_null_from_the_lengths(tmp_path):
     scaling = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 128}
-    config = hf_config.model_config(write(tmp_path, QWEN2 | {"rope_scaling": scaling}), ModelConfig())
+    config = hf_config.model_config(write(tmp_path, QWEN2 | {"rope_scaling": scaling}))
     assert config.rope_scaling.factor == 4.0
 
 
 def test_model_config_leaves_frequencies_alone_without_scaling(tmp_path):
-    config = hf_config.model_config(
-        write(tmp_path, LLAMA | {"rope_parameters": {"rope_type": "default"}}), ModelConfig()
-    )
+    config = hf_config.model_config(write(tmp_path, LLAMA | {"rope_parameters": {"rope_type": "default"}}))
     assert config.rope_scaling == RopeScaling()
 
 
@@ -345,27 +333,27 @@ def test_model_config_leaves_frequencies_alone_without_scaling(tmp_path):
 )
 def test_model_config_refuses_what_the_decoder_does_not_compute_in_one_line(tmp_path, base, fields, words):
     with pytest.raises(ValueError) as error:
-        hf_config.model_config(write(tmp_path, base | fields), ModelConfig())
+        hf_config.model_config(write(tmp_path, base | fields))
     assert words in str(error.value)
     assert "config.json" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_model_config_accepts_a_sliding_window_that_no_layer_uses(tmp_path):
     fields = {"use_sliding_window": True, "max_window_layers": 2}
-    assert hf_config.model_config(write(tmp_path, QWEN2 | fields), ModelConfig()).num_hidden_layers == 2
+    assert hf_config.model_config(write(tmp_path, QWEN2 | fields)).num_hidden_layers == 2
 
 
 @pytest.mark.parametrize(("text", "words"), [("{", "is not JSON"), ("[]", "an object is needed")])
 def test_model_config_names_a_file_that_is_no_json_object(tmp_path, text, words):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=words) as error:
-        hf_config.model_config(tmp_path, ModelConfig())
+        hf_config.model_config(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)
 
 
 def test_model_config_says_that_a_folder_has_no_config(tmp_path):
     with pytest.raises(ValueError, match="has no config.json"):
-        hf_config.model_config(tmp_path, ModelConfig())
+        hf_config.model_config(tmp_path)
 
 
 # Weights
@@ -453,12 +441,6 @@ def test_load_reads_a_sharded_checkpoint_as_the_single_file(tmp_path):
         np.testing.assert_array_equal(leaf, single[path], err_msg=path)
 
 
-def test_load_starts_a_scalar_head_at_zero(tmp_path):
-    params, _ = load(write(tmp_path, LLAMA, tensors_of("llama")), scalar_head=True)
-    assert params.scalar_head.shape == (16,)
-    assert not np.asarray(params.scalar_head).any()
-
-
 def test_load_skips_rotary_buffers_prediction_layers_and_a_tied_head(tmp_path):
     extra = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32),
@@ -478,7 +460,7 @@ from r1jax.checkpoints import hf, hf_config, tensor_file
 from r1jax.core import sharding
 from r1jax.schema import MeshConfig, ModelConfig
 folder = pathlib.Path(sys.argv[1])
-config = hf_config.model_config(folder, ModelConfig())
+config = hf_config.model_config(folder)
 one = hf.load(folder, config, sharding.make_mesh(MeshConfig()), jnp.float32)
 mesh, seen, honest = sharding.make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2)), [], tensor_file.TensorFile.read
 tensor_file.TensorFile.read = lambda file, name, rows=slice(None): seen.append(name) or honest(file, name, rows)
@@ -634,7 +616,7 @@ def test_load_reports_a_prediction_layer_that_is_not_whole(tmp_path):
 
 def test_load_reads_each_tensor_once_and_once_more_to_compare_copies(tmp_path, monkeypatch):
     folder = write(tmp_path, DEEPSEEK, tensors_of("deepseek_v3_mtp"))
-    config, seen = hf_config.model_config(folder, ModelConfig()), []
+    config, seen = hf_config.model_config(folder), []
     honest = TensorFile.read
     monkeypatch.setattr(
         TensorFile, "read", lambda file, name, rows=slice(None): seen.append(name) or honest(file, name, rows)

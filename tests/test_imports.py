@@ -1,60 +1,29 @@
-"""Imports go one way, read from the sources: who may import whom inside r1jax, and who may import JAX."""
+"""Imports go one way, as docs/architecture.md says: who may import whom inside r1jax, and who may import JAX."""
 
 import ast
 import graphlib
+import itertools
 import pathlib
+import re
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-BELOW = {  # part of r1jax: the parts it may import; itself and schema always
-    "schema": set(),
-    "configs": set(),
-    "config": {"configs"},
-    "flags": {"config"},
-    "stage_table": set(),
-    "sweep": {"config", "flags", "stage_table"},
-    "launch": {"flags", "config", "sweep", "stage_table", "core"},  # of core, what starts several processes
-    "core": set(),
-    "kernels": set(),
-    "data": set(),
-    "report": set(),
-    "models": {"kernels", "core"},
-    "checkpoints": {"models", "core", "data"},  # the tiny world's words are its tokenizer
-    "sampler": {"models", "core"},
-    "train": {"data", "models", "core"},  # of kernels only what models place on the mesh
-    "rewards": {"data"},  # the tiny world's rules
-    "evals": {"sampler", "rewards", "data", "core"},
-    "plan": {"kernels", "core"},
-    "rl": {"sampler", "rewards", "data", "train", "models", "core"},
-    "recipe": {
-        *("rl", "train", "sampler", "data", "rewards", "evals", "checkpoints", "report", "plan", "models", "core"),
-        "stage_table",  # the graph gives overrides to other stages and calls them by name
-        "config",  # a stage writes its flattened config and its hash
-    },
-    "tools": {"recipe"},
-    "bench": {"recipe", "tools"},
-}
-for upper in ("tools", "bench"):  # both may import what the recipe may
-    BELOW[upper] |= BELOW["recipe"]
-ROOMS = {  # folder or module of rewards: those of the others that it may import
-    "score": set(),
-    "plugins": set(),
-    "rules": set(),
-    "answers": {"score"},
-    "sandbox": set(),
-    "code": {"score", "answers", "sandbox"},
-    "models": {"score"},
-    "compose": {"score", "plugins", "rules", "answers", "sandbox", "code"},
-    "warm": {"answers"},
-    "worker": {"score", "answers", "sandbox"},
-    "pool": {"score", "compose", "worker", "sandbox"},
-    "references": {"score", "plugins", "answers", "sandbox", "code", "compose", "pool"},
-    "golds": {"score", "answers", "compose", "pool"},
-    "explaining": {"score", "answers", "compose", "pool"},
-}
+PAGE = ROOT / "docs" / "architecture.md"
+
+
+def order(heading: str) -> dict[str, set[str]]:
+    """Returns the table of the architecture page under a heading: folder or module -> those that it may import."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[lines.index(heading) + 2 :])
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return {name.strip("`"): set(re.findall("`([a-z_]+)`", below)) for name, _, below in cells}
+
+
+BELOW = order("| folder or module | owns | may import |")  # part of r1jax; itself and schema always
+ROOMS = order("| room of `rewards` | owns | may import of `rewards` |")
 MODEL_REWARDS = {"rewards/models/reward_model.py", "rewards/models/judge.py"}  # these two run a model
-GROUND = {"core.files", "core.errors"}  # modules without JAX that every part may import
+GROUND = {"core.files", "core.errors"}  # modules without JAX that every part may import, as the page says too
 WITHOUT_JAX = {"schema", "configs", "config", "flags", "sweep", "stage_table", "launch", "data", "report", "rewards"}
 JAX_FAMILY = {"jax", "jaxlib", "flax", "optax", "orbax", "jetstream"}
 
@@ -89,6 +58,20 @@ def imported(source: str) -> set[str]:
 def test_imported_finds_every_form():
     source = "import jax.numpy as jnp\nfrom r1jax import schema\ndef f():\n    from r1jax.core.rng import key, fold\n"
     assert imported(source) == {"jax.numpy", "r1jax.schema", "r1jax.core.rng.key", "r1jax.core.rng.fold"}
+
+
+@pytest.mark.parametrize("table", [BELOW, ROOMS], ids=["folders", "rooms_of_rewards"])
+def test_documented_order_goes_from_the_ground_up(table):
+    above: set[str] = set()
+    for name, below in table.items():
+        assert below <= above, f"{name} is documented before {below - above}"
+        above.add(name)
+
+
+def test_documented_order_names_every_folder_and_every_room():
+    assert {part_of(path) for path in sources()} == set(BELOW)
+    modules = [module_of(path).split(".") for path in sources() if part_of(path) == "rewards"]
+    assert {names[2] for names in modules if len(names) > 2} == set(ROOMS)
 
 
 @pytest.mark.parametrize("path", sources(), ids=name_of)
@@ -133,6 +116,11 @@ def is_without_jax(path: pathlib.Path) -> bool:
 def test_module_imports_nothing_of_jax(path):
     roots = {name.split(".")[0] for name in imported(path.read_text(encoding="utf-8"))}
     assert name_of(path) in MODEL_REWARDS or roots & JAX_FAMILY == set()
+
+
+def test_documented_ground_modules_are_these():
+    (sentence,) = re.findall(r"The ground modules ([^.]*(?:\.\w[^.]*)*) import no", PAGE.read_text(encoding="utf-8"))
+    assert set(re.findall("`([a-z.]+)`", sentence)) == GROUND
 
 
 def test_ground_modules_import_nothing_of_the_package():

@@ -91,7 +91,7 @@ def test_every_model_and_file_that_examples_are_made_from_is_an_input(name, tmp_
         "judge.checkpoint": judge,
     }
     config = configs.load("stage1_coldstart", [(field, str(value)) for field, value in fields.items()])
-    before = stage1_coldstart.inputs(config)
+    before = stage1_coldstart.inputs(config.stage, config.coldstart, config.judge)
     changed = {"teacher": teacher, "prompted_model": model, "examples": rows, "judge": judge}[name]
     if name == "examples":
         jsonl.write(rows, [{"prompt": "p", "response": "another"}])
@@ -99,7 +99,7 @@ def test_every_model_and_file_that_examples_are_made_from_is_an_input(name, tmp_
         (judge / "config.json").write_text('{"a": 1}')
     else:
         (changed / "DONE").write_text(json.dumps({"output": "another"}))
-    after = stage1_coldstart.inputs(config)
+    after = stage1_coldstart.inputs(config.stage, config.coldstart, config.judge)
     assert {path for path in before if before[path] != after[path]} == {str(changed)}
 
 
@@ -201,7 +201,8 @@ def read(tmp_path, case: str) -> tuple[list, list[str]]:
     given = io_case(case)["input"]
     path = tmp_path / "rows.jsonl"
     jsonl.write(path, given["rows"] if "rows" in given else [given["row"]])
-    drafts, notes = example_files.read(str(path), Config())
+    own_config = Config()
+    drafts, notes = example_files.read(str(path), own_config.data, own_config.reward)
     return drafts, example_files.remarks(str(path), drafts, notes)
 
 

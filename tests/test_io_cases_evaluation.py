@@ -304,7 +304,7 @@ def test_what_decides_a_figure_is_in_its_key_and_nothing_else(tmp_path):
         key(**{"reward.workers": 2}),
         key(**{"reward.cache_entries": 0}),
         key(**{"sampler.temperature": 0.3}),
-        key(**{"model.remat": "true"}),
+        key(**{"compute.remat": "true"}),
     ]
     assert set(same) == {usual}
     other = tokenizer.Tokenizer(words.backend, {**words.config, "pad_token": "<unk>"}, source="other")
@@ -333,7 +333,7 @@ def test_what_decides_a_figure_is_in_its_key_and_nothing_else(tmp_path):
                 "sampler.max_new_tokens": 50,
                 "seed": 1,
                 "model.rope_theta": 5.0,
-                "model.compute_dtype": "bfloat16",
+                "compute.compute_dtype": "bfloat16",
             }.items()
         ),
     ]

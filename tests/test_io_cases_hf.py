@@ -50,7 +50,7 @@ def write_config(folder: pathlib.Path, config: dict) -> pathlib.Path:
 
 
 def read_config(folder: pathlib.Path, config: dict) -> ModelConfig:
-    return hf_config.model_config(write_config(folder, config), ModelConfig())
+    return hf_config.model_config(write_config(folder, config))
 
 
 def tensors_of(folder: pathlib.Path, config: dict) -> dict[str, np.ndarray]:
@@ -66,7 +66,7 @@ def write(folder: pathlib.Path, config: dict, tensors: dict[str, np.ndarray]) ->
 
 
 def load(folder: pathlib.Path) -> decoder.Params:
-    return hf.load(folder, hf_config.model_config(folder, ModelConfig()), MESH, jnp.float32)
+    return hf.load(folder, hf_config.model_config(folder), MESH, jnp.float32)
 
 
 def refused(folder: pathlib.Path) -> str:
@@ -188,7 +188,7 @@ def test_a_prediction_layer_that_is_not_asked_for_is_left_aside(tmp_path):
     absent = {name: value for name, value in MIXTURE.items() if name not in change}
     for number, config in enumerate((MIXTURE | change, absent)):
         folder = write(tmp_path / str(number), config, tensors)
-        assert hf_config.model_config(folder, ModelConfig()).num_nextn_predict_layers == 0
+        assert hf_config.model_config(folder).num_nextn_predict_layers == 0
         np.testing.assert_array_equal(load(folder).unembedding, tensors["lm_head.weight"].T)
     assert load(write(tmp_path / "with", MIXTURE, tensors_with_copies(tensors))).mtp is not None
     more = tensors | {"model.layers.2.mlp.extra.weight": np.ones(3, np.float32)}
@@ -337,7 +337,7 @@ def test_an_export_keeps_the_end_tokens_and_the_padding_of_its_base(tmp_path):
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(case["generation_config"]))
     ends, pad = hf_config.token_ids(tmp_path / "base")
     assert (ends, pad) == ([258, 256], 256)
-    model, params = hf_config.model_config(tmp_path / "base", ModelConfig()), load(tmp_path / "base")
+    model, params = hf_config.model_config(tmp_path / "base"), load(tmp_path / "base")
     hf_export.save(tmp_path / "out", params, model, words, "float32", end_ids=ends, pad_id=pad)
     assert written_ids(tmp_path / "out") == [([258, 256], 256)] * 2
     assert common.token_ids(tokenizer.from_folder(tmp_path / "out")) == (ends, pad)  # what an export of it would state
@@ -369,7 +369,7 @@ def test_end_ids_of_another_type_are_refused(tmp_path, eos):
 
 def test_an_end_that_the_tokenizer_names_is_in_the_list_once_and_a_single_one_is_a_number(tmp_path):
     words = spoken(tmp_path / "words", {})
-    model = hf_config.model_config(write_config(tmp_path / "shape", DENSE), ModelConfig())
+    model = hf_config.model_config(write_config(tmp_path / "shape", DENSE))
     params = sharding.initialize(decoder.specs(model), jnp.zeros(2, jnp.uint32), "float32", MESH)
     for number, (ends, expected) in enumerate(
         (((), 258), ((258,), 258), ((256,), [258, 256]), ((256, 258), [256, 258]))

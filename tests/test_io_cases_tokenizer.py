@@ -29,13 +29,13 @@ def opened(folder, **fields):
     """Returns (config, tokenizer, mesh, weights) of a checkpoint as every stage opens it."""
     config = Config(model=ModelConfig(checkpoint=str(folder)), sampler=SamplerConfig(**fields))
     config, words, mesh = common.prepare(config)
-    return config, words, mesh, common.load_weights(config, mesh, str(folder), dict)
+    return config, words, mesh, common.load_weights(config.model, mesh, str(folder), dict)
 
 
 def drawn(config, words, mesh, params, temperature=1.0, groups=4, samples=8, longest=24, steps=4):
     """Returns samples of a few prompts under the stops that every stage uses."""
     sizes = dict(slots=8, steps_per_dispatch=steps, max_prompt_tokens=24, max_new_tokens=longest)
-    engine = Engine(config.model, replace(config.sampler, **sizes), mesh, words.stop_ids, words)
+    engine = Engine(config.network, replace(config.sampler, **sizes), mesh, words.stop_ids, words)
     sampling = SamplingParams(temperature, max_new_tokens=longest, stop_ids=words.stop_ids)
     requests = []
     for draw in range(groups):
@@ -58,15 +58,17 @@ def assert_trainer_agrees(config, mesh, params, samples, temperature=1.0):
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
     segments = (positions < [[len(s.prompt_ids) + len(s.token_ids)] for s in samples]).astype(np.int32)
     batch = dict(tokens=tokens, targets=targets, positions=positions, segments=segments)
-    scored = Scorer(config.model, mesh)(params, {name: value[None] for name, value in batch.items()}, 1, temperature)
+    scored = Scorer(config.network, mesh)(params, {name: value[None] for name, value in batch.items()}, 1, temperature)
     assert np.abs((scored[0] - drawn_logp) * mask).max() < 1e-5
-    hidden, _, _ = decoder.forward(params, tokens, positions, segments, config.model)
+    hidden, _, _ = decoder.forward(params, tokens, positions, segments, config.network)
     for how in (dict(trained_chunk=16), dict(chunk_tokens=8), {}):
         found = logprobs.scored_logprobs(
-            hidden, decoder.unembedding(params), targets, mask, temperature, **how, **logprobs.settings(config.model)
+            hidden, decoder.unembedding(params), targets, mask, temperature, **how, **logprobs.settings(config.compute)
         )
         assert np.abs((np.asarray(found[0]) - drawn_logp) * mask).max() < 1e-5
-        assert (np.asarray(found[1]) * mask).max() <= np.log(config.model.vocab_used or config.model.vocab_size) + 1e-5
+        assert (np.asarray(found[1]) * mask).max() <= np.log(
+            config.compute.vocab_used or config.model.vocab_size
+        ) + 1e-5
 
 
 # Vocabulary
@@ -78,12 +80,12 @@ def test_ids_without_a_token_are_never_drawn_nor_normalised_over(tmp_path, tempe
     size, rows = case["tokenizer_tokens"], case["config"]["vocab_size"]
     folder = toy_checkpoint.write(tmp_path, rows, loud_from=size, shape=case["config"])
     config, words, mesh, params = opened(folder)
-    assert (config.model.vocab_size, config.model.vocab_used, words.vocab_size) == (rows, size, size)
+    assert (config.model.vocab_size, config.compute.vocab_used, words.vocab_size) == (rows, size, size)
     samples = drawn(config, words, mesh, params, temperature)
     assert max(s.token_ids.max() for s in samples) < size
     assert_trainer_agrees(config, mesh, params, samples)
     # Without the bound every token is such an id: the weights are those of the case.
-    whole = replace(config, model=replace(config.model, vocab_used=0))
+    whole = replace(config, compute=replace(config.compute, vocab_used=0))
     beyond = drawn(whole, words, mesh, params, temperature, groups=2)
     assert min(s.token_ids.min() for s in beyond) >= size
 
@@ -103,8 +105,8 @@ def test_a_tokenizer_with_gaps_counts_to_its_highest_id(tmp_path):
     path.write_text(json.dumps(content))
     words = tokenizer.from_folder(tmp_path)
     assert words.vocab_size == 301
-    assert tokenizer.fitted(ModelConfig(vocab_size=320), words).vocab_used == 301
-    assert tokenizer.fitted(ModelConfig(vocab_size=301), words).vocab_used == 0
+    assert tokenizer.vocab_used(ModelConfig(vocab_size=320), words) == 301
+    assert tokenizer.vocab_used(ModelConfig(vocab_size=301), words) == 0
 
 
 # Stops
@@ -191,7 +193,7 @@ def test_decode_leaves_out_stop_ids_at_the_end_alone(tmp_path):
 
 def test_too_many_or_unknown_stop_ids_are_refused(tmp_path):
     config, words, mesh, _ = opened(toy_checkpoint.write(tmp_path, 259))
-    build = lambda stops, **fields: Engine(config.model, SamplerConfig(**fields), mesh, stops, words)  # noqa: E731
+    build = lambda stops, **fields: Engine(config.network, SamplerConfig(**fields), mesh, stops, words)  # noqa: E731
     assert build(tuple(range(12)), stop_ids=(3, 20)).stop_ids == (*range(12), 20)
     with pytest.raises(ValueError, match="17 stop ids .*at most 16 fit a slot"):
         build(tuple(range(16)), stop_ids=(16,))
@@ -200,7 +202,7 @@ def test_too_many_or_unknown_stop_ids_are_refused(tmp_path):
     with pytest.raises(ValueError, match="stop id 300 is none of the 259 ids"):
         opened(tmp_path, stop_ids=(300,))
     with pytest.raises(ValueError, match="stop_strings need a tokenizer"):
-        RolloutSampler(Engine(config.model, SamplerConfig(stop_strings=("a",)), mesh, (0,)))
+        RolloutSampler(Engine(config.network, SamplerConfig(stop_strings=("a",)), mesh, (0,)))
     for bad in (dict(stop_strings=("",)), dict(stop_ids=(-1,))):
         with pytest.raises(ValueError, match="SamplerConfig.stop_"):
             SamplerConfig(**bad)
@@ -312,7 +314,7 @@ def test_fine_tuning_ends_every_example_once_as_its_template_does(tmp_path, temp
     config = Config(pack=PackConfig(row_tokens=1024))
     config = replace(config, model=ModelConfig(vocab_size=259), data=replace(config.data, template=template))
     rows = [{"prompt": "q", "response": text} for text in ("r", "r<|im_end|>", "r<|endoftext|>\n")]
-    for item in fine_tuning.encode(rows, config, words):
+    for item in fine_tuning.encode(rows, config.stage, config.data, config.pack, words):
         assert item.tokens[item.loss_mask > 0].tolist() == [*words.encode("r"), end]
 
 
@@ -439,13 +441,14 @@ def test_a_padded_model_with_two_end_tokens_and_another_end_of_turn_trains_on_wh
         "sampler.max_prompt_tokens": 64,
         "pack.row_tokens": 128,
         "sampler.temperature": 2.0,
-        "model.remat": "false",
+        "compute.remat": "false",
     }
     config = configs.load("r1_zero:smollm2_135m", [(name, str(value)) for name, value in fields.items()])
     config, words, mesh = common.prepare(config)
-    assert words.stop_ids == (256, 259, 258) and config.model.vocab_used == 260
-    params = common.load_weights(config, mesh, str(folder), dict)
-    train = prompts.encode(PROBLEMS, replace(config, data=replace(config.data, template="chat")), words)
+    assert words.stop_ids == (256, 259, 258) and config.compute.vocab_used == 260
+    params = common.load_weights(config.model, mesh, str(folder), dict)
+    own_config = replace(config, data=replace(config.data, template="chat"))
+    train = prompts.encode(PROBLEMS, own_config.stage, own_config.model, own_config.data, own_config.sampler, words)
     seen = []
     training = policy.make_training(config, words, mesh, train, params, tmp_path / "run")
     generate = training.source.sampling.sampler.generate

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from r1jax.checkpoints import tokenizer
 from r1jax.core import rng, sharding
@@ -17,12 +18,12 @@ from r1jax.sampler import jetstream, serve
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import RolloutRequest, SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.schema import MeshConfig, ModelConfig, SamplerConfig, replace
+from r1jax.schema import MeshConfig, SamplerConfig, replace
 
 pytestmark = pytest.mark.skipif(not jetstream.AVAILABLE, reason="google-jetstream 0.2.2 is not installed")
 
 WORDS = tokenizer.tiny()
-LATENT_MOE = ModelConfig(
+LATENT_MOE = small.network(
     vocab_size=WORDS.vocab_size,
     hidden_size=32,
     intermediate_size=48,
@@ -36,7 +37,7 @@ LATENT_MOE = ModelConfig(
     moe_intermediate_size=16,
     initializer_range=0.5,
 )
-GROUPED_DENSE = ModelConfig(
+GROUPED_DENSE = small.network(
     family="llama",
     vocab_size=WORDS.vocab_size,
     hidden_size=32,
@@ -53,11 +54,11 @@ STOP_IDS = (5, 17)
 
 
 @functools.cache
-def build(model):
+def build(network):
     """Returns (engine, random float32 parameters); the engine holds no state but its compiled programs."""
     mesh = sharding.make_mesh(MeshConfig())
-    params = sharding.initialize(decoder.specs(model), rng.key(0, "test", "init"), jnp.float32, mesh)
-    return Engine(model, SAMPLER, mesh, STOP_IDS, tokenizer=WORDS), params
+    params = sharding.initialize(decoder.specs(network.model), rng.key(0, "test", "init"), jnp.float32, mesh)
+    return Engine(network, SAMPLER, mesh, STOP_IDS, tokenizer=WORDS), params
 
 
 def random_prompts(count):
@@ -99,9 +100,9 @@ def test_the_rollout_sampler_gives_the_same_tokens_where_jetstream_is_not_instal
     assert done.stdout == f"False {expected}\n"
 
 
-@pytest.mark.parametrize("model", [LATENT_MOE, GROUPED_DENSE], ids=["latent_moe", "grouped_dense"])
-def test_driver_greedy_tokens_equal_the_rollout_samplers_for_forty_prompts(model):
-    engine, params = build(model)
+@pytest.mark.parametrize("network", [LATENT_MOE, GROUPED_DENSE], ids=["latent_moe", "grouped_dense"])
+def test_driver_greedy_tokens_equal_the_rollout_samplers_for_forty_prompts(network):
+    engine, params = build(network)
     prompts = random_prompts(40)
     samples = scheduled(engine, params, prompts)
     assert {sample.finish_reason for sample in samples} == {"stop", "length"}

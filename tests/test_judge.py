@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def judge(folder) -> Judge:
     config = Config(stage="test", judge=JudgeConfig(str(folder), "float32", SAMPLER))
-    return judging.load(config, sharding.make_mesh(config.mesh))
+    return judging.load(config.stage, config.seed, config.judge, sharding.make_mesh(config.mesh))
 
 
 def request(name: str, response: str, reference: str = "word", **changes) -> RewardRequest:
@@ -163,11 +163,11 @@ def test_stopped_run_goes_on_and_gives_the_same_file(folder, tmp_path, monkeypat
     asked = []
     compare = preference_pairs.compare
 
-    def stopping(judge, part, config):
+    def stopping(judge, part, judgements):
         asked.append([row["id"] for row in part])
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return compare(judge, part, config)
+        return compare(judge, part, judgements)
 
     monkeypatch.setattr(preference_pairs, "compare", stopping)
     assert launch.main(arguments(folder, tmp_path)) == 130
@@ -228,11 +228,11 @@ def test_missing_judge_and_pairs_that_all_tie_are_named(folder, tmp_path, capsys
 def test_rows_without_replies_are_answered_by_the_model_the_same_in_any_part(folder, tmp_path):
     jsonl.write(tmp_path / "in.jsonl", [{"id": f"row-{n}", "prompt": f"word {n}"} for n in range(6)])
     fields = {
-        **{"data.path": tmp_path / "in.jsonl", "model.checkpoint": folder, "model.compute_dtype": "float32"},
+        **{"data.path": tmp_path / "in.jsonl", "model.checkpoint": folder, "compute.compute_dtype": "float32"},
         **{"sampler.max_prompt_tokens": 128, "sampler.temperature": 5.0, "preferences.responses_per_prompt": 3},
     }
     config = configs.load("preference_pairs", [(name, str(value)) for name, value in fields.items()])
-    answer, asked = preference_pairs.answerer(config), preference_pairs.read(config)
+    answer, asked = preference_pairs.answerer(config), preference_pairs.read(config.data)
     answered = answer(asked)
     assert [row["id"] for row in answered] == [row["id"] for row in asked]
     assert any(len(set(row["responses"])) == 3 for row in answered)
@@ -254,7 +254,7 @@ def test_pairs_use_each_reply_once_in_a_keyed_order():
 def test_pair_is_kept_when_its_mean_margin_exceeds_one(margins, kept):
     judgements = [{"swapped": False, "margin": margin, "detail": ""} for margin in margins]
     row = {"id": "a", "prompt": "p", "first": "one", "second": "two", "judgements": judgements}
-    found = preference_pairs.labelled(row, configs.load("preference_pairs"))
+    found = preference_pairs.labelled(row, configs.load("preference_pairs").preferences)
     assert (found is None) if kept is None else (found["margin"] == abs(kept))
     assert kept is None or found["chosen"] == ("one" if kept > 0 else "two")
 
@@ -308,7 +308,9 @@ def test_stage_three_keeps_of_the_wider_pool_what_judge_and_checks_accept(wider,
     problems = linear_prompts("train")[:4]
     rows = [{"id": f"open-{p.id}", "prompt": p.text, "answer": p.reference, "language": p.language} for p in problems]
     jsonl.write(config.rejection.judged_prompts, rows)
-    train = prompts.encode(linear_prompts("train")[100:110], config, words)
+    train = prompts.encode(
+        linear_prompts("train")[100:110], config.stage, config.model, config.data, config.sampler, words
+    )
     found, counts = stage3_rejection_sft.collect(config, words, mesh, train, tmp_path)
     drawn = wider_pool.sample(config, words, mesh, params, {})
     checks = [*traces.basic_checks(1.0), *stage3_rejection_sft.readable(config.rejection)]
@@ -322,12 +324,12 @@ def test_stage_three_keeps_of_the_wider_pool_what_judge_and_checks_accept(wider,
 def test_wider_pool_is_off_without_a_file_and_an_input_of_the_stage_with_one(wider, tmp_path):
     config = wider[0]
     off = configs.load("stage3_rejection_sft")
-    assert wider_pool.inputs(off) == {} and wider_pool.sample(off, *wider[1:], {}) == []
+    assert wider_pool.inputs(off.stage, off.rejection, off.judge) == {} and wider_pool.sample(off, *wider[1:], {}) == []
     path = config.rejection.judged_prompts
-    before = wider_pool.inputs(config)
+    before = wider_pool.inputs(config.stage, config.rejection, config.judge)
     assert set(before) == {path, config.judge.checkpoint}
     jsonl.write(path, [{"id": "x", "prompt": "tell x :", "answer": "x"}])
-    assert wider_pool.inputs(config)[path] != before[path]
+    assert wider_pool.inputs(config.stage, config.rejection, config.judge)[path] != before[path]
     with pytest.raises(ValueError, match="judged_prompts=a.jsonl needs a judge: set judge.checkpoint"):
         configs.load("stage3_rejection_sft", [("rejection.judged_prompts", "a.jsonl")])
 
@@ -361,7 +363,7 @@ def test_every_verdict_of_smollm2_is_either_read_or_unscorable_and_the_parse_rat
         prefill_buckets=(512,),
     )
     config = Config(stage="test", judge=JudgeConfig(str(smollm2_folder), "float32", sampler))
-    judge = judging.load(config, sharding.make_mesh(config.mesh))
+    judge = judging.load(config.stage, config.seed, config.judge, sharding.make_mesh(config.mesh))
     problems = jsonl.read(shared_data / "gsm8k_test.jsonl")[:8]
     asked = []
     for row in problems:

@@ -108,7 +108,7 @@ def test_explain_takes_an_id_or_stands_alone(arguments, value):
         ),
         (["--config=grade", "--workdir="], "--workdir= is empty; give a path"),
         (
-            ["--config=grade", "--sweep=seed=0,1", "--sweep_index=2"],
+            ["--config=grade", "--sweep=data.max_rows=0,1", "--sweep_index=2"],
             "--sweep_index=2: the sweep has 2 points, 0 to 1",
         ),
     ],
@@ -121,7 +121,7 @@ def test_bad_command_line_is_one_exact_line_and_exit_code_2(capsys, monkeypatch,
 
 
 def test_bad_integer_flag_is_one_line(capsys):
-    assert launch.main(["--config=grade", "--sweep=seed=0", "--sweep_index=x"]) == 2
+    assert launch.main(["--config=grade", "--sweep=data.max_rows=0", "--sweep_index=x"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--sweep_index=x" in error
 
@@ -256,28 +256,28 @@ def test_sweep_runs_every_point_survives_a_failed_one_and_skips_finished_ones(tm
 
 def test_sweep_point_of_another_config_is_run_again(tmp_path):
     rows = rows_file(tmp_path / "rows.jsonl", "4")
-    command = [f"--config.data.path={rows}", f"--config.output={tmp_path / 'out.jsonl'}", "--sweep=seed=0,1"]
+    command = [f"--config.data.path={rows}", f"--config.output={tmp_path / 'out.jsonl'}", "--sweep=data.max_rows=0,1"]
     command += ["-m", "r1jax.launch", "--config=grade", "--sweep_index=1", f"--workdir={tmp_path / 'runs'}"]
     statuses = []
     for change in ([], [], ["--config.reward.extraction=whole"]):
         path = tmp_path / f"{len(statuses)}.json"
         assert python(*command[3:5], *command[:3], *command[5:], *change, f"--json={path}").returncode == 0
         statuses += [(row["point"], row["status"]) for row in json.loads(path.read_text())]
-    assert statuses == [("seed=1", "done"), ("seed=1", "skipped"), ("seed=1", "done")]
-    assert [path.name for path in (tmp_path / "runs" / "sweep").iterdir()] == ["seed=1"]
+    assert statuses == [("max_rows=1", "done"), ("max_rows=1", "skipped"), ("max_rows=1", "done")]
+    assert [path.name for path in (tmp_path / "runs" / "sweep").iterdir()] == ["max_rows=1"]
 
 
 def test_bad_sweep_value_stops_everything_before_the_first_point(capsys, tmp_path):
-    arguments = ["--config=grade", "--sweep=seed=0,x", f"--workdir={tmp_path / 'runs'}"]
+    arguments = ["--config=grade", "--sweep=data.max_rows=0,x", f"--workdir={tmp_path / 'runs'}"]
     assert launch.main(arguments) == 2
-    assert capsys.readouterr().err == "error: config.seed=x: expected int\n"
+    assert capsys.readouterr().err == "error: config.data.max_rows=x: expected int\n"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_dry_run_of_a_sweep_names_its_points(capsys, tmp_path):
-    arguments = ["--config=grade", "--sweep=seed=0,1", "--dry_run", f"--workdir={tmp_path / 'runs'}"]
+    arguments = ["--config=grade", "--sweep=data.max_rows=0,1", "--dry_run", f"--workdir={tmp_path / 'runs'}"]
     assert launch.main(arguments) == 0
-    assert capsys.readouterr().out.endswith("point 0: seed=0\npoint 1: seed=1\n")
+    assert capsys.readouterr().out.endswith("point 0: max_rows=0\npoint 1: max_rows=1\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from r1jax.core import rng, sharding
 from r1jax.kernels.fused_logprob import token_logprobs
@@ -15,10 +16,10 @@ from r1jax.rl.advantages import group_advantages
 from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import Scorer
 from r1jax.sampler.sample import RolloutSample
-from r1jax.schema import Config, GRPOConfig, MeshConfig, ModelConfig, PackConfig, RewardConfig, replace
+from r1jax.schema import Config, GRPOConfig, MeshConfig, PackConfig, RewardConfig, replace
 from r1jax.train import step
 
-MODEL = ModelConfig(
+MODEL = small.network(
     family="llama",
     vocab_size=23,
     hidden_size=16,
@@ -158,7 +159,7 @@ def problem():
     """Returns (params, micro-batch) of two rows: three samples, padding, a masked prompt, ratios far from 1."""
     generator = np.random.default_rng(1)
     params = sharding.initialize(
-        decoder.specs(MODEL), rng.key(0, "losses", "init"), "float32", sharding.make_mesh(MeshConfig())
+        decoder.specs(MODEL.model), rng.key(0, "losses", "init"), "float32", sharding.make_mesh(MeshConfig())
     )
     shape = (2, 9)
     micro = {
@@ -306,7 +307,7 @@ def objective_by_hand(rollout, policy, reference, weights, grpo, temperature, lo
 @pytest.mark.parametrize("aggregation", ["seq_mean_token_mean", "token_mean", "seq_mean_token_sum"])
 def test_packed_loss_of_a_scored_rollout_is_the_papers_objective(problem, aggregation):
     policy, mesh = problem[0], sharding.make_mesh(MeshConfig())
-    reference = sharding.initialize(decoder.specs(MODEL), rng.key(1, "losses", "init"), "float32", mesh)
+    reference = sharding.initialize(decoder.specs(MODEL.model), rng.key(1, "losses", "init"), "float32", mesh)
     grpo = GRPOConfig(group_size=3, prompts_per_update=2, clip_ratio=2.0, kl_coef=0.05, aggregation=aggregation)
     config = Config(grpo=grpo, pack=PackConfig(14, 2), reward=RewardConfig(format=0.2, language=1.0))
     weights = np.asarray([getattr(config.reward, name) for name in PART_NAMES])

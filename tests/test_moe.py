@@ -8,10 +8,10 @@ import small
 
 from r1jax.core import sharding, tree
 from r1jax.models import decoder, moe
-from r1jax.schema import MeshConfig, OptimizerConfig, PackConfig, replace
+from r1jax.schema import MeshConfig, OptimizerConfig, PackConfig
 from r1jax.train import sft, step
 
-MODEL = replace(
+MODEL = small.changed(
     small.MIXTURE,
     n_routed_experts=16,
     num_experts_per_tok=4,
@@ -55,7 +55,7 @@ def route_by_hand(router, bias, x, c, masked=-np.inf):
 )
 @pytest.mark.parametrize("shift", [0.0, -3.0], ids=["bias_around_zero", "bias_below_minus_one"])
 def test_router_equals_the_recipes_rule_written_for_one_token(changes, shift):
-    config = replace(MODEL, **changes)
+    config = small.changed(MODEL, **changes).model
     draw = np.random.default_rng(1)
     router = draw.normal(size=(16, 16)).astype(np.float32)
     bias = (shift + draw.normal(0, 0.3, 16)).astype(np.float32)
@@ -75,11 +75,11 @@ def test_masking_dropped_groups_with_zero_would_pick_forbidden_experts():
     draw = np.random.default_rng(2)
     router, x = draw.normal(size=(16, 16)).astype(np.float32), draw.normal(size=(40, 16)).astype(np.float32)
     bias = (draw.normal(0, 0.3, 16) - 3.0).astype(np.float32)
-    experts, _ = route(router, bias, x[None], MODEL)
+    experts, _ = route(router, bias, x[None], MODEL.model)
     forbidden = 0
     for row, ids in zip(x, np.asarray(experts)[0], strict=True):
-        right, _ = route_by_hand(router, bias, row, MODEL)
-        zeroed, _ = route_by_hand(router, bias, row, MODEL, masked=0.0)
+        right, _ = route_by_hand(router, bias, row, MODEL.model)
+        zeroed, _ = route_by_hand(router, bias, row, MODEL.model, masked=0.0)
         assert set(ids.tolist()) == set(right)
         forbidden += not set(right) & set(zeroed)
     assert forbidden == 40  # every choice is below 0, so 0.0 wins each time
@@ -90,7 +90,7 @@ def test_no_gradient_reaches_the_bias_and_the_scores_carry_the_routers():
     router, x = draw.normal(size=(16, 16)).astype(np.float32), draw.normal(size=(1, 8, 16)).astype(np.float32)
 
     def total(router, bias):
-        experts, weights = route(router, bias, x, MODEL)
+        experts, weights = route(router, bias, x, MODEL.model)
         return jnp.sum(weights * jnp.cos(experts))
 
     to_router, to_bias = jax.grad(total, argnums=(0, 1))(router, np.zeros(16, np.float32))
@@ -112,7 +112,9 @@ def test_bias_moves_by_the_rate_towards_the_mean_load():
 
 def test_a_bfloat16_copy_keeps_the_selection_bias_and_so_the_experts():
     draw = np.random.default_rng(4)
-    params = sharding.map_specs(lambda s: jnp.asarray(draw.normal(size=s.shape), jnp.float32), decoder.specs(MODEL))
+    params = sharding.map_specs(
+        lambda s: jnp.asarray(draw.normal(size=s.shape), jnp.float32), decoder.specs(MODEL.model)
+    )
     bias = jnp.asarray(14 + draw.normal(0, 0.05, (1, 16)), jnp.float32)  # one unit in the last place of bfloat16: 0.06
     params = params.replace(sparse=params.sparse.replace(ffw=params.sparse.ffw.replace(bias=bias)))
     half = tree.cast(params, jnp.bfloat16)
@@ -121,22 +123,22 @@ def test_a_bfloat16_copy_keeps_the_selection_bias_and_so_the_experts():
     assert set(others) == {jnp.dtype("bfloat16")}
     x = jnp.asarray(draw.normal(size=(1, 64, 16)), jnp.bfloat16)
     router = half.sparse.ffw.router[0]
-    exact = route(router, bias[0], x, MODEL)[0]
-    assert np.array_equal(route(router, half.sparse.ffw.bias[0], x, MODEL)[0], exact)
-    rounded = route(router, bias[0].astype(jnp.bfloat16), x, MODEL)[0]
+    exact = route(router, bias[0], x, MODEL.model)[0]
+    assert np.array_equal(route(router, half.sparse.ffw.bias[0], x, MODEL.model)[0], exact)
+    rounded = route(router, bias[0].astype(jnp.bfloat16), x, MODEL.model)[0]
     flipped = np.mean([set(a) != set(b) for a, b in zip(rounded[0].tolist(), exact[0].tolist(), strict=True)])
     assert flipped > 0.05  # tokens that would be sent to other experts
 
 
 def test_an_update_computed_in_bfloat16_sees_the_float32_bias():
-    model = replace(MODEL, compute_dtype="bfloat16")
+    network = small.changed(MODEL, compute_dtype="bfloat16")
     seen = []
 
     def loss(params, micro, arguments):
         seen.append((params.sparse.ffw.bias.dtype, params.sparse.ffw.gate.dtype))
         return jnp.sum(params.final_norm.astype(jnp.float32)), {}
 
-    trainer = step.Trainer(model, OptimizerConfig(), sharding.make_mesh(MeshConfig()), loss, 1)
+    trainer = step.Trainer(network, OptimizerConfig(), sharding.make_mesh(MeshConfig()), loss, 1)
     batch = sft.make_batch([sft.example([1], [2, 3])], PackConfig(row_tokens=4, rows_per_micro_batch=1), 1)
     jax.eval_shape(trainer._step, trainer.abstract_state(), *batch)
     assert set(seen) == {(jnp.dtype("float32"), jnp.dtype("bfloat16"))}

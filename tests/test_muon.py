@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from r1jax.core import rng, sharding
 from r1jax.models import decoder
-from r1jax.schema import MeshConfig, ModelConfig, OptimizerConfig, replace
+from r1jax.schema import MeshConfig, OptimizerConfig
 from r1jax.train import optimizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Every kind of parameter: query low rank, a dense and two sparse layers, shared expert, prediction module, scalar head.
-MODEL = ModelConfig(
+MODEL = small.network(
     vocab_size=24,
     hidden_size=12,
     intermediate_size=10,
@@ -34,7 +35,7 @@ MODEL = ModelConfig(
     num_nextn_predict_layers=1,
     scalar_head=True,
 )
-GROUPED = ModelConfig(
+GROUPED = small.network(
     family="qwen2", vocab_size=24, hidden_size=12, intermediate_size=10, head_dim=6, attention_bias=True, qk_norm=True
 )
 CONFIG = OptimizerConfig(kind="muon", learning_rate=0.5, clip_norm=0)
@@ -59,8 +60,10 @@ def drawn(seed, params):
 def two_updates():
     """Returns (parameters, two gradients, the two updates of Muon, those of AdamW)."""
     mesh = sharding.make_mesh(MeshConfig())
-    model = replace(MODEL, num_nextn_predict_layers=0)
-    params = sharding.initialize(decoder.specs(model), rng.key(0, "muon", "init"), "float32", mesh)
+    network = small.changed(MODEL, num_nextn_predict_layers=0)
+    params = sharding.initialize(
+        decoder.specs(network.model, network.scalar_head), rng.key(0, "muon", "init"), "float32", mesh
+    )
     grads, found = (drawn(1, params), drawn(2, params)), []
     for config in (CONFIG, OptimizerConfig(learning_rate=0.5, clip_norm=0)):
         transform = optimizer.make(config, 10)
@@ -114,15 +117,15 @@ def test_a_multiple_of_the_identity_moves_as_computed_by_hand():
     np.testing.assert_allclose(update["ffw"].gate[0], -0.5 * 0.2 * np.sqrt(2) * 1.1081 * np.eye(2), atol=2e-5)
 
 
-@pytest.mark.parametrize("model", [MODEL, GROUPED], ids=["deepseek", "grouped"])
-def test_muon_takes_the_matrices_inside_the_layers_and_adamw_the_rest(model):
-    specs = sharding.abstract(decoder.specs(model), jnp.float32)
+@pytest.mark.parametrize("network", [MODEL, GROUPED], ids=["deepseek", "grouped"])
+def test_muon_takes_the_matrices_inside_the_layers_and_adamw_the_rest(network):
+    specs = sharding.abstract(decoder.specs(network.model, network.scalar_head), jnp.float32)
     taken = {"adamw": set(), "muon": set()}
     owners = jax.tree_util.tree_leaves_with_path(optimizer._owners(specs))
     for path, owner in owners:
         taken[owner].add(path[-1].name)
     assert taken["muon"] <= set(optimizer._MATRICES)
-    if model is MODEL:
+    if network is MODEL:
         assert taken["muon"] == {"gate", "up", "down", "q_a", "q_b", "kv_a", "kv_b", "out", "projection"}
         assert {"embedding", "unembedding", "scalar_head", "router", "bias", "final_norm"} <= taken["adamw"]
     else:

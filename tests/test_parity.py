@@ -13,7 +13,7 @@ from parity import safetensors, their_logits, torch, transformers
 from r1jax.checkpoints import hf, hf_config, tokenizer
 from r1jax.core import sharding
 from r1jax.models import cache, decoder
-from r1jax.schema import MeshConfig, ModelConfig, replace
+from r1jax.schema import AuxiliaryConfig, MeshConfig, Network, replace
 
 LENGTH = 301
 TOLERANCE = 5e-5  # of the largest logit: float32 sums in another order come to 6e-6; a wrong layout to more than 0.01
@@ -126,12 +126,12 @@ NAMES = (
 )
 
 
-def imported(folder, **changes) -> tuple[decoder.Params, ModelConfig]:
-    config = replace(hf_config.model_config(folder, ModelConfig()), **changes)
-    return hf.load(folder, config, sharding.make_mesh(MeshConfig()), jnp.float32), config
+def imported(folder) -> tuple[decoder.Params, Network]:
+    model = hf_config.model_config(folder)
+    return hf.load(folder, model, sharding.make_mesh(MeshConfig()), jnp.float32), Network(model)
 
 
-def our_logits(params: decoder.Params, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
+def our_logits(params: decoder.Params, tokens: np.ndarray, config: Network) -> np.ndarray:
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
 
     @jax.jit
@@ -204,8 +204,9 @@ def test_negative_biased_scores_give_the_experts_of_transformers_and_not_those_o
 def test_the_prediction_module_equals_one_built_from_transformers_layers(tmp_path, state):
     model = build("deepseek_yarn")
     folder = save_with_prediction_layer(model, tmp_path)
-    params, config = imported(folder, mtp_hidden=state)
-    assert config.num_nextn_predict_layers == 1
+    params, config = imported(folder)
+    config = replace(config, auxiliary=AuxiliaryConfig(mtp_hidden=state))
+    assert config.model.num_nextn_predict_layers == 1
     tokens = np.random.default_rng(6).integers(0, 67, (1, 80)).astype(np.int32)
     positions = np.arange(80, dtype=np.int32)[None]
 
@@ -341,7 +342,7 @@ def test_smollm2_prompt_logits_equal_transformers(smollm2):
         assert logits[index, : len(row)].argmax(-1).tolist() == theirs.argmax(-1).tolist()
 
 
-def greedy(params: decoder.Params, rows: list[list[int]], config: ModelConfig) -> list[list[int]]:
+def greedy(params: decoder.Params, rows: list[list[int]], config: Network) -> list[list[int]]:
     """Returns NEW_TOKENS greedy tokens a prompt: one prefill, then one token at a time from the cache."""
     tokens, positions, segments = padded(rows)
     lengths = np.asarray([len(row) for row in rows])

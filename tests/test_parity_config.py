@@ -15,7 +15,7 @@ from parity import their_logits, torch, transformers
 from r1jax.checkpoints import hf, hf_config
 from r1jax.core import sharding
 from r1jax.models import decoder
-from r1jax.schema import MeshConfig, ModelConfig
+from r1jax.schema import ComputeConfig, MeshConfig, Network
 
 TOLERANCE = 1e-5  # of the largest logit
 MOVED = 1e-3  # of the largest logit: what a variant that is read as the plain config would be wrong by, at least
@@ -251,10 +251,12 @@ def theirs(folder: pathlib.Path) -> np.ndarray:
 
 def ours(folder: pathlib.Path) -> np.ndarray:
     """Returns our logits, operation by operation: variants share the compiled ones."""
-    config = hf_config.model_config(folder, ModelConfig(scan_layers=False))
+    config = hf_config.model_config(folder)
     params = hf.load(folder, config, sharding.make_mesh(MeshConfig()), jnp.float32)
     positions = np.arange(LENGTH, dtype=np.int32)[None]
-    hidden = decoder.forward(params, TOKENS, positions, np.ones_like(TOKENS), config)[0]
+    hidden = decoder.forward(
+        params, TOKENS, positions, np.ones_like(TOKENS), Network(config, ComputeConfig(scan_layers=False))
+    )[0]
     return np.asarray(decoder.logits(params, hidden))
 
 

@@ -54,9 +54,14 @@ def ours(student):
     config = configs.load("evaluate:tiny_dense", [("model.checkpoint", str(target)), ("sampler.slots", str(PROBLEMS))])
     config, words, mesh = common.prepare(config)
     asked = prompts.encode(
-        [prompt.problem for prompt in prompts.load(config, words).held_out[:PROBLEMS]], config, words
+        [prompt.problem for prompt in prompts.load(config, words).held_out[:PROBLEMS]],
+        config.stage,
+        config.model,
+        config.data,
+        config.sampler,
+        words,
     )
-    sampler = RolloutSampler(Engine(config.model, config.sampler, mesh, (words.eos_id,), words))
+    sampler = RolloutSampler(Engine(config.network, config.sampler, mesh, (words.eos_id,), words))
     params = hf.load(target, config.model, mesh, np.float32)
     sampling = SamplingParams(temperature=0.0, max_new_tokens=config.sampler.max_new_tokens, stop_ids=(words.eos_id,))
     with RewardPool(config.reward) as pool:

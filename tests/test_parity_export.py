@@ -93,7 +93,7 @@ def test_transformers_gives_the_samplers_greedy_tokens(exported, mesh):
 
 def test_import_of_an_export_is_bit_equal(exported, mesh):
     _, model, params, folder, _ = exported
-    shape = hf_config.model_config(folder, model)
+    shape = hf_config.model_config(folder)
     assert decoder.specs(shape).embedding.shape == decoder.specs(model).embedding.shape
     assert tree.digest(hf.load(folder, shape, mesh, jnp.float32)) == tree.digest(params)
 
@@ -114,7 +114,7 @@ def test_scaled_rope_and_the_other_families_give_the_same_logits(tmp_path, mesh)
     for name, model in models.items():
         params = random_params(model)
         hf_export.save(tmp_path / name, params, model, tokenizer.tiny(), "float32")
-        assert hf_config.model_config(tmp_path / name, model).rope_scaling == model.rope_scaling
+        assert hf_config.model_config(tmp_path / name).rope_scaling == model.rope_scaling
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
         hidden, _, _ = decoder.forward(params, tokens, np.arange(80)[None], np.ones_like(tokens), model)
         expected = their_logits(theirs, tokens)

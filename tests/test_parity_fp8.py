@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from r1jax.checkpoints import hf, hf_config
 from r1jax.core import sharding
 from r1jax.models import decoder
-from r1jax.schema import MeshConfig, ModelConfig
+from r1jax.schema import MeshConfig, Network
 
 TOLERANCE = 2e-4  # of the largest logit
 LENGTH = 80
@@ -118,10 +118,10 @@ def tokens() -> np.ndarray:
 
 
 def ours(folder: pathlib.Path) -> np.ndarray:
-    config = hf_config.model_config(folder, ModelConfig())
+    config = hf_config.model_config(folder)
     params = hf.load(folder, config, sharding.make_mesh(MeshConfig()), jnp.float32)
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (2, LENGTH))
-    hidden = decoder.forward(params, tokens(), positions, np.ones_like(positions), config)[0]
+    hidden = decoder.forward(params, tokens(), positions, np.ones_like(positions), Network(config))[0]
     return np.asarray(decoder.logits(params, hidden))
 
 

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from r1jax.core import rng, sharding
 from r1jax.models import decoder
-from r1jax.schema import MeshConfig, ModelConfig, OptimizerConfig, PackConfig, replace
+from r1jax.schema import MeshConfig, OptimizerConfig, PackConfig
 from r1jax.train import sft, step
 
-MODEL = ModelConfig(
+MODEL = small.network(
     vocab_size=64,
     hidden_size=32,
     intermediate_size=64,
@@ -36,16 +37,16 @@ def moves():
     generator = np.random.default_rng(0)
     rows = np.cumsum(generator.integers(0, 3, (UPDATES, 16, 32)), axis=-1) % 60 + 2  # learnable: small steps up
     mesh = sharding.make_mesh(MeshConfig())
-    start = sharding.initialize(decoder.specs(MODEL), rng.key(0, "precision", "init"), "float32", mesh)
+    start = sharding.initialize(decoder.specs(MODEL.model), rng.key(0, "precision", "init"), "float32", mesh)
     variants = {
         "float32": (MODEL, "float32"),
-        "bfloat16 compute": (replace(MODEL, compute_dtype="bfloat16"), "float32"),
-        "bfloat16 weights": (replace(MODEL, compute_dtype="bfloat16"), "bfloat16"),
+        "bfloat16 compute": (small.changed(MODEL, compute_dtype="bfloat16"), "float32"),
+        "bfloat16 weights": (small.changed(MODEL, compute_dtype="bfloat16"), "bfloat16"),
     }
     result = {}
-    for name, (model, param_dtype) in variants.items():
+    for name, (network, param_dtype) in variants.items():
         optimizer = OptimizerConfig(learning_rate=3e-6, param_dtype=param_dtype)
-        trainer = step.Trainer(model, optimizer, mesh, sft.make_loss(model), UPDATES)
+        trainer = step.Trainer(network, optimizer, mesh, sft.make_loss(network), UPDATES)
         state = trainer.init(start)
         before = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(jax.device_get(state.params))]
         for update in range(UPDATES):

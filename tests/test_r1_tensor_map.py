@@ -56,7 +56,7 @@ def released(shared_data, tmp_path_factory) -> pathlib.Path:
 
 
 def test_import_wants_exactly_the_91991_published_tensors(published, released):
-    config = hf_config.model_config(released, ModelConfig())
+    config = hf_config.model_config(released)
     block = fp8.block_size(hf_config.Fields(released / "config.json"))
     found = {name: (NAMES[tensor.dtype], tensor.shape) for name, tensor in hf.tensors(config, block=block).items()}
     assert len(published) == 91_991
@@ -64,7 +64,7 @@ def test_import_wants_exactly_the_91991_published_tensors(published, released):
 
 
 def test_export_writes_exactly_the_91991_published_tensors(published, released):
-    config = hf_config.model_config(released, ModelConfig())
+    config = hf_config.model_config(released)
     tensors = hf_export.tensors(config, "fp8")
     assert len(tensors) == 91_991
     assert {tensor.name: (NAMES[tensor.dtype], tensor.shape) for tensor in tensors} == published
@@ -80,7 +80,7 @@ def narrow(released, tmp_path_factory):
     fields = json.loads((released / "config.json").read_text()) | NARROW
     (root / "config.json").write_text(json.dumps(fields))
     (root / hf.INDEX_FILE).write_bytes((released / hf.INDEX_FILE).read_bytes())
-    config = hf_config.model_config(root, ModelConfig())
+    config = hf_config.model_config(root)
     draw = np.random.default_rng(0)
     params = sharding.map_specs(lambda s: jnp.asarray(draw.normal(size=s.shape), jnp.float32), decoder.specs(config))
     export(root / "out", params, config)
@@ -94,7 +94,7 @@ def export(folder: pathlib.Path, params: decoder.Params, config: ModelConfig) ->
 def test_the_narrow_model_has_the_published_names_and_types(published, narrow):
     folder, config, _, _ = narrow
     assert (config.num_hidden_layers, config.num_nextn_predict_layers, config.n_routed_experts) == (61, 1, 256)
-    assert hf_config.model_config(folder, config) == config
+    assert hf_config.model_config(folder) == config
     with hf.TensorFiles(folder) as files:
         assert {name: files.dtype(name) for name in files} == {name: kind for name, (kind, _) in published.items()}
         assert files.shape("model.layers.61.self_attn.kv_a_proj_with_mqa.weight_scale_inv") == (3, 3)

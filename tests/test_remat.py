@@ -9,14 +9,14 @@ import small
 from r1jax import config as configs
 from r1jax.core import rng, sharding
 from r1jax.models import decoder
-from r1jax.schema import MeshConfig, ModelConfig, replace
+from r1jax.schema import MeshConfig
 
 SHAPE = (4, 64)
 FAST = {"xla_backend_optimization_level": 0}  # to compile
 DEEP = dict(num_hidden_layers=4, scan_layers=True)
 MODELS = {
-    "moe": replace(small.MIXTURE, **DEEP, moe_implementation="dense"),
-    "dense": ModelConfig(
+    "moe": small.changed(small.MIXTURE, **DEEP, moe_implementation="dense"),
+    "dense": small.network(
         family="llama", vocab_size=32, hidden_size=16, intermediate_size=32, head_dim=8, initializer_range=0.3, **DEEP
     ),
 }
@@ -26,14 +26,16 @@ KEPT = ("nothing", "dots_no_batch", "dots", "everything")  # rising: `everything
 @pytest.fixture(scope="module", params=MODELS)
 def compiled(request):
     """Returns (gradients, bytes of temporaries) by what is kept."""
-    model, found = MODELS[request.param], {}
+    network, found = MODELS[request.param], {}
     params = sharding.initialize(
-        decoder.specs(model), rng.key(0, "remat", "init"), "float32", sharding.make_mesh(MeshConfig())
+        decoder.specs(network.model), rng.key(0, "remat", "init"), "float32", sharding.make_mesh(MeshConfig())
     )
     tokens = np.random.default_rng(0).integers(0, 32, SHAPE).astype(np.int32)
     positions = np.broadcast_to(np.arange(SHAPE[1], dtype=np.int32), SHAPE)
     for kept in KEPT:
-        own = replace(model, remat=kept != "everything", remat_policy=kept if kept != "everything" else "nothing")
+        own = small.changed(
+            network, remat=kept != "everything", remat_policy=kept if kept != "everything" else "nothing"
+        )
 
         def loss(params, own=own):
             hidden = decoder.forward(params, tokens, positions, np.ones_like(tokens), own)[0]
@@ -60,6 +62,6 @@ def test_the_more_is_kept_the_more_memory_a_gradient_takes(compiled):
 
 def test_a_policy_without_recomputation_is_refused_and_the_switch_stays_a_boolean():
     with pytest.raises(ValueError, match="remat_policy=dots needs remat=true"):
-        configs.load("r1_zero:tiny", [("model.remat_policy", "dots")])
-    found = configs.load("r1_zero:tiny", [("model.remat_policy", "dots"), ("model.remat", "true")]).model
+        configs.load("r1_zero:tiny", [("compute.remat_policy", "dots")])
+    found = configs.load("r1_zero:tiny", [("compute.remat_policy", "dots"), ("compute.remat", "true")]).compute
     assert (found.remat, found.remat_policy) == (True, "dots")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 import toy_checkpoint
 from small import MIXTURE, Stopped
 
@@ -21,13 +22,13 @@ from r1jax.models import decoder
 from r1jax.recipe import common, reward_models
 from r1jax.rewards.models import reward_model
 from r1jax.rewards.models.reward_model import Reading, RewardModel
-from r1jax.schema import MeshConfig, ModelConfig, PackConfig, replace
+from r1jax.schema import MeshConfig, Network, PackConfig
 from r1jax.train import frozen, reward, step
 from r1jax.train.reward import Unit
 
 WORDS = tokenizers.tiny()
 SIZE = PackConfig(row_tokens=24, rows_per_micro_batch=3)
-LLAMA = ModelConfig(
+LLAMA = small.network(
     family="llama",
     vocab_size=32,
     hidden_size=16,
@@ -38,7 +39,7 @@ LLAMA = ModelConfig(
     head_dim=8,
     initializer_range=0.3,
 )
-SHAPES = {"mla mixture": replace(MIXTURE, num_hidden_layers=3, scan_layers=True), "gqa": LLAMA}
+SHAPES = {"mla mixture": small.changed(MIXTURE, num_hidden_layers=3, scan_layers=True), "gqa": LLAMA}
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +47,12 @@ def mesh():
     return sharding.make_mesh(MeshConfig())
 
 
-def weights(model: ModelConfig, mesh) -> tuple[ModelConfig, decoder.Params]:
+def weights(network: Network, mesh) -> tuple[Network, decoder.Params]:
     """Returns (shape, random weights) of a reward model with a decoder's body."""
-    model = reward_model.architecture(model)
-    return model, sharding.initialize(decoder.specs(model), rng.key(0, "reward", "init"), jnp.float32, mesh)
+    network = reward_model.architecture(network)
+    return network, sharding.initialize(
+        decoder.specs(network.model, network.scalar_head), rng.key(0, "reward", "init"), jnp.float32, mesh
+    )
 
 
 def units(kind: str, count: int = 9, seed: int = 0) -> list[Unit]:
@@ -61,16 +64,16 @@ def units(kind: str, count: int = 9, seed: int = 0) -> list[Unit]:
     return [Unit(sequences(1), (bool(draw.integers(2)),)) for _ in range(count)]
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def every_score(params, tokens, positions, segments, model: ModelConfig) -> jax.Array:
-    return decoder.scalars(params, decoder.forward(params, tokens, positions, segments, model)[0])
+@functools.partial(jax.jit, static_argnames="network")
+def every_score(params, tokens, positions, segments, network: Network) -> jax.Array:
+    return decoder.scalars(params, decoder.forward(params, tokens, positions, segments, network)[0])
 
 
-def alone(params, model: ModelConfig, ids: np.ndarray) -> float:
+def alone(params, network: Network, ids: np.ndarray) -> float:
     """Returns the score of one sequence in a row of its own."""
     row = np.zeros((3, 1, SIZE.row_tokens), np.int32)  # tokens, positions, segments
     row[:, 0, : len(ids)] = np.stack([ids, np.arange(len(ids)), np.ones_like(ids)])
-    return float(every_score(params, *row, model)[0, len(ids) - 1])
+    return float(every_score(params, *row, network)[0, len(ids) - 1])
 
 
 def value_of(loss, params, given: list[Unit], room: int = 6) -> tuple[float, dict, decoder.Params]:
@@ -115,10 +118,10 @@ def test_pointwise_loss_equals_float64_cross_entropy():
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("kind", ["helpful", "safety"])
 def test_packed_loss_is_the_mean_over_units_of_what_each_scores_alone(name, kind, mesh):
-    model, params = weights(SHAPES[name], mesh)
+    network, params = weights(SHAPES[name], mesh)
     given = units(kind)
-    total, stats, _ = value_of(reward.make_loss(model, kind), params, given)
-    scores = [[alone(params, model, ids) for ids in unit.sequences] for unit in given]
+    total, stats, _ = value_of(reward.make_loss(network, kind), params, given)
+    scores = [[alone(params, network, ids) for ids in unit.sequences] for unit in given]
     if kind == "helpful":
         signed = np.asarray([chosen - rejected for chosen, rejected in scores], np.float64)
     else:
@@ -129,8 +132,8 @@ def test_packed_loss_is_the_mean_over_units_of_what_each_scores_alone(name, kind
 
 @pytest.mark.parametrize("kind", ["helpful", "safety"])
 def test_gradient_does_not_depend_on_how_the_units_are_packed(kind, mesh):
-    model, params = weights(LLAMA, mesh)
-    given, loss = units(kind), reward.make_loss(model, kind)
+    network, params = weights(LLAMA, mesh)
+    given, loss = units(kind), reward.make_loss(network, kind)
     there, back = value_of(loss, params, given)[2], value_of(loss, params, given[::-1])[2]
     for one, other in zip(jax.tree.leaves(there), jax.tree.leaves(back), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
@@ -151,15 +154,15 @@ def test_both_responses_of_a_pair_lie_in_one_micro_batch():
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_decoder_cut_in_two_says_what_the_whole_one_says(name, blocks, mesh):
-    model, params = weights(SHAPES[name], mesh)
-    (lower_model, upper_model), (lower, upper) = frozen.shapes(model, blocks), frozen.cut(params, model, blocks)
-    target = sharding.abstract(decoder.specs(upper_model), jnp.float32)
+    network, params = weights(SHAPES[name], mesh)
+    (lower_model, upper_model), (lower, upper) = frozen.shapes(network, blocks), frozen.cut(params, network, blocks)
+    target = sharding.abstract(decoder.specs(upper_model.model), jnp.float32)
     assert jax.tree.map(jnp.shape, upper) == jax.tree.map(lambda leaf: leaf.shape, target)
     given = units("helpful")
     flat = [ids for unit in given for ids in unit.sequences]
     made = iter(frozen.features(lower, lower_model, flat, SIZE, mesh))
     cut = [replace_features(unit, tuple(next(made) for _ in unit.sequences)) for unit in given]
-    whole, _, grads = value_of(reward.make_loss(model, "helpful"), params, given)
+    whole, _, grads = value_of(reward.make_loss(network, "helpful"), params, given)
     part, _, part_grads = value_of(reward.make_loss(upper_model, "helpful"), upper, cut)
     assert abs(whole - part) < 1e-5
     np.testing.assert_allclose(part_grads.scalar_head, grads.scalar_head, atol=1e-5)
@@ -179,12 +182,12 @@ def test_cut_that_leaves_no_block_to_train_is_refused_by_name(blocks):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_scorer_gives_each_text_the_score_it_has_alone_in_any_company(name, mesh):
-    model, params = weights(SHAPES[name], mesh)
+    network, params = weights(SHAPES[name], mesh)
     flat = [ids for unit in units("helpful", 20) for ids in unit.sequences]
-    scorer = RewardModel(params, model, mesh, Reading("helpful", "tiny"), WORDS, 3, 24)
+    scorer = RewardModel(params, network, mesh, Reading("helpful", "tiny"), WORDS, 3, 24)
     scorer.warm_up()
     found = scorer.scores(flat)
-    np.testing.assert_allclose(found, [alone(params, model, ids) for ids in flat], atol=1e-5)
+    np.testing.assert_allclose(found, [alone(params, network, ids) for ids in flat], atol=1e-5)
     np.testing.assert_allclose(scorer.scores(flat[::-1])[::-1], found, atol=1e-5)
     assert np.array_equal(scorer.scores(flat), found) and scorer.compilations == 1
 
@@ -212,11 +215,11 @@ def test_reading_keeps_the_end_of_a_prompt_and_the_beginning_of_a_response():
 
 
 def test_rewards_are_chances_around_the_center_and_0_where_nothing_is_judged(mesh):
-    model, params = weights(replace(LLAMA, vocab_size=196), mesh)
-    scorer = RewardModel(params, model, mesh, Reading("helpful", "tiny"), WORDS, 2, 24, center=0.25)
+    network, params = weights(small.changed(LLAMA, vocab_size=196), mesh)
+    scorer = RewardModel(params, network, mesh, Reading("helpful", "tiny"), WORDS, 2, 24, center=0.25)
     texts = ["the cat is small", "<think> cat </think>", "<think> x </think> the dog thanks"]
     found = scorer.rewards(["tell cat :"] * 3, texts)
-    raw = [alone(params, model, scorer.reading.ids("tell cat :", text, WORDS)) for text in (texts[0], texts[2])]
+    raw = [alone(params, network, scorer.reading.ids("tell cat :", text, WORDS)) for text in (texts[0], texts[2])]
     np.testing.assert_allclose(found, [1 / (1 + np.exp(0.25 - raw[0])), 0, 1 / (1 + np.exp(0.25 - raw[1]))], atol=1e-6)
 
 
@@ -308,7 +311,11 @@ def test_length_bias_of_a_model_that_scores_length_is_told():
 
 
 SHORT = [
-    *(("model.hidden_size", "32"), ("model.intermediate_size", "32"), ("model.moe_intermediate_size", "16")),
+    *(
+        ("model.hidden_size", "32"),
+        ("model.intermediate_size", "32"),
+        ("model.moe_intermediate_size", "16"),
+    ),
     *(("pack.rows_per_micro_batch", "4"), ("reward_model.examples_per_update", "16"), ("data.template", "tiny")),
     *(("reward_model.epochs", "3"), ("optimizer.learning_rate", "1e-2"), ("checkpointing.every_updates", "4")),
     ("model.num_hidden_layers", "2"),
@@ -338,7 +345,11 @@ def start_folder(path, blocks: int = 0) -> list[tuple[str, str]]:
     store.save(1, {"params": params}, {})
     store.close()
     known_pairs(path / "pairs.jsonl")
-    given = {"model.checkpoint": path / "seed", "data.path": path / "pairs.jsonl", "reward_model.frozen_blocks": blocks}
+    given = {
+        "model.checkpoint": path / "seed",
+        "data.path": path / "pairs.jsonl",
+        "reward_model.frozen_blocks": blocks,
+    }
     return [*SHORT, ("start", ""), *((name, str(value)) for name, value in given.items())]
 
 
@@ -357,7 +368,7 @@ def test_stage_learns_a_known_rule_and_can_be_loaded_again(blocks, tmp_path):
     with pytest.raises(ValueError, match="holds a reward model of kind helpful, needs safety"):
         reward_models.load(folder, "safety", tokenizer, mesh, config.pack, config.model)
     with pytest.raises(ValueError, match="holds a reward model, which gives scores and no text"):
-        common.load_weights(config, mesh, str(folder), lambda: None)
+        common.load_weights(config.model, mesh, str(folder), lambda: None)
 
 
 @pytest.mark.parametrize("blocks", [0, 1])

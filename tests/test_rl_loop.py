@@ -204,7 +204,7 @@ def test_a_journal_written_before_a_term_existed_is_read_by_name_with_0_for_it(t
 
 def test_experts_are_recorded_for_routing_replay_alone(watched):
     training, _, _, kept, _ = watched
-    assert training.run.config.model.num_moe_layers and not training.run.config.grpo.routing_replay
+    assert training.run.config.network.model.num_moe_layers and not training.run.config.grpo.routing_replay
     assert all(sample.routed_experts is None for scored in kept.values() for sample in scored.samples)
 
 
@@ -213,7 +213,7 @@ def test_a_rollout_in_the_journal_is_used_instead_of_a_new_one(watched, tmp_path
     _, folder, _, kept, _ = watched
     training = build(tmp_path)
     training.source.sampling.draw = lambda start, *more: pytest.fail(f"rollout {start} was sampled again")
-    shape = training.run.config.model.num_moe_layers, training.run.config.model.num_experts_per_tok
+    shape = training.run.config.network.model.num_moe_layers, training.run.config.network.model.num_experts_per_tok
     for start, scored in kept.items():
         recorded = [
             replace(s, routed_experts=np.zeros((len(s.prompt_ids) + len(s.token_ids), *shape), np.int16))
@@ -226,7 +226,7 @@ def test_a_rollout_in_the_journal_is_used_instead_of_a_new_one(watched, tmp_path
 
 def test_stopped_in_the_middle_of_a_rollout_in_bfloat16_a_run_goes_on_from_the_journal_and_ends_bit_equal(tmp_path):
     more = {
-        "model__compute_dtype": "bfloat16",
+        "compute__compute_dtype": "bfloat16",
         "optimizer__moment_dtype": "bfloat16",
         "checkpointing__every_updates": 2,
     }

@@ -52,7 +52,7 @@ def test_log_probs_of_the_policy_before_its_updates_survive_a_stop_between_them(
 
 
 def test_in_bfloat16_the_ratio_to_the_trainers_own_log_probs_starts_at_one_and_the_samplers_does_not(tmp_path):
-    more = SHORT | {"grpo__updates": 1, "grpo__updates_per_rollout": 1, "model__compute_dtype": "bfloat16"}
+    more = SHORT | {"grpo__updates": 1, "grpo__updates_per_rollout": 1, "compute__compute_dtype": "bfloat16"}
     rows = {}
     for name in ("rollout", "recomputed"):
         rl_training(tmp_path / name, **more, grpo__old_logp=name).train()
@@ -206,6 +206,6 @@ def test_groups_that_tie_are_not_trained_on_where_the_means_are_of_those_with_a_
 def test_a_mixture_cut_to_its_leading_dense_layer_runs(tmp_path):
     more = SHORT | {"grpo__updates_per_rollout": 1, "grpo__updates": 1, "model__num_hidden_layers": 1}
     training = rl_training(tmp_path, **more)
-    assert training.run.config.model.n_routed_experts and not training.run.config.model.num_moe_layers
+    assert training.run.config.network.model.n_routed_experts and not training.run.config.network.model.num_moe_layers
     training.train()
     assert read(tmp_path)[0]["tokens"] > 0

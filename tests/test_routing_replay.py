@@ -31,7 +31,7 @@ from r1jax.train import step
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 WORDS = tokenizer.tiny()
 # Three leading dense layers as in DeepSeek-V3, then four of 16 experts: close calls are frequent among so many.
-MODEL = replace(
+MODEL = small.changed(
     small.MIXTURE,
     num_hidden_layers=7,
     first_k_dense_replace=3,
@@ -44,16 +44,16 @@ GROUPS, SAMPLES, PROMPT, LONGEST = 12, 4, 6, 24
 
 
 @functools.cache
-def weights(model):
+def weights(network):
     """Returns weights drawn by NumPy: nothing to compile."""
     generator = np.random.default_rng(0)
 
     def one(spec):
         if spec.init in (sharding.ones, sharding.zeros):
             return jnp.asarray(np.full(spec.shape, float(spec.init is sharding.ones), np.float32))
-        return jnp.asarray(generator.normal(0, model.initializer_range, spec.shape).astype(np.float32))
+        return jnp.asarray(generator.normal(0, network.model.initializer_range, spec.shape).astype(np.float32))
 
-    return sharding.map_specs(one, decoder.specs(model))
+    return sharding.map_specs(one, decoder.specs(network.model))
 
 
 def micro_batch(ids):
@@ -73,12 +73,12 @@ def own_pair(layer):
 
 @pytest.mark.parametrize("scanned", [True, False])
 def test_after_three_dense_layers_each_mixture_layer_runs_the_experts_recorded_for_it(scanned):
-    model = replace(MODEL, scan_layers=scanned)
-    params = weights(model)
+    network = small.changed(MODEL, scan_layers=scanned)
+    params = weights(network)
     ids = np.broadcast_to(np.asarray([own_pair(m) for m in range(4)], np.int16), (12, 4, 2))
     micro = micro_batch(ids)
     arguments = losses.arguments(GRPOConfig(), 0.1, 1.0)
-    gradient = jax.jit(jax.grad(losses.make_loss(model, GRPOConfig()), has_aux=True))
+    gradient = jax.jit(jax.grad(losses.make_loss(network, GRPOConfig()), has_aux=True))
     grads, stats = jax.device_get(gradient(params, micro, arguments))
     ran = np.abs(grads.sparse.ffw.down).max(axis=(2, 3)) > 0  # [Lm, E] experts that got a gradient
     assert [np.flatnonzero(layer).tolist() for layer in ran] == [sorted(own_pair(m)) for m in range(4)]
@@ -91,15 +91,15 @@ def test_after_three_dense_layers_each_mixture_layer_runs_the_experts_recorded_f
 
 
 def test_weights_are_the_live_routers_scores_at_the_recorded_experts_and_a_missing_record_leaves_it_the_choice():
-    model = replace(MODEL, n_group=4, topk_group=1, norm_topk_prob=True)
+    network = small.changed(MODEL, n_group=4, topk_group=1, norm_topk_prob=True)
     generator = np.random.default_rng(0)
     router, x = generator.normal(size=(16, 16)).astype(np.float32), generator.normal(size=(2, 5, 16))
     bias = generator.normal(size=16).astype(np.float32)
     forced = np.stack([generator.permutation(16)[:2] for _ in range(10)]).reshape(2, 5, 2)
     forced[1, 2] = forced[0, 4] = -1
     x = x.astype(np.float32)
-    experts, found = moe.route(router, bias, x, model, forced)
-    own, own_weights = moe.route(router, bias, x, model)
+    experts, found = moe.route(router, bias, x, network.model, forced)
+    own, own_weights = moe.route(router, bias, x, network.model)
     missing = forced[..., 0] < 0
     assert np.array_equal(experts, np.where(missing[..., None], own, forced))
     scores = 1 / (1 + np.exp(-(x.astype(np.float64) @ router)))
@@ -125,14 +125,14 @@ def inputs(micro):
 
 
 def test_the_prediction_module_routes_by_itself():
-    model = replace(MODEL, num_nextn_predict_layers=1)
-    params, ids = weights(model), np.full((4, 1, 16, 2), [3, 7], np.int16)
+    network = small.changed(MODEL, num_nextn_predict_layers=1)
+    params, ids = weights(network), np.full((4, 1, 16, 2), [3, 7], np.int16)
     micro = micro_batch(np.full((12, 4, 2), -1, np.int16))
 
     @jax.jit
     def run(params):
-        hidden, _, auxiliary = decoder.forward(params, *inputs(micro), model, experts=ids)
-        _, routing = decoder.predict_further(params, hidden, auxiliary, *inputs(micro), model)
+        hidden, _, auxiliary = decoder.forward(params, *inputs(micro), network, experts=ids)
+        _, routing = decoder.predict_further(params, hidden, auxiliary, *inputs(micro), network)
         return auxiliary.experts, routing.experts
 
     main, further = run(params)
@@ -163,7 +163,9 @@ def test_records_stand_at_their_own_tokens_and_padding_has_none():
 
 def settings(replay=True):
     return Config(
-        model=MODEL,
+        model=MODEL.model,
+        compute=MODEL.compute,
+        auxiliary=MODEL.auxiliary,
         grpo=GRPOConfig(group_size=SAMPLES, prompts_per_update=GROUPS, routing_replay=replay),
         pack=PackConfig(row_tokens=64, rows_per_micro_batch=24),
     )
@@ -174,7 +176,9 @@ def draw(dtype):
     """Returns a rollout of MODEL sampled in a compute dtype."""
     mesh, generator = sharding.make_mesh(MeshConfig()), np.random.default_rng(1)
     sampler = SamplerConfig(slots=GROUPS * SAMPLES, max_prompt_tokens=PROMPT, max_new_tokens=LONGEST)
-    scheduler = RolloutSampler(Engine(replace(MODEL, compute_dtype=dtype), sampler, mesh, (0,), record_experts=True))
+    scheduler = RolloutSampler(
+        Engine(small.changed(MODEL, compute_dtype=dtype), sampler, mesh, (0,), record_experts=True)
+    )
     requests = [
         RolloutRequest(
             number,
@@ -278,9 +282,9 @@ def test_a_sample_without_a_record_and_a_model_without_routers_are_refused():
 FIELDS = {
     **small.RL_FIELDS,
     "model.num_hidden_layers": 3,
-    "model.compute_dtype": "bfloat16",
+    "compute.compute_dtype": "bfloat16",
     "model.initializer_range": 0.2,
-    "model.moe_implementation": "dense",
+    "compute.moe_implementation": "dense",
     "optimizer.learning_rate": 1e-3,
     "grpo.updates": 3,
     "grpo.updates_per_rollout": 2,
@@ -298,7 +302,9 @@ FIELDS = {
 
 def build(folder):
     config = configs.load("r1_zero:tiny", [(name, str(value)) for name, value in FIELDS.items()])
-    train = prompts.encode(tasks.linear_prompts("train")[:30], config, WORDS)
+    train = prompts.encode(
+        tasks.linear_prompts("train")[:30], config.stage, config.model, config.data, config.sampler, WORDS
+    )
     mesh = sharding.make_mesh(MeshConfig())
     return policy.make_training(config, WORDS, mesh, train, weights(config.model), folder, describe=policy.describe)
 

@@ -21,7 +21,7 @@ from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.schema import MeshConfig, SamplerConfig
 
 WORDS = tokenizer.tiny()
-MODEL = configs.load("r1_zero:tiny").model
+MODEL = configs.load("r1_zero:tiny").network
 GROUPS, SAMPLES, LONGEST = 6, 12, 42
 NEAR_TIE = 1e-6  # router margin below which a rounding may flip the choice
 
@@ -118,7 +118,7 @@ def teacher_forced(params, batch):
 
 def exact_logps(params, batch):
     """Returns log p(target) [R, T] of a forward pass in float64, with the rotation angles of the float32 one."""
-    angles = jax.device_get(rope.angles(jnp.asarray(batch.positions), MODEL))
+    angles = jax.device_get(rope.angles(jnp.asarray(batch.positions), MODEL.model))
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(jnp, "float32", jnp.float64)
         patch.setattr(rope, "angles", lambda positions, c: tuple(jnp.asarray(a, jnp.float64) for a in angles))

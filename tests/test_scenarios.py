@@ -186,7 +186,7 @@ def test_behaviour_log_probs_are_those_of_the_logits_over_0_7(trained):
 
     @jax.jit
     def logits(params):
-        hidden_BTD = decoder.forward(params, tokens, positions, np.ones_like(tokens), training.run.config.model)[0]
+        hidden_BTD = decoder.forward(params, tokens, positions, np.ones_like(tokens), training.run.config.network)[0]
         return jnp.einsum("BTD,DV->BTV", hidden_BTD, params.unembedding)
 
     logits_BTV = logits(training.run.state.params)

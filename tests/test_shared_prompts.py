@@ -21,7 +21,7 @@ from r1jax.sampler.sample import RolloutSample
 from r1jax.schema import Config, GRPOConfig, MeshConfig, PackConfig, replace
 from r1jax.train import step
 
-MODELS = {"moe": small.MIXTURE, "dense": small.GROUPED, "blocks": replace(small.GROUPED, attention_block=5)}
+MODELS = {"moe": small.MIXTURE, "dense": small.GROUPED, "blocks": small.changed(small.GROUPED, attention_block=5)}
 
 
 def scored(prompt_sizes=(7, 1, 5), group=4):
@@ -56,10 +56,10 @@ def packed(config, found):
     return rollout.pack_mini_batch(found, np.random.default_rng(1).permutation(len(found)), advantages, config, 8)
 
 
-def config_of(model, shared, replay=False, row_tokens=24):
+def config_of(network, shared, replay=False, row_tokens=24):
     grpo = GRPOConfig(group_size=4, prompts_per_update=3, kl_coef=0.0, clip_ratio=0.5, routing_replay=replay)
     pack = PackConfig(row_tokens=row_tokens, rows_per_micro_batch=2, shared_prompts=shared)
-    return Config(model=model, grpo=grpo, pack=pack)
+    return Config(model=network.model, compute=network.compute, grpo=grpo, pack=pack)
 
 
 def item_of(prompt, length):
@@ -91,7 +91,7 @@ def test_a_sample_longer_than_a_row_is_refused():
 @functools.cache
 def weights(name):
     mesh = sharding.make_mesh(MeshConfig())
-    return sharding.initialize(decoder.specs(MODELS[name]), rng.key(0, "shared", "init"), "float32", mesh)
+    return sharding.initialize(decoder.specs(MODELS[name].model), rng.key(0, "shared", "init"), "float32", mesh)
 
 
 def update_of(name, config, found):
@@ -157,7 +157,7 @@ def test_a_run_with_shared_prompts_follows_the_same_course_on_fewer_tokens(tmp_p
     ("fields", "wanted"),
     [
         ([("mesh.context", "2")], "mesh.context=1"),
-        ([("model.aux_loss_alpha", "0.1")], "model.aux_loss_alpha=0"),
+        ([("auxiliary.aux_loss_alpha", "0.1")], "auxiliary.aux_loss_alpha=0"),
         ([("grpo.advantage", "gae")], "grpo.advantage other than gae"),
     ],
 )

@@ -91,7 +91,7 @@ def moe_fields(preset: str) -> dict:
 
 def read_back(fields: dict, folder, preset: str) -> ModelConfig:
     (folder / "config.json").write_text(json.dumps(fields))
-    return hf_config.model_config(folder, _presets.model(preset))
+    return hf_config.model_config(folder)
 
 
 def parameters(model: ModelConfig) -> int:
@@ -124,13 +124,13 @@ def test_mixture_preset_equals_the_published_config_json(preset, tmp_path):
 
 def test_v3_preset_equals_the_released_config_json(shared_data):
     model = _presets.model("v3_671b")
-    assert hf_config.model_config(shared_data / "deepseek_r1", model) == model
+    assert hf_config.model_config(shared_data / "deepseek_r1") == model
 
 
 @pytest.mark.parametrize("preset", PARAMETERS)
 def test_real_presets_scan_recompute_and_use_bfloat16(preset):
-    model = _presets.model(preset)
-    assert (model.scan_layers, model.remat, model.compute_dtype) == (True, True, "bfloat16")
+    compute = _presets.compute(preset)
+    assert (compute.scan_layers, compute.remat, compute.compute_dtype) == (True, True, "bfloat16")
 
 
 @pytest.mark.parametrize("preset", RATES)
@@ -165,13 +165,18 @@ def test_a_checkpoints_own_config_json_wins_over_the_preset(tmp_path):
     )
     (tmp_path / "config.json").write_text(json.dumps(fields))
     tokenizer.tiny().save(tmp_path)
-    given = [("model.checkpoint", str(tmp_path)), ("model.num_hidden_layers", "7"), ("model.compute_dtype", "float32")]
+    given = [
+        ("model.checkpoint", str(tmp_path)),
+        ("model.num_hidden_layers", "7"),
+        ("compute.compute_dtype", "float32"),
+    ]
     resolved, _, _ = common.prepare(configs.load("distill:qwen2_5_1_5b", given))
     model = resolved.model
     assert (model.tie_word_embeddings, model.num_hidden_layers, model.rope_theta) == (True, 2, 300000.0)
     assert (model.max_position_embeddings, model.vocab_size) == (4096, 512)
     # How a run computes is not the checkpoint's to say.
-    assert (model.compute_dtype, model.remat, model.checkpoint) == ("float32", True, str(tmp_path))
+    compute = resolved.compute
+    assert (compute.compute_dtype, compute.remat, model.checkpoint) == ("float32", True, str(tmp_path))
     file = tmp_path / "model.safetensors"  # one file beside its config.json stands for the folder
     file.write_bytes((8).to_bytes(8, "little") + b"{}      ")
     given[0] = ("model.checkpoint", str(file))

@@ -53,7 +53,7 @@ def settings(template: str = "chat", prefilled: bool = False, **reward) -> Confi
 
 def check(config: Config, own: tokenizer.Tokenizer, task: str = "math") -> None:
     asked = [rollout.EncodedPrompt(Problem("1", task, "q", "1"), np.zeros(1, np.int32))]
-    template_check.check(config, own, asked)
+    template_check.check(config.stage, config.data, config.reward, own, asked)
 
 
 def refusal(*arguments) -> str:
@@ -71,7 +71,8 @@ def test_think_prefill_ends_every_template_in_one_opening(template):
 
 @pytest.mark.parametrize("ending", ["opened", "written", "unbroken", "bare"])
 def test_think_prefill_opens_once_whatever_the_template_does(ending):
-    text = prompts.render("q", settings(prefilled=True), words(CHAT + ENDINGS[ending]))
+    own_config = settings(prefilled=True)
+    text = prompts.render("q", own_config.stage, own_config.data, words(CHAT + ENDINGS[ending]))
     assert text.endswith("<assistant><think>\n") and text.count("<think>") == 1
 
 
@@ -92,7 +93,8 @@ def test_prefill_is_the_opening_that_ends_a_prompt(text, opened):
 @pytest.mark.parametrize("prefilled", [True, False])
 def test_a_rollout_is_graded_with_the_think_that_its_prompt_holds(prefilled):
     own = words()
-    (asked,) = prompts.encode([PROMPT], settings("plain", prefilled), own)
+    own_config = settings("plain", prefilled)
+    (asked,) = prompts.encode([PROMPT], own_config.stage, own_config.model, own_config.data, own_config.sampler, own)
     response = "1 and 1 more</think><answer>2</answer>"
     text, none = response if prefilled else f"<think>{response}", np.zeros(0, np.float32)
     sample = RolloutSample(0, 0, asked.ids, np.asarray(own.encode(text)), none, none, "stop", 0)
@@ -137,7 +139,8 @@ def test_the_released_r1_tokenizer_passes_and_its_prompt_ends_as_asked(shared_da
     shutil.copy(shared_data / "deepseek_r1" / "tokenizer_config.json", tmp_path)
     r1, config = tokenizer.from_folder(tmp_path), settings(prefilled=prefilled, extraction="boxed")
     check(config, r1)
-    (asked,) = prompts.encode([PROMPT], replace(config, sampler=SamplerConfig(max_prompt_tokens=64)), r1)
+    own_config = replace(config, sampler=SamplerConfig(max_prompt_tokens=64))
+    (asked,) = prompts.encode([PROMPT], own_config.stage, own_config.model, own_config.data, own_config.sampler, r1)
     assistant, think, line_break = 128804, 128798, 201
     assert asked.ids.tolist()[-3:] == ([assistant, think, line_break] if prefilled else [*r1.encode("1?"), assistant])
     assert asked.prefill == ("<think>\n" if prefilled else "")
@@ -197,7 +200,8 @@ def test_a_run_stops_before_it_trains(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("kind", ["plain", "r1_zero", "tiny"])
 def test_exported_template_opens_the_thinking_as_training_did(kind):
     own = tokenizer.tiny()
-    made = export_hf.chat_template(settings(kind, prefilled=True), own)
+    own_config = settings(kind, prefilled=True)
+    made = export_hf.chat_template(own_config.stage, own_config.data, own)
     rendered = tokenizer.Tokenizer(own.backend, own.config, made).render_chat([{"role": "user", "content": "a\nb"}])
     assert rendered == templates.render("a\nb", kind, think_prefill=True)
     assert rendered.endswith("<think>\n")
@@ -206,14 +210,16 @@ def test_exported_template_opens_the_thinking_as_training_did(kind):
 @pytest.mark.parametrize("ending", ["bare", "opened", "written", "unbroken"])
 def test_exported_chat_template_opens_the_thinking_once_and_only_when_a_turn_is_asked_for(ending):
     own, asked = words(CHAT + ENDINGS[ending]), [{"role": "user", "content": "q"}]
-    made = tokenizer.Tokenizer(own.backend, own.config, export_hf.chat_template(settings(prefilled=True), own))
+    own_config = settings(prefilled=True)
+    made = tokenizer.Tokenizer(own.backend, own.config, export_hf.chat_template(own_config.stage, own_config.data, own))
     assert made.render_chat(asked) == "<user>q<assistant><think>\n"
     assert made.render_chat(asked, add_generation_prompt=False) == "<user>q"
     if ending != "unbroken":  # as transformers would render it
         environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
         text = environment.from_string(made.chat_template).render(messages=asked, add_generation_prompt=True)
         assert text == "<user>q<assistant><think>\n"
-    assert export_hf.chat_template(settings(), own) == own.chat_template
+    own_config = settings()
+    assert export_hf.chat_template(own_config.stage, own_config.data, own) == own.chat_template
 
 
 def test_export_reads_the_prefill_of_the_run(tmp_path):

@@ -9,7 +9,7 @@ import small
 from r1jax.core import checkpoint, rng, sharding, tree
 from r1jax.data.packing import pack_batch
 from r1jax.models import decoder, moe
-from r1jax.schema import MeshConfig, OptimizerConfig, PackConfig, replace
+from r1jax.schema import MeshConfig, OptimizerConfig, PackConfig
 from r1jax.train import optimizer, sft, step
 
 MODEL = small.MIXTURE
@@ -23,7 +23,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def params(mesh):
-    return sharding.initialize(decoder.specs(MODEL), rng.key(0, "step", "init"), "float32", mesh)
+    return sharding.initialize(decoder.specs(MODEL.model), rng.key(0, "step", "init"), "float32", mesh)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def items():
     return [sft.example(row[:1], row[1:]) for row in rows]
 
 
-def moved(params, mesh, arrays, filled, inverse, model=MODEL, config=SMOOTH):
-    trainer = step.Trainer(model, config, mesh, sft.make_loss(model), 10)
+def moved(params, mesh, arrays, filled, inverse, network=MODEL, config=SMOOTH):
+    trainer = step.Trainer(network, config, mesh, sft.make_loss(network), 10)
     state, stats = trainer.update(trainer.init(params), arrays, filled, inverse)
     return jax.device_get(state.params), jax.device_get(stats), trainer
 
@@ -79,10 +79,10 @@ def test_router_bias_moves_towards_balance_outside_the_gradient(params, mesh, it
     arrays = sft.make_batch(items, PackConfig(row_tokens=16, rows_per_micro_batch=8), 1)
     still, _, _ = moved(params, mesh, *arrays)
     assert not still.sparse.ffw.bias.any()
-    model = replace(MODEL, router_bias_update_rate=0.01)
-    result, _, _ = moved(params, mesh, *arrays, model=model)
+    network = small.changed(MODEL, router_bias_update_rate=0.01)
+    result, _, _ = moved(params, mesh, *arrays, network=network)
     micro = {name: array[0] for name, array in arrays[0].items()}
-    _, _, auxiliary = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], model)
+    _, _, auxiliary = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], network)
     load = np.asarray(moe.load(auxiliary.experts, micro["segments"] > 0, 4))
     assert load.sum() == 2 * (micro["segments"] > 0).sum()  # two experts a token, padding not counted
     np.testing.assert_allclose(result.sparse.ffw.bias, 0.01 * np.sign(load.mean(-1, keepdims=True) - load), rtol=1e-6)
@@ -129,8 +129,8 @@ def test_checkpoint_gives_back_the_same_bits_and_keeps_the_newest(tmp_path, para
         store.save(number, {"params": params, "half": half}, {"update": number})
     assert store.latest() == 3 and store.record(3) == {"update": 3}
     targets = {
-        "params": sharding.abstract(decoder.specs(MODEL), jnp.float32, mesh),
-        "half": sharding.abstract(decoder.specs(MODEL), jnp.bfloat16, mesh),
+        "params": sharding.abstract(decoder.specs(MODEL.model), jnp.float32, mesh),
+        "half": sharding.abstract(decoder.specs(MODEL.model), jnp.bfloat16, mesh),
     }
     targets["half"] = jax.tree.map(lambda a, b: jax.ShapeDtypeStruct(a.shape, b.dtype), targets["half"], half)
     found = store.restore(3, targets)
@@ -148,7 +148,7 @@ def test_checkpoint_of_another_model_is_refused_by_array_and_shape(tmp_path, par
         ({"tie_word_embeddings": True}, "unembedding is not in the model"),
         ({"q_lora_rank": 8}, "dense.attention.q_a is missing"),
     ):
-        target = sharding.abstract(decoder.specs(replace(MODEL, **change)), jnp.float32, mesh)
+        target = sharding.abstract(decoder.specs(small.changed(MODEL, **change).model), jnp.float32, mesh)
         with pytest.raises(ValueError, match=message) as error:
             store.restore(1, {"params": target})
         assert "\n" not in str(error.value)
@@ -170,7 +170,7 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_and_the_store_usable(tmp_
         store.save(2, {"params": params}, {"update": object()})
     again = checkpoint.CheckpointStore(tmp_path / "c")
     assert again.latest() == 1
-    target = sharding.abstract(decoder.specs(MODEL), jnp.float32, mesh)
+    target = sharding.abstract(decoder.specs(MODEL.model), jnp.float32, mesh)
     assert tree.digest(again.restore(1, {"params": target})["params"]) == tree.digest(params)
     again.save(2, {"params": params}, {"update": 2})
     assert again.record(2) == {"update": 2}

@@ -31,8 +31,8 @@ from r1jax.train import guard, sft, step, supervised
 
 WORDS = tokenizer.tiny()
 # One layer, every expert run on every token: this compiles fast.
-ONE_LAYER = replace(small.MIXTURE, num_hidden_layers=1, first_k_dense_replace=0, moe_implementation="dense")
-MODEL = replace(ONE_LAYER, router_bias_update_rate=0.01)
+ONE_LAYER = small.changed(small.MIXTURE, num_hidden_layers=1, first_k_dense_replace=0, moe_implementation="dense")
+MODEL = small.changed(ONE_LAYER, router_bias_update_rate=0.01)
 PACK = PackConfig(row_tokens=16, rows_per_micro_batch=2)
 ARGUMENTS = losses.arguments(GRPOConfig(), 0.1, 1.0)
 OPTIMIZERS = {
@@ -65,7 +65,7 @@ def gradient_is_nan(params, micro, arguments):
 def make(kind, loss=None):
     mesh = sharding.make_mesh(MeshConfig())
     trainer = step.Trainer(MODEL, OPTIMIZERS[kind], mesh, loss or losses.make_loss(MODEL, GRPOConfig()), 20)
-    return trainer, sharding.initialize(decoder.specs(MODEL), rng.key(0, "guard", "init"), "float32", mesh)
+    return trainer, sharding.initialize(decoder.specs(MODEL.model), rng.key(0, "guard", "init"), "float32", mesh)
 
 
 def without_schedule(optimizer):
@@ -150,7 +150,9 @@ def run(folder, changes, **fields):
     fields = {**BUILD, **{name.replace("__", "."): value for name, value in fields.items()}}
     config = configs.load("r1_zero:tiny", [(name, str(value)) for name, value in fields.items()])
     mesh = sharding.make_mesh(MeshConfig())
-    train = prompts.encode(tasks.linear_prompts("train")[:20], config, WORDS)
+    train = prompts.encode(
+        tasks.linear_prompts("train")[:20], config.stage, config.model, config.data, config.sampler, WORDS
+    )
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "guard/loop", "init"), "float32", mesh)
     training = policy.make_training(config, WORDS, mesh, train, params, folder, describe=policy.describe)
     source, objective, transform = training.source.source, training.objective, training.run.trainer.transform
@@ -321,7 +323,7 @@ def supervised_run(folder, broken, updates=10, limit=10):
     mesh = sharding.make_mesh(MeshConfig())
     optimizer = OptimizerConfig(learning_rate=1e-2, max_skipped_updates=limit)
     trainer = step.Trainer(ONE_LAYER, optimizer, mesh, sft.make_loss(ONE_LAYER), updates)
-    params = sharding.initialize(decoder.specs(ONE_LAYER), rng.key(0, "guard/fit", "init"), "float32", mesh)
+    params = sharding.initialize(decoder.specs(ONE_LAYER.model), rng.key(0, "guard/fit", "init"), "float32", mesh)
     arrays, filled, inverse = sft.make_batch([sft.example([1], [2, 3, 4])], PACK, 1)
     batch_at = lambda update: (arrays, filled, np.float32(np.nan) if update + 1 in broken else inverse)  # noqa: E731
     store, log, loss, error = CheckpointStore(folder / "checkpoints"), MetricsLog(folder), None, None

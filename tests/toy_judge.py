@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import small
 import tokenizers
 
 from r1jax.checkpoints import hf_export
@@ -18,12 +19,12 @@ from r1jax.checkpoints.tokenizer import JsonBackend, Tokenizer
 from r1jax.core import rng, sharding
 from r1jax.models import decoder
 from r1jax.rewards.models import verdicts
-from r1jax.schema import MeshConfig, ModelConfig
+from r1jax.schema import MeshConfig
 
 SPECIAL = ("<unk>", "<eos>", "<end>")
 WORDS = ("{\"correct\":", "true}", "false}", "{\"verdict\":", '"A>>B"}', '"B>>A"}', "good", "bad", "[REPLY", "[ANSWER", "A", "B")  # fmt: skip
 UPDATES, EXAMPLES, LONGEST = 80, 12, 232  # rows an update, tokens a row
-MODEL = ModelConfig(
+MODEL = small.network(
     family="llama",
     vocab_size=len(SPECIAL) + len(WORDS),
     hidden_size=32,
@@ -79,7 +80,7 @@ def batch(words: Tokenizer, update: int) -> tuple[np.ndarray, np.ndarray, np.nda
 def taught(words: Tokenizer) -> decoder.Params:
     """Returns the parameters after UPDATES updates of Adam on fresh examples."""
     mesh = sharding.make_mesh(MeshConfig())
-    params = sharding.initialize(decoder.specs(MODEL), rng.key(0, "toy judge", "init"), "float32", mesh)
+    params = sharding.initialize(decoder.specs(MODEL.model), rng.key(0, "toy judge", "init"), "float32", mesh)
     rate = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 10, UPDATES)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
 
@@ -106,5 +107,5 @@ def taught(words: Tokenizer) -> decoder.Params:
 def folder(path: pathlib.Path) -> pathlib.Path:
     """Returns a Hugging Face folder of the taught judge, made at `path`."""
     words = tokenizer()
-    hf_export.save(path, taught(words), MODEL, words, "float32", "a judge for tests")
+    hf_export.save(path, taught(words), MODEL.model, words, "float32", "a judge for tests")
     return path

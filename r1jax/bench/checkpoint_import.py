@@ -73,7 +73,7 @@ def _figures(folder: Path, dtype: str) -> dict[str, float]:
 def load_figures(folder: Path, dtype: str) -> dict[str, float]:
     """Returns this process's resident memory before the import and at its peak, the parameters' bytes and the time."""
     mesh = sharding.make_mesh(MeshConfig())
-    model = hf_config.model_config(folder, ModelConfig())
+    model = hf_config.model_config(folder)
     jnp.zeros(8).block_until_ready()  # the backend's own memory is there before
     before = measure.restart_peak()
     start = time.perf_counter()

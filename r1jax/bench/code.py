@@ -15,7 +15,7 @@ from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.sandbox.attack import open_sandbox
 from r1jax.rewards.sandbox.run import BACKENDS, SandboxUnavailable
 from r1jax.rewards.score import RewardRequest, Score
-from r1jax.schema import Config, RewardConfig, replace
+from r1jax.schema import BenchConfig, Config, RewardConfig, replace
 
 REQUIRED_FIELDS = ("id", "prompt", "tests", "solution")
 SURVIVORS_LISTED = 100
@@ -42,7 +42,7 @@ def run(config: Config, workdir: Path) -> dict:
         "cores": os.cpu_count(),
         "backend": open_sandbox(reward.sandbox).backend,
     }
-    figures |= {name: _file_figures(name, rows, reward, config) for name, rows in files.items()}
+    figures |= {name: _file_figures(name, rows, reward, config.seed, config.bench) for name, rows in files.items()}
     rows = [row for group in files.values() for row in group][: config.bench.samples]
     figures["throughput"] = _throughput(rows, reward)
     _show(figures, list(files))
@@ -73,14 +73,14 @@ def _request(row: dict, code: str, what: str) -> RewardRequest:
     return RewardRequest(f"{row['id']}: {what}", "code", row["prompt"], response, json.dumps(row["tests"]))
 
 
-def _file_figures(name: str, rows: list[dict], reward: RewardConfig, config: Config) -> dict:
+def _file_figures(name: str, rows: list[dict], reward: RewardConfig, seed: int, bench: BenchConfig) -> dict:
     scores = _scores([reference_request(row) for row in rows], reward)
     failed = {row["id"]: score.detail for row, score in zip(rows, scores, strict=True) if score.parts["accuracy"] < 1}
     found = []
     for row in rows:
         if row["id"] not in failed:
             try:
-                found += mutant_requests(row, config.bench.mutants_per_row, config.seed)
+                found += mutant_requests(row, bench.mutants_per_row, seed)
             except (SyntaxError, MalformedTests) as error:
                 raise ValueError(f"bench_code: {name}, row {row['id']!r}: {error}") from None
     mutant_scores = _scores([request for _, request in found], reward)

@@ -22,7 +22,7 @@ from r1jax.report import table
 from r1jax.schema import Config, MeshConfig
 
 FORMS = ("whole", "tiled")
-IMPLEMENTATIONS = {"tiled": "xla", "auto": "auto", "kernels": "pallas"}  # of config.model.logprob_implementation
+IMPLEMENTATIONS = {"tiled": "xla", "auto": "auto", "kernels": "pallas"}  # of config.compute.logprob_implementation
 TPU_FORMS = ("whole", *IMPLEMENTATIONS)
 REPEATS = 5
 SETTLE_S = 1.0  # the runtime gives back what made the inputs a little later
@@ -47,16 +47,16 @@ V3 = Shape(rows=2, row_tokens=4096, width=7168, vocab=129280, dtype="bfloat16") 
 def run(config: Config, workdir: Path) -> dict:
     """Returns the figures of both forms, and of the tiled one over the whole.
 
-    `cpu` has those of config.pack's tokens at config.model's width, vocabulary and compute_dtype: the compiled program's
-    temporaries, the peak of resident memory above inputs and runtime, the median wall time of a call and its processor
+    `cpu` has those of config.pack's tokens at config.model's width and vocabulary in config.compute.compute_dtype: the compiled
+    program's temporaries, the peak of resident memory above inputs and runtime, the median wall time of a call and its processor
     time. `tpu` has those of 8,192 tokens at V3's sizes by the TPU compiler, and is absent without libtpu; forms beside
     are `auto` (the kernel in the forward pass) and `kernels` (in both).
     Outputs (both gradients) are told apart from temporaries. Raises ValueError where the system does not tell a process
     its memory, or the measuring process ends.
     """
     measure.require_memory_figures("bench_loss")
-    pack, model = config.pack, config.model
-    shape = Shape(pack.rows_per_micro_batch, pack.row_tokens, model.hidden_size, model.vocab_size, model.compute_dtype)
+    pack, model, dtype = config.pack, config.model, config.compute.compute_dtype
+    shape = Shape(pack.rows_per_micro_batch, pack.row_tokens, model.hidden_size, model.vocab_size, dtype)
     found = {"cpu": _compared(lambda form: _measured(form, shape), shape)}
     _show("this machine", found["cpu"], ("temporary_bytes", "output_bytes", "extra_rss_bytes", "call_s", "processor_s"))
     if importlib.util.find_spec("libtpu") is None:

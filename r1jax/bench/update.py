@@ -31,7 +31,7 @@ from r1jax.report.phases import seconds_by_phase
 from r1jax.rl import losses
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import Config, MeshConfig, ModelConfig, PackConfig, replace
+from r1jax.schema import BenchConfig, Config, GRPOConfig, MeshConfig, ModelConfig, Network, PackConfig, replace
 from r1jax.train import sft, step
 
 MODULE = "r1jax.bench.update"
@@ -66,7 +66,7 @@ def run(config: Config, workdir: Path) -> dict:
     system does not tell a process its memory, for an interpreter that is not there, or when a measurement ends early.
     """
     measure.require_memory_figures("bench_update")
-    systems = systems_of(config)
+    systems = systems_of(config.model, config.bench)
     folder = Path(workdir) / config.stage
     folder.mkdir(parents=True, exist_ok=True)
     allowed = os.sched_getaffinity(0)
@@ -78,7 +78,7 @@ def run(config: Config, workdir: Path) -> dict:
         found: dict[str, list[dict]] = {system.key: [] for system in systems}
         for turn in range(config.bench.repeats):
             for system in systems:
-                figures = _run(system, config, folder)
+                figures = _run(system, config.model, config.bench, folder)
                 found[system.key].append(figures)
                 say(f"turn {turn + 1}: {system.key} {figures['seconds']:.1f} s")
         split = _own(folder, "split", what="the GRPO steps") if config.bench.split_updates else {}
@@ -87,9 +87,9 @@ def run(config: Config, workdir: Path) -> dict:
     return report(config, systems, found, told) | ({"split": split} if split else {})
 
 
-def systems_of(config: Config) -> list[System]:
+def systems_of(model: ModelConfig, bench: BenchConfig) -> list[System]:
     """Returns what is measured, in the order of a turn; ValueError for an interpreter that does not exist."""
-    bench, found = config.bench, []
+    found = []
     for loss in bench.losses:
         if loss not in ("grpo", "sft"):
             raise ValueError(f"bench_update: config.bench.losses has '{loss}', which is neither grpo nor sft")
@@ -104,7 +104,7 @@ def systems_of(config: Config) -> list[System]:
         if peer.loss not in bench.losses:
             continue
         field = "tunix_python" if peer.name == "tunix" else "trl_python"
-        if not peer.python or not config.model.checkpoint:
+        if not peer.python or not model.checkpoint:
             why = f"config.bench.{field} is empty" if not peer.python else "config.model.checkpoint is empty"
             say(f"bench_update: {why}, so {peer.key} is left out")
             continue
@@ -144,10 +144,10 @@ def draw(config: Config) -> dict[str, np.ndarray]:
     }
 
 
-def items_of(given: dict[str, np.ndarray], config: Config, loss: str) -> list[PackItem]:
+def items_of(given: dict[str, np.ndarray], grpo: GRPOConfig, bench: BenchConfig, loss: str) -> list[PackItem]:
     """Returns the samples for packing, with what the loss takes of each token; without log-probs those are 0."""
     lengths = given["lengths"]
-    weights = losses.token_weights(lengths, config.grpo, config.bench.longest_tokens)
+    weights = losses.token_weights(lengths, grpo, bench.longest_tokens)
     zeros = np.zeros(given["response_ids"].shape, np.float32)
     items = []
     for index, length in enumerate(lengths):
@@ -163,15 +163,17 @@ def items_of(given: dict[str, np.ndarray], config: Config, loss: str) -> list[Pa
     return items
 
 
-def arrays_of(items: list[PackItem], config: Config, form: str) -> tuple[dict[str, np.ndarray], int, PackConfig]:
+def arrays_of(
+    items: list[PackItem], size: PackConfig, prompt_tokens: int, form: str
+) -> tuple[dict[str, np.ndarray], int, PackConfig]:
     """Returns (arrays [M, R, T], filled micro-batches, their shape), in one of three forms.
 
     packed: rows filled by `pack`; shared: a prompt stands once in a row for its samples there; padded: one sample a row,
     rows as long as the longest sample, as many at a time as hold about the tokens of a packed micro-batch.
     """
-    lengths, size = [len(item.tokens) for item in items], config.pack
+    lengths = [len(item.tokens) for item in items]
     if form == "shared":
-        items, rows = share_prompts(items, [config.bench.prompt_tokens] * len(items), size.row_tokens)
+        items, rows = share_prompts(items, [prompt_tokens] * len(items), size.row_tokens)
     elif form == "packed":
         rows = pack(lengths, size.row_tokens)
     else:
@@ -191,21 +193,23 @@ def start_weights(config: Config) -> tuple[Config, object, decoder.Params]:
     if not folder:
         key = rng.key(config.seed, config.stage, "init")
         return config, mesh, sharding.initialize(decoder.specs(config.model), key, jnp.float32, mesh)
-    config = replace(config, model=hf_config.model_config(Path(folder), config.model))
+    config = replace(config, model=replace(hf_config.model_config(Path(folder)), checkpoint=folder))
     return config, mesh, hf.load(Path(folder), config.model, mesh, jnp.float32)
 
 
 def update_figures(config: Config, given: dict[str, np.ndarray], loss: str, form: str) -> dict[str, float]:
     """Returns the time of one update in this process, its loss and gradient norm, and the process's peak memory."""
     config, mesh, params = start_weights(config)
-    arrays, filled, size = arrays_of(items_of(given, config, loss), config, form)
+    arrays, filled, size = arrays_of(
+        items_of(given, config.grpo, config.bench, loss), config.pack, config.bench.prompt_tokens, form
+    )
     chunk = size.trained_chunk
     if loss == "grpo":
-        function = losses.make_loss(config.model, config.grpo, trained_chunk=chunk)
+        function = losses.make_loss(config.network, config.grpo, trained_chunk=chunk)
         arguments = losses.arguments(config.grpo, config.grpo.kl_coef, 1.0)
     else:
-        function, arguments = sft.make_loss(config.model, chunk), np.float32(1 / given["lengths"].sum())
-    trainer = step.Trainer(config.model, config.optimizer, mesh, function, total_updates=2)
+        function, arguments = sft.make_loss(config.network, chunk), np.float32(1 / given["lengths"].sum())
+    trainer = step.Trainer(config.network, config.optimizer, mesh, function, total_updates=2)
     state = trainer.init(params)
     del params
     blank = {name: np.zeros_like(array) for name, array in arrays.items()}
@@ -231,9 +235,9 @@ def prepare_figures(config: Config, samples: Path) -> dict[str, float]:
     """
     given = dict(np.load(samples))
     config, mesh, params = start_weights(config)
-    items = items_of(given, config, "grpo")
-    arrays, filled, size = arrays_of(items, config, "packed")
-    scorer = Scorer(config.model, mesh)
+    items = items_of(given, config.grpo, config.bench, "grpo")
+    arrays, filled, size = arrays_of(items, config.pack, config.bench.prompt_tokens, "packed")
+    scorer = Scorer(config.network, mesh)
     scorer(params, arrays, 1, 1.0)
     start = time.perf_counter()
     logps = scorer(params, arrays, filled, 1.0)
@@ -264,14 +268,15 @@ def matmul_peak() -> float:
     return 2 * PEAK_SIDE**3 / best
 
 
-def useful_flops(model: ModelConfig, totals: np.ndarray, trained: int) -> float:
+def useful_flops(network: Network, totals: np.ndarray, trained: int) -> float:
     """Returns what an update needs without padding and without computing anything twice: forward and backward.
 
     6 per weight and token, for the unembedding of the trained tokens alone, and causal attention within each sample;
     `totals` are the samples' tokens, prompts included.
     """
+    model = network.model
     tables = 1 if model.tie_word_embeddings else 2
-    inside = compute.active_parameters(model) - tables * model.vocab_size * model.hidden_size
+    inside = compute.active_parameters(network) - tables * model.vocab_size * model.hidden_size
     width = model.num_attention_heads * model.head_dim
     attention = 6.0 * model.num_hidden_layers * width * float(np.square(totals, dtype=np.float64).sum())
     return 6.0 * (inside * float(totals.sum()) + model.vocab_size * model.hidden_size * trained) + attention
@@ -313,11 +318,11 @@ def split_figures(config: Config, folder: Path) -> dict[str, float]:
 
 def report(config: Config, systems: list[System], found: dict[str, list[dict]], told: dict[str, float]) -> dict:
     """Returns the figures by system, with ratios over the turns, and prints them as a table."""
-    model = config.model
-    if model.checkpoint:
-        model = hf_config.model_config(Path(model.checkpoint), model)
+    network = config.network
+    if folder := config.model.checkpoint:
+        network = replace(network, model=hf_config.model_config(Path(folder)))
     lengths = draw(config)["lengths"]
-    trained, flops = int(lengths.sum()), useful_flops(model, lengths + config.bench.prompt_tokens, int(lengths.sum()))
+    trained, flops = int(lengths.sum()), useful_flops(network, lengths + config.bench.prompt_tokens, int(lengths.sum()))
     out: dict = {"systems": {}, "ratios": {}}
     for system in systems:
         runs = found[system.key]
@@ -354,14 +359,14 @@ def _own(folder: Path, *arguments: str, what: str) -> dict:
     return measure.in_own_process(MODULE, str(folder), *arguments, what=what)
 
 
-def _run(system: System, config: Config, folder: Path) -> dict[str, float]:
+def _run(system: System, model: ModelConfig, bench: BenchConfig, folder: Path) -> dict[str, float]:
     """Returns the figures of one run of a system."""
     if not system.python:
         return _own(folder, "update", system.loss, system.form, what=system.key)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"OMP_NUM_THREADS": str(config.bench.threads), "TOKENIZERS_PARALLELISM": "false"}
-    command = [system.python, str(PEERS / system.script), str(folder / "samples.npz"), config.model.checkpoint]
-    command += [str(system.micro_batch), str(config.bench.threads)]
+    environment |= {"OMP_NUM_THREADS": str(bench.threads), "TOKENIZERS_PARALLELISM": "false"}
+    command = [system.python, str(PEERS / system.script), str(folder / "samples.npz"), model.checkpoint]
+    command += [str(system.micro_batch), str(bench.threads)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"bench_update: {system.key}: {(done.stderr.strip() or 'was killed').splitlines()[-1]}")

@@ -1,4 +1,4 @@
-"""Chat templates of checkpoints, which are programs of strangers: rendered in a sandbox, within limits."""
+"""Chat templates of checkpoints, which are untrusted programs: rendered in a sandbox, within limits."""
 
 import contextlib
 import datetime
@@ -23,7 +23,7 @@ TODAY = datetime.datetime.combine(datetime.date.today(), datetime.time())  # `st
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which has no access to private attributes and no long ranges; products and powers are bounded too."""
+    """Jinja's sandbox, without access to private attributes and long ranges; products and powers are bounded too."""
 
     intercepted_binops = frozenset(["*", "**"])
 
@@ -69,7 +69,7 @@ def _strftime_now(form: str) -> str:
 
 @functools.cache
 def _say_date() -> None:
-    """Says, once a run, which date templates are given."""
+    """Prints, once a run, the date that templates are given."""
     say(f"the chat template states a date: all prompts of this run say {TODAY:%Y-%m-%d}")
 
 
@@ -84,7 +84,7 @@ def _compiled(template: str):
 
 
 def render(template: str, values: dict[str, Any]) -> str:
-    """Returns the template with `values`. Whatever goes wrong inside it is a ValueError of one line.
+    """Returns the template rendered with `values`. Raises ValueError in one line for any error inside it.
 
     A rendering of more than DEADLINE_S seconds is stopped, where it runs in the main thread.
     """

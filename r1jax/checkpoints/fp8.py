@@ -1,8 +1,9 @@
 """FP8 weights in blocks, as DeepSeek publishes them: float8_e4m3fn values, and one float32 factor for each block.
 
-A matrix NAME of M x N has a second tensor NAME_scale_inv of ceil(M / rows) x ceil(N / columns): weight = value * factor,
-in spite of its name. The block is config.json's weight_block_size, so the last row and column of blocks may be cut off
-(kv_a_proj_with_mqa: 576 rows are 5 blocks of 128). Source: DeepSeek-V3's README_WEIGHTS.md and inference/kernel.py.
+A matrix NAME of M x N has a second tensor NAME_scale_inv of ceil(M / rows) x ceil(N / columns): weight = value *
+factor, in spite of its name. The block is config.json's weight_block_size, so the last row and column of blocks may be
+cut off (kv_a_proj_with_mqa: 576 rows are 5 blocks of 128). Source: DeepSeek-V3's README_WEIGHTS.md and
+inference/kernel.py.
 """
 
 import math
@@ -24,7 +25,7 @@ _SMALLEST = np.finfo(np.float32).tiny  # a smaller factor would lose digits
 
 
 def is_quantised(name: str) -> bool:
-    """Returns whether the published checkpoints store this tensor in FP8: the matrices of attention and feed-forward."""
+    """Returns whether published checkpoints store this tensor in FP8: matrices of attention and feed-forward."""
     return _MATRIX.fullmatch(name) is not None
 
 
@@ -33,22 +34,22 @@ def block_size(fields: Fields) -> tuple[int, int] | None:
 
     Raises ValueError for any other quantisation than FP8 in blocks.
     """
-    given = fields.get("quantization_config")
-    if given is None:
+    quantisation = fields.get("quantization_config")
+    if quantisation is None:
         return None
-    if not isinstance(given, dict):
-        raise ValueError(f"{fields.path}: quantization_config is a {type(given).__name__}, an object is needed")
+    if not isinstance(quantisation, dict):
+        raise ValueError(f"{fields.path}: quantization_config is a {type(quantisation).__name__}, an object is needed")
     for name, only, default in (
         ("quant_method", "fp8", None),
         ("fmt", "e4m3", "e4m3"),
         ("activation_scheme", "dynamic", "dynamic"),
     ):
-        if given.get(name, default) != only:
+        if quantisation.get(name, default) != only:
             raise ValueError(
-                f"{fields.path}: quantization_config.{name}={given.get(name)!r} is not read, only {only!r} is; "
+                f"{fields.path}: quantization_config.{name}={quantisation.get(name)!r} is not read, only {only!r} is; "
                 "give the weights in bfloat16 instead"
             )
-    block = given.get("weight_block_size")
+    block = quantisation.get("weight_block_size")
     if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
         raise ValueError(
             f"{fields.path}: quantization_config.weight_block_size={block!r} must be two numbers, rows and columns of "
@@ -82,9 +83,9 @@ def dequantise(values: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -
 def quantise(weights: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Returns (FP8 values, factors) of a float32 matrix; the factors of a block with infinity or NaN are not finite.
 
-    A factor is the block's largest magnitude / 448; a block of zeros has 1. A matrix whose factors were made so and that
-    was multiplied out gives the same values and factors again, bit for bit (blocks of zeros that had another factor
-    apart): its largest value is 448, and in float32 m / 448 * 448 / 448 equals m / 448.
+    A factor is the block's largest magnitude / 448; a block of zeros has 1. A matrix whose factors were made so and
+    that was multiplied out gives the same values and factors again, bit for bit (blocks of zeros that had another
+    factor apart): its largest value is 448, and in float32 m / 448 * 448 / 448 equals m / 448.
     """
     (rows, columns), (high, wide) = weights.shape, block
     values, scales = np.empty(weights.shape, TYPE), np.empty(scale_shape(weights.shape, block), np.float32)

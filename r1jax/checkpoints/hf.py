@@ -31,9 +31,9 @@ Ranges = tuple[range, ...]  # of each dimension of a leaf, what one device holds
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a folder: its name, where it stands in our leaf, shape and stored type.
+    """One tensor of a folder: its name, its place in our leaf, its shape and stored type.
 
-    The factors of an FP8 matrix stand at the matrix's place and follow it.
+    The factors of an FP8 matrix have the matrix's place and follow it.
     """
 
     name: str
@@ -105,9 +105,10 @@ class TensorFiles:
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
-    """Returns the folder's weight files, and the file of each tensor as far as an index says so.
+    """Returns the folder's weight files, and {tensor: file} from its index, if there is one.
 
-    An index beside the one file is left aside, as by transformers. Raises ValueError for files that lack or lie outside.
+    An index beside the one file is left aside, as by transformers. Raises ValueError for files that lack or lie
+    outside.
     """
     weight_map: dict[str, Path] = {}
     if (folder / SINGLE_FILE).exists():
@@ -129,7 +130,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
 
 
 def _inside(folder: Path, name: str, file: Any) -> str:
-    """Returns the file that an index names for a tensor. Raises ValueError when it is not one of the folder's own."""
+    """Returns the file that an index names for a tensor. Raises ValueError when it is not in the folder."""
     if not isinstance(file, str) or not file:
         raise ValueError(f"{folder / INDEX_FILE}: the file of {name} is {file!r}; a file name is needed")
     if PurePath(file).is_absolute() or ".." in PurePath(file).parts:
@@ -145,7 +146,7 @@ def tensors(
     They are of `dtype`, but the selection bias is float32. With a `block`, matrices of attention and feed-forward are
     FP8, each followed by its float32 factors. Tensors that repeat another one (hf_names.copies) are last.
     """
-    specs, found = leaf_specs(c), {}
+    specs, by_name = leaf_specs(c), {}
     for entry in hf_names.name_table(c, interleaved):
         spec = specs[entry.path]
         shape, kind = entry.hf_shape(spec), np.dtype(spec.dtype or dtype)
@@ -153,13 +154,13 @@ def tensors(
             name = entry.tensor_name(place)
             if block and fp8.is_quantised(name):
                 scales = name + fp8.SCALE
-                found[name] = Tensor(name, entry, place, shape, fp8.TYPE)
-                found[scales] = Tensor(scales, entry, place, fp8.scale_shape(shape, block), np.dtype(np.float32))
+                by_name[name] = Tensor(name, entry, place, shape, fp8.TYPE)
+                by_name[scales] = Tensor(scales, entry, place, fp8.scale_shape(shape, block), np.dtype(np.float32))
             else:
-                found[name] = Tensor(name, entry, place, shape, kind)
+                by_name[name] = Tensor(name, entry, place, shape, kind)
     for name, original in hf_names.copies(c).items():
-        found[name] = replace(found[original], name=name)
-    return found
+        by_name[name] = replace(by_name[original], name=name)
+    return by_name
 
 
 def leaf_specs(c: ModelConfig) -> dict[str, ParamSpec]:
@@ -174,8 +175,8 @@ def load(folder: str | Path, config: ModelConfig, mesh: Mesh, dtype: Any) -> dec
     `folder` is a Hugging Face folder, or one safetensors file beside its config.json. FP8 in blocks is multiplied out
     in float32. Leaves are built one after the other, and of each only what this process's devices hold; beside that
     the host holds one tensor. Rotary buffers, prediction layers that the config leaves out and the head of a tied
-    model are skipped; repeated tensors, such a head too, are compared with what they repeat. A scalar head and a
-    softmax router's bias, which checkpoints do not have, are zero. Raises ValueError when files are missing or cut
+    model are skipped; repeated tensors, such a head too, are compared with what they repeat. A softmax
+    router's bias, which checkpoints do not have, is zero. Raises ValueError when files are missing or cut
     short, tensors do not fit the config, or a type is not read.
     """
     source = Path(folder)
@@ -192,7 +193,7 @@ def load(folder: str | Path, config: ModelConfig, mesh: Mesh, dtype: Any) -> dec
 
 
 def _leaf(files: TensorFiles, entry: Entry | None, shape, target: jax.sharding.Sharding, kind, block) -> jax.Array:
-    """Returns one leaf, read tensor by tensor into the parts that this process's devices hold; zeros without an entry."""
+    """Returns one leaf, read tensor by tensor into the parts that this process holds; zeros without an entry."""
 
     def ranges(index: tuple[slice, ...]) -> Ranges:
         return tuple(range(*cut.indices(size)) for cut, size in zip(index, shape, strict=True))

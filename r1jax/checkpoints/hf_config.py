@@ -1,6 +1,6 @@
 """config.json of a Hugging Face folder as a ModelConfig.
 
-Where a file says two things, or leaves a field out, it is read as transformers 5 reads it; where that would compute
+Where a file contradicts itself, or leaves a field out, it is read as transformers 5 reads it; where that would compute
 what nobody stated, or something that the decoder does not compute, it is refused.
 """
 
@@ -18,7 +18,7 @@ FAMILIES = ("deepseek_v3", "deepseek_v2", "llama", "qwen2", "qwen3")
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 DEEPSEEK = ("deepseek_v3", "deepseek_v2")
 THETA = 10000.0  # of a file that states none
-ROPE_DICTS = ("rope_scaling", "rope_parameters")  # the first that says anything counts
+ROPE_DICTS = ("rope_scaling", "rope_parameters")  # the first that is not empty counts
 
 # What a field is where config.json leaves it out. Source: the config classes of transformers 5.
 ABSENT: dict[str, dict[str, Any]] = {
@@ -49,26 +49,6 @@ ABSENT: dict[str, dict[str, Any]] = {
 }
 EXPERTS_ALIAS = {"deepseek_v3": "num_local_experts", "deepseek_v2": "num_experts"}  # of n_routed_experts
 
-# How a run computes, not what the weights are: config.json has no say in these.
-RUNTIME_FIELDS = (
-    "router_bias_update_rate",
-    "aux_loss_alpha",
-    "mtp_loss_weight",
-    "mtp_hidden",
-    "scalar_head",
-    "compute_dtype",
-    "scan_layers",
-    "remat",
-    "remat_policy",
-    "attention_implementation",
-    "attention_block",
-    "logprob_implementation",
-    "moe_implementation",
-    "moe_dispatch",
-    "moe_buffer_factor",
-    "checkpoint",
-    "vocab_used",
-)
 _NEEDED: Any = object()  # as a default: the field must be stated; as null's meaning: null is refused
 
 
@@ -88,7 +68,7 @@ class Fields:
     """The fields of one config.json, or of an object inside it, by type.
 
     A field that is absent has the default that is asked for, else the family's (ABSENT); one that is null is refused
-    where `null` does not say what it means. Every refusal is a ValueError of one line with file, field, value and type.
+    where the meaning of `null` is unclear. Every refusal is a ValueError of one line with file, field, value and type.
     """
 
     def __init__(self, path: Path, values: dict[str, Any] | None = None, prefix: str = ""):
@@ -160,8 +140,8 @@ class Fields:
             raise ValueError(f"{self.path}: {name}={value!r} is not supported, only {allowed[0]!r} is")
 
 
-def model_config(folder: str | Path, defaults: ModelConfig) -> ModelConfig:
-    """Returns the shape that a folder's config.json describes, with the runtime fields of `defaults`.
+def model_config(folder: str | Path) -> ModelConfig:
+    """Returns the shape that a folder's config.json describes.
 
     Raises ValueError for an unknown model_type, for a field of another type, for fields that contradict each other and
     for a setting that the decoder does not compute.
@@ -195,7 +175,7 @@ def model_config(folder: str | Path, defaults: ModelConfig) -> ModelConfig:
         raise ValueError(f"{fields.path}: {turned}={shape[turned]} is odd; rotary position embedding turns pairs")
     shape["rope_theta"], shape["rope_scaling"] = _rope(fields, shape["max_position_embeddings"])
     try:
-        return ModelConfig(**shape, **{name: getattr(defaults, name) for name in RUNTIME_FIELDS})
+        return ModelConfig(**shape)
     except ValueError as error:
         raise ValueError(f"{fields.path}: {error}") from None
 
@@ -287,7 +267,10 @@ def _check_router(fields: Fields, family: str) -> None:
 
 
 def _experts(fields: Fields, family: str) -> int:
-    """Returns n_routed_experts, which transformers also calls by a second name. Raises ValueError when the two differ."""
+    """Returns n_routed_experts, which transformers also calls by a second name.
+
+    Raises ValueError when the two differ.
+    """
     alias = EXPERTS_ALIAS[family]
     other = fields.whole(alias, None, least=0)
     experts = fields.whole("n_routed_experts", _NEEDED if other is None else other, least=0)
@@ -297,8 +280,8 @@ def _experts(fields: Fields, family: str) -> int:
 
 
 def _mixture(fields: Fields, family: str, experts: int) -> dict[str, Any]:
-    """Returns the fields of the experts and of their choice."""
-    found = dict(
+    """Returns the fields of the experts and of the router."""
+    mixture = dict(
         n_shared_experts=fields.whole("n_shared_experts", least=0),
         num_experts_per_tok=fields.whole("num_experts_per_tok"),
         moe_intermediate_size=fields.whole("moe_intermediate_size"),
@@ -308,18 +291,18 @@ def _mixture(fields: Fields, family: str, experts: int) -> dict[str, Any]:
     )
     limited = family == "deepseek_v3"
     if family == "deepseek_v2":
-        found["scoring_func"], method = "softmax", fields.text("topk_method")
+        mixture["scoring_func"], method = "softmax", fields.text("topk_method")
         if method not in ("greedy", "group_limited_greedy"):
             raise ValueError(f"{fields.path}: topk_method={method!r} is not known to deepseek_v2")
         limited = method == "group_limited_greedy"
     groups = fields.whole("n_group") if limited else 1
-    found |= dict(n_group=groups, topk_group=fields.whole("topk_group") if limited else 1)
+    mixture |= dict(n_group=groups, topk_group=fields.whole("topk_group") if limited else 1)
     if family == "deepseek_v3" and experts < 2 * groups:
         raise ValueError(
             f"{fields.path}: n_group={groups} leaves fewer than two of n_routed_experts={experts} to a group, whose "
             "score is that of its best two"
         )
-    return found
+    return mixture
 
 
 def token_ids(folder: Path) -> tuple[list[int], int | None]:
@@ -373,7 +356,7 @@ def stored_names(folder: Path) -> set[str] | None:
             with safe_open(single, framework="numpy") as file:
                 return set(file.keys())
         except (SafetensorError, OSError):
-            return None  # the reader of the weights says what is wrong with the file
+            return None  # the reader of the weights reports what is wrong with the file
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         return set(weight_map) if isinstance(weight_map, dict) else set()
@@ -386,8 +369,8 @@ def stored_names(folder: Path) -> set[str] | None:
 def _rope(fields: Fields, longest: int) -> tuple[float, RopeScaling]:
     """Returns (theta, scaling). `longest` is max_position_embeddings.
 
-    They stand in rope_scaling, else in rope_parameters: whole, fields of the two are never mixed. theta may also stand
-    beside them.
+    All fields are read from rope_scaling, or all from rope_parameters where that is empty; the two are never mixed.
+    theta may also be a field of config.json itself.
     """
     scaling, parameters = (fields.inside(name) for name in ROPE_DICTS)
     chosen = scaling if scaling.values else parameters

@@ -46,13 +46,13 @@ def save(
     end_ids: Sequence[int] = (),
     pad_id: int | None = None,
 ) -> None:
-    """Writes weights, config.json, generation_config.json, tokenizer and README.md under a temporary name; renames it.
+    """Writes weights, config.json, generation_config.json, tokenizer and README.md; all appear at once, or none.
 
-    `card` is the text of README.md. A file holds at most `shard_bytes` of weights (a larger tensor stands alone); with
-    several files there is an index. `check` is called with the temporary folder before it gets its name; when it, or
-    anything else, raises, nothing stays. `block` is that of FP8. `end_ids` end a response beside the tokenizer's
-    eos_id, and `pad_id` pads (None: the tokenizer's). Raises ValueError when the folder exists or the family cannot hold
-    the model.
+    `card` is the text of README.md. A file holds at most `shard_bytes` of weights (a larger tensor gets a file to
+    itself); with several files there is an index. `check` is called with the temporary folder before it gets its name;
+    when it, or anything else, raises, nothing is left. `block` is that of FP8. `end_ids` end a response beside the
+    tokenizer's eos_id, and `pad_id` pads (None: the tokenizer's). Raises ValueError when the folder exists or the
+    family cannot hold the model.
     """
     folder = Path(folder)
     refuse_existing(folder)
@@ -88,7 +88,7 @@ def _check(params: decoder.Params, c: ModelConfig, tokenizer: Tokenizer, dtype: 
     check_dtype(c, dtype)
     if jax.process_count() > 1:
         raise ValueError(f"export: one process is needed, not {jax.process_count()}; run export_hf on a single host")
-    if c.scalar_head:
+    if params.scalar_head is not None:
         raise ValueError("export: a scalar head has no place in these formats; export the policy instead")
     only: dict[str, Any] = {"attention_bias": c.family == "qwen2", "qk_norm": c.family == "qwen3"}
     if c.is_mla:
@@ -118,7 +118,7 @@ def _check(params: decoder.Params, c: ModelConfig, tokenizer: Tokenizer, dtype: 
 def _token_ids(
     tokenizer: Tokenizer, end_ids: Sequence[int] = (), pad_id: int | None = None
 ) -> dict[str, int | list[int] | None]:
-    """Returns the ids of config.json: eos_token_id is a list where several end a response, with the tokenizer's in it."""
+    """Returns the ids of config.json; eos_token_id is a list if several end a response, the tokenizer's among them."""
     ends = list(dict.fromkeys(end_ids))
     ends = ends if tokenizer.eos_id in ends else [tokenizer.eos_id, *ends]
     return {
@@ -187,7 +187,7 @@ def _rope(c: ModelConfig) -> dict[str, Any]:
 
 
 def tensors(c: ModelConfig, dtype: str, block: tuple[int, int] = fp8.BLOCK) -> list[Tensor]:
-    """Returns every tensor of the folder; with `fp8` what is not in FP8 is bfloat16."""
+    """Returns every tensor of the folder; with `fp8` those that are not in FP8 are bfloat16."""
     small = dtype == "fp8"
     return list(hf.tensors(c, "bfloat16" if small else dtype, block if small else None).values())
 
@@ -227,7 +227,7 @@ def stored(tensor: Tensor, value: np.ndarray, block: tuple[int, int] = fp8.BLOCK
 
 
 def read_back(tensor: Tensor, value: np.ndarray, block: tuple[int, int] = fp8.BLOCK) -> np.ndarray:
-    """Returns what an importer must read as float32 where `value` was written."""
+    """Returns the float32 values that an importer must read where `value` was written."""
     parts = stored(tensor, value, block)
     if tensor.dtype == fp8.TYPE:
         return fp8.dequantise(*parts.values(), block)
@@ -236,13 +236,13 @@ def read_back(tensor: Tensor, value: np.ndarray, block: tuple[int, int] = fp8.BL
 
 def write_weights(
     folder: Path,
-    found: Sequence[Tensor],
+    all_tensors: Sequence[Tensor],
     value: Callable[[Tensor], np.ndarray],
     shard_bytes: int,
     block: tuple[int, int] = fp8.BLOCK,
 ) -> None:
     """Writes the tensors, whose values `value` returns, to files of at most `shard_bytes`, with an index if several."""
-    shards = _shards(found, shard_bytes)
+    shards = _shards(all_tensors, shard_bytes)
     count, weight_map = len(shards), {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else hf.SINGLE_FILE
@@ -253,15 +253,15 @@ def write_weights(
                     for name, array in stored(tensor, value(tensor), block).items():
                         writer.put(name, array)
     if count > 1:
-        total = sum(tensor.nbytes for tensor in found)
+        total = sum(tensor.nbytes for tensor in all_tensors)
         _write_json(folder / hf.INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _shards(found: Sequence[Tensor], shard_bytes: int) -> list[list[Tensor]]:
+def _shards(all_tensors: Sequence[Tensor], shard_bytes: int) -> list[list[Tensor]]:
     """Returns the tensors by file; a matrix and its factors share one."""
     shards: list[list[Tensor]] = [[]]
     size = 0
-    for unit in _units(found):
+    for unit in _units(all_tensors):
         nbytes = sum(tensor.nbytes for tensor in unit)
         if shards[-1] and size + nbytes > shard_bytes:
             shards.append([])
@@ -271,9 +271,9 @@ def _shards(found: Sequence[Tensor], shard_bytes: int) -> list[list[Tensor]]:
     return shards
 
 
-def _units(found: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _units(all_tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     unit: list[Tensor] = []
-    for tensor in found:
+    for tensor in all_tensors:
         if unit and not tensor.is_scale:
             yield unit
             unit = []

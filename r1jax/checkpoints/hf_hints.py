@@ -1,4 +1,4 @@
-"""What is the matter with the names of a folder's tensors, where a list of missing and unexpected ones would not say it."""
+"""Diagnoses of a folder's tensor names, where a list of missing and unexpected ones would not explain the fault."""
 
 import re
 from collections.abc import Collection
@@ -49,9 +49,10 @@ def fused(names: Collection[str]) -> str:
 
 
 def remedies(stored: Collection[str], wanted: Collection[str], tie: str, beside: str) -> str:
-    """Returns what to do about missing and unexpected tensors, as clauses that follow them; '' when nothing is known.
+    """Returns advice on missing and unexpected tensors, as clauses of one line; '' when there is none.
 
-    `tie` says what config.json states of tie_word_embeddings; `beside` names an index that was left aside, or is ''.
+    `tie` is the state of tie_word_embeddings in config.json, as text; `beside` names an index that was ignored, or is
+    ''.
     """
     clauses = []
     if HEAD in wanted and HEAD not in stored:

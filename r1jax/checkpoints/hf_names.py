@@ -157,7 +157,7 @@ def name_table(c: ModelConfig, interleaved: bool = True) -> tuple[Entry, ...]:
 
     It holds no scalar head, and no selection bias of a softmax router.
 
-    `interleaved` says whether a DeepSeek checkpoint stores rotary dimensions as adjacent pairs (config.json's
+    `interleaved` is whether a DeepSeek checkpoint stores rotary dimensions as adjacent pairs (config.json's
     rope_interleave, true unless stated); the other families are half-split always.
     """
     entries = [Entry("embedding", "model.embed_tokens.weight", SAME)]

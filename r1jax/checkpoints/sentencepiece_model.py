@@ -20,9 +20,10 @@ Prefix = Literal["first", "always", "never"]
 class SentencePieceBackend:
     """Encodes ordinary text with the sentencepiece library; special tokens spelled out in it become their ids.
 
-    Special are the model's control and user-defined pieces, its unknown piece, and what `added` and `special` name.
-    `prefix` says before which parts of a text, cut at special tokens, the model's leading space goes: a part at the very
-    start, every part, or none. transformers reads the same from add_prefix_space and legacy of tokenizer_config.json.
+    Special are the model's control and user-defined pieces, its unknown piece, and what `added` and `special` name. A
+    text is cut into parts at special tokens. `prefix` chooses which parts get the model's leading space: the one at the
+    very start, every one, or none. transformers reads the same from add_prefix_space and legacy of
+    tokenizer_config.json.
     """
 
     def __init__(
@@ -32,7 +33,10 @@ class SentencePieceBackend:
         special: Iterable[str] = (),
         prefix: Prefix = "first",
     ):
-        """`model` is the file's content, `added` the ids of tokens beyond or over it. Raises ValueError for no model."""
+        """`model` is the file's content, `added` the ids of tokens beyond or over it.
+
+        Raises ValueError for no model.
+        """
         proto = sentencepiece_model_pb2.ModelProto()
         try:
             proto.ParseFromString(model)
@@ -43,14 +47,14 @@ class SentencePieceBackend:
         self._model, self._added, self._prefix = model, dict(added or {}), prefix
         self._pieces = self._bare.get_piece_size()
         self._id_of = {piece.piece: index for index, piece in enumerate(proto.pieces)} | self._added
-        own = {piece.piece for piece in proto.pieces if piece.type == CONTROL}
-        own |= {piece.piece for piece in proto.pieces if piece.type == USER_DEFINED and piece.piece.strip(SPACE)}
-        own |= {
+        specials = {piece.piece for piece in proto.pieces if piece.type == CONTROL}
+        specials |= {piece.piece for piece in proto.pieces if piece.type == USER_DEFINED and piece.piece.strip(SPACE)}
+        specials |= {
             proto.pieces[self._bare.unk_id()].piece,
             *self._added,
             *(text for text in special if text in self._id_of),
         }
-        self._special = {text: self._id_of[text] for text in own if text}
+        self._special = {text: self._id_of[text] for text in specials if text}
         self._text_of = {index: text for text, index in self._special.items()}
         longest_first = sorted(self._special, key=len, reverse=True)
         self._cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
@@ -66,7 +70,7 @@ class SentencePieceBackend:
         return processor
 
     def prompt_prefix(self) -> None:
-        """Returns nothing: a model file names a bos token, but does not say whether texts begin with it."""
+        """Returns nothing: a model file names a bos token, but not whether texts begin with it."""
 
     def _at(self, start: bool) -> sentencepiece.SentencePieceProcessor:
         return self._prefixed if self._prefix == "always" or (start and self._prefix == "first") else self._bare

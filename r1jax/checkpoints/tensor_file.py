@@ -1,8 +1,8 @@
 """Safetensors files, read and written one tensor at a time.
 
-A file is the length of its header (8 bytes, little endian), the header (JSON: name -> dtype, shape, data_offsets) and the
-tensors back to back. Only the bytes that are asked for are read, and no page of a file is mapped into the process, so
-its resident memory does not grow with the checkpoint. Format: the README of github.com/huggingface/safetensors.
+A file is the length of its header (8 bytes, little endian), the header (JSON: name -> dtype, shape, data_offsets) and
+the tensors back to back. Only the bytes that are asked for are read, and no page of a file is mapped into the process,
+so its resident memory does not grow with the checkpoint. Format: the README of github.com/huggingface/safetensors.
 """
 
 import json
@@ -31,7 +31,7 @@ _MOST = 1 << 30  # bytes asked of the kernel at once; it moves at most 2 GiB
 
 @dataclass(frozen=True)
 class Stored:
-    """Where one tensor stands: its type as the header writes it, its shape, and its bytes in the file."""
+    """One tensor in a file: its type as the header writes it, its shape, and the range of its bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -136,7 +136,7 @@ class TensorFile:
 class Writer:
     """One file being written: the header at once, then every tensor at its place, in any order.
 
-    `tensors` are (name, type, shape). Wide types stand first in the file, so that every tensor is aligned.
+    `tensors` are (name, type, shape). Wide types come first in the file, so that every tensor is aligned.
     """
 
     def __init__(self, path: str | Path, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]):

@@ -1,4 +1,4 @@
-"""Tokenizers: a Hugging Face folder's tokenizer.json or sentencepiece model, and the tiny world's own word list."""
+"""Tokenizers: a Hugging Face folder's tokenizer.json or sentencepiece model, and the tiny world's word list."""
 
 import copy
 import functools
@@ -15,15 +15,15 @@ from r1jax.checkpoints import sentencepiece_model as spm
 from r1jax.core import errors
 from r1jax.core.say import say
 from r1jax.data import tasks
-from r1jax.schema import ModelConfig, replace
+from r1jax.schema import ModelConfig
 
 GENERATION = "generation_config.json"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-PROBE = "r1jax7741"  # stands for a text whose place in a rendered or encoded one is looked for
+PROBE = "r1jax7741"  # a marker, to locate a text inside a rendered or encoded one
 
 
 class Backend(Protocol):
-    """What turns text into ids and back; special tokens spelled out in the text are one id each."""
+    """Turns text into ids and back; each special token spelled out in the text becomes one id."""
 
     vocab_size: int  # the highest id and 1
 
@@ -54,7 +54,7 @@ class JsonBackend:
         return self._inner.encode(text, add_special_tokens=False).ids
 
     def prompt_prefix(self) -> list[int] | None:
-        """Returns what the post-processor puts before a text; None where it puts nothing."""
+        """Returns the ids that the post-processor puts before a text; None where it has none."""
         plain, whole = self.encode(PROBE), self._inner.encode(PROBE, add_special_tokens=True).ids
         places = range(len(whole) - len(plain) + 1)
         return whole[: next((at for at in places if whole[at : at + len(plain)] == plain), 0)] or None
@@ -73,7 +73,7 @@ class JsonBackend:
 
 
 def _in_parts(messages: Sequence[dict], texts: Sequence[str] = ()) -> list[dict]:
-    """Returns messages whose content is a list of parts, as those of images and text together have it; text for the roles of `texts`."""
+    """Returns messages whose content is a list of parts, as multimodal ones have it, but for the roles of `texts`."""
     return [
         message
         if message["role"] in texts or not isinstance(message["content"], str)
@@ -104,8 +104,8 @@ class Tokenizer:
         self.bos_id = self._special_id("bos_token")
         eos = self._special_id("eos_token")
         if eos is None:
-            given = _token_text(self.config.get("eos_token"))
-            what = "" if given is None else f" in the vocabulary (eos_token={given!r})"
+            eos = _token_text(self.config.get("eos_token"))
+            what = "" if eos is None else f" in the vocabulary (eos_token={eos!r})"
             raise ValueError(
                 f"tokenizer {source}: no eos_token{what}; name the token that ends a response as eos_token in "
                 "tokenizer_config.json (pad_token may be left out: padding is then the end token)"
@@ -132,15 +132,15 @@ class Tokenizer:
 
     @functools.cached_property
     def end_of_turn_id(self) -> int:
-        """The one special token that the chat template writes after what an assistant says; without one, eos_id.
+        """The special token that the chat template writes after an assistant turn; without one, eos_id.
 
-        An end of turn that is no special token is said once on stderr: no single id can stop there.
+        An end of turn that is no special token is reported once on stderr, since no single id can stop there.
         """
         after = self._after_turn()
         known = [text for text in self.backend.special_texts() if text.strip()]
-        found = max((text for text in known if after.startswith(text.strip())), key=len, default=None)
-        if found is not None:
-            return self.backend.token_to_id(found)
+        end_of_turn = max((text for text in known if after.startswith(text.strip())), key=len, default=None)
+        if end_of_turn is not None:
+            return self.backend.token_to_id(end_of_turn)
         if after:
             say(
                 f"tokenizer {self.source}: the chat template ends a turn with {after.splitlines()[0]!r}, which is no special "
@@ -149,11 +149,11 @@ class Tokenizer:
         return self.eos_id
 
     def _after_turn(self) -> str:
-        """Returns what the chat template writes after an assistant's words, stripped; "" without a template."""
+        """Returns the text that the chat template writes after an assistant turn, stripped; "" without a template."""
         turns = [{"role": "user", "content": PROBE[::-1]}, {"role": "assistant", "content": PROBE}]
         try:
             text = self.render_chat(turns, add_generation_prompt=False) if self.chat_template else ""
-        except ValueError:  # rendering the prompts says what is wrong with the template
+        except ValueError:  # rendering the prompts will report what is wrong with the template
             return ""
         return text.rpartition(PROBE)[2].strip() if PROBE in text else ""
 
@@ -183,7 +183,7 @@ class Tokenizer:
             ) from None
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Returns the ids of a prompt, which begin with the bos token, once, where the tokenizer puts one before a text."""
+        """Returns the ids of a prompt, beginning with one bos token where the tokenizer puts one before a text."""
         ids, prefix = self.encode(text), self._prompt_prefix
         starts = ids[: len(prefix)] == prefix or (self.bos_id is not None and ids[:1] == [self.bos_id])
         return ids if starts else prefix + ids
@@ -207,14 +207,14 @@ class Tokenizer:
             text = bare.removesuffix(next(end for end in ends if bare.endswith(end)))
         return [*self.encode(text), self.end_of_turn_id if end_id is None else end_id]
 
-    def defused(self, text: str) -> str:
-        """Returns the text with a space inside every special token that it spells out, so that `encode` makes none of it.
+    def escape_special_tokens(self, text: str) -> str:
+        """Returns the text with a space inside every special token that it spells out, so that `encode` yields none.
 
-        For text of strangers inside a prompt: a spelled-out end of turn would close the turn that quotes it.
+        It is for untrusted text inside a prompt, where a spelled-out end of turn would close the turn that quotes it.
         """
         if self._spelled is None:
-            found = {token for token in self.backend.special_texts() if len(token) > 1 and token.strip() == token}
-            longest_first = sorted(found, key=len, reverse=True)
+            specials = {token for token in self.backend.special_texts() if len(token) > 1 and token.strip() == token}
+            longest_first = sorted(specials, key=len, reverse=True)
             self._spelled = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         while (broken := self._spelled.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)) != text:
             text = broken
@@ -237,8 +237,9 @@ class Tokenizer:
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Returns the chat template applied to messages (role, content), rendered in a sandbox.
 
-        Where that leaves out what a user says, or fails, contents are given as lists of one text part, which some templates
-        ask for, of all turns or of those that are not the system's. Raises ValueError without a template, and in one line for whatever goes wrong inside it.
+        Where rendering fails, or leaves out a user turn, contents are passed as lists of one text part, which some
+        templates expect, first for all turns and then for all but the system's. Raises ValueError without a template,
+        and in one line for any error inside it.
         """
         if not self.chat_template:
             raise ValueError(f"tokenizer {self.source}: no chat template; set --config.data.template=r1_zero or plain")
@@ -260,20 +261,20 @@ class Tokenizer:
         return text
 
     def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        """Returns the template with the names that transformers gives it: every special token that is named, no tools."""
+        """Returns the template rendered with the values that transformers passes: named special tokens, no tools."""
         extra = self.config.get("extra_special_tokens")
         named = {name: value for name, value in self.config.items() if name.endswith("_token")}
         tokens = {
             name: _token_text(value) for name, value in (named | (extra if isinstance(extra, dict) else {})).items()
         }
-        given = {name: text for name, text in tokens.items() if text is not None}
-        given |= dict(messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt)
-        return chat.render(self.chat_template, given)
+        values = {name: text for name, text in tokens.items() if text is not None}
+        values |= dict(messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt)
+        return chat.render(self.chat_template, values)
 
     def save(self, folder: Path) -> None:
-        """Writes the tokenizer's own file and tokenizer_config.json, from which `from_folder` and transformers read it.
+        """Writes the tokenizer's file and tokenizer_config.json, from which `from_folder` and transformers read it.
 
-        Stop ids that these do not name stand in generation_config.json, where the folder has none yet.
+        Other stop ids go into generation_config.json, where the folder has none yet.
         """
         self.backend.save(folder)
         config = _for_older_readers(self.config, isinstance(self.backend, JsonBackend))
@@ -316,17 +317,17 @@ def from_folder(folder: str | Path) -> Tokenizer:
         backend = _json_backend(folder / "tokenizer.json")
         return Tokenizer(backend, config, template, str(folder), _stated_stops(folder, backend))
     backend = _sentencepiece_backend(folder, config)
-    # What the model names itself is written into the config, so that a saved folder states it.
-    given = {name: value for name, value in config.items() if value is not None}
-    config = backend.own_tokens() | {"tokenizer_class": "LlamaTokenizer"} | given
+    # The special tokens that the model file names are written into the config, so that a saved folder states them.
+    stated = {name: value for name, value in config.items() if value is not None}
+    config = backend.own_tokens() | {"tokenizer_class": "LlamaTokenizer"} | stated
     return Tokenizer(backend, config, template, str(folder), _stated_stops(folder, backend))
 
 
 def _stated_stops(folder: Path, backend: Backend) -> list[int]:
     """Returns the eos_token_id (a number or several) of config.json and generation_config.json, those that are tokens.
 
-    The text part of a model of several media counts too. An id that is no token, or an ordinary one, and stop_strings, which are not
-    read, are said on stderr. Raises ValueError for what is no id.
+    The text part of a multimodal model counts too. Ids that are no token or an ordinary one, and stop_strings, which
+    are not read, are reported on stderr. Raises ValueError for a value that is no id.
     """
     special = {backend.token_to_id(text) for text in backend.special_texts()}
     file_of_id: dict[int, str] = {}
@@ -354,10 +355,11 @@ def _stated_stops(folder: Path, backend: Backend) -> list[int]:
     return kept
 
 
-def fitted(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """Returns the model with `vocab_used` set: rows beyond the tokenizer's highest id are neither drawn nor normalised over.
+def vocab_used(model: ModelConfig, tokenizer: Tokenizer) -> int:
+    """Returns config.compute.vocab_used: rows beyond the tokenizer's highest id are neither drawn nor normalised over.
 
-    Raises ValueError where the tokenizer has ids that the model has no rows for.
+    Rows beyond the tokenizer's highest id are then neither sampled nor part of the softmax. Raises ValueError where the
+    tokenizer has ids that the model has no rows for.
     """
     size = tokenizer.vocab_size
     if size > model.vocab_size:
@@ -365,7 +367,7 @@ def fitted(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
             f"tokenizer {tokenizer.source} has {size} ids, but the model only {model.vocab_size} rows (vocab_size of "
             "config.json); give the tokenizer that belongs to the weights"
         )
-    return replace(model, vocab_used=0 if size == model.vocab_size else size)
+    return 0 if size == model.vocab_size else size
 
 
 def _chat_template(folder: Path, stated: Any) -> str:
@@ -409,7 +411,7 @@ def _sentencepiece_backend(folder: Path, config: dict) -> spm.SentencePieceBacke
     """Returns the backend of tokenizer.model; tokens beyond it go into `config` as transformers writes them.
 
     added_tokens.json and added_tokens_decoder give their ids; add_prefix_space and legacy (both as transformers
-    defaults them: true, false) say where a leading space goes.
+    defaults them: true, false) decide where a leading space goes.
     """
     decoder = dict(config.get("added_tokens_decoder") or {})
     for token, index in _read_json(folder / "added_tokens.json").items():

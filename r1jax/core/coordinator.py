@@ -1,7 +1,7 @@
 """The process that keeps JAX's coordination service for a run of several processes.
 
-JAX would keep it in process 0, and a killed process 0 would take all others down without a word. Process 0 starts this one
-instead; it outlives process 0 for a while, so that the others can learn what happened and end in order.
+JAX would keep it in process 0, and a killed process 0 would take all others down without a word. Process 0 starts this
+one instead; it outlives process 0 for a while, so that the others can learn what happened and end in order.
 """
 
 import contextlib

@@ -1,8 +1,9 @@
 """Several processes of one run: start-up, and values that one process sends to the others.
 
-Every process runs the same program and takes the same decisions; where a decision depends on time or on a file, process 0
-takes it and the others receive it. These messages go through JAX's coordination service, not through the devices.
-`core.watch` ends all processes when one is lost. With one process nothing is started, and every function returns at once.
+Every process runs the same program and takes the same decisions; where a decision depends on time or on a file, process
+0 takes it and the others receive it. These messages go through JAX's coordination service, not through the devices.
+`core.watch` ends all processes when one is lost. With one process nothing is started, and every function returns at
+once.
 """
 
 import base64
@@ -35,9 +36,9 @@ def start(
 ) -> None:
     """Joins the processes of a run; to be called before anything uses a JAX device. Nothing happens with one process.
 
-    `coordinator` is HOST:PORT of process 0. With "auto", or without one on a pod of TPU hosts that the environment names,
-    JAX finds address, number and place itself. Raises ValueError for values that do not go together, and ends the process,
-    printing why, when the others do not come within `deadline_s`.
+    `coordinator` is HOST:PORT of process 0. With "auto", or without one on a pod of TPU hosts that the environment
+    names, JAX finds address, number and place itself. Raises ValueError for values that do not go together, and ends
+    the process, printing why, when the others do not come within `deadline_s`.
     """
     global _connection
     if _connection is not None:
@@ -198,7 +199,7 @@ class _Connection:
         if self.index == 0:
             self._client.key_value_set_bytes(key, _encode([name, value]))
             self._sent.append(key)
-            return _decode(_encode(value))  # what the others get, so that all go on with the same
+            return _decode(_encode(value))  # the value as the others receive it, so that all continue with the same one
         # Process 0, when it waits too long itself, knows for whom: it has the time to publish that first.
         limit = time.monotonic() + deadline_s + _GRACE_S
         return self._receive(key, name, 0, limit, deadline_s + _GRACE_S)

@@ -26,7 +26,7 @@ def _rows(path: Path) -> list[dict]:
 
 
 def _encode(update: int, values: Mapping[str, float]) -> bytes:
-    """Returns a row as one line with sorted keys: integers as they are, floats as the shortest text that reads back the same."""
+    """Returns a row as one line, with sorted keys and floats as the shortest text that reads back the same."""
     row: dict[str, int | float] = {"update": int(update)}
     for name, value in values.items():
         if name == "update":

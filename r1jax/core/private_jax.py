@@ -1,4 +1,4 @@
-"""The private parts of JAX that runs of several processes rest on: its coordination service, as a server and as a client.
+"""The private parts of JAX that runs of several processes need: its coordination service, server and client.
 
 JAX may move or change them in any release. Nothing else in the package uses a private name of JAX.
 """
@@ -24,7 +24,7 @@ CLIENT_METHODS = (
 
 
 def check() -> None:
-    """Raises ValueError, naming the version of JAX and what it lacks, when it has not all that is needed here."""
+    """Raises ValueError, naming the version of JAX and the missing part, when this JAX lacks a part used here."""
     _member(*_STATE)
     _member(*_SERVICE)
     client = _member(*_CLIENT)

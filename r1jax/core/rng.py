@@ -1,7 +1,7 @@
 """The one key scheme: every random draw is keyed by (seed, stage, draw, sample, position, purpose).
 
-`draw` is the global counter of the prompt stream, `sample` the index in its group, `position` the index of the new token.
-No key depends on slot, batch, mesh, order or time.
+`draw` is the global counter of the prompt stream, `sample` the index in its group, `position` the index of the new
+token. No key depends on slot, batch, mesh, order or time.
 """
 
 import functools

@@ -65,7 +65,7 @@ def ones(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: shape, a logical axis name (or None) per dimension, initialiser, dtype (None: the caller's)."""
+    """One parameter: shape, a logical axis or None for each dimension, initialiser, and dtype (None: the policy's)."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
@@ -239,7 +239,7 @@ def device() -> jax.Device:
 
 
 def use_pallas(field: str, value: str) -> bool:
-    """Returns whether config.model.<field>=value asks for the Pallas TPU kernels; `auto` does on a TPU, `xla` never.
+    """Returns whether config.compute.<field>=value asks for the Pallas TPU kernels; `auto` does on a TPU, `xla` never.
 
     Raises ValueError where it asks for them and the device is neither a TPU nor a CPU, which interprets them.
     """
@@ -248,7 +248,7 @@ def use_pallas(field: str, value: str) -> bool:
         return False
     if platform not in ("tpu", "cpu"):
         raise ValueError(
-            f"ModelConfig.{field}={value} needs a TPU, or a CPU to interpret it; a {platform} needs {field}=xla"
+            f"ComputeConfig.{field}={value} needs a TPU, or a CPU to interpret it; a {platform} needs {field}=xla"
         )
     return True
 

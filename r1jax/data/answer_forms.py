@@ -1,7 +1,7 @@
 r"""Other ways to write a mathematical answer, and near misses, made by work on its text.
 
-Shares no code with the graders, so that it can measure them: `rewritings` are equal to the answer by arithmetic on its numerals or
-by a rule of notation, `perturbations` are different from it.
+Shares no code with the graders, so that it can measure them: `rewritings` are equal to the answer by arithmetic on its
+numerals or by a rule of notation, `perturbations` are different from it.
 """
 
 import re
@@ -28,7 +28,7 @@ Forms = dict[str, str]  # kind -> text
 
 
 def rewritings(gold: str) -> Forms:
-    """Returns texts that mean the same as a LaTeX answer, by kind; at least 5 for every kind of answer this module reads."""
+    """Returns texts that mean the same as a LaTeX answer, by kind; at least 5 for every kind of answer known here."""
     gold = gold.strip()
     forms = {
         "trailing_period": gold + ".",
@@ -144,7 +144,7 @@ def _number_forms(value: Fraction, currency: str, unit: str) -> Forms:
 
 
 def _notation_forms(gold: str) -> Forms:
-    """Returns what rules of LaTeX notation make of any formula."""
+    """Returns forms that follow from rules of LaTeX notation, for any formula."""
     forms = {
         "dfrac": re.sub(r"\\d?frac(?![a-z])", r"\\dfrac", gold),
         "tfrac": re.sub(r"\\d?frac(?![a-z])", r"\\tfrac", gold),
@@ -163,7 +163,7 @@ def _notation_forms(gold: str) -> Forms:
 
 
 def _structure_forms(gold: str) -> Forms:
-    """Returns what the meaning of sets, intervals, tuples, matrices, equations and terms allows."""
+    """Returns forms that follow from the meaning of sets, intervals, tuples, matrices, equations and terms."""
     plain = re.sub(r"\\(left|right)(?![a-z])\s*", "", gold).strip()
     if (matrix := _MATRIX.fullmatch(plain)) is not None:
         entries = re.sub(r"(-?\d+)/(\d+)", r"\\frac{\1}{\2}", matrix[1])
@@ -234,7 +234,10 @@ def _every_numeral(text: str, write: Callable[[int], str]) -> str:
 
 
 def _change(gold: str, place: int) -> str:
-    """Returns the answer with one of its numerals one higher in its last digit; "" when it has none. Units keep theirs."""
+    """Returns the answer with one of its numerals one higher in its last digit; "" when it has none.
+
+    Units keep theirs.
+    """
     end = tail.start() if (tail := _UNIT_TAIL.search(gold)) else len(gold)
     numerals = list(_NUMERAL.finditer(gold, 0, end))
     if not numerals:
@@ -247,7 +250,7 @@ def _change(gold: str, place: int) -> str:
 
 
 def _negated(gold: str) -> str:
-    """Returns the answer with the sign of its first term that is not 0 (member, entry, side) turned; "" when it has none."""
+    """Returns the answer with the sign of its first nonzero term (member, entry, side) changed; "" without one."""
     text = _unwrapped(gold)
     match = _SIGN.search(text)
     if match is None or not re.search(r"[1-9A-Za-z]", text):
@@ -286,7 +289,7 @@ def _broken_structure(gold: str) -> Forms:
 
 
 def option_rewritings(letter: str, options: Mapping[str, str]) -> Forms:
-    """Returns texts that name one option of a multiple choice, by kind; its own text only where no other option shares it."""
+    """Returns texts that name one option of a multiple choice, by kind; its text if no other option has it."""
     text = options[letter]
     forms = {
         "letter": letter,

@@ -72,11 +72,11 @@ class Writer:
         return self.bounded(problem, guess + step)
 
     def bounded(self, problem: Linear, guess: int) -> int:
-        """Returns the guess within what can be written: a * g + b at most 99."""
+        """Returns the guess, limited so that a * g + b is at most 99, the largest number of the vocabulary."""
         return int(np.clip(guess, 1, (MAX_NUMBER - problem.b) // problem.a))
 
     def tries(self, problem: Linear, language: str, go_on: float) -> tuple[str, int]:
-        """Returns the checks of a document and the last guess; after a wrong check it goes on with probability go_on."""
+        """Returns the checks of a document and the last guess; it goes on after a wrong one with probability `go_on`."""
         guess, parts = self.first_guess(problem), []
         for attempt in range(MAX_TRIES):
             text, total = self.check(problem, guess)

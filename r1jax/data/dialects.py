@@ -59,8 +59,11 @@ _WORKED_END = re.compile(r"\s*(?<!#)####(?!#)[ \t]*(\S[^\n]*?)\s*\Z")
 
 
 def mapping(columns: Sequence[str]) -> dict[str, str]:
-    """Returns {their name: ours} of THEIRS=OURS. ValueError, naming the field, for another form, an unknown or repeated name."""
-    found: dict[str, str] = {}
+    """Returns {their name: ours} of THEIRS=OURS.
+
+    ValueError, naming the field, for another form, an unknown or repeated name.
+    """
+    ours_by_theirs: dict[str, str] = {}
     for column in columns:
         theirs, equals, ours = (part.strip() for part in column.partition("="))
         if not (theirs and equals and ours):
@@ -71,10 +74,10 @@ def mapping(columns: Sequence[str]) -> dict[str, str]:
                 f"{COLUMNS}: {column!r}: no field {ours!r}; "
                 + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(FIELDS)}")
             )
-        if theirs in found or ours in found.values():
-            raise ValueError(f"{COLUMNS}: {column!r}: {theirs if theirs in found else ours!r} is mapped twice")
-        found[theirs] = ours
-    return found
+        if theirs in ours_by_theirs or ours in ours_by_theirs.values():
+            raise ValueError(f"{COLUMNS}: {column!r}: {theirs if theirs in ours_by_theirs else ours!r} is mapped twice")
+        ours_by_theirs[theirs] = ours
+    return ours_by_theirs
 
 
 def check_mapping(names: Mapping[str, str], rows: Sequence[Mapping], path: str) -> None:
@@ -91,9 +94,10 @@ def check_mapping(names: Mapping[str, str], rows: Sequence[Mapping], path: str) 
 
 
 def canonical(row: Mapping, names: Mapping[str, str], place: str) -> tuple[dict, list[str]]:
-    """Returns (the fields of a row under our names, remarks on what was read as what).
+    """Returns (the fields of a row under our names, remarks on how fields were read).
 
-    `names` is {their name: ours}. Raises ValueError, naming the place, for a row that has no prompt or that cannot be read.
+    `names` is {their name: ours}. Raises ValueError, naming the place, for a row that has no prompt or that cannot be
+    read.
     """
     fields, remarks = _renamed(row, names)
     try:
@@ -118,12 +122,12 @@ def canonical(row: Mapping, names: Mapping[str, str], place: str) -> tuple[dict,
 
 
 def missing(field: str, row: Mapping, place: str) -> str:
-    """Returns the error of a row without a field: what the row has, and which of it is likely the field."""
+    """Returns the error for a row without a field; it lists the fields of the row and names the one likely meant."""
     return f"{place}: field {field!r} is missing; {what_it_has(field, row)}"
 
 
 def what_it_has(field: str, row: Mapping) -> str:
-    """Returns, for the error of a row without a field, what the row has and how the field that is likely meant is mapped."""
+    """Returns the second half of `missing`: the fields of the row, and the option that maps the one likely meant."""
     likely = _likely(field, list(row)) or "NAME"
     return f"the row has {', '.join(map(repr, row)) or 'no fields'}; map one with --{COLUMNS}={likely}={field}"
 
@@ -182,29 +186,29 @@ def _system(fields: dict) -> list[str]:
 
 
 def _preferences(fields: dict) -> list[str]:
-    """Pairs of whole conversations, as messages or as one text: what both share is the prompt."""
+    """Pairs of whole conversations, as messages or as one text: the turns that both share are the prompt."""
     pair = [fields.get(name) for name in ("chosen", "rejected")]
     if all(isinstance(side, str) for side in pair):
         return [] if "prompt" in fields else _transcripts(fields, pair)
     if not any(isinstance(side, list) for side in pair):
         return []
-    said: list[str] = []
+    all_remarks: list[str] = []
     before = []
     for name, side in zip(("chosen", "rejected"), pair, strict=True):
-        found, remarks = turns.read(side, name)
-        prompt, response = turns.split_last(found)
+        conversation, remarks = turns.read(side, name)
+        prompt, response = turns.split_last(conversation)
         if response is None:
             raise ValueError(f"field {name!r} does not end in an assistant turn")
         fields[name] = response
         before.append(prompt)
-        said += remarks
+        all_remarks += remarks
     if before[0] != before[1]:
         raise ValueError("'chosen' and 'rejected' differ before their last turn; they need one prompt")
     if before[0] and "prompt" not in fields:
         fields["prompt"] = before[0]
     elif isinstance(before[0], list) and len(before[0]) > 1:
-        fields["prompt"] = before[0]  # the row's own prompt is its first turn alone
-    return [*said, "last turns of chosen and rejected compared, the turns before them are the prompt"]
+        fields["prompt"] = before[0]  # the row's prompt field holds the first turn only
+    return [*all_remarks, "last turns of chosen and rejected compared, the turns before them are the prompt"]
 
 
 def _transcripts(fields: dict, pair: list[str]) -> list[str]:
@@ -229,9 +233,9 @@ def _choices(fields: dict) -> list[str]:
         return []
     if len(texts) > len(_LETTERS):
         raise ValueError(f"field {name!r} has {len(texts)} choices, at most {len(_LETTERS)} can be graded")
-    given = next((key for key in ("answer", "answerKey", "answer_index", "label") if key in fields), "")
-    if given:
-        fields["answer"] = _letter(fields.pop(given), labels, texts, given)
+    answer_field = next((key for key in ("answer", "answerKey", "answer_index", "label") if key in fields), "")
+    if answer_field:
+        fields["answer"] = _letter(fields.pop(answer_field), labels, texts, answer_field)
     lines = [f"{letter}. {text}" for letter, text in zip(_LETTERS, texts, strict=False)]
     fields["prompt"] = "\n".join([fields.pop(asked).rstrip(), *lines])
     fields.setdefault("task", "mcq")
@@ -251,9 +255,9 @@ def _options(value: object) -> tuple[list[str], list[str]]:
     if None in value:
         raise ValueError(f"one of the choices {value} is null, each needs text")
     texts = [str(text) for text in value]
-    own = [_OWN_LETTER.match(text) for text in texts]
-    if all(match and match[1] == letter for match, letter in zip(own, _LETTERS, strict=False)):
-        texts = [text[match.end() :] for text, match in zip(texts, own, strict=False)]
+    letters = [_OWN_LETTER.match(text) for text in texts]
+    if all(match and match[1] == letter for match, letter in zip(letters, _LETTERS, strict=False)):
+        texts = [text[match.end() :] for text, match in zip(texts, letters, strict=False)]
     return list(map(str, labels)) or list(_LETTERS[: len(texts)]), texts
 
 
@@ -265,10 +269,12 @@ def _letter(answer: object, labels: list[str], texts: list[str], name: str) -> s
             return _LETTERS[answer]
     if isinstance(answer, str):
         bare = answer.strip().strip("().")
-        found = {index for index, label in enumerate(labels) if label == bare}
-        found |= {index for index, text in enumerate(texts) if text.strip() == answer.strip()} if not found else set()
-        if len(found) == 1:
-            return _LETTERS[found.pop()]
+        matches = {index for index, label in enumerate(labels) if label == bare}
+        matches |= (
+            {index for index, text in enumerate(texts) if text.strip() == answer.strip()} if not matches else set()
+        )
+        if len(matches) == 1:
+            return _LETTERS[matches.pop()]
     raise ValueError(
         f"field {name!r} is {answer!r}, needs the number of one of {len(texts)} choices from 0, its label or its text"
     )
@@ -286,8 +292,8 @@ def _verl(fields: dict) -> list[str]:
 
 
 def _alpaca(fields: dict) -> list[str]:
-    given = fields.get("input")
-    if "prompt" in fields or not isinstance(given, str) or not isinstance(fields.get("instruction"), str):
+    more = fields.get("input")
+    if "prompt" in fields or not isinstance(more, str) or not isinstance(fields.get("instruction"), str):
         return []
     fields["prompt"] = "\n\n".join(part for part in (fields.pop("instruction"), fields.pop("input")) if part.strip())
     return ["instruction and input read as prompt"]
@@ -311,8 +317,8 @@ def _synonyms(fields: dict) -> list[str]:
             continue
         there = [name for name in names if name in fields]
         if len({repr(fields[name]) for name in there}) > 1:
-            told = " and ".join(map(repr, there))
-            raise ValueError(f"fields {told} may each be the {ours}; map one with --{COLUMNS}={there[0]}={ours}")
+            candidates = " and ".join(map(repr, there))
+            raise ValueError(f"fields {candidates} may each be the {ours}; map one with --{COLUMNS}={there[0]}={ours}")
         if there:
             remarks += _fill(fields, ours, there[0], _only(fields[there[0]]))
     return remarks
@@ -342,10 +348,10 @@ def _conversation(fields: dict) -> list[str]:
     name = next((name for name in ("messages", "conversations", "conversation") if name in fields), "")
     remarks: list[str] = []
     if name:
-        found, remarks = turns.read(fields.pop(name), name)
-        found = _with_system(found, fields)
-        fields["messages"] = found
-        prompt, response = turns.split_last(found)
+        conversation, remarks = turns.read(fields.pop(name), name)
+        conversation = _with_system(conversation, fields)
+        fields["messages"] = conversation
+        prompt, response = turns.split_last(conversation)
         if "prompt" not in fields or (response is not None and "response" not in fields and _is_first(fields, prompt)):
             fields["prompt"] = prompt
         if response is not None and "response" not in fields:
@@ -356,8 +362,8 @@ def _conversation(fields: dict) -> list[str]:
         remarks.append("prompt, a conversation as JSON text, read as messages")
         prompt = fields["prompt"] = turns.read(prompt, "prompt")[0]
     if isinstance(prompt, list):
-        fields["prompt"], said = turns.read(prompt, "prompt")
-        remarks += said
+        fields["prompt"], prompt_remarks = turns.read(prompt, "prompt")
+        remarks += prompt_remarks
     if (
         isinstance(prompt, str | list)
         and not name
@@ -371,25 +377,27 @@ def _conversation(fields: dict) -> list[str]:
 
 
 def _is_first(fields: Mapping, turns_before: str | list[dict]) -> bool:
-    """Returns whether a row's own prompt is only the first of several turns, so that the response does not answer it."""
+    """Returns whether a row's prompt is only the first of several turns, so that the response does not answer it."""
     return isinstance(turns_before, list) and sum(turn["role"] == "user" for turn in turns_before) > 1
 
 
-def _with_system(found: list[dict], fields: Mapping) -> list[dict]:
+def _with_system(conversation: list[dict], fields: Mapping) -> list[dict]:
     system = fields.get("system")
-    if not isinstance(system, str) or not system.strip() or found[0]["role"] == "system":
-        return found
-    return [{"role": "system", "content": system}, *found]
+    if not isinstance(system, str) or not system.strip() or conversation[0]["role"] == "system":
+        return conversation
+    return [{"role": "system", "content": system}, *conversation]
 
 
 def _finish(fields: dict) -> list[str]:
-    """Checks types, makes id, answer and source text, and merges a thought that stands in its own column."""
+    """Checks types, turns id, answer and source into text, and merges a thought from a separate column."""
     for name in ("response", "chosen", "rejected"):
         if isinstance(fields.get(name), list):
-            found, _ = turns.read(fields[name], name)
-            if len(found) != 1 or found[0]["role"] != "assistant":
-                raise ValueError(f"field {name!r} is a list of {len(found)} messages, one assistant turn is needed")
-            fields[name] = found[0]["content"]
+            conversation, _ = turns.read(fields[name], name)
+            if len(conversation) != 1 or conversation[0]["role"] != "assistant":
+                raise ValueError(
+                    f"field {name!r} is a list of {len(conversation)} messages, one assistant turn is needed"
+                )
+            fields[name] = conversation[0]["content"]
     for name, kinds in {"id": (str, int), "answer": (str, int, float), "source": (str, int)}.items():
         value = fields.get(name)
         if value is None:

@@ -47,31 +47,33 @@ class Table:
 def read(path: str, columns: Sequence[str] = (), limit: int = 0) -> Table:
     """Returns the rows of data at a path, of which `limit` are read if it is not 0.
 
-    A path is a file of JSON Lines (also .gz) or Parquet, a folder of such files or of a saved data set, each with `:split` behind it
-    where there are several, or ORG/NAME[:config][:split] of the Hub. `columns` are THEIRS=OURS: they win over what is recognised.
-    Every row has an `id` (text, `row-N` where none is given) and a `prompt` (text or a list of messages).
-    Raises ValueError, in one line with file and line or row, for what cannot be read.
+    A path is a file of JSON Lines (also .gz) or Parquet, a folder of such files or of a saved data set, each with
+    `:split` behind it where there are several, or ORG/NAME[:config][:split] of the Hub. `columns` are THEIRS=OURS; they
+    come before the names that are recognised. Every row has an `id` (text, `row-N` where none is given) and a `prompt`
+    (text or a list of messages). Raises ValueError, in one line with file and line or row, for data that cannot be
+    read.
     """
     mapping = dialects.mapping(columns)
     raw, notes = _raw(path, limit)
     counts: Counter = Counter()
     rows = []
-    for place, given in raw:
-        fields, remarks = dialects.canonical(given, mapping, place)
+    for place, raw_row in raw:
+        fields, remarks = dialects.canonical(raw_row, mapping, place)
         counts.update(remarks)
         if "meta" in fields:
             fields["meta"] = _without_nan(fields["meta"])
         rows.append(Row(fields, place))
     if not rows:
         raise ValueError(f"{path}: no rows, at least one is needed")
-    dialects.check_mapping(mapping, [given for _, given in raw], path)
+    dialects.check_mapping(mapping, [raw_row for _, raw_row in raw], path)
     notes += [f"{remark} ({count} of {len(rows)} rows)" for remark, count in counts.items()]
     return Table(rows, notes + _name_rows(rows))
 
 
 def digest(path: str) -> str:
-    """Returns the sha256 of what `read` reads at a path: a file's content, the names and contents of a folder's files, a Hub set's rows.
+    """Returns the sha256 of the data at a path.
 
+    It covers a file's content, the names and contents of a folder's files, or the rows of a Hub set. Raises
     ValueError when there is nothing there.
     """
     local, split = _local(path)
@@ -109,7 +111,7 @@ def _are_ids(values: list) -> bool:
 
 
 def _raw(path: str, limit: int) -> tuple[list[tuple[str, dict]], list[str]]:
-    """Returns ([(place, row as it stands)], remarks)."""
+    """Returns ([(place, row as the file has it)], remarks)."""
     local, split = _local(path)
     if local is None:
         return list(_saved_rows(_from_hub(path), path, limit)), []
@@ -178,12 +180,12 @@ def _parquet_rows(path: Path, limit: int) -> Iterator[tuple[str, dict]]:
 
 
 def _files_of(folder: Path, split: str) -> tuple[list[Path], list[str]]:
-    """Returns (files of a folder that hold its rows, of one split where their names tell of several; remarks)."""
+    """Returns (files with the rows of a folder, those of one split where file names mark several; remarks)."""
     if _is_saved(folder):
         return _saved_files(folder, split), []
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_hidden(path.relative_to(folder)))
-    parquet = [path for path in found if path.suffix == ".parquet"]
-    lines = [path for path in found if path.name.endswith(_LINES[:2])]
+    members = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_hidden(path.relative_to(folder)))
+    parquet = [path for path in members if path.suffix == ".parquet"]
+    lines = [path for path in members if path.name.endswith(_LINES[:2])]
     if parquet and lines:
         raise ValueError(f"{folder}: holds both Parquet and JSON Lines files; give one of them")
     files = parquet or lines
@@ -276,7 +278,7 @@ def _saved_rows(dataset, path: str, limit: int) -> Iterator[tuple[str, dict]]:
 
 def _finite(row: dict, place: str) -> dict:
     """Returns a row of a table without the columns whose numbers are not finite; ValueError for one that we read."""
-    faults = {name: found for name, value in row.items() if (found := jsonl.fault({name: value}, jsonl.FREE))}
+    faults = {name: fault for name, value in row.items() if (fault := jsonl.fault({name: value}, jsonl.FREE))}
     for name, (field, what) in faults.items():
         if name in dialects.KNOWN:
             raise ValueError(f"{place}: field {field!r} {what}")
@@ -306,9 +308,9 @@ def _file_digest(path: Path) -> str:
 
 
 def plain(value: object) -> object:
-    """Returns a value of a table as JSON would hold it: without nulls in objects, dates and decimals as text, bytes as UTF-8 text.
+    """Returns a value of a table as JSON would hold it.
 
-    Bytes that are no text become None.
+    Nulls in objects are left out, dates and decimals become text, bytes UTF-8 text. Bytes that are no text become None.
     """
     if isinstance(value, Mapping):
         members = {str(name): plain(member) for name, member in value.items()}

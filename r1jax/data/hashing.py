@@ -22,7 +22,7 @@ def splitmix64(values: np.ndarray) -> np.ndarray:
 
 
 def hash64(*parts: int | str) -> int:
-    """Returns a 64-bit unsigned hash of the parts in order (blake2b); 1 and "1" differ, so do ("ab", "c") and ("a", "bc").
+    """Returns a 64-bit unsigned hash of the parts in order (blake2b); 1 and "1" differ, ("ab", "c") and ("a", "bc") too.
 
     Raises ValueError for a part that is neither a whole number nor text.
     """

@@ -32,7 +32,7 @@ FREE = ("meta",)  # may hold NaN, as remarks of public sets do
 _JSON_NAMES = {str: "a string", int: "an integer", float: "a number"}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _GZIP = b"\x1f\x8b"
-_OTHER_FORMATS = {  # first bytes of a file: what to say of it
+_OTHER_FORMATS = {  # first bytes of a file -> the format, for the error
     b"PAR1": "a Parquet file; name it .parquet",
     b"ARROW1": "an Arrow file; give the folder of the saved data set",
     b"PK\x03\x04": "a Zip archive; unpack it first",
@@ -47,8 +47,9 @@ _OTHER_FORMATS = {  # first bytes of a file: what to say of it
 def read(path: str | os.PathLike, required: Sequence[str] = ()) -> list[dict]:
     """Returns the rows of a JSON Lines file (`.gz` is decompressed); blank lines are skipped.
 
-    Each row must be an object that has every field of `required`, not null; required fields named in FIELD_TYPES must have that type.
-    Raises ValueError, in one line, for a missing or unreadable file, a bad row, and a file without rows.
+    Each row must be an object that has every field of `required`, not null; required fields named in FIELD_TYPES must
+    have that type. Raises ValueError, in one line, for a missing or unreadable file, a bad row, and a file without
+    rows.
     """
     return [row for _, row in read_numbered(path, required)]
 
@@ -56,9 +57,10 @@ def read(path: str | os.PathLike, required: Sequence[str] = ()) -> list[dict]:
 def read_numbered(path: str | os.PathLike, required: Sequence[str] = (), limit: int = 0) -> list[tuple[int, dict]]:
     """Returns (line number from 1, row) of each row, as `read`; of the first `limit` rows alone if it is not 0.
 
-    A byte order mark (also further down, where files were joined), CRLF and a compressed file under any name are read; a number
-    that no float holds exactly keeps its digits as text (`str`). Refused, with the line: a field given twice, NaN and
-    infinite numbers outside `meta`, integers too long for Python, text with half of a surrogate pair, what is no UTF-8.
+    A byte order mark (also further down, where files were joined), CRLF and a compressed file under any name are read;
+    a number that no float holds exactly keeps its digits as text (`str`). Refused, with the line: a field given twice,
+    NaN and infinite numbers outside `meta`, integers too long for Python, text with half of a surrogate pair, bytes
+    that are not UTF-8.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -95,10 +97,10 @@ def write(path: str | os.PathLike, rows: Iterable[Mapping]) -> int:
 
 
 def fault(value: object, free: Sequence[str] = ()) -> tuple[str, str] | None:
-    """Returns (path of the field, what is wrong) of the first text or number in a value that cannot be used; None without any.
+    """Returns (path of the field, fault) of the first text or number in a value that cannot be used; None without one.
 
-    Those are text with half of a surrogate pair, and numbers that are not finite, which only the fields named in `free` may hold.
-    The path reads `tests.cases[2].input`.
+    Those are text with half of a surrogate pair, and numbers that are not finite, which only the fields named in `free`
+    may hold. The path reads `tests.cases[2].input`.
     """
     return _fault(value, True, free)
 
@@ -117,15 +119,18 @@ def _fault(value: object, finite: bool, free: Sequence[str]) -> tuple[str, str] 
     else:
         return None
     for step, member in members:
-        if found := _fault(member, finite and step not in free, ()):
-            rest = found[0] if not found[0] or found[0].startswith("[") else f".{found[0]}"
-            return step + rest, found[1]
+        if inner := _fault(member, finite and step not in free, ()):
+            rest = inner[0] if not inner[0] or inner[0].startswith("[") else f".{inner[0]}"
+            return step + rest, inner[1]
     return None
 
 
 @contextmanager
 def _opened(path: pathlib.Path) -> Iterator[Iterable[bytes]]:
-    """Gives the lines of a file, decompressed if it begins as gzip does. ValueError for a file of another known format."""
+    """Gives the lines of a file, decompressed if it begins as gzip does.
+
+    ValueError for a file of another known format.
+    """
     with path.open("rb") as raw:
         start = raw.peek(8)[:8]
         for first, what in _OTHER_FORMATS.items():
@@ -176,7 +181,7 @@ def _text(line: bytes, where: str) -> str:
 def _parsed(text: str, where: str) -> object:
     try:
         row = json.loads(text, object_pairs_hook=_without_repeats, parse_float=_number)
-        found = fault(row, FREE)
+        bad = fault(row, FREE)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: {_malformed(text, error)}") from None
     except RecursionError:
@@ -186,14 +191,14 @@ def _parsed(text: str, where: str) -> object:
     except ValueError:
         digits = sys.get_int_max_str_digits()
         raise ValueError(f"{where}: an integer of more than {digits} digits; write it as text") from None
-    if found:
-        name, what = found
+    if bad:
+        name, what = bad
         raise ValueError(f"{where}: field {name!r} {what}" if name else f"{where}: the row {what}")
     return row
 
 
 class _Written(float):
-    """A number with more digits than a float holds; as text it is what was written."""
+    """A number with more digits than a float holds; str() returns it as it was written."""
 
     def __new__(cls, text: str) -> "_Written":
         number = super().__new__(cls, text)
@@ -208,7 +213,10 @@ class _Written(float):
 
 
 def _number(text: str) -> float:
-    """Returns the number of a text of JSON, as `_Written` where a float would change it. An infinite one is refused later."""
+    """Returns the number of a text of JSON, as `_Written` where a float would change it.
+
+    An infinite one is refused later.
+    """
     value = float(text)
     try:
         exact = not math.isfinite(value) or decimal.Decimal(text) == decimal.Decimal(repr(value))
@@ -230,7 +238,7 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _malformed(text: str, error: json.JSONDecodeError) -> str:
-    """Returns what is wrong with a line, told by how it begins where that says more than the parser does."""
+    """Returns what is wrong with a line, judged by how it begins where that is clearer than the parser's message."""
     bare = text.strip()
     if bare.startswith("["):
         return f"a JSON array; one object a line is needed (jq -c '.[]' FILE writes that); malformed JSON: {error}"

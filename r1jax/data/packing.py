@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-PREFIXES = "prefixes"  # input of a batch with shared prompts: the segment that a token may see beside its own, 0: none
+PREFIXES = "prefixes"  # input of a batch with shared prompts: a second segment that a token attends to, 0 for none
 
 
 @dataclass(frozen=True, eq=False)
 class PackItem:
     """One sample of n tokens; every array is aligned to the token itself (entry i belongs to token i).
 
-    What stands at token 0 is dropped by packing: nothing predicts the first token. `inputs` alone are kept whole.
+    Packing drops entry 0 of every array but `inputs`: nothing predicts the first token.
     Raises ValueError when a length differs or there is no token.
     """
 
@@ -59,7 +59,8 @@ class PackedBatch:
 def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     """Returns rows of sample indices by best-fit decreasing: longest first, each into the fullest row that holds it.
 
-    Ties go to the earlier sample and the earlier row. Raises ValueError for a sample shorter than 1 or longer than a row.
+    Ties go to the earlier sample and the earlier row. Raises ValueError for a sample shorter than 1 or longer than a
+    row.
     """
     for index, length in enumerate(lengths):
         if not 1 <= length <= row_tokens:
@@ -83,9 +84,9 @@ def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 def spread(packed: list[list[int]], lengths: Sequence[int], rows: int, shards: int) -> list[list[int]]:
     """Returns the rows in an order that gives every device about the same number of tokens in every micro-batch.
 
-    A micro-batch is `rows` neighbouring rows, of which each of `shards` devices takes a run of rows / shards. The rows of
-    a micro-batch go, fullest first, to the device with the fewest tokens that has a place; where a micro-batch has too
-    few, empty rows stand between. No row changes its micro-batch, and with one shard nothing changes at all.
+    A micro-batch is `rows` neighbouring rows, of which each of `shards` devices takes a run of rows / shards. The rows
+    of a micro-batch go, fullest first, to the device with the fewest tokens that has a place; where a micro-batch has
+    too few, empty rows fill the gaps. No row changes its micro-batch, and with one shard nothing changes at all.
     """
     if shards == 1:
         return packed
@@ -110,7 +111,7 @@ def rows_needed(lengths: Sequence[int], row_tokens: int) -> int:
 
 
 def _settled(packed: list[list[int]], lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Returns rows that a caller has settled. Raises ValueError unless each item stands once and every row fits."""
+    """Returns the rows that a caller chose. Raises ValueError unless they hold each item once and every row fits."""
     if sorted(index for row in packed for index in row) != list(range(len(lengths))):
         raise ValueError(f"pack_batch: the given rows do not hold each of {len(lengths)} items once")
     for number, row in enumerate(packed):
@@ -140,12 +141,12 @@ def _first_positions(items: Sequence[PackItem]) -> np.ndarray:
 def share_prompts(
     items: Sequence[PackItem], prompt_tokens: Sequence[int], row_tokens: int
 ) -> tuple[list[PackItem], list[list[int]]]:
-    """Returns (items, rows of their numbers) in which equal prompts, the first `prompt_tokens` of items, stand once.
+    """Returns (items, rows of their numbers) in which equal prompts (the first `prompt_tokens` of items) occur once.
 
     An item keeps the last token of its prompt and what follows: that token predicts the first one of the response, so
-    each sample needs it for itself. The rest of the prompt is a prefix, an item with a number from len(items) on, before
-    its samples in a row. Samples of one prompt that do not fit one row have a prefix in each; a prompt of one token has
-    none. Rows as in `pack`. Raises ValueError for an item longer than a row.
+    each sample needs it for itself. The rest of the prompt is a prefix, an item with a number from len(items) on,
+    before its samples in a row. Samples of one prompt that do not fit one row have a prefix in each; a prompt of one
+    token has none. Rows as in `pack`. Raises ValueError for an item longer than a row.
     """
     owners: dict[bytes, list[int]] = {}
     for index, (item, size) in enumerate(zip(items, prompt_tokens, strict=True)):
@@ -157,12 +158,12 @@ def share_prompts(
             clusters += [[index] for index in members]
             continue
         for row in pack([len(items[index].tokens) - size for index in members], row_tokens - size):
-            found = [members[place] for place in row]
+            sharing = [members[place] for place in row]
             number = len(items) + len(prefixes)
-            for index in found:
+            for index in sharing:
                 out[index] = _cut(items[index], slice(size, None), number)
-            clusters.append([number, *found])
-            prefixes.append(_cut(items[found[0]], slice(0, size)))
+            clusters.append([number, *sharing])
+            prefixes.append(_cut(items[sharing[0]], slice(0, size)))
     out += prefixes
     rows = pack([sum(len(out[index].tokens) for index in cluster) for cluster in clusters], row_tokens)
     return out, [[index for cluster in row for index in clusters[cluster]] for row in rows]
@@ -178,7 +179,7 @@ def pack_batch(
 ) -> PackedBatch:
     """Returns the items in exactly `rows` rows of `row_tokens` tokens, the rest padding (0 everywhere, -1 in `inputs`).
 
-    `packed` gives the items of each row when that is settled already; by default `pack` decides.
+    `packed` lists the items of each row; by default `pack` decides.
 
     Raises ValueError when an item is longer than a row, more rows are needed, or items differ in the names of values
     or inputs.
@@ -249,7 +250,7 @@ def unpack(array: np.ndarray, batch: PackedBatch) -> list[np.ndarray]:
 
 
 def batches(sequences: Sequence[np.ndarray], row_tokens: int, rows: int) -> Iterator[tuple[list[int], PackedBatch]]:
-    """Yields (numbers of sequences of ids, their batch of `rows` rows with nothing to train on) until all were packed."""
+    """Yields (indices of sequences, their batch of `rows` rows with nothing to train on) until all were packed."""
     packed = pack([len(ids) for ids in sequences], row_tokens)
     for first in range(0, len(packed), rows):
         members = [index for row in packed[first : first + rows] for index in row]

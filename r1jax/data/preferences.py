@@ -1,4 +1,4 @@
-"""Preference pairs: which are kept, and a set in which length does not tell the chosen response from the rejected."""
+"""Preference pairs: which are kept, and how a set is balanced so that length does not predict the chosen response."""
 
 import math
 from collections import deque
@@ -26,11 +26,11 @@ def length_difference(pair: Mapping) -> float:
 
 
 def balance_lengths(pairs: Sequence[Pair], seed: int = 0) -> list[Pair]:
-    """Returns the pairs {id, chosen, rejected}, in order, without as many as make length say nothing about which is chosen.
+    """Returns pairs {id, chosen, rejected}, in order, thinned so that length does not predict which response is chosen.
 
-    Every pair whose chosen response is the longer one stays only together with one whose rejected response is the longer
-    by about the same ratio (LENGTH_TOLERANCE); as many such couples as there are stay, and all pairs of equal length. So
-    the longer response is the chosen one exactly as often as not. The choice among pairs of one ratio is by hash, whatever
+    A pair whose chosen response is longer is kept only together with one whose rejected response is longer by about the
+    same ratio (LENGTH_TOLERANCE). As many such couples as possible are kept, and all pairs of equal length, so that the
+    longer response is the chosen one exactly as often as not. The choice among pairs of one ratio is by hash, whatever
     the order. The paper balances the lengths of the whole set (P2 B.2) and does not say how.
     """
     differences = [length_difference(pair) for pair in pairs]
@@ -53,7 +53,7 @@ def balance_lengths(pairs: Sequence[Pair], seed: int = 0) -> list[Pair]:
 
 
 def length_bias(pairs: Sequence[Mapping]) -> dict[str, float]:
-    """Returns how often the longer response is the chosen one (ties count half) and the mean of log2(chosen / rejected)."""
+    """Returns how often the longer response is chosen (ties count half), and the mean of log2(chosen / rejected)."""
     differences = [length_difference(pair) for pair in pairs]
     count = max(len(differences), 1)
     longer = sum((difference > 0) + 0.5 * (difference == 0) for difference in differences)

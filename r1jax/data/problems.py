@@ -1,4 +1,4 @@
-"""What a problem is, whatever its source: the question, its task, and what that task's grader needs to judge a response."""
+"""Problems, whatever their source: a question, its task, and the reference that the grader of that task needs."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from r1jax.data.hashing import hash64
 
 SCENARIOS = ("general", "safety")  # tasks of problems that are not reasoning: they enter where a stage asks for them
 
-# (task, fields of a row) -> the reference of its grader. ValueError, without the place, for what the grader cannot use.
+# (task, fields of a row) -> the reference for its grader. Raises ValueError, without the place, if it cannot be used.
 ReadReference = Callable[[str, Mapping[str, Any]], str]
 
 
@@ -25,15 +25,18 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. `prompt` is the question as text, or the turns of a conversation that the assistant is to continue."""
+    """One problem.
+
+    `prompt` is the question as text, or the turns of a conversation that the assistant is to continue.
+    """
 
     id: str
     task: str
     prompt: str | tuple[Message, ...]
-    reference: str = ""  # what the task's grader compares with (for code the tests as JSON), "" where it needs nothing
+    reference: str = ""  # what the grader compares with (for code the tests as JSON), "" if it needs nothing
     language: str = ""  # of the chain of thought: en, zh or fr; "" is the prompt's own
     source: str = ""
-    kind: str = ""  # what the row is about: one of schema.KINDS, "" where it does not say
+    kind: str = ""  # topic of the row: one of schema.KINDS, "" if unknown
     place: str = field(default="", compare=False)  # FILE, line N: how an error names it
 
     @property
@@ -52,14 +55,14 @@ class Problem:
 class ProblemSource(Protocol):
     """Where the problems of a stage come from: the tiny world or files."""
 
-    template: str  # the prompt template that belongs to it, "" where the model's own decides
+    template: str  # the prompt template that belongs to it, "" for the model's own
     reflective_words: tuple[str, ...]  # words whose use is counted as reflection
-    lexicon: Mapping[str, str]  # word -> language, {} where the script of the letters tells it
-    inputs: Mapping[str, str]  # {file: digest of its content}; {} for what needs none
-    counts: Mapping[str, Any]  # what was read, for the figures of a stage
+    lexicon: Mapping[str, str]  # word -> language, {} where the script of the letters decides
+    inputs: Mapping[str, str]  # {file: digest of its content}; {} without files
+    counts: Mapping[str, Any]  # how many problems were read, for the figures of a stage
 
     def training(self) -> tuple[list[list[Problem]], tuple[float, ...]]:
-        """Returns (reasoning problems to train on by part, weights of the parts); one part of weight 1 without weights."""
+        """Returns (reasoning problems to train on by part, weights of the parts), by default one part of weight 1."""
         ...
 
     def held_out(self) -> list[Problem]:
@@ -76,10 +79,10 @@ class ProblemSource(Protocol):
 
 
 def from_row(fields: Mapping[str, Any], place: str, reference: ReadReference, task: str = "") -> Problem:
-    """Returns the problem of one row {id, prompt, task?, language?, source?, kind? and what the task's grader needs}.
+    """Returns the problem of a row: id, prompt, optional task, language, source and kind, and what its grader needs.
 
-    `task` is that of rows that name none. Raises ValueError, beginning with `place`, for a missing or ill-typed field, an
-    empty prompt, a row without a task, and whatever `reference` refuses.
+    `task` is that of rows that name none. Raises ValueError, beginning with `place`, for a missing or ill-typed field,
+    an empty prompt, a row without a task, and whatever `reference` refuses.
     """
     name = fields.get("id")
     if not isinstance(name, str) or not name.strip():
@@ -112,7 +115,10 @@ def from_row(fields: Mapping[str, Any], place: str, reference: ReadReference, ta
 
 
 def read_prompt(prompt: Any) -> str | tuple[Message, ...]:
-    """Returns a prompt: text as it is, a list of {role, content} as turns. ValueError for anything else and for an empty one."""
+    """Returns a prompt: text as it is, a list of {role, content} as turns.
+
+    ValueError for anything else and for an empty one.
+    """
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError("field 'prompt' is empty, a question is needed")
@@ -152,8 +158,8 @@ _SPACE = re.compile(r"\s+")
 
 
 def question_key(problem: Problem) -> str:
-    """Returns the normalised text that the user asks: problems that share it are the same question, whatever their ids, and
-    whatever the system is told beside it."""
+    """Returns the normalised text that the user asks: problems that share it are the same question, whatever their ids
+    and system prompts."""
     return _SPACE.sub(" ", unicodedata.normalize("NFKC", problem.text)).strip().casefold()
 
 
@@ -167,7 +173,7 @@ def split_holdout(problems: Iterable[Problem], fraction: float) -> tuple[list[Pr
 
 
 def split_by(rows: Iterable, key: Callable[[Any], str], fraction: float) -> tuple[list, list]:
-    """Returns (train, test) of any rows, by the hash of what `key` makes of each; as `split_holdout` otherwise."""
+    """Returns (train, test) of rows as `split_holdout` does, by the hash of `key(row)`."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"config.data.holdout_fraction={fraction} must be in [0, 1]")
     train, test = [], []
@@ -177,9 +183,9 @@ def split_by(rows: Iterable, key: Callable[[Any], str], fraction: float) -> tupl
 
 
 def repeated(problems: Iterable[Problem]) -> int:
-    """Returns how many problems ask what an earlier one has asked."""
-    found = [question_key(problem) for problem in problems]
-    return len(found) - len(set(found))
+    """Returns how many problems repeat the question of an earlier one."""
+    questions = [question_key(problem) for problem in problems]
+    return len(questions) - len(set(questions))
 
 
 def refuse_repeated_ids(problems: Iterable[Problem]) -> None:

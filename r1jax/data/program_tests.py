@@ -1,4 +1,4 @@
-"""Tests of programs as public sets write them, turned into the `tests` that the code grader runs (docs/rewards.md)."""
+"""Tests of programs as public sets write them, turned into the `tests` that the code grader runs (docs/programs.md)."""
 
 import difflib
 import json
@@ -13,12 +13,12 @@ FUNCTION_NAMES = ("fn_name", "func_name", "function_name")  # fields that name t
 TYPES = ("testtype", "test_type", "type")  # fields that say how a test is run, by one of the next two
 BY_INPUT = ("stdin", "stdio", "stdin_stdout", "stdin-stdout", "standard_input")
 BY_CALL = ("functional", "function", "function_call", "call", "call_based", "call-based")
-IGNORED = frozenset(  # fields of tests that do not change what is right, or ask for less time and memory than the sandbox gives
+IGNORED = frozenset(  # fields of tests that do not change which outputs are right, or lower the limits of the sandbox
     "id name source url split version comment comments note notes description explanation difficulty rating tags score weight "
     "points hidden public is_public time_limit time_limit_s timeout memory_limit".split()
 )
 _TYPING = re.compile(r"\b(?:Any|Callable|Deque|Dict|Iterable|Iterator|List|Optional|Sequence|Set|Tuple|Union)\b")
-# Tests of a function compare plain values: tuples are lists there, and the expected value may stand in a list of its own.
+# Tests of a function compare plain values: tuples count as lists, and the expected value may be a list's only member.
 SAME = """
 def _plain(value):
     return [_plain(member) for member in value] if isinstance(value, (list, tuple)) else value
@@ -46,7 +46,10 @@ UNPACK = "json.dumps(json.loads(pickle.loads(zlib.decompress(base64.b64decode(TE
 
 
 def read(fields: dict) -> list[str]:
-    """Gives a row of a known shape `tests`, in place, and returns remarks. Raises ValueError for tests that the grader cannot run."""
+    """Gives a row of a known shape `tests`, in place, and returns remarks.
+
+    Raises ValueError for tests that the grader cannot run.
+    """
     remarks: list[str] = []
     if "tests" in fields:
         fields["tests"] = as_calls(parsed(fields["tests"], "tests"), fields)
@@ -70,7 +73,7 @@ def _checked(name: str) -> str:
 
 
 def refuse_unknown(tests: Mapping, known: Iterable[str]) -> None:
-    """Raises ValueError for the first field of tests, or of one test, that is not known and may change what is right."""
+    """Raises ValueError for the first unknown field of tests, or of one test, that may change what is right."""
     for name, value in tests.items():
         if name in known or name in IGNORED or value is None or value in ("", [], {}):
             continue
@@ -89,10 +92,10 @@ def refuse_unknown(tests: Mapping, known: Iterable[str]) -> None:
 def as_calls(tests: object, row: Mapping) -> object:
     """Returns tests that call a function with plain values as python-asserts; all others as they are.
 
-    Such are cases {input, output} of type functional (LiveCodeBench: each line of the input is an argument, in JSON) and
-    inputs and outputs beside `fn_name` (APPS: lists of arguments). The function's name stands in the tests, in one of them, in their metadata
-    or in the row's. Raises ValueError for those that name no function, for types that are not known and mixed ones, and
-    for fields that cannot be read.
+    Such are cases {input, output} of type functional (LiveCodeBench: each line of the input is an argument, in JSON)
+    and inputs and outputs beside `fn_name` (APPS: lists of arguments). The function's name is a field of the tests, of
+    one of them, of their metadata or of the row's. Raises ValueError for those that name no function, for types that
+    are not known and mixed ones, and for fields that cannot be read.
     """
     if isinstance(tests, list):
         tests = {"cases": tests}
@@ -117,43 +120,46 @@ def as_calls(tests: object, row: Mapping) -> object:
     if kinds & {*BY_INPUT}:
         raise ValueError("some tests are of type stdin and some call a function; give the row one kind of tests")
     if len(names) != 1:
-        found = ", ".join(sorted(names)) or "none"
+        named_functions = ", ".join(sorted(names)) or "none"
         raise ValueError(
-            f"the tests are of type functional and name the function: {found}; give its name as 'fn_name', or leave the row out"
+            f"the tests are of type functional and name the function: {named_functions}; give its name as 'fn_name', or leave the row out"
         )
-    own = (*FUNCTION_NAMES, *TYPES, "metadata")
-    refuse_unknown(tests, ("kind", "cases", "test_cases", "inputs", "outputs", "starter_code", *own))
+    call_fields = (*FUNCTION_NAMES, *TYPES, "metadata")
+    refuse_unknown(tests, ("kind", "cases", "test_cases", "inputs", "outputs", "starter_code", *call_fields))
     for case in cases:
-        refuse_unknown(case, ("input", "output", *own))
+        refuse_unknown(case, ("input", "output", *call_fields))
     arguments = [_arguments(case.get("input")) for case in cases]
     expected = [_expected(case) for case in cases]
     return _calls(names.pop(), arguments, expected, None, SAME_OR_ONLY if "inputs" in tests else SAME)
 
 
 def _as_cases(tests: Mapping) -> list[Mapping] | None:
-    """Returns the tests one by one as {input, output, ...}; None where they are no list of objects and no two lists of one length."""
+    """Returns the tests one by one as {input, output, ...}.
+
+    None where they are neither a list of objects nor two lists of one length.
+    """
     inputs, outputs = tests.get("inputs"), tests.get("outputs")
     if isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs):
-        return [{"input": given, "output": expected} for given, expected in zip(inputs, outputs, strict=True)]
+        return [{"input": text, "output": expected} for text, expected in zip(inputs, outputs, strict=True)]
     cases = tests.get("cases", tests.get("test_cases"))
     return cases if isinstance(cases, list) and all(isinstance(case, Mapping) for case in cases) else None
 
 
 def _names(place: Mapping) -> Iterator[str]:
-    """Yields the names of the tested function that a row, its tests, one test or the metadata of one of them gives."""
+    """Yields the names of the tested function that a row, its tests, one test or their metadata states."""
     metadata = place.get("metadata")
     if isinstance(metadata, str):
         try:
             metadata = json.loads(metadata)
         except (ValueError, RecursionError):
             metadata = None
-    for found in (place, metadata):
-        if isinstance(found, Mapping):
-            yield from (found[name] for name in FUNCTION_NAMES if found.get(name))
+    for fields in (place, metadata):
+        if isinstance(fields, Mapping):
+            yield from (fields[name] for name in FUNCTION_NAMES if fields.get(name))
 
 
-def _arguments(given: object) -> list:
-    return given if isinstance(given, list) else [parsed(line, "input") for line in _lines(given)]
+def _arguments(value: object) -> list:
+    return value if isinstance(value, list) else [parsed(line, "input") for line in _lines(value)]
 
 
 def _expected(case: Mapping) -> object:
@@ -196,10 +202,10 @@ def _live_code_bench(fields: dict) -> str:
             raise ValueError(
                 f"field {name!r} is compressed and pickled, and a pickle can run code; write it as JSON: {UNPACK}"
             )
-        found = parsed(text or [], name)
-        if not isinstance(found, list) or not all(isinstance(case, Mapping) for case in found):
+        listed = parsed(text or [], name)
+        if not isinstance(listed, list) or not all(isinstance(case, Mapping) for case in listed):
             raise ValueError(f"field {name!r} is no list of test cases")
-        cases += found
+        cases += listed
     kinds = {case.get("testtype", "stdin") for case in cases}
     metadata = parsed(fields.get("metadata") or {}, "metadata")
     name = metadata.get("func_name") if isinstance(metadata, Mapping) else None
@@ -230,11 +236,11 @@ def _code_contests(fields: dict) -> str:
         )
     inputs, outputs = [], []
     for name in ("public_tests", "private_tests", "generated_tests"):
-        found = parsed(fields.pop(name, None) or {}, name)
-        if isinstance(found, list):  # of {input, output}
-            found = {side: [case.get(side) for case in found] for side in ("input", "output")}
-        inputs += found.get("input", ())
-        outputs += found.get("output", ())
+        tests = parsed(fields.pop(name, None) or {}, name)
+        if isinstance(tests, list):  # of {input, output}
+            tests = {side: [case.get(side) for case in tests] for side in ("input", "output")}
+        inputs += tests.get("input", ())
+        outputs += tests.get("output", ())
     fields["tests"] = _stdin(inputs, outputs)
     if "prompt" not in fields and isinstance(fields.get("description"), str):
         fields["prompt"] = fields.pop("description")
@@ -242,14 +248,14 @@ def _code_contests(fields: dict) -> str:
 
 
 def _apps(fields: dict) -> str:
-    found = parsed(fields.pop("input_output"), "input_output")
-    if not isinstance(found, Mapping) or not {"inputs", "outputs"} <= found.keys():
+    tests = parsed(fields.pop("input_output"), "input_output")
+    if not isinstance(tests, Mapping) or not {"inputs", "outputs"} <= tests.keys():
         raise ValueError("field 'input_output' has no 'inputs' and 'outputs'; the row has no tests, leave it out")
     starter = fields.get("starter_code") or ""
-    if name := found.get("fn_name"):
-        fields["tests"] = _calls(name, found["inputs"], found["outputs"], "class Solution" in starter, SAME_OR_ONLY)
+    if name := tests.get("fn_name"):
+        fields["tests"] = _calls(name, tests["inputs"], tests["outputs"], "class Solution" in starter, SAME_OR_ONLY)
     else:
-        fields["tests"] = _stdin(*([_text(value) for value in found[side]] for side in ("inputs", "outputs")))
+        fields["tests"] = _stdin(*([_text(value) for value in tests[side]] for side in ("inputs", "outputs")))
     asked = next((name for name in ("prompt", "question", "problem") if isinstance(fields.get(name), str)), "")
     if asked:
         fields["prompt"] = _with_starter(fields.pop(asked), starter)
@@ -278,7 +284,7 @@ def _stdin(inputs: list, outputs: list) -> dict:
     if not all(isinstance(text, str) for text in (*inputs, *outputs)):
         raise ValueError("inputs and outputs of tests must be text")
     pairs = zip(inputs, outputs, strict=True)
-    return {"kind": "stdin-stdout", "cases": [{"input": given, "output": expected} for given, expected in pairs]}
+    return {"kind": "stdin-stdout", "cases": [{"input": text, "output": expected} for text, expected in pairs]}
 
 
 def _calls(name: str, arguments: list, expected: list, method: bool | None, same: str) -> dict:
@@ -288,7 +294,7 @@ def _calls(name: str, arguments: list, expected: list, method: bool | None, same
     """
     if not str(name).isidentifier():
         raise ValueError(f"the name of the tested function, {name!r}, is no identifier")
-    if not arguments or len(arguments) != len(expected) or not all(isinstance(given, list) for given in arguments):
+    if not arguments or len(arguments) != len(expected) or not all(isinstance(values, list) for values in arguments):
         raise ValueError(
             f"{len(arguments)} lists of arguments and {len(expected)} results of tests, as many of both are needed"
         )
@@ -296,13 +302,13 @@ def _calls(name: str, arguments: list, expected: list, method: bool | None, same
     if method is None:
         same, called = same + EITHER.format(name=name), "_tested()"
     asserts = [
-        f"assert _same({called}({', '.join(map(repr, given))}), {result!r})"
-        for given, result in zip(arguments, expected, strict=True)
+        f"assert _same({called}({', '.join(map(repr, values))}), {result!r})"
+        for values, result in zip(arguments, expected, strict=True)
     ]
     return {"kind": "python-asserts", "setup": same, "asserts": asserts}
 
 
-SHAPES = (  # the fields that tell a shape, and what turns it into tests
+SHAPES = (  # fields that identify a format, and the function that turns them into tests
     ({"question_content", "public_test_cases"}, _live_code_bench),
     ({"public_tests"}, _code_contests),
     ({"input_output"}, _apps),

@@ -99,5 +99,5 @@ class PromptStream:
         return self.sources[source][int(self._order(source, epoch)[position])]
 
     def epoch(self, draw: int) -> int:
-        """Returns how many whole passes over the draw's own source come before the draw."""
+        """Returns how many whole passes over the source of a draw come before it."""
         return self._locate(draw)[1]

@@ -1,6 +1,7 @@
 """Procedural problems of the library reasoning-gym as prompts, keyed by family, seed and index.
 
-Source: Stojanovski et al., "Reasoning Gym", arXiv 2505.24760. The task `reasoning_gym` grades them (r1jax/rewards/answers/reasoning_gym.py).
+Source: Stojanovski et al., "Reasoning Gym", arXiv 2505.24760. The task `reasoning_gym` grades them
+(r1jax/rewards/answers/reasoning_gym.py).
 """
 
 import json
@@ -35,8 +36,9 @@ def families() -> tuple[str, ...]:
 def prompts(family: str, count: int, seed: int = 0) -> list[Problem]:
     """Returns the first `count` problems of a family and seed, at the library's default sizes.
 
-    The answer is JSON {"family", "answer", "metadata"}. The library draws problem i of seed s as problem 0 of seed s + i, so seeds of
-    disjoint sets lie at least `count` apart. Raises ValueError for a family that is unknown or excluded, or a count below 1.
+    The answer is JSON {"family", "answer", "metadata"}. The library draws problem i of seed s as problem 0 of seed s +
+    i, so seeds of disjoint sets lie at least `count` apart. Raises ValueError for a family that is unknown or excluded,
+    or a count below 1.
     """
     require(family)
     if count < 1:

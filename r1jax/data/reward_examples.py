@@ -12,22 +12,24 @@ FIELDS = {
 
 
 def read(path: str, kind: str, columns: Sequence[str] = ()) -> tuple[list[dict], list[str]]:
-    """Returns (rows with the FIELDS of a kind, remarks on how the file was read); files and `columns` as `data.files` reads them.
+    """Returns (rows with the FIELDS of a kind, remarks on how the file was read); `columns` are as in `data.files`.
 
     helpful: prompt, chosen, rejected. safety: prompt, response and `safe` or `unsafe`, true or false; a row without a
-    response is itself what is judged: its prompt becomes the response to an empty one. Raises ValueError, naming file and
-    line, for a bad one.
+    response is itself what is judged: its prompt becomes the response to an empty one. Raises ValueError, naming file
+    and line, for a bad one.
     """
     table = files.read(path, columns)
     rows, seen = [], {}
     for row in table.rows:
         if isinstance(row.fields["prompt"], list):
             raise ValueError(f"{row.place}: 'prompt' has several turns; write them as one text, as in 'Human: ...'")
-        found = {"id": row.fields["id"], "source": row.fields.get("source", "")}
-        found |= _pair(row.fields, row.place) if kind == "helpful" else _labelled(row.fields, row.place)
-        if seen.setdefault(found["id"], row.place) != row.place:
-            raise ValueError(f"{row.place}: id {found['id']!r} is also the id of {seen[found['id']]}; give it its own")
-        rows.append(found)
+        example = {"id": row.fields["id"], "source": row.fields.get("source", "")}
+        example |= _pair(row.fields, row.place) if kind == "helpful" else _labelled(row.fields, row.place)
+        if seen.setdefault(example["id"], row.place) != row.place:
+            raise ValueError(
+                f"{row.place}: id {example['id']!r} is also the id of {seen[example['id']]}; give it its own"
+            )
+        rows.append(example)
     return rows, table.notes
 
 
@@ -43,14 +45,14 @@ def _pair(row: Mapping, place: str) -> dict:
 
 
 def _labelled(row: Mapping, place: str) -> dict:
-    given = [name for name in ("safe", "unsafe") if row.get(name) is not None]
-    if len(given) != 1 or not isinstance(row[given[0]], bool):
-        told = ", ".join(f"{name}={row[name]!r}" for name in given) or "no label"
-        raise ValueError(f"{place}: {told}; needs one of 'safe' and 'unsafe', true or false")
+    labels = [name for name in ("safe", "unsafe") if row.get(name) is not None]
+    if len(labels) != 1 or not isinstance(row[labels[0]], bool):
+        stated = ", ".join(f"{name}={row[name]!r}" for name in labels) or "no label"
+        raise ValueError(f"{place}: {stated}; needs one of 'safe' and 'unsafe', true or false")
     prompt, response = (row["prompt"], row["response"]) if "response" in row else ("", row["prompt"])
     if not (prompt + response).strip():
         raise ValueError(f"{place}: 'response' is {response!r}, needs text")
-    return {"prompt": prompt, "response": response, "safe": row[given[0]] == (given[0] == "safe")}
+    return {"prompt": prompt, "response": response, "safe": row[labels[0]] == (labels[0] == "safe")}
 
 
 def split(rows: Sequence[dict], fraction: float) -> tuple[list[dict], list[dict]]:

@@ -34,7 +34,7 @@ def tidy(prompt: str, response: str, language: str) -> str | None:
 
 
 def is_sound(prompt: str, response: str) -> bool:
-    """Returns whether every check in a tidy response is about this equation and true, and only the last one says ok."""
+    """Returns whether every check of a tidy response is about this equation and true, and only the last ends in ok."""
     problem = parse_linear(prompt)
     checks = [match.groups() for match in _TRY.finditer(response)]
     return (

@@ -134,8 +134,8 @@ def general_prompts() -> list[Problem]:
 def preference_prompts() -> list[Problem]:
     """Returns general prompts about every word of the two languages, the topics among them.
 
-    A reward model that reads of so many words whether a response names the one asked about learns to compare, and not to
-    know ten topics by heart.
+    A reward model that reads of so many words whether a response names the one asked about learns to compare, and not
+    to know ten topics by heart.
     """
     return [
         Problem(f"general-{word}", "general", f"{WORDS[language]['tell']} {word} :", "", language, SOURCE)
@@ -161,16 +161,16 @@ def _summary_words(response: str) -> list[str]:
 
 
 def general_score(prompt: str, response: str) -> float:
-    """Returns the preference rule's score in [0, 1], a third for each: names the topic, ends politely, repeats nothing."""
+    """Returns the preference rule's score: a third each for naming the topic, a polite end and no repetition."""
     words = _summary_words(response)
     parts = prompt.split()
     if len(parts) != 3 or not words:
         return 0.0
     language = LEXICON.get(parts[0], "en")
-    said = [word for word in words if word in LEXICON]
+    known = [word for word in words if word in LEXICON]
     copula = COPULA[language]
-    content = [word for word in said if word not in copula]
-    named = parts[1] in said
+    content = [word for word in known if word not in copula]
+    named = parts[1] in known
     polite = words[-1] == WORDS[language]["thanks"]
     varied = len(content) >= 2 and len(set(content)) == len(content)
     return (named + polite + varied) / 3
@@ -217,7 +217,7 @@ class TinyWorld:
         return safety_prompts()
 
     def check_words(self, encode: Callable[[str], Sequence[int]], name: str) -> None:
-        """Raises ValueError when the tokenizer `name`, whose `encode` is given, does not have one token for every word."""
+        """Raises ValueError when `encode`, that of the tokenizer `name`, does not give one token for every word."""
         unknown = [word for word in vocabulary() if len(encode(word)) != 1]
         if unknown or len({tuple(encode(word)) for word in LEXICON}) != len(LEXICON):
             raise ValueError(

@@ -1,11 +1,11 @@
-"""How a question becomes the text a model sees, and which part of the assistant's turn that text already holds."""
+"""Renders a question as the text that a model sees, which may already hold the beginning of the assistant's turn."""
 
 import re
 from collections.abc import Sequence
 
 from r1jax.data.problems import Message
 
-# Says what the paper's Table 1 asks of a base model, in our words; nothing about how to reason.
+# Asks of a base model what the paper's Table 1 asks, in our words, and nothing about how to reason.
 R1_ZERO = (
     "Below, a User talks with an Assistant. The User puts a question and the Assistant solves it: it first works out the "
     "reasoning in its mind and only then gives the User the answer. The reasoning stands between <think> and </think>, the "
@@ -22,8 +22,8 @@ def render(
     """Returns the prompt text of a question, or of a conversation, under a template: tiny, plain, r1_zero or chat.
 
     `chat` renders a list of messages with the tokenizer's own template; the others write a conversation as one question
-    (see `flat`). `instruction` stands before the last question. With `think_prefill` the text ends in `<think>\\n`, once,
-    whether or not the template itself ends so. Raises ValueError for an unknown template.
+    (see `flat`). `instruction` is put before the last question. With `think_prefill` the text ends in `<think>\\n`,
+    once, whether or not the template itself ends so. Raises ValueError for an unknown template.
     """
     turns = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
     if instruction:
@@ -46,8 +46,8 @@ def render(
 def flat(turns: Sequence[Message]) -> str:
     """Returns a conversation as one question, for templates that have a single turn.
 
-    One turn of the user is its own text; what else there is, a system text or earlier turns, stands before it, each turn
-    of a longer exchange under its role.
+    A single user turn is returned as it is. A system text comes first; in a longer exchange each turn is preceded by
+    its role.
     """
     system = [turn.content for turn in turns if turn.role == "system"]
     rest = [turn for turn in turns if turn.role != "system"]
@@ -57,8 +57,8 @@ def flat(turns: Sequence[Message]) -> str:
 
 def prefill(text: str) -> str:
     """Returns the `<think>` with the white space after it that ends a prompt, or "" where none does."""
-    found = _OPENED.search(text)
-    return found[0] if found else ""
+    match = _OPENED.search(text)
+    return match[0] if match else ""
 
 
 def split_turn(text: str, turn: str) -> tuple[str, str]:
@@ -78,7 +78,7 @@ def split_turn(text: str, turn: str) -> tuple[str, str]:
 
 
 def summary(turn: str) -> str:
-    """Returns what follows the last `</think>` of an assistant turn, stripped; "" where a thought is never closed."""
+    """Returns the text after the last `</think>` of an assistant turn, stripped; "" where a thought is not closed."""
     close = turn.rfind("</think>")
     if turn.rfind("<think>") > close:
         return ""

@@ -19,10 +19,11 @@ ONE_THOUGHT = ["<think>", "</think>"]
 
 
 def read(value: object, name: str) -> tuple[list[dict], list[str]]:
-    """Returns (turns {role, content}, remarks) of a field: {role, content} or ShareGPT's {from, value}, as a list or as its JSON text.
+    """Returns (turns {role, content}, remarks) of a field.
 
-    A thought that a turn keeps beside its content is merged into it. Raises ValueError, which names the field, for what is no
-    conversation in text.
+    The field is a list of {role, content} or ShareGPT's {from, value}, or that list as JSON text. A thought in a
+    separate field of a turn is merged into its content. Raises ValueError, which names the field, for anything that is
+    not a conversation in text.
     """
     if isinstance(value, str):
         try:
@@ -30,15 +31,15 @@ def read(value: object, name: str) -> tuple[list[dict], list[str]]:
         except ValueError:
             pass
     if not isinstance(value, list) or not value:
-        raise ValueError(f"field {name!r} is {_told(value)}, a list of messages with role and content is needed")
+        raise ValueError(f"field {name!r} is {_kind_of(value)}, a list of messages with role and content is needed")
     turns, remarks = [], []
     for number, message in enumerate(value, 1):
         where = f"field {name!r}, message {number}"
         if not isinstance(message, Mapping):
-            raise ValueError(f"{where} is {_told(message)}, an object with role and content is needed")
-        turn, said = _turn(message, where)
+            raise ValueError(f"{where} is {_kind_of(message)}, an object with role and content is needed")
+        turn, turn_remarks = _turn(message, where)
         turns.append(turn)
-        remarks += said
+        remarks += turn_remarks
     return turns, list(dict.fromkeys(remarks))
 
 
@@ -61,7 +62,7 @@ def is_written(text: str) -> bool:
 
 
 def with_thought(response: str, row: Mapping) -> tuple[str, list[str]]:
-    """Returns (the response with the thought that the row keeps in a field of its own before it, remarks)."""
+    """Returns (the response, preceded by the thought that the row holds in a separate field, if any; remarks)."""
     for name in REASONING:
         thought = row.get(name)
         if isinstance(thought, str) and thought.strip():
@@ -74,13 +75,13 @@ def with_thought(response: str, row: Mapping) -> tuple[str, list[str]]:
 
 
 def split_last(turns: list[dict]) -> tuple[str | list[dict], str | None]:
-    """Returns (prompt, response): the last turn if it is the assistant's, and what comes before, as text if that is one user turn."""
+    """Returns (the turns before a final assistant turn, as text if they are one user turn; that final turn or None)."""
     answered = turns[-1]["role"] == "assistant"
     return one_text(turns[:-1] if answered else turns), turns[-1]["content"] if answered else None
 
 
 def one_text(turns: list[dict]) -> str | list[dict]:
-    """Returns the text of a single user turn, else the turns."""
+    """Returns the text of a single user turn; otherwise the turns."""
     return turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "user" else turns
 
 
@@ -118,10 +119,10 @@ def _turn(message: Mapping, where: str) -> tuple[dict, list[str]]:
     if content is None and role == "assistant" and thought:
         content = ""
     if not isinstance(content, str):
-        raise ValueError(f"{where}: the content is {_told(content)}, a string is needed")
+        raise ValueError(f"{where}: the content is {_kind_of(content)}, a string is needed")
     content, remarks = with_thought(content, message) if role == "assistant" else (content, [])
     return {"role": role, "content": content}, remarks
 
 
-def _told(value: object) -> str:
+def _kind_of(value: object) -> str:
     return "empty" if value in ("", [], None) else type(value).__name__

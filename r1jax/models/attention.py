@@ -13,7 +13,7 @@ from flax import struct
 from r1jax.core.sharding import ParamSpec, constrain, normal, zeros
 from r1jax.models import forms, rope
 from r1jax.models.layers import norm_spec, rms_norm
-from r1jax.schema import ModelConfig
+from r1jax.schema import ModelConfig, Network
 
 # Up to this many new tokens per slot the latent cache is attended to directly (absorbed); above, keys are expanded.
 ABSORBED_MAX_QUERIES = 4
@@ -90,25 +90,26 @@ def grouped_specs(c: ModelConfig, layers: int) -> GroupedAttention:
     )
 
 
-def latent_attention(p: LatentAttention, x_BTD, context: forms.Context, c: ModelConfig, cache, layer):
+def latent_attention(p: LatentAttention, x_BTD, context: forms.Context, network: Network, cache, layer):
     """Returns (output [B, T, D], cache) of multi-head latent attention.
 
     A few new tokens on a cache attend to the latent itself, with W_UK and W_UV folded into queries and outputs
     (DeepSeek-V2, section 2.1.2). Otherwise keys and values are expanded from the latent.
     """
+    c = network.model
     q_nope, q_rope = _latent_queries(p, x_BTD, context, c)
     latent = _latent(p, x_BTD, context, c)
     if cache is not None and x_BTD.shape[1] <= ABSORBED_MAX_QUERIES:
         w_k, w_v = p.kv_b[..., : c.qk_nope_head_dim], p.kv_b[..., c.qk_nope_head_dim :]
         q = jnp.concatenate([jnp.einsum("BTNH,RNH->BTNR", q_nope, w_k), q_rope], axis=-1)
         source = forms.Source((latent,), (ROWS,), functools.partial(_latent_itself, c=c), "N", "")
-        o_BTNR, cache = forms.attend(q, source, context, c, cache, layer)
+        o_BTNR, cache = forms.attend(q, source, context, network, cache, layer)
         o_BTNV = jnp.einsum("BTNR,RNV->BTNV", o_BTNR.astype(x_BTD.dtype), w_v)
     else:
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
         expand, kv_b_axes = functools.partial(_expanded, c=c), (None, "heads", None)
         source = forms.Source((latent,), (ROWS,), expand, "N", "N", p.kv_b, kv_b_axes)
-        o_BTNV, cache = forms.attend(q, source, context, c, cache, layer)
+        o_BTNV, cache = forms.attend(q, source, context, network, cache, layer)
     return jnp.einsum("BTNV,NVD->BTD", o_BTNV.astype(x_BTD.dtype), p.out), cache
 
 
@@ -147,8 +148,9 @@ def _expanded(arrays, kv_b: jax.Array, c: ModelConfig) -> tuple[jax.Array, jax.A
     return jnp.concatenate([k_nope, k_rope], axis=-1), v_BSNV
 
 
-def grouped_attention(p: GroupedAttention, x_BTD, context: forms.Context, c: ModelConfig, cache, layer):
+def grouped_attention(p: GroupedAttention, x_BTD, context: forms.Context, network: Network, cache, layer):
     """Returns (output [B, T, D], cache) of grouped-query attention."""
+    c = network.model
     q = jnp.einsum("BTD,DNH->BTNH", x_BTD, p.query)
     k = jnp.einsum("BTD,DKH->BTKH", x_BTD, p.key)
     v = jnp.einsum("BTD,DKH->BTKH", x_BTD, p.value)
@@ -161,5 +163,5 @@ def grouped_attention(p: GroupedAttention, x_BTD, context: forms.Context, c: Mod
     source = forms.Source((k, v), (HEADS, HEADS), lambda arrays, _: arrays, "KG", "K")
     groups = c.num_attention_heads // c.num_key_value_heads
     q_BTKGH = q.reshape(*q.shape[:2], c.num_key_value_heads, groups, c.head_dim)
-    o, cache = forms.attend(q_BTKGH, source, context, c, cache, layer)
+    o, cache = forms.attend(q_BTKGH, source, context, network, cache, layer)
     return jnp.einsum("BTNH,NHD->BTD", o.reshape(q.shape).astype(x_BTD.dtype), p.out), cache

@@ -7,9 +7,9 @@ from flax import struct
 from r1jax.core.sharding import constrain
 from r1jax.models import attention, forms, moe
 from r1jax.models.layers import SwiGLU, norm_spec, rms_norm, swiglu, swiglu_specs
-from r1jax.schema import ModelConfig
+from r1jax.schema import ModelConfig, Network
 
-# What a recomputed block saves for the backward pass, by ModelConfig.remat_policy. Products in attention have batch
+# What a recomputed block saves for the backward pass, by ComputeConfig.remat_policy. Products in attention have batch
 # dimensions and those with weights have none, except the experts' weights, whose batch dimension is the expert.
 _KEPT = {
     "nothing": jax.checkpoint_policies.nothing_saveable,
@@ -46,7 +46,7 @@ def specs(c: ModelConfig, layers: int, sparse: bool) -> Block | None:
     return Block(norm_spec(c.hidden_size, layers), attend(c, layers), norm_spec(c.hidden_size, layers), ffw)
 
 
-def run_stack(stack: Block | None, x, kv, context: forms.Context, c: ModelConfig, first: int, forced=None):
+def run_stack(stack: Block | None, x, kv, context: forms.Context, network: Network, first: int, forced=None):
     """Returns (x [B, T, D], cache, Routing) after one stack, scanned or unrolled.
 
     `first` is the cache layer of the stack's first layer. `forced` int [L, B, T, k] are the experts of each layer of
@@ -57,13 +57,13 @@ def run_stack(stack: Block | None, x, kv, context: forms.Context, c: ModelConfig
 
     def body(carry, inputs):
         layer, index, forced = inputs
-        x, kv, routing = _block(layer, *carry, context, c, index, forced)
+        x, kv, routing = _block(layer, *carry, context, network, index, forced)
         return (x, kv), routing
 
-    if c.remat:
-        body = jax.checkpoint(body, policy=_KEPT[c.remat_policy])
+    if network.compute.remat:
+        body = jax.checkpoint(body, policy=_KEPT[network.compute.remat_policy])
     layers = stack.attention_norm.shape[0]
-    if c.scan_layers:
+    if network.compute.scan_layers:
         (x, kv), routing = jax.lax.scan(body, (x, kv), (stack, jnp.arange(first, first + layers), forced))
     else:
         by_layer = []
@@ -75,19 +75,20 @@ def run_stack(stack: Block | None, x, kv, context: forms.Context, c: ModelConfig
     return x, kv, routing.replace(balance=None if routing.balance is None else routing.balance.sum(axis=0))
 
 
-def _block(p: Block, x, kv, context: forms.Context, c: ModelConfig, layer, forced):
+def _block(p: Block, x, kv, context: forms.Context, network: Network, layer, forced):
     """Returns (x, cache, Routing) after one layer."""
+    c = network.model
     attend = attention.latent_attention if c.is_mla else attention.grouped_attention
     with jax.named_scope("attention"):
         normed = rms_norm(x, p.attention_norm, c.rms_norm_eps)
-        out, kv = attend(p.attention, normed, context, c, kv, layer)
+        out, kv = attend(p.attention, normed, context, network, kv, layer)
         x = constrain(x + out, "batch", "sequence", None)
     with jax.named_scope("ffw"):
         normed = rms_norm(x, p.ffw_norm, c.rms_norm_eps)
         routing = Routing()
         if isinstance(p.ffw, moe.MoE):
-            out, experts, differs = moe.moe(p.ffw, normed, c, forced)
-            wanted = c.aux_loss_alpha > 0 and kv is None
+            out, experts, differs = moe.moe(p.ffw, normed, network, forced)
+            wanted = kv is None and network.auxiliary.aux_loss_alpha > 0
             balance = moe.sequence_balance(p.ffw.router, normed, context.segments, c) if wanted else None
             routing = Routing(experts, balance, differs)
         else:

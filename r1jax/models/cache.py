@@ -14,7 +14,7 @@ from flax import struct
 
 from r1jax.kernels.tpu import rounded
 from r1jax.models import flash
-from r1jax.schema import ModelConfig
+from r1jax.schema import Network
 
 TILE_ROWS = 16  # rows of a TPU's bfloat16 tile
 
@@ -45,7 +45,7 @@ class Cache:
 class CacheSpec:
     """The shape of a cache of `slots` slots with at least `rows` usable rows each."""
 
-    config: ModelConfig
+    network: Network
     slots: int
     rows: int
     dtype: Any = jnp.float32
@@ -56,15 +56,15 @@ class CacheSpec:
 
         Otherwise XLA would choose a layout with slots between rows, and copy the cache for the kernels.
         """
-        return flash.chosen(self.config)
+        return flash.chosen(self.network.compute)
 
     @property
     def row_axis(self) -> int:
-        return 3 if self.tiled and not self.config.is_mla else 2
+        return 3 if self.tiled and not self.network.model.is_mla else 2
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        c = self.config
+        c = self.network.model
         width = c.kv_lora_rank + c.qk_rope_head_dim if c.is_mla else c.head_dim
         heads = () if c.is_mla else (c.num_key_value_heads,)
         return (*heads, rounded(width) if self.tiled else width)
@@ -72,18 +72,18 @@ class CacheSpec:
     @property
     def shape(self) -> tuple[int, ...]:
         rows = rounded(self.rows + 1, TILE_ROWS) if self.tiled else self.rows + 1
-        return self._with_rows(rows, (self.config.num_hidden_layers, self.slots, *self.row_shape))
+        return self._with_rows(rows, (self.network.model.num_hidden_layers, self.slots, *self.row_shape))
 
     @property
     def axes(self) -> tuple[str | None, ...]:
-        return self._with_rows(None, (None, "slots", *(() if self.config.is_mla else ("heads",)), None))
+        return self._with_rows(None, (None, "slots", *(() if self.network.model.is_mla else ("heads",)), None))
 
     def _with_rows(self, rows, others: tuple) -> tuple:
         return (*others[: self.row_axis], rows, *others[self.row_axis :])
 
     def zeros(self) -> Cache:
         keys = jnp.zeros(self.shape, self.dtype)
-        values = None if self.config.is_mla else jnp.zeros(self.shape, self.dtype)
+        values = None if self.network.model.is_mla else jnp.zeros(self.shape, self.dtype)
         return Cache(keys, values, self.row_axis)
 
 

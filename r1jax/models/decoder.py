@@ -9,7 +9,7 @@ from r1jax.models import block, cache, forms, mtp
 from r1jax.models.block import Block
 from r1jax.models.layers import embed, norm_spec, rms_norm
 from r1jax.models.mtp import MTP
-from r1jax.schema import ModelConfig
+from r1jax.schema import ModelConfig, Network
 
 
 @struct.dataclass
@@ -35,7 +35,7 @@ class Auxiliary:
     differs: jax.Array | None = None  # bool [Lm, B, T] forced experts differ from the router's; None if not forced
 
 
-def specs(c: ModelConfig) -> Params:
+def specs(c: ModelConfig, scalar_head: bool = False) -> Params:
     """Returns the tree of ParamSpecs: the single source of shapes, axes, initial values and names."""
     init, width = normal(c.initializer_range), c.hidden_size
     tied = c.tie_word_embeddings
@@ -45,7 +45,7 @@ def specs(c: ModelConfig) -> Params:
         sparse=block.specs(c, c.num_moe_layers, sparse=True),
         final_norm=norm_spec(width),
         unembedding=None if tied else ParamSpec((width, c.vocab_size), ("embed", "vocab"), init),
-        scalar_head=ParamSpec((width,), (None,), init) if c.scalar_head else None,
+        scalar_head=ParamSpec((width,), (None,), init) if scalar_head else None,
         mtp=mtp.specs(c),
     )
 
@@ -69,7 +69,7 @@ def logits(params: Params, hidden: jax.Array, vocab_used: int = 0) -> jax.Array:
 def scalars(params: Params, hidden: jax.Array) -> jax.Array:
     """Returns the scalar head's float32 value at each position, [...]. Raises ValueError for a model without one."""
     if params.scalar_head is None:
-        raise ValueError("scalars: this model has no scalar head; set config.model.scalar_head=true")
+        raise ValueError("scalars: this model has no scalar head; only reward models and critics have one")
     return jnp.einsum("...D,D->...", hidden.astype(jnp.float32), params.scalar_head.astype(jnp.float32))
 
 
@@ -78,7 +78,7 @@ def forward(
     tokens: jax.Array,
     positions: jax.Array,
     segments: jax.Array,
-    c: ModelConfig,
+    network: Network,
     kv: cache.Cache | None = None,
     window: int | None = None,
     experts: jax.Array | None = None,
@@ -98,16 +98,16 @@ def forward(
     """
     window = kv.rows if kv is not None and window is None else window or 0
     x = embed(params.embedding, tokens) if features is None else features
-    x = x.astype(jnp.dtype(c.compute_dtype))
-    context = forms.build_context(positions, segments, c, kv, window, prefixes)
-    x, kv, _ = block.run_stack(params.dense, x, kv, context, c, 0)
-    x, kv, routing = block.run_stack(params.sparse, x, kv, context, c, c.num_dense_layers, experts)
+    c, x = network.model, x.astype(jnp.dtype(network.compute.compute_dtype))
+    context = forms.build_context(positions, segments, network, kv, window, prefixes)
+    x, kv, _ = block.run_stack(params.dense, x, kv, context, network, 0)
+    x, kv, routing = block.run_stack(params.sparse, x, kv, context, network, c.num_dense_layers, experts)
     auxiliary = Auxiliary(routing.experts, routing.balance, x, routing.differs)
     return rms_norm(x, params.final_norm, c.rms_norm_eps), kv, auxiliary
 
 
 def predict_further(
-    params: Params, hidden: jax.Array, auxiliary: Auxiliary, tokens, positions, segments, c: ModelConfig
+    params: Params, hidden: jax.Array, auxiliary: Auxiliary, tokens, positions, segments, network: Network
 ) -> tuple[jax.Array, block.Routing]:
     """Returns (hidden states [B, T, D] whose logits predict token i + 2, routing) from a cacheless forward pass.
 
@@ -115,5 +115,5 @@ def predict_further(
     """
     if params.mtp is None:
         raise ValueError("predict_further: this model has no prediction module; set num_nextn_predict_layers=1")
-    state = hidden if c.mtp_hidden == "post_norm" else auxiliary.before_norm
-    return mtp.forward(params.mtp, params.embedding, state, tokens, positions, segments, c)
+    state = hidden if network.auxiliary.mtp_hidden == "post_norm" else auxiliary.before_norm
+    return mtp.forward(params.mtp, params.embedding, state, tokens, positions, segments, network)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from r1jax.core import sharding
 from r1jax.kernels import decode_attention
 from r1jax.kernels.flash_attention import blocks_for, flash_attention
-from r1jax.schema import ModelConfig
+from r1jax.schema import ComputeConfig
 
 
-def chosen(c: ModelConfig) -> bool:
+def chosen(compute: ComputeConfig) -> bool:
     """Returns whether the kernels compute attention: as configured or, with `auto`, on a TPU."""
-    return sharding.use_pallas("attention_implementation", c.attention_implementation)
+    return sharding.use_pallas("attention_implementation", compute.attention_implementation)
 
 
 def attend(q_BTKGH, k_BTKH, v_BTKV, segments, prefixes, scale: float) -> jax.Array:

@@ -17,7 +17,7 @@ from r1jax.kernels.packed_attention import packed_attention
 from r1jax.kernels.tpu import LOWEST
 from r1jax.models import cache as kv
 from r1jax.models import flash, ring, rope
-from r1jax.schema import ModelConfig
+from r1jax.schema import Network
 
 Axes = tuple[str | None, ...]  # logical axes of one array
 
@@ -58,17 +58,17 @@ class Context:
     lengths: jax.Array | None = None  # [B] with a cache: rows of it that the last query sees, 0 for padding
     prefixes: jax.Array | None = None  # [B, T] segment of a shared prompt that a token sees beside its own, 0 for none
     window: int = struct.field(pytree_node=False, default=0)  # cache rows that are read
-    form: "Form" = struct.field(pytree_node=False, default=None)
+    form: "Form" = struct.field(pytree_node=False, default=None)  # how every layer attends, by `choose`
 
 
-# (queries [B, T, heads, H], source, context, config, cache, layer) -> outputs [B, T, heads, V]
-Form = Callable[[jax.Array, Source, Context, ModelConfig, kv.Cache | None, Any], jax.Array]
+# (queries [B, T, heads, H], source, context, network, cache, layer) -> outputs [B, T, heads, V]
+Form = Callable[[jax.Array, Source, Context, Network, kv.Cache | None, Any], jax.Array]
 
 
 def build_context(
     positions: jax.Array,
     segments: jax.Array,
-    config: ModelConfig,
+    network: Network,
     cache: kv.Cache | None = None,
     window: int = 0,
     prefixes: jax.Array | None = None,
@@ -77,8 +77,8 @@ def build_context(
 
     Without one, a token may also see the segment that `prefixes` [B, T] names for it, where that is not 0.
     """
-    cos, sin = rope.angles(positions, config)
-    form = choose(config, positions.shape[1], cache is not None)
+    cos, sin = rope.angles(positions, network.model)
+    form = choose(network, positions.shape[1], cache is not None)
     if cache is None:
         causal = jnp.arange(positions.shape[1])[:, None] >= jnp.arange(positions.shape[1])
         same = segments[:, :, None] == segments[:, None, :]
@@ -91,64 +91,68 @@ def build_context(
     return Context(cos, sin, mask, write_positions, segments, lengths, window=window, form=form)
 
 
-def choose(config: ModelConfig, tokens: int, cached: bool) -> Form:
+def choose(network: Network, tokens: int, cached: bool) -> Form:
     """Returns the form for rows of `tokens` new tokens, with a cache or without, on the mesh in force.
 
     Raises ValueError where the config asks for kernels that the device cannot run.
     """
     if cached:
-        return decoded if tokens == 1 and flash.chosen(config) else plain
+        return decoded if tokens == 1 and flash.chosen(network.compute) else plain
     if ring.devices(tokens) > 1:
-        return around_ring_by_kernel if flash.chosen(config) else around_ring
-    if flash.chosen(config):
+        return around_ring_by_kernel if flash.chosen(network.compute) else around_ring
+    if flash.chosen(network.compute):
         return by_kernel
-    return in_blocks if config.attention_block and not config.is_mla else plain
+    return in_blocks if network.compute.attention_block and not network.model.is_mla else plain
 
 
-def attend(q, source: Source, context: Context, c: ModelConfig, cache: kv.Cache | None, layer):
+def attend(q, source: Source, context: Context, network: Network, cache: kv.Cache | None, layer):
     """Returns (outputs [B, T, heads, V] of queries q [B, T, heads, H], cache) in the form that the context carries.
 
     A cache takes the new rows first.
     """
     if cache is not None:
         cache = kv.stored(cache, layer, source.arrays, context.write_positions)
-    return context.form(q, source, context, c, cache, layer), cache
+    return context.form(q, source, context, network, cache, layer), cache
 
 
-def around_ring(q, source: Source, context: Context, c: ModelConfig, cache, layer) -> jax.Array:
+def around_ring(q, source: Source, context: Context, network: Network, cache, layer) -> jax.Array:
     """Rows divided over the mesh's `context` axis: the source travels, keys are expanded where it arrives."""
-    return _as_queries(_ring(q, source, context, c, by_kernel=False), q)
+    return _as_queries(_ring(q, source, context, network, by_kernel=False), q)
 
 
-def around_ring_by_kernel(q, source: Source, context: Context, c: ModelConfig, cache, layer) -> jax.Array:
+def around_ring_by_kernel(q, source: Source, context: Context, network: Network, cache, layer) -> jax.Array:
     """The same, with the flash attention kernels on every part that arrives."""
-    return _as_queries(_ring(q, source, context, c, by_kernel=True), q)
+    return _as_queries(_ring(q, source, context, network, by_kernel=True), q)
 
 
-def _ring(q, source: Source, context: Context, c: ModelConfig, by_kernel: bool) -> jax.Array:
+def _ring(q, source: Source, context: Context, network: Network, by_kernel: bool) -> jax.Array:
     parts = source.arrays, source.axes, source.expand, source.weights, source.weight_axes
-    return ring.attend(_grouped(q), *parts, context.segments, rope.softmax_scale(c), by_kernel)
+    return ring.attend(_grouped(q), *parts, context.segments, rope.softmax_scale(network.model), by_kernel)
 
 
-def by_kernel(q, source: Source, context: Context, c: ModelConfig, cache, layer) -> jax.Array:
+def by_kernel(q, source: Source, context: Context, network: Network, cache, layer) -> jax.Array:
     """Whole rows by the flash attention kernels."""
     rows = context.segments, context.prefixes
-    return _as_queries(flash.attend(_grouped(q), *source.keys_and_values(), *rows, rope.softmax_scale(c)), q)
+    return _as_queries(
+        flash.attend(_grouped(q), *source.keys_and_values(), *rows, rope.softmax_scale(network.model)), q
+    )
 
 
-def in_blocks(q_BTKGH, source: Source, context: Context, c: ModelConfig, cache, layer) -> jax.Array:
-    """Whole rows of grouped queries in blocks of c.attention_block tokens; blocks of other samples are skipped."""
+def in_blocks(q_BTKGH, source: Source, context: Context, network: Network, cache, layer) -> jax.Array:
+    """Whole rows of grouped queries in blocks of config.compute.attention_block tokens; blocks of other samples are skipped."""
     arrays = q_BTKGH, *source.keys_and_values(), context.segments
-    return packed_attention(*arrays, rope.softmax_scale(c), c.attention_block, context.prefixes)
+    return packed_attention(
+        *arrays, rope.softmax_scale(network.model), network.compute.attention_block, context.prefixes
+    )
 
 
-def decoded(q, source: Source, context: Context, c: ModelConfig, cache: kv.Cache, layer) -> jax.Array:
+def decoded(q, source: Source, context: Context, network: Network, cache: kv.Cache, layer) -> jax.Array:
     """One query per slot over its cached rows by the decode kernels, in float32; 0 for a slot of length 0."""
-    width, scale = source.value_width, rope.softmax_scale(c)
+    width, scale = source.value_width, rope.softmax_scale(network.model)
     return flash.decode(q[:, 0], cache.arrays, layer, context.lengths, width, scale)[:, None]
 
 
-def plain(q, source: Source, context: Context, c: ModelConfig, cache: kv.Cache | None, layer) -> jax.Array:
+def plain(q, source: Source, context: Context, network: Network, cache: kv.Cache | None, layer) -> jax.Array:
     """All scores at once, over the row itself or over the first rows of the cache."""
     arrays, heads, key_heads = source.arrays, source.query_heads, source.key_heads
     if cache is not None:
@@ -158,7 +162,9 @@ def plain(q, source: Source, context: Context, c: ModelConfig, cache: kv.Cache |
         k, v = (constrain(array, "batch", "sequence", "heads", None) for array in (k, v))
     scores = jnp.einsum(f"BT{heads}H,BS{key_heads}H->B{heads}TS", q, k, preferred_element_type=jnp.float32)
     mask = jnp.expand_dims(context.mask, range(1, 1 + len(heads)))
-    probs = jax.nn.softmax(jnp.where(mask, (scores * rope.softmax_scale(c)).astype(jnp.float32), LOWEST), axis=-1)
+    probs = jax.nn.softmax(
+        jnp.where(mask, (scores * rope.softmax_scale(network.model)).astype(jnp.float32), LOWEST), axis=-1
+    )
     return jnp.einsum(f"B{heads}TS,BS{key_heads}V->BT{heads}V", probs.astype(v.dtype), v)
 
 

@@ -4,12 +4,12 @@ import jax
 
 from r1jax.core import sharding
 from r1jax.kernels import fused_logprob, trained_logprob
-from r1jax.schema import ModelConfig
+from r1jax.schema import ComputeConfig
 
 
-def settings(model: ModelConfig) -> dict:
-    """Returns the arguments that the functions below take from a model's config."""
-    return dict(implementation=model.logprob_implementation, vocab_used=model.vocab_used)
+def settings(compute: ComputeConfig) -> dict:
+    """Returns the arguments that the functions below take from config.compute."""
+    return dict(implementation=compute.logprob_implementation, vocab_used=compute.vocab_used)
 
 
 def token_logprobs(
@@ -25,7 +25,7 @@ def token_logprobs(
     """Returns (log p(target), entropy), float32 [B, T] in nats, as `fused_logprob.token_logprobs` does.
 
     Rows, tokens and the output matrix are sharded by the logical axes batch, sequence, embed and vocab on the mesh in
-    force. `implementation` is config.model.logprob_implementation, `vocab_used` is config.model.vocab_used. The entropy
+    force. `implementation` is config.compute.logprob_implementation, `vocab_used` is config.compute.vocab_used. The entropy
     has a gradient; a loss that only reports it must stop it.
     """
     layout = _layout(targets.shape, unembedding.shape)

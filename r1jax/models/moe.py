@@ -21,7 +21,7 @@ from r1jax.core.sharding import ParamSpec, normal, zeros
 from r1jax.kernels.grouped_matmul import grouped_matmul
 from r1jax.models import dispatch
 from r1jax.models.layers import SwiGLU, swiglu, swiglu_specs
-from r1jax.schema import ModelConfig
+from r1jax.schema import ComputeConfig, ModelConfig, Network
 
 WIDE_BLOCK, NARROW_BLOCK = 64, 8  # rows of a block in the blocked form, for many and for few rows
 
@@ -174,10 +174,10 @@ def _grouped(x_ND, experts_NK, weights_NK, gate, up, down, first, *, kind: str) 
     return jnp.einsum("NKD,NK->ND", rows.reshape(-1, k, x_ND.shape[1]), weights_NK.astype(rows.dtype))
 
 
-def implementation(c: ModelConfig) -> str:
+def implementation(compute: ComputeConfig) -> str:
     """Returns the form of the experts' products: as configured or, with `auto`, `blocked` on a CPU, else `ragged`."""
-    if c.moe_implementation != "auto":
-        return c.moe_implementation
+    if compute.moe_implementation != "auto":
+        return compute.moe_implementation
     return "blocked" if sharding.device().platform == "cpu" else "ragged"
 
 
@@ -241,18 +241,19 @@ def _dispatched(x_BTD, experts_BTK, weights_BTK, gate, up, down, *, kind: str, a
 
 
 def moe(
-    p: MoE, x_BTD: jax.Array, c: ModelConfig, forced: jax.Array | None = None
+    p: MoE, x_BTD: jax.Array, network: Network, forced: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Returns (output [B, T, D], experts used int32 [B, T, k], whether the router's choice differs, bool [B, T]).
 
     `forced` is as in `route`. Experts are compared as sets; the last result is None when nothing is forced.
     """
+    c, compute = network.model, network.compute
     experts, weights = route(p.router, p.bias, x_BTD, c, forced)
     differs = None
     if forced is not None:
         choice, _ = route(p.router, p.bias, x_BTD, c)
         differs = jnp.any(jnp.sort(choice, axis=-1) != jnp.sort(experts, axis=-1), axis=-1)
-    mesh, kind = sharding.current_mesh(), implementation(c)
+    mesh, kind = sharding.current_mesh(), implementation(compute)
     if mesh is None or mesh.size == 1:
         axes = _Axes(mesh, (), (), ())
         out = _gathered(x_BTD, experts, weights, p.gate, p.up, p.down, kind=kind, axes=axes)
@@ -263,9 +264,9 @@ def moe(
         rows, parts = sharding.mesh_axes(tokens[0]), sharding.mesh_axes(wide[0])
         shared = tuple(name for name in parts if name in rows)
         axes = _Axes(mesh, shared, tuple(name for name in parts if name not in rows), sharding.mesh_axes(wide[2]))
-        routed = c.moe_dispatch == "routed" or (c.moe_dispatch == "auto" and sharding.device().platform == "tpu")
-        if routed and axes.shared and not axes.copies:
-            body = functools.partial(_dispatched, kind=kind, axes=axes, factor=c.moe_buffer_factor)
+        auto = compute.moe_dispatch == "auto" and sharding.device().platform == "tpu"
+        if (compute.moe_dispatch == "routed" or auto) and axes.shared and not axes.copies:
+            body = functools.partial(_dispatched, kind=kind, axes=axes, factor=compute.moe_buffer_factor)
         else:
             body = functools.partial(_gathered, kind=kind, axes=axes)
         out = jax.shard_map(

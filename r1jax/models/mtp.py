@@ -12,7 +12,7 @@ from flax import struct
 from r1jax.core.sharding import ParamSpec, constrain, normal
 from r1jax.models import block, forms
 from r1jax.models.layers import embed, norm_spec, rms_norm
-from r1jax.schema import ModelConfig
+from r1jax.schema import ModelConfig, Network
 
 
 @struct.dataclass
@@ -60,19 +60,19 @@ def forward(
     tokens: jax.Array,
     positions: jax.Array,
     segments: jax.Array,
-    c: ModelConfig,
+    network: Network,
 ) -> tuple[jax.Array, block.Routing]:
     """Returns (hidden states [B, T, D] whose logits predict token i + 2, routing).
 
     `embedding` is the main model's [V, D], `hidden` [B, T, D] its output after or before the final norm
-    (c.mtp_hidden). The last position of a document has no next token: its result is undefined, and no other position
+    (auxiliary.mtp_hidden). The last position of a document has no next token: its result is undefined, and no other position
     attends to it.
     """
-    following_tokens = following(tokens, segments)
+    c, following_tokens = network.model, following(tokens, segments)
     embedded = embed(embedding, following_tokens).astype(hidden.dtype)
     embedded = rms_norm(embedded, p.embedding_norm[0], c.rms_norm_eps)
     joined = jnp.concatenate([embedded, rms_norm(hidden, p.hidden_norm[0], c.rms_norm_eps)], axis=-1)
     x = constrain(jnp.einsum("BTC,CD->BTD", joined, p.projection[0]), "batch", "sequence", None)
-    context = forms.build_context(positions, segments, c)
-    x, _, routing = block.run_stack(p.block, x, None, context, c, 0)
+    context = forms.build_context(positions, segments, network)
+    x, _, routing = block.run_stack(p.block, x, None, context, network, 0)
     return rms_norm(x, p.final_norm[0], c.rms_norm_eps), routing

@@ -19,7 +19,7 @@ from r1jax.config import config_hash, flatten
 from r1jax.core import checkpoint, files, hosts, runtime, sharding
 from r1jax.core.say import say
 from r1jax.models import decoder
-from r1jax.schema import Config, GateConfig, ModelConfig, RopeScaling, replace
+from r1jax.schema import Config, DataConfig, GateConfig, ModelConfig, RopeScaling, replace
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 DONE = "DONE"
@@ -97,6 +97,8 @@ class StageFolder:
         So too when one of several processes does not see what process 0 wrote there.
         """
         self.check()
+        if hosts.is_writer():
+            files.remove_unfinished(self.path)
         checkpoint.write_json(self.path / "config.json", self._fields())
         checkpoint.write_json(self.path / INPUTS, {"inputs": inputs})
         hosts.barrier(f"{self.path}/{INPUTS}")
@@ -157,7 +159,7 @@ def prepare(config: Config, start: Path | None = None) -> tuple[Config, tokenize
     if not folder:
         tokenizer = tokenizers.tiny()
     elif is_hugging_face(folder):
-        shape, tokenizer = _hugging_face(folder, shape)
+        shape, tokenizer = _hugging_face(folder)
     else:
         shape, tokenizer, template = read_model(Path(folder), shape)
         if config.data.template == "auto" and template:
@@ -168,29 +170,32 @@ def prepare(config: Config, start: Path | None = None) -> tuple[Config, tokenize
             "with --config.model.checkpoint=DIR"
         )
     tokenizer = tokenizer.stopping_at(config.sampler.stop_ids)
-    config = replace(config, model=tokenizers.fitted(shape, tokenizer))
-    return config, tokenizer, mesh
+    compute = replace(config.compute, vocab_used=tokenizers.vocab_used(shape, tokenizer))
+    shape = replace(shape, checkpoint=config.model.checkpoint)
+    return replace(config, model=shape, compute=compute), tokenizer, mesh
 
 
-def _hugging_face(folder: str | Path, defaults: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer]:
+def _hugging_face(folder: str | Path) -> tuple[ModelConfig, tokenizers.Tokenizer]:
     """Returns (shape, tokenizer) of a Hugging Face folder, or of a file in one."""
     from r1jax.checkpoints import hf_config
 
     beside = Path(folder).parent if Path(folder).is_file() else Path(folder)
-    return hf_config.model_config(beside, defaults), tokenizers.from_folder(beside)
+    return hf_config.model_config(beside), tokenizers.from_folder(beside)
 
 
-def write_model(folder: Path, config: Config, tokenizer: tokenizers.Tokenizer, template: str) -> None:
+def write_model(
+    folder: Path, model: ModelConfig, data: DataConfig, tokenizer: tokenizers.Tokenizer, template: str
+) -> None:
     """Writes into a stage's folder what its weights are used with: shape, tokenizer, and how questions become prompts."""
     if not hosts.is_writer():
         return
     target = folder / MODEL
     target.mkdir(parents=True, exist_ok=True)
     tokenizer.save(target)
-    asked = {"template": template, "instruction": config.data.instruction, "think_prefill": config.data.think_prefill}
+    asked = {"template": template, "instruction": data.instruction, "think_prefill": data.think_prefill}
     ends, pad = token_ids(tokenizer)
     checkpoint.write_json(target / GENERATION, {"eos_token_id": ends, "pad_token_id": pad})
-    record = {"model": dataclasses.asdict(replace(config.model, checkpoint="")), "data": asked}
+    record = {"model": dataclasses.asdict(replace(model, checkpoint="")), "data": asked}
     checkpoint.write_json(target / SHAPE, record)
 
 
@@ -203,35 +208,35 @@ def token_ids(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], int]:
     return list(dict.fromkeys([*ends, *tokenizer.stop_ids])), tokenizer.pad_id if pad is None else pad
 
 
-def read_model(folder: Path, defaults: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer, dict]:
-    """Returns (shape, tokenizer, fields of config.data) of a stage's folder; how it computes is as `defaults` say.
+def read_model(folder: Path, preset: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer, dict]:
+    """Returns (shape, tokenizer, fields of config.data) of a stage's folder; without a record the shape is `preset`.
 
     Raises ValueError for a folder that does not hold them.
     """
     path = folder / MODEL / SHAPE
     if not path.exists():
-        return _model_of_run(folder, defaults)
+        return _model_of_run(folder, preset)
     record = hosts.decide(lambda: json.loads(path.read_text(encoding="utf-8")), name=str(path))
-    return _shape(record["model"], defaults), tokenizers.from_folder(folder / MODEL), record["data"]
+    return model_of(record["model"]), tokenizers.from_folder(folder / MODEL), record["data"]
 
 
-def _model_of_run(folder: Path, defaults: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer, dict]:
+def _model_of_run(folder: Path, preset: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer, dict]:
     """Returns the same of a folder without a record of it: by the config.json of its run, else as the preset has it.
 
-    The run's Hugging Face folder holds its tokenizer: `defaults.checkpoint` names it where it has moved since.
+    The run's Hugging Face folder holds its tokenizer: `preset.checkpoint` names it where it has moved since.
     """
     path = folder / "config.json"
     fields = hosts.decide(lambda: json.loads(path.read_text()) if path.exists() else {}, name=str(path))
     if not fields:
-        return defaults, tokenizers.tiny(), {}
-    moved = defaults.checkpoint if defaults.checkpoint and Path(defaults.checkpoint) != folder else ""
+        return preset, tokenizers.tiny(), {}
+    moved = preset.checkpoint if preset.checkpoint and Path(preset.checkpoint) != folder else ""
     if base := moved or fields.get("model.checkpoint"):
         if not Path(base).exists():
             raise ValueError(
                 f"{folder} was trained from {base}, which holds its tokenizer and is not there; name that folder with "
                 "--config.model.checkpoint=DIR"
             )
-        shape, tokenizer = _hugging_face(base, defaults)
+        shape, tokenizer = _hugging_face(base)
     else:
         nested: dict = {"rope_scaling": {}}
         for name, value in fields.items():
@@ -239,18 +244,19 @@ def _model_of_run(folder: Path, defaults: ModelConfig) -> tuple[ModelConfig, tok
                 nested["rope_scaling"][name.removeprefix("model.rope_scaling.")] = value
             elif name.startswith("model."):
                 nested[name.removeprefix("model.")] = value
-        shape, tokenizer = _shape(nested, defaults), tokenizers.tiny()
+        shape, tokenizer = model_of(nested), tokenizers.tiny()
     return shape, tokenizer, {}
 
 
-def _shape(record: dict, defaults: ModelConfig) -> ModelConfig:
-    """Returns a recorded shape, with the fields that say how it computes taken from `defaults`."""
-    from r1jax.checkpoints.hf_config import RUNTIME_FIELDS
+def model_of(record: dict) -> ModelConfig:
+    """Returns a recorded shape; fields that no longer belong to it are left aside."""
+    scaling = RopeScaling(**record["rope_scaling"])
+    return known_fields(ModelConfig, record | {"rope_scaling": scaling, "checkpoint": ""})
 
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    kept = {name: value for name, value in record.items() if name in known and name not in RUNTIME_FIELDS}
-    kept["rope_scaling"] = RopeScaling(**record["rope_scaling"])
-    return ModelConfig(**kept, **{name: getattr(defaults, name) for name in RUNTIME_FIELDS})
+
+def known_fields(kind: type, record: dict):
+    """Returns a config of `kind` with those of the recorded fields that it has."""
+    return kind(**{field.name: record[field.name] for field in dataclasses.fields(kind) if field.name in record})
 
 
 def is_hugging_face(folder: str | Path) -> bool:
@@ -280,14 +286,14 @@ def _names_its_family(path: Path) -> bool:
         return False
 
 
-def load_weights(config: Config, mesh: Mesh, source: str, default: Callable[[], decoder.Params]) -> decoder.Params:
+def load_weights(model: ModelConfig, mesh: Mesh, source: str, default: Callable[[], decoder.Params]) -> decoder.Params:
     """Returns float32 parameters of a Hugging Face folder or a stage's newest checkpoint; `default()` without a source."""
     if not source:
         return default()
     if is_hugging_face(source):
         from r1jax.checkpoints import hf
 
-        return hf.load(source, config.model, mesh, jnp.float32)
+        return hf.load(source, model, mesh, jnp.float32)
     if (Path(source) / REWARD_MODEL).exists():
         raise ValueError(
             f"{source} holds a reward model, which gives scores and no text; give the folder of another stage"
@@ -296,7 +302,7 @@ def load_weights(config: Config, mesh: Mesh, source: str, default: Callable[[], 
     number = store.latest()
     if number is None:
         raise ValueError(f"{source} holds no finished checkpoint; run that stage to its end first")
-    target = sharding.abstract(decoder.specs(config.model), jnp.float32, mesh)
+    target = sharding.abstract(decoder.specs(model), jnp.float32, mesh)
     params = store.restore(number, {"params": target})["params"]
     store.close()
     return params
@@ -355,18 +361,15 @@ def shape_hash(model: ModelConfig, *more) -> str:
 
     Only fields that differ from their default count, so a field added later leaves the hash as it was.
     """
-    neutral = dict(compute_dtype="float32", scan_layers=True, moe_implementation="auto", checkpoint="")
-    neutral |= dict(remat=False, remat_policy="nothing", attention_implementation="auto", attention_block=0)
-    neutral |= dict(logprob_implementation="auto", vocab_used=0)
-    text = repr([_chosen(config) for config in (replace(model, **neutral), *more)])
+    text = repr([_chosen(part) for part in (replace(model, checkpoint=""), *more)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _chosen(config) -> list[tuple]:
+def _chosen(part) -> list[tuple]:
     """Returns (field, value) of the fields that differ from their default, nested ones likewise."""
-    default, found = type(config)(), []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    default, found = type(part)(), []
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
         if value != getattr(default, field.name):
             found.append((field.name, _chosen(value) if dataclasses.is_dataclass(value) else value))
     return found

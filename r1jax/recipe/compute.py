@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 from r1jax.core import sharding, tree
 from r1jax.models import decoder
-from r1jax.schema import Config, ModelConfig
+from r1jax.schema import GRPOConfig, Network
 
 
-def active_parameters(model: ModelConfig) -> int:
+def active_parameters(network: Network) -> int:
     """Returns the parameters one token uses: without experts that are not chosen, and without an idle prediction module."""
+    model = network.model
     specs, layers = decoder.specs(model), model.num_moe_layers
-    if not model.mtp_loss_weight:
+    if not network.auxiliary.mtp_loss_weight:
         specs = specs.replace(mtp=None)
     elif layers:
         layers += model.num_nextn_predict_layers
@@ -23,17 +24,17 @@ def active_parameters(model: ModelConfig) -> int:
     return total - max(model.n_routed_experts - model.num_experts_per_tok, 0) * expert * layers
 
 
-def of_policy_training(rows: Sequence[dict], config: Config) -> float:
+def of_policy_training(rows: Sequence[dict], network: Network, grpo: GRPOConfig) -> float:
     """Returns the FLOPs of an RL run from its metrics rows: per parameter 2 for a sampled token, 6 for one trained on and
     2 for one scored by the reference, or by the policy before its updates (prompts included in all but the first). A
     critic scores and is trained on the same tokens."""
     sampled = sum(row.get("sampled_tokens", row["tokens"]) for row in rows)
     packed = sum(row["packed_tokens"] for row in rows)
-    scored = config.grpo.uses_reference + (config.grpo.old_logp == "recomputed")
-    critic = 8.0 if config.grpo.advantage == "gae" else 0.0
-    return active_parameters(config.model) * (2.0 * sampled + (6.0 + 2.0 * scored + critic) * packed)
+    scored = grpo.uses_reference + (grpo.old_logp == "recomputed")
+    critic = 8.0 if grpo.advantage == "gae" else 0.0
+    return active_parameters(network) * (2.0 * sampled + (6.0 + 2.0 * scored + critic) * packed)
 
 
-def of_fine_tuning(tokens: int, model: ModelConfig) -> float:
+def of_fine_tuning(tokens: int, network: Network) -> float:
     """Returns the FLOPs of training on `tokens` tokens."""
-    return 6.0 * active_parameters(model) * tokens
+    return 6.0 * active_parameters(network) * tokens

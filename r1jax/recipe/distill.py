@@ -10,7 +10,7 @@ from r1jax.data import files, jsonl
 from r1jax.recipe import common, example_files, fine_tuning, lineage
 from r1jax.recipe.drafts import Counts, Draft, counts_line, tally
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import Config
+from r1jax.schema import Config, DistillConfig, RewardConfig
 
 SOURCE = "stage3_rejection_sft"
 
@@ -24,11 +24,11 @@ def run(config: Config, workdir: Path) -> dict:
     path = config.distill.examples
     if not path:
         return fine_tuning.run(config, workdir, (SOURCE,), collect)
-    drafts, notes = example_files.read(path, config)
+    drafts, notes = example_files.read(path, config.data, config.reward)
 
     def graded(*given) -> tuple[list[dict], Counts]:
         say(*example_files.remarks(path, drafts, notes))
-        return of_file(drafts, config)
+        return of_file(drafts, config.stage, config.reward, config.distill)
 
     return fine_tuning.run(config, workdir, (), graded, {path: files.digest(path)})
 
@@ -43,14 +43,14 @@ def collect(
     return rows, counts
 
 
-def of_file(drafts: list[Draft], config: Config) -> tuple[list[dict], Counts]:
+def of_file(drafts: list[Draft], stage: str, reward: RewardConfig, distill: DistillConfig) -> tuple[list[dict], Counts]:
     """Returns (rows of a file without those that their task's grader finds wrong, counts by task); all with distill.grade=false."""
     counts: Counts = {}
     tally(counts, "rows", (draft.task for draft in drafts))
-    if config.distill.grade:
-        drafts = example_files.right(drafts, config, counts)
+    if distill.grade:
+        drafts = example_files.right(drafts, reward, counts)
     tally(counts, "kept", (draft.task for draft in drafts))
-    say(counts_line(config.stage, counts))
+    say(counts_line(stage, counts))
     return [draft.row() for draft in drafts], counts
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from r1jax.data.problems import Problem, read_prompt
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest, Score
-from r1jax.schema import REASONING, Config
+from r1jax.schema import REASONING, RewardConfig
 
 Counts = dict[str, Any]  # check -> {task: how many it let through}, or a figure of its own
 NO_TASK = "no task"
@@ -77,11 +77,11 @@ def counts_line(stage: str, counts: Counts) -> str:
     return f"{stage}: examples: {'; '.join(told)}"
 
 
-def grade(drafts: Sequence[Draft], config: Config) -> list[Score | None]:
+def grade(drafts: Sequence[Draft], reward: RewardConfig) -> list[Score | None]:
     """Returns the score of each draft by its own task's grader, None where that cannot tell right from wrong."""
     chosen = [draft for draft in drafts if draft.gradable]
     if not chosen:
         return [None] * len(drafts)
-    with RewardPool(config.reward) as pool:
+    with RewardPool(reward) as pool:
         scores = iter(pool.score([draft.request() for draft in chosen]))
     return [next(scores) if draft.gradable else None for draft in drafts]

@@ -8,42 +8,48 @@ from r1jax.recipe.drafts import Counts, Draft, tally
 from r1jax.rewards.models import editing
 from r1jax.rewards.models.judge import Judge, Request
 from r1jax.rewards.rules import detect_language
-from r1jax.schema import Config
+from r1jax.schema import JudgeConfig, RewardConfig
 
 
 def rewrite(
-    drafts: Sequence[Draft], editor: Judge, config: Config, counts: Counts, keep_unedited: bool = False
+    drafts: Sequence[Draft],
+    editor: Judge,
+    seed: int,
+    reward: RewardConfig,
+    judge: JudgeConfig,
+    counts: Counts,
+    keep_unedited: bool = False,
 ) -> list[Draft]:
     """Returns the drafts written anew by the editor, in order.
 
     One without a readable edit (also where trace or edit is longer than config.judge.sampler allows) is left out, or stays as it was
     with `keep_unedited`.
     """
-    edits = [editing.read_edit(reply or "") for reply in _ask(editor, drafts, config, _edit_prompt)]
+    edits = [editing.read_edit(reply or "") for reply in _ask(editor, drafts, seed, _edit_prompt)]
     tally(counts, "edits asked", (draft.task for draft in drafts))
     tally(counts, "edits read", (draft.task for draft, edit in zip(drafts, edits, strict=True) if edit))
     found = []
     for draft, edit in zip(drafts, edits, strict=True):
         if edit:
-            found.append(with_text(draft, edit.turn(config.reward.extraction), config.judge.checkpoint))
+            found.append(with_text(draft, edit.turn(reward.extraction), judge.checkpoint))
         elif keep_unedited:
             found.append(draft)
     return found
 
 
-def with_thoughts(drafts: Sequence[Draft], editor: Judge, config: Config, counts: Counts) -> list[Draft]:
+def with_thoughts(drafts: Sequence[Draft], editor: Judge, seed: int, judge: JudgeConfig, counts: Counts) -> list[Draft]:
     """Returns the drafts, those without a thought with the one that the editor writes before their reply.
 
     One that it leaves empty, and one that cannot be read, is none: the reply stays as it was.
     """
     asked = [draft for draft in drafts if "<think>" not in draft.text]
-    thoughts = [editing.read_thoughts(reply or "") for reply in _ask(editor, asked, config, _thoughts_prompt)]
+    thoughts = [editing.read_thoughts(reply or "") for reply in _ask(editor, asked, seed, _thoughts_prompt)]
     tally(counts, "thoughts asked", (draft.task for draft in asked))
     pairs = list(zip(asked, thoughts, strict=True))
     tally(counts, "thoughts read", (draft.task for draft, thought in pairs if thought is not None))
     tally(counts, "thoughts added", (draft.task for draft, thought in pairs if thought))
     written = {
-        id(draft): with_text(draft, f"<think>\n{thought}\n</think>\n\n{draft.text.strip()}", config.judge.checkpoint)
+        id(draft): with_text(draft, f"<think>\n{thought}\n</think>\n\n{draft.text.strip()}", judge.checkpoint)
         for draft, thought in pairs
         if thought
     }
@@ -70,12 +76,12 @@ def _thoughts_prompt(draft: Draft, request: str, reply: str, seed: int) -> str:
 
 
 def _ask(
-    editor: Judge, drafts: Sequence[Draft], config: Config, prompt: Callable[[Draft, str, str, int], str]
+    editor: Judge, drafts: Sequence[Draft], seed: int, prompt: Callable[[Draft, str, str, int], str]
 ) -> list[str | None]:
     """Returns the editor's reply to each draft, None where prompt or reply is too long for its sampler."""
     requests = []
     for draft in drafts:
-        question, text = (editor.defused(part) for part in (draft.problem.text, draft.text))
-        key = hash64("edit", config.seed, draft.problem.id, question, text)
-        requests.append(Request(prompt(draft, question, text, config.seed), (key,)))
+        question, text = (editor.escape_special_tokens(part) for part in (draft.problem.text, draft.text))
+        key = hash64("edit", seed, draft.problem.id, question, text)
+        requests.append(Request(prompt(draft, question, text, seed), (key,)))
     return [reply for (reply,) in editor.replies(requests)]

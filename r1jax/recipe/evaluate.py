@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.checkpoints.hf_config import RUNTIME_FIELDS
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import checkpoint, hosts, tree
 from r1jax.core.say import say
@@ -30,7 +29,7 @@ from r1jax.rl.rollout import EncodedPrompt
 from r1jax.sampler.build import build_sampler
 from r1jax.sampler.sample import SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.schema import Config, replace
+from r1jax.schema import Config, EvalConfig, SamplerConfig, replace
 
 COLUMNS = (
     "checkpoint",
@@ -75,9 +74,9 @@ def run(config: Config, workdir: Path) -> dict:
     config = replace(config, model=replace(config.model, checkpoint=config.checkpoint))
     resolved, tokenizer, mesh = common.prepare(as_trained(config))
     asked = prompts.load_held_out(resolved, tokenizer)
-    template_check.check(resolved, tokenizer, asked.held_out)
+    template_check.check(resolved.stage, resolved.data, resolved.reward, tokenizer, asked.held_out)
     started = time.monotonic()
-    params = common.load_weights(resolved, mesh, config.checkpoint, lambda: None)
+    params = common.load_weights(resolved.model, mesh, config.checkpoint, lambda: None)
     figures, responses = evaluate(resolved, tokenizer, mesh, asked.held_out, params, asked.source.reflective_words)
     figures["data"] = asked.counts
     figures["seconds"] = round(time.monotonic() - started, 1)
@@ -85,18 +84,18 @@ def run(config: Config, workdir: Path) -> dict:
     write_samples(folder / "samples.jsonl", responses)
     checkpoint.write_json(folder / "config.json", common.json_fields(resolved))
     made_from = {config.checkpoint: common.checkpoint_digest(config.checkpoint)}
-    made_from |= asked.source.inputs | lineage.grader_digests(config)
+    made_from |= asked.source.inputs | lineage.grader_digests(config.reward)
     checkpoint.write_json(folder / common.INPUTS, {"inputs": made_from})
     checkpoint.write_json(folder / "figures.json", figures)
     print_figures([{"checkpoint": name, **figures}])
-    say_left_out(resolved, asked, int(figures["problems"]))
-    write_report(resolved, workdir, name, {name: figures, "seconds": figures["seconds"]})
+    say_left_out(resolved.evaluation, asked, int(figures["problems"]))
+    write_report(resolved.stage, workdir, name, {name: figures, "seconds": figures["seconds"]})
     return figures
 
 
-def say_left_out(config: Config, asked: StagePrompts, measured: int) -> None:
+def say_left_out(evaluation: EvalConfig, asked: StagePrompts, measured: int) -> None:
     """Prints how many of the rows of the files the figures are of, and why not of the others."""
-    counts, most = asked.counts, config.evaluation.max_problems
+    counts, most = asked.counts, evaluation.max_problems
     if not hosts.is_writer():
         return
     every = counts.get("rows", len(asked.held_out))
@@ -117,10 +116,10 @@ def as_trained(config: Config) -> Config:
     Of files that they have read, also such as have changed since, only what they held out is evaluated; of other files
     everything. Raises ValueError where that differs between the files of config.data.path, and where they held nothing out.
     """
-    if not problems.has_files(config) or config.data.eval_path:
+    if not problems.has_files(config.data) or config.data.eval_path:
         return config
     trained = hosts.decide(_trained_on, Path(config.checkpoint), name=f"what {config.checkpoint} was trained on")
-    given = problems.digests(config)
+    given = problems.digests(config.data)
     keys = {path: {given[path], str(Path(path).resolve())} & trained.keys() for path in given}
     seen = [path for path in given if keys[path]]
     if not seen:
@@ -205,17 +204,19 @@ def measurement_key(config: Config, tokenizer: Tokenizer, asked: StagePrompts, p
     """
     questions = [(replace(prompt.problem, place=""), prompt.ids.tolist(), prompt.prefill) for prompt in asked.held_out]
     sampler = replace(config.sampler, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens_schedule=())
-    shape = {name: value for name, value in vars(config.model).items() if name not in (*RUNTIME_FIELDS, "checkpoint")}
+    shape = {name: value for name, value in vars(config.model).items() if name != "checkpoint"}
     weightless = replace(config.reward, **dict.fromkeys(PART_NAMES, 0.0), workers=0, cache_entries=0)
     settings = (
         config.evaluation,
         sampler,
-        evaluation_params(config, tokenizer),
+        evaluation_params(config.sampler, config.evaluation, tokenizer),
         config.seed,
         tuple(asked.source.reflective_words),
     )
-    drawn = settings, shape, config.model.compute_dtype, _tokenizer_digest(tokenizer), tree.digest(params)
-    return hashlib.sha256(repr((drawn, weightless, lineage.grader_digests(config), questions)).encode()).hexdigest()
+    drawn = settings, shape, config.compute.compute_dtype, _tokenizer_digest(tokenizer), tree.digest(params)
+    return hashlib.sha256(
+        repr((drawn, weightless, lineage.grader_digests(config.reward), questions)).encode()
+    ).hexdigest()
 
 
 def _tokenizer_digest(tokenizer: Tokenizer) -> str:
@@ -257,20 +258,19 @@ def before_and_after(
     if not asked.held_out:
         return {}
     measure = functools.partial(of_weights, config, tokenizer, mesh, asked)
-    name, base = lineage.result_name(config), lineage.base_weights(config, mesh, workdir)
+    name, base = lineage.result_name(config.stage), lineage.base_weights(config, mesh, workdir)
     figures = {
-        lineage.BASE: measure(base, workdir, lineage.base_name(config)),
+        lineage.BASE: measure(base, workdir, lineage.base_name(config.input_preset)),
         name: measure(trained, workdir, name, folder / "samples.jsonl"),
     }
     print_checkpoints(figures)
     return figures
 
 
-def evaluation_params(config: Config, tokenizer: Tokenizer) -> SamplingParams:
+def evaluation_params(sampler: SamplerConfig, evaluation: EvalConfig, tokenizer: Tokenizer) -> SamplingParams:
     """Returns how the samples of an evaluation are drawn: with the temperature and top_p of config.evaluation."""
-    settings = config.evaluation
-    longest = config.sampler.max_new_tokens
-    return SamplingParams(settings.temperature, settings.top_p, max_new_tokens=longest, stop_ids=tokenizer.stop_ids)
+    longest = sampler.max_new_tokens
+    return SamplingParams(evaluation.temperature, evaluation.top_p, max_new_tokens=longest, stop_ids=tokenizer.stop_ids)
 
 
 def evaluate(
@@ -291,11 +291,12 @@ def evaluate(
     if settings.max_problems:
         held_out = held_out[: settings.max_problems]
     config = replace(config, stage="evaluate")
-    sampler = build_sampler(config.model, config.sampler, mesh, tokenizer)
+    sampler = build_sampler(config.network, config.sampler, mesh, tokenizer)
     params = sampler.engine.load_params(params)
-    sampling, size, k = evaluation_params(config, tokenizer), settings.samples_per_problem, settings.consensus_samples
+    sampling, size = evaluation_params(config.sampler, settings, tokenizer), settings.samples_per_problem
+    k = settings.consensus_samples
     with RewardPool(config.reward) as pool:
-        ask = functools.partial(respond, config, tokenizer, sampler, pool)
+        ask = functools.partial(respond, config.seed, config.stage, tokenizer, sampler, pool)
         sampled = ask(held_out, params, sampling, size, "evaluate")
         greedy = ask(held_out, params, replace(sampling, temperature=0.0), 1, "greedy") if settings.greedy else []
         voting: list[Response] = []
@@ -315,7 +316,8 @@ def spread(total: int, count: int) -> list[int]:
 
 
 def respond(
-    config: Config,
+    seed: int,
+    stage: str,
     tokenizer: Tokenizer,
     sampler: RolloutSampler,
     pool: RewardPool,
@@ -326,7 +328,7 @@ def respond(
     purpose: str,
 ) -> list[Response]:
     """Returns graded responses to each prompt in order, `samples` each."""
-    requests = rollout.requests_for(asked, range(len(asked)), samples, sampling, config.seed, config.stage, purpose)
+    requests = rollout.requests_for(asked, range(len(asked)), samples, sampling, seed, stage, purpose)
     drawn = sampler.generate(requests, params)
     texts = tokenizer.decode_batch([sample.token_ids for sample in drawn])
     repeated = [prompt for prompt in asked for _ in range(samples)]
@@ -360,13 +362,13 @@ def is_evaluation(value: Any) -> bool:
     return isinstance(value, dict) and "pass@1_se" in value
 
 
-def write_report(config: Config, workdir: Path, name: str, figures: dict) -> None:
+def write_report(stage: str, workdir: Path, name: str, figures: dict) -> None:
     """Writes report.html of a single stage, whose result is called `name`, into its folder; process 0 alone does."""
     if hosts.is_writer():
         measured = {key: value for key, value in figures.items() if is_evaluation(value)}
         summary = {"checkpoints": measured, "wall_s": figures["seconds"]}
-        path = Path(workdir) / config.stage / "report.html"
-        html.write_run(path, summary, html.collect(Path(workdir), {config.stage: name}))
+        path = Path(workdir) / stage / "report.html"
+        html.write_run(path, summary, html.collect(Path(workdir), {stage: name}))
 
 
 def print_figures(rows: list[dict]) -> None:

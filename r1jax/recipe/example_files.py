@@ -7,22 +7,22 @@ from r1jax.data import files, turns
 from r1jax.data.problems import SCENARIOS, Problem, is_countdown, read_prompt
 from r1jax.recipe.drafts import NO_TASK, Counts, Draft, grade, tally
 from r1jax.rewards import compose, plugins, references, rules
-from r1jax.schema import KINDS, Config
+from r1jax.schema import KINDS, DataConfig, RewardConfig
 
 UNGRADED, WRONG, UNSCORABLE = "not graded", "wrong", "no verdict"
 
 
-def read(path: str, config: Config) -> tuple[list[Draft], list[str]]:
+def read(path: str, data: DataConfig, reward: RewardConfig) -> tuple[list[Draft], list[str]]:
     """Returns (drafts of the rows of a file, remarks on how they were read).
 
     A row has prompt and response, or messages that end in an assistant turn, and may have id, task, kind, language and what its
     task's grader needs. Raises ValueError, with file and line, for a bad file or row.
     """
-    table = files.read(path, config.data.columns)
-    return [draft(row, path, config, config.data.task) for row in table.rows], table.notes
+    table = files.read(path, data.columns)
+    return [draft(row, path, reward, data.task) for row in table.rows], table.notes
 
 
-def draft(row: files.Row, path: str, config: Config, task: str = "") -> Draft:
+def draft(row: files.Row, path: str, reward: RewardConfig, task: str = "") -> Draft:
     """Returns the draft of a row; `task` is that of a row that names none. Raises ValueError, with its place, for a bad one."""
     fields, place = row.fields, f"{row.place} ({row.fields['id']})"
     response = fields.get("response")
@@ -34,13 +34,13 @@ def draft(row: files.Row, path: str, config: Config, task: str = "") -> Draft:
         raise ValueError(f"{row.place}: field 'response' is empty, text is needed")
     task = fields.get("task") or task
     task = "countdown" if task == "math" and is_countdown(fields) else task
-    gradable = task in compose.graders(config.reward) and task not in SCENARIOS and _has_reference(task, fields, config)
+    gradable = task in compose.graders(reward) and task not in SCENARIOS and _has_reference(task, fields, reward)
     try:
         problem = Problem(
             id=fields["id"],
             task=task,
             prompt=read_prompt(fields["prompt"]),
-            reference=references.read(task, fields, config.reward) if gradable else "",
+            reference=references.read(task, fields, reward) if gradable else "",
             language=rules.canonical_language(fields["language"]) if fields.get("language") else "",
             source=fields.get("source", ""),
             kind=check_kind(fields.get("kind")),
@@ -60,9 +60,9 @@ def check_kind(kind: Any) -> str:
     return kind
 
 
-def _has_reference(task: str, fields: dict, config: Config) -> bool:
+def _has_reference(task: str, fields: dict, reward: RewardConfig) -> bool:
     """Returns whether a row holds what its task's grader compares with."""
-    if task in plugins.parse(config.reward.graders):
+    if task in plugins.parse(reward.graders):
         return True
     return any(fields.get(name) not in (None, "") for name in references.NEEDS.get(task, references.ANY))
 
@@ -75,9 +75,9 @@ def _conversation(fields: dict, problem: Problem) -> tuple[dict, ...]:
     return tuple(spoken) if earlier and same and spoken[-1]["content"] == fields["response"] else ()
 
 
-def right(drafts: Sequence[Draft], config: Config, counts: Counts) -> list[Draft]:
+def right(drafts: Sequence[Draft], reward: RewardConfig, counts: Counts) -> list[Draft]:
     """Returns the drafts without those that their row's own grader finds wrong; what cannot be graded stays. All are counted by task."""
-    scores = grade(drafts, config)
+    scores = grade(drafts, reward)
     verdicts = [
         UNGRADED
         if score is None

@@ -17,10 +17,10 @@ from r1jax.core.sharding import use_mesh
 from r1jax.data import templates
 from r1jax.models import decoder
 from r1jax.recipe import common, lineage, prompts
-from r1jax.schema import Config, ModelConfig, replace
+from r1jax.schema import ComputeConfig, Config, DataConfig, ModelConfig, Network, replace
 
 # Of the run's config.json: what an export must agree with.
-RUN_FIELDS = ("model.", "data.", "sampler.stop_ids")
+RUN_FIELDS = ("model.", "compute.", "data.", "sampler.stop_ids")
 PATHS = ("model.checkpoint", "data.path", "distill.examples", "coldstart.teacher", "inputs", "checkpoint", "output")
 # A conversation as templates.flat writes it: system texts, then one turn as it is, or every turn under its role. A last
 # turn of the assistant is what such a prompt asks for, and no part of it.
@@ -55,8 +55,10 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     own, tokenizer, mesh = common.prepare(stage_config(source, fields, config), source)
     hf_export.check_dtype(own.model, config.export.dtype)
     ends, pad = common.token_ids(tokenizer)
-    tokenizer = Tokenizer(tokenizer.backend, tokenizer.config, chat_template(own, tokenizer), tokenizer.source)
-    params = common.load_weights(own, mesh, str(source), lambda: None)
+    tokenizer = Tokenizer(
+        tokenizer.backend, tokenizer.config, chat_template(own.stage, own.data, tokenizer), tokenizer.source
+    )
+    params = common.load_weights(own.model, mesh, str(source), lambda: None)
     figures, kind = {"parameters": tree.count(params)}, config.export.dtype
 
     def check(folder: Path) -> None:
@@ -64,7 +66,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
             figures["tensors"] = len(list(files))
         figures["files"] = len(list(folder.glob("*.safetensors")))
         if config.export.verify:
-            figures["logit_difference"] = verify(folder, params, own.model, mesh, kind)
+            figures["logit_difference"] = verify(folder, params, own.network, mesh, kind)
 
     about = card(source, fields, target.name)
     hf_export.save(target, params, own.model, tokenizer, kind, about, check=check, end_ids=ends, pad_id=pad)
@@ -100,14 +102,14 @@ def stage_config(folder: Path, fields: dict, config: Config) -> Config:
     return override(config, wanted.items())
 
 
-def chat_template(config: Config, tokenizer: Tokenizer) -> str:
+def chat_template(stage: str, data: DataConfig, tokenizer: Tokenizer) -> str:
     """Returns the Jinja template that renders a conversation as the run's training did.
 
     The tokenizer's own for `chat`; for the other templates one that writes it as one question (templates.flat). The last
     user message begins with config.data.instruction. With config.data.think_prefill the generation prompt ends in `<think>`
     and a line break.
     """
-    kind, opened, instruction = prompts.template(config, tokenizer), config.data.think_prefill, config.data.instruction
+    kind, opened, instruction = prompts.template(stage, data, tokenizer), data.think_prefill, data.instruction
     told = INSTRUCTED.replace("TEXT", json.dumps(f"{instruction}\n", ensure_ascii=False)) if instruction else ""
     if kind == "chat":
         if not opened:
@@ -121,15 +123,15 @@ def chat_template(config: Config, tokenizer: Tokenizer) -> str:
     return f"{told}{before}{FLAT}{after}"
 
 
-def verify(folder: Path, params: decoder.Params, model: ModelConfig, mesh: Mesh, dtype: str) -> float:
+def verify(folder: Path, params: decoder.Params, network: Network, mesh: Mesh, dtype: str) -> float:
     """Returns max |logit before - after| on random tokens, as a fraction of the largest logit; 0 for float32.
 
     Reads the folder back with a second copy of the weights on the devices. Raises ValueError when a weight does not
     have the bits of the one here after rounding to `dtype` (`fp8`: quantised and multiplied out again), or when
     config.json describes a model that computes something else.
     """
-    model = replace(model, compute_dtype="float32")
-    shape = hf_config.model_config(folder, model)
+    model, compute = network.model, replace(network.compute, compute_dtype="float32")
+    shape = hf_config.model_config(folder)
     back = hf.load(folder, shape, mesh, jnp.float32)
     before, after = hf_export.Leaves(params), hf_export.Leaves(back)
     for tensor in hf_export.tensors(model, dtype):
@@ -138,20 +140,22 @@ def verify(folder: Path, params: decoder.Params, model: ModelConfig, mesh: Mesh,
         kept = hf_export.read_back(tensor, before.value(tensor))
         if not np.array_equal(kept.view(np.uint32), after.value(tensor).view(np.uint32)):
             raise ValueError(f"export_hf: {tensor.name} reads back differently; nothing was kept")
-    reread, same_weights, original = (_logits(*pair, mesh) for pair in ((back, shape), (back, model), (params, model)))
+    reread, same_weights, original = (
+        _logits(*pair, compute, mesh) for pair in ((back, shape), (back, model), (params, model))
+    )
     if not np.array_equal(reread, same_weights):
         raise ValueError("export_hf: config.json, read back, computes other logits; nothing was kept")
     return float(np.abs(reread - original).max() / np.abs(original).max())
 
 
-def _logits(params: decoder.Params, model: ModelConfig, mesh: Mesh) -> np.ndarray:
+def _logits(params: decoder.Params, model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> np.ndarray:
     """Returns the logits [2, 24, V] of two rows of random tokens."""
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, 24)).astype(np.int32)
     places = np.tile(np.arange(24, dtype=np.int32), (2, 1))
 
     @jax.jit
     def run(params: decoder.Params) -> jax.Array:
-        hidden, _, _ = decoder.forward(params, tokens, places, np.ones_like(tokens), model)
+        hidden, _, _ = decoder.forward(params, tokens, places, np.ones_like(tokens), Network(model, compute))
         return decoder.logits(params, hidden)
 
     with use_mesh(mesh):

@@ -13,7 +13,7 @@ from r1jax.data import jsonl
 from r1jax.data.packing import PackItem
 from r1jax.recipe import common, compute, evaluate, lineage, problems, prompts, sft_rows, template_check, training
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import Config
+from r1jax.schema import Config, DataConfig, PackConfig
 from r1jax.train import epochs, sft, step
 
 EXAMPLES = common.EXAMPLES
@@ -38,12 +38,18 @@ def run(
     if (figures := evaluate.finished(folder, inputs)) is not None:
         return figures
     resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
-    asked = prompts.load(resolved, tokenizer) if problems.given(resolved) or config.stage != "distill" else None
+    asked = prompts.load(resolved, tokenizer) if problems.given(resolved.data) or config.stage != "distill" else None
     train, held_out = (asked.training.all, asked.held_out) if asked else ([], [])
-    template_check.check(resolved, tokenizer, train or held_out)
+    template_check.check(resolved.stage, resolved.data, resolved.reward, tokenizer, train or held_out)
     started, path = time.monotonic(), folder.path / EXAMPLES
     folder.start(inputs)
-    common.write_model(folder.path, resolved, tokenizer, prompts.template(resolved, tokenizer))
+    common.write_model(
+        folder.path,
+        resolved.model,
+        resolved.data,
+        tokenizer,
+        prompts.template(resolved.stage, resolved.data, tokenizer),
+    )
     if not path.exists():
         rows, counts = collect(resolved, tokenizer, mesh, train, Path(workdir))
         if not rows:
@@ -54,25 +60,25 @@ def run(
         checkpoint.write_json(folder.path / COUNTS, counts)
         jsonl.write(path, rows)
     rows = jsonl.read(path)
-    every = [item for row in rows for item in sft_rows.items_of(row, resolved, tokenizer)]
+    every = [item for row in rows for item in sft_rows.items_of(row, resolved.stage, resolved.data, tokenizer)]
     items = fitting(every, resolved.pack.row_tokens)
     params = lineage.start_weights(resolved, mesh, workdir)
     trained, loss = fine_tune(resolved, mesh, items, params, folder)
     tokens = sum(len(item.tokens) for item in items) * resolved.sft.epochs
     figures = {"seconds": round(time.monotonic() - started, 1), "examples": len(items), "tokens": tokens}
     figures |= {"loss": loss, "left_out": {TOO_LONG: len(every) - len(items)}}
-    figures["compute"] = compute.of_fine_tuning(tokens, resolved.model)
+    figures["compute"] = compute.of_fine_tuning(tokens, resolved.network)
     if asked:
         figures["data"] = asked.counts
         figures |= evaluate.before_and_after(resolved, tokenizer, mesh, asked, trained, workdir, folder.path)
     checkpoint.write_json(folder.path / "figures.json", figures)
-    evaluate.write_report(config, workdir, lineage.result_name(config), figures)
+    evaluate.write_report(config.stage, workdir, lineage.result_name(config.stage), figures)
     return folder.finish(figures, inputs, tree.digest(trained))
 
 
-def encode(rows: list[dict], config: Config, tokenizer: Tokenizer) -> list[PackItem]:
+def encode(rows: list[dict], stage: str, data: DataConfig, pack: PackConfig, tokenizer: Tokenizer) -> list[PackItem]:
     """Returns the rows as training examples (sft_rows.items_of), of most rows one, those that fit as `fitting`."""
-    return fitting([item for row in rows for item in sft_rows.items_of(row, config, tokenizer)], config.pack.row_tokens)
+    return fitting([item for row in rows for item in sft_rows.items_of(row, stage, data, tokenizer)], pack.row_tokens)
 
 
 def fitting(items: list[PackItem], limit: int) -> list[PackItem]:
@@ -95,8 +101,8 @@ def fine_tune(config: Config, mesh: Mesh, items: list[PackItem], params, folder:
         len(items), settings.epochs, settings.examples_per_update, config.stage, config.seed
     )
     updates = len(chosen)
-    loss = sft.make_loss(config.model, config.pack.trained_chunk)
-    trainer = step.Trainer(config.model, config.optimizer, mesh, loss, updates)
+    loss = sft.make_loss(config.network, config.pack.trained_chunk)
+    trainer = step.Trainer(config.network, config.optimizer, mesh, loss, updates)
     most_rows = max(sft.rows_of([items[i] for i in some], config.pack) for some in chosen)
     micro_batches = -(-most_rows // config.pack.rows_per_micro_batch)
     shards = sharding.row_shards(config.pack.rows_per_micro_batch, config.mesh)
@@ -104,4 +110,4 @@ def fine_tune(config: Config, mesh: Mesh, items: list[PackItem], params, folder:
     def batch_at(update: int):
         return sft.make_batch([items[i] for i in chosen[update]], config.pack, micro_batches, shards=shards)
 
-    return training.fit(folder, trainer, params, batch_at, updates, lineage.result_name(config))
+    return training.fit(folder, trainer, params, batch_at, updates, lineage.result_name(config.stage))

@@ -11,15 +11,15 @@ from r1jax.data.hashing import hash64
 from r1jax.data.prompts import keyed_permutation
 from r1jax.recipe import editing, example_files, judging, problems
 from r1jax.recipe.drafts import Counts, Draft, tally
-from r1jax.schema import KINDS, Config
+from r1jax.schema import KINDS, Config, DataConfig, JudgeConfig, RejectionConfig, RewardConfig
 
 GENERAL, NO_KIND = "general", "no kind"
 
 
-def inputs(config: Config) -> dict[str, str]:
+def inputs(stage: str, rejection: RejectionConfig, judge: JudgeConfig) -> dict[str, str]:
     """Returns {file or folder: digest} of config.rejection.general_path and of the editor. ValueError for a missing one."""
-    paths = problems.paths(config.rejection.general_path)
-    return {path: files.digest(path) for path in paths} | judging.editor_inputs(config, config.rejection.editor)
+    paths = problems.paths(rejection.general_path)
+    return {path: files.digest(path) for path in paths} | judging.editor_inputs(stage, judge, rejection.editor)
 
 
 def chosen(config: Config, mesh: Mesh, wanted: int, counts: Counts) -> list[dict]:
@@ -27,41 +27,43 @@ def chosen(config: Config, mesh: Mesh, wanted: int, counts: Counts) -> list[dict
 
     counts["general"] and counts["general by kind"] tell how many of each task and kind.
     """
-    if not problems.has_files(config) and not config.rejection.general_path:
+    if not problems.has_files(config.data) and not config.rejection.general_path:
         rows = corpus.preferred(wanted, hash64(config.stage, config.seed, GENERAL) % 2**32)
         tally(counts, GENERAL, [GENERAL] * len(rows))
         return [row | {"provenance": {"teacher": "rules of the tiny world"}} for row in rows]
-    found = read(config)
+    found = read(config.data, config.reward, config.rejection)
     tally(counts, "general rows", (draft.problem.kind or NO_KIND for draft in found))
     found = mixed(found, config.rejection.kind_weights(), wanted, hash64(config.stage, config.seed, "kinds"))
     if config.rejection.editor and found:
-        found = editing.with_thoughts(found, judging.load(config, mesh), config, counts)
+        found = editing.with_thoughts(
+            found, judging.load(config.stage, config.seed, config.judge, mesh), config.seed, config.judge, counts
+        )
     tally(counts, GENERAL, (draft.task for draft in found))
     tally(counts, "general by kind", (draft.problem.kind or NO_KIND for draft in found))
     return [draft.row() for draft in found]
 
 
-def read(config: Config) -> list[Draft]:
+def read(data: DataConfig, reward: RewardConfig, rejection: RejectionConfig) -> list[Draft]:
     """Returns the general rows with a response: those of task general in the files of problems, and all of config.rejection.general_path.
 
     Raises ValueError, with file and line, for a bad row and one of general_path without a response.
     """
-    data, found = config.data, []
+    found = []
     listed = [(path, data.task) for path in problems.paths(data.path)]
     listed += [(path, GENERAL) for path in problems.paths(data.general_path)]
     for path, task in listed:
         rows = [row for row in files.read(path, data.columns, data.max_rows).rows if row.fields.get("response")]
-        found += [_draft(row, path, config) for row in rows if (row.fields.get("task") or task) == GENERAL]
-    for path in problems.paths(config.rejection.general_path):
+        found += [_draft(row, path, reward) for row in rows if (row.fields.get("task") or task) == GENERAL]
+    for path in problems.paths(rejection.general_path):
         table = files.read(path, data.columns)
-        own = [_draft(row, path, config) for row in table.rows]
+        own = [_draft(row, path, reward) for row in table.rows]
         say(*(f"{path}: {note}" for note in table.notes))
         found += own
     return found
 
 
-def _draft(row: files.Row, path: str, config: Config) -> Draft:
-    draft = example_files.draft(row, path, config, GENERAL)
+def _draft(row: files.Row, path: str, reward: RewardConfig) -> Draft:
+    draft = example_files.draft(row, path, reward, GENERAL)
     return dataclasses.replace(draft, problem=dataclasses.replace(draft.problem, task=GENERAL), gradable=False)
 
 

@@ -11,7 +11,7 @@ from r1jax.core import checkpoint
 from r1jax.core.say import say
 from r1jax.recipe import common, evaluate, export_hf, lineage, reward_models
 from r1jax.report import html, table
-from r1jax.schema import Config, replace
+from r1jax.schema import Config, GateConfig, replace
 
 # Stage -> the stages whose results it reads, in an order that can be run.
 GRAPH: dict[str, tuple[str, ...]] = {
@@ -61,7 +61,8 @@ def run(config: Config, workdir: Path) -> dict:
         figures = stage_table.function(stage)(stages[stage], workdir)
         if awaited := figures.get("awaits"):
             raise ValueError(f"{stage} waits for the verdicts in {awaited}; run again when they are there")
-        hold_gate(stages[stage], workdir)
+        own_config = stages[stage]
+        hold_gate(own_config.stage, own_config.gate, workdir)
     if not set(EXPORTED) - {stage for stage in GRAPH if (workdir / stage / common.DONE).exists()}:
         export(config, workdir)
     summary = summarize(workdir, round(time.monotonic() - started, 1))
@@ -152,16 +153,16 @@ def listing(stages: dict[str, Config], workdir: Path) -> dict:
     return states
 
 
-def hold_gate(config: Config, workdir: Path) -> None:
+def hold_gate(stage: str, gate: GateConfig, workdir: Path) -> None:
     """Raises ValueError when the stage's result is below its gate."""
-    name = lineage.result_name(config)
-    figures = json.loads((workdir / config.stage / common.DONE).read_text())["figures"].get(name, {})
+    name = lineage.result_name(stage)
+    figures = json.loads((workdir / stage / common.DONE).read_text())["figures"].get(name, {})
     for field, figure in (("pass_at_1", "pass@1"), ("language_consistency", "language_consistency")):
-        least = getattr(config.gate, field)
+        least = getattr(gate, field)
         if least and figures.get(figure, 0.0) < least:
             raise ValueError(
                 f"gate: {name} has {figure} {figures.get(figure, 0.0):.3f}, below config.gate.{field}={least} of "
-                f"{config.stage}; the graph stops here"
+                f"{stage}; the graph stops here"
             )
 
 

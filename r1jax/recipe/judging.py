@@ -1,5 +1,6 @@
 """What stages that ask a judge share: loading it, grading by it, and work on many rows that a stopped run does not lose."""
 
+import functools
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,47 +19,48 @@ from r1jax.rewards import compose
 from r1jax.rewards.models.judge import Judge
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.sampler.build import build_sampler
-from r1jax.schema import Config, ModelConfig, replace
+from r1jax.schema import ComputeConfig, Config, DataConfig, JudgeConfig, Network, RewardConfig, replace
 
 ROWS_PER_PART = 64  # rows that a stopped run loses at most
 
 
-def require_judge(config: Config) -> None:
+def require_judge(stage: str, judge: JudgeConfig) -> None:
     """Raises ValueError when config.judge.checkpoint is no Hugging Face folder."""
-    folder = config.judge.checkpoint
+    folder = judge.checkpoint
     if not folder or not common.is_hugging_face(folder):
         raise ValueError(
-            f"{config.stage}: config.judge.checkpoint={folder!r} is no Hugging Face folder; give the judge's with "
+            f"{stage}: config.judge.checkpoint={folder!r} is no Hugging Face folder; give the judge's with "
             "--config.judge.checkpoint=DIR (export_hf makes one of a stage's folder)"
         )
 
 
-def editor_inputs(config: Config, editor: str) -> dict[str, str]:
+def editor_inputs(stage: str, judge: JudgeConfig, editor: str) -> dict[str, str]:
     """Returns {folder: digest} of the model that a stage's editor (`judge`) is; {} without one. ValueError as `require_judge`."""
     if not editor:
         return {}
-    require_judge(config)
-    return {config.judge.checkpoint: common.checkpoint_digest(config.judge.checkpoint)}
+    require_judge(stage, judge)
+    return {judge.checkpoint: common.checkpoint_digest(judge.checkpoint)}
 
 
-def load(config: Config, mesh: Mesh) -> Judge:
+def load(stage: str, seed: int, judge: JudgeConfig, mesh: Mesh) -> Judge:
     """Returns the judge of config.judge.checkpoint. Raises ValueError as `require_judge`."""
-    require_judge(config)
-    folder = config.judge.checkpoint
+    require_judge(stage, judge)
+    folder = judge.checkpoint
     beside = Path(folder).parent if Path(folder).is_file() else Path(folder)
-    model = hf_config.model_config(beside, ModelConfig(compute_dtype=config.judge.compute_dtype))
-    words = tokenizer.from_folder(beside).stopping_at(config.judge.sampler.stop_ids)
-    model = tokenizer.fitted(model, words)
-    sampler = build_sampler(model, config.judge.sampler, mesh, words)
-    params = sampler.engine.load_params(hf.load(folder, model, mesh, jnp.dtype(model.compute_dtype)))
-    return Judge(sampler, params, words, "chat" if words.chat_template else "plain", config.seed)
+    model = hf_config.model_config(beside)
+    words = tokenizer.from_folder(beside).stopping_at(judge.sampler.stop_ids)
+    compute = ComputeConfig(compute_dtype=judge.compute_dtype, vocab_used=tokenizer.vocab_used(model, words))
+    sampler = build_sampler(Network(model, compute), judge.sampler, mesh, words)
+    params = sampler.engine.load_params(hf.load(folder, model, mesh, jnp.dtype(compute.compute_dtype)))
+    return Judge(sampler, params, words, "chat" if words.chat_template else "plain", seed)
 
 
 class JudgePool:
     """A RewardPool's `score` whose accuracy part is a judge's verdict; the judge is loaded when first asked."""
 
-    def __init__(self, config: Config, mesh: Mesh):
-        self._config, self._mesh = config, mesh
+    def __init__(self, stage: str, seed: int, judge: JudgeConfig, reward: RewardConfig, mesh: Mesh):
+        self._reward = reward
+        self._load = functools.partial(load, stage, seed, judge, mesh)
         self._judge: Judge | None = None
 
     def __enter__(self) -> "JudgePool":
@@ -74,10 +76,10 @@ class JudgePool:
 
     def score(self, requests: Sequence[RewardRequest]) -> list[Score]:
         """Returns one Score per request, in order; what the judge cannot decide is unscorable."""
-        self._judge = self._judge or load(self._config, self._mesh)
+        self._judge = self._judge or self._load()
         verdicts = self._judge.accuracy(requests)
         pairs = zip(requests, verdicts, strict=True)
-        return [compose.compose(request, self._config.reward, verdict) for request, verdict in pairs]
+        return [compose.compose(request, self._reward, verdict) for request, verdict in pairs]
 
 
 def work_key(config: Config, *models: str) -> str:
@@ -121,12 +123,11 @@ def finish_parts(folder: Path) -> None:
         shutil.rmtree(kept)
 
 
-def require_paths(config: Config) -> None:
+def require_paths(stage: str, data: DataConfig, output: str) -> None:
     """Raises ValueError without config.data.path or config.output, and in a run of several processes."""
-    hosts.require_one(config.stage)
-    for name, value in (("data.path", config.data.path), ("output", config.output)):
+    hosts.require_one(stage)
+    for name, value in (("data.path", data.path), ("output", output)):
         if not value:
             raise ValueError(
-                f"{config.stage}: --config.{name} is empty; it needs --config.data.path=IN.jsonl and "
-                "--config.output=OUT.jsonl"
+                f"{stage}: --config.{name} is empty; it needs --config.data.path=IN.jsonl and --config.output=OUT.jsonl"
             )

@@ -13,7 +13,7 @@ from r1jax.core import hosts, tree
 from r1jax.data import files
 from r1jax.recipe import common, problems, stage0_base
 from r1jax.rewards import plugins
-from r1jax.schema import Config, replace
+from r1jax.schema import Config, RewardConfig, replace
 
 # What the result of each stage is called in tables and in summary.json.
 RESULTS = {
@@ -32,14 +32,14 @@ BASE = "base"
 REWARD_MODELS = {"general": ("helpful", "helpful_model"), "safety": ("safety", "safety_model")}  # task -> kind, field
 
 
-def result_name(config: Config) -> str:
+def result_name(stage: str) -> str:
     """Returns what this stage's result is called."""
-    return RESULTS.get(config.stage, config.stage)
+    return RESULTS.get(stage, stage)
 
 
-def base_name(config: Config) -> str:
+def base_name(input_preset: str) -> str:
     """Returns what the base of this stage's preset is called among the evaluations: a student has another one."""
-    return f"student_{BASE}" if config.input_preset else BASE
+    return f"student_{BASE}" if input_preset else BASE
 
 
 def require(stage: str, config: Config, workdir: Path) -> Path:
@@ -51,7 +51,7 @@ def require(stage: str, config: Config, workdir: Path) -> Path:
     folder, preset = workdir / stage, config.input_preset or config.preset
     if (folder / common.DONE).exists():
         return folder
-    if problems.has_files(config) or config.model.checkpoint:
+    if problems.has_files(config.data) or config.model.checkpoint:
         raise ValueError(
             f"{folder} is missing or unfinished; make it with: python -m r1jax.launch --config={stage}:{preset} "
             f"--workdir={workdir} and the same --config.data.path and --config.model.checkpoint"
@@ -89,38 +89,38 @@ def inputs(config: Config, workdir: Path, compared: bool = True) -> dict[str, st
     found = {}
     if config.start:
         found[config.start] = output_digest(require(config.start, config, workdir))
-    named, then = _base_of_start(config, workdir)
+    named, then = _base_of_start(config.start, config.inputs, workdir)
     if base := config.model.checkpoint or (named if compared else ""):
-        found[base] = _base_digest(config, base, named, then)
+        found[base] = _base_digest(config.stage, config.start, base, named, then)
     elif not config.start:
         found[BASE] = ""
-    return found | problems.digests(config) | grader_digests(config)
+    return found | problems.digests(config.data) | grader_digests(config.reward)
 
 
-def _base_digest(config: Config, base: str, named: str, then: str) -> str:
+def _base_digest(stage: str, start: str, base: str, named: str, then: str) -> str:
     """Returns the digest of a stage's base; `named` is the one that its start was made from, `then` that one's digest.
 
     Raises ValueError where the base is not there, or is another Hugging Face model than that one.
     """
     if base == named and not Path(base).exists():
         raise ValueError(
-            f"{config.stage}: {config.start} was made from {named}, which is not there; name its place with "
+            f"{stage}: {start} was made from {named}, which is not there; name its place with "
             "--config.model.checkpoint=DIR"
         )
     digest = common.checkpoint_digest(base)
     if then and digest != then and not (Path(named).exists() and not common.is_hugging_face(named)):
         now = "is another model by now" if base == named else f"is another model than config.model.checkpoint={base}"
         raise ValueError(
-            f"{config.stage}: {config.start} was made from {named}, which {now}; make {config.start} again from the base that "
+            f"{stage}: {start} was made from {named}, which {now}; make {start} again from the base that "
             "counts, or give the one that it was made from with --config.model.checkpoint=DIR"
         )
     return digest
 
 
-def grader_digests(config: Config) -> dict[str, str]:
+def grader_digests(reward: RewardConfig) -> dict[str, str]:
     """Returns {file or module: digest of its source} of the graders of config.reward.graders."""
     found = {}
-    for target in plugins.parse(config.reward.graders).values():
+    for target in plugins.parse(reward.graders).values():
         name = target.rpartition(":")[0]
         try:
             path = name if name.endswith(".py") else getattr(importlib.util.find_spec(name), "origin", None)
@@ -141,7 +141,7 @@ def start_weights(config: Config, mesh, workdir: Path) -> Any:
     folder = start_folder(config, workdir)
     if folder is None:
         return base_weights(config, mesh, workdir)
-    return tree.cast(common.load_weights(config, mesh, str(folder), lambda: None), jnp.float32)
+    return tree.cast(common.load_weights(config.model, mesh, str(folder), lambda: None), jnp.float32)
 
 
 def base_weights(config: Config, mesh, workdir: Path) -> Any:
@@ -149,9 +149,9 @@ def base_weights(config: Config, mesh, workdir: Path) -> Any:
 
     A stage that starts from another one, without either, is compared with the base that one names in its config.json.
     """
-    source = config.model.checkpoint or _base_of_start(config, workdir)[0]
+    source = config.model.checkpoint or _base_of_start(config.start, config.inputs, workdir)[0]
     if source:
-        return tree.cast(common.load_weights(config, mesh, source, lambda: None), jnp.float32)
+        return tree.cast(common.load_weights(config.model, mesh, source, lambda: None), jnp.float32)
     known = {entry.name: entry.presets for entry in configs.entries()}["stage0_base"]
     if config.preset not in known:
         raise ValueError(
@@ -162,12 +162,12 @@ def base_weights(config: Config, mesh, workdir: Path) -> Any:
     return stage0_base.base_params(config, base, mesh, workdir)
 
 
-def _base_of_start(config: Config, workdir: Path) -> tuple[str, str]:
+def _base_of_start(start: str, inputs: str, workdir: Path) -> tuple[str, str]:
     """Returns (config.model.checkpoint of the run that config.start was, or of the nearest one before it that names one; its
     digest then), "" for what is not known."""
-    if not config.start:
+    if not start:
         return "", ""
-    folder = Path(config.inputs or workdir) / config.start
+    folder = Path(inputs or workdir) / start
     return hosts.decide(_base_of_run, folder, name=f"the base of {folder}")
 
 

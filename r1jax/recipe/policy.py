@@ -19,13 +19,13 @@ from r1jax.report import curves
 from r1jax.report.phases import PHASES, seconds_by_phase
 from r1jax.rewards import plugins
 from r1jax.rewards.models.reward_model import RewardModel
-from r1jax.rl import losses
+from r1jax.rl import losses, settings
 from r1jax.rl.assemble import Training, assemble
 from r1jax.rl.objective import Objective
 from r1jax.rl.rollout import EncodedPrompt, Mixture, PromptPhases
 from r1jax.rl.state import RunInputs
 from r1jax.sampler import jetstream
-from r1jax.schema import Config
+from r1jax.schema import Config, MeshConfig
 
 CURVES = ("accuracy", "length", "reflective_words")
 
@@ -39,12 +39,12 @@ def run(config: Config, workdir: Path) -> dict:
         return figures
     resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
     asked = prompts.load(resolved, tokenizer)
-    template_check.check(resolved, tokenizer, asked.training.all)
+    template_check.check(resolved.stage, resolved.data, resolved.reward, tokenizer, asked.training.all)
     if notice := jetstream.notice():
         say(notice)
     if losses.k1_in_loss(config.grpo):
         say(f"warning: {losses.K1_WARNING}")
-    started, name = time.monotonic(), lineage.result_name(config)
+    started, name = time.monotonic(), lineage.result_name(config.stage)
     params = lineage.start_weights(resolved, mesh, workdir)
     with Progress(name, resolved.grpo.updates) as progress:
         training = make_training(
@@ -57,23 +57,33 @@ def run(config: Config, workdir: Path) -> dict:
             later(resolved, tokenizer, asked),
             on_update=lambda update, row, timing: progress.update(update, **shown(row, timing)),
             describe=lambda texts: describe(texts, asked.source.reflective_words),
-            reward_models=load_reward_models(resolved, tokenizer, sampler_mesh(resolved, mesh), workdir),
+            reward_models=load_reward_models(
+                resolved, tokenizer, sampler_mesh(resolved.mode, resolved.sampler_mesh, mesh), workdir
+            ),
         )
         folder.start(inputs)
-        common.write_model(folder.path, resolved, tokenizer, prompts.template(resolved, tokenizer))
+        common.write_model(
+            folder.path,
+            resolved.model,
+            resolved.data,
+            tokenizer,
+            prompts.template(resolved.stage, resolved.data, tokenizer),
+        )
         trained = training.train()
     if hosts.is_writer():
         write_curves(folder.path)
     figures = {"seconds": round(time.monotonic() - started, 1), "updates": resolved.grpo.updates}
     figures["programs"] = training.run.programs.counts()
     figures["data"] = asked.counts
-    figures["compute"] = hosts.decide(lambda: compute.of_policy_training(read(folder.path), resolved))
+    figures["compute"] = hosts.decide(
+        lambda: compute.of_policy_training(read(folder.path), resolved.network, resolved.grpo)
+    )
     figures["split"] = hosts.decide(time_split, folder.path)
     figures |= evaluate.before_and_after(resolved, tokenizer, mesh, asked, trained, workdir, folder.path)
     if asked.held_out:
         figures["ratios"] = ratios(figures[lineage.BASE], figures[name])
     checkpoint.write_json(folder.path / "figures.json", figures)
-    evaluate.write_report(config, workdir, name, figures)
+    evaluate.write_report(config.stage, workdir, name, figures)
     return folder.finish(figures, inputs, tree.digest(trained))
 
 
@@ -95,16 +105,17 @@ def make_training(
     """
     if config.mode == "disaggregated":
         hosts.require_one("config.mode=disaggregated")
-        more["sampler_mesh"] = sampler_mesh(config, mesh)
-    phases = PromptPhases(training, later, config)
-    return assemble(config, RunInputs(tokenizer, mesh, phases, params, folder, **more), objective)
+        more["sampler_mesh"] = sampler_mesh(config.mode, config.sampler_mesh, mesh)
+    run = settings.of_config(config)
+    phases = PromptPhases(training, later, run)
+    return assemble(run, RunInputs(tokenizer, mesh, phases, params, folder, **more), objective)
 
 
-def sampler_mesh(config: Config, mesh: Mesh) -> Mesh:
+def sampler_mesh(mode: str, sampler_mesh: MeshConfig, mesh: Mesh) -> Mesh:
     """Returns where rollouts are drawn and judged: the trainer's mesh, or in mode disaggregated the devices behind it."""
-    if config.mode == "colocated":
+    if mode == "colocated":
         return mesh
-    return sharding.make_mesh(config.sampler_mesh, jax.devices()[mesh.size :], "sampler_mesh")
+    return sharding.make_mesh(sampler_mesh, jax.devices()[mesh.size :], "sampler_mesh")
 
 
 def later(config: Config, tokenizer: Tokenizer, asked: prompts.StagePrompts):
@@ -132,7 +143,13 @@ def later(config: Config, tokenizer: Tokenizer, asked: prompts.StagePrompts):
             )
     rest = 1 - scenarios.general_fraction - scenarios.safety_fraction
     weights = [weight * rest / sum(asked.training.weights) for weight in asked.training.weights]
-    sources = [*asked.training.parts, *(prompts.encode(some, config, tokenizer) for some in found.values())]
+    sources = [
+        *asked.training.parts,
+        *(
+            prompts.encode(some, config.stage, config.model, config.data, config.sampler, tokenizer)
+            for some in found.values()
+        ),
+    ]
     return scenarios.from_update, sources, (*weights, scenarios.general_fraction, scenarios.safety_fraction)
 
 

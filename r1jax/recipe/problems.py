@@ -21,7 +21,7 @@ from r1jax.data.problems import (
 from r1jax.data.tasks import TinyWorld
 from r1jax.rewards import golds, references, rules
 from r1jax.rewards.score import RewardRequest
-from r1jax.schema import Config, replace
+from r1jax.schema import Config, DataConfig, replace
 
 FIELDS = ("path", "eval_path", "general_path", "safety_path")  # of config.data: the files that problems are read from
 
@@ -33,19 +33,19 @@ def paths(listed: str) -> list[str]:
     return [path.strip() for path in listed.split(",") if path.strip()]
 
 
-def has_files(config: Config) -> bool:
+def has_files(data: DataConfig) -> bool:
     """Returns whether problems are read from files."""
-    return any(getattr(config.data, name) for name in FIELDS)
+    return any(getattr(data, name) for name in FIELDS)
 
 
-def given(config: Config) -> bool:
+def given(data: DataConfig) -> bool:
     """Returns whether there are problems at all: in files, or those of the tiny world."""
-    return has_files(config) or config.data.world == "tiny"
+    return has_files(data) or data.world == "tiny"
 
 
-def digests(config: Config) -> dict[str, str]:
+def digests(data: DataConfig) -> dict[str, str]:
     """Returns {file: digest of its content} of every file of problems; {} without one. Raises ValueError for a missing one."""
-    found = [path for name in FIELDS for path in paths(getattr(config.data, name))]
+    found = [path for name in FIELDS for path in paths(getattr(data, name))]
     return hosts.decide(lambda: {path: files.digest(path) for path in found}, name="the digests of the data")
 
 
@@ -54,7 +54,7 @@ def source(config: Config) -> ProblemSource:
 
     Raises ValueError for a bad file or row (with file and line), nothing to train or evaluate on, or no source at all.
     """
-    if has_files(config):
+    if has_files(config.data):
         found = FileProblems(config)
         say(*found.notes)
         return found
@@ -74,7 +74,7 @@ class FileProblems:
     def __init__(self, config: Config):
         self._config, self._data = config, config.data
         self.notes: list[str] = []
-        self.inputs = digests(config)
+        self.inputs = digests(config.data)
         listed = {name: paths(getattr(self._data, name)) for name in FIELDS}
         tasks = {"general_path": "general", "safety_path": "safety"}
         read = {

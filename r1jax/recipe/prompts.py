@@ -13,7 +13,7 @@ from r1jax.data.problems import Message, Problem, ProblemSource
 from r1jax.data.tasks import TinyWorld
 from r1jax.recipe import problems
 from r1jax.rl.rollout import EncodedPrompt, Mixture
-from r1jax.schema import Config
+from r1jax.schema import Config, DataConfig, ModelConfig, SamplerConfig
 
 # Stages that train a base model by RL alone: they ask it as R1-Zero was asked, whatever template its tokenizer ships.
 FROM_BASE = ("r1_zero", "student_rl", "ppo_baseline")
@@ -36,8 +36,10 @@ def load(config: Config, tokenizer: Tokenizer) -> StagePrompts:
     """
     source = _source(config, tokenizer)
     parts, weights = source.training()
-    training = Mixture([encode(part, config, tokenizer) for part in parts], weights)
-    held_out = encode(source.held_out(), config, tokenizer)
+    training = Mixture(
+        [encode(part, config.stage, config.model, config.data, config.sampler, tokenizer) for part in parts], weights
+    )
+    held_out = encode(source.held_out(), config.stage, config.model, config.data, config.sampler, tokenizer)
     asked = [*(problem for part in parts for problem in part), *source.held_out()]
     left_out = {"too_long": _fewer(asked, [*training.all, *held_out])}
     return StagePrompts(source, training, held_out, source.counts | {"left_out": left_out})
@@ -46,7 +48,7 @@ def load(config: Config, tokenizer: Tokenizer) -> StagePrompts:
 def load_held_out(config: Config, tokenizer: Tokenizer) -> StagePrompts:
     """Returns the prompts of an evaluation, which trains on none."""
     source = _source(config, tokenizer)
-    held_out = encode(source.held_out(), config, tokenizer)
+    held_out = encode(source.held_out(), config.stage, config.model, config.data, config.sampler, tokenizer)
     left_out = {"too_long": _fewer(source.held_out(), held_out)}
     return StagePrompts(source, Mixture([]), held_out, source.counts | {"left_out": left_out})
 
@@ -63,39 +65,46 @@ def _source(config: Config, tokenizer: Tokenizer) -> ProblemSource:
     return source
 
 
-def template(config: Config, tokenizer: Tokenizer) -> str:
+def template(stage: str, data: DataConfig, tokenizer: Tokenizer) -> str:
     """Returns the template in force: as configured, else the tiny world's own, R1-Zero's for RL on a base, chat or r1_zero."""
-    if config.data.template != "auto":
-        return config.data.template
-    if config.data.world == "tiny" and not problems.has_files(config):
+    if data.template != "auto":
+        return data.template
+    if data.world == "tiny" and not problems.has_files(data):
         return "tiny"
-    if config.stage in FROM_BASE:
+    if stage in FROM_BASE:
         return "r1_zero"
     return "chat" if tokenizer.chat_template else "r1_zero"
 
 
-def render(prompt: str | Sequence[Message], config: Config, tokenizer: Tokenizer) -> str:
+def render(prompt: str | Sequence[Message], stage: str, data: DataConfig, tokenizer: Tokenizer) -> str:
     """Returns the prompt text of a question, or of a conversation, under the template in force."""
-    kind, data = template(config, tokenizer), config.data
+    kind = template(stage, data, tokenizer)
     return templates.render(prompt, kind, data.instruction, tokenizer.render_chat, data.think_prefill)
 
 
-def ids_of(text: str, config: Config, tokenizer: Tokenizer) -> list[int]:
+def ids_of(text: str, stage: str, data: DataConfig, tokenizer: Tokenizer) -> list[int]:
     """Returns the ids of a rendered prompt: a chat template writes its own bos token, other prompts get the tokenizer's, once."""
-    return tokenizer.encode(text) if template(config, tokenizer) == "chat" else tokenizer.encode_prompt(text)
+    return tokenizer.encode(text) if template(stage, data, tokenizer) == "chat" else tokenizer.encode_prompt(text)
 
 
-def encode(asked: Sequence[Problem], config: Config, tokenizer: Tokenizer) -> list[EncodedPrompt]:
+def encode(
+    asked: Sequence[Problem],
+    stage: str,
+    model: ModelConfig,
+    data: DataConfig,
+    sampler: SamplerConfig,
+    tokenizer: Tokenizer,
+) -> list[EncodedPrompt]:
     """Returns the prompts as ids; those over config.sampler.max_prompt_tokens are left out, and said to be.
 
     Raises ValueError when none is left or more than config.data.max_left_out of them are, and when a prompt and a full
     response exceed the positions of the model.
     """
-    limit, new = config.sampler.max_prompt_tokens, config.sampler.max_new_tokens
+    limit, new = sampler.max_prompt_tokens, sampler.max_new_tokens
     encoded, longest = [], 0
     for problem in asked:
-        text = render(problem.prompt, config, tokenizer)
-        ids = ids_of(text, config, tokenizer)
+        text = render(problem.prompt, stage, data, tokenizer)
+        ids = ids_of(text, stage, data, tokenizer)
         longest = max(longest, len(ids))
         if len(ids) <= limit:
             encoded.append(EncodedPrompt(problem, np.asarray(ids, np.int32), templates.prefill(text)))
@@ -104,18 +113,18 @@ def encode(asked: Sequence[Problem], config: Config, tokenizer: Tokenizer) -> li
         raise ValueError(
             f"all {len(asked)} prompts exceed config.sampler.max_prompt_tokens={limit} (longest {longest}); raise it"
         )
-    if dropped > config.data.max_left_out * len(asked):
+    if dropped > data.max_left_out * len(asked):
         raise ValueError(
             f"{dropped} of {len(asked)} prompts exceed config.sampler.max_prompt_tokens={limit} (longest {longest}); raise "
-            f"it, or raise config.data.max_left_out={config.data.max_left_out} to go on without them"
+            f"it, or raise config.data.max_left_out={data.max_left_out} to go on without them"
         )
     if dropped:
         say(f"{dropped} of {len(asked)} prompts exceed {limit} tokens, left out")
     kept = max((len(prompt.ids) for prompt in encoded), default=0)
-    if kept + new > config.model.max_position_embeddings:
+    if kept + new > model.max_position_embeddings:
         raise ValueError(
             f"a prompt of {kept} tokens and config.sampler.max_new_tokens={new} exceed the model's "
-            f"max_position_embeddings={config.model.max_position_embeddings}; lower config.sampler.max_new_tokens or "
+            f"max_position_embeddings={model.max_position_embeddings}; lower config.sampler.max_new_tokens or "
             "config.sampler.max_prompt_tokens"
         )
     return encoded

@@ -10,7 +10,7 @@ from r1jax.core import checkpoint
 from r1jax.data import files, jsonl
 from r1jax.recipe import common
 from r1jax.recipe.drafts import Counts, Draft, from_record, tally
-from r1jax.schema import Config
+from r1jax.schema import ColdStartConfig, Config
 
 VERDICTS = ("accept", "reject", "edit")
 DRAFTS = "drafts.json"  # in the stage's folder: the examples that wait for verdicts
@@ -52,13 +52,13 @@ def ask(drafts: Sequence[Draft], counts: Counts, config: Config, workdir: Path) 
     )
 
 
-def apply(drafts: Sequence[Draft], config: Config, counts: Counts) -> list[Draft]:
+def apply(drafts: Sequence[Draft], stage: str, coldstart: ColdStartConfig, counts: Counts) -> list[Draft]:
     """Returns the drafts that people accepted, or have edited, as their file says; the verdicts are counted by task.
 
     Raises ValueError, with file and line, for a verdict that is none, a row of no draft or of one that reads otherwise, and drafts
     without a row; Awaited where rows have no verdict yet.
     """
-    path = config.coldstart.review
+    path = coldstart.review
     waiting, verdicts = dict(_named(drafts)), {}
     for line, row in jsonl.read_numbered(path, required=("id", "response")):
         place, name, verdict = f"{path}, line {line}", str(row["id"]), row.get("verdict") or ""
@@ -83,7 +83,7 @@ def apply(drafts: Sequence[Draft], config: Config, counts: Counts) -> list[Draft
         )
     if unread := sum(not verdict for verdict, _ in verdicts.values()):
         raise Awaited(
-            f"{config.stage}: {unread} of {len(waiting)} examples in {path} have no verdict yet; set accept, reject or edit and run "
+            f"{stage}: {unread} of {len(waiting)} examples in {path} have no verdict yet; set accept, reject or edit and run "
             "the same command again"
         )
     for name in VERDICTS:

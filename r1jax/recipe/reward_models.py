@@ -22,7 +22,7 @@ from r1jax.recipe.progress import Progress
 from r1jax.report import table
 from r1jax.rewards.models import reward_model
 from r1jax.rewards.models.reward_model import Reading, RewardModel
-from r1jax.schema import Config, ModelConfig, PackConfig, RopeScaling
+from r1jax.schema import ComputeConfig, Config, DataConfig, ModelConfig, Network, PackConfig, RewardModelConfig
 from r1jax.train import epochs, frozen, reward, step
 from r1jax.train.reward import Unit
 
@@ -56,17 +56,24 @@ def run(config: Config, workdir: Path) -> dict:
         show({config.stage: figures["held_out"]})
         return figures
     resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
-    model, reading = reward_model.architecture(resolved.model), reading_of(kind, resolved, tokenizer)
+    network, reading = (
+        reward_model.architecture(resolved.network),
+        reading_of(kind, resolved.stage, resolved.data, resolved.reward_model, tokenizer),
+    )
     path = folder.path / common.EXAMPLES
-    rows = [] if path.exists() or _is_written(resolved) else given_rows(resolved, kind)
+    rows = (
+        []
+        if path.exists() or _is_written(resolved.data)
+        else given_rows(resolved.stage, resolved.preset, resolved.data, kind)
+    )
     if blocks := config.reward_model.frozen_blocks:
-        frozen.shapes(model, blocks)
+        frozen.shapes(network, blocks)
     started, params = time.monotonic(), lineage.start_weights(resolved, mesh, workdir)
     if path.exists():
         rows = jsonl.read(path)
     else:
         rows = rows or tiny_preferences.examples(kind, resolved, tokenizer, mesh, params, workdir)
-        rows = chosen_examples(rows, kind, resolved)
+        rows = chosen_examples(rows, kind, resolved.stage, resolved.data, resolved.reward_model)
     units = [_unit(row, kind, reading, tokenizer) for row in rows]
     fitting = [unit is not None and reward.fits(unit, config.pack) for unit in units]
     sides = [[i for i in range(len(rows)) if fitting[i] and rows[i]["held_out"] == held] for held in (False, True)]
@@ -81,58 +88,62 @@ def run(config: Config, workdir: Path) -> dict:
         told = ", ".join(f"{count} {why}" for why, count in left_out.items())
         say(f"{config.stage}: of {len(rows)} examples left out: {told}")
     folder.start(inputs)
-    common.write_model(folder.path, resolved, tokenizer, reading.template)
+    common.write_model(folder.path, resolved.model, resolved.data, tokenizer, reading.template)
     if not path.exists():
         jsonl.write(path, rows)
     train, held_out = ([units[i] for i in side] for side in sides)
-    trained, loss = fit(resolved, mesh, kind, train, reward_model.from_decoder(params, model), folder)
-    scorer = make_scorer(trained, model, mesh, reading, tokenizer, config.pack)
+    trained, loss = fit(resolved, mesh, kind, train, reward_model.from_decoder(params, network.model), folder)
+    scorer = make_scorer(trained, network, mesh, reading, tokenizer, config.pack)
     figures = {"seconds": round(time.monotonic() - started, 1), "examples": len(train), "loss": loss}
     figures |= {"left_out": left_out, "held_out": evaluate(scorer, held_out, [rows[i] for i in sides[1]])}
     some = keyed_permutation(len(train), hash64(config.stage, config.seed, "center"))[:CENTER_UNITS]
     center = _center(scorer, [train[i] for i in some]) if kind == "helpful" else 0.0
-    write_record(folder.path, kind, model, reading, config, center)
+    write_record(folder.path, kind, network, reading, config.reward_model, center)
     checkpoint.write_json(folder.path / "figures.json", figures)
     show({config.stage: figures["held_out"]})
     return folder.finish(figures, inputs, tree.digest(trained))
 
 
-def _is_written(config: Config) -> bool:
+def _is_written(data: DataConfig) -> bool:
     """Returns whether the stage draws and ranks its examples itself, as it can in the tiny world."""
-    return config.data.world == "tiny" and not config.data.path
+    return data.world == "tiny" and not data.path
 
 
-def given_rows(config: Config, kind: str) -> list[dict]:
+def given_rows(stage: str, preset: str, data: DataConfig, kind: str) -> list[dict]:
     """Returns the rows of config.data.path, having said how they were read."""
-    rows, notes = reward_examples.read(given_data(config), kind)
-    say(*(f"{config.data.path}: {note}" for note in notes))
+    rows, notes = reward_examples.read(given_data(stage, preset, data), kind)
+    say(*(f"{data.path}: {note}" for note in notes))
     return rows
 
 
-def given_data(config: Config) -> str:
+def given_data(stage: str, preset: str, data: DataConfig) -> str:
     """Returns config.data.path. Raises ValueError where it is empty."""
-    if not config.data.path:
+    if not data.path:
         raise ValueError(
-            f"{config.stage}: config.data.path is empty, and {config.stage}:{config.preset} has no examples of "
+            f"{stage}: config.data.path is empty, and {stage}:{preset} has no examples of "
             "its own; give some with --config.data.path=FILE.jsonl (rows with prompt and chosen, rejected or a label)"
         )
-    return config.data.path
+    return data.path
 
 
-def reading_of(kind: str, config: Config, tokenizer: Tokenizer) -> Reading:
+def reading_of(
+    kind: str, stage: str, data: DataConfig, reward_model: RewardModelConfig, tokenizer: Tokenizer
+) -> Reading:
     """Returns how the model of this run reads its texts."""
-    settings = config.reward_model
-    template = prompts.template(config, tokenizer)
-    return Reading(kind, template, config.data.instruction, settings.prompt_tokens, settings.response_tokens)
+    settings = reward_model
+    template = prompts.template(stage, data, tokenizer)
+    return Reading(kind, template, data.instruction, settings.prompt_tokens, settings.response_tokens)
 
 
-def chosen_examples(rows: list[dict], kind: str, config: Config) -> list[dict]:
+def chosen_examples(
+    rows: list[dict], kind: str, stage: str, data: DataConfig, reward_model: RewardModelConfig
+) -> list[dict]:
     """Returns the rows that are used, in order, each with `held_out`; pairs of either side are balanced by length."""
-    if config.data.max_rows:
-        order = keyed_permutation(len(rows), hash64(config.stage, "rows"))
-        rows = [rows[i] for i in sorted(order[: config.data.max_rows])]
-    sides = reward_examples.split(rows, config.data.holdout_fraction)
-    if kind == "helpful" and config.reward_model.balance_lengths:
+    if data.max_rows:
+        order = keyed_permutation(len(rows), hash64(stage, "rows"))
+        rows = [rows[i] for i in sorted(order[: data.max_rows])]
+    sides = reward_examples.split(rows, data.holdout_fraction)
+    if kind == "helpful" and reward_model.balance_lengths:
         sides = tuple(map(preferences.balance_lengths, sides))
     held_out = {row["id"]: held for held, side in zip((False, True), sides, strict=True) for row in side}
     return [row | {"held_out": held_out[row["id"]]} for row in rows if row["id"] in held_out]
@@ -151,19 +162,19 @@ def fit(
     config: Config, mesh: Mesh, kind: str, units: list[Unit], params: decoder.Params, folder: common.StageFolder
 ) -> tuple[decoder.Params, float]:
     """Returns (weights of the whole model, last loss) after the configured epochs."""
-    settings, model = config.reward_model, reward_model.architecture(config.model)
+    settings, network = config.reward_model, reward_model.architecture(config.network)
     lower = None
     if settings.frozen_blocks:
-        lower_model, model = frozen.shapes(model, settings.frozen_blocks)
-        lower, params = frozen.cut(params, reward_model.architecture(config.model), settings.frozen_blocks)
+        lower, params = frozen.cut(params, network.model, settings.frozen_blocks)
+        lower_network, network = frozen.shapes(network, settings.frozen_blocks)
     chosen = epochs.examples_of_updates(
         len(units), settings.epochs, settings.examples_per_update, config.stage, config.seed
     )
     room = max(len(reward.micro_batches([units[i] for i in some], config.pack)) for some in chosen)
     shards = sharding.row_shards(config.pack.rows_per_micro_batch, config.mesh)
-    trainer = step.Trainer(model, config.optimizer, mesh, reward.make_loss(model, kind), len(chosen))
+    trainer = step.Trainer(network, config.optimizer, mesh, reward.make_loss(network, kind), len(chosen))
     if lower is not None and folder.newest_checkpoint() != len(chosen):
-        units = _with_features(units, lower, lower_model, config, mesh)
+        units = _with_features(units, lower, lower_network, config.stage, config.pack, mesh)
 
     def batch_at(update: int):
         return reward.make_batch([units[i] for i in chosen[update]], config.pack, room, shards)
@@ -179,13 +190,13 @@ def fit(
 
 
 def _with_features(
-    units: list[Unit], lower: decoder.Params, model: ModelConfig, config: Config, mesh: Mesh
+    units: list[Unit], lower: decoder.Params, network: Network, stage: str, pack: PackConfig, mesh: Mesh
 ) -> list[Unit]:
     """Returns the units with what the frozen blocks make of them."""
     flat = [ids for unit in units for ids in unit.sequences]
-    params = tree.cast(lower, jnp.dtype(model.compute_dtype))
-    with Progress(f"{config.stage} features", len(flat)) as progress:
-        made = iter(frozen.features(params, model, flat, config.pack, mesh, progress.update))
+    params = tree.cast(lower, jnp.dtype(network.compute.compute_dtype))
+    with Progress(f"{stage} features", len(flat)) as progress:
+        made = iter(frozen.features(params, network, flat, pack, mesh, progress.update))
     return [dataclasses.replace(unit, features=tuple(next(made) for _ in unit.sequences)) for unit in units]
 
 
@@ -230,7 +241,7 @@ def show(models: Mapping[str, dict]) -> None:
 
 def make_scorer(
     params: decoder.Params,
-    model: ModelConfig,
+    network: Network,
     mesh: Mesh,
     reading: Reading,
     tokenizer: Tokenizer,
@@ -238,15 +249,19 @@ def make_scorer(
     center: float = 0.0,
 ) -> RewardModel:
     """Returns the scorer of weights, copied in the dtype they compute in."""
-    copy = tree.copier(model.compute_dtype, sharding.spec_shardings(decoder.specs(model), mesh))
+    specs = decoder.specs(network.model, network.scalar_head)
+    copy = tree.copier(network.compute.compute_dtype, sharding.spec_shardings(specs, mesh))
     rows, tokens = size.rows_per_micro_batch, size.row_tokens
-    return RewardModel(copy(params), model, mesh, reading, tokenizer, rows, tokens, center)
+    return RewardModel(copy(params), network, mesh, reading, tokenizer, rows, tokens, center)
 
 
-def write_record(folder: Path, kind: str, model: ModelConfig, reading: Reading, config: Config, center: float) -> None:
+def write_record(
+    folder: Path, kind: str, network: Network, reading: Reading, reward_model: RewardModelConfig, center: float
+) -> None:
     """Writes what `load` reads beside the weights."""
-    record = {"kind": kind, "model": dataclasses.asdict(model), "reading": dataclasses.asdict(reading)}
-    record |= {"weights": WHOLE if config.reward_model.frozen_blocks else "checkpoints", "center": center}
+    record = {"kind": kind, "reading": dataclasses.asdict(reading)}
+    record |= {"model": dataclasses.asdict(network.model), "compute": dataclasses.asdict(network.compute)}
+    record |= {"weights": WHOLE if reward_model.frozen_blocks else "checkpoints", "center": center}
     checkpoint.write_json(folder / common.REWARD_MODEL, record)
 
 
@@ -258,8 +273,8 @@ def load(
     Raises ValueError when the folder holds none, one of the other kind, or one whose tokens are not the policy's.
     """
     record = hosts.decide(_record, Path(folder), kind, name=f"the reward model of {folder}")
-    scaling = RopeScaling(**record["model"].pop("rope_scaling"))
-    model = ModelConfig(**record["model"], rope_scaling=scaling)
+    model = common.model_of(record["model"])
+    compute = common.known_fields(ComputeConfig, record["model"] | record.get("compute", {}))  # once one with the model
     if model.vocab_size != policy.vocab_size:
         raise ValueError(
             f"{folder}: a reward model of {model.vocab_size} tokens cannot read a policy of {policy.vocab_size}; train it "
@@ -271,10 +286,11 @@ def load(
             "the policy's tokenizer"
         )
     store = checkpoint.CheckpointStore(Path(folder) / record["weights"])
-    target = sharding.abstract(decoder.specs(model), jnp.float32, mesh)
+    target = sharding.abstract(decoder.specs(model, scalar_head=True), jnp.float32, mesh)
     params = store.restore(store.latest(), {"params": target})["params"]
     store.close()
-    return make_scorer(params, model, mesh, Reading(**record["reading"]), tokenizer, size, record["center"])
+    network = Network(model, compute, scalar_head=True)
+    return make_scorer(params, network, mesh, Reading(**record["reading"]), tokenizer, size, record["center"])
 
 
 def _other_token(folder: Path, tokenizer: Tokenizer) -> int | None:

@@ -10,10 +10,10 @@ from r1jax.data import templates
 from r1jax.data.packing import PackItem
 from r1jax.data.problems import read_prompt
 from r1jax.recipe import prompts
-from r1jax.schema import Config
+from r1jax.schema import DataConfig
 
 
-def items_of(row: dict, config: Config, tokenizer: Tokenizer) -> list[PackItem]:
+def items_of(row: dict, stage: str, data: DataConfig, tokenizer: Tokenizer) -> list[PackItem]:
     """Returns the training examples of a row {prompt, response} or {messages}: the trained tokens are those that an assistant would sample.
 
     That is the response and its end, of `messages` under the chat template every assistant turn with its end, of other
@@ -21,25 +21,25 @@ def items_of(row: dict, config: Config, tokenizer: Tokenizer) -> list[PackItem]:
     its thought out), each assistant turn is an example, as the model meets it. A `<think>` that the prompt holds is not trained.
     """
     messages = row.get("messages")
-    if not messages or prompts.template(config, tokenizer) != "chat":
-        return [_item([row["prompt"]], [row["response"]], config, tokenizer)]
+    if not messages or prompts.template(stage, data, tokenizer) != "chat":
+        return [_item([row["prompt"]], [row["response"]], stage, data, tokenizer)]
     places = [place for place, turn in enumerate(messages) if turn["role"] == "assistant"]
     asked = [messages[:place] for place in places]
     said = [messages[place]["content"] for place in places]
-    if _goes_on(messages, places, config, tokenizer):
-        return [_item(asked, said, config, tokenizer)]
-    return [_item([prompt], [response], config, tokenizer) for prompt, response in zip(asked, said, strict=True)]
+    if _goes_on(messages, places, stage, data, tokenizer):
+        return [_item(asked, said, stage, data, tokenizer)]
+    return [_item([prompt], [response], stage, data, tokenizer) for prompt, response in zip(asked, said, strict=True)]
 
 
-def _item(asked: Sequence[Any], said: Sequence[str], config: Config, tokenizer: Tokenizer) -> PackItem:
+def _item(asked: Sequence[Any], said: Sequence[str], stage: str, data: DataConfig, tokenizer: Tokenizer) -> PackItem:
     """Returns one example of prompts, each of which goes on from the one before it, and their trained responses, each with its end."""
-    last_id = tokenizer.end_of_turn_id if prompts.template(config, tokenizer) == "chat" else tokenizer.eos_id
+    last_id = tokenizer.end_of_turn_id if prompts.template(stage, data, tokenizer) == "chat" else tokenizer.eos_id
     tokens: list[int] = []
     mask: list[float] = []
     done = ""
     for number, (prompt, response) in enumerate(zip(asked, said, strict=True), 1):
-        text, response = templates.split_turn(prompts.render(read_prompt(prompt), config, tokenizer), response)
-        new = tokenizer.encode(text[len(done) :]) if done else prompts.ids_of(text, config, tokenizer)
+        text, response = templates.split_turn(prompts.render(read_prompt(prompt), stage, data, tokenizer), response)
+        new = tokenizer.encode(text[len(done) :]) if done else prompts.ids_of(text, stage, data, tokenizer)
         if number < len(asked):
             written = _written_turn(text, response, asked[number], tokenizer)
             done = text + written
@@ -59,13 +59,15 @@ def _written_turn(text: str, response: str, later: Sequence[dict], tokenizer: To
     return response + end
 
 
-def _goes_on(messages: Sequence[dict], places: Sequence[int], config: Config, tokenizer: Tokenizer) -> bool:
+def _goes_on(
+    messages: Sequence[dict], places: Sequence[int], stage: str, data: DataConfig, tokenizer: Tokenizer
+) -> bool:
     """Returns whether the prompt of the last turn holds every earlier prompt and response as they were when they were last."""
     if len(places) < 2:
         return True
-    whole = prompts.render(read_prompt(messages[: places[-1]]), config, tokenizer)
+    whole = prompts.render(read_prompt(messages[: places[-1]]), stage, data, tokenizer)
     for place in places[:-1]:
-        before = prompts.render(read_prompt(messages[:place]), config, tokenizer)
+        before = prompts.render(read_prompt(messages[:place]), stage, data, tokenizer)
         text, response = templates.split_turn(before, messages[place]["content"])
         after = tokenizer.render_chat(list(messages[: place + 1]), add_generation_prompt=False)
         if not (after.startswith(text + response) and whole.startswith(after)):

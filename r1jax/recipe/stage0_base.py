@@ -15,7 +15,7 @@ from r1jax.data.packing import PackItem, pack
 from r1jax.data.prompts import keyed_permutation
 from r1jax.models import decoder
 from r1jax.recipe import common, training
-from r1jax.schema import Config, ModelConfig, replace
+from r1jax.schema import AuxiliaryConfig, Config, MeshConfig, ModelConfig, PackConfig, PretrainConfig, replace
 from r1jax.train import sft, step
 
 FOURIER_PERIODS = (2, 3, 5, 7, 9, 10, 20, 50, 100, 200)
@@ -42,15 +42,15 @@ def pretrain(config: Config, workdir: Path) -> dict:
     config, tokenizer, mesh = common.prepare(config)
     folder.start({})
     trainer = step.Trainer(
-        config.model, config.optimizer, mesh, sft.make_loss(config.model), total_updates=config.pretrain.updates
+        config.network, config.optimizer, mesh, sft.make_loss(config.network), total_updates=config.pretrain.updates
     )
-    rows, items = packed_corpus(config, tokenizer)
+    rows, items = packed_corpus(config.seed, config.pretrain, config.pack.row_tokens, tokenizer)
     started, total = time.monotonic(), config.pretrain.updates
     params, loss = training.fit(
         folder,
         trainer,
-        initial_params(config, mesh),
-        lambda update: batch_at(update, rows, items, config),
+        initial_params(config.seed, config.model, config.pretrain, mesh),
+        lambda update: batch_at(update, rows, items, config.seed, config.mesh, config.pack, config.pretrain),
         total,
         config.stage,
         log_every=10,
@@ -59,30 +59,39 @@ def pretrain(config: Config, workdir: Path) -> dict:
     return folder.finish(figures, {}, tree.digest(params))
 
 
-def packed_corpus(config: Config, tokenizer: Tokenizer) -> tuple[list[list[int]], list[PackItem]]:
+def packed_corpus(
+    seed: int, settings: PretrainConfig, row_tokens: int, tokenizer: Tokenizer
+) -> tuple[list[list[int]], list[PackItem]]:
     """Returns (rows of item numbers, items): the whole corpus packed once, so that a row is always the same."""
-    settings = config.pretrain
-    texts = corpus.documents(settings.corpus_documents, config.seed, settings.drill_fraction)
+    texts = corpus.documents(settings.corpus_documents, seed, settings.drill_fraction)
     items = []
     for text in texts:
         ids = np.asarray([*tokenizer.encode(text), tokenizer.eos_id], np.int32)
         mask = np.ones(len(ids), np.float32)
         mask[0] = 0
         items.append(PackItem(ids, mask))
-    return pack([len(item.tokens) for item in items], config.pack.row_tokens), items
+    return pack([len(item.tokens) for item in items], row_tokens), items
 
 
-def batch_at(update: int, rows: list[list[int]], items: list[PackItem], config: Config):
+def batch_at(
+    update: int,
+    rows: list[list[int]],
+    items: list[PackItem],
+    seed: int,
+    mesh: MeshConfig,
+    pack: PackConfig,
+    pretrain: PretrainConfig,
+):
     """Returns the batch of one update: the next rows of a keyed order that changes every epoch."""
-    size, chosen, packed = config.pretrain.rows_per_update, [], []
+    size, chosen, packed = pretrain.rows_per_update, [], []
     for place in range(update * size, (update + 1) * size):
         epoch, index = divmod(place, len(rows))
-        row = rows[_order(config.seed, epoch, len(rows))[index]]
+        row = rows[_order(seed, epoch, len(rows))[index]]
         packed.append(list(range(len(chosen), len(chosen) + len(row))))
         chosen += row
-    micro_batches = -(-size // config.pack.rows_per_micro_batch)
-    shards = sharding.row_shards(config.pack.rows_per_micro_batch, config.mesh)
-    return sft.make_batch([items[i] for i in chosen], config.pack, micro_batches, packed, shards)
+    micro_batches = -(-size // pack.rows_per_micro_batch)
+    shards = sharding.row_shards(pack.rows_per_micro_batch, mesh)
+    return sft.make_batch([items[i] for i in chosen], pack, micro_batches, packed, shards)
 
 
 _orders: dict[tuple[int, int, int], np.ndarray] = {}
@@ -96,13 +105,11 @@ def _order(seed: int, epoch: int, size: int) -> np.ndarray:
     return _orders[key]
 
 
-def initial_params(config: Config, mesh: Mesh) -> decoder.Params:
+def initial_params(seed: int, model: ModelConfig, pretrain: PretrainConfig, mesh: Mesh) -> decoder.Params:
     """Returns random weights; number tokens start from sines of the number when the config says so."""
-    params = sharding.initialize(
-        decoder.specs(config.model), rng.key(config.seed, "stage0_base", "init"), jnp.float32, mesh
-    )
-    if config.pretrain.fourier_numbers:
-        params = with_fourier_numbers(params, config.model)
+    params = sharding.initialize(decoder.specs(model), rng.key(seed, "stage0_base", "init"), jnp.float32, mesh)
+    if pretrain.fourier_numbers:
+        params = with_fourier_numbers(params, model)
     return params
 
 
@@ -123,8 +130,9 @@ def with_fourier_numbers(params: decoder.Params, model: ModelConfig) -> decoder.
 
 
 def base_key(config: Config) -> str:
-    """Returns the hash of what a shipped base depends on: shape, corpus settings, optimiser, packing and seed 0."""
-    return common.shape_hash(config.model, config.pretrain, config.optimizer, config.pack)
+    """Returns the hash of what a shipped base depends on: shape, corpus settings, optimiser, packing, losses beside and seed 0."""
+    beside = [config.auxiliary] if config.auxiliary != AuxiliaryConfig() else []
+    return common.shape_hash(config.model, config.pretrain, config.optimizer, config.pack, *beside)
 
 
 def asset_path(preset: str) -> Path:
@@ -138,11 +146,11 @@ def base_params(config: Config, base: Config, mesh: Mesh, workdir: Path) -> deco
         return common.load_asset(path, config.model, mesh)
     folder = Path(workdir) / f"base_{config.preset}"  # teacher and student have one each
     pretrain(base, folder)
-    return common.load_weights(config, mesh, str(folder / base.stage), lambda: None)
+    return common.load_weights(config.model, mesh, str(folder / base.stage), lambda: None)
 
 
 def write_asset(config: Config, workdir: Path, path: Path) -> None:
     """Writes the finished base of `workdir` as one safetensors file that knows what it was made from."""
     config, _, mesh = common.prepare(config)
-    params = common.load_weights(config, mesh, str(Path(workdir) / config.stage), lambda: None)
+    params = common.load_weights(config.model, mesh, str(Path(workdir) / config.stage), lambda: None)
     common.save_asset(path, params, {"key": base_key(config), "preset": config.preset})

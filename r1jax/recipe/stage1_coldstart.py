@@ -13,7 +13,7 @@ from r1jax.recipe.drafts import Counts, Draft, counts_line, grade, tally
 from r1jax.rewards.models.judge import Judge
 from r1jax.rewards.score import Score
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import Config
+from r1jax.schema import ColdStartConfig, Config, DataConfig, JudgeConfig, RewardConfig
 
 TEACHER = "r1_zero"
 PEOPLE = "people"
@@ -28,22 +28,28 @@ def run(config: Config, workdir: Path) -> dict:
     settings = config.coldstart
     made_here = TEACHER in settings.sources and not settings.teacher
     try:
-        return fine_tuning.run(config, workdir, (TEACHER,) if made_here else (), collect, inputs(config))
+        return fine_tuning.run(
+            config,
+            workdir,
+            (TEACHER,) if made_here else (),
+            collect,
+            inputs(config.stage, config.coldstart, config.judge),
+        )
     except review.Awaited as wait:
         say(wait)
         return {"awaits": settings.review}
 
 
-def inputs(config: Config) -> dict[str, str]:
+def inputs(stage: str, coldstart: ColdStartConfig, judge: JudgeConfig) -> dict[str, str]:
     """Returns {what examples are made from: digest} of the models and files that config.coldstart names; ValueError for a missing one."""
-    settings, found = config.coldstart, {}
+    settings, found = coldstart, {}
     prompted = {"few_shot", "direct"} & {*settings.sources}
     for folder, used in ((settings.teacher, TEACHER in settings.sources), (settings.prompted_model, prompted)):
         if folder and used:
             found[folder] = common.checkpoint_digest(folder)
     if settings.examples:
         found[settings.examples] = files.digest(settings.examples)
-    return found | judging.editor_inputs(config, settings.editor) | review.inputs(settings.review)
+    return found | judging.editor_inputs(stage, judge, settings.editor) | review.inputs(settings.review)
 
 
 def collect(
@@ -57,7 +63,13 @@ def collect(
     if settings.review and drafts:
         if not Path(settings.review).exists():
             review.ask(drafts, counts, config, workdir)
-        drafts = _right_again(review.apply(drafts, config, counts), config, counts, "right after review")
+        drafts = _right_again(
+            review.apply(drafts, config.stage, config.coldstart, counts),
+            config.reward,
+            config.coldstart,
+            counts,
+            "right after review",
+        )
     say(counts_line(config.stage, counts))
     return [draft.row() for draft in drafts], counts
 
@@ -70,27 +82,31 @@ def _make(
     found = []
     for source in settings.sources:
         if source == PEOPLE:
-            found.append(people(config, counts))
+            found.append(people(config.data, config.reward, config.coldstart, counts))
         else:
             found.append(_sampled(source, config, tokenizer, mesh, train, workdir, counts))
-    editor = judging.load(config, mesh) if settings.editor and any(found) else None
-    drafts = [draft for own in found for draft in _edited(own, editor, config, counts)]
+    editor = judging.load(config.stage, config.seed, config.judge, mesh) if settings.editor and any(found) else None
+    drafts = [
+        draft
+        for own in found
+        for draft in _edited(own, editor, config.seed, config.reward, config.coldstart, config.judge, counts)
+    ]
     tally(counts, "rewritten", (draft.task for draft in drafts))
-    drafts = _right_again(drafts, config, counts, "right again", edited=bool(settings.editor))
+    drafts = _right_again(drafts, config.reward, config.coldstart, counts, "right again", edited=bool(settings.editor))
     drafts = traces.capped(drafts, settings.max_examples_per_prompt, settings.max_examples, Draft.row)
     tally(counts, "kept", (draft.task for draft in drafts))
     return drafts, counts
 
 
-def people(config: Config, counts: Counts) -> list[Draft]:
+def people(data: DataConfig, reward: RewardConfig, coldstart: ColdStartConfig, counts: Counts) -> list[Draft]:
     """Returns the rows of config.coldstart.examples, without those that their task's grader finds wrong."""
-    path = config.coldstart.examples
-    rows, notes = example_files.read(path, config)
+    path = coldstart.examples
+    rows, notes = example_files.read(path, data, reward)
     say(*example_files.remarks(path, rows, notes))
     tally(counts, "rows of people", (row.task for row in rows))
     return [
         dataclasses.replace(draft, provenance={"source": PEOPLE} | draft.provenance | {"edited": False})
-        for draft in example_files.right(rows, config, counts)
+        for draft in example_files.right(rows, reward, counts)
     ]
 
 
@@ -111,7 +127,7 @@ def _sampled(
         drawn = teachers.sampled(teacher, mesh, train, settings.prompts, settings.samples_per_prompt, temperature=1.0)
     else:
         teacher = teachers.prompted(config, tokenizer, mesh, workdir)
-        examples = _worked(config) if source == "few_shot" else []
+        examples = _worked(config.data, config.reward, config.coldstart) if source == "few_shot" else []
         drawn = teachers.answered(teacher, mesh, train, source, examples)
     checks = traces.basic_checks(settings.min_language_consistency)
     if settings.editor:  # it translates: the language is looked at after it
@@ -124,15 +140,23 @@ def _sampled(
     ]
 
 
-def _worked(config: Config) -> list[tuple[str, str]]:
+def _worked(data: DataConfig, reward: RewardConfig, coldstart: ColdStartConfig) -> list[tuple[str, str]]:
     """Returns (question, whole turn) of the examples for few-shot prompting: those of the file, else our own."""
-    if not config.coldstart.examples:
-        return teachers.worked_examples(config.reward.extraction)
-    rows, _ = example_files.read(config.coldstart.examples, config)
+    if not coldstart.examples:
+        return teachers.worked_examples(reward.extraction)
+    rows, _ = example_files.read(coldstart.examples, data, reward)
     return [(row.problem.text, row.text) for row in rows[: teachers.MOST_EXAMPLES]]
 
 
-def _edited(drafts: list[Draft], editor: Judge | None, config: Config, counts: Counts) -> list[Draft]:
+def _edited(
+    drafts: list[Draft],
+    editor: Judge | None,
+    seed: int,
+    reward: RewardConfig,
+    coldstart: ColdStartConfig,
+    judge: JudgeConfig,
+    counts: Counts,
+) -> list[Draft]:
     """Returns the drafts of one source after its editor: the tiny world's rules for its own problems, the model for others.
 
     The model writes sampled traces anew and adds thoughts to people's replies that nothing grades; what else people wrote stays.
@@ -140,12 +164,12 @@ def _edited(drafts: list[Draft], editor: Judge | None, config: Config, counts: C
     if not drafts or drafts[0].provenance["source"] == PEOPLE:
         replies = [draft for draft in drafts if not draft.gradable]
         others = [draft for draft in drafts if draft.gradable]
-        return others + (editing.with_thoughts(replies, editor, config, counts) if editor and replies else replies)
+        return others + (editing.with_thoughts(replies, editor, seed, judge, counts) if editor and replies else replies)
     own = [draft for draft in drafts if draft.problem.source == tasks.SOURCE]
     others = [draft for draft in drafts if draft.problem.source != tasks.SOURCE]
     found = [edited for draft in own if (edited := _tidied(draft)) is not None]
     if editor and others:
-        return found + editing.rewrite(others, editor, config, counts, config.coldstart.keep_unedited)
+        return found + editing.rewrite(others, editor, seed, reward, judge, counts, coldstart.keep_unedited)
     return found + [dataclasses.replace(draft, text=draft.text.strip()) for draft in others]
 
 
@@ -159,18 +183,25 @@ def _tidied(draft: Draft) -> Draft | None:
     return dataclasses.replace(draft, text=text, provenance=told)
 
 
-def _right_again(drafts: list[Draft], config: Config, counts: Counts, name: str, edited: bool = False) -> list[Draft]:
+def _right_again(
+    drafts: list[Draft],
+    reward: RewardConfig,
+    coldstart: ColdStartConfig,
+    counts: Counts,
+    name: str,
+    edited: bool = False,
+) -> list[Draft]:
     """Returns the drafts whose text, as it is now, is right and well formed by their own task's grader.
 
     What nothing can grade stays, and people need not keep to the form. After a model's edit (`edited`) a trace must also be of one
     language, and answers that the edit changed are counted. `counts` gets how many drafts there are under `name`.
     """
-    scores = grade(drafts, config)
+    scores = grade(drafts, reward)
     pairs = list(zip(drafts, scores, strict=True))
     if edited:
         written = [(draft, score) for draft, score in pairs if score and draft.provenance["edited"]]
         tally(counts, CHANGED, (draft.task for draft, score in written if score.parts["accuracy"] != 1.0))
-    least = config.coldstart.min_language_consistency if edited else 0.0
+    least = coldstart.min_language_consistency if edited else 0.0
     found = [draft for draft, score in pairs if _is_good(draft, score, least)]
     tally(counts, name, (draft.task for draft in found))
     return found

@@ -18,7 +18,9 @@ TEACHER = "stage2_reasoning_rl"
 
 def run(config: Config, workdir: Path) -> dict:
     """Samples Dev2, keeps what passes, mixes general data in, fine-tunes the base (not Dev2) and evaluates."""
-    files = wider_pool.inputs(config) | general_rows.inputs(config)
+    files = wider_pool.inputs(config.stage, config.rejection, config.judge) | general_rows.inputs(
+        config.stage, config.rejection, config.judge
+    )
     return fine_tuning.run(config, workdir, (TEACHER,), collect, files)
 
 

@@ -14,7 +14,7 @@ from r1jax.data.prompts import keyed_permutation
 from r1jax.evals.benchmarks import Response
 from r1jax.recipe import common, lineage, prompts, traces
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import Config, replace
+from r1jax.schema import Config, RewardConfig, replace
 
 # How a model that was trained for no form of reply is asked for long thoughts; our words.
 DIRECT = (
@@ -72,8 +72,8 @@ def load(config: Config, mesh: Mesh, folder: str | Path, stage: str = "") -> Tea
     own, tokenizer, _ = common.prepare(replace(config, model=replace(config.model, checkpoint=str(folder)), data=data))
     if own.data.template == "auto":
         asking = replace(own, stage=config.stage if common.is_hugging_face(folder) or not stage else stage)
-        own = replace(own, data=replace(own.data, template=prompts.template(asking, tokenizer)))
-    params = common.load_weights(own, mesh, str(folder), lambda: None)
+        own = replace(own, data=replace(own.data, template=prompts.template(asking.stage, asking.data, tokenizer)))
+    params = common.load_weights(own.model, mesh, str(folder), lambda: None)
     return Teacher(own, tokenizer, params, Path(folder).name)
 
 
@@ -82,7 +82,9 @@ def prompted(config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) ->
     if folder := config.coldstart.prompted_model:
         found = load(config, mesh, folder)
     else:
-        found = Teacher(config, tokenizer, lineage.base_weights(config, mesh, workdir), lineage.base_name(config))
+        found = Teacher(
+            config, tokenizer, lineage.base_weights(config, mesh, workdir), lineage.base_name(config.input_preset)
+        )
     template = "chat" if found.tokenizer.chat_template else "plain"
     data = replace(found.config.data, template=template, instruction="", think_prefill=False)
     return Teacher(replace(found.config, data=data), found.tokenizer, found.params, found.name)
@@ -93,7 +95,9 @@ def sampled(
 ) -> list[Response]:
     """Returns `samples` graded responses of a teacher to each of `count` training problems, asked as it was trained to be."""
     config, tokenizer = teacher.config, teacher.tokenizer
-    asked = prompts.encode([prompt.problem for prompt in train], config, tokenizer)
+    asked = prompts.encode(
+        [prompt.problem for prompt in train], config.stage, config.model, config.data, config.sampler, tokenizer
+    )
     return traces.sample(config, tokenizer, mesh, asked, teacher.params, count, samples, temperature)
 
 
@@ -111,13 +115,13 @@ def answered(
     form = ANSWER["boxed" if config.reward.extraction == "boxed" else "answer_tag"]
     wish = (LIKE_THESE if examples else DIRECT).replace("{answer}", form)
     asked = [replace(problem, prompt=_request(problem, wish, examples, chat)) for problem in problems.values()]
-    encoded = prompts.encode(asked, config, teacher.tokenizer)
+    encoded = prompts.encode(asked, config.stage, config.model, config.data, config.sampler, teacher.tokenizer)
     drawn = traces.sample(
         *(config, teacher.tokenizer, mesh, encoded, teacher.params, len(encoded), settings.samples_per_prompt),
         temperature=1.0,
     )
     responses = [replace(response, problem=problems[response.problem.id]) for response in drawn]
-    return responses if chat else _cut(responses, config)
+    return responses if chat else _cut(responses, config.reward)
 
 
 def worked_examples(extraction: str) -> list[tuple[str, str]]:
@@ -145,11 +149,11 @@ def _request(problem: Problem, wish: str, examples: Sequence[tuple[str, str]], c
     return "\n\n".join([*(f"{turn.role.capitalize()}: {turn.content}" for turn in turns), "Assistant:"])
 
 
-def _cut(responses: list[Response], config: Config) -> list[Response]:
+def _cut(responses: list[Response], reward: RewardConfig) -> list[Response]:
     """Returns the responses up to the next question that the model puts itself, graded again where that left something out."""
     cut = [(response, response.text.partition(NEXT_TURN)) for response in responses]
     longer = [(response, text) for response, (text, mark, _) in cut if mark]
-    scores = iter(traces.regrade(longer, config) if longer else [])
+    scores = iter(traces.regrade(longer, reward) if longer else [])
     found = []
     for response, (text, mark, _) in cut:
         if mark:

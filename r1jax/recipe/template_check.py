@@ -13,7 +13,7 @@ from r1jax.recipe import prompts
 from r1jax.rewards import compose, plugins
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import Config
+from r1jax.schema import DataConfig, RewardConfig
 
 # A problem of each checkable task, with a thought about it and its answer.
 PROBLEMS = {
@@ -23,33 +23,39 @@ PROBLEMS = {
 MOST_SHOWN = 200  # characters of a text in the error line
 
 
-def check(config: Config, tokenizer: Tokenizer, asked: Sequence[EncodedPrompt]) -> None:
+def check(
+    stage: str, data: DataConfig, reward: RewardConfig, tokenizer: Tokenizer, asked: Sequence[EncodedPrompt]
+) -> None:
     """Raises ValueError when a right, well-formed answer to one of `asked`'s tasks earns no accuracy or format reward.
 
     A part that config.reward weighs with 0 does not count, nor does a task with a grader of config.reward.graders, whose idea
     of a right answer is its own. Raises ValueError too when a grader cannot be used, or nothing grades a task.
     """
-    compose.check(config.reward, dict.fromkeys(prompt.problem.task for prompt in asked))
-    own = plugins.parse(config.reward.graders)
-    parts = [name for name in ("accuracy", "format") if getattr(config.reward, name)]
+    compose.check(reward, dict.fromkeys(prompt.problem.task for prompt in asked))
+    own = plugins.parse(reward.graders)
+    parts = [name for name in ("accuracy", "format") if getattr(reward, name)]
     for task in PROBLEMS:
         if task not in own and any(prompt.problem.task == task for prompt in asked):
-            _check_task(config, tokenizer, task, parts)
+            _check_task(stage, data, reward, tokenizer, task, parts)
 
 
-def _check_task(config: Config, tokenizer: Tokenizer, task: str, parts: list[str]) -> None:
+def _check_task(
+    stage: str, data: DataConfig, reward: RewardConfig, tokenizer: Tokenizer, task: str, parts: list[str]
+) -> None:
     prompt, thought = PROBLEMS[task]
-    text = prompts.render(prompt.prompt, config, tokenizer)
+    text = prompts.render(prompt.prompt, stage, data, tokenizer)
     if prompt.text not in text:
-        raise ValueError(f"{_fields(config, tokenizer)}: the template leaves the question out, it gives {_shown(text)}")
+        raise ValueError(
+            f"{_fields(stage, data, reward, tokenizer)}: the template leaves the question out, it gives {_shown(text)}"
+        )
     opening = text.rpartition(prompt.text)[2]
-    answer = _answer(prompt.reference, task, config.reward.extraction)
+    answer = _answer(prompt.reference, task, reward.extraction)
     response = _rest_of_turn(opening, f"{thought}\n</think>\n{answer}", answer)
-    score, graded = _score(config, tokenizer, prompt, templates.prefill(text), response)
+    score, graded = _score(reward, tokenizer, prompt, templates.prefill(text), response)
     for name in parts:
         if not score.parts[name]:
             raise ValueError(
-                f"{_fields(config, tokenizer)}: a right answer gets {name} 0 ({score.detail}); after the question the "
+                f"{_fields(stage, data, reward, tokenizer)}: a right answer gets {name} 0 ({score.detail}); after the question the "
                 f"prompt reads {_shown(opening)}, the graded turn is {_shown(graded)}; change one of the three, or set "
                 f"config.reward.{name}=0 if it is not wanted"
             )
@@ -70,21 +76,23 @@ def _rest_of_turn(opening: str, after_think: str, answer: str) -> str:
     return answer if "</think>" in inside else after_think
 
 
-def _score(config: Config, tokenizer: Tokenizer, prompt: Problem, prefill: str, response: str) -> tuple[Score, str]:
+def _score(
+    reward: RewardConfig, tokenizer: Tokenizer, prompt: Problem, prefill: str, response: str
+) -> tuple[Score, str]:
     """Returns (score of the response as ids and back, the assistant turn that was graded)."""
     decoded = tokenizer.decode([*tokenizer.encode(response), tokenizer.eos_id])
     request = RewardRequest(
         prompt.id, prompt.task, prompt.text, decoded, prompt.reference, prefill=prefill, language=prompt.language
     )
-    return compose.score(request, config.reward), request.text
+    return compose.score(request, reward), request.text
 
 
-def _fields(config: Config, tokenizer: Tokenizer) -> str:
+def _fields(stage: str, data: DataConfig, reward: RewardConfig, tokenizer: Tokenizer) -> str:
     """Returns the settings that decide, as they would be typed."""
-    prefilled, extraction = str(config.data.think_prefill).lower(), config.reward.extraction
-    kind = prompts.template(config, tokenizer)
+    prefilled, extraction = str(data.think_prefill).lower(), reward.extraction
+    kind = prompts.template(stage, data, tokenizer)
     return (
-        f"{config.stage}: start-up check of config.data.template={kind}, config.data.think_prefill={prefilled}, "
+        f"{stage}: start-up check of config.data.template={kind}, config.data.think_prefill={prefilled}, "
         f"config.reward.extraction={extraction}"
     )
 

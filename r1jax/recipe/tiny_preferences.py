@@ -1,5 +1,6 @@
 """Examples of reward models in the tiny world: responses of varied quality, ranked and labelled by its rules."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from r1jax.recipe import evaluate, lineage, prompts
 from r1jax.rewards.pool import RewardPool
 from r1jax.sampler.build import build_sampler
 from r1jax.sampler.sample import SamplingParams
-from r1jax.schema import Config, replace
+from r1jax.schema import Config
 
 
 def examples(
@@ -28,38 +29,42 @@ def examples(
     repeated ones, are left out.
     """
     asked = tasks.preference_prompts() if kind == "helpful" else tasks.safety_prompts()
-    encoded = prompts.encode(asked, config, tokenizer)
-    sampler = build_sampler(config.model, config.sampler, mesh, tokenizer)
+    encoded = prompts.encode(asked, config.stage, config.model, config.data, config.sampler, tokenizer)
+    sampler = build_sampler(config.network, config.sampler, mesh, tokenizer)
     sampling = SamplingParams(max_new_tokens=config.sampler.max_new_tokens, stop_ids=tokenizer.stop_ids)
     drawn: list[Response] = []
     with RewardPool(config.reward) as pool:
         for name, weights in (("start", params), ("base", lineage.base_weights(config, mesh, workdir))):
-            own, given = replace(config, stage=f"{config.stage}/{name}"), sampler.engine.load_params(weights)
-            samples = config.reward_model.samples_per_prompt
-            drawn += evaluate.respond(own, tokenizer, sampler, pool, encoded, given, sampling, samples, "sample")
+            stage, loaded = f"{config.stage}/{name}", sampler.engine.load_params(weights)
+            ask = functools.partial(evaluate.respond, config.seed, stage, tokenizer, sampler, pool)
+            drawn += ask(encoded, loaded, sampling, config.reward_model.samples_per_prompt, "sample")
     found: dict[str, dict[str, Response]] = {prompt.id: {} for prompt in asked}
     for response in drawn:
         text = summary(response.text) if kind == "helpful" else response.text
         if not response.truncated and text.strip():
             found[response.problem.id].setdefault(text, response)
-    make = _pairs if kind == "helpful" else _labelled
-    return [row for name, own in found.items() for row in make(name, list(own.values()), config)]
+    rows = []
+    for name, own in found.items():
+        key, most = hash64(config.stage, config.seed, "pairs", name), config.reward_model.pairs_per_prompt
+        responses = list(own.values())
+        rows += _pairs(name, responses, most, key) if kind == "helpful" else _labelled(name, responses)
+    return rows
 
 
-def _pairs(name: str, responses: Sequence[Response], config: Config) -> list[dict]:
-    """Returns pairs of one prompt's responses that the rule does not hold equal, at most pairs_per_prompt of them."""
+def _pairs(name: str, responses: Sequence[Response], most: int, key: int) -> list[dict]:
+    """Returns pairs of one prompt's responses that the rule does not hold equal, at most `most`, in the order of `key`."""
     value = [response.parts["accuracy"] for response in responses]
     places = [(i, j) for i in range(len(value)) for j in range(len(value)) if value[i] > value[j]]
-    order = keyed_permutation(len(places), hash64(config.stage, config.seed, "pairs", name))
+    order = keyed_permutation(len(places), key)
     rows = []
-    for number, place in enumerate(order[: config.reward_model.pairs_per_prompt]):
+    for number, place in enumerate(order[:most]):
         better, worse = (responses[i] for i in places[place])
         texts = {"prompt": better.problem.text, "chosen": better.text, "rejected": worse.text}
         rows.append({"id": f"{name}-{number}", "source": "tiny"} | texts)
     return rows
 
 
-def _labelled(name: str, responses: Sequence[Response], config: Config) -> list[dict]:
+def _labelled(name: str, responses: Sequence[Response]) -> list[dict]:
     rows = enumerate(responses)
     return [
         {"id": f"{name}-{number}", "source": "tiny", "prompt": r.problem.text, "response": r.text, "safe": _is_safe(r)}

@@ -1,6 +1,7 @@
 """Sampling a policy's traces and keeping the good ones, with a count of how far each came (P2 B.3.2 and B.3.3)."""
 
 import contextlib
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from r1jax.rewards.score import Score
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.sampler.build import build_sampler
 from r1jax.sampler.sample import SamplingParams
-from r1jax.schema import Config
+from r1jax.schema import Config, RewardConfig
 
 MAX_REPETITION = 0.2  # share of repeated eight-word runs above which a trace counts as a loop
 ONE_LANGUAGE = "one language"
@@ -45,14 +46,13 @@ def sample(
     They are graded by `pool`, which stays open, or else by the rule verifiers.
     """
     order = keyed_permutation(len(train), hash64(config.stage, config.seed, "prompts"))[:count]
-    sampler = build_sampler(config.model, config.sampler, mesh, tokenizer)
+    sampler = build_sampler(config.network, config.sampler, mesh, tokenizer)
     longest = config.sampler.max_new_tokens
     sampling = SamplingParams(temperature, max_new_tokens=longest, stop_ids=tokenizer.stop_ids)
     with contextlib.nullcontext(pool) if pool else RewardPool(config.reward) as pool:
         asked = [train[i] for i in order]
-        return evaluate.respond(
-            config, tokenizer, sampler, pool, asked, sampler.engine.load_params(params), sampling, samples, "sample"
-        )
+        ask = functools.partial(evaluate.respond, config.seed, config.stage, tokenizer, sampler, pool)
+        return ask(asked, sampler.engine.load_params(params), sampling, samples, "sample")
 
 
 def basic_checks(min_language_consistency: float) -> list[Check]:
@@ -75,9 +75,9 @@ def passing(responses: list[Response], checks: list[Check], counts: Counts) -> l
     return kept
 
 
-def regrade(rows: list[tuple[Response, str]], config: Config) -> list[Score]:
+def regrade(rows: list[tuple[Response, str]], reward: RewardConfig) -> list[Score]:
     """Returns the scores of rewritten texts in place of the responses they came from, each by its own task's grader."""
-    with RewardPool(config.reward) as pool:
+    with RewardPool(reward) as pool:
         return pool.score([response.request(text) for response, text in rows])
 
 

@@ -10,16 +10,16 @@ from r1jax.data.problems import as_text, from_row
 from r1jax.evals.benchmarks import Response
 from r1jax.recipe import common, judging, prompts, traces
 from r1jax.recipe.drafts import Counts
-from r1jax.schema import Config, replace
+from r1jax.schema import Config, JudgeConfig, RejectionConfig, replace
 
 
-def inputs(config: Config) -> dict[str, str]:
+def inputs(stage: str, rejection: RejectionConfig, judge: JudgeConfig) -> dict[str, str]:
     """Returns {path: digest} of what the pool is made from; {} without one. Raises ValueError for a missing file or judge."""
-    path = config.rejection.judged_prompts
+    path = rejection.judged_prompts
     if not path:
         return {}
-    judging.require_judge(config)
-    return {path: files.digest(path), config.judge.checkpoint: common.checkpoint_digest(config.judge.checkpoint)}
+    judging.require_judge(stage, judge)
+    return {path: files.digest(path), judge.checkpoint: common.checkpoint_digest(judge.checkpoint)}
 
 
 def sample(config: Config, tokenizer: Tokenizer, mesh: Mesh, params: Any, counts: Counts) -> list[Response]:
@@ -33,9 +33,9 @@ def sample(config: Config, tokenizer: Tokenizer, mesh: Mesh, params: Any, counts
     rows = files.read(settings.judged_prompts, config.data.columns).rows
     judged = lambda task, fields: as_text(fields.get("answer"))  # noqa: E731
     found = [from_row(row.fields, row.place, judged, "judged") for row in rows]
-    asked = prompts.encode(found, config, tokenizer)
+    asked = prompts.encode(found, config.stage, config.model, config.data, config.sampler, tokenizer)
     own = replace(config, stage=f"{config.stage}/judged")  # draws of its own
-    with judging.JudgePool(config, mesh) as pool:
+    with judging.JudgePool(config.stage, config.seed, config.judge, config.reward, mesh) as pool:
         drawn = traces.sample(
             own, tokenizer, mesh, asked, params, len(asked), settings.samples_per_prompt, settings.temperature, pool
         )

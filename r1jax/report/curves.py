@@ -25,7 +25,7 @@ PANELS = (
 
 
 def write_csv(rows: Sequence[Mapping], path: Path, columns: Sequence[str]) -> None:
-    """Writes the columns of the rows under a header line; a missing value is an empty field, floats read back the same."""
+    """Writes columns of rows under a header line; missing values are empty fields, and floats read back the same."""
     with files.replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
@@ -34,8 +34,10 @@ def write_csv(rows: Sequence[Mapping], path: Path, columns: Sequence[str]) -> No
 
 def _points(rows: Sequence[Mapping], column: str) -> tuple[list[int], list[float]]:
     """Returns (updates, values) of the rows in which a column has a finite value."""
-    found = [(row["update"], row[column]) for row in rows if row.get(column) is not None and math.isfinite(row[column])]
-    return [update for update, _ in found], [value for _, value in found]
+    points = [
+        (row["update"], row[column]) for row in rows if row.get(column) is not None and math.isfinite(row[column])
+    ]
+    return [update for update, _ in points], [value for _, value in points]
 
 
 def plot(rows: Sequence[Mapping], path_png: Path, panels: Sequence[Panel] = PANELS) -> None:

@@ -18,9 +18,9 @@ SAMPLES_SHOWN = 200  # of each checkpoint at most, spread evenly
 SAMPLES_BYTES = 2_400_000  # of all samples together; the rest of the page is well below 200 kB
 TEXT_SHOWN = 12_000  # characters of one prompt or response
 ABSENT = "–"
-NO_TASK = "(none)"  # the column of what names no task
+NO_TASK = "(none)"  # column of the rows without a task
 SCENARIOS = ("general", "safety")  # tasks that are never among the held-out problems
-BY_TASK = "_by_task"  # behind the name of a count: the counts of its tasks
+BY_TASK = "_by_task"  # NAME_by_task holds the counts of NAME by task
 MAIN_NOTE = (
     "pass@1 counts every response. The columns from arithmetic true to broken count only those that solve an equation in "
     "the asked format, so the final share can be above pass@1."
@@ -34,20 +34,20 @@ LEFT, RIGHT, TOP, BOTTOM = 40.0, 272.0, 10.0, 136.0  # of a plot in the drawing'
 
 @dataclass(frozen=True)
 class StageData:
-    """What the page shows of one stage."""
+    """The data of one stage that the page shows."""
 
     name: str  # of its result: r1_zero, dev1, ...
     rows: Sequence[Mapping]  # of metrics.jsonl; curves are drawn of those with a reward
     split: Mapping[str, float]  # phase -> seconds or share of the measured time; {} where nothing was measured
     samples: Sequence[Mapping]  # as in samples.jsonl
     facts: Mapping[str, object] = field(default_factory=dict)  # "what was run": label -> value
-    counts: Mapping[str, object] = field(default_factory=dict)  # how many came through each filter, by task where told
-    tasks: Sequence[str] = ()  # tasks beside those that the counts name
+    counts: Mapping[str, object] = field(default_factory=dict)  # how many passed each filter, by task where counted so
+    tasks: Sequence[str] = ()  # tasks besides those named in the counts
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: its heading, what the heading means, and the text of a cell from a checkpoint's figures."""
+    """One column of a table: its heading, an explanation of it, and the text of a cell from a checkpoint's figures."""
 
     label: str
     meaning: str
@@ -55,7 +55,7 @@ class Column:
 
 
 def number(value: object, decimals: int) -> str:
-    """Returns a number with so many decimals, powers of ten from a million on, and ABSENT for what is no finite number."""
+    """Returns a number with `decimals` decimals, in powers of ten from a million on; ABSENT if it is not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return ABSENT
     return f"{value:.2e}".replace("e+", "e") if abs(value) >= 1e6 else f"{value:.{decimals}f}"
@@ -157,9 +157,11 @@ MEASURES = (  # column of metrics.jsonl, heading, unit
 
 
 def sampled_figures(rows: Sequence[Mapping]) -> list[str]:
-    """Returns the names of every pass@k and cons@k that a row has, by rising k; pass@1 has a column of its own."""
-    found = {(match[1] == "cons", int(match[2])) for row in rows for name in row if (match := _SAMPLED.fullmatch(name))}
-    return [f"{'cons' if voted else 'pass'}@{k}" for voted, k in sorted(found - {(False, 1)})]
+    """Returns the names of every pass@k and cons@k that a row has, by rising k; pass@1 has a separate column."""
+    figures = {
+        (match[1] == "cons", int(match[2])) for row in rows for name in row if (match := _SAMPLED.fullmatch(name))
+    }
+    return [f"{'cons' if voted else 'pass'}@{k}" for voted, k in sorted(figures - {(False, 1)})]
 
 
 def columns(rows: Sequence[Mapping]) -> list[Column]:
@@ -174,7 +176,7 @@ def columns(rows: Sequence[Mapping]) -> list[Column]:
 
 
 def collect(workdir: Path, results: Mapping[str, str]) -> list[StageData]:
-    """Returns what the page shows of the stages that have a folder in `workdir`; results: stage -> name of its result.
+    """Returns the data of the stages that have a folder in `workdir`; results: stage -> name of its result.
 
     Raises ValueError, naming file and line, for a damaged row other than a last one that was cut off.
     """
@@ -198,10 +200,10 @@ def write(
     stages: Sequence[StageData],
     models: Sequence[Mapping] = (),
 ) -> None:
-    """Writes the page under a temporary name and renames it. It makes no request of any kind, not even to its own folder.
+    """Writes the page, whole or not at all. It makes no request of any kind, not even to its own folder.
 
-    checkpoints: figures with the key "checkpoint"; they are listed in the order of `stages`, others before them. models:
-    held-out figures of reward models with the key "model".
+    checkpoints: figures with the key "checkpoint"; they are listed in the order of `stages`, others before them.
+    models: held-out figures of reward models with the key "model".
     """
     order = {stage.name: place for place, stage in enumerate(stages)}
     checkpoints = sorted(checkpoints, key=lambda row: order.get(row["checkpoint"], -1))
@@ -229,13 +231,13 @@ def embedded(stages: Sequence[StageData]) -> dict[str, dict]:
     """Returns {name: {"drawn": responses there were, "shown": some of them, spread evenly}} within SAMPLES_BYTES."""
     shown = SAMPLES_SHOWN
     while True:
-        found = {
+        samples = {
             stage.name: {"drawn": len(stage.samples), "shown": [_sample(s) for s in _spread(stage.samples, shown)]}
             for stage in stages
             if stage.samples
         }
-        if shown == 1 or len(_safe_json(found).encode("utf-8", "replace")) <= SAMPLES_BYTES:
-            return found
+        if shown == 1 or len(_safe_json(samples).encode("utf-8", "replace")) <= SAMPLES_BYTES:
+            return samples
         shown = max(shown * 3 // 4, 1)
 
 
@@ -303,8 +305,8 @@ def _tables(checkpoints: Sequence[Mapping], models: Sequence[Mapping] = ()) -> l
 
 
 def _counted(stages: Sequence[StageData]) -> list[dict]:
-    """Returns per stage its counts as a table: a row for each filter, a column for each task and one for all of them."""
-    found = []
+    """Returns per stage its counts as a table: a row for each filter, a column for each task and one for all."""
+    tables = []
     for stage in stages:
         known = {*_tasks(stage.counts), *stage.tasks}
         rows = [row for name, counts in stage.counts.items() for row in _count_rows(counts, (), known)]
@@ -313,14 +315,14 @@ def _counted(stages: Sequence[StageData]) -> list[dict]:
             cells = [
                 [name, *(_count(by_task.get(task)) for task in labels), _count(total)] for name, by_task, total in rows
             ]
-            found.append(
+            tables.append(
                 {"name": stage.name, "labels": [*(label or NO_TASK for label in labels), "all"], "rows": cells}
             )
-    return found
+    return tables
 
 
 def _tasks(counts: object) -> Iterator[str]:
-    """Yields the names of the tasks that counts tell: those of their members `..._by_task`."""
+    """Yields the task names in counts: those of their members `..._by_task`."""
     if isinstance(counts, Mapping):
         for name, value in counts.items():
             if str(name).endswith(BY_TASK) and isinstance(value, Mapping):
@@ -332,8 +334,8 @@ def _tasks(counts: object) -> Iterator[str]:
 def _count_rows(counts: object, path: tuple[str, ...], tasks: set[str]) -> Iterator[tuple[str, dict, object]]:
     """Yields (name of a filter, {task: count}, count of all) of nested counts, in their order.
 
-    `NAME_by_task` tells the tasks of the row NAME. A mapping whose names are tasks is the row of its path, any other holds
-    rows; what is no number is left out.
+    `NAME_by_task` holds the counts by task of the row NAME. A mapping whose names are tasks is the row of its path; any
+    other mapping holds rows. Values that are not numbers are left out.
     """
     if not isinstance(counts, Mapping):
         if isinstance(counts, int | float) and not isinstance(counts, bool):
@@ -358,14 +360,14 @@ def _count(value: object) -> str:
 
 
 def _measured(checkpoints: Sequence[Mapping]) -> str:
-    """Returns on how much the checkpoints were measured, "" where one does not say or they differ."""
+    """Returns the sentence on how many problems and samples were measured, "" where checkpoints differ or lack them."""
     counts = {(number(row.get("problems"), 0), number(row.get("samples"), 0)) for row in checkpoints}
     problems, samples = counts.pop() if len(counts) == 1 else (ABSENT, ABSENT)
     return "" if ABSENT in (problems, samples) else f"{problems} problems, {samples} sampled responses per checkpoint. "
 
 
 def _safe_json(value: object) -> str:
-    """Returns JSON that can stand inside a script element whatever text it holds."""
+    """Returns JSON that is safe inside a script element, whatever text it holds."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "&<>\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -396,12 +398,12 @@ def _spread(samples: Sequence[Mapping], count: int) -> list[Mapping]:
 
 def _splits(stages: Sequence[StageData]) -> list[dict]:
     """Returns per stage the percentage of each phase, in the order of PHASES."""
-    found = []
+    splits = []
     for stage in stages:
         if total := sum(stage.split.values()):
             percent = [round(100 * stage.split.get(phase, 0.0) / total, 1) for phase in PHASES]
-            found.append({"name": stage.name, "parts": list(zip(PHASES, percent, strict=True))})
-    return found
+            splits.append({"name": stage.name, "parts": list(zip(PHASES, percent, strict=True))})
+    return splits
 
 
 def _points(stage: StageData, key: str) -> list[tuple[float, float]]:

@@ -30,7 +30,7 @@ def _numeric(rows: Sequence[Mapping], column: str) -> bool:
 
 
 def render(rows: Sequence[Mapping], columns: Sequence[str], title: str) -> None:
-    """Prints the columns of the rows as a table; a missing value is "-", numbers stand to the right."""
+    """Prints the columns of the rows as a table; a missing value is "-", numbers are aligned to the right."""
     table = Table(title=Text(title), title_justify="left")
     for column in columns:
         justify = "right" if _numeric(rows, column) else "left"

@@ -14,9 +14,9 @@ from r1jax.rl.ppo import CriticObjective
 from r1jax.rl.recorder import Recorder
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.rl.sampling import Sampling
+from r1jax.rl.settings import RunSettings
 from r1jax.rl.source import JournalledSource, RolloutSource, SourceAhead
 from r1jax.rl.state import RunInputs, RunState
-from r1jax.schema import Config
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +33,11 @@ class Training:
         return loop.train(self.run, self.source, self.objective, self.recorder)
 
 
-def assemble(config: Config, inputs: RunInputs, objective: Objective | None = None) -> Training:
+def assemble(config: RunSettings, inputs: RunInputs, objective: Objective | None = None) -> Training:
     """Returns the parts of a run; without an objective it is the one of config.grpo.advantage.
 
     Raises ValueError when a packed row, or the devices, cannot hold what the config asks for.
     """
-    config.require_mixture()
     _check_row(config, inputs.prompts.all)
     if objective is None:
         objective = CriticObjective(config, inputs) if config.grpo.advantage == "gae" else GroupObjective(config)
@@ -57,13 +56,13 @@ def _source_ahead(run: RunState, sampling: Sampling, journal: Journal) -> Source
     shared = set(run.mesh.devices.flat) & set(sampling.inputs.sampler_mesh.devices.flat)
     if shared:
         raise ValueError(f"disaggregated: {len(shared)} devices are in config.mesh and in config.sampler_mesh")
-    snapshot = tree.copier(run.config.model.compute_dtype, run.trainer.param_shardings)
+    snapshot = tree.copier(run.config.network.compute.compute_dtype, run.trainer.param_shardings)
     placed = sampling.sampler.engine.param_shardings
     # The copy to the sampler's devices runs beside what follows.
     return SourceAhead(run, sampling, lambda: jax.device_put(snapshot(run.params), placed), journal.holds)
 
 
-def _check_row(config: Config, prompts: Sequence[EncodedPrompt]) -> None:
+def _check_row(config: RunSettings, prompts: Sequence[EncodedPrompt]) -> None:
     """Raises ValueError when a packed row cannot hold the longest prompt with a full response."""
     if not prompts:
         raise ValueError(f"{config.stage}: no training prompts")

@@ -12,7 +12,7 @@ from r1jax.core import sharding
 from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PREFIXES
 from r1jax.models import decoder, logprobs
-from r1jax.schema import ModelConfig
+from r1jax.schema import Network
 
 ROUTED = "routed_experts"  # in a batch with routing replay: int16 [.., R, T, Lm, k], -1 at padding
 
@@ -22,13 +22,13 @@ def replayed_experts(micro: dict[str, jax.Array]) -> jax.Array | None:
     return jnp.moveaxis(micro[ROUTED], -2, 0) if ROUTED in micro else None
 
 
-def log_probs(model: ModelConfig, params: decoder.Params, hidden, micro: dict, temperature) -> jax.Array:
+def log_probs(network: Network, params: decoder.Params, hidden, micro: dict, temperature) -> jax.Array:
     """Returns log p(target) of softmax(logits / temperature), float32 [R, T]."""
-    matrix, how = decoder.unembedding(params), logprobs.settings(model)
+    matrix, how = decoder.unembedding(params), logprobs.settings(network.compute)
     return logprobs.token_logprobs(hidden, matrix, micro["targets"], temperature, **how)[0]
 
 
-def values(model: ModelConfig, params: decoder.Params, hidden, micro: dict, temperature) -> jax.Array:
+def values(network: Network, params: decoder.Params, hidden, micro: dict, temperature) -> jax.Array:
     """Returns the scalar head's value before each target is drawn, float32 [R, T]."""
     return decoder.scalars(params, hidden)
 
@@ -36,13 +36,13 @@ def values(model: ModelConfig, params: decoder.Params, hidden, micro: dict, temp
 class Scorer:
     """Scores batches [M, R, T]; one program for any number of filled micro-batches."""
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, offloaded: bool = False, read: Callable = log_probs):
-        """`read` takes (model, params, hidden [R, T, D], micro-batch, temperature) and returns [R, T].
+    def __init__(self, network: Network, mesh: Mesh, offloaded: bool = False, read: Callable = log_probs):
+        """`read` takes (network, params, hidden [R, T, D], micro-batch, temperature) and returns [R, T].
 
         With `offloaded` the weights lie in host memory and are brought over for each batch.
         """
         self.mesh = mesh
-        placed = sharding.spec_shardings(decoder.specs(model), mesh)
+        placed = sharding.spec_shardings(decoder.specs(network.model, network.scalar_head), mesh)
 
         def score(params, batch, filled, temperature):
             params = jax.device_put(params, placed) if offloaded else params
@@ -52,11 +52,11 @@ class Scorer:
                 hidden, _, _ = decoder.forward(
                     params,
                     *(micro[name] for name in ("tokens", "positions", "segments")),
-                    model,
+                    network,
                     experts=replayed_experts(micro),
                     prefixes=micro.get(PREFIXES),
                 )
-                return out.at[index].set(read(model, params, hidden, micro, temperature))
+                return out.at[index].set(read(network, params, hidden, micro, temperature))
 
             return jax.lax.fori_loop(0, filled, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
 

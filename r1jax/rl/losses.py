@@ -14,7 +14,7 @@ from flax import struct
 from r1jax.data.packing import PREFIXES
 from r1jax.models import decoder, logprobs
 from r1jax.rl.logprobs import replayed_experts
-from r1jax.schema import GRPOConfig, ModelConfig
+from r1jax.schema import GRPOConfig, Network
 from r1jax.train import step
 
 LARGEST_LOG_RATIO = 80.0  # nats; float32 holds exp(88)
@@ -286,7 +286,7 @@ def overlong_penalty(lengths: Sequence[int], config: GRPOConfig, max_new_tokens:
     return -np.clip(over / buffer, 0, 1).astype(np.float32)
 
 
-def make_loss(model: ModelConfig, config: GRPOConfig, chunk_tokens: int = 0, trained_chunk: int = 0) -> step.Loss:
+def make_loss(network: Network, config: GRPOConfig, chunk_tokens: int = 0, trained_chunk: int = 0) -> step.Loss:
     """Returns the loss of a micro-batch, `policy_loss` of the model's log-probs, and its statistics.
 
     With a multi-token prediction module in training, its loss moves that module alone. Chunks as in `scored_logprobs`.
@@ -297,19 +297,19 @@ def make_loss(model: ModelConfig, config: GRPOConfig, chunk_tokens: int = 0, tra
         hidden, _, auxiliary = decoder.forward(
             params,
             *(micro[name] for name in ("tokens", "positions", "segments")),
-            model,
+            network,
             experts=experts,
             prefixes=micro.get(PREFIXES),
         )
         matrix, mask = decoder.unembedding(params), micro["loss_mask"]
-        how = dict(chunk_tokens=chunk_tokens, trained_chunk=trained_chunk, **logprobs.settings(model))
+        how = dict(chunk_tokens=chunk_tokens, trained_chunk=trained_chunk, **logprobs.settings(network.compute))
         logp, entropy = logprobs.scored_logprobs(hidden, matrix, micro["targets"], mask, given.temperature, **how)
         total, stats = policy_loss(logp, entropy, micro, given, config)
         if experts is not None:
             stats["routing_disagreement"] = jnp.sum(mask * jnp.mean(auxiliary.differs, axis=0))
         stats["packed_tokens"] = jnp.sum(micro["segments"] > 0).astype(jnp.float32)  # prompts included
         weights = micro["loss_mask"] * micro["weight"]
-        extra, told = step.auxiliary_loss(params, hidden, auxiliary, micro, weights, model, head_alone=True)
+        extra, told = step.auxiliary_loss(params, hidden, auxiliary, micro, weights, network, head_alone=True)
         return total + extra, stats | told
 
     return loss

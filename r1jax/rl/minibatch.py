@@ -14,19 +14,19 @@ from r1jax.rl.logprobs import ROUTED, Scorer
 from r1jax.rl.objective import Batch, Objective
 from r1jax.rl.recorder import Recorder
 from r1jax.rl.rollout import Advantages, micro_batches, mini_batches, pack_mini_batch
+from r1jax.rl.settings import RunSettings
 from r1jax.rl.state import RunState
-from r1jax.schema import Config
 from r1jax.train import step
 
 
-def blank_arrays(config: Config, fields: tuple[str, ...]) -> dict[str, np.ndarray]:
+def blank_arrays(config: RunSettings, fields: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Returns the arrays of a batch without tokens, in the shapes of every batch."""
     pack = config.pack
     shape = (micro_batches(config), pack.rows_per_micro_batch, pack.row_tokens)
     arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segments")}
     arrays |= {name: np.zeros(shape, np.float32) for name in ("loss_mask", *fields)}
     if config.grpo.routing_replay:
-        model = config.model
+        model = config.network.model
         arrays[ROUTED] = np.full((*shape, model.num_moe_layers, model.num_experts_per_tok), -1, np.int16)
     if pack.shared_prompts:
         arrays[PREFIXES] = np.zeros(shape, np.int32)
@@ -84,7 +84,7 @@ def _scored(run: RunState, objective: Objective, recorder: Recorder, packed: Pac
     return Batch(arrays, filled, last, _mismatch_without_replay(run, arrays, filled))
 
 
-def _score(config: Config, scorer: Scorer, weights: decoder.Params, packed: PackedBatch) -> np.ndarray:
+def _score(config: RunSettings, scorer: Scorer, weights: decoder.Params, packed: PackedBatch) -> np.ndarray:
     """Returns the scorer's values of a packed mini-batch under `weights`, float32 [M, R, T]."""
     arrays = step.batch_arrays(packed, config.pack, micro_batches(config), ())
     return scorer(weights, arrays, step.filled_micro_batches(packed, config.pack), config.sampler.temperature or 1.0)

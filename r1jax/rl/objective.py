@@ -11,8 +11,8 @@ from r1jax.rl import losses, schedules
 from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.rollout import Advantages, compute_advantages
+from r1jax.rl.settings import RunSettings
 from r1jax.rl.state import RunState
-from r1jax.schema import Config
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +73,9 @@ class Objective:
 class GroupObjective(Objective):
     """GRPO and its relatives: advantages within groups of samples of one prompt, the loss that config.grpo names."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: RunSettings):
         self.config, self.fields = config, losses.fields(config.grpo)
-        self.loss = losses.make_loss(config.model, config.grpo, trained_chunk=config.pack.trained_chunk)
+        self.loss = losses.make_loss(config.network, config.grpo, trained_chunk=config.pack.trained_chunk)
 
     def advantages(self, rollout: Rollout, start: int) -> Advantages:
         """Returns advantages over whole groups, so before samples are split into mini-batches."""

@@ -21,8 +21,9 @@ from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.objective import Batch, GroupObjective, Objective
 from r1jax.rl.rollout import Advantages, token_kl
+from r1jax.rl.settings import RunSettings
 from r1jax.rl.state import RunInputs, RunState
-from r1jax.schema import Config, ModelConfig, replace
+from r1jax.schema import Network, replace
 from r1jax.train import guard, step
 
 CRITIC_FIELDS = ("value", "return")  # per-token values of the critic's batch beside `weight`
@@ -62,11 +63,11 @@ def value_loss(values, old_values, returns, value_clip) -> jax.Array:
     return jnp.maximum(jnp.square(values - returns), jnp.square(held - returns)) / 2
 
 
-def make_value_loss(model: ModelConfig) -> step.Loss:
+def make_value_loss(network: Network) -> step.Loss:
     """Returns the critic's loss of a micro-batch, weight * `value_loss` over the trained tokens, and its statistics."""
 
     def loss(params: decoder.Params, micro: dict[str, jax.Array], given: ValueArguments):
-        hidden, _, _ = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], model)
+        hidden, _, _ = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], network)
         values, mask = decoder.scalars(params, hidden), micro["loss_mask"]
         error = value_loss(values, micro["value"], micro["return"], given.value_clip)
         rest = micro["return"] - values
@@ -81,21 +82,23 @@ def make_value_loss(model: ModelConfig) -> step.Loss:
 class CriticObjective(Objective):
     """Advantages from a critic that is trained beside the policy; the policy's loss is that of `GroupObjective`."""
 
-    def __init__(self, config: Config, inputs: RunInputs):
+    def __init__(self, config: RunSettings, inputs: RunInputs):
         self.config, self.policy = config, GroupObjective(config)
         self.fields, self.loss, self.arguments = (
             (*self.policy.fields, *CRITIC_FIELDS),
             self.policy.loss,
             self.policy.arguments,
         )
-        model = replace(config.model, scalar_head=True)
+        network = replace(config.network, scalar_head=True)
         rate = config.ppo.critic_learning_rate or config.optimizer.learning_rate
         optimizer = replace(config.optimizer, learning_rate=rate)
-        self.critic = step.Trainer(model, optimizer, inputs.mesh, make_value_loss(model), config.grpo.updates)
-        head = np.zeros(model.hidden_size, np.float32)  # a critic that begins with the policy's weights and says 0
+        self.critic = step.Trainer(network, optimizer, inputs.mesh, make_value_loss(network), config.grpo.updates)
+        head = np.zeros(
+            network.model.hidden_size, np.float32
+        )  # a critic that begins with the policy's weights and says 0
         self.critic_state = self.critic.init(inputs.params.replace(scalar_head=head))
-        self.value_scorer = Scorer(model, inputs.mesh, read=logprobs.values)
-        self._copy = tree.copier(model.compute_dtype, self.critic.param_shardings)
+        self.value_scorer = Scorer(network, inputs.mesh, read=logprobs.values)
+        self._copy = tree.copier(network.compute.compute_dtype, self.critic.param_shardings)
         self._value_arguments = ValueArguments(np.float32(config.ppo.value_clip or np.inf))
 
     def advantages(self, rollout: Rollout, start: int) -> Advantages:

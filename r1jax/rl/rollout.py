@@ -18,8 +18,9 @@ from r1jax.rl import losses, schedules
 from r1jax.rl.advantages import group_advantages
 from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import ROUTED
+from r1jax.rl.settings import RunSettings
 from r1jax.sampler.sample import RolloutRequest, RolloutSample, SamplingParams
-from r1jax.schema import Config, replace
+from r1jax.schema import replace
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ class PromptPhases:
         self,
         prompts: Mixture | Sequence[EncodedPrompt],
         later: tuple[int, Sequence[Sequence[EncodedPrompt]], Sequence[float]] | None,
-        config: Config,
+        config: RunSettings,
     ):
         first = prompts if isinstance(prompts, Mixture) else Mixture([prompts])
         self._streams = [first.stream(config.seed, config.stage)]
@@ -182,7 +183,7 @@ def _everywhere(mine: list[int], scores: list[Score], total: int, pool: RewardPo
     return tuple(hosts.broadcast([parts, scorable], name, deadline_s))
 
 
-def mini_batches(rollout: Rollout, start: int, config: Config) -> list[np.ndarray]:
+def mini_batches(rollout: Rollout, start: int, config: RunSettings) -> list[np.ndarray]:
     """Returns the sample numbers of each update: a keyed shuffle of all samples, cut into equal parts.
 
     Outputs, not questions, are shuffled (one group may be spread over several updates), so advantages come first.
@@ -192,7 +193,7 @@ def mini_batches(rollout: Rollout, start: int, config: Config) -> list[np.ndarra
     return [order[i : i + size] for i in range(0, len(rollout), size)]
 
 
-def compute_advantages(rollout: Rollout, config: Config, max_new_tokens: int, kl_coef: float = 0.0) -> Advantages:
+def compute_advantages(rollout: Rollout, config: RunSettings, max_new_tokens: int, kl_coef: float = 0.0) -> Advantages:
     """Returns rewards, advantages over whole groups, and which samples are trained on and counted.
 
     Where a KL term stands in the reward, kl_coef * sum of log(policy / reference) over its tokens is taken off a sample's
@@ -230,13 +231,13 @@ def token_kl(rollout: Rollout) -> list[np.ndarray]:
     return [sample.behaviour_logps - reference for sample, reference in pairs]
 
 
-def signals(rollout: Rollout, config: Config) -> np.ndarray:
+def signals(rollout: Rollout, config: RunSettings) -> np.ndarray:
     """Returns whether the rewards of each group differ, bool [groups]; a length penalty does not count."""
     plain = replace(config, grpo=replace(config.grpo, overlong_buffer_fraction=0.0, singleton="zero"))
     return compute_advantages(rollout, plain, config.sampler.max_new_tokens).has_signal
 
 
-def keep_groups(parts: Sequence[Rollout], wanted: int, config: Config) -> Rollout:
+def keep_groups(parts: Sequence[Rollout], wanted: int, config: RunSettings) -> Rollout:
     """Returns `wanted` groups of several rollouts as one: those with a signal, then tied ones, each in order of draw.
 
     Source: DAPO, section 3.2 (arXiv 2503.14476), here with a bound on what is drawn.
@@ -259,7 +260,7 @@ def keep_groups(parts: Sequence[Rollout], wanted: int, config: Config) -> Rollou
 
 
 def pack_mini_batch(
-    rollout: Rollout, chosen: np.ndarray, advantages: Advantages, config: Config, max_new_tokens: int
+    rollout: Rollout, chosen: np.ndarray, advantages: Advantages, config: RunSettings, max_new_tokens: int
 ) -> PackedBatch:
     """Returns the chosen samples packed, with the values of every response token that the loss takes.
 
@@ -305,7 +306,7 @@ def _record(sample: RolloutSample) -> np.ndarray:
     return sample.routed_experts
 
 
-def micro_batches(config: Config) -> int:
+def micro_batches(config: RunSettings) -> int:
     """Returns how many micro-batches hold a mini-batch in the worst case, when no two samples share a row."""
     size = config.grpo.prompts_per_update * config.grpo.group_size
     return -(-size // config.pack.rows_per_micro_batch)

@@ -11,21 +11,21 @@ from r1jax.rl import rollout as rollouts
 from r1jax.rl import scenarios, schedules
 from r1jax.rl.journal import Rollout
 from r1jax.rl.recorder import Recorder, Timer
+from r1jax.rl.settings import RunSettings
 from r1jax.rl.state import RunInputs
 from r1jax.sampler.build import build_sampler, sampling_params
 from r1jax.sampler.sample import RolloutSample, SamplingParams
-from r1jax.schema import Config
 
 
 class Sampling:
     """The sampler of a run with its prompts, its pool of graders and its reward models."""
 
-    def __init__(self, config: Config, inputs: RunInputs, recorder: Recorder):
+    def __init__(self, config: RunSettings, inputs: RunInputs, recorder: Recorder):
         self.config, self.inputs, self.recorder = config, inputs, recorder
         self.pool: RewardPool | None = None  # between `open` and `close`
         mesh = inputs.sampler_mesh or inputs.mesh
         record_experts = config.grpo.routing_replay  # nothing else reads the experts of a rollout
-        self.sampler = build_sampler(config.model, config.sampler, mesh, inputs.tokenizer, record_experts)
+        self.sampler = build_sampler(config.network, config.sampler, mesh, inputs.tokenizer, record_experts)
 
     def open(self) -> None:
         self.pool = RewardPool(self.config.reward)

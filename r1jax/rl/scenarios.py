@@ -15,8 +15,8 @@ from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.models.reward_model import RewardModel
 from r1jax.rl.journal import Rollout
 from r1jax.rl.rollout import EncodedPrompt, PromptPhases
+from r1jax.rl.settings import RunSettings
 from r1jax.sampler.sample import RolloutSample
-from r1jax.schema import Config
 
 ACCURACY, MODEL, RULE = (PART_NAMES.index(name) for name in ("accuracy", "reward_model", "rule"))
 VERIFIED = ("reasoning_accuracy", "rule")  # what can be verified: of the reasoning prompts, of those of a known rule
@@ -138,7 +138,7 @@ def watch(
 class HackingMonitor:
     """Compares what reward models say with what can be verified, rollout by rollout."""
 
-    def __init__(self, config: Config, folder: Path, prompts: PromptPhases, models: Mapping[str, RewardModel]):
+    def __init__(self, config: RunSettings, folder: Path, prompts: PromptPhases, models: Mapping[str, RewardModel]):
         """`folder` holds the metrics of the run; `models` by task."""
         self.config, self.folder, self.prompts, self.models = config, folder, prompts, models
         self._earlier: list[dict] | None = None  # figures of the rollouts until now

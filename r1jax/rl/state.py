@@ -17,7 +17,7 @@ from r1jax.rewards.models.reward_model import RewardModel
 from r1jax.rl import schedules
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.rollout import PromptPhases
-from r1jax.schema import Config
+from r1jax.rl.settings import RunSettings
 from r1jax.train import step
 
 
@@ -60,14 +60,14 @@ class OwnArrays(Protocol):
 class RunState:
     """The policy with its optimiser, the frozen reference and the cursor."""
 
-    def __init__(self, config: Config, inputs: RunInputs, loss: step.Loss):
+    def __init__(self, config: RunSettings, inputs: RunInputs, loss: step.Loss):
         self.config, self.mesh = config, inputs.mesh
         offloaded = config.grpo.offload_reference
-        self.trainer = step.Trainer(config.model, config.optimizer, inputs.mesh, loss, config.grpo.updates)
-        self.scorer = Scorer(config.model, inputs.mesh, offloaded=offloaded)
+        self.trainer = step.Trainer(config.network, config.optimizer, inputs.mesh, loss, config.grpo.updates)
+        self.scorer = Scorer(config.network, inputs.mesh, offloaded=offloaded)
         placed = self.trainer.param_shardings
         self.reference_shardings = sharding.on_host(placed) if offloaded else placed
-        self._copy = tree.copier(config.model.compute_dtype, self.reference_shardings)
+        self._copy = tree.copier(config.network.compute.compute_dtype, self.reference_shardings)
         self.state, self.reference, self.cursor = self.trainer.init(inputs.params), None, Cursor()
         self.store = CheckpointStore(inputs.folder / "checkpoints", config.checkpointing.keep)
         self.programs = runtime.ProgramSet()

@@ -7,23 +7,23 @@ from jax.sharding import Mesh
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.schema import ModelConfig, SamplerConfig
+from r1jax.schema import Network, SamplerConfig
 
 
 def build_sampler(
-    model: ModelConfig, settings: SamplerConfig, mesh: Mesh, tokenizer: Any, record_experts: bool = False
+    network: Network, settings: SamplerConfig, mesh: Mesh, tokenizer: Any, record_experts: bool = False
 ) -> RolloutSampler:
     """Returns a sampler of a model on a mesh; the tokenizer's stop ids end every response.
 
     With `record_experts` its samples hold the experts that each token was sent to.
     """
-    engine = Engine(model, settings, mesh, tokenizer.stop_ids, tokenizer, record_experts=record_experts)
+    engine = Engine(network, settings, mesh, tokenizer.stop_ids, tokenizer, record_experts=record_experts)
     return RolloutSampler(engine)
 
 
 def sampling_params(
     settings: SamplerConfig, stop_ids: tuple[int, ...], max_new_tokens: int | None = None
 ) -> SamplingParams:
-    """Returns the parameters that config.sampler asks for; `max_new_tokens` counts in place of its own if given."""
+    """Returns the parameters that config.sampler asks for; `max_new_tokens` replaces its own if given."""
     longest = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
     return SamplingParams(settings.temperature, settings.top_p, settings.top_k, longest, stop_ids)

@@ -21,7 +21,7 @@ from r1jax.core.sharding import use_mesh
 from r1jax.models import decoder
 from r1jax.models.cache import Cache, CacheSpec
 from r1jax.sampler import jetstream
-from r1jax.schema import ModelConfig, SamplerConfig
+from r1jax.schema import Network, SamplerConfig
 
 RUNNING, STOPPED, LENGTH, CAPACITY = range(4)  # why a slot is or is no longer decoding
 MAX_STOP_TOKENS = 16
@@ -104,7 +104,7 @@ def sample(logits_SV: jax.Array, slots: SlotParams, position_S: jax.Array):
     return token, logprob(logits_SV), jnp.where(greedy, 0.0, logprob(scores))
 
 
-def _step(params, state: DecodeState, config: ModelConfig, window: int):
+def _step(params, state: DecodeState, network: Network, window: int):
     """Returns (state, StepOutput) of one step; idle slots are computed but do not change."""
     active = state.status == RUNNING
     token, logp, behaviour = sample(state.logits, state.slots, state.generated)
@@ -115,22 +115,22 @@ def _step(params, state: DecodeState, config: ModelConfig, window: int):
     status = jnp.where(stopped, STOPPED, status)
     status = jnp.where(active, status, state.status)
     hidden, cache, auxiliary = decoder.forward(
-        params, token[:, None], state.length[:, None], active[:, None].astype(jnp.int32), config, state.cache, window
+        params, token[:, None], state.length[:, None], active[:, None].astype(jnp.int32), network, state.cache, window
     )
-    logits = decoder.logits(params, hidden[:, 0], config.vocab_used)
+    logits = decoder.logits(params, hidden[:, 0], network.compute.vocab_used)
     logits = jnp.where(active[:, None], logits, state.logits)
     experts = None if auxiliary.experts is None else auxiliary.experts[:, :, 0].swapaxes(0, 1).astype(jnp.int16)
     state = state.replace(cache=cache, logits=logits, length=state.length + active, generated=generated, status=status)
     return state, StepOutput(token, active, logp, behaviour, status, experts)
 
 
-def _decode(params, state: DecodeState, config: ModelConfig, steps: int, window: int, record_experts: bool):
+def _decode(params, state: DecodeState, network: Network, steps: int, window: int, record_experts: bool):
     """Returns (state, StepOutput) after up to `steps` steps; ends early when no slot is running."""
     slots = state.length.shape[0]
     shape = (slots, steps)
     experts = None
-    if record_experts and config.num_moe_layers:
-        experts = jnp.zeros((*shape, config.num_moe_layers, config.num_experts_per_tok), jnp.int16)
+    if record_experts and network.model.num_moe_layers:
+        experts = jnp.zeros((*shape, network.model.num_moe_layers, network.model.num_experts_per_tok), jnp.int16)
     zeros = functools.partial(jnp.zeros, shape)
     out = StepOutput(zeros(jnp.int32), zeros(bool), zeros(jnp.float32), zeros(jnp.float32), state.status, experts)
 
@@ -140,7 +140,7 @@ def _decode(params, state: DecodeState, config: ModelConfig, steps: int, window:
 
     def body(carry):
         index, state, out = carry
-        state, new = _step(params, state, config, window)
+        state, new = _step(params, state, network, window)
         out = StepOutput(
             tokens=out.tokens.at[:, index].set(new.tokens),
             valid=out.valid.at[:, index].set(new.valid),
@@ -155,22 +155,22 @@ def _decode(params, state: DecodeState, config: ModelConfig, steps: int, window:
     return state, out
 
 
-def _prefill(params, tokens, length, config: ModelConfig, dtype, existing: Prefix | None) -> Prefix:
+def _prefill(params, tokens, length, network: Network, dtype, existing: Prefix | None) -> Prefix:
     """Returns the prefix of one padded prompt [Tb], continuing `existing` when given."""
     before = 0 if existing is None else existing.length
-    cache = CacheSpec(config, 1, tokens.shape[0], dtype).zeros()
+    cache = CacheSpec(network, 1, tokens.shape[0], dtype).zeros()
     if existing is not None:
         # The old scratch row is dropped: the new rows follow the old ones, with a fresh scratch row at the end.
         cache = jax.tree.map(lambda old, new: jnp.concatenate([old[:, :, :-1], new], axis=2), existing.cache, cache)
     index = jnp.arange(tokens.shape[0])[None]
     hidden, cache, auxiliary = decoder.forward(
-        params, tokens[None], before + index, (index < length).astype(jnp.int32), config, cache
+        params, tokens[None], before + index, (index < length).astype(jnp.int32), network, cache
     )
     last = jax.lax.dynamic_index_in_dim(hidden[0], length - 1, keepdims=False)
     experts = None if auxiliary.experts is None else auxiliary.experts.transpose(1, 2, 0, 3).astype(jnp.int16)
     if experts is not None and existing is not None:
         experts = jnp.concatenate([existing.experts, experts], axis=1)
-    return Prefix(cache, decoder.logits(params, last, config.vocab_used), before + length, experts)
+    return Prefix(cache, decoder.logits(params, last, network.compute.vocab_used), before + length, experts)
 
 
 def _insert(prefix: Prefix, state: DecodeState, slots: jax.Array, slot_params: SlotParams) -> DecodeState:
@@ -202,7 +202,7 @@ class Engine(jetstream.Engine):
 
     def __init__(
         self,
-        model: ModelConfig,
+        network: Network,
         sampler: SamplerConfig,
         mesh: Mesh,
         stop_ids: tuple[int, ...],
@@ -215,9 +215,9 @@ class Engine(jetstream.Engine):
         With `record_experts` outputs hold the experts that each token was sent to, where the model has experts. Raises
         ValueError for a stop id without a row in the model's vocabulary.
         """
-        self.model, self.sampler, self._mesh, self.tokenizer = model, sampler, mesh, tokenizer
+        self.network, self.sampler, self._mesh, self.tokenizer = network, sampler, mesh, tokenizer
         self.stop_ids, self.record_experts = self.all_stops(stop_ids), record_experts
-        self.cache_dtype = jnp.dtype(cache_dtype or model.compute_dtype)
+        self.cache_dtype = jnp.dtype(cache_dtype or network.compute.compute_dtype)
         self.rows = sampler.max_prompt_tokens + sampler.max_new_tokens
         self.windows = tuple(sorted({w for w in sampler.windows if w < self.rows} | {self.rows}))
         self.buckets = tuple(
@@ -234,20 +234,20 @@ class Engine(jetstream.Engine):
                 f"sampler: {len(every)} stop ids {every}, at most {MAX_STOP_TOKENS} fit a slot; shorten "
                 "config.sampler.stop_ids or the eos_token_id of config.json and generation_config.json"
             )
-        if bad := [index for index in every if not 0 <= index < self.model.vocab_size]:
+        if bad := [index for index in every if not 0 <= index < self.network.model.vocab_size]:
             raise ValueError(
-                f"sampler: stop id {bad[0]} is none of the model's vocab_size={self.model.vocab_size} rows"
+                f"sampler: stop id {bad[0]} is none of the model's vocab_size={self.network.model.vocab_size} rows"
             )
         return every
 
     def _compile(self) -> None:
-        model = self.model
+        network = self.network
 
         def decode(params, state, steps, window):
-            return _decode(params, state, model, steps, window, self.record_experts)
+            return _decode(params, state, network, steps, window, self.record_experts)
 
         def prefill(params, tokens, length, existing):
-            return _prefill(params, tokens, length, model, self.cache_dtype, existing)
+            return _prefill(params, tokens, length, network, self.cache_dtype, existing)
 
         def insert(prefix, state, slots, slot_params):
             return _insert(prefix, state, slots, slot_params)
@@ -256,8 +256,8 @@ class Engine(jetstream.Engine):
         everywhere = sharding.replicated(self._mesh)
         with use_mesh(self._mesh, sharding.DECODE):
             state = self._state_shardings()
-        self.param_shardings = sharding.spec_shardings(decoder.specs(model), self._mesh, sharding.DECODE)
-        self._place = tree.copier(model.compute_dtype, self.param_shardings)
+        self.param_shardings = sharding.spec_shardings(decoder.specs(network.model), self._mesh, sharding.DECODE)
+        self._place = tree.copier(network.compute.compute_dtype, self.param_shardings)
         self._decode = jax.jit(decode, static_argnums=(2, 3), donate_argnums=1, out_shardings=(state, everywhere))
         self._prefill = jax.jit(prefill, out_shardings=everywhere)
         self._insert = jax.jit(insert, donate_argnums=1, out_shardings=state)
@@ -363,8 +363,8 @@ class Engine(jetstream.Engine):
     def _empty_state(self) -> DecodeState:
         slots = self.sampler.slots
         return DecodeState(
-            cache=CacheSpec(self.model, slots, self.rows, self.cache_dtype).zeros(),
-            logits=jnp.zeros((slots, self.model.vocab_size), jnp.float32),
+            cache=CacheSpec(self.network, slots, self.rows, self.cache_dtype).zeros(),
+            logits=jnp.zeros((slots, self.network.model.vocab_size), jnp.float32),
             length=jnp.zeros(slots, jnp.int32),
             generated=jnp.zeros(slots, jnp.int32),
             status=jnp.full(slots, STOPPED, jnp.int32),
@@ -372,7 +372,7 @@ class Engine(jetstream.Engine):
         )
 
     def _state_shardings(self) -> DecodeState:
-        spec = CacheSpec(self.model, self.sampler.slots, self.rows, self.cache_dtype)
+        spec = CacheSpec(self.network, self.sampler.slots, self.rows, self.cache_dtype)
 
         def place(leaf):
             axes = spec.axes if leaf.shape == spec.shape else ("slots", *([None] * (leaf.ndim - 1)))

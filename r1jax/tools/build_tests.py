@@ -14,7 +14,7 @@ from r1jax.rewards.code import cases as code_cases
 from r1jax.rewards.code.programs import Source, extract_program
 from r1jax.rewards.models.judge import Judge, Request
 from r1jax.rewards.sandbox.attack import open_sandbox
-from r1jax.schema import Config, replace
+from r1jax.schema import BuildTestsConfig, Config, DataConfig, RewardConfig, replace
 
 ROWS_PER_PART = 8
 
@@ -26,9 +26,9 @@ def run(config: Config, workdir: Path) -> dict:
     Returns numbers of rows, tests and broken programs. A row without a test is left out. The output appears when it is
     complete; a stopped run goes on where it was. Raises ValueError for a bad row, or when no row gets a test.
     """
-    judging.require_paths(config)
+    judging.require_paths(config.stage, config.data, config.output)
     started, folder = time.monotonic(), Path(workdir) / config.stage
-    problems = {problem.id: problem for problem in read(config)}
+    problems = {problem.id: problem for problem in read(config.data)}
     open_sandbox(config.reward.sandbox)
     writer = None
     if any(not problem.generators for problem in problems.values()):
@@ -36,7 +36,15 @@ def run(config: Config, workdir: Path) -> dict:
     key = judging.work_key(config, config.judge.checkpoint if writer else "")
 
     def work(part: list[dict]) -> list[dict]:
-        return [built_row(with_generators(problems[row["id"]], writer, config), config) for row in part]
+        return [
+            built_row(
+                with_generators(problems[row["id"]], writer, config.seed, config.build_tests),
+                config.seed,
+                config.reward,
+                config.build_tests,
+            )
+            for row in part
+        ]
 
     made = judging.in_parts(folder, key, [{"id": name} for name in problems], work, "problems", ROWS_PER_PART)
     rows = [row for row in made if row["tests"]["cases"]]
@@ -49,12 +57,12 @@ def run(config: Config, workdir: Path) -> dict:
     return figures
 
 
-def read(config: Config) -> list[code_cases.Problem]:
+def read(data: DataConfig) -> list[code_cases.Problem]:
     """Returns the problems of config.data.path. Raises ValueError with file and line for a bad one."""
     found: dict[str, code_cases.Problem] = {}
-    rows = jsonl.read_numbered(config.data.path, ("id", "prompt", "accepted", "wrong"), config.data.max_rows)
+    rows = jsonl.read_numbered(data.path, ("id", "prompt", "accepted", "wrong"), data.max_rows)
     for line, row in rows:
-        where = f"{config.data.path}, line {line}"
+        where = f"{data.path}, line {line}"
         if str(row["id"]) in found:
             raise ValueError(f"{where}: id {row['id']!r} was used before, needs its own")
         if not isinstance(row["accepted"], list) or len(row["accepted"]) < 2:
@@ -90,15 +98,19 @@ def generator_writer(config: Config) -> Judge:
             f"{config.stage}: rows of {config.data.path} have no 'generators', and no model is given to write them; give "
             "--config.judge.checkpoint=DIR"
         )
-    return judging.load(config, sharding.make_mesh(config.mesh))
+    return judging.load(config.stage, config.seed, config.judge, sharding.make_mesh(config.mesh))
 
 
-def with_generators(problem: code_cases.Problem, writer: Judge | None, config: Config) -> code_cases.Problem:
+def with_generators(
+    problem: code_cases.Problem, writer: Judge | None, seed: int, build_tests: BuildTestsConfig
+) -> code_cases.Problem:
     """Returns the problem with generators: its own, or programs that the model's replies hold."""
     if problem.generators:
         return problem
-    keys = [hash64("generator", config.seed, problem.id, n) for n in range(config.build_tests.generators_per_prompt)]
-    [replies] = writer.replies([Request(code_cases.prompt(writer.defused(problem.statement)), tuple(keys))])
+    keys = [hash64("generator", seed, problem.id, n) for n in range(build_tests.generators_per_prompt)]
+    [replies] = writer.replies(
+        [Request(code_cases.prompt(writer.escape_special_tokens(problem.statement)), tuple(keys))]
+    )
     return replace(problem, generators=generators_of(replies))
 
 
@@ -108,9 +120,9 @@ def generators_of(replies: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(program.text for program in programs if program and program.language == "python"))
 
 
-def built_row(problem: code_cases.Problem, config: Config) -> dict:
+def built_row(problem: code_cases.Problem, seed: int, reward: RewardConfig, build_tests: BuildTestsConfig) -> dict:
     """Returns the row of a problem with its tests and, in `built`, how they came about."""
-    built = code_cases.build(problem, config.build_tests, config.reward, config.seed)
+    built = code_cases.build(problem, build_tests, reward, seed)
     tests = {
         "kind": "stdin-stdout",
         "cases": [{"input": given, "output": output} for given, output in built.cases],

@@ -8,6 +8,7 @@ import time
 from rich.progress import Progress
 
 from r1jax import config as configs
+from r1jax.core.say import say
 from r1jax.data import jsonl
 from r1jax.rewards import explaining, golds, references
 from r1jax.rewards.pool import RewardPool
@@ -37,13 +38,13 @@ def run(config: Config, workdir: str) -> dict:
     rows = jsonl.read(config.data.path, REQUIRED_FIELDS)
     rows = rows[: config.data.max_rows or None]
     if config.explain is not None:
-        return _explain(rows, config)
+        return _explain(rows, config.explain, config.data.path, config.reward)
     started = time.monotonic()
-    reward = _reward_config(config)
+    reward = _reward_config(config.reward)
     requests = [graded_rows.request(row) for row in rows]
     checked = references.check(requests, reward)
     tried = golds.check(requests, checked.unscorable, reward)
-    print(checked.line(), *tried.lines(), *checked.warnings, sep="\n", file=sys.stderr)
+    say(checked.line(), *tried.lines(), *checked.warnings)
     scores = _score(rows, reward)
     jsonl.write(
         pathlib.Path(config.output),
@@ -73,31 +74,31 @@ def _score(rows: list[dict], reward: RewardConfig) -> list[Score]:
     return [scores[place] for place in range(len(rows))]
 
 
-def _explain(rows: list[dict], config: Config) -> dict:
-    """Prints how the row named by `config.explain`, or the first EXPLAINED rows, are graded; returns that as `explained`.
+def _explain(rows: list[dict], wanted: str, path: str, reward: RewardConfig) -> dict:
+    """Prints how the row with the id `wanted`, or where it is "" the first EXPLAINED rows, are graded; returns that as `explained`.
 
     Raises ValueError if no row has that id.
     """
-    chosen = [row for row in rows if str(row["id"]) == config.explain] if config.explain else rows[:EXPLAINED]
+    chosen = [row for row in rows if str(row["id"]) == wanted] if wanted else rows[:EXPLAINED]
     if not chosen:
-        near = configs.hint(config.explain, [str(row["id"]) for row in rows]) or f"the first is {rows[0]['id']!r}"
-        raise ValueError(f"--explain={config.explain}: no row of {config.data.path} has that id; {near.rstrip('; ')}")
+        near = configs.hint(wanted, [str(row["id"]) for row in rows]) or f"the first is {rows[0]['id']!r}"
+        raise ValueError(f"--explain={wanted}: no row of {path} has that id; {near.rstrip('; ')}")
     found: dict[int, explaining.Explained] = {}
-    for places, reward in graded_rows.by_extraction(chosen, _reward_config(config)):
+    for places, own in graded_rows.by_extraction(chosen, _reward_config(reward)):
         requests = [graded_rows.request(chosen[place]) for place in places]
-        found |= zip(places, explaining.explain(requests, reward), strict=True)
+        found |= zip(places, explaining.explain(requests, own), strict=True)
     explained = [found[place] for place in range(len(chosen))]
     print("\n\n".join("\n".join(one.lines()) for one in explained))
-    if not config.explain and len(rows) > len(chosen):
+    if not wanted and len(rows) > len(chosen):
         print(f"\n{len(rows) - len(chosen)} more rows; --explain=ID shows one of them")
     return {"explained": [one.figures() for one in explained]}
 
 
-def _reward_config(config: Config) -> RewardConfig:
+def _reward_config(reward: RewardConfig) -> RewardConfig:
     return dataclasses.replace(
-        config.reward,
+        reward,
         accuracy=1.0,
         format=0.0,
         language=0.0,
-        workers=config.reward.workers or DEFAULT_WORKERS,
+        workers=reward.workers or DEFAULT_WORKERS,
     )

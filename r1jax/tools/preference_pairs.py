@@ -15,7 +15,7 @@ from r1jax.recipe import common, judging, prompts
 from r1jax.rewards.models.judge import Judge, Judgement, Pair
 from r1jax.rl import rollout
 from r1jax.sampler.build import build_sampler, sampling_params
-from r1jax.schema import Config
+from r1jax.schema import Config, DataConfig, PreferenceConfig
 
 
 def run(config: Config, workdir: Path) -> dict:
@@ -25,21 +25,23 @@ def run(config: Config, workdir: Path) -> dict:
     of rows, pairs, judged, kept and balanced pairs, the parse rate and the length bias. The output appears when it is complete; a
     stopped run goes on where it was. Raises ValueError for a bad row, no judge, or when no pair is left.
     """
-    judging.require_paths(config)
-    judging.require_judge(config)
-    started, folder = time.monotonic(), Path(workdir) / config.stage
-    rows = read(config)
+    judging.require_paths(config.stage, config.data, config.output)
+    judging.require_judge(config.stage, config.judge)
+    started, folder, settings = time.monotonic(), Path(workdir) / config.stage, config.preferences
+    rows = read(config.data)
     key = judging.work_key(config, config.judge.checkpoint, config.model.checkpoint)
     mesh = sharding.make_mesh(config.mesh)
     if missing := [row for row in rows if not row["responses"]]:
         answered = judging.in_parts(folder, f"{key}-answers", missing, answerer(config), "answers")
         found = {row["id"]: row for row in answered}
         rows = [found.get(row["id"], row) for row in rows]
-    judge = judging.load(config, mesh)
+    judge = judging.load(config.stage, config.seed, config.judge, mesh)
     pairs = [vars(pair) for row in rows for pair in pairs_of(row, config.seed)]
-    judged = judging.in_parts(folder, f"{key}-verdicts", pairs, lambda part: compare(judge, part, config), "judgements")
-    kept = [pair for row in judged if (pair := labelled(row, config))]
-    balanced = preferences.balance_lengths(kept, config.seed) if config.preferences.balance_lengths else kept
+    judged = judging.in_parts(
+        folder, f"{key}-verdicts", pairs, lambda part: compare(judge, part, settings.judgements), "judgements"
+    )
+    kept = [pair for row in judged if (pair := labelled(row, settings))]
+    balanced = preferences.balance_lengths(kept, config.seed) if settings.balance_lengths else kept
     figures = summary(rows, judged, kept, balanced) | {"seconds": round(time.monotonic() - started, 1)}
     say(json.dumps(figures))
     if not balanced:
@@ -52,13 +54,13 @@ def run(config: Config, workdir: Path) -> dict:
     return figures
 
 
-def read(config: Config) -> list[dict]:
+def read(data: DataConfig) -> list[dict]:
     """Returns rows {id, prompt, responses}, `responses` a list of two or more distinct texts, or empty where the row has none.
 
     Raises ValueError with file and line for anything else and for an id given twice.
     """
     rows, seen = [], set()
-    for given in files.read(config.data.path, config.data.columns, config.data.max_rows).rows:
+    for given in files.read(data.path, data.columns, data.max_rows).rows:
         row, where = given.fields, given.place
         if not isinstance(row["prompt"], str) or not row["prompt"].strip():
             raise ValueError(f"{where}: 'prompt' must be one text that is not empty")
@@ -83,14 +85,14 @@ def answerer(config: Config):
             f"{config.stage}: rows of {config.data.path} have no 'responses', and no model is given to write them; give "
             "--config.model.checkpoint=DIR"
         )
-    params = common.load_weights(resolved, mesh, config.model.checkpoint, lambda: None)
-    sampler = build_sampler(resolved.model, resolved.sampler, mesh, words)
+    params = common.load_weights(resolved.model, mesh, config.model.checkpoint, lambda: None)
+    sampler = build_sampler(resolved.network, resolved.sampler, mesh, words)
     params = sampler.engine.load_params(params)
     sampling = sampling_params(resolved.sampler, words.stop_ids)
 
     def answer(rows: list[dict]) -> list[dict]:
         asked = [Problem(row["id"], "", row["prompt"], "") for row in rows]
-        encoded = prompts.encode(asked, resolved, words)
+        encoded = prompts.encode(asked, resolved.stage, resolved.model, resolved.data, resolved.sampler, words)
         draws = [hash64("answers", prompt.problem.id) % 2**32 for prompt in encoded]
         count = config.preferences.responses_per_prompt
         requests = rollout.requests_for(encoded, draws, count, sampling, config.seed, config.stage, "sample")
@@ -115,17 +117,17 @@ def pairs_of(row: dict, seed: int) -> list[Pair]:
     ]
 
 
-def compare(judge: Judge, rows: Sequence[dict], config: Config) -> list[dict]:
+def compare(judge: Judge, rows: Sequence[dict], judgements: int) -> list[dict]:
     """Returns the rows of pairs, each with its `judgements`."""
-    found = judge.compare([Pair(**row) for row in rows], config.preferences.judgements)
+    found = judge.compare([Pair(**row) for row in rows], judgements)
     return [row | {"judgements": list(map(vars, given))} for row, given in zip(rows, found, strict=True)]
 
 
-def labelled(row: dict, config: Config) -> dict | None:
+def labelled(row: dict, settings: PreferenceConfig) -> dict | None:
     """Returns the pair as chosen and rejected, or None when its mean margin does not exceed config.preferences.min_margin."""
     margins = [judgement["margin"] for judgement in row["judgements"]]
-    margin = preferences.mean_margin(margins, config.preferences.min_readable)
-    if margin is None or abs(margin) <= config.preferences.min_margin:
+    margin = preferences.mean_margin(margins, settings.min_readable)
+    if margin is None or abs(margin) <= settings.min_margin:
         return None
     chosen, rejected = (row["first"], row["second"]) if margin > 0 else (row["second"], row["first"])
     return {

@@ -11,25 +11,25 @@ from r1jax.core import sharding
 from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import batches
 from r1jax.models import decoder
-from r1jax.schema import ModelConfig, PackConfig, replace
+from r1jax.schema import ModelConfig, Network, PackConfig, replace
 
 
-def shapes(model: ModelConfig, blocks: int) -> tuple[ModelConfig, ModelConfig]:
-    """Returns (config of the first `blocks` blocks, config of the rest, whose input is features instead of tokens).
+def shapes(network: Network, blocks: int) -> tuple[Network, Network]:
+    """Returns (network of the first `blocks` blocks, network of the rest, whose input is features instead of tokens).
 
     Raises ValueError unless each part has at least one block.
     """
+    model = network.model
     layers, dense = model.num_hidden_layers, model.num_dense_layers
     if not 0 < blocks < layers:
         raise ValueError(
             f"config.reward_model.frozen_blocks={blocks} must be between 1 and {layers - 1}, or 0 for none"
         )
-    headless = dict(scalar_head=False, tie_word_embeddings=True)
-    lower = replace(model, num_hidden_layers=blocks, first_k_dense_replace=min(dense, blocks), **headless)
+    lower = replace(model, num_hidden_layers=blocks, first_k_dense_replace=min(dense, blocks), tie_word_embeddings=True)
     upper = replace(
         model, num_hidden_layers=layers - blocks, first_k_dense_replace=max(dense - blocks, 0), vocab_size=1
     )
-    return lower, upper
+    return replace(network, model=lower, scalar_head=False), replace(network, model=upper)
 
 
 def cut(params: decoder.Params, model: ModelConfig, blocks: int) -> tuple[decoder.Params, decoder.Params]:
@@ -64,7 +64,7 @@ def _join_stacks(lower, upper):
 
 def features(
     params: decoder.Params,
-    model: ModelConfig,
+    network: Network,
     sequences: Sequence[np.ndarray],
     size: PackConfig,
     mesh: Mesh,
@@ -78,7 +78,7 @@ def features(
 
     @jax.jit
     def run(params, tokens, positions, segments):
-        return decoder.forward(params, tokens, positions, segments, model)[2].before_norm
+        return decoder.forward(params, tokens, positions, segments, network)[2].before_norm
 
     outputs: list[np.ndarray] = [np.empty(0)] * len(sequences)
     done = 0

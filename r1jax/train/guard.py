@@ -8,7 +8,7 @@ from r1jax.core.say import say
 SKIPPED = "skipped_updates"  # a statistic of every update: 1 where weights and moments were left as they were
 _FIGURES = {  # figures that must be finite: name, and where to look when it is the first that is not
     "loss": ("loss", "the batch's rewards and log-probabilities and the weights the run started from"),
-    "grad_norm": ("gradient norm", "optimizer.learning_rate, model.compute_dtype and the scale of the rewards"),
+    "grad_norm": ("gradient norm", "optimizer.learning_rate, compute.compute_dtype and the scale of the rewards"),
     "value_loss": ("critic's loss", "the returns and ppo.critic_learning_rate"),
     "critic_grad_norm": ("critic's gradient norm", "ppo.critic_learning_rate and the scale of the rewards"),
 }

@@ -128,12 +128,12 @@ def is_masked(node) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def kept_unless(moved: jax.Array, new: Any, old: Any) -> Any:
+def select_state(moved: jax.Array, new: Any, old: Any) -> Any:
     """Returns the optimiser's state `new` if the scalar `moved` is true, else `old` with the schedule's new count."""
 
-    def chosen(after, before):
+    def select(after, before):
         if isinstance(after, optax.ScaleByScheduleState):
             return after
         return jnp.where(moved, after, before)
 
-    return jax.tree.map(chosen, new, old, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
+    return jax.tree.map(select, new, old, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))

@@ -15,7 +15,7 @@ from flax import struct
 
 from r1jax.data.packing import PackedBatch, PackItem, pack, pack_batch, spread
 from r1jax.models import decoder
-from r1jax.schema import ModelConfig, PackConfig
+from r1jax.schema import Network, PackConfig
 from r1jax.train import step
 
 UNIT, POSITIVE, FEATURES = "unit", "positive", "features"
@@ -51,13 +51,13 @@ def pointwise(scores: jax.Array, positive: jax.Array) -> jax.Array:
     return jax.nn.softplus(jnp.where(positive, -scores, scores))
 
 
-def make_loss(model: ModelConfig, kind: str) -> step.Loss:
+def make_loss(network: Network, kind: str) -> step.Loss:
     """Returns the loss of kind helpful (pairs) or safety (labels); its statistic `correct` is the accuracy."""
 
     def loss(params: decoder.Params, micro: dict[str, jax.Array], arguments: LossArguments):
         tokens, positions, segments = (micro[name] for name in ("tokens", "positions", "segments"))
         features = micro.get(FEATURES)
-        hidden, _, auxiliary = decoder.forward(params, tokens, positions, segments, model, features=features)
+        hidden, _, auxiliary = decoder.forward(params, tokens, positions, segments, network, features=features)
         scores, unit, positive = decoder.scalars(params, hidden), micro[UNIT], micro[POSITIVE] == 1
         if kind == "helpful":
             scores, counted = _margins(scores, unit, positive)
@@ -66,7 +66,7 @@ def make_loss(model: ModelConfig, kind: str) -> step.Loss:
             counted, terms = unit > 0, pointwise(scores, positive)
             scores = jnp.where(positive, scores, -scores)
         weights = (segments > 0) * arguments.per_token
-        extra, stats = step.auxiliary_loss(params, hidden, auxiliary, micro, weights, model)
+        extra, stats = step.auxiliary_loss(params, hidden, auxiliary, micro, weights, network)
         stats["correct"] = jnp.sum(counted * (scores > 0)) * arguments.per_unit
         return extra + jnp.sum(counted * terms) * arguments.per_unit, stats
 

@@ -8,24 +8,24 @@ import numpy as np
 
 from r1jax.data.packing import PackItem, pack, pack_batch, rows_needed, spread
 from r1jax.models import decoder, logprobs
-from r1jax.schema import ModelConfig, PackConfig
+from r1jax.schema import Network, PackConfig
 from r1jax.train import step
 
 
-def make_loss(model: ModelConfig, trained_chunk: int = 0) -> step.Loss:
+def make_loss(network: Network, trained_chunk: int = 0) -> step.Loss:
     """Returns the loss: minus the sum of weight * log p, weight 1 / (all trained tokens of the update).
 
-    The balance and multi-token prediction losses of the model's config are added. `trained_chunk` is that of
+    The balance and multi-token prediction losses of config.auxiliary are added. `trained_chunk` is that of
     `logprobs.scored_logprobs`.
     """
 
     def loss(params: decoder.Params, micro: dict[str, jax.Array], inverse_tokens: jax.Array):
-        hidden, _, auxiliary = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], model)
+        hidden, _, auxiliary = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], network)
         matrix, mask = decoder.unembedding(params), micro["loss_mask"]
-        how = dict(trained_chunk=trained_chunk, **logprobs.settings(model))
+        how = dict(trained_chunk=trained_chunk, **logprobs.settings(network.compute))
         logp, _ = logprobs.scored_logprobs(hidden, matrix, micro["targets"], mask, **how)
         weights = micro["loss_mask"] * inverse_tokens
-        extra, stats = step.auxiliary_loss(params, hidden, auxiliary, micro, weights, model)
+        extra, stats = step.auxiliary_loss(params, hidden, auxiliary, micro, weights, network)
         return extra - jnp.sum(logp * micro["loss_mask"]) * inverse_tokens, stats
 
     return loss

@@ -20,7 +20,7 @@ from r1jax.core import sharding, tree
 from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PackedBatch
 from r1jax.models import decoder, logprobs, moe, mtp
-from r1jax.schema import ModelConfig, OptimizerConfig, PackConfig
+from r1jax.schema import Network, OptimizerConfig, PackConfig
 from r1jax.train import guard
 from r1jax.train import optimizer as optimizers
 
@@ -60,14 +60,14 @@ class Trainer:
 
     def __init__(
         self,
-        model: ModelConfig,
+        network: Network,
         optimizer: OptimizerConfig,
         mesh: Mesh,
         loss: Loss,
         total_updates: int,
     ):
-        self.model, self.config, self.mesh, self.loss = model, optimizer, mesh, loss
-        self.specs = decoder.specs(model)
+        self.network, self.config, self.mesh, self.loss = network, optimizer, mesh, loss
+        self.specs = decoder.specs(network.model, network.scalar_head)
         self.transform = optimizers.make(optimizer, total_updates)
         self.param_shardings = sharding.spec_shardings(self.specs, mesh)
         self.rate = optimizers.learning_rate(optimizer, total_updates)
@@ -146,7 +146,7 @@ class Trainer:
 
         Statistics named max_... are maxima instead. Gradients are summed in float32.
         """
-        compute = jnp.dtype(self.model.compute_dtype)
+        compute = jnp.dtype(self.network.compute.compute_dtype)
 
         def objective(params, micro):
             return self.loss(tree.cast(params, compute), micro, arguments)
@@ -178,12 +178,12 @@ class Trainer:
         updates, opt_state = self.transform.update(grads, moments, state.params)
         params = optax.apply_updates(state.params, updates)
         experts_load, mtp_load = stats.pop("expert_load", None), stats.pop("mtp_expert_load", None)
-        if self.model.router_bias_update_rate:
-            params = _balanced(params, experts_load, mtp_load, self.model.router_bias_update_rate)
+        if rate := self.network.auxiliary.router_bias_update_rate:
+            params = _balanced(params, experts_load, mtp_load, rate)
         # Selected element by element, which the compiler does in place where the state is donated.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), params, state.params)
-        opt_state = optimizers.kept_unless(finite, opt_state, moments)
+        opt_state = optimizers.select_state(finite, opt_state, moments)
         stats |= {"loss": loss, "grad_norm": norm, "learning_rate": self.rate(state.update)}
         stats[guard.SKIPPED] = 1 - finite.astype(jnp.float32)
         if experts_load is not None:
@@ -211,7 +211,7 @@ def auxiliary_loss(
     auxiliary: decoder.Auxiliary,
     micro: dict[str, jax.Array],
     weights: jax.Array,
-    model: ModelConfig,
+    network: Network,
     head_alone: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns (alpha * balance loss + lambda * multi-token prediction loss, statistics), both 0 unless configured.
@@ -222,27 +222,28 @@ def auxiliary_loss(
     only and gives the main model, embedding and output matrix no gradient: in RL only the reward trains them.
     """
     total, stats = jnp.zeros((), jnp.float32), {}
+    experts, weight_of = network.model.n_routed_experts, network.auxiliary
     valid = micro["segments"] > 0
     if auxiliary.experts is not None:
-        stats["expert_load"] = moe.load(auxiliary.experts, valid, model.n_routed_experts)
+        stats["expert_load"] = moe.load(auxiliary.experts, valid, experts)
     if auxiliary.balance is not None:
         stats["balance"] = jnp.sum(auxiliary.balance * weights)
-        total += model.aux_loss_alpha * stats["balance"]
-    if not model.mtp_loss_weight:
+        total += weight_of.aux_loss_alpha * stats["balance"]
+    if not weight_of.mtp_loss_weight:
         return total, stats
     if head_alone:
         kept = jax.lax.stop_gradient(params.replace(mtp=None))
         params, hidden, auxiliary = kept.replace(mtp=params.mtp), *jax.lax.stop_gradient((hidden, auxiliary))
     further, routing = decoder.predict_further(
-        params, hidden, auxiliary, micro["tokens"], micro["positions"], micro["segments"], model
+        params, hidden, auxiliary, micro["tokens"], micro["positions"], micro["segments"], network
     )
     targets = mtp.following(micro["targets"], micro["segments"])
-    matrix, how = decoder.unembedding(params), logprobs.settings(model)
+    matrix, how = decoder.unembedding(params), logprobs.settings(network.compute)
     logp, _ = logprobs.token_logprobs(further, matrix, targets, **how)
     stats["mtp"] = -jnp.sum(logp * mtp.following(weights, micro["segments"]))
-    total += model.mtp_loss_weight * stats["mtp"]
+    total += weight_of.mtp_loss_weight * stats["mtp"]
     if routing.experts is not None:
-        stats["mtp_expert_load"] = moe.load(routing.experts, valid, model.n_routed_experts)
+        stats["mtp_expert_load"] = moe.load(routing.experts, valid, experts)
     if routing.balance is not None:
-        total += model.aux_loss_alpha * jnp.sum(routing.balance * weights)
+        total += weight_of.aux_loss_alpha * jnp.sum(routing.balance * weights)
     return total, stats

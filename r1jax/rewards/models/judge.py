@@ -27,7 +27,7 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
-    def defused(self, text: str) -> str: ...
+    def escape_special_tokens(self, text: str) -> str: ...
 
     def render_chat(self, messages: list[dict[str, str]]) -> str: ...
 
@@ -81,15 +81,17 @@ class Judge:
         self._sampling = sampling_params(sampler.engine.sampler, tokenizer.stop_ids)
         self.counts = Counts()
 
-    def defused(self, text: str) -> str:
-        """Returns a stranger's text without special tokens of this model (Tokenizer.defused)."""
-        return self._tokenizer.defused(text)
+    def escape_special_tokens(self, text: str) -> str:
+        """Returns a stranger's text without special tokens of this model (Tokenizer.escape_special_tokens)."""
+        return self._tokenizer.escape_special_tokens(text)
 
     def replies(self, requests: Sequence[Request]) -> list[list[str | None]]:
         """Returns the whole turns that answer each request, one a key; None where the prompt or the turn is too long."""
         found: list[list[str | None]] = [[None] * len(request.keys) for request in requests]
         asked, opened, engine = [], {}, self._sampler.engine
-        window = engine.model.max_position_embeddings - engine.sampler.max_new_tokens  # what a whole reply leaves
+        window = (
+            engine.network.model.max_position_embeddings - engine.sampler.max_new_tokens
+        )  # what a whole reply leaves
         longest = min(engine.sampler.max_prompt_tokens, window)
         for index, request in enumerate(requests):
             text = templates.render(request.text, self._template, chat=self._tokenizer.render_chat)
@@ -138,7 +140,10 @@ class Judge:
         asked, places = [], []
         for index, pair in enumerate(pairs):
             parts = tuple(
-                map(self._tokenizer.defused, (pair.prompt, *map(templates.summary, (pair.first, pair.second))))
+                map(
+                    self._tokenizer.escape_special_tokens,
+                    (pair.prompt, *map(templates.summary, (pair.first, pair.second))),
+                )
             )
             orders = [bool(hash64("order", self._seed, pair.id, *parts, n) & 1) for n in range(judgements)]
             for swapped in (False, True):
@@ -158,7 +163,7 @@ class Judge:
 
     def _materials(self, request: RewardRequest) -> tuple[str, str, str]:
         texts = (request.prompt, request.reference, templates.summary(request.text))
-        return tuple(map(self._tokenizer.defused, texts))
+        return tuple(map(self._tokenizer.escape_special_tokens, texts))
 
     def _count(self, reply: str | None, read, materials: Sequence[str]) -> verdicts.Reading:
         """Returns the reading of a reply and counts it."""

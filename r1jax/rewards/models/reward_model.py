@@ -14,7 +14,7 @@ from r1jax.core.sharding import use_mesh
 from r1jax.data import templates
 from r1jax.data.packing import PackedBatch, batches
 from r1jax.models import decoder
-from r1jax.schema import ModelConfig, replace
+from r1jax.schema import ModelConfig, Network, replace
 
 Kind = Literal["helpful", "safety"]
 
@@ -45,15 +45,13 @@ class Reading:
         return np.asarray([*tokenizer.encode(prompt), *cut, tokenizer.eos_id], np.int32)
 
 
-def architecture(model: ModelConfig) -> ModelConfig:
-    """Returns the shape of the reward model that starts from a decoder: its body and a scalar head, no output matrix."""
+def architecture(network: Network) -> Network:
+    """Returns the reward model that starts from a decoder: its body and a scalar head, no output matrix."""
     return replace(
-        model,
+        network,
+        model=replace(network.model, tie_word_embeddings=True, num_nextn_predict_layers=0, checkpoint=""),
+        auxiliary=replace(network.auxiliary, mtp_loss_weight=0.0),
         scalar_head=True,
-        tie_word_embeddings=True,
-        num_nextn_predict_layers=0,
-        mtp_loss_weight=0.0,
-        checkpoint="",
     )
 
 
@@ -68,7 +66,7 @@ class RewardModel:
     def __init__(
         self,
         params: decoder.Params,
-        model: ModelConfig,
+        network: Network,
         mesh: Mesh,
         reading: Reading,
         tokenizer: Any,
@@ -80,11 +78,11 @@ class RewardModel:
 
         `center` is the score to which `rewards` gives 1/2.
         """
-        self.params, self.model, self.mesh, self.reading, self.tokenizer = params, model, mesh, reading, tokenizer
+        self.params, self.network, self.mesh, self.reading, self.tokenizer = params, network, mesh, reading, tokenizer
         self.rows, self.row_tokens, self.center = rows, row_tokens, center
 
         def score(params, tokens, positions, segments):
-            return decoder.scalars(params, decoder.forward(params, tokens, positions, segments, model)[0])
+            return decoder.scalars(params, decoder.forward(params, tokens, positions, segments, network)[0])
 
         self._score = jax.jit(score, out_shardings=sharding.replicated(mesh))
 

@@ -1,0 +1,54 @@
+"""What an RL run takes of a stage's config."""
+
+from dataclasses import dataclass
+
+from r1jax.schema import (
+    CheckpointConfig,
+    Config,
+    GRPOConfig,
+    MeshConfig,
+    Network,
+    OptimizerConfig,
+    PackConfig,
+    PPOConfig,
+    RewardConfig,
+    SamplerConfig,
+    ScenarioConfig,
+)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The parts of a config that sampling, scoring and updating use. `stage` and `seed` key every draw."""
+
+    stage: str
+    seed: int
+    network: Network
+    mesh: MeshConfig
+    sampler: SamplerConfig
+    reward: RewardConfig
+    scenarios: ScenarioConfig
+    pack: PackConfig
+    grpo: GRPOConfig
+    ppo: PPOConfig
+    optimizer: OptimizerConfig
+    checkpointing: CheckpointConfig
+
+
+def of_config(config: Config) -> RunSettings:
+    """Returns the settings of a stage's run. Raises ValueError for routing replay on a model without routers."""
+    config.require_mixture()
+    return RunSettings(
+        stage=config.stage,
+        seed=config.seed,
+        network=config.network,
+        mesh=config.mesh,
+        sampler=config.sampler,
+        reward=config.reward,
+        scenarios=config.scenarios,
+        pack=config.pack,
+        grpo=config.grpo,
+        ppo=config.ppo,
+        optimizer=config.optimizer,
+        checkpointing=config.checkpointing,
+    )

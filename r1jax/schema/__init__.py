@@ -1,0 +1,69 @@
+"""Every config dataclass: frozen, typed, hashable, one module an area. Each field says its unit and where its default is from.
+
+A `Schedule` is a tuple of (update, value) pairs in rising order, the first at update 0. Imports no JAX.
+"""
+
+from dataclasses import replace
+
+from r1jax.schema.bench import BenchConfig
+from r1jax.schema.checks import Schedule
+from r1jax.schema.compute import ComputeConfig, MeshConfig, Network, PackConfig
+from r1jax.schema.config import Config
+from r1jax.schema.data import DataConfig
+from r1jax.schema.evaluation import EvalConfig, GateConfig
+from r1jax.schema.model import ModelConfig, RopeScaling
+from r1jax.schema.optim import AuxiliaryConfig, CheckpointConfig, OptimizerConfig
+from r1jax.schema.reward import JudgeConfig, Limits, PreferenceConfig, RewardConfig, RewardModelConfig, SandboxConfig
+from r1jax.schema.rl import LOSS_PRESETS, GRPOConfig, PPOConfig, ScenarioConfig
+from r1jax.schema.sampling import SamplerConfig
+from r1jax.schema.supervised import (
+    COLD_START_SOURCES,
+    KINDS,
+    REASONING,
+    ColdStartConfig,
+    DistillConfig,
+    PretrainConfig,
+    RejectionConfig,
+    SFTConfig,
+)
+from r1jax.schema.tools import BuildTestsConfig, ExportConfig
+
+__all__ = [
+    "AuxiliaryConfig",
+    "BenchConfig",
+    "BuildTestsConfig",
+    "COLD_START_SOURCES",
+    "CheckpointConfig",
+    "ColdStartConfig",
+    "ComputeConfig",
+    "Config",
+    "DataConfig",
+    "DistillConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "GRPOConfig",
+    "GateConfig",
+    "JudgeConfig",
+    "KINDS",
+    "LOSS_PRESETS",
+    "Limits",
+    "MeshConfig",
+    "ModelConfig",
+    "Network",
+    "OptimizerConfig",
+    "PPOConfig",
+    "PackConfig",
+    "PreferenceConfig",
+    "PretrainConfig",
+    "REASONING",
+    "RejectionConfig",
+    "RewardConfig",
+    "RewardModelConfig",
+    "RopeScaling",
+    "SFTConfig",
+    "SamplerConfig",
+    "SandboxConfig",
+    "ScenarioConfig",
+    "Schedule",
+    "replace",
+]

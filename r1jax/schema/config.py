@@ -1,0 +1,139 @@
+"""The whole config of one stage's run: the parts of the other modules, and what no part holds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from r1jax.schema.bench import BenchConfig
+from r1jax.schema.checks import Check, Checked
+from r1jax.schema.compute import NETWORK_CHECKS, ComputeConfig, MeshConfig, Network, PackConfig
+from r1jax.schema.data import DataConfig
+from r1jax.schema.evaluation import EvalConfig, GateConfig
+from r1jax.schema.model import ModelConfig
+from r1jax.schema.optim import AuxiliaryConfig, CheckpointConfig, OptimizerConfig
+from r1jax.schema.reward import JudgeConfig, PreferenceConfig, RewardConfig, RewardModelConfig
+from r1jax.schema.rl import GRPOConfig, PPOConfig, ScenarioConfig
+from r1jax.schema.sampling import SamplerConfig
+from r1jax.schema.supervised import ColdStartConfig, DistillConfig, PretrainConfig, RejectionConfig, SFTConfig
+from r1jax.schema.tools import BuildTestsConfig, ExportConfig
+
+_MIXTURE = Check(
+    "grpo.routing_replay",
+    lambda c: not c.grpo.routing_replay or c.model.num_moe_layers > 0,
+    "needs a model with mixture-of-experts layers (model.n_routed_experts={c.model.n_routed_experts}); set it to false",
+)
+
+
+def _editor(stage: str) -> Check:
+    return Check(
+        f"{stage}.editor",
+        lambda c: c.judge.checkpoint or not getattr(c, stage).editor,
+        "needs a model: set judge.checkpoint",
+    )
+
+
+def _reward_model(field: str) -> Check:
+    return Check(
+        f"scenarios.{field}",
+        lambda c: not getattr(c.scenarios, field) or c.reward.reward_model > 0,
+        "needs reward.reward_model above 0",
+    )
+
+
+def _shared_prompts(holds: Callable[["Config"], bool], wanted: str) -> Check:
+    return Check("pack.shared_prompts", lambda c: not c.pack.shared_prompts or holds(c), f"needs {wanted}")
+
+
+@dataclass(frozen=True)
+class Config(Checked):
+    """One stage run. `stage` picks the function; a stage reads only the parts it uses."""
+
+    stage: str = ""
+    preset: str = "tiny"
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    compute: ComputeConfig = ComputeConfig()
+    auxiliary: AuxiliaryConfig = AuxiliaryConfig()
+    mesh: MeshConfig = MeshConfig()
+    mode: Literal["colocated", "disaggregated"] = (
+        "colocated"  # RL: trainer and sampler share devices, or have their own
+    )
+    sampler_mesh: MeshConfig = MeshConfig()  # disaggregated: the sampler's, on the devices after those of `mesh`
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    reward: RewardConfig = RewardConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    pack: PackConfig = PackConfig()
+    checkpointing: CheckpointConfig = CheckpointConfig()
+    evaluation: EvalConfig = EvalConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    sft: SFTConfig = SFTConfig()
+    distill: DistillConfig = DistillConfig()
+    coldstart: ColdStartConfig = ColdStartConfig()
+    rejection: RejectionConfig = RejectionConfig()
+    scenarios: ScenarioConfig = ScenarioConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    gate: GateConfig = GateConfig()
+    export: ExportConfig = ExportConfig()
+    start: str = ""  # stage of the working folder whose result this one starts from; "" is the base model
+    inputs: str = ""  # working folder that holds the stages this one reads; "" is its own
+    variants: tuple[str, ...] = ()  # ablation: "NAME STAGE FIELD=VALUE ..." each
+    seeds: tuple[int, ...] = ()  # ablation: each variant once a seed, on that seed's own stages; () is seed alone
+    input_preset: str = ""  # preset of the stages it reads, when a missing one is made; "" is its own
+    only: tuple[str, ...] = ()  # graph: run these stages alone
+    from_stage: str = ""  # graph, --config.from=STAGE: run this stage and all that depend on it again
+    list: bool = False  # graph: print which stages are done, stale or missing, and run nothing
+    set: tuple[str, ...] = ()  # graph: STAGE.FIELD=VALUE overrides of single stages
+    checkpoint: str = ""  # evaluate, export: the stage folder or Hugging Face folder to read
+    output: str = ""  # grade: the JSONL to write
+    explain: str | None = (
+        None  # grade, --explain[=ID]: show how this row is graded, "" the first rows, and write nothing
+    )
+    rebuild_base: bool = False  # quickstart, r1_zero: pretrain the tiny base instead of using the shipped one
+    ppo: PPOConfig = PPOConfig()
+    bench: BenchConfig = BenchConfig()
+    judge: JudgeConfig = JudgeConfig()
+    preferences: PreferenceConfig = PreferenceConfig()
+    build_tests: BuildTestsConfig = BuildTestsConfig()
+
+    checks = (
+        *NETWORK_CHECKS,
+        Check(
+            "grpo.rollouts_ahead",
+            lambda c: c.mode == "disaggregated" or not c.grpo.rollouts_ahead,
+            "needs mode=disaggregated: one set of devices cannot sample and train at once",
+        ),
+        Check(
+            "rejection.judged_prompts",
+            lambda c: c.judge.checkpoint or not c.rejection.judged_prompts,
+            "needs a judge: set judge.checkpoint",
+        ),
+        _editor("coldstart"),
+        _editor("rejection"),
+        _reward_model("helpful_model"),
+        _reward_model("safety_model"),
+        _shared_prompts(lambda c: c.mesh.context == 1, "mesh.context=1"),
+        _shared_prompts(lambda c: not c.auxiliary.mtp_loss_weight, "auxiliary.mtp_loss_weight=0"),
+        _shared_prompts(lambda c: not c.auxiliary.aux_loss_alpha, "auxiliary.aux_loss_alpha=0"),
+        _shared_prompts(lambda c: c.grpo.advantage != "gae", "grpo.advantage other than gae"),
+        Check(
+            "grpo.routing_replay",
+            lambda c: not (c.grpo.routing_replay and c.grpo.advantage == "gae"),
+            "does not go with PPO (grpo.advantage=gae): a critic has routers of its own",
+        ),
+        Check(
+            "grpo.routing_replay",
+            lambda c: c.model.checkpoint or _MIXTURE.holds(c),  # a checkpoint's shape is read later
+            _MIXTURE.message,
+        ),
+    )
+
+    @property
+    def network(self) -> Network:
+        """The model with how it is run."""
+        return Network(self.model, self.compute, self.auxiliary)
+
+    def require_mixture(self) -> None:
+        """Raises ValueError when routing replay is asked of a model without routers."""
+        _MIXTURE(self)

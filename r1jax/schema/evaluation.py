@@ -1,0 +1,49 @@
+"""How a stage's result is measured, and what it must reach."""
+
+from dataclasses import dataclass
+
+from r1jax.schema.checks import Check, Checked, at_least
+
+
+@dataclass(frozen=True)
+class EvalConfig(Checked):
+    """k samples per held-out problem; pass@1 is their mean (P2 D.1)."""
+
+    samples_per_problem: int = 5
+    max_problems: int = 0  # 0 takes all
+    temperature: float = 1.0
+    top_p: float = 1.0
+    greedy: bool = True  # also one greedy sample per problem
+    pass_at: tuple[
+        int, ...
+    ] = ()  # the k of pass@k, estimated from the samples that pass@1 draws; each at most their number
+    consensus_problems: int = 0  # cons@k is measured on this many problems; 0 leaves it out
+    consensus_samples: int = 16  # the k of cons@k
+
+    checks = (
+        *at_least(1, "samples_per_problem", "consensus_samples"),
+        *at_least(0, "max_problems", "consensus_problems"),
+        Check("temperature", lambda c: c.temperature >= 0, "must be 0 (greedy) or more"),
+        Check("top_p", lambda c: 0 < c.top_p <= 1, "must be in (0, 1]"),
+        Check(
+            "pass_at",
+            lambda c: not _beyond_samples(c),
+            lambda c: (
+                f": k={_beyond_samples(c)[0]} must be between 1 and samples_per_problem={c.samples_per_problem}; raise "
+                "evaluation.samples_per_problem"
+            ),
+        ),
+    )
+
+
+def _beyond_samples(config: EvalConfig) -> list[int]:
+    """Returns the k of pass_at that the samples of a problem cannot give."""
+    return [k for k in config.pass_at if not 1 <= k <= config.samples_per_problem]
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """What a stage's result must reach on held-out problems; below it the graph stops. 0 is no gate."""
+
+    pass_at_1: float = 0.0
+    language_consistency: float = 0.0
