@@ -19,7 +19,7 @@ ENTRIES = config.entries()
 KNOWN = [entry.name for entry in ENTRIES]
 
 
-def golden_text(entry: config.Entry) -> str:
+def golden_text(entry: config.ConfigSummary) -> str:
     """Returns the dump of the first preset and, for each other one, the lines that differ."""
     first = config.dump(config.load(f"{entry.name}:{entry.presets[0]}"))
     sections = [f"[{entry.presets[0]}]\n{first}"]
