@@ -136,7 +136,7 @@ def field_type(config: schema.Config, key: str):
 
 
 @functools.cache
-def _annotations(kind: type) -> dict[str, typing.Any]:
+def _annotations(kind: type[typing.Any]) -> dict[str, typing.Any]:
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 

@@ -39,7 +39,7 @@ _PROBE = "<answer>\\boxed{1}</answer>"  # any answer, so that the comparison run
 
 def graders(config: RewardConfig) -> Mapping[str, str]:
     """Returns {task: target} of the built-in graders and those of config.graders, which come first."""
-    return GRADERS | plugins.parse(config.graders)
+    return {**GRADERS, **plugins.parse(config.graders)}
 
 
 def check(config: RewardConfig, tasks: Sequence[str] = ()) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.core import sharding
+from r1jax.core import private_jax, sharding
 from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PREFIXES
 from r1jax.models import decoder, logprobs
@@ -75,4 +75,4 @@ class Scorer:
 
     @property
     def compilations(self) -> int:
-        return self._score._cache_size()
+        return private_jax.compilations(self._score)

@@ -22,8 +22,8 @@ def make_loss(network: Network, trained_chunk: int = 0) -> step.Loss:
     def loss(params: decoder.Params, micro: dict[str, jax.Array], inverse_tokens: jax.Array):
         hidden, _, auxiliary = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], network)
         matrix, mask = decoder.unembedding(params), micro["loss_mask"]
-        how = dict(trained_chunk=trained_chunk, **logprobs.settings(network.compute))
-        logp, _ = logprobs.scored_logprobs(hidden, matrix, micro["targets"], mask, **how)
+        how = logprobs.settings(network.compute)
+        logp, _ = logprobs.scored_logprobs(hidden, matrix, micro["targets"], mask, trained_chunk=trained_chunk, **how)
         weights = micro["loss_mask"] * inverse_tokens
         extra, stats = step.auxiliary_loss(params, hidden, auxiliary, micro, weights, network)
         return extra - jnp.sum(logp * micro["loss_mask"]) * inverse_tokens, stats
