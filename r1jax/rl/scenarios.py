@@ -76,7 +76,7 @@ def figures(
             found[f"{name}_se"] = float(means.std(ddof=1) / np.sqrt(len(means)))
     for task, model in models.items():
         if len(means := _group_means(scored, MODEL, asked == task, group)):
-            found[f"{model.reading.kind}_reward"] = float(means.mean())
+            found[f"{model.text_format.kind}_reward"] = float(means.mean())
     return found
 
 
