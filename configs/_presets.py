@@ -26,9 +26,11 @@ from r1jax.schema import (
 # What every model of real size computes with: bfloat16 copies of float32 weights, one compiled block, recomputed backward.
 _REAL = ComputeConfig(compute_dtype="bfloat16", remat=True)
 # What the config.json of all four Qwen2.5 students says alike.
-_QWEN = dict(family="qwen2", head_dim=128, vocab_size=152064, attention_bias=True, max_position_embeddings=131072)
+_QWEN: dict[str, Any] = dict(
+    family="qwen2", head_dim=128, vocab_size=152064, attention_bias=True, max_position_embeddings=131072
+)
 # Of both Llama students; their rope scaling is that of Llama 3.1.
-_LLAMA = dict(
+_LLAMA: dict[str, Any] = dict(
     family="llama",
     head_dim=128,
     num_key_value_heads=8,
@@ -41,7 +43,7 @@ _LLAMA = dict(
     max_position_embeddings=131072,
 )
 # Attention dimensions that DeepSeek-V2, V2-Lite, V3 and Moonlight share; head_dim is the query's, nope and rope together.
-_LATENT = dict(
+_LATENT: dict[str, Any] = dict(
     kv_lora_rank=512,
     qk_nope_head_dim=128,
     qk_rope_head_dim=64,
@@ -51,7 +53,7 @@ _LATENT = dict(
 )
 
 # What the two 16B mixtures share.
-_SMALL_MIXTURE = dict(
+_SMALL_MIXTURE: dict[str, Any] = dict(
     hidden_size=2048,
     num_hidden_layers=27,
     num_attention_heads=16,
@@ -184,7 +186,7 @@ SIZES: dict[str, Size] = {
     # an untied head of the release. The Math bases (1.5B, 7B) turn at theta 10000, the others at 1e6.
     "qwen2_5_1_5b": Size(
         model=ModelConfig(
-            **_QWEN | dict(vocab_size=151936),
+            **_QWEN | dict[str, Any](vocab_size=151936),
             hidden_size=1536,
             intermediate_size=8960,
             num_hidden_layers=28,
@@ -274,7 +276,7 @@ SIZES: dict[str, Size] = {
     # Moonlight-16B-A3B's config.json (DeepSeek-V3 architecture).
     "moonlight_16b": Size(
         model=ModelConfig(
-            **_LATENT | dict(vocab_size=163840),
+            **_LATENT | dict[str, Any](vocab_size=163840),
             **_SMALL_MIXTURE,
             family="deepseek_v3",
             intermediate_size=11264,
@@ -292,7 +294,7 @@ SIZES: dict[str, Size] = {
     # The released DeepSeek-R1 config.json (V3's own): 671B, 37B of them active.
     "v3_671b": Size(
         model=ModelConfig(
-            **_LATENT | dict(vocab_size=129280),
+            **_LATENT | dict[str, Any](vocab_size=129280),
             family="deepseek_v3",
             hidden_size=7168,
             intermediate_size=18432,
@@ -336,8 +338,8 @@ EVALUATION = EvalConfig(samples_per_problem=4, temperature=0.6, top_p=0.95, gree
 def config(stage: str, preset: str, **parts) -> Config:
     """Returns the config of a stage at a size: the recipe's `parts`, and model, compute and mesh of the size."""
     size = SIZES[preset]
-    shared = dict(model=size.model, compute=size.compute, mesh=size.mesh, optimizer=size.optimizer, data=data(preset))
-    return Config(**dict(stage=stage, preset=preset) | shared | parts)
+    fields: dict[str, Any] = dict(model=size.model, compute=size.compute, mesh=size.mesh, data=data(preset))
+    return Config(**dict[str, Any](stage=stage, preset=preset) | fields | parts)
 
 
 def fitted(config: Config) -> Config:

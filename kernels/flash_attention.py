@@ -199,7 +199,7 @@ def forward_call(blocks: Blocks, interpret, q_BNTH, k_BKSH, v_BKSV, ranges):
     )(*table, q_BNTH, k_BKSH, v_BKSV, ranges)
 
 
-def _visible(ranges_ref, part: pl.Slice, query, key, shape: tuple[int, int]) -> jax.Array:
+def _visible(ranges_ref, part: pl.Slice | slice, query, key, shape: tuple[int, ...]) -> jax.Array:
     """Returns bool [keys, queries]: whether query number `query` + j may attend to key number `key` + i of the row."""
     index = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     column = jax.lax.broadcasted_iota(jnp.int32, (1, shape[1]), 1) + (query - key)

@@ -25,7 +25,9 @@ def trained_logprobs(
     if chunk < 1:
         raise ValueError(f"trained_logprobs: chunk={chunk} must be at least 1")
     chunk, vocab = min(chunk, targets.size), unembedding.shape[1]
-    tiles = tiles_of(tile_of(chunk, vocab, chunk), kernel, chunk, vocab, hidden)
+    tile = tile_of(chunk, vocab, chunk)
+    assert tile is not None  # given a chunk
+    tiles = tiles_of(tile, kernel, chunk, vocab, hidden)
     return _scored(tiles, used, hidden, unembedding, targets, mask, jnp.float32(temperature))
 
 

@@ -1,8 +1,8 @@
 """Load a config by name, override fields by dotted key, expand sweeps, flatten and hash. Imports no JAX.
 
-A config is a module r1jax/configs/NAME.py with a docstring, `PRESETS` (the sizes it takes: a literal tuple of names, or a
-group of configs/_presets.py, as `_presets.EVERY`) and `config(preset) -> schema.Config`. Everything a user can get wrong raises ValueError with one line that names what
-to type.
+A config is a module r1jax/configs/NAME.py with a docstring, `PRESETS` (the sizes it takes: a literal tuple of names, or
+a group of configs/_presets.py, as `_presets.EVERY`) and `config(preset) -> schema.Config`. Everything a user can get
+wrong raises ValueError with one line that names what to type.
 """
 
 import ast
@@ -143,7 +143,7 @@ def field_type(config: schema.Config, key: str):
 
 
 @functools.cache
-def _annotations(kind: type) -> dict[str, typing.Any]:
+def _annotations(kind: type[typing.Any]) -> dict[str, typing.Any]:
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 

@@ -75,37 +75,48 @@ def parse(argv: list[str]) -> Arguments:
 
 def _define() -> absl_flags.FlagValues:
     values = absl_flags.FlagValues()
-    shared = {"flag_values": values}
-    absl_flags.DEFINE_string("config", "", "NAME[:PRESET]: what to run, and at which size (default: tiny).", **shared)
-    absl_flags.DEFINE_string("workdir", "runs", "Folder for checkpoints, metrics and reports.", **shared)
-    absl_flags.DEFINE_string("json", None, "File for the run's figures, as JSON.", **shared)
-    absl_flags.DEFINE_string("topology", None, "bench_kernels: the TPU to compile for, such as v5p:1x1x1.", **shared)
+    absl_flags.DEFINE_string(
+        "config", "", "NAME[:PRESET]: what to run, and at which size (default: tiny).", flag_values=values
+    )
+    absl_flags.DEFINE_string("workdir", "runs", "Folder for checkpoints, metrics and reports.", flag_values=values)
+    absl_flags.DEFINE_string("json", None, "File for the run's figures, as JSON.", flag_values=values)
+    absl_flags.DEFINE_string(
+        "topology", None, "bench_kernels: the TPU to compile for, such as v5p:1x1x1.", flag_values=values
+    )
     absl_flags.DEFINE_string(
         "explain",
         None,
         "grade: show how the row of this id is graded, step by step; without an id the first rows.",
-        **shared,
+        flag_values=values,
     )
     absl_flags.DEFINE_multi_string(
-        "sweep", [], "FIELD=v1,v2: one run a value; repeat the flag for a product.", **shared
+        "sweep", [], "FIELD=v1,v2: one run a value; repeat the flag for a product.", flag_values=values
     )
-    absl_flags.DEFINE_integer("sweep_index", None, "Run only this point of the sweep, from 0.", **shared)
+    absl_flags.DEFINE_integer("sweep_index", None, "Run only this point of the sweep, from 0.", flag_values=values)
     absl_flags.DEFINE_string(
         "coordinator",
         None,
         "HOST:PORT of process 0 when several processes share a run; auto lets JAX find it.",
-        **shared,
+        flag_values=values,
     )
-    absl_flags.DEFINE_integer("num_processes", None, "How many processes share the run.", lower_bound=1, **shared)
-    absl_flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", lower_bound=0, **shared)
+    absl_flags.DEFINE_integer(
+        "num_processes", None, "How many processes share the run.", lower_bound=1, flag_values=values
+    )
+    absl_flags.DEFINE_integer(
+        "process_id", None, "Which of them this one is, from 0.", lower_bound=0, flag_values=values
+    )
     absl_flags.DEFINE_float(
-        "heartbeat_s", None, "A process silent for so many seconds is lost (default 30).", lower_bound=1, **shared
+        "heartbeat_s",
+        None,
+        "A process silent for so many seconds is lost (default 30).",
+        lower_bound=1,
+        flag_values=values,
     )
-    absl_flags.DEFINE_boolean("dry_run", False, "Print every resolved field and run nothing.", **shared)
-    absl_flags.DEFINE_boolean("debug", False, "Show the traceback of a user error.", **shared)
+    absl_flags.DEFINE_boolean("dry_run", False, "Print every resolved field and run nothing.", flag_values=values)
+    absl_flags.DEFINE_boolean("debug", False, "Show the traceback of a user error.", flag_values=values)
     for name in ("help", "helpfull", "helpshort"):
-        absl_flags.DEFINE_boolean(name, False, "Show this text.", **shared)
-    absl_flags.DEFINE_boolean("h", False, "Show this text.", **shared)
+        absl_flags.DEFINE_boolean(name, False, "Show this text.", flag_values=values)
+    absl_flags.DEFINE_boolean("h", False, "Show this text.", flag_values=values)
     return values
 
 

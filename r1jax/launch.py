@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 an unexpected failure or a failed point of a sweep, 2 some
 process of the run was lost, 130 interrupted.
 """
 
+import io
 import os
 import sys
 import traceback
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     debug = "--debug" in argv
     if not debug:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ warnings would bury a one-line error
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a text that cannot be shown ends no run
     try:
         return execute(flags.parse(argv))

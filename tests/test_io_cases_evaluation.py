@@ -28,7 +28,7 @@ LENGTHS = ["--config.sampler.max_prompt_tokens=40", "--config.sampler.max_new_to
 def model_folder(path, **changes) -> str:
     """Returns a Hugging Face folder of an untrained model that reads the words of the tiny world."""
     words = tokenizer.tiny()
-    model = replace(GROUPED, vocab_size=words.vocab_size, max_position_embeddings=128, **changes)
+    model = replace(GROUPED.model, vocab_size=words.vocab_size, max_position_embeddings=128, **changes)
     mesh = sharding.make_mesh(MeshConfig())
     params = sharding.initialize(decoder.specs(model), rng.key(0, "evaluation", "init"), "float32", mesh)
     hf_export.save(path, params, model, words, "float32")

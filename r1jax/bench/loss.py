@@ -115,6 +115,7 @@ def call_figures(form: str, shape: Shape) -> dict[str, float]:
     """Returns memory and time of the form in this process."""
     compiled = lowered(form, shape).compile()
     sizes = compiled.memory_analysis()
+    assert sizes is not None
     before = measure.resident()
     arguments = _arguments(shape)
     before += sum(array.nbytes for array in arguments)

@@ -12,10 +12,12 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from r1jax.bench import measure
 from r1jax.checkpoints import hf, hf_config
@@ -121,7 +123,7 @@ def systems_of(model: ModelConfig, bench: BenchConfig) -> list[System]:
     return found
 
 
-def draw(config: Config) -> dict[str, np.ndarray]:
+def draw(config: Config) -> dict[str, Any]:
     """Returns prompts [N, P], responses [N, longest], lengths [N] and advantages [N], keyed by seed and stage alone."""
     bench, key = config.bench, [config.seed, zlib.crc32(config.stage.encode())]
     sigma = math.log(bench.p99_tokens / bench.median_tokens) / P99_NORMAL
@@ -187,7 +189,7 @@ def arrays_of(
     return arrays, step.filled_micro_batches(batch, size), size
 
 
-def start_weights(config: Config) -> tuple[Config, object, decoder.Params]:
+def start_weights(config: Config) -> tuple[Config, Mesh, decoder.Params]:
     """Returns (config with the checkpoint's shape, mesh, float32 weights): the checkpoint's, or random ones without."""
     mesh, folder = sharding.make_mesh(MeshConfig()), config.model.checkpoint
     if not folder:

@@ -44,7 +44,7 @@ class _Generation(Extension):
 
     tags = {"generation"}
 
-    def parse(self, parser) -> nodes.CallBlock:
+    def parse(self, parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
@@ -78,7 +78,7 @@ def _compiled(template: str):
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": _strftime_now}
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _strftime_now}  # ty: ignore[unsupported-operator] jinja2 types it by its own functions
     environment.filters["tojson"] = _json
     return environment.from_string(template)
 

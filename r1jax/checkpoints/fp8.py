@@ -58,7 +58,7 @@ def block_size(fields: Fields) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
-def scale_shape(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
     """Returns the shape of a matrix's factors."""
     return math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
 

@@ -101,6 +101,7 @@ class TensorFiles:
         value = self.read(name)
         if value.dtype != fp8.TYPE:
             return value
+        assert block is not None  # config.json states it, or the model was refused
         return fp8.dequantise(value, self.read(name + fp8.SCALE), block)
 
 
@@ -195,7 +196,8 @@ def load(folder: str | Path, config: ModelConfig, mesh: Mesh, dtype: Any) -> dec
 def _leaf(files: TensorFiles, entry: Entry | None, shape, target: jax.sharding.Sharding, kind, block) -> jax.Array:
     """Returns one leaf, read tensor by tensor into the parts that this process holds; zeros without an entry."""
 
-    def ranges(index: tuple[slice, ...]) -> Ranges:
+    def ranges(index: tuple[slice, ...] | None) -> Ranges:
+        assert index is not None  # devices of this process hold a part
         return tuple(range(*cut.indices(size)) for cut, size in zip(index, shape, strict=True))
 
     held = {ranges(index) for index in target.addressable_devices_indices_map(shape).values()}

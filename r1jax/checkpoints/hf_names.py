@@ -170,9 +170,10 @@ def name_table(c: ModelConfig, interleaved: bool = True) -> tuple[Entry, ...]:
     if not c.tie_word_embeddings:
         entries.append(Entry("unembedding", "lm_head.weight", LINEAR))
     if c.num_nextn_predict_layers:
+        block_rows = _block_rows(c, c.num_moe_layers > 0, interleaved)
         rows = [
             *MTP_ROWS,
-            *((f"block.{ours}", *rest) for ours, *rest in _block_rows(c, c.num_moe_layers > 0, interleaved)),
+            *((f"block.{ours}", theirs, transform) for ours, theirs, transform in block_rows),
         ]
         for ours, theirs, transform in rows:
             entries.append(Entry(f"mtp.{ours}", "model.layers.{layer}." + theirs, transform, c.num_hidden_layers))

@@ -37,7 +37,7 @@ class SentencePieceBackend:
 
         Raises ValueError for no model.
         """
-        proto = sentencepiece_model_pb2.ModelProto()
+        proto = sentencepiece_model_pb2.ModelProto()  # ty: ignore[missing-attribute] protobuf makes it at import
         try:
             proto.ParseFromString(model)
             self._prefixed = self._processor(proto, True)
@@ -62,7 +62,7 @@ class SentencePieceBackend:
     @staticmethod
     def _processor(proto, prefix: bool) -> sentencepiece.SentencePieceProcessor:
         """Returns the model with or without a space put before the text."""
-        changed = sentencepiece_model_pb2.ModelProto()
+        changed = sentencepiece_model_pb2.ModelProto()  # ty: ignore[missing-attribute] protobuf makes it at import
         changed.CopyFrom(proto)
         changed.normalizer_spec.add_dummy_prefix = prefix
         processor = sentencepiece.SentencePieceProcessor()

@@ -80,7 +80,7 @@ class TensorFile:
             begin += first * math.prod(shape[1:]) * kind.itemsize
             shape = (max(last - first, 0), *shape[1:])
         result = np.empty(shape, kind)
-        self._fill(memoryview(result.reshape(-1).view(np.uint8)), begin)
+        self._fill(result.reshape(-1).view(np.uint8).data, begin)
         return result
 
     def _fill(self, target: memoryview, begin: int) -> None:
@@ -165,9 +165,9 @@ class Writer:
         """Writes one tensor; each name once, with the type and shape that were announced."""
         kind, shape, begin = self._places.pop(name)
         assert (value.dtype, value.shape) == (kind, shape), f"{name}: {value.dtype} {value.shape}, not {kind} {shape}"
-        self._write(np.ascontiguousarray(value).reshape(-1).view(np.uint8), self._start + begin)
+        self._write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data, self._start + begin)
 
-    def _write(self, data: bytes | np.ndarray, begin: int) -> None:
+    def _write(self, data: bytes | memoryview, begin: int) -> None:
         view, done = memoryview(data), 0
         while done < len(view):
             done += os.pwrite(self._file.fileno(), view[done : done + _MOST], begin + done)

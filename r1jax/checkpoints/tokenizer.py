@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import tokenizers
 
 from r1jax.checkpoints import chat
@@ -25,7 +26,8 @@ PROBE = "r1jax7741"  # a marker, to locate a text inside a rendered or encoded o
 class Backend(Protocol):
     """Turns text into ids and back; each special token spelled out in the text becomes one id."""
 
-    vocab_size: int  # the highest id and 1
+    @property
+    def vocab_size(self) -> int: ...  # the highest id and 1
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -140,7 +142,9 @@ class Tokenizer:
         known = [text for text in self.backend.special_texts() if text.strip()]
         end_of_turn = max((text for text in known if after.startswith(text.strip())), key=len, default=None)
         if end_of_turn is not None:
-            return self.backend.token_to_id(end_of_turn)
+            index = self.backend.token_to_id(end_of_turn)
+            assert index is not None  # it is one of the backend's own
+            return index
         if after:
             say(
                 f"tokenizer {self.source}: the chat template ends a turn with {after.splitlines()[0]!r}, which is no special "
@@ -222,14 +226,14 @@ class Tokenizer:
 
     # Ids to text
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of ids, special tokens included except pad and eos, and except stop ids at the end."""
         kept = [int(index) for index in ids if index not in (self.eos_id, self.pad_id)]
         while kept and kept[-1] in self.stop_ids:
             kept.pop()
         return self.backend.decode(kept)
 
-    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+    def decode_batch(self, rows: Sequence[Sequence[int] | np.ndarray]) -> list[str]:
         return [self.decode(row) for row in rows]
 
     # Chat
@@ -267,7 +271,7 @@ class Tokenizer:
         tokens = {
             name: _token_text(value) for name, value in (named | (extra if isinstance(extra, dict) else {})).items()
         }
-        values = {name: text for name, text in tokens.items() if text is not None}
+        values: dict[str, Any] = {name: text for name, text in tokens.items() if text is not None}
         values |= dict(messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt)
         return chat.render(self.chat_template, values)
 
@@ -427,10 +431,11 @@ def _sentencepiece_backend(folder: Path, config: dict) -> spm.SentencePieceBacke
     extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     named = [config.get(f"{name}_token") for name in ("bos", "eos", "pad", "unk")]
     named += extra.values() if isinstance(extra, dict) else extra
+    special = [text for token in named if (text := _token_text(token))]
     prefix = "never" if config.get("add_prefix_space") is False else "always" if config.get("legacy") else "first"
     try:
         content = (folder / spm.FILE).read_bytes()
-        return spm.SentencePieceBackend(content, added, [_token_text(token) for token in named if token], prefix)
+        return spm.SentencePieceBackend(content, added, special, prefix)
     except ValueError as error:
         raise ValueError(f"tokenizer: {folder / spm.FILE} is {error}") from None
 

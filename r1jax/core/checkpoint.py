@@ -32,9 +32,8 @@ class CheckpointStore:
 
         Every process writes its part of the arrays that are divided between them.
         """
-        arguments = {name: ocp.args.StandardSave(value) for name, value in items.items()}
-        arguments["record"] = ocp.args.JsonSave(record)
-        self._manager.save(number, args=ocp.args.Composite(**arguments))
+        arrays = {name: ocp.args.StandardSave(value) for name, value in items.items()}
+        self._manager.save(number, args=ocp.args.Composite(**arrays, record=ocp.args.JsonSave(record)))
         self._manager.wait_until_finished()
 
     def restore(self, number: int, targets: dict[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def start(coordinator: str, count: int, heartbeat_s: float) -> subprocess.Popen:
         env={**os.environ, "PYTHONPATH": search},
         start_new_session=True,
     )
+    assert service.stdout is not None
     if service.stdout.readline().strip() != b"ready":
         raise ValueError(f"--coordinator={coordinator}: cannot listen there; give a free port of this machine")
     return service
@@ -41,6 +42,7 @@ def start(coordinator: str, count: int, heartbeat_s: float) -> subprocess.Popen:
 
 def stop(service: subprocess.Popen) -> None:
     """Ends the service and its process; to be called when every process of the run has disconnected."""
+    assert service.stdin is not None
     service.stdin.write(b"done\n")
     service.stdin.close()
     service.wait()

@@ -6,12 +6,12 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike) -> Generator[Path]:
     """Yields a temporary path beside `path`; the file or folder that the block makes there becomes `path` at its end.
 
     A reader sees what was there before or all of the new content, also after a loss of power. When the block raises,

@@ -51,6 +51,7 @@ def start(
         _check(coordinator, num_processes, process_id)
         if num_processes == 1:
             return
+    assert coordinator is not None  # or _check has raised
     _connection = _Connection(coordinator, num_processes, process_id, heartbeat_s, deadline_s)
 
 
@@ -159,11 +160,12 @@ class _Connection:
         if "tpu" not in os.environ.get("JAX_PLATFORMS", ""):
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
         # JAX's own watch ends a process with a stack trace; ours comes first and names who was lost.
-        settings = {
+        settings: dict[str, Any] = {
             "heartbeat_timeout_seconds": int(4 * heartbeat_s) + 60,
             "initialization_timeout": int(deadline_s) + 60,
         }
         if coordinator != "auto":
+            assert count is not None
             settings |= {"num_processes": count, "process_id": index, "cluster_detection_method": "deactivate"}
             settings |= {"coordinator_address": coordinator}
             if index == 0:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
+from typing import BinaryIO
 
 from r1jax.core import files, hosts
 
@@ -48,7 +49,7 @@ class MetricsLog:
         """Opens the files of a folder, which is made if missing; a last line that a crash cut off is removed."""
         self.folder = Path(folder)
         self._tensorboard, self._writer, self._purge_step = tensorboard, None, None
-        self._files: dict[str, object] = {}
+        self._files: dict[str, BinaryIO] = {}
         self._writing = hosts.is_writer()
         if not self._writing:
             return

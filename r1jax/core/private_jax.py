@@ -1,4 +1,4 @@
-"""The private parts of JAX that runs of several processes need: its coordination service, server and client.
+"""The private parts of JAX in use: its coordination service, for runs of several processes, and a count of programs.
 
 JAX may move or change them in any release. Nothing else in the package uses a private name of JAX.
 """
@@ -44,6 +44,11 @@ def coordination_client() -> Any:
 def coordination_service(address: str, processes: int, silence_s: int) -> Any:
     """Returns a running coordination service; it gives up a process that has been silent for `silence_s`."""
     return _member(*_SERVICE)(address, processes, heartbeat_timeout=silence_s, shutdown_timeout=60)
+
+
+def compilations(program: Any) -> int:
+    """Returns for how many kinds of arguments a function made by jax.jit has been compiled."""
+    return program._cache_size()
 
 
 def _member(module: str, name: str) -> Any:

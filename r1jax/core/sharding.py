@@ -76,6 +76,11 @@ class ParamSpec:
         assert len(self.shape) == len(self.axes), f"{self.shape} and {self.axes} differ in rank"
 
 
+def param(shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer, dtype: Any = None) -> Any:
+    """Returns the ParamSpec of one parameter. Its type is Any: in the tree of a layer it stands where an array does."""
+    return ParamSpec(shape, axes, init, dtype)
+
+
 def is_spec(value: Any) -> bool:
     return isinstance(value, ParamSpec)
 

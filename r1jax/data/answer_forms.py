@@ -210,6 +210,7 @@ def _structure_forms(gold: str) -> Forms:
 def _members(plain: str) -> tuple[str, list[str], str] | None:
     """Returns (opening, members, closing) of a tuple, interval, set or bare list of at least two; else None."""
     match = re.fullmatch(r"(\(|\[|\\\{|)(.*?)(\)|\]|\\\}|)", plain, re.DOTALL)
+    assert match is not None  # every part may be empty
     items, depth = [""], 0
     for character in match[2]:
         depth += (character in "({[") - (character in ")}]")

@@ -6,6 +6,7 @@ A row keeps every field that is not read as another one. What the user maps (THE
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from r1jax.data import program_tests, turns
 from r1jax.data.boxes import last_box
@@ -187,7 +188,7 @@ def _system(fields: dict) -> list[str]:
 
 def _preferences(fields: dict) -> list[str]:
     """Pairs of whole conversations, as messages or as one text: the turns that both share are the prompt."""
-    pair = [fields.get(name) for name in ("chosen", "rejected")]
+    pair: list[Any] = [fields.get(name) for name in ("chosen", "rejected")]
     if all(isinstance(side, str) for side in pair):
         return [] if "prompt" in fields else _transcripts(fields, pair)
     if not any(isinstance(side, list) for side in pair):
@@ -257,7 +258,7 @@ def _options(value: object) -> tuple[list[str], list[str]]:
     texts = [str(text) for text in value]
     letters = [_OWN_LETTER.match(text) for text in texts]
     if all(match and match[1] == letter for match, letter in zip(letters, _LETTERS, strict=False)):
-        texts = [text[match.end() :] for text, match in zip(texts, letters, strict=False)]
+        texts = [text[match.end() :] for text, match in zip(texts, letters, strict=False) if match]
     return list(map(str, labels)) or list(_LETTERS[: len(texts)]), texts
 
 
@@ -302,8 +303,10 @@ def _alpaca(fields: dict) -> list[str]:
 def _worked(fields: dict) -> list[str]:
     """GSM8K: the answer is a worked solution that ends in `#### 72`."""
     answer = fields.get("answer")
-    end = _WORKED_END.search(answer) if isinstance(answer, str) else None
-    if not end or not {"prompt", *SYNONYMS["prompt"]} & fields.keys():
+    if not isinstance(answer, str) or not {"prompt", *SYNONYMS["prompt"]} & fields.keys():
+        return []
+    end = _WORKED_END.search(answer)
+    if not end:
         return []
     fields.setdefault("solution", answer[: end.start()])
     fields["answer"] = end[1]
@@ -370,7 +373,7 @@ def _conversation(fields: dict) -> list[str]:
         and isinstance(fields.get("system"), str)
         and fields["system"].strip()
     ):
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else fields["prompt"]
+        asked: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else fields["prompt"]
         fields["prompt"] = _with_system(asked, fields)
         remarks.append("system read as the system turn of the prompt")
     return remarks

@@ -11,10 +11,11 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from r1jax.core import errors
 from r1jax.data import dialects, jsonl
@@ -250,7 +251,9 @@ def _saved(folder: Path, split: str):
 
 def _from_hub(path: str):
     datasets = _datasets(f"no such file: {path}; as a name of the Hugging Face Hub it")
-    name, config, split = _HUB_NAME.fullmatch(path).groups()
+    match = _HUB_NAME.fullmatch(path)
+    assert match is not None  # only such names come here
+    name, config, split = match.groups()
     try:
         return datasets.load_dataset(name, config, split=split or "train")
     except Exception as error:  # of the network, the Hub or the set: many types, all the user's to read
@@ -286,7 +289,7 @@ def _finite(row: dict, place: str) -> dict:
 
 
 @contextlib.contextmanager
-def _one_line_errors(path: object) -> Iterator[None]:
+def _one_line_errors(path: object) -> Generator[None]:
     try:
         yield
     except Exception as error:  # whatever the package meets in a damaged folder
@@ -307,7 +310,7 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def plain(value: object) -> object:
+def plain(value: object) -> Any:
     """Returns a value of a table as JSON would hold it.
 
     Nulls in objects are left out, dates and decimals become text, bytes UTF-8 text. Bytes that are no text become None.

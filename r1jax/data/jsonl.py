@@ -10,7 +10,7 @@ import pathlib
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 
 from r1jax.core import files
@@ -29,7 +29,7 @@ FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
     "text": _TEXT,
 }
 FREE = ("meta",)  # may hold NaN, as remarks of public sets do
-_JSON_NAMES = {str: "a string", int: "an integer", float: "a number"}
+_JSON_NAMES: dict[type, str] = {str: "a string", int: "an integer", float: "a number"}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _GZIP = b"\x1f\x8b"
 _OTHER_FORMATS = {  # first bytes of a file -> the format, for the error
@@ -126,7 +126,7 @@ def _fault(value: object, finite: bool, free: Sequence[str]) -> tuple[str, str] 
 
 
 @contextmanager
-def _opened(path: pathlib.Path) -> Iterator[Iterable[bytes]]:
+def _opened(path: pathlib.Path) -> Generator[Iterable[bytes]]:
     """Gives the lines of a file, decompressed if it begins as gzip does.
 
     ValueError for a file of another known format.
@@ -199,6 +199,8 @@ def _parsed(text: str, where: str) -> object:
 
 class _Written(float):
     """A number with more digits than a float holds; str() returns it as it was written."""
+
+    _text: str
 
     def __new__(cls, text: str) -> "_Written":
         number = super().__new__(cls, text)

@@ -4,6 +4,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 OUTPUT_CHECKED = (  # several outputs may be right
     *("checker", "generated_checker", "custom_checker", "checker_code", "special_judge", "spj", "validator"),
@@ -167,7 +168,7 @@ def _expected(case: Mapping) -> object:
     return output if isinstance(case.get("input"), list) else parsed(output, "output")
 
 
-def parsed(value: object, name: str) -> object:
+def parsed(value: object, name: str) -> Any:
     """Returns a value, read from JSON if it is text. ValueError when that fails."""
     if not isinstance(value, str):
         return value

@@ -1,7 +1,7 @@
 """Renders a question as the text that a model sees, which may already hold the beginning of the assistant's turn."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from r1jax.data.problems import Message
 
@@ -17,7 +17,11 @@ _OPENED = re.compile(r"<think>\s*\Z")
 
 
 def render(
-    prompt: str | Sequence[Message], template: str, instruction: str = "", chat=None, think_prefill: bool = False
+    prompt: str | Sequence[Message],
+    template: str,
+    instruction: str = "",
+    chat: Callable[[list[dict]], str] | None = None,
+    think_prefill: bool = False,
 ) -> str:
     """Returns the prompt text of a question, or of a conversation, under a template: tiny, plain, r1_zero or chat.
 
@@ -34,6 +38,7 @@ def render(
     elif template == "r1_zero":
         text = R1_ZERO.replace("{question}", flat(turns))
     elif template == "chat":
+        assert chat is not None
         text = chat([{"role": turn.role, "content": turn.content} for turn in turns])
     else:
         raise ValueError(f"no template named {template!r}; known: tiny, plain, r1_zero, chat")

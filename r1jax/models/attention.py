@@ -5,12 +5,13 @@ tokens of each slot are written at their positions first and then attend to rows
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from r1jax.core.sharding import ParamSpec, constrain, normal, zeros
+from r1jax.core.sharding import constrain, normal, param, zeros
 from r1jax.models import forms, rope
 from r1jax.models.layers import norm_spec, rms_norm
 from r1jax.schema import ModelConfig, Network
@@ -55,33 +56,31 @@ def latent_specs(c: ModelConfig, layers: int) -> LatentAttention:
     query_in = c.q_lora_rank or c.hidden_size
     low_rank = c.q_lora_rank > 0
     return LatentAttention(
-        q_a=ParamSpec((layers, c.hidden_size, c.q_lora_rank), (None, "embed", None), init) if low_rank else None,
+        q_a=param((layers, c.hidden_size, c.q_lora_rank), (None, "embed", None), init) if low_rank else None,
         q_a_norm=norm_spec(c.q_lora_rank, layers) if low_rank else None,
-        q_b=ParamSpec((layers, query_in, c.num_attention_heads, qk), (None, "embed", "heads", None), init),
-        kv_a=ParamSpec((layers, c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim), (None, "embed", None), init),
+        q_b=param((layers, query_in, c.num_attention_heads, qk), (None, "embed", "heads", None), init),
+        kv_a=param((layers, c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim), (None, "embed", None), init),
         kv_a_norm=norm_spec(c.kv_lora_rank, layers),
-        kv_b=ParamSpec(
+        kv_b=param(
             (layers, c.kv_lora_rank, c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim),
             (None, "embed", "heads", None),
             init,
         ),
-        out=ParamSpec(
-            (layers, c.num_attention_heads, c.v_head_dim, c.hidden_size), (None, "heads", None, "embed"), init
-        ),
+        out=param((layers, c.num_attention_heads, c.v_head_dim, c.hidden_size), (None, "heads", None, "embed"), init),
     )
 
 
 def grouped_specs(c: ModelConfig, layers: int) -> GroupedAttention:
     init, n, k, h = normal(c.initializer_range), c.num_attention_heads, c.num_key_value_heads, c.head_dim
 
-    def bias(heads: int) -> ParamSpec | None:
-        return ParamSpec((layers, heads, h), (None, "heads", None), zeros) if c.attention_bias else None
+    def bias(heads: int) -> Any:
+        return param((layers, heads, h), (None, "heads", None), zeros) if c.attention_bias else None
 
     return GroupedAttention(
-        query=ParamSpec((layers, c.hidden_size, n, h), (None, "embed", "heads", None), init),
-        key=ParamSpec((layers, c.hidden_size, k, h), (None, "embed", "heads", None), init),
-        value=ParamSpec((layers, c.hidden_size, k, h), (None, "embed", "heads", None), init),
-        out=ParamSpec((layers, n, h, c.hidden_size), (None, "heads", None, "embed"), init),
+        query=param((layers, c.hidden_size, n, h), (None, "embed", "heads", None), init),
+        key=param((layers, c.hidden_size, k, h), (None, "embed", "heads", None), init),
+        value=param((layers, c.hidden_size, k, h), (None, "embed", "heads", None), init),
+        out=param((layers, n, h, c.hidden_size), (None, "heads", None, "embed"), init),
         query_bias=bias(n),
         key_bias=bias(k),
         value_bias=bias(k),
@@ -116,6 +115,7 @@ def latent_attention(p: LatentAttention, x_BTD, context: forms.Context, network:
 def _latent_queries(p: LatentAttention, x_BTD, context: forms.Context, c: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Returns the parts of the queries without and with rotation, [B, T, N, nope] and [B, T, N, rope]."""
     if p.q_a is not None:
+        assert p.q_a_norm is not None
         x_q = rms_norm(jnp.einsum("BTD,DR->BTR", x_BTD, p.q_a), p.q_a_norm, LATENT_NORM_EPS)
     else:
         x_q = x_BTD
@@ -155,8 +155,10 @@ def grouped_attention(p: GroupedAttention, x_BTD, context: forms.Context, networ
     k = jnp.einsum("BTD,DKH->BTKH", x_BTD, p.key)
     v = jnp.einsum("BTD,DKH->BTKH", x_BTD, p.value)
     if p.query_bias is not None:
+        assert p.key_bias is not None and p.value_bias is not None
         q, k, v = q + p.query_bias, k + p.key_bias, v + p.value_bias
     if p.query_norm is not None:
+        assert p.key_norm is not None
         q, k = rms_norm(q, p.query_norm, c.rms_norm_eps), rms_norm(k, p.key_norm, c.rms_norm_eps)
     q = rope.rotate(constrain(q, "batch", "sequence", "heads", None), context.cos, context.sin)
     k = rope.rotate(constrain(k, "batch", "sequence", "heads", None), context.cos, context.sin)

@@ -1,5 +1,8 @@
 """One decoder layer, attention then feed-forward, and stacks of them."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -60,25 +63,25 @@ def run_stack(stack: Block | None, x, kv, context: forms.Context, network: Netwo
         x, kv, routing = _block(layer, *carry, context, network, index, forced)
         return (x, kv), routing
 
-    if network.compute.remat:
-        body = jax.checkpoint(body, policy=_KEPT[network.compute.remat_policy])
+    compute = network.compute
+    run_layer = jax.checkpoint(body, policy=_KEPT[compute.remat_policy]) if compute.remat else body
     layers = stack.attention_norm.shape[0]
-    if network.compute.scan_layers:
-        (x, kv), routing = jax.lax.scan(body, (x, kv), (stack, jnp.arange(first, first + layers), forced))
+    if compute.scan_layers:
+        (x, kv), routing = jax.lax.scan(run_layer, (x, kv), (stack, jnp.arange(first, first + layers), forced))
     else:
         by_layer = []
         for offset in range(layers):
             layer, forced_here = jax.tree.map(lambda leaf, i=offset: leaf[i], (stack, forced))
-            (x, kv), layer_routing = body((x, kv), (layer, first + offset, forced_here))
+            (x, kv), layer_routing = run_layer((x, kv), (layer, first + offset, forced_here))
             by_layer.append(layer_routing)
         routing = jax.tree.map(lambda *leaves: jnp.stack(leaves), *by_layer)
-    return x, kv, routing.replace(balance=None if routing.balance is None else routing.balance.sum(axis=0))
+    return x, kv, dataclasses.replace(routing, balance=None if routing.balance is None else routing.balance.sum(axis=0))
 
 
 def _block(p: Block, x, kv, context: forms.Context, network: Network, layer, forced):
     """Returns (x, cache, Routing) after one layer."""
     c = network.model
-    attend = attention.latent_attention if c.is_mla else attention.grouped_attention
+    attend: Any = attention.latent_attention if c.is_mla else attention.grouped_attention  # of the weights' kind
     with jax.named_scope("attention"):
         normed = rms_norm(x, p.attention_norm, c.rms_norm_eps)
         out, kv = attend(p.attention, normed, context, network, kv, layer)

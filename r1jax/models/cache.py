@@ -5,7 +5,7 @@ stores the latent (normalised c_kv and rotated k_rope), GQA stores keys and valu
 cache, rows are padded with zeros to whole registers and the rows of a head are adjacent.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -92,7 +92,7 @@ def stored(cache: Cache, layer, rows: tuple[jax.Array, ...], positions: jax.Arra
     keys, *values = (
         _write(array, layer, new, positions, cache.row_axis) for array, new in zip(cache.arrays, rows, strict=True)
     )
-    return cache.replace(keys=keys, values=values[0] if values else None)
+    return replace(cache, keys=keys, values=values[0] if values else None)
 
 
 def loaded(cache: Cache, layer, window: int, like: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

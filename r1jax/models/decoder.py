@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from r1jax.core.sharding import ParamSpec, constrain, normal
+from r1jax.core.sharding import constrain, normal, param
 from r1jax.models import block, cache, forms, mtp
 from r1jax.models.block import Block
 from r1jax.models.layers import embed, norm_spec, rms_norm
@@ -40,12 +40,12 @@ def specs(c: ModelConfig, scalar_head: bool = False) -> Params:
     init, width = normal(c.initializer_range), c.hidden_size
     tied = c.tie_word_embeddings
     return Params(
-        embedding=ParamSpec((c.vocab_size, width), ("vocab", "embed"), init),
+        embedding=param((c.vocab_size, width), ("vocab", "embed"), init),
         dense=block.specs(c, c.num_dense_layers, sparse=False),
         sparse=block.specs(c, c.num_moe_layers, sparse=True),
         final_norm=norm_spec(width),
-        unembedding=None if tied else ParamSpec((width, c.vocab_size), ("embed", "vocab"), init),
-        scalar_head=ParamSpec((width,), (None,), init) if scalar_head else None,
+        unembedding=None if tied else param((width, c.vocab_size), ("embed", "vocab"), init),
+        scalar_head=param((width,), (None,), init) if scalar_head else None,
         mtp=mtp.specs(c),
     )
 

@@ -111,6 +111,7 @@ def attend(q, source: Source, context: Context, network: Network, cache: kv.Cach
     A cache takes the new rows first.
     """
     if cache is not None:
+        assert context.write_positions is not None
         cache = kv.stored(cache, layer, source.arrays, context.write_positions)
     return context.form(q, source, context, network, cache, layer), cache
 
@@ -137,9 +138,10 @@ def in_blocks(q_BTKGH, source: Source, context: Context, network: Network, cache
     )
 
 
-def decoded(q, source: Source, context: Context, network: Network, cache: kv.Cache, layer) -> jax.Array:
+def decoded(q, source: Source, context: Context, network: Network, cache: kv.Cache | None, layer) -> jax.Array:
     """One query per slot over its cached rows by the decode kernels, in float32; 0 for a slot of length 0."""
     width, scale = source.value_width, rope.softmax_scale(network.model)
+    assert cache is not None
     return flash.decode(q[:, 0], cache.arrays, layer, context.lengths, width, scale)[:, None]
 
 

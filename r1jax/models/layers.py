@@ -4,11 +4,13 @@ Dimension letters of the whole package: B batch, T query position, S key positio
 H head dim, D embed, F ffw width, E experts, L layers, V vocabulary, R latent rank.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from r1jax.core.sharding import ParamSpec, constrain, normal, ones
+from r1jax.core.sharding import constrain, normal, ones, param
 from r1jax.schema import ModelConfig
 
 
@@ -28,10 +30,10 @@ def embed(table_VD: jax.Array, tokens: jax.Array) -> jax.Array:
     return constrain(constrain(table_VD, "vocab", None)[tokens], "batch", "sequence", None)
 
 
-def norm_spec(width: int, layers: int | None = None) -> ParamSpec:
+def norm_spec(width: int, layers: int | None = None) -> Any:
     if layers is None:
-        return ParamSpec((width,), (None,), ones)
-    return ParamSpec((layers, width), (None, None), ones)
+        return param((width,), (None,), ones)
+    return param((layers, width), (None, None), ones)
 
 
 @struct.dataclass
@@ -45,11 +47,11 @@ class SwiGLU:
 
 def swiglu_specs(config: ModelConfig, width: int, layers: int) -> SwiGLU:
     init = normal(config.initializer_range)
-    wide = ParamSpec((layers, config.hidden_size, width), (None, "embed", "ffw"), init)
+    wide = param((layers, config.hidden_size, width), (None, "embed", "ffw"), init)
     return SwiGLU(
         gate=wide,
         up=wide,
-        down=ParamSpec((layers, width, config.hidden_size), (None, "ffw", "embed"), init),
+        down=param((layers, width, config.hidden_size), (None, "ffw", "embed"), init),
     )
 
 

@@ -1,5 +1,7 @@
 """Log-probabilities of tokens under the model, on the mesh in force: every loss computes them here."""
 
+from typing import Any
+
 import jax
 
 from r1jax.core import sharding
@@ -7,7 +9,7 @@ from r1jax.kernels import fused_logprob, trained_logprob
 from r1jax.schema import ComputeConfig
 
 
-def settings(compute: ComputeConfig) -> dict:
+def settings(compute: ComputeConfig) -> dict[str, Any]:
     """Returns the arguments that the functions below take from config.compute."""
     return dict(implementation=compute.logprob_implementation, vocab_used=compute.vocab_used)
 
@@ -16,7 +18,7 @@ def token_logprobs(
     hidden: jax.Array,
     unembedding: jax.Array,
     targets: jax.Array,
-    temperature: jax.Array | float = 1.0,
+    temperature: jax.typing.ArrayLike = 1.0,
     chunk_tokens: int = 0,
     chunk_vocab: int = 0,
     implementation: str = "auto",
@@ -38,7 +40,7 @@ def scored_logprobs(
     unembedding: jax.Array,
     targets: jax.Array,
     mask: jax.Array,
-    temperature: jax.Array | float = 1.0,
+    temperature: jax.typing.ArrayLike = 1.0,
     chunk_tokens: int = 0,
     trained_chunk: int = 0,
     implementation: str = "auto",
@@ -53,8 +55,7 @@ def scored_logprobs(
     if trained_chunk and layout is None:
         how = trained_chunk, _kernel(implementation), vocab_used
         return trained_logprob.trained_logprobs(hidden, unembedding, targets, mask, temperature, *how)
-    how = dict(implementation=implementation, vocab_used=vocab_used)
-    return token_logprobs(hidden, unembedding, targets, temperature, chunk_tokens, **how)
+    return token_logprobs(hidden, unembedding, targets, temperature, chunk_tokens, 0, implementation, vocab_used)
 
 
 def _kernel(implementation: str) -> fused_logprob.Kernel | None:

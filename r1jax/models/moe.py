@@ -17,7 +17,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from r1jax.core import sharding
-from r1jax.core.sharding import ParamSpec, normal, zeros
+from r1jax.core.sharding import normal, param, zeros
 from r1jax.kernels.grouped_matmul import grouped_matmul
 from r1jax.models import dispatch
 from r1jax.models.layers import SwiGLU, swiglu, swiglu_specs
@@ -44,11 +44,11 @@ def moe_specs(c: ModelConfig, layers: int) -> MoE:
     init = normal(c.initializer_range)
     e, d, f = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size
     return MoE(
-        router=ParamSpec((layers, d, e), (None, None, None), init),
-        bias=ParamSpec((layers, e), (None, None), zeros, jnp.float32),
-        gate=ParamSpec((layers, e, d, f), (None, "experts", None, "ffw"), init),
-        up=ParamSpec((layers, e, d, f), (None, "experts", None, "ffw"), init),
-        down=ParamSpec((layers, e, f, d), (None, "experts", "ffw", None), init),
+        router=param((layers, d, e), (None, None, None), init),
+        bias=param((layers, e), (None, None), zeros, jnp.float32),
+        gate=param((layers, e, d, f), (None, "experts", None, "ffw"), init),
+        up=param((layers, e, d, f), (None, "experts", None, "ffw"), init),
+        down=param((layers, e, f, d), (None, "experts", "ffw", None), init),
         shared=swiglu_specs(c, f * c.n_shared_experts, layers) if c.n_shared_experts else None,
     )
 
@@ -121,7 +121,7 @@ def _permute_backward(backward_index, grad):
 _permute.defvjp(_permute_forward, _permute_backward)
 
 
-def _places(experts_N: jax.Array, first: jax.Array, count: int, block: int):
+def _places(experts_N: jax.Array, first: jax.Array | int, count: int, block: int):
     """Returns (place of each assignment [N], assignment of each place [M], sizes [count], padded sizes [count]).
 
     Assignments are sorted by local expert, with each expert's rows padded to a multiple of `block`. Assignments to
@@ -189,7 +189,7 @@ class _Axes:
     different parts of every expert's inner width.
     """
 
-    mesh: Mesh | None
+    mesh: Mesh | None  # None outside a mesh, where there are no axes
     shared: tuple[str, ...]
     copies: tuple[str, ...]
     width: tuple[str, ...]
@@ -224,6 +224,7 @@ def _gathered(x_BTD, experts_BTK, weights_BTK, gate, up, down, *, kind: str, axe
 def _dispatched(x_BTD, experts_BTK, weights_BTK, gate, up, down, *, kind: str, axes: _Axes, factor: float):
     """Returns the same as `_gathered`, sending each token only to its experts' devices; runs inside shard_map."""
     k, flat = experts_BTK.shape[-1], x_BTD.reshape(-1, x_BTD.shape[-1])
+    assert axes.mesh is not None
     n_experts = gate.shape[0] * math.prod(axes.mesh.shape[name] for name in axes.shared)
     place, assignment, counts, _ = _places(experts_BTK.reshape(-1), 0, n_experts, 1)
     rows = _permute(jnp.repeat(flat, k, axis=0), assignment, place)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from r1jax.core.sharding import ParamSpec, constrain, normal
+from r1jax.core.sharding import constrain, normal, param
 from r1jax.models import block, forms
 from r1jax.models.layers import embed, norm_spec, rms_norm
 from r1jax.schema import ModelConfig, Network
@@ -31,12 +31,13 @@ def specs(c: ModelConfig) -> MTP | None:
     depth = c.num_nextn_predict_layers
     if not depth:
         return None
-    width = c.hidden_size
+    width, layer = c.hidden_size, block.specs(c, depth, sparse=c.num_moe_layers > 0)
+    assert layer is not None
     return MTP(
         embedding_norm=norm_spec(width, depth),
         hidden_norm=norm_spec(width, depth),
-        projection=ParamSpec((depth, 2 * width, width), (None, None, "embed"), normal(c.initializer_range)),
-        block=block.specs(c, depth, sparse=c.num_moe_layers > 0),
+        projection=param((depth, 2 * width, width), (None, None, "embed"), normal(c.initializer_range)),
+        block=layer,
         final_norm=norm_spec(width, depth),
     )
 

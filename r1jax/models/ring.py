@@ -42,6 +42,7 @@ def attend(
     [B, T, ...] arrays with logical axes `source_axes`. `weights`, with axes `weight_axes`, do not travel.
     """
     mesh = sharding.current_mesh()
+    assert mesh is not None
 
     def place(arrays, axes):
         return jax.tree.map(lambda a, names: sharding.partition(names, a.shape, mesh), arrays, axes)

@@ -44,6 +44,7 @@ _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 _REMATERIALIZED = re.compile(r"Involuntary full rematerialization.*")
+Mode = Literal["fast", "full"]
 Part = tuple[tuple[int, ...], tuple[int, ...]]  # a device's part of an array, the whole array
 
 
@@ -62,7 +63,7 @@ class Plan:
 
     topology: str
     program: str
-    mode: Literal["fast", "full"]
+    mode: Mode
     mesh: Mapping[str, int]
     memory: hlo.Memory  # of one device
     available: int  # bytes of HBM of one device, 0 where unknown
@@ -126,7 +127,7 @@ def compile_program(
     topology: str,
     builder: str,
     arguments: Mapping[str, Any] | None = None,
-    mode: Literal["fast", "full"] = "fast",
+    mode: Mode = "fast",
     slices: int = 1,
     deadline_s: float = DEADLINE_S,
     keep: str | os.PathLike | None = None,
@@ -157,7 +158,7 @@ def compile_program(
         return _read(folder, f"{slices} x {topology}" if slices > 1 else topology, builder, mode)
 
 
-def _run(folder: pathlib.Path, mode: str, deadline_s: float, bundles: bool) -> None:
+def _run(folder: pathlib.Path, mode: Mode, deadline_s: float, bundles: bool) -> None:
     """Runs the compiler's process until it ends, memory is laid out (fast) or the deadline has passed."""
     environment = {
         **os.environ,
@@ -209,7 +210,7 @@ def _laid_out(folder: pathlib.Path) -> bool:
     return path.read_bytes().endswith(b"\n")
 
 
-def _read(folder: pathlib.Path, topology: str, builder: str, mode: str) -> Plan:
+def _read(folder: pathlib.Path, topology: str, builder: str, mode: Mode) -> Plan:
     """Returns the plan from the files of an ended process. Raises ValueError with its error when there is none."""
     lowered, ended = _json(folder / "lowered.json"), _json(folder / "ended.json")
     assignment = _dumped(folder, ".after_optimizations-buffer-assignment.txt")

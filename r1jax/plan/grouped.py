@@ -17,6 +17,7 @@ from r1jax.kernels.grouped_matmul import (
     BY_ROWS,
     FORWARD,
     Problem,
+    Tile,
     grouped_matmul,
     moved,
     ragged_dot_with_tile,
@@ -59,6 +60,7 @@ def figures(form: str, product: str, shape: str) -> dict:
         name = "tgmm" if form == "megablox" and size.transposed else FORMS[form]
         (kernel,) = bundles.kernels(folder, [name]).values()
         tile = _tile(Path(folder)) if form == "ragged_dot" else tile_for(size, KIND)
+    assert tile is not None  # the problems here are all large enough for one
     worst = max(kernel.regions, key=lambda region: region.bundles)
     memory, products = seconds(size, tile, KIND)
     return {
@@ -72,10 +74,11 @@ def figures(form: str, product: str, shape: str) -> dict:
     }
 
 
-def _tile(folder: Path) -> tuple[int, ...]:
+def _tile(folder: Path) -> Tile:
     """Returns the tile that the compiler chose."""
     text = "".join(path.read_text() for path in (folder / "dump").glob("*.after_codegen.txt"))
-    return tuple(map(int, re.search(r'ragged_dot_tiling="([\d,]+)"', text)[1].split(",")))
+    rows, inner, outer = map(int, re.findall(r'ragged_dot_tiling="([\d,]+)"', text)[0].split(","))
+    return rows, inner, outer
 
 
 def _arrays(devices: list):

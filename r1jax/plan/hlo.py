@@ -55,7 +55,7 @@ class Shape:
         if self.dtype in _BITS:
             bits = _BITS[self.dtype]
         else:
-            bits = int(re.match(r"[a-z]+(\d+)", self.dtype).group(1))
+            bits = int(re.findall(r"[a-z]+(\d+)", self.dtype)[0])
         return math.prod(self.dims) * bits // 8
 
     def __str__(self) -> str:
@@ -104,7 +104,7 @@ def _numbers(csv: str) -> list[int]:
 
 def _iota_groups(text: str) -> np.ndarray:
     """Returns the groups of `[groups,size]<=[dims]T(permutation)`."""
-    shape, dims, order = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    ((shape, dims, order),) = re.findall(r"^\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     ids = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
     ids = ids.transpose(_numbers(order)) if order else ids
     return ids.reshape(_numbers(shape)[0], -1)
@@ -116,7 +116,7 @@ def _mesh_groups(text: str) -> np.ndarray:
     `device_ids=([4,2]T(1,0))` before the axes gives the devices in another order than 0, 1, 2, ... A part of an axis is
     written `'y':(before)size`: it is the middle factor of an axis of size before * size * after.
     """
-    declared, used = re.match(r"mesh\[(.*?)\](.*)$", text, re.S).groups()
+    ((declared, used),) = re.findall(r"^mesh\[(.*?)\](.*)$", text, re.S)
     sizes = {name: int(size) for name, size in re.findall(r"'?([\w.\-]+)'?=(\d+)", declared)}
     count = math.prod(sizes.values())
     ids = np.arange(count)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 

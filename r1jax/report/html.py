@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -331,7 +332,7 @@ def _tasks(counts: object) -> Iterator[str]:
                 yield from _tasks(value)
 
 
-def _count_rows(counts: object, path: tuple[str, ...], tasks: set[str]) -> Iterator[tuple[str, dict, object]]:
+def _count_rows(counts: object, path: tuple[str, ...], tasks: set[str]) -> Iterator[tuple[str, dict, Any]]:
     """Yields (name of a filter, {task: count}, count of all) of nested counts, in their order.
 
     `NAME_by_task` holds the counts by task of the row NAME. A mapping whose names are tasks is the row of its path; any
@@ -355,7 +356,7 @@ def _count_rows(counts: object, path: tuple[str, ...], tasks: set[str]) -> Itera
             yield from _count_rows(value, (*path, label), tasks)
 
 
-def _count(value: object) -> str:
+def _count(value: float | None) -> str:
     return number(value, 0 if isinstance(value, int) or float(value or 0).is_integer() else 2)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from r1jax.data.tasks import LEXICON
 from r1jax.rewards import plugins
@@ -39,10 +39,10 @@ _PROBE = "<answer>\\boxed{1}</answer>"  # any answer, so that the comparison run
 
 def graders(config: RewardConfig) -> Mapping[str, str]:
     """Returns {task: target} of the built-in graders and those of config.graders, which come first."""
-    return GRADERS | plugins.parse(config.graders)
+    return {**GRADERS, **plugins.parse(config.graders)}
 
 
-def check(config: RewardConfig, tasks: Sequence[str] = ()) -> None:
+def check(config: RewardConfig, tasks: Iterable[str] = ()) -> None:
     """Raises ValueError when a grader of config.graders cannot be used, or nothing grades one of `tasks`."""
     plugins.check(config.graders, GRADERS, config.override_graders)
     known = graders(config)

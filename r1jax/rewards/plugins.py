@@ -73,6 +73,8 @@ def _module_of_file(path: Path) -> ModuleType:
         raise ImportError(f"there is no file {path}")
     name = f"r1jax_grader_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

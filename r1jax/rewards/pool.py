@@ -163,7 +163,7 @@ class RewardPool:
                 probe = found.get(probes.get(key))
                 grading.scores[place] = self._verdict(found[key], probe, grading.requests[place])
         self._keep({key: score for key, score in found.items() if isinstance(score, Score)})
-        return [score for grading in gradings for score in grading.scores]
+        return [score for grading in gradings for score in grading.scores if score is not None]  # none is now
 
     def _settle(self, wanted: Mapping[bytes, RewardRequest]) -> tuple[dict[bytes, Outcome], dict[bytes, bytes]]:
         """Returns what was found of contents by the batch deadline, and the keys of the probes of those that were not decided."""
@@ -225,12 +225,12 @@ class RewardPool:
             job.attempts += 1
             job.future = self._submit(job.request, job.limit_s)
         else:
-            job.limit_s = min(self._config.deadline_s, LONGER * job.limit_s or SECOND_TURN_S)
+            job.limit_s = min(self._config.deadline_s, LONGER * (job.limit_s or 0.0) or SECOND_TURN_S)
             job.later = job.waits = True
 
     def _resume(self, jobs: Sequence[_Job]) -> None:
         """Gives the workers what waits when they run out of other jobs, the shortest turn first."""
-        waiting = sorted((job for job in jobs if job.waits), key=lambda job: job.limit_s)
+        waiting = sorted((job for job in jobs if job.waits), key=lambda job: job.limit_s or 0.0)
         given = sum(not (job.waits or job.future.done()) for job in jobs)
         for job in waiting[: max(0, AHEAD * max(1, self._config.workers) - given)]:
             job.waits, job.future = False, self._submit(job.request, job.limit_s)
@@ -239,11 +239,11 @@ class RewardPool:
         timeout_s = self._config.deadline_s
         if limit_s is not None:
             timeout_s = min(timeout_s, BUSY * (limit_s or max(worker.FIRST_TURN_S))) + KILL_AFTER_S
-        task = dict(args=(self._score_function, request, self._config, limit_s), timeout=timeout_s)
+        arguments = self._score_function, request, self._config, limit_s
         try:
-            return self._running_pool().schedule(worker.grade, **task)
+            return self._running_pool().schedule(worker.grade, arguments, timeout=timeout_s)
         except RuntimeError:  # it broke down since it was looked at
-            return self._running_pool().schedule(worker.grade, **task)
+            return self._running_pool().schedule(worker.grade, arguments, timeout=timeout_s)
 
     def _running_pool(self) -> ProcessPool:
         if self._pool is not None and not self._pool.active:

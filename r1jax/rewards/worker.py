@@ -7,9 +7,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from multiprocessing import forkserver
 from types import FrameType
+from typing import Any
 
 from r1jax.core import errors
 from r1jax.rewards.answers import math_answer
@@ -27,7 +28,7 @@ _main_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _main_module_hidden() -> Iterator[None]:
+def _main_module_hidden() -> Generator[None]:
     """Keeps a new worker from importing the user's __main__ (slow, may import jax, needs a guard): it uses nothing of it."""
     main = sys.modules["__main__"]
     with _main_lock:
@@ -53,7 +54,7 @@ class WorkerContext(multiprocessing.context.ForkServerContext):
         self.started = 0  # worker processes until now
         self.set_forkserver_preload(["r1jax.rewards.pool", "r1jax.rewards.warm"])
 
-    def Process(self, *arguments, **more) -> _WorkerProcess:
+    def Process(self, *arguments, **more) -> _WorkerProcess:  # ty: ignore[incompatible-attribute-override] a class there
         self.started += 1
         return _WorkerProcess(*arguments, **more)
 
@@ -77,8 +78,9 @@ def _end_with_trainer() -> None:
     The fork server ends when nobody holds its alive pipe, and a worker inherits one end: closing it leaves the trainer's.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        os.close(forkserver._forkserver._forkserver_alive_fd)
-        forkserver._forkserver._forkserver_alive_fd = None
+        server: Any = forkserver._forkserver
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, Linux
 
 

@@ -53,6 +53,7 @@ def assemble(config: RunSettings, inputs: RunInputs, objective: Objective | None
 
 def _source_ahead(run: RunState, sampling: Sampling, journal: Journal) -> SourceAhead:
     """Returns the source whose sampler lies on devices that the trainer does not use."""
+    assert sampling.inputs.sampler_mesh is not None
     shared = set(run.mesh.devices.flat) & set(sampling.inputs.sampler_mesh.devices.flat)
     if shared:
         raise ValueError(f"disaggregated: {len(shared)} devices are in config.mesh and in config.sampler_mesh")

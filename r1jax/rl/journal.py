@@ -5,6 +5,7 @@ Deadlines and dropped samples are decisions of one moment; with the journal a re
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class Journal:
     def _store(self, start: int, rollout: Rollout) -> None:
         samples = rollout.samples
         lengths = np.asarray([(len(s.prompt_ids), len(s.token_ids)) for s in samples], np.int32)
-        fields = dict(
+        fields: dict[str, Any] = dict(
             parts=rollout.parts,
             part_names=np.asarray(PART_NAMES),
             scorable=rollout.scorable,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.core import sharding
+from r1jax.core import private_jax, sharding
 from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PREFIXES
 from r1jax.models import decoder, logprobs
@@ -51,7 +51,9 @@ class Scorer:
                 micro = jax.tree.map(lambda x: x[index], batch)
                 hidden, _, _ = decoder.forward(
                     params,
-                    *(micro[name] for name in ("tokens", "positions", "segments")),
+                    micro["tokens"],
+                    micro["positions"],
+                    micro["segments"],
                     network,
                     experts=replayed_experts(micro),
                     prefixes=micro.get(PREFIXES),
@@ -75,4 +77,4 @@ class Scorer:
 
     @property
     def compilations(self) -> int:
-        return self._score._cache_size()
+        return private_jax.compilations(self._score)

@@ -28,10 +28,10 @@ K1_WARNING = (
 class LossArguments:
     """What may change between rollouts without compiling again; float32 scalars."""
 
-    clip_ratio: jax.Array  # epsilon, of the lower bound; may exceed 1
-    clip_ratio_high: jax.Array  # epsilon of the upper bound
-    kl_coef: jax.Array  # beta
-    temperature: jax.Array  # log-probs are of logits / temperature
+    clip_ratio: jax.Array | np.float32  # epsilon, of the lower bound; may exceed 1
+    clip_ratio_high: jax.Array | np.float32  # epsilon of the upper bound
+    kl_coef: jax.Array | np.float32  # beta
+    temperature: jax.Array | np.float32  # log-probs are of logits / temperature
 
 
 def arguments(config: GRPOConfig, kl_coef: float, temperature: float) -> LossArguments:
@@ -86,6 +86,7 @@ def kl_divergence(
     held = jnp.minimum(difference, clamp) if clamp else difference
     k3 = jnp.expm1(held) - held
     if estimator == "k3_weighted":
+        assert ratio is not None
         return ratio * k3
     if estimator == "k3_straight_through":
         k2 = jnp.square(difference) / 2
@@ -252,7 +253,7 @@ TOKEN_MEANS = (  # statistics to divide by `tokens`
 
 
 def token_weights(
-    lengths: Sequence[int], config: GRPOConfig, max_new_tokens: int, counted: Sequence[bool] | None = None
+    lengths: Sequence[int] | np.ndarray, config: GRPOConfig, max_new_tokens: int, counted: Sequence[bool] | None = None
 ) -> np.ndarray:
     """Returns the weight of every response token of each sample in a mini-batch, float32 [N].
 
@@ -296,16 +297,21 @@ def make_loss(network: Network, config: GRPOConfig, chunk_tokens: int = 0, train
         experts = replayed_experts(micro)
         hidden, _, auxiliary = decoder.forward(
             params,
-            *(micro[name] for name in ("tokens", "positions", "segments")),
+            micro["tokens"],
+            micro["positions"],
+            micro["segments"],
             network,
             experts=experts,
             prefixes=micro.get(PREFIXES),
         )
         matrix, mask = decoder.unembedding(params), micro["loss_mask"]
-        how = dict(chunk_tokens=chunk_tokens, trained_chunk=trained_chunk, **logprobs.settings(network.compute))
-        logp, entropy = logprobs.scored_logprobs(hidden, matrix, micro["targets"], mask, given.temperature, **how)
+        how = logprobs.settings(network.compute)
+        logp, entropy = logprobs.scored_logprobs(
+            hidden, matrix, micro["targets"], mask, given.temperature, chunk_tokens, trained_chunk, **how
+        )
         total, stats = policy_loss(logp, entropy, micro, given, config)
         if experts is not None:
+            assert auxiliary.differs is not None
             stats["routing_disagreement"] = jnp.sum(mask * jnp.mean(auxiliary.differs, axis=0))
         stats["packed_tokens"] = jnp.sum(micro["segments"] > 0).astype(jnp.float32)  # prompts included
         weights = micro["loss_mask"] * micro["weight"]

@@ -23,6 +23,7 @@ def blank_arrays(config: RunSettings, fields: tuple[str, ...]) -> dict[str, np.n
     """Returns the arrays of a batch without tokens, in the shapes of every batch."""
     pack = config.pack
     shape = (micro_batches(config), pack.rows_per_micro_batch, pack.row_tokens)
+    arrays: dict[str, np.ndarray]
     arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segments")}
     arrays |= {name: np.zeros(shape, np.float32) for name in ("loss_mask", *fields)}
     if config.grpo.routing_replay:
@@ -42,7 +43,8 @@ def with_values(run: RunState, objective: Objective, recorder: Recorder, rollout
     if set(scorers) <= set(rollout.values):
         return rollout
     longest = schedules.max_new_tokens(run.config.sampler, start)
-    blank = Advantages(*np.zeros((2, len(rollout)), np.float32), *np.ones((3, len(rollout)), bool))
+    nothing, every = np.zeros(len(rollout), np.float32), np.ones(len(rollout), bool)
+    blank = Advantages(nothing, nothing, every, every, every)
     values = {name: [np.empty(0)] * len(rollout) for name in scorers}
     for chosen in mini_batches(rollout, start, run.config):
         packed = pack_mini_batch(rollout, chosen, blank, run.config, longest)
@@ -69,7 +71,8 @@ def batches(
         following = worker.submit(pack, 0)
         for number in range(len(chosen)):
             packed, last = following.result(), number + 1 == len(chosen)
-            following = None if last else worker.submit(pack, number + 1)
+            if not last:
+                following = worker.submit(pack, number + 1)
             yield _scored(run, objective, recorder, packed, last)
 
 

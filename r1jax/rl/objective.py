@@ -75,7 +75,10 @@ class GroupObjective(Objective):
 
     def __init__(self, config: RunSettings):
         self.config, self.fields = config, losses.fields(config.grpo)
-        self.loss = losses.make_loss(config.network, config.grpo, trained_chunk=config.pack.trained_chunk)
+        self._loss = losses.make_loss(config.network, config.grpo, trained_chunk=config.pack.trained_chunk)
+
+    def loss(self, params: decoder.Params, micro: dict[str, jax.Array], arguments: Any):
+        return self._loss(params, micro, arguments)
 
     def advantages(self, rollout: Rollout, start: int) -> Advantages:
         """Returns advantages over whole groups, so before samples are split into mini-batches."""

@@ -51,7 +51,7 @@ def whitened(advantages: Sequence[np.ndarray], trained: np.ndarray) -> list[np.n
 class ValueArguments:
     """What may change without compiling again; float32 scalars."""
 
-    value_clip: jax.Array
+    value_clip: jax.Array | np.float32
 
 
 def value_loss(values, old_values, returns, value_clip) -> jax.Array:
@@ -84,11 +84,7 @@ class CriticObjective(Objective):
 
     def __init__(self, config: RunSettings, inputs: RunInputs):
         self.config, self.policy = config, GroupObjective(config)
-        self.fields, self.loss, self.arguments = (
-            (*self.policy.fields, *CRITIC_FIELDS),
-            self.policy.loss,
-            self.policy.arguments,
-        )
+        self.fields = (*self.policy.fields, *CRITIC_FIELDS)
         network = replace(config.network, scalar_head=True)
         rate = config.ppo.critic_learning_rate or config.optimizer.learning_rate
         optimizer = replace(config.optimizer, learning_rate=rate)
@@ -96,7 +92,7 @@ class CriticObjective(Objective):
         head = np.zeros(
             network.model.hidden_size, np.float32
         )  # a critic that begins with the policy's weights and says 0
-        self.critic_state = self.critic.init(inputs.params.replace(scalar_head=head))
+        self.critic_state = self.critic.init(dataclasses.replace(inputs.params, scalar_head=head))
         self.value_scorer = Scorer(network, inputs.mesh, read=logprobs.values)
         self._copy = tree.copier(network.compute.compute_dtype, self.critic.param_shardings)
         self._value_arguments = ValueArguments(np.float32(config.ppo.value_clip or np.inf))
@@ -114,6 +110,12 @@ class CriticObjective(Objective):
             returns.append((advantages[-1] + values).astype(np.float32))
         white = whitened(advantages, grouped.trained)
         return dataclasses.replace(grouped, advantages=white, values={"return": returns})
+
+    def loss(self, params: decoder.Params, micro: dict[str, jax.Array], arguments: Any):
+        return self.policy.loss(params, micro, arguments)
+
+    def arguments(self, start: int) -> Any:
+        return self.policy.arguments(start)
 
     def update(self, run: RunState, batch: Batch, start: int) -> dict[str, float]:
         """Makes one update of the policy and one of the critic and returns the statistics of both."""

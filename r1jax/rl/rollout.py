@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -140,8 +141,17 @@ class Grader:
         return _everywhere(mine, found, len(samples), self._pool)
 
 
+class Graders(Protocol):
+    """What scores responses: a pool of graders (rewards.pool.RewardPool), or a judge in place of one."""
+
+    @property
+    def batch_deadline_s(self) -> float: ...
+
+    def score(self, requests: Sequence[RewardRequest]) -> list[Score]: ...
+
+
 def grade(
-    samples: Sequence[RolloutSample], prompts: Sequence[EncodedPrompt], texts: Sequence[str], pool: RewardPool
+    samples: Sequence[RolloutSample], prompts: Sequence[EncodedPrompt], texts: Sequence[str], pool: Graders
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (parts float32 [N, P] in the order of PART_NAMES, scorable bool [N]) of samples and their prompts.
 
@@ -167,7 +177,7 @@ def _request(sample: RolloutSample, text: str, prompt: EncodedPrompt) -> RewardR
     )
 
 
-def _everywhere(mine: list[int], scores: list[Score], total: int, pool: RewardPool) -> tuple[np.ndarray, np.ndarray]:
+def _everywhere(mine: list[int], scores: list[Score], total: int, pool: Graders) -> tuple[np.ndarray, np.ndarray]:
     """Returns (parts, scorable) of all samples, this process having scored those with the numbers `mine`."""
     parts = np.asarray([[score.parts.get(name, 0.0) for name in PART_NAMES] for score in scores], np.float32)
     parts = parts.reshape(len(scores), len(PART_NAMES))

@@ -31,6 +31,7 @@ class Sampling:
         self.pool = RewardPool(self.config.reward)
 
     def close(self) -> None:
+        assert self.pool is not None
         self.pool.close()
 
     def warm_up(self, weights: decoder.Params, programs: ProgramSet) -> None:
@@ -64,6 +65,7 @@ class Sampling:
     def sample_and_grade(self, numbers: range, start: int, weights: decoder.Params, version: int) -> Rollout:
         """Returns the scored samples of the prompts with these numbers."""
         config, recorder = self.config, self.recorder
+        assert self.pool is not None
         prompts = [self.inputs.prompts.prompt(number, start) for number in numbers]
         by_number = dict(zip(numbers, prompts, strict=True))
         grader, grading = rollouts.Grader(by_number, self.pool, self.inputs.tokenizer.decode_batch), Timer()

@@ -25,7 +25,7 @@ VERIFIED = ("reasoning_accuracy", "rule")  # what can be verified: of the reason
 def with_model_rewards(
     parts: np.ndarray,
     samples: Sequence[RolloutSample],
-    decode: Callable[[list[Sequence[int]]], list[str]],
+    decode: Callable[[list], list[str]],
     prompts: Mapping[int, EncodedPrompt],
     models: Mapping[str, RewardModel],
 ) -> np.ndarray:

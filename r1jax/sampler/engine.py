@@ -6,6 +6,7 @@ on although they share its prefill. Random draws are keyed by the slot's key and
 depend on slot, batch, steps per dispatch or order.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
-from r1jax.core import rng, sharding, tree
+from r1jax.core import private_jax, rng, sharding, tree
 from r1jax.core.sharding import use_mesh
 from r1jax.models import decoder
 from r1jax.models.cache import Cache, CacheSpec
@@ -120,7 +121,9 @@ def _step(params, state: DecodeState, network: Network, window: int):
     logits = decoder.logits(params, hidden[:, 0], network.compute.vocab_used)
     logits = jnp.where(active[:, None], logits, state.logits)
     experts = None if auxiliary.experts is None else auxiliary.experts[:, :, 0].swapaxes(0, 1).astype(jnp.int16)
-    state = state.replace(cache=cache, logits=logits, length=state.length + active, generated=generated, status=status)
+    state = dataclasses.replace(
+        state, cache=cache, logits=logits, length=state.length + active, generated=generated, status=status
+    )
     return state, StepOutput(token, active, logp, behaviour, status, experts)
 
 
@@ -166,9 +169,11 @@ def _prefill(params, tokens, length, network: Network, dtype, existing: Prefix |
     hidden, cache, auxiliary = decoder.forward(
         params, tokens[None], before + index, (index < length).astype(jnp.int32), network, cache
     )
+    assert cache is not None
     last = jax.lax.dynamic_index_in_dim(hidden[0], length - 1, keepdims=False)
     experts = None if auxiliary.experts is None else auxiliary.experts.transpose(1, 2, 0, 3).astype(jnp.int16)
     if experts is not None and existing is not None:
+        assert existing.experts is not None
         experts = jnp.concatenate([existing.experts, experts], axis=1)
     return Prefix(cache, decoder.logits(params, last, network.compute.vocab_used), before + length, experts)
 
@@ -197,7 +202,7 @@ def _insert(prefix: Prefix, state: DecodeState, slots: jax.Array, slot_params: S
     )
 
 
-class Engine(jetstream.Engine):
+class Engine(jetstream.Engine):  # ty: ignore[unsupported-base] JetStream's or, without it, our own base
     """A JetStream engine over a decoder on a mesh. Weights are arguments of every call, never state."""
 
     def __init__(
@@ -263,7 +268,7 @@ class Engine(jetstream.Engine):
         self._insert = jax.jit(insert, donate_argnums=1, out_shardings=state)
         self._init = jax.jit(self._empty_state, out_shardings=state)
         self._release = jax.jit(
-            lambda state, slots: state.replace(status=state.status.at[slots].set(STOPPED, mode="drop")),
+            lambda state, slots: dataclasses.replace(state, status=state.status.at[slots].set(STOPPED, mode="drop")),
             donate_argnums=0,
             out_shardings=state,
         )
@@ -315,10 +320,10 @@ class Engine(jetstream.Engine):
     def compilations(self) -> dict[str, int]:
         """Returns how many programs each operation has compiled."""
         return {
-            "place": self._place._cache_size(),
-            "prefill": self._prefill._cache_size(),
-            "insert": self._insert._cache_size(),
-            "decode": self._decode._cache_size(),
+            "place": private_jax.compilations(self._place),
+            "prefill": private_jax.compilations(self._prefill),
+            "insert": private_jax.compilations(self._insert),
+            "decode": private_jax.compilations(self._decode),
         }
 
     # JetStream's Engine API

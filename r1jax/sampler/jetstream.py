@@ -12,10 +12,10 @@ import importlib.util
 import logging
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -36,25 +36,25 @@ class _AbsentTokenizer:
 
 def _placeholders() -> dict[str, ModuleType]:
     """Returns placeholders, by name, for modules that JetStream imports: seqio, and tiktoken if not installed."""
-    modules: dict[str, ModuleType] = {}
+    modules: dict[str, Any] = {}
     if "seqio" not in sys.modules:
-        vocabularies = ModuleType("seqio.vocabularies")
+        vocabularies: Any = ModuleType("seqio.vocabularies")
         vocabularies.Vocabulary = type("Vocabulary", (_AbsentTokenizer,), {})
         vocabularies.SentencePieceVocabulary = type("SentencePieceVocabulary", (_AbsentTokenizer,), {})
-        modules["seqio"] = ModuleType("seqio")
-        modules["seqio"].vocabularies = vocabularies
+        seqio: Any = ModuleType("seqio")
+        modules["seqio"], seqio.vocabularies = seqio, vocabularies
         modules["seqio.vocabularies"] = vocabularies
     if "tiktoken" not in sys.modules and importlib.util.find_spec("tiktoken") is None:
-        load = ModuleType("tiktoken.load")
+        load: Any = ModuleType("tiktoken.load")
         load.load_tiktoken_bpe = _AbsentTokenizer
-        modules["tiktoken"] = ModuleType("tiktoken")
-        modules["tiktoken"].load = load
+        tiktoken: Any = ModuleType("tiktoken")
+        modules["tiktoken"], tiktoken.load = tiktoken, load
         modules["tiktoken.load"] = load
     return modules
 
 
 @contextlib.contextmanager
-def _clean_import() -> Iterator[None]:
+def _clean_import() -> Generator[None]:
     """Keeps the placeholders in sys.modules, and restores the root logger afterwards (JetStream sets it to DEBUG)."""
     modules = _placeholders()
     root = logging.getLogger()
@@ -78,12 +78,17 @@ except Exception as error:  # absent, or broken by another package's version: th
     AVAILABLE, _REASON = False, f"{type(error).__name__}: {error}"
 
 
+if TYPE_CHECKING:
+    from jetstream.core.orchestrator import Driver
+else:
+    Driver = object  # the real one is imported when a driver is made: see `orchestrator`
+
 if AVAILABLE:
     Engine = engine_api.Engine
     ResultTokens = engine_api.ResultTokens
     SlotData = engine_api.SlotData
     Tokenizer = tokenizer_api.Tokenizer
-    TokenizerParameters = tokenizer_pb2.TokenizerParameters
+    TokenizerParameters = tokenizer_pb2.TokenizerParameters  # ty: ignore[missing-attribute] protobuf makes it
 else:
 
     class Engine:
@@ -116,12 +121,12 @@ else:
 
         def convert_to_numpy(self) -> "ResultTokens":
             """Returns the same result with `data` in host memory; waits for the device."""
-            return self.replace(data=np.array(self.data))
+            return replace(self, data=np.array(self.data))
 
         def get_result_at_slot(self, slot: int) -> SlotData:
             """Returns the rows of `slot`."""
             rows = self.data[slot * self.samples_per_slot : (slot + 1) * self.samples_per_slot]
-            return SlotData(
+            return SlotData(  # ty: ignore[invalid-explicit-return] the one above
                 tokens=rows[:, slice(*self.tokens_idx)],
                 valid=rows[:, slice(*self.valid_idx)],
                 lengths=rows[:, self.length_idx[0]],
@@ -129,6 +134,9 @@ else:
 
     class Tokenizer:
         """Base of r1jax's tokenizers where JetStream, which has an abstract class here, is not installed."""
+
+        eos_id: int
+        pad_id: int
 
         @property
         def stop_tokens(self) -> set[int]:
@@ -163,7 +171,7 @@ def _keep_prefix(prefix: Any) -> None:
     """Replaces delete_pytree and deletes nothing: a prefix may be shared by several slots."""
 
 
-def _import_core(name: str) -> ModuleType:
+def _import_core(name: str) -> Any:
     """Returns jetstream.core.<name>. Raises ValueError, in one line, where something is missing."""
     if not AVAILABLE:
         raise ValueError(notice())
@@ -173,7 +181,7 @@ def _import_core(name: str) -> ModuleType:
         )
     try:
         with _clean_import():
-            module = importlib.import_module(f"jetstream.core.{name}")
+            module: Any = importlib.import_module(f"jetstream.core.{name}")
     except ImportError as error:
         raise ValueError(f"serving: jetstream.core.{name} cannot be imported ({error}); {LIGHT_INSTALL}") from error
     module.logging = logging.getLogger(f"jetstream.{name}")  # its logging.info() would configure the root logger
@@ -181,7 +189,7 @@ def _import_core(name: str) -> ModuleType:
 
 
 @functools.cache
-def orchestrator() -> ModuleType:
+def orchestrator() -> Any:
     """Returns jetstream.core.orchestrator with the replacements `_DaemonThread` and `_keep_prefix`.
 
     Raises ValueError where JetStream, or a package that its Driver needs, is not installed.
@@ -193,7 +201,7 @@ def orchestrator() -> ModuleType:
 
 
 @functools.cache
-def server_lib() -> ModuleType:
+def server_lib() -> Any:
     """Returns jetstream.core.server_lib, bound to the loopback address because its server has no authentication.
 
     Raises ValueError where JetStream, or a package that its server needs, is not installed.

@@ -205,7 +205,7 @@ class RolloutSampler:
         """Returns the output on the host. Raises TimeoutError when the device does not finish before the deadline."""
         started = time.monotonic()
         pause = 1e-4
-        while not out.status.is_ready():
+        while not out.status.is_ready():  # ty: ignore[missing-attribute] JAX's stub lacks it
             if self._stalled(time.monotonic() - started):
                 ids = sorted({r.group.request.request_id for r in running.values()})[:8]
                 raise TimeoutError(f"decode made no progress for {self.deadline_s:.0f} s; requests in flight: {ids}")
@@ -226,11 +226,11 @@ class RolloutSampler:
                 count, sample.stopped = kept, True
             emitted += count
             sample.emitted += count
-            sample.tokens.append(out.tokens[slot][:count])
-            sample.logps.append(out.logp[slot][:count])
-            sample.behaviour.append(out.behaviour_logp[slot][:count])
+            sample.tokens.append(np.asarray(out.tokens[slot][:count]))
+            sample.logps.append(np.asarray(out.logp[slot][:count]))
+            sample.behaviour.append(np.asarray(out.behaviour_logp[slot][:count]))
             if out.experts is not None:
-                sample.experts.append(out.experts[slot][:count])
+                sample.experts.append(np.asarray(out.experts[slot][:count]))
             if sample.stopped or out.status[slot] != RUNNING:
                 finished.append(slot)
         if not emitted:

@@ -39,7 +39,7 @@ def prefill_buckets(engine: Any) -> tuple[int, ...]:
     return tuple(sorted({length for length in named if length < longest} | {longest}))
 
 
-class DriverTokenizer(jetstream.Tokenizer):
+class DriverTokenizer(jetstream.Tokenizer):  # ty: ignore[unsupported-base] JetStream's or, without it, our own base
     """Wraps a tokenizer with encode_prompt(text), decode(ids), eos_id and pad_id in JetStream's interface.
 
     A text is encoded as the trainer encodes a prompt, so `bos_id` is None and JetStream adds no bos. Decoding ends at
@@ -213,7 +213,7 @@ def _stop_all() -> None:
         driver.stop()
 
 
-class SafeDriverMethods:
+class SafeDriverMethods(jetstream.Driver):
     """The changes that `SafeDriver` makes to JetStream 0.2.2's Driver.
 
     * An exception in a thread reaches every open request; the process continues.
@@ -230,7 +230,7 @@ class SafeDriverMethods:
         self._open: set[_Channel] = set()
         self._closed: Exception | None = None
         self._buckets = prefill_buckets(engine)
-        self._engine = _LatestParams(engine, params)
+        self._engine: Any = _LatestParams(engine, params)
         self._tokenizer = self._engine.build_tokenizer(engine.get_tokenizer())
         super().__init__(
             prefill_engines=[self._engine],
@@ -309,7 +309,7 @@ class SafeDriverMethods:
     def stop(self, deadline_s: float = 60.0) -> None:
         """Fails the open requests and ends the threads. Raises TimeoutError for threads that outlast `deadline_s`."""
         self._close(RuntimeError("serving: the driver was stopped"))
-        queues = [
+        queues: list[Any] = [
             self._prefill_backlog,
             *self._transfer_backlogs,
             *self._generate_backlogs.values(),

@@ -1,5 +1,6 @@
 """A decoder split after some of its blocks: the lower part's outputs are computed once, the upper part is trained."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -38,15 +39,15 @@ def cut(params: decoder.Params, model: ModelConfig, blocks: int) -> tuple[decode
     parts = [(params.dense, dense), (params.sparse, blocks - dense)]
     lower, upper = zip(*(_cut_stack(stack, place) for stack, place in parts), strict=True)
     return (
-        params.replace(dense=lower[0], sparse=lower[1], scalar_head=None),
-        params.replace(dense=upper[0], sparse=upper[1], embedding=params.embedding[:1]),
+        dataclasses.replace(params, dense=lower[0], sparse=lower[1], scalar_head=None),
+        dataclasses.replace(params, dense=upper[0], sparse=upper[1], embedding=params.embedding[:1]),
     )
 
 
 def join(lower: decoder.Params, upper: decoder.Params) -> decoder.Params:
     """Returns the two parts as one decoder again."""
     dense, sparse = (_join_stacks(getattr(lower, name), getattr(upper, name)) for name in ("dense", "sparse"))
-    return upper.replace(embedding=lower.embedding, dense=dense, sparse=sparse)
+    return dataclasses.replace(upper, embedding=lower.embedding, dense=dense, sparse=sparse)
 
 
 def _cut_stack(stack, place: int):

@@ -31,8 +31,8 @@ def _store_moments(inner: optax.GradientTransformation, dtype) -> optax.Gradient
     def init(params):
         return tree.cast(inner.init(params), dtype)
 
-    def update(grads, state, params=None):
-        updates, state = inner.update(grads, tree.cast(state, jnp.float32), params)
+    def update(updates, state, params=None):
+        updates, state = inner.update(updates, tree.cast(state, jnp.float32), params)
         return updates, tree.cast(state, dtype)
 
     return optax.GradientTransformation(init, update)
@@ -80,18 +80,21 @@ def _scale_by_muon(momentum: float, update_rms: float, dtype) -> optax.GradientT
     init = optax.contrib.scale_by_muon(_NEWTON_SCHULZ, beta=momentum, mu_dtype=dtype).init
 
     def one(path, grad, mu, state):
-        inputs, outputs = matrix_axes(path)
-        axes = optax.contrib.MuonDimensionNumbers(inputs, outputs)
-        muon = optax.contrib.scale_by_muon(_NEWTON_SCHULZ, beta=momentum, mu_dtype=dtype, weight_dimension_numbers=axes)
-        after = optax.contrib.MuonState(None, 0, None)
+        inputs_outputs = matrix_axes(path)
+        assert inputs_outputs is not None  # the other leaves go to AdamW
+        axes = optax.contrib.MuonDimensionNumbers(*inputs_outputs)
+        muon: Any = optax.contrib.scale_by_muon(
+            _NEWTON_SCHULZ, beta=momentum, mu_dtype=dtype, weight_dimension_numbers=axes
+        )
+        after = optax.contrib.MuonState(None, 0, None)  # ty: ignore[invalid-argument-type] axes in place of values
         step = jax.vmap(lambda g, m: muon.update(g, state._replace(mu=m)), out_axes=(0, after))
         update, state = step(grad, mu)
-        size = max(math.prod(grad.shape[axis] for axis in axes) for axes in (inputs, outputs))
+        size = max(math.prod(grad.shape[axis] for axis in axes) for axes in inputs_outputs)
         return update * (update_rms * math.sqrt(size)), state
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
-        pairs = jax.tree_util.tree_map_with_path(lambda path, g, m: one(path, g, m, state), grads, state.mu)
+        pairs = jax.tree_util.tree_map_with_path(lambda path, g, m: one(path, g, m, state), updates, state.mu)
         is_pair = lambda node: type(node) is tuple  # noqa: E731
         updates = jax.tree.map(lambda pair: pair[0], pairs, is_leaf=is_pair)
         mu = jax.tree.map(lambda pair: pair[1].mu, pairs, is_leaf=is_pair)

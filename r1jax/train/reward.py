@@ -34,8 +34,8 @@ class Unit:
 class LossArguments:
     """Weights of the loss's terms, float32 scalars; all terms of a kind weigh the same."""
 
-    per_unit: jax.Array  # 1 / pairs or labelled responses of the update
-    per_token: jax.Array  # 1 / tokens of the update, for the balance loss
+    per_unit: jax.Array | np.float32  # 1 / pairs or labelled responses of the update
+    per_token: jax.Array | np.float32  # 1 / tokens of the update, for the balance loss
 
 
 def pairwise(margins: jax.Array) -> jax.Array:

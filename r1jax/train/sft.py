@@ -22,8 +22,8 @@ def make_loss(network: Network, trained_chunk: int = 0) -> step.Loss:
     def loss(params: decoder.Params, micro: dict[str, jax.Array], inverse_tokens: jax.Array):
         hidden, _, auxiliary = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], network)
         matrix, mask = decoder.unembedding(params), micro["loss_mask"]
-        how = dict(trained_chunk=trained_chunk, **logprobs.settings(network.compute))
-        logp, _ = logprobs.scored_logprobs(hidden, matrix, micro["targets"], mask, **how)
+        how = logprobs.settings(network.compute)
+        logp, _ = logprobs.scored_logprobs(hidden, matrix, micro["targets"], mask, trained_chunk=trained_chunk, **how)
         weights = micro["loss_mask"] * inverse_tokens
         extra, stats = step.auxiliary_loss(params, hidden, auxiliary, micro, weights, network)
         return extra - jnp.sum(logp * micro["loss_mask"]) * inverse_tokens, stats
@@ -31,7 +31,7 @@ def make_loss(network: Network, trained_chunk: int = 0) -> step.Loss:
     return loss
 
 
-def example(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> PackItem:
+def example(prompt_ids: Sequence[int] | np.ndarray, response_ids: Sequence[int] | np.ndarray) -> PackItem:
     """Returns one training example of which only the response tokens are trained."""
     tokens = np.asarray([*prompt_ids, *response_ids], np.int32)
     mask = np.zeros(len(tokens), np.float32)

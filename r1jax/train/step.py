@@ -6,7 +6,8 @@ that neither packing nor micro-batching nor the mesh changes the result. An upda
 finite leaves weights, moments and router bias as they were.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
-from r1jax.core import sharding, tree
+from r1jax.core import private_jax, sharding, tree
 from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PackedBatch
 from r1jax.models import decoder, logprobs, moe, mtp
@@ -97,7 +98,7 @@ class Trainer:
 
         placed = jax.tree.map(place, self.abstract_state(), is_leaf=is_params)
         if self.config.offload and not on_device:
-            return placed.replace(optimizer=sharding.on_host(placed.optimizer))
+            return dataclasses.replace(placed, optimizer=sharding.on_host(placed.optimizer))
         return placed
 
     def init(self, params: decoder.Params) -> TrainState:
@@ -123,20 +124,20 @@ class Trainer:
         count = sharding.place(np.int32(update), sharding.replicated(self.mesh))
         return jax.device_put(TrainState(params, optimizer, count), self.state_shardings())
 
-    def update(self, state: TrainState, batch: dict[str, np.ndarray], filled: int, arguments: Any):
+    def update(self, state: TrainState, batch: Mapping[str, np.ndarray], filled: int, arguments: Any):
         """Returns (new state, statistics as device scalars). The old state is donated.
 
         `skipped_updates` is 1 when loss or gradient norm is not finite. The new state then equals the old one, except
         for `update` and the schedule's count, which advance.
         """
-        batch = {name: sharding.place(array, self._batch_sharding(array.shape)) for name, array in batch.items()}
+        placed = {name: sharding.place(array, self._batch_sharding(array.shape)) for name, array in batch.items()}
         with use_mesh(self.mesh):
-            return self._update(state, batch, np.int32(filled), arguments)
+            return self._update(state, placed, np.int32(filled), arguments)
 
     @property
     def compilations(self) -> int:
         """Programs compiled for the update so far; constant after the first."""
-        return self._update._cache_size()
+        return private_jax.compilations(self._update)
 
     def _batch_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
         return sharding.sharding(self.mesh, (None, "batch", "sequence"), shape)
@@ -172,11 +173,12 @@ class Trainer:
     def _step(self, state: TrainState, batch, filled, arguments):
         loss, stats, grads = self.gradients(state.params, batch, filled, arguments)
         norm = tree.global_norm(grads)
+        weights: Any = state.params  # a tree, which optax's annotations know as dicts and lists alone
         moments = state.optimizer
         if self.config.offload:
             moments = jax.device_put(moments, self.state_shardings(on_device=True).optimizer)
-        updates, opt_state = self.transform.update(grads, moments, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = self.transform.update(grads, moments, weights)
+        params: Any = optax.apply_updates(weights, updates)
         experts_load, mtp_load = stats.pop("expert_load", None), stats.pop("mtp_expert_load", None)
         if rate := self.network.auxiliary.router_bias_update_rate:
             params = _balanced(params, experts_load, mtp_load, rate)
@@ -196,12 +198,15 @@ def _balanced(params: decoder.Params, load, mtp_load, rate: float) -> decoder.Pa
 
     def moved(stack, counts):
         bias = moe.updated_bias(stack.ffw.bias, counts, rate)
-        return stack.replace(ffw=stack.ffw.replace(bias=bias))
+        return dataclasses.replace(stack, ffw=dataclasses.replace(stack.ffw, bias=bias))
 
     if load is not None:
-        params = params.replace(sparse=moved(params.sparse, load))
+        params = dataclasses.replace(params, sparse=moved(params.sparse, load))
     if mtp_load is not None:
-        params = params.replace(mtp=params.mtp.replace(block=moved(params.mtp.block, mtp_load)))
+        assert params.mtp is not None
+        params = dataclasses.replace(
+            params, mtp=dataclasses.replace(params.mtp, block=moved(params.mtp.block, mtp_load))
+        )
     return params
 
 
@@ -232,8 +237,11 @@ def auxiliary_loss(
     if not weight_of.mtp_loss_weight:
         return total, stats
     if head_alone:
-        kept = jax.lax.stop_gradient(params.replace(mtp=None))
-        params, hidden, auxiliary = kept.replace(mtp=params.mtp), *jax.lax.stop_gradient((hidden, auxiliary))
+        kept = jax.lax.stop_gradient(dataclasses.replace(params, mtp=None))
+        params, hidden, auxiliary = (
+            dataclasses.replace(kept, mtp=params.mtp),
+            *jax.lax.stop_gradient((hidden, auxiliary)),
+        )
     further, routing = decoder.predict_further(
         params, hidden, auxiliary, micro["tokens"], micro["positions"], micro["segments"], network
     )

@@ -285,8 +285,8 @@ def _marks(text: str, start: int, end: int, known: Collection[str]) -> list[Mark
         match = match or _MARK.search(text, start, end)
         if match is None:
             break
-        kind, start = match.lastgroup if match.lastgroup != "between" else "head", match.end()
-        letters = ()
+        kind, start = match.lastgroup or "", match.end()  # every alternative has a name
+        kind, letters = "head" if kind == "between" else kind, ()
         if kind == "group":
             single = len(match[0]) == 1  # whether it is an article or pronoun, the next word tells
             letters = letters_of(text[match.start() : match.end() + 20] if single else match[0], known)

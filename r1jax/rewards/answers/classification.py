@@ -347,14 +347,15 @@ def joined(parts: list[Part], joints: list[str]) -> Value:
     if len(kept) == 1:
         return first.value
     values = [part.value for part in kept]
-    if all(isinstance(value, Relation) for value in values) and (found := _combined(values, joints)) is not None:
+    relations = [value for value in values if isinstance(value, Relation)]
+    if len(relations) == len(values) and (found := _combined(relations, joints)) is not None:
         return found
     if any(_is_pair(value) for value in values):  # (x, y) = (5, 8) and (8, 5)
         values = [_as_tuple(value) for value in values]
-    names = [value.name if isinstance(value, Named) else "" for value in values]
-    if names[0] and all(name in (names[0], "") for name in names):
+    named, names = values[0], [value.name if isinstance(value, Named) else "" for value in values]
+    if isinstance(named, Named) and named.name and all(name in (named.name, "") for name in names):
         members = _flat(value.value if isinstance(value, Named) else value for value in values)
-        return Named(names[0], Several("list", members), None, values[0].parameters)
+        return Named(named.name, Several("list", members), None, named.parameters)
     return Several("list", _flat(values))
 
 
@@ -363,9 +364,11 @@ def _narrowed(parts: list[Part]) -> RealSet | None:
     named = parts[0].value
     if not isinstance(named, Named) or not isinstance(named.value, RealSet | Several) or len(parts) < 2:
         return None
-    relations = [part.value for part in parts[1:]]
-    if not all(isinstance(relation, Relation) and _letters_in(relation) == {named.name} for relation in relations):
-        return None
+    relations = []
+    for part in parts[1:]:
+        if not isinstance(part.value, Relation) or _letters_in(part.value) != {named.name}:
+            return None
+        relations.append(part.value)
     inner = named.value
     node = inner.node if isinstance(inner, RealSet) else as_set(inner)
     if node is None:
@@ -381,9 +384,9 @@ def _letters_in(relation: Relation) -> frozenset[str]:
 
 def as_set(value: Several) -> Node | None:
     """Returns the node of an interval or set of numbers; None for other members."""
-    if not all(isinstance(member, Quantity) for member in value.members):
+    nodes = tuple(member.node for member in value.members if isinstance(member, Quantity))
+    if len(nodes) != len(value.members):
         return None
-    nodes = tuple(member.node for member in value.members)
     if value.kind == "tuple":
         return ("tuple", value.opening, value.closing, nodes)
     return ("set", nodes) if value.kind == "set" else None
@@ -395,13 +398,10 @@ def _is_pair(value: Value) -> bool:
 
 def _as_tuple(value: Value) -> Value:
     """Returns the values that (x, y) = (5, 8) gives its names as a tuple; another value as it is."""
-    if (
-        isinstance(value, Several)
-        and value.kind == "list"
-        and all(isinstance(member, Named) for member in value.members)
-    ):
-        return Several("tuple", tuple(member.value for member in value.members), "(", ")")
-    return value
+    if not isinstance(value, Several) or value.kind != "list":
+        return value
+    named = tuple(member.value for member in value.members if isinstance(member, Named))
+    return Several("tuple", named, "(", ")") if len(named) == len(value.members) else value
 
 
 def _conditions(part: Part, first: Part) -> bool:

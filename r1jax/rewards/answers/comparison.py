@@ -111,8 +111,9 @@ def _named(first: Named, second: Named) -> bool:
         return equal(first.value, _renamed(second.value, pairs))
     if _one_name(first, second):
         return equal(first.value, second.value)
-    if first.equation and second.equation and min(len(_all_letters(named.equation)) for named in (first, second)) > 1:
-        return _equations(first.equation, second.equation)
+    one, other = first.equation, second.equation
+    if one and other and min(len(_all_letters(one)), len(_all_letters(other))) > 1:
+        return _equations(one, other)
     return False
 
 
@@ -174,14 +175,14 @@ def _several(first: Several, second: Several) -> bool:
         return (brackets or len(first.members) != 2) and _in_order(first.members, second.members)
     if kinds == {"tuple", "set"}:
         return False
-    systems = [_system(value) for value in (first, second)]
+    mine, theirs = _system(first), _system(second)
     if "tuple" in kinds:
         pair, other = (first, second) if first.kind == "tuple" else (second, first)
         interval = len(pair.members) == 2 and (pair.opening, pair.closing) != ("(", ")")
         orders = _system(other)
         return not interval and _in_order(pair.members, orders[-1] if orders else other.members)
-    if (systems[0] is None) != (systems[1] is None):
-        named, other = (systems[0], second) if systems[0] else (systems[1], first)
+    named, other = (mine, second) if mine is not None else (theirs, first)
+    if named is not None and (mine is None or theirs is None):
         return "set" not in kinds and any(_in_order(values, other.members) for values in named)
     points = all(isinstance(member, Several) for member in (*first.members, *second.members))
     return _in_any_order(first.members, second.members, "set" in kinds or points)
@@ -189,14 +190,15 @@ def _several(first: Several, second: Several) -> bool:
 
 def _system(value: Several) -> list[tuple[Value, ...]] | None:
     """Returns the values of `x = 1, y = 2` in the order of their names, and as they stand; None for anything else."""
-    names = [member.name for member in value.members if isinstance(member, Named)]
+    named = [member for member in value.members if isinstance(member, Named)]
+    names = [member.name for member in named]
     if value.kind != "list" or len(names) != len(value.members) or len(set(names)) != len(names):
         return None
     if all(_INDEXED.fullmatch(name) for name in names) and len({name.partition("_")[0] for name in names}) == 1:
         return None  # x_1 and x_2 have no order
-    orders = [value.members]
+    orders = [named]
     if all(len(name) == 1 for name in names):
-        orders.append(tuple(sorted(value.members, key=lambda member: member.name)))
+        orders.append(sorted(named, key=lambda member: member.name))
     return [tuple(member.value for member in members) for members in orders]
 
 
@@ -256,7 +258,7 @@ def _with_basis(node, name: str):
 
 
 @_for(Several, RealSet, Relation)
-def _several_real(first: Several, second: Value) -> bool:
+def _several_real(first: Several, second: RealSet | Relation) -> bool:
     """intervals compared"""
     node = as_set(first) or _as_union(first)
     if node is None:
@@ -266,28 +268,27 @@ def _several_real(first: Several, second: Value) -> bool:
 
 def _as_union(value: Several) -> Node | None:
     """Returns the union of the intervals of a list, "(0, 1) or (2, 3)"; None for other lists."""
-    pairs = [
-        isinstance(member, Several) and member.kind == "tuple" and len(member.members) == 2 for member in value.members
-    ]
-    if value.kind != "list" or not pairs or not all(pairs):
+    several = [member for member in value.members if isinstance(member, Several)]
+    pairs = [member for member in several if member.kind == "tuple" and len(member.members) == 2]
+    if value.kind != "list" or not pairs or len(pairs) != len(value.members):
         return None
     node = None
-    for member in value.members:
-        part = as_set(member)
+    for pair in pairs:
+        part = as_set(pair)
         if part is None:
             return None
         node = part if node is None else ("union", node, part)
     return node
 
 
-def _intervals(value: Value) -> list:
+def _intervals(value: RealSet | Relation) -> list:
     if isinstance(value, RealSet):
         return realsets.intervals(value.node)
     return realsets.intervals(("rel", value.first, *value.sides))
 
 
 @_for(RealSet, RealSet, Relation)
-def _real_sets(first: RealSet, second: Value) -> bool:
+def _real_sets(first: RealSet, second: RealSet | Relation) -> bool:
     """intervals compared, of the same letter"""
     names = [_letter(value) for value in (first, second)]
     if all(names) and names[0] != names[1]:
@@ -295,7 +296,7 @@ def _real_sets(first: RealSet, second: Value) -> bool:
     return realsets.same(_intervals(first), _intervals(second))
 
 
-def _letter(value: Value) -> str:
+def _letter(value: RealSet | Relation) -> str:
     if isinstance(value, RealSet):
         return value.letter
     names = frozenset().union(letters(value.first), *(letters(side) for _, side in value.sides))
@@ -424,7 +425,7 @@ def _based(first: Based, second: Based) -> bool:
 
 
 @_for(Based, Quantity, Text)
-def _based_quantity(first: Based, second: Value) -> bool:
+def _based_quantity(first: Based, second: Quantity | Text) -> bool:
     """digits without a base are in the base that was asked for"""
     if isinstance(second, Text):
         return second.words.replace(" ", "").upper() == first.digits

@@ -7,8 +7,10 @@ TooLarge, which is no value and so equals nothing.
 import hashlib
 import math
 from fractions import Fraction
+from typing import Any
 
 import mpmath
+import mpmath.libmp
 from mpmath import mp
 
 from r1jax.rewards.answers.formula import Node
@@ -59,12 +61,12 @@ def _exact_all(nodes: tuple) -> list[Fraction] | None:
 
 def _exact_add(node: Node) -> Fraction | None:
     values = _exact_all(node[1:])
-    return None if values is None else sum(values)
+    return None if values is None else sum(values, Fraction(0))
 
 
 def _exact_mul(node: Node) -> Fraction | None:
     values = _exact_all(node[1:])
-    return None if values is None else math.prod(values)
+    return None if values is None else math.prod(values, start=Fraction(1))
 
 
 def _exact_div(node: Node) -> Fraction | None:
@@ -524,7 +526,7 @@ def _defined(node: Node, point: int) -> bool:
     return True
 
 
-def constant_ratio(first: Node, second: Node) -> object | None:
+def constant_ratio(first: Node, second: Node) -> Any:
     """Returns the constant, not 0, that one expression is of another for all values of their letters; None if there is none."""
     ratio = None
     met = 0

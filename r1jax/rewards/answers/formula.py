@@ -211,12 +211,8 @@ class Parser:
         if self.at("%") and self.percent_is_unit():
             self.place += 1
             return ("unit", node, units.unit({"percent": Fraction(1)}))
-        if (
-            node[0] == "deg"
-            and self.peek() is not None
-            and self.peek().text in ("C", "F")
-            and _ends(self.tokens, self.place + 1)
-        ):
+        scale = self.peek()
+        if node[0] == "deg" and scale is not None and scale.text in ("C", "F") and _ends(self.tokens, self.place + 1):
             key = {"C": "celsius", "F": "fahrenheit"}[self.take().text]
             return ("unit", node[1], units.unit({key: Fraction(1)}))
         found = read_unit(self.tokens, self.place, self.plain_units)
@@ -253,7 +249,7 @@ class Parser:
                 if read_unit(self.tokens, self.place, self.plain_units) is not None:
                     return node
                 previous, start = self.tokens[self.place - 1], self.place
-                if self.peek().kind == NUMBER and previous.kind == NUMBER:
+                if self.tokens[start].kind == NUMBER and previous.kind == NUMBER:
                     node = self.mixed(node)
                     continue
                 factor = self.power()
@@ -271,9 +267,9 @@ class Parser:
     def mixed(self, whole: Node) -> Node:
         """Reads `1 4/5` behind its whole part; two numerals side by side are nothing else."""
         top, slash, bottom = self.peek(), self.peek(1), self.peek(2)
-        values = [token.value if token is not None and token.kind == NUMBER else None for token in (top, bottom)]
-        fits = slash is not None and slash.text == "/" and whole[0] == "num" and None not in values
-        if not fits or not _is_mixed(whole[1], *values):
+        values = [token.value for token in (top, bottom) if token is not None and token.value is not None]
+        fits = slash is not None and slash.text == "/" and whole[0] == "num" and len(values) == 2
+        if not fits or not _is_mixed(whole[1], values[0], values[1]):
             raise Unreadable("two numerals side by side")
         self.place += 3
         return number(whole[1] + values[0] / values[1])
@@ -357,7 +353,8 @@ class Parser:
             if inner.text in ("'", "*", "top", "perp", "+") and inner.kind in (SIGN, COMMAND):
                 self.place += end
                 return _marked(node, inner.text)
-            if inner.text == "-" and (braced or self.peek(1) is None or self.peek(1).text in _ENDS):
+            after = self.peek(1)
+            if inner.text == "-" and (braced or after is None or after.text in _ENDS):
                 self.place += end
                 return _marked(node, "-")
         exponent = self.nested(self.exponent)
@@ -385,12 +382,13 @@ class Parser:
         braced = self.at("{")
         if braced:
             self.place += 1
-        if self.peek() is not None and self.peek().text.lower() == "base":
+        word = self.peek()
+        if word is not None and word.text.lower() == "base":
             self.place += 1
         token = self.take()
         if braced:
             self.expect("}")
-        if token.kind == NUMBER:
+        if token.value is not None:
             return int(token.value)
         value = words.number([token.text.lower()]) if token.kind == WORD else None
         return None if value is None else int(value)
@@ -418,7 +416,7 @@ class Parser:
         if name.partition("_")[0].rstrip("'") in ("f", "g", "h"):
             if self.at("{") and self.at("(", ahead=1):
                 return self.applied_in_braces(name)
-            if self.at("(") and not self.peek().spaced:
+            if self.at("(") and not self.tokens[self.place].spaced:
                 return self.applied(name)
         return ("sym", name)
 
@@ -647,9 +645,9 @@ class Parser:
         while self.starts_factor() and not self.starts_function() and not self.ends_integrand():
             if read_unit(self.tokens, self.place, self.plain_units) is not None:
                 break
-            if self.at("(") and self.place and self.peek().spaced:
+            if self.at("(") and self.place and self.tokens[self.place].spaced:
                 break
-            previous, token = self.tokens[self.place - 1], self.peek()
+            previous, token = self.tokens[self.place - 1], self.tokens[self.place]
             if token.kind == NUMBER and previous.kind == NUMBER:
                 raise Unreadable("two numerals side by side")
             factor = self.nested(self.power)
@@ -661,7 +659,7 @@ class Parser:
 
     def starts_function(self) -> bool:
         token = self.peek()
-        return token.kind == COMMAND and token.text in FUNCTIONS
+        return token is not None and token.kind == COMMAND and token.text in FUNCTIONS
 
     def decorated(self, name: str) -> Node:
         if self.at("{"):
@@ -878,12 +876,13 @@ def _unit_power(tokens: list[Token], place: int) -> tuple[Fraction, int] | None:
     sign = 1
     if place < len(tokens) and tokens[place].text in ("-", "+"):
         sign, place = (-1 if tokens[place].text == "-" else 1), place + 1
-    if place >= len(tokens) or tokens[place].kind != NUMBER:
+    value = tokens[place].value if place < len(tokens) else None
+    if value is None:
         return None
-    value, place = sign * tokens[place].value, place + 1
+    place += 1
     if braced and (place >= len(tokens) or tokens[place].text != "}"):
         return None
-    return value, place + braced
+    return sign * value, place + braced
 
 
 def _fraction_of_units(tokens: list[Token], place: int) -> tuple[units.Unit, int] | None:
@@ -896,7 +895,9 @@ def _fraction_of_units(tokens: list[Token], place: int) -> tuple[units.Unit, int
         end = next(
             (at for at in range(place, len(tokens)) if tokens[at].text == "}" and _closes(tokens, place, at)), None
         )
-        found = None if end is None else read_unit(tokens[place + 1 : end], 0)
+        if end is None:
+            return None
+        found = read_unit(tokens[place + 1 : end], 0)
         if found is None or found[1] != end - place - 1:
             return None
         for key, power in found[0]:

@@ -256,7 +256,7 @@ def number_of_words(tokens: list[Token]) -> Quantity | None:
         return None
     spoken = []
     for place, token in enumerate(tokens):
-        if token.kind == NUMBER:
+        if token.value is not None:
             decimal = str(token.value) if token.value.denominator == 1 else token.text
             spoken.append(decimal.replace(",", ""))
         elif token.kind == WORD:

@@ -248,7 +248,8 @@ class _Reader:
         segments, joints = split_answers(tokens)
         if ";" in joints and "," in joints:
             groups = [self.parts(group) for group in groups_of(tokens, ";")]
-            return None if None in groups else Several("list", tuple(map(_point, groups)))
+            values = [group for group in groups if group is not None]
+            return Several("list", tuple(map(_point, values))) if len(values) == len(groups) else None
         if "or" in joints and "," in joints and (systems := self.systems(tokens)) is not None:
             return systems
         found = []
@@ -271,13 +272,14 @@ class _Reader:
     def systems(self, tokens: list[Token]) -> Value | None:
         """Returns the points of `x = 1, y = 2 or x = 2, y = 1`; None for anything else."""
         values = [self.parts(group) for group in groups_of(tokens, "or")]
-        named = all(
-            isinstance(value, Several)
+        named = [
+            value
+            for value in values
+            if isinstance(value, Several)
             and value.kind == "list"
             and all(isinstance(member, Named) for member in value.members)
-            for value in values
-        )
-        return Several("list", tuple(map(_point, values))) if named else None
+        ]
+        return Several("list", tuple(map(_point, named))) if len(named) == len(values) else None
 
     def segment(self, tokens: list[Token]) -> Part | None:
         """Returns one answer: a formula, in words that do not change it, with its unit or what it counts."""

@@ -1,6 +1,8 @@
 """Values and nodes as text that people read: numbers as fractions, formulas in plain notation."""
 
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 from r1jax.rewards.answers import evaluation
 from r1jax.rewards.answers.formula import Node
@@ -84,7 +86,7 @@ def _pieces(value: Pieces) -> str:
     return "; ".join(f"{show(piece)} if {show(condition)}" for piece, condition in value.rows)
 
 
-_SHOWN = {
+_SHOWN: dict[type, Callable[[Any], str]] = {
     Quantity: _quantity,
     Several: _several,
     RealSet: lambda value: (

@@ -37,7 +37,9 @@ _FUNCTION_NAMES = (
     "log ln lg exp sqrt cbrt gcd lcm max min det abs floor ceil sgn sign binom mod choose trace tr"
 )
 FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
-NAMES = {name: name for name in FUNCTIONS - {"tr", "mod"}} | {name: name for name in GREEK if len(name) > 2}
+NAMES: dict[str, str] = {name: name for name in FUNCTIONS - {"tr", "mod"}} | {
+    name: name for name in GREEK if len(name) > 2
+}
 NAMES |= {"pi": "pi", "oo": "infty", "inf": "infty", "infty": "infty", "infinity": "infty", "mod": "mod"}
 NAMES |= {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "mu": "mu"}
 _NAME_THEN_LETTERS = re.compile("(sqrt|sin|cos|tan|log|ln|exp|pi|theta|alpha|beta)([a-zA-Z]{1,2})")
@@ -172,11 +174,15 @@ class _Scanner:
         if han := _HAN.match(text, place):
             self._add(WORD, han[0], len(han[0]))
             return
-        whole = _HAN.split(_OTHER_WORD.match(text, place)[0], maxsplit=1)[0]
+        word = _OTHER_WORD.match(text, place)
+        assert word is not None  # it begins with a letter
+        whole = _HAN.split(word[0], maxsplit=1)[0]
         if not whole.isascii():
             self._add(WORD, whole, len(whole))
             return
-        run = _LETTERS.match(text, place)[0]
+        letters = _LETTERS.match(text, place)
+        assert letters is not None
+        run = letters[0]
         if "-" in run or "'" in run:
             parts = run.replace("'", "-").split("-")
             if not self._is_phrase(run, parts):

@@ -61,7 +61,7 @@ class Named:
 
     name: str
     value: "Value"
-    equation: Node
+    equation: Node | None
     parameters: tuple[str, ...] = ()
 
     type = "named value"

@@ -73,7 +73,7 @@ class Repository:
     def find_spec(self, name, path=None, target=None):
         if name not in self.modules or name.split(".")[0] in sys.stdlib_module_names:
             return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=bool(self.modules[name]))
+        return importlib.machinery.ModuleSpec(name, self, is_package=bool(self.modules[name]))  # ty: ignore[invalid-argument-type] finder and loader in one
 
     def create_module(self, spec):
         module = RemoteModule(spec.name)

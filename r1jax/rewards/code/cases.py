@@ -102,7 +102,8 @@ def build(problem: Problem, config: BuildTestsConfig, reward: RewardConfig, seed
         frozenset(
             place
             for place, outputs in enumerate(runs)
-            if outputs[number] is None or not code_tests.outputs_equal(outputs[number], output, problem.float_tolerance)
+            if (printed := outputs[number]) is None
+            or not code_tests.outputs_equal(printed, output, problem.float_tolerance)
         )
         for number, (_, output) in enumerate(cases)
     ]

@@ -253,8 +253,8 @@ class _Scan:
                 return node.id in self.returned
             case ast.Subscript() | ast.Attribute():
                 return self._returned(node.value)
-            case ast.Call(func=ast.Attribute()):
-                return self._returned(node.func.value)
+            case ast.Call(func=ast.Attribute(value=value)):
+                return self._returned(value)
             case ast.Call(func=ast.Name(id=name)) if name in _COMPUTING and node.args:
                 return self._returned(node.args[0])
             case ast.BinOp():

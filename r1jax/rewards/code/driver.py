@@ -61,7 +61,7 @@ def importable():
 def run_tests(tests):
     """Runs every test to its end. Raises whatever the first that fails raises."""
     importable()
-    space = {"__name__": "tests"}
+    space: dict = {"__name__": "tests"}
     if tests["kind"] == "python-check":
         exec(compile(tests["prompt"], "prompt", "exec"), space)
         exec(compile(tests["code"], "tests", "exec"), space)

@@ -93,6 +93,8 @@ def _name(line: str) -> str | None:
 
 
 def _change(old: str | None, new: str | None, hunks: list[tuple[int, list[str]]], files: dict[str, str]) -> None:
+    if old is None and new is None:
+        raise ValueError("the diff names no file")
     if old is not None and old not in files:
         raise ValueError(f"the diff changes {old}, which is not there")
     if old is not None and new is not None and old != new:
@@ -102,6 +104,7 @@ def _change(old: str | None, new: str | None, hunks: list[tuple[int, list[str]]]
     if not hunks:
         raise ValueError(f"the diff of {new or old} has no hunk")
     if new is None:
+        assert old is not None
         del files[old]
         return
     lines, shift = files[old].splitlines() if old else [], 0

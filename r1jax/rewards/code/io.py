@@ -2,6 +2,7 @@
 
 import ast
 import json
+from typing import Any
 
 from r1jax.rewards.answers import extraction
 from r1jax.rewards.score import RewardRequest, Score
@@ -25,7 +26,9 @@ def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
         return Score(0.0, {}, True, f"the answer has {len(answer)} characters, more than {MAX_ANSWER_CHARACTERS}")
     answer = unfenced(answer)
     found, wanted = _literal(answer), _literal(request.reference)
-    same = _lines(answer) == _lines(request.reference) if None in (found, wanted) else _same(found[0], wanted[0])
+    same = (
+        _lines(answer) == _lines(request.reference) if found is None or wanted is None else _same(found[0], wanted[0])
+    )
     return Score(float(same), {}, True, f"answer {answer[:80]!r}, reference {request.reference[:80]!r}")
 
 
@@ -39,7 +42,7 @@ def _literal(text: str) -> tuple[object] | None:
     return None
 
 
-def _same(found: object, wanted: object) -> bool:
+def _same(found: Any, wanted: Any) -> bool:
     if isinstance(wanted, list | tuple):
         same_length = isinstance(found, list | tuple) and len(found) == len(wanted)
         return same_length and all(map(_same, found, wanted))

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from r1jax.data import program_tests
 from r1jax.data.hashing import hash64
@@ -52,7 +53,7 @@ def read_tests(reference: str, prompt: str = "") -> dict:
     nothing, and tests that can never run.
     """
     try:
-        tests = json.loads(reference)
+        tests: Any = json.loads(reference)
     except (ValueError, RecursionError) as error:
         raise MalformedTests(f"not JSON ({error})") from None
     if isinstance(tests, list) and tests and all(isinstance(one, str) for one in tests):
@@ -65,7 +66,7 @@ def read_tests(reference: str, prompt: str = "") -> dict:
             raise MalformedTests(f"{reference[:60]!r} is no object or list")
         if "kind" not in tests and {"inputs", "outputs"} <= set(tests):
             tests = {**tests, "kind": "stdin-stdout"}
-        kind = tests.get("kind")
+        kind: Any = tests.get("kind")
         if kind not in _FIELDS:
             raise MalformedTests(f"kind {kind!r} is none of {', '.join(_FIELDS)}")
         program_tests.refuse_unknown(tests, ("kind", "language", *_FIELDS[kind]))
@@ -117,7 +118,9 @@ def _with_check(code: str) -> tuple[str, list[ast.FunctionDef]]:
     if not classes and not functions:
         raise MalformedTests("`code` defines neither check(candidate) nor unit tests")
     code = code + "\n" + _RUN_UNIT_TESTS.format(classes=", ".join(classes), functions=", ".join(functions))
-    return code, [code_claims.parsed(code).body[-1]]
+    check = code_claims.parsed(code).body[-1]
+    assert isinstance(check, ast.FunctionDef)
+    return code, [check]
 
 
 def _read_asserts(tests: Mapping, prompt: str) -> dict:

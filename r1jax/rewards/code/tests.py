@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from r1jax.rewards.code.programs import Source, extract_program
 from r1jax.rewards.code.rows import MalformedTests, read_tests
@@ -133,6 +134,7 @@ def _function_failure(program: str, tests: dict, sandbox: Sandbox) -> str:
         ),
         Program([*PYTHON, "main.py"], wire | {"main.py": companion("candidate.py")} | files),
     )
+    told: dict[str, Any]
     try:
         told = json.loads(verdict.stdout)
     except ValueError:

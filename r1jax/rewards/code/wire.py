@@ -31,7 +31,7 @@ def encode(value, name):
         return value
     for kind in (int, float, complex, str, bytes):
         if isinstance(value, kind) and type(value) is not kind:  # what a subclass adds stays here
-            value = int.__add__(value, 0) if kind is int else kind.__new__(kind, value)
+            value = int.__add__(value, 0) if kind is int else kind.__new__(kind, value)  # ty: ignore[no-matching-overload, invalid-argument-type] one kind a time
     if isinstance(value, str | float):
         return value
     if isinstance(value, int):
@@ -101,13 +101,13 @@ class Remote:
         object.__setattr__(self, "_target", target)
 
     def __call__(self, *arguments, **keywords):
-        return Remote.__ask__("call", self, arguments, keywords)
+        return Remote.__ask__("call", self, arguments, keywords)  # ty: ignore[not-callable]
 
     def __getattr__(self, name):
-        return Remote.__ask__("get", self, (name,))
+        return Remote.__ask__("get", self, (name,))  # ty: ignore[not-callable]
 
     def __setattr__(self, name, value):
-        Remote.__ask__("set", self, (name, value))
+        Remote.__ask__("set", self, (name, value))  # ty: ignore[not-callable]
 
     def refuse(self, *_):
         raise TypeError("what was returned is not a plain value: it cannot be compared or judged true")

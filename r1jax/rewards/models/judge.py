@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
 
     def escape_special_tokens(self, text: str) -> str: ...
 
@@ -111,15 +111,13 @@ class Judge:
 
         What follows the thinking is judged. Without it, and for a truncated response, the value is 0 and nobody is asked.
         """
-        scores: list[Score | None] = []
-        for request in requests:
+        scores: dict[int, Score] = {}
+        for place, request in enumerate(requests):
             if not request.reference.strip():
-                scores.append(Score(0.0, {}, False, "the reference is empty"))
+                scores[place] = Score(0.0, {}, False, "the reference is empty")
             elif request.truncated or not templates.summary(request.text):
-                scores.append(Score(0.0, {}, True, "truncated" if request.truncated else "no answer found"))
-            else:
-                scores.append(None)
-        open_places = [place for place, score in enumerate(scores) if score is None]
+                scores[place] = Score(0.0, {}, True, "truncated" if request.truncated else "no answer found")
+        open_places = [place for place in range(len(requests)) if place not in scores]
         materials = [self._materials(requests[place]) for place in open_places]
         replies = self.replies(
             [
@@ -130,7 +128,7 @@ class Judge:
         for place, parts, (reply,) in zip(open_places, materials, replies, strict=True):
             value, detail = self._count(reply, verdicts.read_correctness, parts)
             scores[place] = Score(float(value or 0), {}, value is not None, f"judge: {detail}")
-        return scores
+        return [scores[place] for place in range(len(requests))]
 
     def compare(self, pairs: Sequence[Pair], judgements: int = 4) -> list[list[Judgement]]:
         """Returns `judgements` verdicts on each pair, each drawn on its own, with A and B in an order of its own.
@@ -152,18 +150,18 @@ class Judge:
                 keys = tuple(hash64("comparison", self._seed, pair.id, *parts, n) for n in numbers)
                 asked.append(Request(verdicts.comparison_prompt(prompt, first, second, self._seed), keys))
                 places.append((index, swapped, numbers, parts))
-        found: list[list[Judgement | None]] = [[None] * judgements for _ in pairs]
+        found: list[dict[int, Judgement]] = [{} for _ in pairs]
         for (index, swapped, numbers, parts), replies in zip(places, self.replies(asked), strict=True):
             for number, reply in zip(numbers, replies, strict=True):
                 margin, detail = self._count(reply, verdicts.read_comparison, parts)
                 if margin is not None and swapped:
                     margin = -margin
                 found[index][number] = Judgement(swapped, margin, detail)
-        return found
+        return [[by_number[number] for number in range(judgements)] for by_number in found]
 
     def _materials(self, request: RewardRequest) -> tuple[str, str, str]:
-        texts = (request.prompt, request.reference, templates.summary(request.text))
-        return tuple(map(self._tokenizer.escape_special_tokens, texts))
+        escaped = self._tokenizer.escape_special_tokens
+        return escaped(request.prompt), escaped(request.reference), escaped(templates.summary(request.text))
 
     def _count(self, reply: str | None, read, materials: Sequence[str]) -> verdicts.Reading:
         """Returns the reading of a reply and counts it."""

@@ -1,5 +1,6 @@
 """What a trained reward model says of responses: a decoder with a scalar head, read at the end token of the turn."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from scipy.special import expit
 
-from r1jax.core import sharding
+from r1jax.core import private_jax, sharding
 from r1jax.core.sharding import use_mesh
 from r1jax.data import templates
 from r1jax.data.packing import PackedBatch, batches
@@ -57,7 +58,7 @@ def architecture(network: Network) -> Network:
 
 def from_decoder(params: decoder.Params, model: ModelConfig) -> decoder.Params:
     """Returns the weights of a decoder as a reward model that says 0 of everything."""
-    return params.replace(unembedding=None, mtp=None, scalar_head=np.zeros(model.hidden_size, np.float32))
+    return dataclasses.replace(params, unembedding=None, mtp=None, scalar_head=np.zeros(model.hidden_size, np.float32))
 
 
 class RewardModel:
@@ -93,7 +94,7 @@ class RewardModel:
     @property
     def compilations(self) -> int:
         """Programs compiled so far."""
-        return self._score._cache_size()
+        return private_jax.compilations(self._score)
 
     def scores(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
         """Returns the score of each sequence of ids, read at its last token, float32 [N].
@@ -112,10 +113,10 @@ class RewardModel:
         For pairs that is the chance to win against a response of score `center`, for labels that of being safe.
         """
         read = [self.reading.ids(*both, self.tokenizer) for both in zip(questions, responses, strict=True)]
-        judged = [index for index, ids in enumerate(read) if ids is not None]
+        judged = {index: ids for index, ids in enumerate(read) if ids is not None}
         found = np.zeros(len(read), np.float32)
-        scores = self.scores([read[index] for index in judged]).astype(np.float64)
-        found[judged] = expit(scores - self.center)
+        scores = self.scores(list(judged.values())).astype(np.float64)
+        found[list(judged)] = expit(scores - self.center)
         return found
 
     def _batch(self, batch: PackedBatch) -> list[float]:

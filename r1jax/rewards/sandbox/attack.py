@@ -1,5 +1,6 @@
 """The attack that a sandbox must withstand before anything is graded in it; `open_sandbox` runs it first."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -39,15 +40,17 @@ def open_sandbox(config: SandboxConfig) -> Sandbox:
     installed, does not work here, or lets anything out.
     """
     automatic = sorted(BACKENDS, key=lambda name: name not in withstood)
-    backends = [config.backend] if config.backend != "auto" else automatic
-    for backend in backends:
-        try:
-            sandbox = Sandbox(config, backend)
-            require(sandbox.backend)
-            return sandbox
-        except SandboxUnavailable:
-            if backend == backends[-1]:
-                raise
+    *others, last = [config.backend] if config.backend != "auto" else automatic
+    for backend in others:
+        with contextlib.suppress(SandboxUnavailable):
+            return _withstanding(config, backend)
+    return _withstanding(config, last)
+
+
+def _withstanding(config: SandboxConfig, backend: str) -> Sandbox:
+    sandbox = Sandbox(config, backend)
+    require(sandbox.backend)
+    return sandbox
 
 
 def attack(sandbox: Sandbox) -> list[str]:

@@ -11,10 +11,9 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from r1jax.rewards.sandbox import isolation
 from r1jax.rewards.sandbox.isolation import BACKENDS, PYTHON, WORK, Isolation, SandboxUnavailable
@@ -61,7 +60,7 @@ class Sandbox:
     def __init__(
         self,
         limits: Limits,
-        backend: Literal["auto", "bubblewrap", "unshare"] = "auto",
+        backend: str = "auto",
         readable: Sequence[str] = (),
     ):
         """`readable`: absolute paths of directories that programs may read, besides the system's and the interpreter's.
@@ -106,10 +105,11 @@ class Sandbox:
             self._started(second, ends[1].fileno()) as two,
         ):
             ends[0].close(), ends[1].close()
-            return tuple(_collect([one, two], self.limits))
+            outcome, other = _collect([one, two], self.limits)
+            return outcome, other
 
     @contextmanager
-    def _started(self, program: Program, stdin: int) -> Iterator["_Run"]:
+    def _started(self, program: Program, stdin: int) -> Generator["_Run"]:
         """A started run; on leaving, its whole tree is gone."""
         report, reported = os.pipe()
         spec = os.memfd_create("spec")
@@ -167,9 +167,11 @@ class _Run:
     """One running tree: the process that is its root here, and the pipes to it."""
 
     def __init__(self, process: subprocess.Popen, report: int):
-        self.process, self.report = process, open(report, "rb", buffering=0)
+        assert process.stdout is not None and process.stderr is not None
+        self.process, self.stdout, self.stderr = process, process.stdout, process.stderr
+        self.report = open(report, "rb", buffering=0)
         self.started = time.monotonic()
-        self.received = {self.process.stdout: bytearray(), self.process.stderr: bytearray(), self.report: bytearray()}
+        self.received = {stream: bytearray() for stream in (self.stdout, self.stderr, self.report)}
         self.stopped_by = ""
         self.seconds = 0.0
 
@@ -189,12 +191,12 @@ class _Run:
                     break
             else:
                 raise RuntimeError(f"sandbox: killed processes are still there after {KILL_S:g} s")
-        for stream in (self.process.stdout, self.process.stderr, self.report):
+        for stream in self.received:
             stream.close()
 
     def outcome(self) -> Outcome:
         status, _, reason = bytes(self.received[self.report]).decode().partition(" ")
-        stdout, stderr = (bytes(self.received[stream]) for stream in (self.process.stdout, self.process.stderr))
+        stdout, stderr = (bytes(self.received[stream]) for stream in (self.stdout, self.stderr))
         if reason.startswith("setup: ") or not (status or self.stopped_by):
             raise SandboxUnavailable(isolation.diagnosis(reason or stderr.decode(errors="replace")))
         return Outcome(int(status or -signal.SIGKILL), stdout, stderr, self.stopped_by or reason, self.seconds)
