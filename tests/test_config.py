@@ -21,7 +21,7 @@ WHOLE = ("tiny", "tiny_dense", "smollm2_135m", "v3_671b")  # the sizes that ever
 EVERY_SIZE = ("distill", "evaluate", "preference_pairs")  # the configs that are dumped at all of theirs
 
 
-def dumped(entry: config.Entry) -> list[str]:
+def dumped(entry: config.ConfigSummary) -> list[str]:
     """Returns the presets that the golden file of a config holds."""
     return [preset for preset in entry.presets if preset in WHOLE or entry.name in EVERY_SIZE]
 
