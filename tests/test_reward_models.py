@@ -222,7 +222,7 @@ def test_rewards_are_chances_around_the_center_and_0_where_nothing_is_judged(mes
     scorer = RewardModel(params, network, mesh, Reading("helpful", "tiny"), WORDS, 2, 24, center=0.25)
     texts = ["the cat is small", "<think> cat </think>", "<think> x </think> the dog thanks"]
     found = scorer.rewards(["tell cat :"] * 3, texts)
-    raw = [alone(params, network, scorer.reading.ids("tell cat :", text, WORDS)) for text in (texts[0], texts[2])]
+    raw = [alone(params, network, scorer.text_format.ids("tell cat :", text, WORDS)) for text in (texts[0], texts[2])]
     np.testing.assert_allclose(found, [1 / (1 + np.exp(0.25 - raw[0])), 0, 1 / (1 + np.exp(0.25 - raw[1]))], atol=1e-6)
 
 

@@ -145,7 +145,7 @@ def later(config: Config, tokenizer: Tokenizer, asked: prompts.StagePrompts):
     rest = 1 - scenarios.general_fraction - scenarios.safety_fraction
     weights = [weight * rest / sum(asked.training.weights) for weight in asked.training.weights]
     sources = [
-        *asked.training.parts,
+        *asked.training.sources,
         *(
             prompts.encode(some, config.stage, config.model, config.data, config.sampler, tokenizer)
             for some in found.values()
