@@ -4,6 +4,8 @@ A preset sets the fields of the loss, not batch sizes, lengths or rates. Where a
 or the library's default stands, and the line says so.
 """
 
+from typing import Any
+
 from r1jax.schema import GRPOConfig
 
 FIELDS = (
@@ -21,7 +23,7 @@ FIELDS = (
     ),
     *("dynamic_sampling_rounds", "overlong_buffer_fraction"),
 )
-_CHANGES = {
+_CHANGES: dict[str, dict[str, Any]] = {
     # DeepSeek-R1 (arXiv 2501.12948), eq. 1-3, section 3.2.1.
     "r1_paper": {},
     # arXiv 2402.03300, eq. 3 and section 4.2; epsilon is not stated there: 0.2.
@@ -103,4 +105,5 @@ PRESETS = {name: _BASE | changes for name, changes in _CHANGES.items()}
 
 def grpo(preset: str, **changes) -> GRPOConfig:
     """Returns the group-relative config with the loss of `preset`; `changes` win over it."""
-    return GRPOConfig(**(PRESETS[preset] | {"preset": preset} | changes))
+    fields: dict[str, Any] = PRESETS[preset] | {"preset": preset} | changes
+    return GRPOConfig(**fields)

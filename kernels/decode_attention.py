@@ -22,25 +22,29 @@ MAX_ROW_WIDTHS = 512 * 1024  # rows of a block times the width of a row over all
 
 
 @dataclass(frozen=True)
-class Blocks:
+class DecodeBlocks:
     """Cache rows that a grid step reads, and splits that the blocks of a slot are distributed over."""
 
     rows: int = 512
     splits: int = 1
 
 
-BLOCKS = {"TPU v5": Blocks(splits=2), "TPU v5 lite": Blocks(), "TPU v6 lite": Blocks()}  # a v5p has two cores
+BLOCKS = {
+    "TPU v5": DecodeBlocks(splits=2),  # a v5p has two cores
+    "TPU v5 lite": DecodeBlocks(),
+    "TPU v6 lite": DecodeBlocks(),
+}
 
 
-def blocks_for(device_kind: str, rows: int, width: int) -> Blocks:
+def blocks_for(device_kind: str, rows: int, width: int) -> DecodeBlocks:
     """Returns the sizes for a TPU generation and a cache of `rows` rows, whose width over all key heads is `width`."""
-    preferred = BLOCKS.get(device_kind, Blocks())
+    preferred = BLOCKS.get(device_kind, DecodeBlocks())
     fitting = max(MAX_ROW_WIDTHS // width // LANES * LANES, LANES)
-    return Blocks(min(preferred.rows, fitting, doubled(LANES, rows)), preferred.splits)
+    return DecodeBlocks(min(preferred.rows, fitting, doubled(LANES, rows)), preferred.splits)
 
 
 def latent_decode(
-    q_SNW, cache_LSTW, layer, lengths_S, value_width: int, scale: float, blocks=Blocks(), interpret=False
+    q_SNW, cache_LSTW, layer, lengths_S, value_width: int, scale: float, blocks=DecodeBlocks(), interpret=False
 ):
     """Returns the outputs, float32 [S, N, value_width], of queries [S, N, W] over the first lengths [S] rows of each
     slot in one layer of a cache [L, S, T, W]; 0 for a slot of length 0.
@@ -52,7 +56,9 @@ def latent_decode(
     return _call(LATENT, arrays, layer, lengths_S, value_width, scale, blocks, interpret)[:, 0]
 
 
-def grouped_decode(q_SKGH, keys_LSKTH, values_LSKTH, layer, lengths_S, scale: float, blocks=Blocks(), interpret=False):
+def grouped_decode(
+    q_SKGH, keys_LSKTH, values_LSKTH, layer, lengths_S, scale: float, blocks=DecodeBlocks(), interpret=False
+):
     """Returns the outputs, float32 [S, K, G, H], of queries [S, K, G, H] over keys and values [L, S, K, T, H].
 
     All else is as in `latent_decode`.

@@ -48,7 +48,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelChoice:
     """The Pallas kernels for a kind of device, in interpret mode where it is not a TPU.
 
     Without `backward` they compute the forward pass only. The two backward kernels compute every logit twice: five
@@ -66,7 +66,7 @@ class Tile:
 
     tokens: int
     vocab: int
-    blocks: logprob_tile.Blocks | None = None
+    blocks: logprob_tile.TileBlocks | None = None
     interpret: Any = False
 
 
@@ -79,7 +79,7 @@ class Tiles:
 
 
 def tiles_of(
-    tile: Tile, kernel: Kernel | None, tokens: int, vocab: int, states: jax.Array, layout: Layout | None = None
+    tile: Tile, kernel: KernelChoice | None, tokens: int, vocab: int, states: jax.Array, layout: Layout | None = None
 ) -> Tiles:
     """Returns the tiles for a device's tokens and vocabulary and for hidden states [..., D].
 
@@ -140,7 +140,7 @@ def token_logprobs(
     chunk_tokens: int = 0,
     chunk_vocab: int = 0,
     layout: Layout | None = None,
-    kernel: Kernel | None = None,
+    kernel: KernelChoice | None = None,
     used: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (log p(target), entropy), float32 [B, T] in nats, of softmax(hidden @ unembedding / temperature).

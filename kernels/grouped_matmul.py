@@ -26,7 +26,7 @@ BY_ROWS = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])  # th
 
 
 @dataclass(frozen=True)
-class Problem:
+class GroupedProduct:
     """One grouped product: rows by groups, contracted over `inner` into `outer` columns.
 
     With `transposed` it is the gradient of the groups' matrices, [inner, outer] each, contracted over rows.
@@ -43,7 +43,7 @@ class Problem:
 Tile = tuple[int, int, int]  # rows, inner, outer
 
 
-def moved(problem: Problem, tile: Tile) -> int:
+def moved(problem: GroupedProduct, tile: Tile) -> int:
     """Returns the bytes that libtpu's kernel moves: a block is moved when its index changes.
 
     Its grid goes over (outer, rows, inner) tiles, or (outer, inner, rows) when transposed, the last one fastest. A tile
@@ -58,18 +58,18 @@ def moved(problem: Problem, tile: Tile) -> int:
     return p.itemsize * (rows + matrices + p.rows * p.outer)
 
 
-def seconds(problem: Problem, tile: Tile, device_kind: str) -> tuple[float, float]:
+def seconds(problem: GroupedProduct, tile: Tile, device_kind: str) -> tuple[float, float]:
     """Returns the seconds that memory and the products of whole tiles take at a chip's peak rates."""
     chip = CHIPS[device_kind]
     products = 2 * _visits(problem, tile[0]) * tile[0] * problem.inner * problem.outer
     return moved(problem, tile) / chip.hbm, products / chip.operations
 
 
-def _visits(p: Problem, rows: int) -> int:
+def _visits(p: GroupedProduct, rows: int) -> int:
     return -(-p.rows // rows) + p.groups - 1
 
 
-def _vmem(p: Problem, tile: Tile) -> int:
+def _vmem(p: GroupedProduct, tile: Tile) -> int:
     """Returns the bytes of VMEM for a tile: blocks in two buffers, a float32 sum, and the compiler's temporaries."""
     m, k, n = tile
     blocks = 2 * p.itemsize * (m * k + k * n + m * n) + p.itemsize * m * k
@@ -77,7 +77,7 @@ def _vmem(p: Problem, tile: Tile) -> int:
 
 
 @functools.cache
-def tile_for(problem: Problem, device_kind: str) -> Tile | None:
+def tile_for(problem: GroupedProduct, device_kind: str) -> Tile | None:
     """Returns the fastest tile, the smaller one of equals.
 
     Returns None where no tile divides rows and widths, or the compiler follows none.
@@ -113,16 +113,16 @@ def grouped_matmul(rows_MK, matrices_EKN, sizes_E, device_kind: str = "") -> jax
 
 def _forward(rows, matrices, sizes, device_kind):
     (groups, inner, outer), size = matrices.shape, rows.dtype.itemsize
-    tile = tile_for(Problem(rows.shape[0], inner, outer, groups, size), device_kind)
+    tile = tile_for(GroupedProduct(rows.shape[0], inner, outer, groups, size), device_kind)
     return ragged_dot_with_tile(tile, rows, matrices, sizes, FORWARD), (rows, matrices, sizes)
 
 
 def _backward(device_kind, saved, d_out):
     rows, matrices, sizes = saved
     (groups, inner, outer), count, size = matrices.shape, rows.shape[0], rows.dtype.itemsize
-    tile = tile_for(Problem(count, outer, inner, groups, size), device_kind)
+    tile = tile_for(GroupedProduct(count, outer, inner, groups, size), device_kind)
     d_rows = ragged_dot_with_tile(tile, d_out, matrices, sizes, BY_OUTER)
-    tile = tile_for(Problem(count, inner, outer, groups, size, transposed=True), device_kind)
+    tile = tile_for(GroupedProduct(count, inner, outer, groups, size, transposed=True), device_kind)
     d_matrices = ragged_dot_with_tile(tile, rows, d_out, sizes, BY_ROWS)
     return d_rows.astype(rows.dtype), d_matrices.astype(matrices.dtype), None
 

@@ -36,7 +36,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class TileBlocks:
     """The size of each kernel and the VMEM it may use."""
 
     forward: Size
@@ -52,15 +52,15 @@ class Blocks:
 
 # By device kind: at a width of 7,168 each kernel computes at least twice the products at which it would be bound by
 # HBM.
-_V5P = Blocks(Size(512, 256, 128), Size(512, 256, 256), Size(512, 256, 256))
-_V5E = Blocks(Size(1024, 256, 128), Size(512, 256, 256), Size(512, 512, 256), 100 * 2**20)
-_V6E = Blocks(Size(2048, 256, 128), Size(1024, 256, 256), Size(256, 768, 256), 120 * 2**20)
+_V5P = TileBlocks(Size(512, 256, 128), Size(512, 256, 256), Size(512, 256, 256))
+_V5E = TileBlocks(Size(1024, 256, 128), Size(512, 256, 256), Size(512, 512, 256), 100 * 2**20)
+_V6E = TileBlocks(Size(2048, 256, 128), Size(1024, 256, 256), Size(256, 768, 256), 120 * 2**20)
 BLOCKS = {"TPU v5": _V5P, "TPU v5 lite": _V5E, "TPU v6 lite": _V6E}
 MARGIN = 1.17  # VMEM that the compiler uses over that of blocks and sums, for transposed operands and spilled values
 LEAST = 16  # fewest tokens of a block
 
 
-def blocks_for(device_kind: str, tokens: int, width: int, itemsize: int = 2) -> Blocks:
+def blocks_for(device_kind: str, tokens: int, width: int, itemsize: int = 2) -> TileBlocks:
     """Returns the sizes for a TPU generation and `tokens` hidden states of `width` numbers of `itemsize` bytes.
 
     Few tokens are one block. Blocks of wide states or long numbers have fewer tokens, so that they fit VMEM.
@@ -69,7 +69,7 @@ def blocks_for(device_kind: str, tokens: int, width: int, itemsize: int = 2) -> 
     # Bytes of one number of a sum: its result in two buffers, and float32 as well where that is another type.
     sums = 2 * itemsize + (4 if itemsize < 4 else 0)
     fit = functools.partial(_fit, preferred.vmem_bytes / (MARGIN * width), 2 * itemsize, whole)
-    return Blocks(
+    return TileBlocks(
         forward=fit(preferred.forward, 0, 0),
         hidden=fit(preferred.hidden, sums, 0),
         columns=fit(preferred.columns, 0, sums),
@@ -95,7 +95,7 @@ def _fit(room: float, value: int, most: int, size: Size, token_sum: int, column_
 
 
 def forward_tile(
-    states_ND, w_DV, targets_N, temperature, sums, blocks: Blocks, interpret=False, count=None, limit=None
+    states_ND, w_DV, targets_N, temperature, sums, blocks: TileBlocks, interpret=False, count=None, limit=None
 ):
     """Returns `sums` updated with the logits of these columns, float32 [N] each.
 
@@ -133,7 +133,7 @@ def backward_tile(
     saved,
     gradients,
     dtypes,
-    blocks: Blocks,
+    blocks: TileBlocks,
     interpret=False,
     count=None,
     limit=None,
@@ -177,7 +177,7 @@ def backward_tile(
     return d_states[:tokens], call(NAMES[2], _columns, blocks.columns, True, dtypes[1])
 
 
-def _params(blocks: Blocks):
+def _params(blocks: TileBlocks):
     return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_bytes)
 
 
@@ -189,7 +189,7 @@ def _scalars(temperature, w_DV, limit):
     return jnp.append(inverse, jnp.clip(limit, 0, w_DV.shape[1]).astype(jnp.float32))
 
 
-def _padded(blocks: Blocks, array):
+def _padded(blocks: TileBlocks, array):
     """Returns the array [N, ...] with its tokens padded to whole blocks."""
     return jnp.pad(array, ((0, -array.shape[0] % blocks.tokens), (0, 0)))
 
@@ -199,7 +199,7 @@ def _local(targets_N, w_DV):
     return jnp.where(targets_N < w_DV.shape[1], targets_N, -1)
 
 
-def _numbers(blocks: Blocks, count, targets_N, *numbers):
+def _numbers(blocks: TileBlocks, count, targets_N, *numbers):
     """Returns float32 [N, NUMBERS], tokens padded to whole blocks, 0 past `count`; a target below 2**24 is exact."""
     columns = jnp.stack([targets_N.astype(jnp.float32), *numbers], axis=1)
     if count is not None:

@@ -9,11 +9,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from r1jax.kernels.fused_logprob import Kernel, backward_part, forward_part, tile_of, tiles_of
+from r1jax.kernels.fused_logprob import KernelChoice, backward_part, forward_part, tile_of, tiles_of
 
 
 def trained_logprobs(
-    hidden, unembedding, targets, mask, temperature, chunk: int, kernel: Kernel | None = None, used: int = 0
+    hidden, unembedding, targets, mask, temperature, chunk: int, kernel: KernelChoice | None = None, used: int = 0
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (log p(target), entropy), float32 [B, T] in nats, where mask > 0, and 0 elsewhere.
 

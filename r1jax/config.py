@@ -1,8 +1,8 @@
 """Load a config by name, override fields by dotted key, expand sweeps, flatten and hash. Imports no JAX.
 
-A config is a module r1jax/configs/NAME.py with a docstring, `PRESETS` (the sizes it takes, a literal tuple of names)
-and `config(preset) -> schema.Config`. Everything a user can get wrong raises ValueError with one line that names what
-to type.
+A config is a module r1jax/configs/NAME.py with a docstring, `PRESETS` (the sizes it takes: a literal tuple of names, or
+a group of configs/_presets.py, as `_presets.EVERY`) and `config(preset) -> schema.Config`. Everything a user can get
+wrong raises ValueError with one line that names what to type.
 """
 
 import ast
@@ -32,7 +32,7 @@ _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "
 
 
 @dataclass(frozen=True)
-class Entry:
+class ConfigSummary:
     """What `--help` shows of one config: its name, its docstring's first line and the presets it takes."""
 
     name: str
@@ -49,21 +49,28 @@ class Point:
     config: schema.Config
 
 
-def entries() -> list[Entry]:
+def entries() -> list[ConfigSummary]:
     """Returns every config in alphabetical order, read from the sources without running them."""
     folders = [pathlib.Path(folder) for folder in importlib.import_module("r1jax.configs").__path__]
     paths = {path.stem: path for folder in folders for path in folder.glob("[!_]*.py")}
     return [_entry(paths[name]) for name in sorted(paths)]
 
 
-def _entry(path: pathlib.Path) -> Entry:
+def _entry(path: pathlib.Path) -> ConfigSummary:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     presets = (DEFAULT_PRESET,)
     for node in tree.body:
         if isinstance(node, ast.Assign) and [getattr(target, "id", "") for target in node.targets] == ["PRESETS"]:
-            presets = tuple(ast.literal_eval(node.value))
+            presets = _sizes(node.value)
     summary = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return Entry(path.stem, summary, presets)
+    return ConfigSummary(path.stem, summary, presets)
+
+
+def _sizes(value: ast.expr) -> tuple[str, ...]:
+    """Returns the names that a module's PRESETS stands for: a literal tuple, or MODULE.NAME of r1jax/configs."""
+    if isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name):
+        return getattr(importlib.import_module(f"r1jax.configs.{value.value.id}"), value.attr)
+    return tuple(ast.literal_eval(value))
 
 
 def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> schema.Config:

@@ -218,6 +218,7 @@ def check(config: Config, keys: Iterable[str], also: tuple[str, ...] = ()) -> No
 
 def _conditions(stage: str, key: str) -> list[tuple[str, Callable[[Config], bool]]]:
     """Returns the conditions under which a stage reads a key, as (condition as text, whether a config meets it)."""
+    conditions: list[tuple[str, Callable[[Config], bool]]]
     conditions = [condition for part, condition in _CONDITIONS.items() if _covers((part,), key)]
     return [*conditions, _HOLDOUT] if key == "data.holdout_fraction" and stage in _ASKS_PROBLEMS else conditions
 

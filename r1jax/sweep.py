@@ -25,7 +25,7 @@ _LOG_WIDTH = 160  # characters, where the output is not a terminal
 
 
 @dataclass(frozen=True)
-class Row:
+class PointResult:
     """One point's outcome; `error` is the last line of its log when it failed."""
 
     point: str
@@ -65,12 +65,12 @@ def run(arguments: flags.Arguments, base: schema.Config) -> int:
     return int(any(row.status == "failed" for row in rows))
 
 
-def _run_point(point: config.Point, arguments: flags.Arguments, folder: pathlib.Path, label: str) -> Row:
+def _run_point(point: config.Point, arguments: flags.Arguments, folder: pathlib.Path, label: str) -> PointResult:
     done, figures = folder / "DONE", folder / "figures.json"
     wanted = config.config_hash(point.config)
     if _read(done).get("config_hash") == wanted and figures.exists():
         print(f"{label} {point.slug}: finished before, skipped", flush=True)
-        return Row(point.slug, dict(point.overrides), "skipped", 0, _read(done)["seconds"], _read(figures))
+        return PointResult(point.slug, dict(point.overrides), "skipped", 0, _read(done)["seconds"], _read(figures))
     folder.mkdir(parents=True, exist_ok=True)
     done.unlink(missing_ok=True)
     figures.unlink(missing_ok=True)
@@ -80,10 +80,10 @@ def _run_point(point: config.Point, arguments: flags.Arguments, folder: pathlib.
     seconds = round(time.monotonic() - start, 3)
     if code == 0:
         config.write_json(done, {"config_hash": wanted, "seconds": seconds})
-        row = Row(point.slug, dict(point.overrides), "done", 0, seconds, _read(figures))
+        row = PointResult(point.slug, dict(point.overrides), "done", 0, seconds, _read(figures))
     else:
         error = _last_line(folder / "log.txt")
-        row = Row(point.slug, dict(point.overrides), "failed", code, seconds, {}, error)
+        row = PointResult(point.slug, dict(point.overrides), "failed", code, seconds, {}, error)
     print(f"{label} {point.slug}: {row.status} in {seconds:.1f} s{': ' if row.error else ''}{row.error}", flush=True)
     return row
 
@@ -119,7 +119,7 @@ def _last_line(log: pathlib.Path) -> str:
     return lines[-1].strip() if lines else ""
 
 
-def _print_table(rows: list[Row]) -> None:
+def _print_table(rows: list[PointResult]) -> None:
     numbers = {
         key: None
         for row in rows

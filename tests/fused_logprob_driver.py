@@ -72,7 +72,7 @@ def main():
         mesh, kind = name.split("/")
         config, vocab = MESHES[mesh]
         if kind == "forward":  # what `auto` is on a TPU: the kernel forward, XLA's tiles backward
-            logprobs._kernel = lambda how: fused_logprob.Kernel("TPU v5", interpret=True, backward=False)
+            logprobs._kernel = lambda how: fused_logprob.KernelChoice("TPU v5", interpret=True, backward=False)
         found, text = run(config, vocab, CHUNKS[kind])
         floats = {int(n) for dims in re.findall(r"f32\[([\d,]+)\]", text) for n in dims.split(",")}
         report[name] = {

@@ -9,7 +9,7 @@ from r1jax.configs import _presets as presets
 from r1jax.core import sharding
 from r1jax.models import decoder
 from r1jax.models.moe import MoE
-from r1jax.plan.compile import Program
+from r1jax.plan.compile import LoweredProgram
 from r1jax.rl import losses
 from r1jax.sampler.engine import Engine
 from r1jax.schema import GRPOConfig, MeshConfig, Network, OptimizerConfig, replace
@@ -60,11 +60,11 @@ def update(
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
     everywhere = sharding.replicated(mesh)
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)  # noqa: E731
-    arguments = losses.LossArguments(*[scalar("float32")] * 4)
+    arguments = losses.PolicyLossArguments(*[scalar("float32")] * 4)
     changed = {axis: tuple(names) for axis, names in (rules or {}).items()}
     with sharding.use_mesh(mesh, {**sharding.TRAIN, **changed}):
         lowered = trainer._update.lower(trainer.restore_target(), batch, scalar("int32"), arguments)
-    return Program(lowered, mesh, expert_weights(network, mesh, sharding.TRAIN))
+    return LoweredProgram(lowered, mesh, expert_weights(network, mesh, sharding.TRAIN))
 
 
 def decode(devices, preset: str, mesh: dict, model: dict | None = None, **sampler):
@@ -77,7 +77,7 @@ def decode(devices, preset: str, mesh: dict, model: dict | None = None, **sample
         params = _placed(shapes, sharding.spec_shardings(decoder.specs(network.model), mesh, sharding.DECODE))
         state = _placed(jax.eval_shape(engine._empty_state), engine._state_shardings())
         lowered = engine._decode.lower(params, state, settings.steps_per_dispatch, engine.rows)
-    return Program(lowered, mesh, expert_weights(network, mesh, sharding.DECODE))
+    return LoweredProgram(lowered, mesh, expert_weights(network, mesh, sharding.DECODE))
 
 
 def product(devices, rows: int, inner: int, columns: int, gather: bool = False):
@@ -91,7 +91,7 @@ def product(devices, rows: int, inner: int, columns: int, gather: bool = False):
     jitted = jax.jit(product_step, donate_argnums=0, out_shardings=(divided, whole))
     w = jax.ShapeDtypeStruct((inner, columns), "float32", sharding=divided)
     x = jax.ShapeDtypeStruct((rows, inner), "float32", sharding=whole)
-    return Program(jitted.lower(w, x), mesh, {"w": ((inner // 4, columns), (inner, columns))})
+    return LoweredProgram(jitted.lower(w, x), mesh, {"w": ((inner // 4, columns), (inner, columns))})
 
 
 def reordered(devices):
@@ -105,4 +105,4 @@ def reordered(devices):
         return jax.lax.with_sharding_constraint(jnp.tanh(y), rows)
 
     x = jax.ShapeDtypeStruct((64, 1024), "float32", sharding=sharding.replicated(mesh))
-    return Program(jax.jit(reorder).lower(x), mesh)
+    return LoweredProgram(jax.jit(reorder).lower(x), mesh)

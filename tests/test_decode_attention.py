@@ -14,7 +14,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from r1jax.core import rng, sharding
-from r1jax.kernels.decode_attention import Blocks, blocks_for, grouped_decode, latent_decode
+from r1jax.kernels.decode_attention import DecodeBlocks, blocks_for, grouped_decode, latent_decode
 from r1jax.kernels.tpu import rounded
 from r1jax.models import cache, decoder
 from r1jax.schema import MeshConfig
@@ -63,49 +63,49 @@ def compare_grouped(
         np.testing.assert_allclose(found[:, head], wanted, atol=tolerance)
 
 
-@pytest.mark.parametrize("blocks", [Blocks(8, 1), Blocks(8, 2), Blocks(16, 3), Blocks(64, 2)])
+@pytest.mark.parametrize("blocks", [DecodeBlocks(8, 1), DecodeBlocks(8, 2), DecodeBlocks(16, 3), DecodeBlocks(64, 2)])
 def test_outputs_are_the_formula_and_rows_past_a_length_may_hold_anything(blocks):
     compare([1, 37, 8, 0, 20, 16], 37, blocks)
 
 
-@pytest.mark.parametrize("blocks", [Blocks(8, 1), Blocks(16, 3), Blocks(64, 2)])
+@pytest.mark.parametrize("blocks", [DecodeBlocks(8, 1), DecodeBlocks(16, 3), DecodeBlocks(64, 2)])
 def test_a_key_head_serves_its_group_alone(blocks):
     compare_grouped([1, 37, 8, 0, 20, 16], 37, blocks)
 
 
 @pytest.mark.parametrize(("heads", "group", "width"), [(1, 1, 16), (3, 3, 17), (4, 1, 8)])
 def test_every_grouping_is_the_formula(heads, group, width):
-    compare_grouped([9, 23], 24, Blocks(8, 2), heads, group, width)
+    compare_grouped([9, 23], 24, DecodeBlocks(8, 2), heads, group, width)
 
 
 @pytest.mark.parametrize(("heads", "width"), [(1, 16), (5, 17), (16, 40)])
 def test_every_number_of_heads_and_width_is_the_formula(heads, width):
-    compare([9, 23], 24, Blocks(8, 2), heads, width)
+    compare([9, 23], 24, DecodeBlocks(8, 2), heads, width)
 
 
 def test_bfloat16_sums_in_float32():
-    compare([40, 13], 48, Blocks(16, 2), dtype=jnp.bfloat16, tolerance=0.02)
-    compare_grouped([40, 13], 48, Blocks(16, 2), dtype=jnp.bfloat16, tolerance=0.02)
+    compare([40, 13], 48, DecodeBlocks(16, 2), dtype=jnp.bfloat16, tolerance=0.02)
+    compare_grouped([40, 13], 48, DecodeBlocks(16, 2), dtype=jnp.bfloat16, tolerance=0.02)
 
 
 @given(st.lists(st.integers(0, 29), min_size=1, max_size=4), st.integers(1, 3))
 @settings(max_examples=8, deadline=None)
 def test_any_lengths_are_the_formula(lengths, splits):
-    compare(lengths, 29, Blocks(8, splits))
-    compare_grouped(lengths, 29, Blocks(8, splits))
+    compare(lengths, 29, DecodeBlocks(8, splits))
+    compare_grouped(lengths, 29, DecodeBlocks(8, splits))
 
 
 @pytest.mark.parametrize("kind", [compare, compare_grouped])
 def test_nothing_unwritten_counts_and_no_two_accesses_race(kind):
     params = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="nan")
-    kind([1, 37, 0, 20], 37, Blocks(8, 2), interpret=params)
+    kind([1, 37, 0, 20], 37, DecodeBlocks(8, 2), interpret=params)
     assert not interpreter.races.races_found
 
 
 def test_blocks_of_short_caches_are_whole_registers_and_a_v5p_has_two_cores():
-    assert blocks_for("TPU v5", 8193, 640) == Blocks(512, 2)
-    assert blocks_for("TPU v5 lite", 100, 640) == Blocks(128, 1)
-    assert blocks_for("TPU v5", 8193, 32 * 128) == Blocks(128, 2)
+    assert blocks_for("TPU v5", 8193, 640) == DecodeBlocks(512, 2)
+    assert blocks_for("TPU v5 lite", 100, 640) == DecodeBlocks(128, 1)
+    assert blocks_for("TPU v5", 8193, 32 * 128) == DecodeBlocks(128, 2)
     assert (rounded(576), rounded(640), rounded(1)) == (640, 640, 128)
 
 

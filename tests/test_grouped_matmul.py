@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1jax.kernels.grouped_matmul import VMEM_BYTES, Problem, _vmem, grouped_matmul, moved, seconds, tile_for
+from r1jax.kernels.grouped_matmul import VMEM_BYTES, GroupedProduct, _vmem, grouped_matmul, moved, seconds, tile_for
 from r1jax.plan import grouped
 
 needs_libtpu = pytest.mark.skipif(
@@ -70,7 +70,7 @@ def test_any_groups_and_widths_are_the_formula(sizes, inner, outer, seed):
 
 
 def test_bytes_are_those_of_blocks_whose_index_changes():
-    p = Problem(rows=512, inner=256, outer=384, groups=2, itemsize=2)
+    p = GroupedProduct(rows=512, inner=256, outer=384, groups=2, itemsize=2)
     rows, matrices, out = 512 * 256 * 2, 2 * 256 * 384 * 2, 512 * 384 * 2
     visits = 3  # of two tiles of 256 rows, one of them shared by both groups
     assert (
@@ -82,7 +82,7 @@ def test_bytes_are_those_of_blocks_whose_index_changes():
     assert (
         moved(p, (256, 128, 384)) == rows * visits // 2 + matrices // 2 * visits + out
     )  # and a cut matrix with each tile
-    transposed = Problem(512, 256, 384, 2, 2, transposed=True)
+    transposed = GroupedProduct(512, 256, 384, 2, 2, transposed=True)
     assert moved(transposed, (256, 128, 384)) == (rows + 2 * out) * visits // 2 + matrices
 
 
@@ -101,9 +101,9 @@ def test_a_tile_is_told_to_the_chips_that_heed_one_and_only_for_whole_registers(
     p = grouped.problem("forward", "v3")
     assert tile_for(p, "TPU v5") == (1024, 512, 1024)
     assert tile_for(p, "TPU v6 lite") is tile_for(p, "cpu") is None
-    assert tile_for(Problem(512, 100, 128, 2, 2), "TPU v5") is None
-    assert tile_for(Problem(16, 128, 128, 2, 2), "TPU v5") is None
-    assert tile_for(Problem(384, 128, 128, 2, 2), "TPU v5")[0] == 128
+    assert tile_for(GroupedProduct(512, 100, 128, 2, 2), "TPU v5") is None
+    assert tile_for(GroupedProduct(16, 128, 128, 2, 2), "TPU v5") is None
+    assert tile_for(GroupedProduct(384, 128, 128, 2, 2), "TPU v5")[0] == 128
 
 
 @needs_libtpu

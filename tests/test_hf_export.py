@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from r1jax import config as configs
 from r1jax.checkpoints import fp8, hf, hf_config, hf_export, hf_names, tensor_file, tokenizer
-from r1jax.checkpoints.tensor_file import TensorFile, Writer
+from r1jax.checkpoints.tensor_file import TensorFile, TensorWriter
 from r1jax.core import sharding, tree
 from r1jax.data import templates
 from r1jax.data.problems import Message
@@ -284,15 +284,15 @@ def test_stage_in_bfloat16_reports_how_far_rounding_moves_the_logits(student, tm
 
 
 def test_stage_keeps_nothing_when_a_weight_reads_back_differently(student, tmp_path, monkeypatch):
-    honest = Writer.put
+    honest = TensorWriter.put
 
-    def flipped(self: Writer, name: str, value: np.ndarray) -> None:
+    def flipped(self: TensorWriter, name: str, value: np.ndarray) -> None:
         if name == "model.layers.1.mlp.up_proj.weight":
             value = value.copy()
             value[5, 5] = np.nextafter(value[5, 5], np.float32(9))
         honest(self, name, value)
 
-    monkeypatch.setattr(Writer, "put", flipped)
+    monkeypatch.setattr(TensorWriter, "put", flipped)
     with pytest.raises(
         ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight reads back differently; nothing was kept"
     ):
@@ -479,15 +479,15 @@ def test_stage_refuses_fp8_of_a_student_before_it_loads_the_weights(student, tmp
 
 
 def test_an_export_that_is_interrupted_between_two_tensors_leaves_nothing(tmp_path, monkeypatch):
-    honest, written = Writer.put, []
+    honest, written = TensorWriter.put, []
 
-    def interrupted(self: Writer, name: str, value: np.ndarray) -> None:
+    def interrupted(self: TensorWriter, name: str, value: np.ndarray) -> None:
         written.append(name)
         if len(written) == 9:
             raise KeyboardInterrupt
         honest(self, name, value)
 
-    monkeypatch.setattr(Writer, "put", interrupted)
+    monkeypatch.setattr(TensorWriter, "put", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path / "out", DENSE, shard_bytes=2000)
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from r1jax.checkpoints import fp8, hf, hf_config, hf_names
-from r1jax.checkpoints.tensor_file import TensorFile, Writer
+from r1jax.checkpoints.tensor_file import TensorFile, TensorWriter
 from r1jax.core import sharding
 from r1jax.models import decoder
 from r1jax.schema import MeshConfig, ModelConfig, RopeScaling, replace
@@ -652,7 +652,7 @@ def write_fp8(folder: pathlib.Path, tensors: dict[str, np.ndarray], config: dict
     weight_map = {name: f"model-0000{1 + name.endswith('_inv')}-of-00002.safetensors" for name in tensors}
     for file in set(weight_map.values()):
         here = {name: value for name, value in tensors.items() if weight_map[name] == file}
-        with Writer(folder / file, [(name, value.dtype, value.shape) for name, value in here.items()]) as writer:
+        with TensorWriter(folder / file, [(name, value.dtype, value.shape) for name, value in here.items()]) as writer:
             for name, value in here.items():
                 writer.put(name, value)
     (folder / hf.INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))

@@ -28,7 +28,7 @@ LENGTHS = ["--config.sampler.max_prompt_tokens=40", "--config.sampler.max_new_to
 def model_folder(path, **changes) -> str:
     """Returns a Hugging Face folder of an untrained model that reads the words of the tiny world."""
     words = tokenizer.tiny()
-    model = replace(GROUPED, vocab_size=words.vocab_size, max_position_embeddings=128, **changes)
+    model = replace(GROUPED.model, vocab_size=words.vocab_size, max_position_embeddings=128, **changes)
     mesh = sharding.make_mesh(MeshConfig())
     params = sharding.initialize(decoder.specs(model), rng.key(0, "evaluation", "init"), "float32", mesh)
     hf_export.save(path, params, model, words, "float32")
@@ -398,7 +398,7 @@ def test_votes_use_the_samples_that_are_drawn_anyway(monkeypatch, model, tmp_pat
     drawn, respond = [], evaluate.respond
 
     def counting(*arguments):
-        drawn.append((len(arguments[4]), arguments[7], arguments[8]))
+        drawn.append((len(arguments[5]), arguments[8], arguments[9]))
         return respond(*arguments)
 
     monkeypatch.setattr(evaluate, "respond", counting)

@@ -29,7 +29,7 @@ def opened(folder, **fields):
     """Returns (config, tokenizer, mesh, weights) of a checkpoint as every stage opens it."""
     config = Config(model=ModelConfig(checkpoint=str(folder)), sampler=SamplerConfig(**fields))
     config, words, mesh = common.prepare(config)
-    return config, words, mesh, common.load_weights(config.model, mesh, str(folder), dict)
+    return config, words, mesh, common.load_weights(config.model, mesh, str(folder))
 
 
 def drawn(config, words, mesh, params, temperature=1.0, groups=4, samples=8, longest=24, steps=4):
@@ -446,7 +446,7 @@ def test_a_padded_model_with_two_end_tokens_and_another_end_of_turn_trains_on_wh
     config = configs.load("r1_zero:smollm2_135m", [(name, str(value)) for name, value in fields.items()])
     config, words, mesh = common.prepare(config)
     assert words.stop_ids == (256, 259, 258) and config.compute.vocab_used == 260
-    params = common.load_weights(config.model, mesh, str(folder), dict)
+    params = common.load_weights(config.model, mesh, str(folder))
     own_config = replace(config, data=replace(config.data, template="chat"))
     train = prompts.encode(PROBLEMS, own_config.stage, own_config.model, own_config.data, own_config.sampler, words)
     seen = []

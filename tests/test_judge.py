@@ -93,7 +93,8 @@ def test_reference_that_is_empty_and_prompt_that_is_too_long_are_unscorable(judg
 def test_prompt_that_leaves_no_room_for_a_reply_in_the_models_window_is_unscorable(judge, monkeypatch):
     given = request("a", toy_judge.reply("good", 2))
     engine = judge._sampler.engine
-    monkeypatch.setattr(engine, "model", replace(engine.model, max_position_embeddings=SAMPLER.max_new_tokens + 20))
+    model = replace(engine.network.model, max_position_embeddings=SAMPLER.max_new_tokens + 20)
+    monkeypatch.setattr(engine, "network", replace(engine.network, model=model))
     score = judge.accuracy([given])[0]
     assert not score.scorable and "longer than the judge's sampler allows" in score.detail
 

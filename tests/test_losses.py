@@ -281,7 +281,7 @@ def log_probs(params, sample, temperature):
 
 def objective_by_hand(rollout, policy, reference, weights, grpo, temperature, longest):
     """DeepSeek-R1, eq. 1-3, output by output; the means as Tunix's `grpo_loss_fn` (tunix/rl/algo_core.py) takes them."""
-    rewards = rollout.parts.astype(np.float64) @ weights
+    rewards = rollout.reward_terms.astype(np.float64) @ weights
     advantages, total, tokens = np.zeros(6), 0.0, sum(len(s.token_ids) for s in rollout.samples)
     for group in (slice(0, 3), slice(3, 6)):
         scorable = rollout.scorable[group]

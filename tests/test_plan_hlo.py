@@ -102,7 +102,7 @@ def test_what_is_sent_between_slices_goes_by_the_first_axis():
 
 
 def result(kind, *dims):
-    return hlo.Collective("c", kind, (hlo.Shape("bf16", dims),), 2, ("fsdp",), 1, False, "")
+    return hlo.Collective("c", kind, (hlo.ArrayShape("bf16", dims),), 2, ("fsdp",), 1, False, "")
 
 
 def test_a_gathered_weight_is_found_whole_in_part_and_transposed_and_its_gradient_is_not():

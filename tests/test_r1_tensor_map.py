@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from r1jax.checkpoints import fp8, hf, hf_config, hf_export, tokenizer
-from r1jax.checkpoints.tensor_file import NAMES, TensorFile, Writer
+from r1jax.checkpoints.tensor_file import NAMES, TensorFile, TensorWriter
 from r1jax.core import sharding, tree
 from r1jax.models import decoder
 from r1jax.schema import MeshConfig, ModelConfig
@@ -169,7 +169,9 @@ def test_one_wrong_tensor_among_all_is_named(narrow, tmp_path, change, name, wor
     with TensorFile(folder / changed) as file:
         tensors = {name: file.read(name) for name in file.tensors}
     change(tensors)
-    with Writer(tmp_path / changed, [(name, value.dtype, value.shape) for name, value in tensors.items()]) as writer:
+    with TensorWriter(
+        tmp_path / changed, [(name, value.dtype, value.shape) for name, value in tensors.items()]
+    ) as writer:
         for key, value in tensors.items():
             writer.put(key, value)
     with pytest.raises(ValueError) as error:

@@ -155,8 +155,11 @@ def test_both_responses_of_a_pair_lie_in_one_micro_batch():
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_decoder_cut_in_two_says_what_the_whole_one_says(name, blocks, mesh):
     network, params = weights(SHAPES[name], mesh)
-    (lower_model, upper_model), (lower, upper) = frozen.shapes(network, blocks), frozen.cut(params, network, blocks)
-    target = sharding.abstract(decoder.specs(upper_model.model), jnp.float32)
+    (lower_model, upper_model), (lower, upper) = (
+        frozen.shapes(network, blocks),
+        frozen.cut(params, network.model, blocks),
+    )
+    target = sharding.abstract(decoder.specs(upper_model.model, upper_model.scalar_head), jnp.float32)
     assert jax.tree.map(jnp.shape, upper) == jax.tree.map(lambda leaf: leaf.shape, target)
     given = units("helpful")
     flat = [ids for unit in given for ids in unit.sequences]
@@ -368,7 +371,7 @@ def test_stage_learns_a_known_rule_and_can_be_loaded_again(blocks, tmp_path):
     with pytest.raises(ValueError, match="holds a reward model of kind helpful, needs safety"):
         reward_models.load(folder, "safety", tokenizer, mesh, config.pack, config.model)
     with pytest.raises(ValueError, match="holds a reward model, which gives scores and no text"):
-        common.load_weights(config.model, mesh, str(folder), lambda: None)
+        common.load_weights(config.model, mesh, str(folder))
 
 
 @pytest.mark.parametrize("blocks", [0, 1])

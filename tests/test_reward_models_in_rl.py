@@ -15,7 +15,7 @@ from r1jax.recipe import policy, prompts
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.models import reward_model
 from r1jax.rewards.models.reward_model import Reading, RewardModel
-from r1jax.rl import rollout, scenarios
+from r1jax.rl import reward_model_monitor, rollout
 from r1jax.rl.assemble import Training
 from r1jax.rl.rollout import Mixture
 from r1jax.schema import MeshConfig, replace
@@ -76,7 +76,7 @@ def test_prompts_of_each_data_set_are_scored_by_its_model_and_reasoning_by_its_r
     seen = set()
     for start in (2, 4):
         scored = kept[start]
-        rows = zip(by_task(run, scored, start), scored.samples, texts_of(scored), scored.parts, strict=True)
+        rows = zip(by_task(run, scored, start), scored.samples, texts_of(scored), scored.reward_terms, strict=True)
         for task, sample, text, parts in rows:
             question = run.recorder.inputs.prompts.prompt(sample.request_id, start).problem.text
             seen.add(task)
@@ -97,7 +97,7 @@ def test_reward_of_a_general_prompt_is_model_plus_format_plus_language(whole):
     run, _, kept = whole
     advantages = rollout.compute_advantages(kept[4], run.run.config, 12)
     given, column = run.run.config.reward, PART_NAMES.index
-    parts, tasks_of = kept[4].parts, np.asarray(by_task(run, kept[4], 4))
+    parts, tasks_of = kept[4].reward_terms, np.asarray(by_task(run, kept[4], 4))
     expected = parts[:, column("reward_model")] + given.format * parts[:, column("format")]
     expected += given.language * parts[:, column("language")]
     mine = tasks_of != "linear"
@@ -107,7 +107,7 @@ def test_reward_of_a_general_prompt_is_model_plus_format_plus_language(whole):
 
 def test_reward_models_are_not_asked_before_their_update(whole):
     run, folder, kept = whole
-    assert not kept[0].parts[:, PART_NAMES.index("reward_model")].any()
+    assert not kept[0].reward_terms[:, PART_NAMES.index("reward_model")].any()
     rows = read(folder)
     told = ["reward_model" in row for row in rows]
     assert told == [False] * 2 + [True] * 4
@@ -128,10 +128,12 @@ def test_run_stopped_amid_a_scored_rollout_goes_on_to_the_same_bits(whole, updat
 
 def test_trend_is_the_slope_in_its_standard_errors():
     draw = np.random.default_rng(0)
-    found = [scenarios.trend(draw.normal(0, 0.1, 10), np.full(10, 0.1)) for _ in range(2000)]
+    found = [reward_model_monitor.trend(draw.normal(0, 0.1, 10), np.full(10, 0.1)) for _ in range(2000)]
     assert abs(np.mean(found)) < 0.05 and 0.75 < np.std(found) < 1.05
-    assert scenarios.trend(np.arange(10) * 0.1, np.full(10, 0.1)) == pytest.approx(0.1 / (0.1 / np.sqrt(82.5)))
-    assert scenarios.trend([0, 1, 2], [0, 0, 0]) == 0 and scenarios.trend([1] * 9, [0] * 9) == 0
+    assert reward_model_monitor.trend(np.arange(10) * 0.1, np.full(10, 0.1)) == pytest.approx(
+        0.1 / (0.1 / np.sqrt(82.5))
+    )
+    assert reward_model_monitor.trend([0, 1, 2], [0, 0, 0]) == 0 and reward_model_monitor.trend([1] * 9, [0] * 9) == 0
 
 
 def rows_of(rewards, verified, error: float = 0.02) -> list[dict]:
@@ -144,7 +146,7 @@ def rows_of(rewards, verified, error: float = 0.02) -> list[dict]:
 
 
 def warnings(rows: list[dict], window: int = 10, errors: float = 3.0) -> list[str]:
-    return [scenarios.watch(rows[:i], rows[i], window, errors)[1] for i in range(len(rows))]
+    return [reward_model_monitor.hacking_trends(rows[:i], rows[i], window, errors)[1] for i in range(len(rows))]
 
 
 def test_hacking_is_told_in_one_line_when_the_reward_rises_and_the_verified_figure_falls():
@@ -156,7 +158,7 @@ def test_hacking_is_told_in_one_line_when_the_reward_rises_and_the_verified_figu
     assert 12 <= first <= 20 and all(told[20:])
     assert told[25].startswith("reward hacking? over 10 rollouts the reward model's reward rose from ")
     assert "reasoning_accuracy fell from" in told[25] and "\n" not in told[25]
-    assert scenarios.watch(rows[:25], rows[25], 10, 3.0)[0]["hacking_warning"] == 1.0
+    assert reward_model_monitor.hacking_trends(rows[:25], rows[25], 10, 3.0)[0]["hacking_warning"] == 1.0
 
 
 def test_hacking_is_not_told_before_the_window_is_full():
@@ -169,8 +171,10 @@ def test_reasoning_is_that_of_reasoning_prompts_where_one_model_is_off(whole):
     run, _, kept = whole
     group, scored = run.run.config.grpo.group_size, kept[4]
     prompts_of = [run.recorder.inputs.prompts.prompt(sample.request_id, 4) for sample in scored.samples[::group]]
-    both = scenarios.figures(scored, prompts_of, run.recorder.inputs.reward_models, group)
-    one = scenarios.figures(scored, prompts_of, {"general": run.recorder.inputs.reward_models["general"]}, group)
+    both = reward_model_monitor.figures(scored, prompts_of, run.recorder.inputs.reward_models, group)
+    one = reward_model_monitor.figures(
+        scored, prompts_of, {"general": run.recorder.inputs.reward_models["general"]}, group
+    )
     assert one["reasoning_accuracy"] == both["reasoning_accuracy"] and "safety_reward" not in one
 
 

@@ -99,7 +99,7 @@ def test_advantages_are_those_of_whole_groups_although_mini_batches_split_them(w
     for start, scored in kept.items():
         terms = {"accuracy": 1.0, "format": 0.2, "language": 1.0}
         weights = [terms.get(name, 0.0) for name in PART_NAMES]
-        rewards = scored.parts.astype(np.float64) @ np.asarray(weights)
+        rewards = scored.reward_terms.astype(np.float64) @ np.asarray(weights)
         groups = rewards.reshape(-1, 4)
         centred, deviation = groups - groups.mean(1, keepdims=True), groups.std(1, keepdims=True)
         expected = np.where(deviation > 1e-6, centred / np.maximum(deviation, 1e-6), 0).reshape(-1)
@@ -119,7 +119,7 @@ def test_rollout_without_a_scorable_sample_moves_nothing_and_a_program_compiled_
     run.restore(objective)
     warm_up(run, training.source, objective, recorder)
     before = tree.digest(run.state.params)
-    scored = Rollout(kept[0].samples, kept[0].parts, np.zeros(len(kept[0]), bool), 2)
+    scored = Rollout(kept[0].samples, kept[0].reward_terms, np.zeros(len(kept[0]), bool), 2)
     advantages = objective.advantages(scored, 0)
     recorder.rollout(scored, advantages, {})
     batch = next(minibatch.batches(run, objective, recorder, scored, advantages))
@@ -173,7 +173,7 @@ def test_journal_gives_back_the_same_bits(tmp_path, experts):
     journal = Journal(tmp_path)
     journal.write(9, written)
     found = journal.read(9)
-    assert np.array_equal(found.parts, parts) and np.array_equal(found.scorable, written.scorable)
+    assert np.array_equal(found.reward_terms, parts) and np.array_equal(found.scorable, written.scorable)
     for a, b in zip(samples, found.samples, strict=True):
         for name, value in vars(a).items():
             assert np.array_equal(value, getattr(b, name)), name
@@ -186,7 +186,7 @@ def test_a_journal_written_before_a_term_existed_is_read_by_name_with_0_for_it(t
     samples = [sample(0, index, 2, False) for index in range(4)]
     parts = np.random.default_rng(0).random((4, len(PART_NAMES))).astype(np.float32)
     journal = Journal(tmp_path)
-    journal.write(0, Rollout(samples, parts, np.ones(4, bool), 2, dropped_parts=parts[:2], dropped_tokens=9))
+    journal.write(0, Rollout(samples, parts, np.ones(4, bool), 2, dropped_terms=parts[:2], dropped_tokens=9))
     with np.load(tmp_path / "rollout_00000000.npz") as file:
         fields = dict(file)
     known = fields | dict(parts=parts[:, :3], dropped_parts=parts[:2, :3])
@@ -198,8 +198,8 @@ def test_a_journal_written_before_a_term_existed_is_read_by_name_with_0_for_it(t
     for written, expected in ((known, older), (shuffled, parts)):
         np.savez(tmp_path / "rollout_00000000.npz", **written)
         found = journal.read(0)
-        assert np.array_equal(found.parts, expected) and found.parts.dtype == np.float32
-        assert np.array_equal(found.dropped_parts, expected[:2]) and found.dropped_tokens == 9
+        assert np.array_equal(found.reward_terms, expected) and found.reward_terms.dtype == np.float32
+        assert np.array_equal(found.dropped_terms, expected[:2]) and found.dropped_tokens == 9
 
 
 def test_experts_are_recorded_for_routing_replay_alone(watched):

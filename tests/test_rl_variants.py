@@ -190,7 +190,7 @@ def test_a_prompt_is_graded_when_its_samples_are_done_and_others_are_still_drawn
     asked = [training.recorder.inputs.prompts.prompt(draw, 0) for draw in range(scored.draws) for _ in range(size)]
     with RewardPool(training.run.config.reward) as pool:
         parts, scorable = rollouts.grade(scored.samples, asked, texts, pool)
-    assert np.array_equal(parts, scored.parts) and np.array_equal(scorable, scored.scorable)
+    assert np.array_equal(parts, scored.reward_terms) and np.array_equal(scorable, scored.scorable)
 
 
 def test_groups_that_tie_are_not_trained_on_where_the_means_are_of_those_with_a_signal():

@@ -169,7 +169,7 @@ def test_what_does_not_go_with_shared_prompts_is_named(fields, wanted):
 def test_one_response_of_full_length_beside_its_prompt_still_fills_a_row_exactly():
     found = scored((15,), 2)
     samples = [replace(found.samples[0], token_ids=np.ones(9, np.int32), behaviour_logps=np.zeros(9, np.float32))]
-    one = Rollout([samples[0], *found.samples[1:]], found.parts, found.scorable, 1)
+    one = Rollout([samples[0], *found.samples[1:]], found.reward_terms, found.scorable, 1)
     config = config_of(small.GROUPED, True)
     config = replace(config, grpo=replace(config.grpo, group_size=2, prompts_per_update=1))
     batch = packed(config, one)

@@ -9,7 +9,7 @@ import pytest
 from safetensors import deserialize, safe_open
 from safetensors.numpy import save_file
 
-from r1jax.checkpoints.tensor_file import TYPES, TensorFile, Writer
+from r1jax.checkpoints.tensor_file import TYPES, TensorFile, TensorWriter
 
 DRAW = np.random.default_rng(0)
 TENSORS = {
@@ -24,7 +24,7 @@ TENSORS = {
 
 
 def write(path: pathlib.Path, tensors: dict[str, np.ndarray], order: list[str] | None = None) -> None:
-    with Writer(path, [(name, value.dtype, value.shape) for name, value in tensors.items()]) as writer:
+    with TensorWriter(path, [(name, value.dtype, value.shape) for name, value in tensors.items()]) as writer:
         for name in order or tensors:
             writer.put(name, tensors[name])
 
@@ -79,7 +79,7 @@ def test_a_transposed_array_is_written_in_its_own_order(tmp_path):
 def test_a_tensor_that_is_not_put_is_noticed(tmp_path):
     with (
         pytest.raises(AssertionError, match="not written: \\['b'\\]"),
-        Writer(tmp_path / "a", [("b", TYPES["F32"], (2,))]),
+        TensorWriter(tmp_path / "a", [("b", TYPES["F32"], (2,))]),
     ):
         pass
 

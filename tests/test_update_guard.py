@@ -191,7 +191,7 @@ def ended(scored, reason="stop"):
 
 
 def zero_rewards(scored):
-    return replace(scored, parts=np.zeros_like(scored.parts))
+    return replace(scored, reward_terms=np.zeros_like(scored.reward_terms))
 
 
 def unscorable(scored):
@@ -204,9 +204,9 @@ def cut_off(scored):
 
 def signal(scored):
     """Returns the rollout with rewards that differ in every group."""
-    parts = np.zeros_like(scored.parts)
+    parts = np.zeros_like(scored.reward_terms)
     parts[::2, 0] = 1
-    return replace(scored, parts=parts)
+    return replace(scored, reward_terms=parts)
 
 
 def broken(scored):

@@ -107,5 +107,5 @@ def taught(words: Tokenizer) -> decoder.Params:
 def folder(path: pathlib.Path) -> pathlib.Path:
     """Returns a Hugging Face folder of the taught judge, made at `path`."""
     words = tokenizer()
-    hf_export.save(path, taught(words), MODEL, words, "float32", "a judge for tests")
+    hf_export.save(path, taught(words), MODEL.model, words, "float32", "a judge for tests")
     return path

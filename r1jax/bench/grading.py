@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from r1jax.bench import grading_cases
 from r1jax.data import answer_forms, jsonl
@@ -102,7 +103,7 @@ def _graded(some: list[Sample], rows: int, pool: RewardPool) -> dict:
         rewritings[sample.request.id] += sample.group == "rewritten"
         if not as_wanted:
             misses.append({"id": sample.request.id, "group": sample.group, "kind": sample.kind, "detail": score.detail})
-    figures = {"rows": rows, "samples": len(some), "samples_per_s": len(some) / seconds}
+    figures: dict[str, Any] = {"rows": rows, "samples": len(some), "samples_per_s": len(some) / seconds}
     figures["fewest_rewritings"] = min(rewritings.values())
     figures |= {key[0]: good[key] / total[key] for key in total if len(key) == 1}
     figures["by_kind"] = {" ".join(key): [good[key], total[key]] for key in total if len(key) == 2}

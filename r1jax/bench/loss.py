@@ -17,7 +17,7 @@ from r1jax.bench import measure
 from r1jax.core import sharding
 from r1jax.core.say import say
 from r1jax.models.logprobs import token_logprobs
-from r1jax.plan.compile import Program, compile_program
+from r1jax.plan.compile import LoweredProgram, compile_program
 from r1jax.report import table
 from r1jax.schema import Config, MeshConfig
 
@@ -31,7 +31,7 @@ MODULE = "r1jax.bench.loss"
 
 
 @dataclass(frozen=True)
-class Shape:
+class LossShape:
     """What the loss is given: hidden states [rows, row_tokens, width] and a matrix [width, vocab]."""
 
     rows: int
@@ -41,7 +41,8 @@ class Shape:
     dtype: str
 
 
-V3 = Shape(rows=2, row_tokens=4096, width=7168, vocab=129280, dtype="bfloat16")  # DeepSeek-V3's width and vocabulary
+# DeepSeek-V3's width and vocabulary.
+V3 = LossShape(rows=2, row_tokens=4096, width=7168, vocab=129280, dtype="bfloat16")
 
 
 def run(config: Config, workdir: Path) -> dict:
@@ -56,7 +57,7 @@ def run(config: Config, workdir: Path) -> dict:
     """
     measure.require_memory_figures("bench_loss")
     pack, model, dtype = config.pack, config.model, config.compute.compute_dtype
-    shape = Shape(pack.rows_per_micro_batch, pack.row_tokens, model.hidden_size, model.vocab_size, dtype)
+    shape = LossShape(pack.rows_per_micro_batch, pack.row_tokens, model.hidden_size, model.vocab_size, dtype)
     found = {"cpu": _compared(lambda form: _measured(form, shape), shape)}
     _show("this machine", found["cpu"], ("temporary_bytes", "output_bytes", "extra_rss_bytes", "call_s", "processor_s"))
     if importlib.util.find_spec("libtpu") is None:
@@ -91,7 +92,7 @@ def whole_logprobs(hidden, matrix, targets, temperature):
     return picked - norm, norm - probs_logits
 
 
-def lowered(form: str, shape: Shape, place=None) -> jax.stages.Lowered:
+def lowered(form: str, shape: LossShape, place=None) -> jax.stages.Lowered:
     """Returns loss and gradients of hidden states and matrix, lowered from shapes."""
     dtype, rows = jnp.dtype(shape.dtype), (shape.rows, shape.row_tokens)
     array = lambda dims, dtype: jax.ShapeDtypeStruct(dims, dtype, sharding=place)  # noqa: E731
@@ -104,17 +105,18 @@ def lowered(form: str, shape: Shape, place=None) -> jax.stages.Lowered:
     )
 
 
-def program(devices: list, form: str, **shape) -> Program:
+def program(devices: list, form: str, **shape) -> LoweredProgram:
     """Returns the lowered program for one device of a TPU topology."""
     mesh = sharding.make_mesh(MeshConfig(), devices)
     with sharding.use_mesh(mesh), jax.default_device(devices[0]):
-        return Program(lowered(form, Shape(**shape), sharding.replicated(mesh)), mesh)
+        return LoweredProgram(lowered(form, LossShape(**shape), sharding.replicated(mesh)), mesh)
 
 
-def call_figures(form: str, shape: Shape) -> dict[str, float]:
+def call_figures(form: str, shape: LossShape) -> dict[str, float]:
     """Returns memory and time of the form in this process."""
     compiled = lowered(form, shape).compile()
     sizes = compiled.memory_analysis()
+    assert sizes is not None
     before = measure.resident()
     arguments = _arguments(shape)
     before += sum(array.nbytes for array in arguments)
@@ -136,7 +138,7 @@ def call_figures(form: str, shape: Shape) -> dict[str, float]:
     }
 
 
-def _arguments(shape: Shape) -> tuple[jax.Array, ...]:
+def _arguments(shape: LossShape) -> tuple[jax.Array, ...]:
     rows = (shape.rows, shape.row_tokens)
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (*rows, shape.width), shape.dtype)
@@ -146,7 +148,7 @@ def _arguments(shape: Shape) -> tuple[jax.Array, ...]:
     return jax.block_until_ready((hidden, matrix.astype(shape.dtype), targets, weights, jnp.float32(1.0)))
 
 
-def _measured(form: str, shape: Shape) -> dict[str, float]:
+def _measured(form: str, shape: LossShape) -> dict[str, float]:
     return measure.in_own_process(MODULE, form, json.dumps(vars(shape)), what="the measurement")
 
 
@@ -155,7 +157,7 @@ def _planned(form: str) -> dict[str, float]:
     return {"temporary_bytes": memory.temporaries, "output_bytes": memory.outputs}
 
 
-def _compared(figures_of: Callable[[str], dict[str, float]], shape: Shape, forms: tuple[str, ...] = FORMS) -> dict:
+def _compared(figures_of: Callable[[str], dict[str, float]], shape: LossShape, forms: tuple[str, ...] = FORMS) -> dict:
     found = {form: figures_of(form) for form in forms}
     whole, tiled = (found[form] for form in FORMS)
     ratio = {name: tiled[name] / whole[name] for name in whole if name != "loss"}
@@ -163,7 +165,7 @@ def _compared(figures_of: Callable[[str], dict[str, float]], shape: Shape, forms
 
 
 def _show(where: str, found: dict, names: tuple[str, ...]) -> None:
-    shape = Shape(**found["shape"])
+    shape = LossShape(**found["shape"])
     forms = [form for form in (*TPU_FORMS, "tiled_over_whole") if form in found]
     rows = [{"": form} | found[form] for form in forms]
     title = f"{where}: {shape.rows * shape.row_tokens} tokens of {shape.width}, {shape.vocab} words, {shape.dtype}"
@@ -171,4 +173,4 @@ def _show(where: str, found: dict, names: tuple[str, ...]) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(call_figures(sys.argv[1], Shape(**json.loads(sys.argv[2])))))
+    print(json.dumps(call_figures(sys.argv[1], LossShape(**json.loads(sys.argv[2])))))

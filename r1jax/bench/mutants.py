@@ -3,7 +3,7 @@
 import ast
 import copy
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from r1jax.data.hashing import hash64
 
@@ -80,7 +80,7 @@ def _sites(tree: ast.Module) -> Iterator[tuple[str, int, int, int]]:
 
 def _mutated(tree: ast.Module, kind: str, index: int, place: int) -> str:
     tree = copy.deepcopy(tree)
-    node = list(ast.walk(tree))[index]
+    node: Any = list(ast.walk(tree))[index]  # of the class that `_sites` found for its kind
     if kind == KINDS[0]:
         node.ops[0] = _COMPARISONS[type(node.ops[0])]()
     elif kind == KINDS[1]:

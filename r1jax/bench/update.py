@@ -12,10 +12,12 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from r1jax.bench import measure
 from r1jax.checkpoints import hf, hf_config
@@ -121,7 +123,7 @@ def systems_of(model: ModelConfig, bench: BenchConfig) -> list[System]:
     return found
 
 
-def draw(config: Config) -> dict[str, np.ndarray]:
+def draw(config: Config) -> dict[str, Any]:
     """Returns prompts [N, P], responses [N, longest], lengths [N] and advantages [N], keyed by seed and stage alone."""
     bench, key = config.bench, [config.seed, zlib.crc32(config.stage.encode())]
     sigma = math.log(bench.p99_tokens / bench.median_tokens) / P99_NORMAL
@@ -187,7 +189,7 @@ def arrays_of(
     return arrays, step.filled_micro_batches(batch, size), size
 
 
-def start_weights(config: Config) -> tuple[Config, object, decoder.Params]:
+def start_weights(config: Config) -> tuple[Config, Mesh, decoder.Params]:
     """Returns (config with the checkpoint's shape, mesh, float32 weights): the checkpoint's, or random ones without."""
     mesh, folder = sharding.make_mesh(MeshConfig()), config.model.checkpoint
     if not folder:
@@ -200,7 +202,7 @@ def start_weights(config: Config) -> tuple[Config, object, decoder.Params]:
 def update_figures(config: Config, given: dict[str, np.ndarray], loss: str, form: str) -> dict[str, float]:
     """Returns the time of one update in this process, its loss and gradient norm, and the process's peak memory."""
     config, mesh, params = start_weights(config)
-    arrays, filled, size = arrays_of(
+    arrays, num_filled, size = arrays_of(
         items_of(given, config.grpo, config.bench, loss), config.pack, config.bench.prompt_tokens, form
     )
     chunk = size.trained_chunk
@@ -215,14 +217,14 @@ def update_figures(config: Config, given: dict[str, np.ndarray], loss: str, form
     blank = {name: np.zeros_like(array) for name, array in arrays.items()}
     state, _ = jax.block_until_ready(trainer.update(state, blank, 1, arguments))  # no gradient, so weights stay
     start, used = time.perf_counter(), time.process_time()
-    state, stats = jax.block_until_ready(trainer.update(state, arrays, filled, arguments))
+    state, stats = jax.block_until_ready(trainer.update(state, arrays, num_filled, arguments))
     seconds, processor = time.perf_counter() - start, time.process_time() - used
     return {
         "seconds": seconds,
         "processor_s": processor,
         "loss": float(stats["loss"]),
         "grad_norm": float(stats["grad_norm"]),
-        "rows": filled * size.rows_per_micro_batch,
+        "rows": num_filled * size.rows_per_micro_batch,
         "row_tokens": size.row_tokens,
         "peak_rss_bytes": measure.peak(),
     }
@@ -236,13 +238,13 @@ def prepare_figures(config: Config, samples: Path) -> dict[str, float]:
     given = dict(np.load(samples))
     config, mesh, params = start_weights(config)
     items = items_of(given, config.grpo, config.bench, "grpo")
-    arrays, filled, size = arrays_of(items, config.pack, config.bench.prompt_tokens, "packed")
+    arrays, num_filled, size = arrays_of(items, config.pack, config.bench.prompt_tokens, "packed")
     scorer = Scorer(config.network, mesh)
     scorer(params, arrays, 1, 1.0)
     start = time.perf_counter()
-    logps = scorer(params, arrays, filled, 1.0)
+    logps = scorer(params, arrays, num_filled, 1.0)
     seconds = time.perf_counter() - start
-    rows = filled * size.rows_per_micro_batch
+    rows = num_filled * size.rows_per_micro_batch
     packed = pack_batch(items, size.row_tokens, rows)
     generator = np.random.default_rng([config.seed, 2])
     policy = np.zeros(given["response_ids"].shape, np.float32)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from r1jax.checkpoints import fp8, hf_hints, hf_names
 from r1jax.checkpoints.hf_config import INDEX_FILE, SINGLE_FILE, Fields, read_json, rotary_pairs
-from r1jax.checkpoints.hf_names import Array, Entry, leaf_path
+from r1jax.checkpoints.hf_names import Array, LeafNames, leaf_path
 from r1jax.checkpoints.tensor_file import TYPES, TensorFile
 from r1jax.core import sharding
 from r1jax.core.checkpoint import shape_problems
@@ -37,7 +37,7 @@ class Tensor:
     """
 
     name: str
-    entry: Entry
+    entry: LeafNames
     place: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -193,7 +193,7 @@ def load(folder: str | Path, config: ModelConfig, mesh: Mesh, dtype: Any) -> dec
     return jax.tree.unflatten(jax.tree.structure(decoder.specs(config), is_leaf=sharding.is_spec), leaves)
 
 
-def _leaf(files: TensorFiles, entry: Entry | None, shape, target: jax.sharding.Sharding, kind, block) -> jax.Array:
+def _leaf(files: TensorFiles, entry: LeafNames | None, shape, target: jax.sharding.Sharding, kind, block) -> jax.Array:
     """Returns one leaf, read tensor by tensor into the parts that this process holds; zeros without an entry."""
 
     def ranges(index: tuple[slice, ...] | None) -> Ranges:
@@ -217,7 +217,7 @@ def _empty(shape: list[int], kind: np.dtype) -> Array:
     return raw[start : start + size].view(kind).reshape(shape)
 
 
-def _fill(files: TensorFiles, entry: Entry, parts: dict[Ranges, Array], block: tuple[int, int] | None) -> None:
+def _fill(files: TensorFiles, entry: LeafNames, parts: dict[Ranges, Array], block: tuple[int, int] | None) -> None:
     """Copies every tensor of a leaf that some part needs into all of the parts that hold a piece of it."""
     lead = entry.stacked
     places = sorted({place for ranges in parts for place in itertools.product(*ranges[:lead])})

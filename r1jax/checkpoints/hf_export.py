@@ -15,7 +15,7 @@ import numpy as np
 
 from r1jax.checkpoints import fp8, hf, hf_names
 from r1jax.checkpoints.hf import Tensor
-from r1jax.checkpoints.tensor_file import Writer
+from r1jax.checkpoints.tensor_file import TensorWriter
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import files
 from r1jax.models import decoder
@@ -247,7 +247,7 @@ def write_weights(
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else hf.SINGLE_FILE
         weight_map |= {tensor.name: file for tensor in shard}
-        with Writer(folder / file, [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]) as writer:
+        with TensorWriter(folder / file, [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]) as writer:
             for tensor in shard:
                 if not tensor.is_scale:
                     for name, array in stored(tensor, value(tensor), block).items():

@@ -25,7 +25,7 @@ class Transform:
 
 
 @dataclass(frozen=True)
-class Entry:
+class LeafNames:
     """One leaf of decoder.Params and the tensors that it is made of.
 
     `name` holds {layer} for a leaf with a leading layer dimension and {expert} for one with experts behind it.
@@ -152,23 +152,23 @@ MTP_ROWS = (
 )
 
 
-def name_table(c: ModelConfig, interleaved: bool = True) -> tuple[Entry, ...]:
-    """Returns an Entry for every leaf of decoder.Params that a checkpoint holds.
+def name_table(c: ModelConfig, interleaved: bool = True) -> tuple[LeafNames, ...]:
+    """Returns the names of every leaf of decoder.Params that a checkpoint holds.
 
     It holds no scalar head, and no selection bias of a softmax router.
 
     `interleaved` is whether a DeepSeek checkpoint stores rotary dimensions as adjacent pairs (config.json's
     rope_interleave, true unless stated); the other families are half-split always.
     """
-    entries = [Entry("embedding", "model.embed_tokens.weight", SAME)]
+    entries = [LeafNames("embedding", "model.embed_tokens.weight", SAME)]
     stacks = (("dense", c.num_dense_layers, 0), ("sparse", c.num_moe_layers, c.num_dense_layers))
     for stack, layers, first in stacks:
         if layers:
             for ours, theirs, transform in _block_rows(c, stack == "sparse", interleaved):
-                entries.append(Entry(f"{stack}.{ours}", "model.layers.{layer}." + theirs, transform, first))
-    entries.append(Entry("final_norm", "model.norm.weight", SAME))
+                entries.append(LeafNames(f"{stack}.{ours}", "model.layers.{layer}." + theirs, transform, first))
+    entries.append(LeafNames("final_norm", "model.norm.weight", SAME))
     if not c.tie_word_embeddings:
-        entries.append(Entry("unembedding", "lm_head.weight", LINEAR))
+        entries.append(LeafNames("unembedding", "lm_head.weight", LINEAR))
     if c.num_nextn_predict_layers:
         block_rows = _block_rows(c, c.num_moe_layers > 0, interleaved)
         rows = [
@@ -176,7 +176,7 @@ def name_table(c: ModelConfig, interleaved: bool = True) -> tuple[Entry, ...]:
             *((f"block.{ours}", theirs, transform) for ours, theirs, transform in block_rows),
         ]
         for ours, theirs, transform in rows:
-            entries.append(Entry(f"mtp.{ours}", "model.layers.{layer}." + theirs, transform, c.num_hidden_layers))
+            entries.append(LeafNames(f"mtp.{ours}", "model.layers.{layer}." + theirs, transform, c.num_hidden_layers))
     return tuple(entries)
 
 

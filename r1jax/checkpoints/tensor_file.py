@@ -133,7 +133,7 @@ class TensorFile:
         return Stored(dtype, shape, start + begin, start + end)
 
 
-class Writer:
+class TensorWriter:
     """One file being written: the header at once, then every tensor at its place, in any order.
 
     `tensors` are (name, type, shape). Wide types come first in the file, so that every tensor is aligned.
@@ -154,7 +154,7 @@ class Writer:
         self._write(len(text).to_bytes(8, "little") + text, 0)
         self._file.truncate(self._start + end)
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "TensorWriter":
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:

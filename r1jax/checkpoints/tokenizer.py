@@ -233,7 +233,7 @@ class Tokenizer:
             kept.pop()
         return self.backend.decode(kept)
 
-    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+    def decode_batch(self, rows: Sequence[Sequence[int] | np.ndarray]) -> list[str]:
         return [self.decode(row) for row in rows]
 
     # Chat

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from r1jax.core.errors import one_line
-from r1jax.core.watch import LOST_EXIT, PeerLost, Watch, named, print_error
+from r1jax.core.watch import LOST_EXIT, PeerLost, PeerWatch, named, print_error
 
 HEARTBEAT_S = 30.0  # a process that is silent for longer is lost
 START_DEADLINE_S = 300.0  # within which all processes must have been started
@@ -149,7 +149,7 @@ class _Connection:
         self._join(coordinator, count, index, heartbeat_s, deadline_s)
         self._client = private_jax.coordination_client()
         self._calls, self._sent = 0, []
-        self.watch = Watch(self._client, self.index, self.count, heartbeat_s)
+        self.watch = PeerWatch(self._client, self.index, self.count, heartbeat_s)
 
     def _join(self, coordinator: str, count: int | None, index: int | None, heartbeat_s: float, deadline_s: float):
         """Connects to the others through JAX. Raises PeerLost, or ends the process, when they do not come in time."""

@@ -26,7 +26,7 @@ class PeerLost(RuntimeError):
     """Another process did not come to where this one waits, or ended."""
 
 
-class Watch:
+class PeerWatch:
     """A thread that shows the others that this process lives, and ends it when another one failed or fell silent.
 
     Process 0 watches all others; they watch process 0, and read from the coordination service what it noticed.

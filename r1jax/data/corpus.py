@@ -37,7 +37,7 @@ class Noise:
 CLEAN = Noise(0.0, 0.0, 0.0)
 
 
-class Writer:
+class DocumentWriter:
     """Writes documents from one NumPy generator."""
 
     def __init__(self, rng: np.random.Generator, noise: Noise):
@@ -163,7 +163,7 @@ def documents(count: int, seed: int, drill_fraction: float, other_fraction: floa
     `drill_fraction` of them are arithmetic, `other_fraction` belong to the general and safety families.
     """
     rng = np.random.Generator(np.random.Philox(seed))
-    writer, train = Writer(rng, Noise()), linear_problems()[0]
+    writer, train = DocumentWriter(rng, Noise()), linear_problems()[0]
     result = []
     for _ in range(count):
         language = "en" if rng.random() < 0.5 else "fr"

@@ -30,7 +30,7 @@ _SUFFIXES = (*_LINES, ".parquet", ".gz", ".csv", ".txt", ".arrow")
 
 
 @dataclass(frozen=True)
-class Row:
+class FileRow:
     """One row of data: its fields under the names of docs/data.md, and its place as errors name it."""
 
     fields: dict
@@ -41,7 +41,7 @@ class Row:
 class Table:
     """The rows of a file, and one-line remarks on how they were read."""
 
-    rows: list[Row]
+    rows: list[FileRow]
     notes: list[str]
 
 
@@ -63,7 +63,7 @@ def read(path: str, columns: Sequence[str] = (), limit: int = 0) -> Table:
         counts.update(remarks)
         if "meta" in fields:
             fields["meta"] = _without_nan(fields["meta"])
-        rows.append(Row(fields, place))
+        rows.append(FileRow(fields, place))
     if not rows:
         raise ValueError(f"{path}: no rows, at least one is needed")
     dialects.check_mapping(mapping, [raw_row for _, raw_row in raw], path)
@@ -90,7 +90,7 @@ def digest(path: str) -> str:
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def _name_rows(rows: list[Row]) -> list[str]:
+def _name_rows(rows: list[FileRow]) -> list[str]:
     """Gives rows without an id one, in place, and returns the remarks on it."""
     without = [(number, row) for number, row in enumerate(rows, 1) if "id" not in row.fields]
     if not without:

@@ -10,9 +10,10 @@ Three families share one vocabulary of whole words (numbers 0..99 are one token 
 Whole (a, b) pairs of the linear family are held out, so a test problem's pair occurs in no training text.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from r1jax.data.hashing import hash64
 from r1jax.data.problems import Problem
@@ -194,11 +195,11 @@ def safety_score(prompt: str, response: str) -> float:
 class TinyWorld:
     """The tiny world as a source of problems (problems.ProblemSource)."""
 
-    template = "tiny"
-    reflective_words = (WORDS["fr"]["wait"],)
-    lexicon = LEXICON
-    inputs: dict[str, str] = {}  # it is generated
-    counts: dict[str, int] = {}
+    template: str = "tiny"
+    reflective_words: tuple[str, ...] = (WORDS["fr"]["wait"],)
+    lexicon: Mapping[str, str] = LEXICON
+    inputs: Mapping[str, str] = {}  # it is generated
+    counts: Mapping[str, Any] = {}
 
     def training(self) -> tuple[list[list[Problem]], tuple[float, ...]]:
         """Returns the equations to train on, in one part."""

@@ -135,7 +135,7 @@ def _compared(pairs: Sequence[tuple[str, str, str]], reward: RewardConfig) -> se
     Each is graded as an answer with the other as its reference, in workers that a slow comparison cannot hang.
     """
     pairs = list(dict.fromkeys(pairs))
-    both = [(task, *labels) for task, *pair in pairs for labels in (pair, pair[::-1])]
+    both = [each for task, one, other in pairs for each in ((task, one, other), (task, other, one))]
     asked = [RewardRequest(f"pair {i}", task, "", answer, other) for i, (task, answer, other) in enumerate(both)]
     if not asked:
         return set()

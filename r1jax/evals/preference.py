@@ -1,8 +1,10 @@
 """Figures of a reward model on held-out examples: accuracy or AUC with intervals, calibration, and what length explains."""
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import expit
 from scipy.stats import norm, rankdata
 
@@ -12,10 +14,10 @@ Z95 = float(norm.ppf(0.975))
 
 
 def of_pairs(
-    chosen: Sequence[float],
-    rejected: Sequence[float],
-    chosen_lengths: Sequence[int],
-    rejected_lengths: Sequence[int],
+    chosen: ArrayLike,
+    rejected: ArrayLike,
+    chosen_lengths: ArrayLike,
+    rejected_lengths: ArrayLike,
     prompts: Sequence[Hashable],
 ) -> dict:
     """Returns the figures of pairs, by scores and lengths in tokens of their two responses; `prompts` tell them apart.
@@ -25,7 +27,7 @@ def of_pairs(
     chosen, rejected = np.asarray(chosen, np.float64), np.asarray(rejected, np.float64)
     margins, longer = chosen - rejected, np.subtract(chosen_lengths, rejected_lengths)
     right = np.where(margins == 0, 0.5, margins > 0)
-    found = {"pairs": len(right), **proportion("accuracy", right, prompts)}
+    found: dict[str, Any] = {"pairs": len(right), **proportion("accuracy", right, prompts)}
     found |= calibration(expit(np.abs(margins)), right, low=0.5)
     found["length_correlation"] = correlation(
         np.concatenate([chosen, rejected]), np.concatenate([chosen_lengths, rejected_lengths])
@@ -36,20 +38,22 @@ def of_pairs(
     return found
 
 
-def of_labels(
-    scores: Sequence[float], safe: Sequence[bool], lengths: Sequence[int], prompts: Sequence[Hashable]
-) -> dict:
+def of_labels(scores: ArrayLike, safe: ArrayLike, lengths: ArrayLike, prompts: Sequence[Hashable]) -> dict:
     """Returns the figures of labelled responses by score, label and length in tokens; sigmoid(score) is the chance of safe."""
-    scores, safe = np.asarray(scores, np.float64), np.asarray(safe, bool)
-    chance = expit(scores)
-    right = np.where(scores == 0, 0.5, (scores > 0) == safe)
-    found = {"responses": len(safe), "share_safe": _mean(safe), **proportion("accuracy", right, prompts)}
-    found["auc"] = auc(scores, safe)
-    error = cluster_error(lambda some: auc(scores[some], safe[some]), prompts)
+    said, is_safe = np.asarray(scores, np.float64), np.asarray(safe, bool)
+    chance = expit(said)
+    right = np.where(said == 0, 0.5, (said > 0) == is_safe)
+    found: dict[str, Any] = {
+        "responses": len(is_safe),
+        "share_safe": _mean(is_safe),
+        **proportion("accuracy", right, prompts),
+    }
+    found["auc"] = auc(said, is_safe)
+    error = cluster_error(lambda some: auc(said[some], is_safe[some]), prompts)
     found |= {"auc_se": error, "auc_low": max(found["auc"] - Z95 * error, 0.0)}
     found["auc_high"] = min(found["auc"] + Z95 * error, 1.0)
-    found |= calibration(chance, safe.astype(np.float64), low=0.0)
-    found["length_correlation"] = correlation(scores, lengths)
+    found |= calibration(chance, is_safe.astype(np.float64), low=0.0)
+    found["length_correlation"] = correlation(said, lengths)
     return found
 
 
@@ -101,7 +105,7 @@ def calibration(chance: np.ndarray, outcome: np.ndarray, low: float) -> dict:
     The expected calibration error is the mean over examples of |share - chance| of their bin (arXiv 1706.04599, eq. 3).
     """
     place = np.minimum((np.asarray(chance) - low) / (1 - low) * BINS, BINS - 1).astype(int)
-    bins = [
+    bins: list[dict[str, Any]] = [
         {"chance": _mean(chance[place == b]), "share": _mean(outcome[place == b]), "examples": int((place == b).sum())}
         for b in range(BINS)
         if (place == b).any()
@@ -110,7 +114,7 @@ def calibration(chance: np.ndarray, outcome: np.ndarray, low: float) -> dict:
     return {"ece": float(sum(gaps) / len(chance)), "reliability": bins}
 
 
-def correlation(values: Sequence[float], lengths: Sequence[int]) -> float:
+def correlation(values: ArrayLike, lengths: ArrayLike) -> float:
     """Returns Pearson's correlation, 0 where either does not vary."""
     values, lengths = np.asarray(values, np.float64), np.asarray(lengths, np.float64)
     if values.std() == 0 or lengths.std() == 0:

@@ -18,7 +18,7 @@ def token_logprobs(
     hidden: jax.Array,
     unembedding: jax.Array,
     targets: jax.Array,
-    temperature: jax.Array | float = 1.0,
+    temperature: jax.typing.ArrayLike = 1.0,
     chunk_tokens: int = 0,
     chunk_vocab: int = 0,
     implementation: str = "auto",
@@ -40,7 +40,7 @@ def scored_logprobs(
     unembedding: jax.Array,
     targets: jax.Array,
     mask: jax.Array,
-    temperature: jax.Array | float = 1.0,
+    temperature: jax.typing.ArrayLike = 1.0,
     chunk_tokens: int = 0,
     trained_chunk: int = 0,
     implementation: str = "auto",
@@ -58,11 +58,11 @@ def scored_logprobs(
     return token_logprobs(hidden, unembedding, targets, temperature, chunk_tokens, 0, implementation, vocab_used)
 
 
-def _kernel(implementation: str) -> fused_logprob.Kernel | None:
+def _kernel(implementation: str) -> fused_logprob.KernelChoice | None:
     if not sharding.use_pallas("logprob_implementation", implementation):
         return None
     device = sharding.device()
-    return fused_logprob.Kernel(device.device_kind, device.platform == "cpu", backward=implementation == "pallas")
+    return fused_logprob.KernelChoice(device.device_kind, device.platform == "cpu", backward=implementation == "pallas")
 
 
 def _layout(rows: tuple[int, ...], matrix: tuple[int, ...]) -> fused_logprob.Layout | None:

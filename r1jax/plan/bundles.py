@@ -33,7 +33,7 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class CompiledKernel:
     """A compiled Pallas kernel."""
 
     name: str
@@ -42,7 +42,7 @@ class Kernel:
     regions: tuple[Region, ...]  # in program order
 
 
-def kernels(folder: str | pathlib.Path, names: Sequence[str]) -> dict[str, Kernel]:
+def kernels(folder: str | pathlib.Path, names: Sequence[str]) -> dict[str, CompiledKernel]:
     """Returns the kernels called `names` in a folder that `compile_program(keep=folder, bundles=True)` has filled.
 
     Raises ValueError for a kernel that is not in the folder.
@@ -56,7 +56,7 @@ def kernels(folder: str | pathlib.Path, names: Sequence[str]) -> dict[str, Kerne
         (listing,) = (
             path for path in places[0].parent.glob(f"{prefix}-*{LISTING}") if "schedule-analysis" not in path.name
         )
-        by_name[name] = Kernel(name, *_read(places[0].read_text(), listing.read_text(), _vmem(folder, name)))
+        by_name[name] = CompiledKernel(name, *_read(places[0].read_text(), listing.read_text(), _vmem(folder, name)))
     return by_name
 
 

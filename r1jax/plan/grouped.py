@@ -16,7 +16,7 @@ from r1jax.kernels.grouped_matmul import (
     BY_OUTER,
     BY_ROWS,
     FORWARD,
-    Problem,
+    GroupedProduct,
     Tile,
     grouped_matmul,
     moved,
@@ -25,7 +25,7 @@ from r1jax.kernels.grouped_matmul import (
     tile_for,
 )
 from r1jax.plan import bundles
-from r1jax.plan.compile import Program, compile_program
+from r1jax.plan.compile import LoweredProgram, compile_program
 from r1jax.plan.kernels import on_one
 
 MODULE = "r1jax.plan.grouped"
@@ -39,11 +39,11 @@ PRODUCTS = {"forward": FORWARD, "rows_gradient": BY_OUTER, "matrices_gradient": 
 FORMS = {"ragged_dot": "ragged-dot-none", "ragged_dot_tiled": "ragged-dot-none", "megablox": "gmm"}
 
 
-def problem(product: str, shape: str) -> Problem:
+def problem(product: str, shape: str) -> GroupedProduct:
     """Returns the problem of the product with a layer's first matrices, or of one of its gradients."""
     rows, width, inner, experts = SHAPES[shape]
     sides = (inner, width) if product == "rows_gradient" else (width, inner)
-    return Problem(rows, *sides, experts, 2, transposed=product == "matrices_gradient")
+    return GroupedProduct(rows, *sides, experts, 2, transposed=product == "matrices_gradient")
 
 
 def figures(form: str, product: str, shape: str) -> dict:
@@ -86,7 +86,7 @@ def _arrays(devices: list):
     return lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=place)
 
 
-def program(devices: list, form: str, product: str, shape: str) -> Program:
+def program(devices: list, form: str, product: str, shape: str) -> LoweredProgram:
     """Returns one product lowered for the first device."""
     size, array = problem(product, shape), _arrays(devices)
     tile = tile_for(size, KIND)
@@ -112,7 +112,7 @@ def _megablox(product: str, tile, a, b, sizes):
     return megablox.gmm(a, b, sizes, jnp.bfloat16, tile, transpose_rhs=product == "rows_gradient")
 
 
-def gradients(devices: list, shape: str) -> Program:
+def gradients(devices: list, shape: str) -> LoweredProgram:
     """Returns a product with both its gradients as the model computes them, lowered for the first device."""
     (rows, width, inner, experts), array = SHAPES[shape], _arrays(devices)
 

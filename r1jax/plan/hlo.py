@@ -44,7 +44,7 @@ _PAIRS = re.compile(r"source_target_pairs=(\{\{.*?\}\})")
 
 
 @dataclass(frozen=True)
-class Shape:
+class ArrayShape:
     """Dtype and dimensions of one array."""
 
     dtype: str
@@ -73,7 +73,7 @@ class Collective:
 
     name: str
     kind: str
-    shapes: tuple[Shape, ...]
+    shapes: tuple[ArrayShape, ...]
     group_size: int
     axes: tuple[str, ...]
     runs: int
@@ -85,10 +85,10 @@ class Collective:
         return sum(shape.bytes for shape in self.shapes)
 
 
-def shapes(text: str) -> tuple[Shape, ...]:
+def shapes(text: str) -> tuple[ArrayShape, ...]:
     """Returns the arrays of an HLO type, those of a tuple one by one; tokens and contexts have no arrays."""
     return tuple(
-        Shape(dtype, tuple(int(d) for d in dims.split(",") if d))
+        ArrayShape(dtype, tuple(int(d) for d in dims.split(",") if d))
         for dtype, dims in _SHAPE.findall(re.sub(r"\{[^{}]*\}", "", text))
         if dtype != "token"
     )
@@ -284,7 +284,7 @@ def _collective(line: str, mesh: Mapping[str, int]):
     return name, kind, _results(shapes(result), opcode), size, spanned(parts, mesh)
 
 
-def _results(both: tuple[Shape, ...], opcode: str) -> tuple[Shape, ...]:
+def _results(both: tuple[ArrayShape, ...], opcode: str) -> tuple[ArrayShape, ...]:
     """Returns the results only: the `-start` of a gather or permutation also lists its operands and contexts."""
     if not opcode.endswith("-start") or opcode == "all-reduce-start":
         return both

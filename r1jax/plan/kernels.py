@@ -12,7 +12,7 @@ from r1jax.core import sharding
 from r1jax.kernels import decode_attention, flash_attention, logprob_tile
 from r1jax.kernels.tpu import CHIPS, rounded
 from r1jax.plan import bundles, traffic
-from r1jax.plan.compile import Program, compile_program
+from r1jax.plan.compile import LoweredProgram, compile_program
 from r1jax.schema import MeshConfig
 
 MODULE = "r1jax.plan.kernels"
@@ -78,7 +78,7 @@ def roofline(kernel: str, shape: str, generation: str) -> dict:
     }
 
 
-def program(devices: list, kernel: str, shape: str) -> Program:
+def program(devices: list, kernel: str, shape: str) -> LoweredProgram:
     """Returns a kernel lowered for the first device.
 
     Attention has a row of 4,096 tokens and 8 query heads; log-probs have 8,192 tokens.
@@ -88,11 +88,11 @@ def program(devices: list, kernel: str, shape: str) -> Program:
     return on_one(devices, *make(devices[0].device_kind, array, kernel, shape))
 
 
-def on_one(devices: list, function, arrays) -> Program:
+def on_one(devices: list, function, arrays) -> LoweredProgram:
     """Returns the function lowered for the first device and arrays of these shapes."""
     with jax.default_device(devices[0]):
         lowered = jax.jit(function).lower(*arrays)
-    return Program(lowered, sharding.make_mesh(MeshConfig(), devices[:1]))
+    return LoweredProgram(lowered, sharding.make_mesh(MeshConfig(), devices[:1]))
 
 
 def _attention(kind: str, make, kernel: str, shape: str):
@@ -101,7 +101,7 @@ def _attention(kind: str, make, kernel: str, shape: str):
     blocks = flash_attention.blocks_for(kind, TOKENS, width)
     sums = array(1, HEADS, 1, TOKENS, dtype=jnp.float32)
     q, k, v = array(1, HEADS, TOKENS, width), array(1, keys, TOKENS, width), array(1, keys, TOKENS, out_width)
-    reach, d_out = array(1, 1, TOKENS, dtype=jnp.int32), array(1, HEADS, TOKENS, out_width)
+    reach, d_out = array(1, 2, TOKENS, dtype=jnp.int32), array(1, HEADS, TOKENS, out_width)
     functions: dict[str, tuple[Callable, Sequence]] = {
         ATTENTION[0]: (lambda *a: flash_attention.forward_call(blocks, False, *a), (q, k, v, reach)),
         ATTENTION[1]: (

@@ -3,9 +3,9 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -254,7 +254,7 @@ def model_of(record: dict) -> ModelConfig:
     return known_fields(ModelConfig, record | {"rope_scaling": scaling, "checkpoint": ""})
 
 
-def known_fields(kind: type, record: dict):
+def known_fields(kind: type[Any], record: dict):
     """Returns a config of `kind` with those of the recorded fields that it has."""
     return kind(**{field.name: record[field.name] for field in dataclasses.fields(kind) if field.name in record})
 
@@ -286,10 +286,8 @@ def _names_its_family(path: Path) -> bool:
         return False
 
 
-def load_weights(model: ModelConfig, mesh: Mesh, source: str, default: Callable[[], decoder.Params]) -> decoder.Params:
-    """Returns float32 parameters of a Hugging Face folder or a stage's newest checkpoint; `default()` without a source."""
-    if not source:
-        return default()
+def load_weights(model: ModelConfig, mesh: Mesh, source: str) -> decoder.Params:
+    """Returns float32 parameters of a Hugging Face folder or a stage's newest checkpoint."""
     if is_hugging_face(source):
         from r1jax.checkpoints import hf
 

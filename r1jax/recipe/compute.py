@@ -4,6 +4,7 @@ Attention scores are left out, as is usual in the field (arXiv 2001.08361, secti
 they are the same on every machine.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 from r1jax.core import sharding, tree
@@ -16,7 +17,7 @@ def active_parameters(network: Network) -> int:
     model = network.model
     specs, layers = decoder.specs(model), model.num_moe_layers
     if not network.auxiliary.mtp_loss_weight:
-        specs = specs.replace(mtp=None)
+        specs = dataclasses.replace(specs, mtp=None)
     elif layers:
         layers += model.num_nextn_predict_layers
     total = tree.count(sharding.abstract(specs, "float32"))

@@ -55,8 +55,9 @@ class Draft:
 def from_record(record: dict) -> Draft:
     """Returns the draft of a `record`."""
     problem = record["problem"]
-    problem = Problem(**problem | {"prompt": read_prompt(problem["prompt"])})
-    return Draft(**record | {"problem": problem, "turns": tuple(record["turns"])})
+    fields: dict[str, Any] = record | {"turns": tuple(record["turns"])}
+    fields["problem"] = Problem(**problem | {"prompt": read_prompt(problem["prompt"])})
+    return Draft(**fields)
 
 
 def tally(counts: Counts, name: str, tasks: Iterable[str]) -> None:

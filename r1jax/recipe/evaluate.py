@@ -76,7 +76,7 @@ def run(config: Config, workdir: Path) -> dict:
     asked = prompts.load_held_out(resolved, tokenizer)
     template_check.check(resolved.stage, resolved.data, resolved.reward, tokenizer, asked.held_out)
     started = time.monotonic()
-    params = common.load_weights(resolved.model, mesh, config.checkpoint, lambda: None)
+    params = common.load_weights(resolved.model, mesh, config.checkpoint)
     figures, responses = evaluate(resolved, tokenizer, mesh, asked.held_out, params, asked.source.reflective_words)
     figures["data"] = asked.counts
     figures["seconds"] = round(time.monotonic() - started, 1)
@@ -84,7 +84,7 @@ def run(config: Config, workdir: Path) -> dict:
     write_samples(folder / "samples.jsonl", responses)
     checkpoint.write_json(folder / "config.json", common.json_fields(resolved))
     made_from = {config.checkpoint: common.checkpoint_digest(config.checkpoint)}
-    made_from |= asked.source.inputs | lineage.grader_digests(config.reward)
+    made_from |= {**asked.source.inputs, **lineage.grader_digests(config.reward)}
     checkpoint.write_json(folder / common.INPUTS, {"inputs": made_from})
     checkpoint.write_json(folder / "figures.json", figures)
     print_figures([{"checkpoint": name, **figures}])
@@ -320,7 +320,7 @@ def respond(
     stage: str,
     tokenizer: Tokenizer,
     sampler: RolloutSampler,
-    pool: RewardPool,
+    pool: rollout.Graders,
     asked: Sequence[EncodedPrompt],
     params: Any,
     sampling: SamplingParams,

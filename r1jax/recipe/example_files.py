@@ -22,7 +22,7 @@ def read(path: str, data: DataConfig, reward: RewardConfig) -> tuple[list[Draft]
     return [draft(row, path, reward, data.task) for row in table.rows], table.notes
 
 
-def draft(row: files.Row, path: str, reward: RewardConfig, task: str = "") -> Draft:
+def draft(row: files.FileRow, path: str, reward: RewardConfig, task: str = "") -> Draft:
     """Returns the draft of a row; `task` is that of a row that names none. Raises ValueError, with its place, for a bad one."""
     fields, place = row.fields, f"{row.place} ({row.fields['id']})"
     response = fields.get("response")

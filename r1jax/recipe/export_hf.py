@@ -58,8 +58,9 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     tokenizer = Tokenizer(
         tokenizer.backend, tokenizer.config, chat_template(own.stage, own.data, tokenizer), tokenizer.source
     )
-    params = common.load_weights(own.model, mesh, str(source), lambda: None)
-    figures, kind = {"parameters": tree.count(params)}, config.export.dtype
+    params = common.load_weights(own.model, mesh, str(source))
+    figures: dict[str, float] = {"parameters": tree.count(params)}
+    kind = config.export.dtype
 
     def check(folder: Path) -> None:
         with hf.TensorFiles(folder) as files:
@@ -155,7 +156,8 @@ def _logits(params: decoder.Params, model: ModelConfig, compute: ComputeConfig, 
 
     @jax.jit
     def run(params: decoder.Params) -> jax.Array:
-        hidden, _, _ = decoder.forward(params, tokens, places, np.ones_like(tokens), Network(model, compute))
+        rows = jnp.asarray(tokens), jnp.asarray(places), jnp.ones_like(tokens)
+        hidden, _, _ = decoder.forward(params, *rows, Network(model, compute))
         return decoder.logits(params, hidden)
 
     with use_mesh(mesh):

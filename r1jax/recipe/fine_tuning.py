@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -65,7 +66,11 @@ def run(
     params = lineage.start_weights(resolved, mesh, workdir)
     trained, loss = fine_tune(resolved, mesh, items, params, folder)
     tokens = sum(len(item.tokens) for item in items) * resolved.sft.epochs
-    figures = {"seconds": round(time.monotonic() - started, 1), "examples": len(items), "tokens": tokens}
+    figures: dict[str, Any] = {
+        "seconds": round(time.monotonic() - started, 1),
+        "examples": len(items),
+        "tokens": tokens,
+    }
     figures |= {"loss": loss, "left_out": {TOO_LONG: len(every) - len(items)}}
     figures["compute"] = compute.of_fine_tuning(tokens, resolved.network)
     if asked:

@@ -62,7 +62,7 @@ def read(data: DataConfig, reward: RewardConfig, rejection: RejectionConfig) -> 
     return found
 
 
-def _draft(row: files.Row, path: str, reward: RewardConfig) -> Draft:
+def _draft(row: files.FileRow, path: str, reward: RewardConfig) -> Draft:
     draft = example_files.draft(row, path, reward, GENERAL)
     return dataclasses.replace(draft, problem=dataclasses.replace(draft.problem, task=GENERAL), gradable=False)
 

@@ -70,6 +70,10 @@ class JudgePool:
         self._judge = None
 
     @property
+    def batch_deadline_s(self) -> float:
+        return self._reward.batch_deadline_s
+
+    @property
     def parse_rate(self) -> float:
         """Returns the share of verdicts that could be read."""
         return self._judge.counts.parse_rate if self._judge else 1.0

@@ -13,6 +13,7 @@ from r1jax.core import hosts, tree
 from r1jax.data import files
 from r1jax.recipe import common, problems, stage0_base
 from r1jax.rewards import plugins
+from r1jax.rewards.models.reward_model import Kind
 from r1jax.schema import Config, RewardConfig, replace
 
 # What the result of each stage is called in tables and in summary.json.
@@ -29,7 +30,11 @@ RESULTS = {
     "reward_safety": "reward_safety",
 }
 BASE = "base"
-REWARD_MODELS = {"general": ("helpful", "helpful_model"), "safety": ("safety", "safety_model")}  # task -> kind, field
+# task -> kind of reward model, and the field of config.scenarios that names its folder
+REWARD_MODELS: dict[str, tuple[Kind, str]] = {
+    "general": ("helpful", "helpful_model"),
+    "safety": ("safety", "safety_model"),
+}
 
 
 def result_name(stage: str) -> str:
@@ -141,7 +146,7 @@ def start_weights(config: Config, mesh, workdir: Path) -> Any:
     folder = start_folder(config, workdir)
     if folder is None:
         return base_weights(config, mesh, workdir)
-    return tree.cast(common.load_weights(config.model, mesh, str(folder), lambda: None), jnp.float32)
+    return tree.cast(common.load_weights(config.model, mesh, str(folder)), jnp.float32)
 
 
 def base_weights(config: Config, mesh, workdir: Path) -> Any:
@@ -151,7 +156,7 @@ def base_weights(config: Config, mesh, workdir: Path) -> Any:
     """
     source = config.model.checkpoint or _base_of_start(config.start, config.inputs, workdir)[0]
     if source:
-        return tree.cast(common.load_weights(config.model, mesh, source, lambda: None), jnp.float32)
+        return tree.cast(common.load_weights(config.model, mesh, source), jnp.float32)
     known = {entry.name: entry.presets for entry in configs.entries()}["stage0_base"]
     if config.preset not in known:
         raise ValueError(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -72,7 +73,7 @@ def run(config: Config, workdir: Path) -> dict:
         trained = training.train()
     if hosts.is_writer():
         write_curves(folder.path)
-    figures = {"seconds": round(time.monotonic() - started, 1), "updates": resolved.grpo.updates}
+    figures: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1), "updates": resolved.grpo.updates}
     figures["programs"] = training.run.programs.counts()
     figures["data"] = asked.counts
     figures["compute"] = hosts.decide(
@@ -144,7 +145,7 @@ def later(config: Config, tokenizer: Tokenizer, asked: prompts.StagePrompts):
     rest = 1 - scenarios.general_fraction - scenarios.safety_fraction
     weights = [weight * rest / sum(asked.training.weights) for weight in asked.training.weights]
     sources = [
-        *asked.training.parts,
+        *asked.training.sources,
         *(
             prompts.encode(some, config.stage, config.model, config.data, config.sampler, tokenizer)
             for some in found.values()

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from r1jax import stage_table
 from r1jax.core import hosts
@@ -69,12 +70,14 @@ def source(config: Config) -> ProblemSource:
 class FileProblems:
     """The problems of files: reasoning rows split into what is trained on and what is held out, scenarios apart."""
 
-    template, reflective_words, lexicon = "", (), {}
+    template: str = ""
+    reflective_words: tuple[str, ...] = ()
+    lexicon: Mapping[str, str] = {}
 
     def __init__(self, config: Config):
         self._config, self._data = config, config.data
         self.notes: list[str] = []
-        self.inputs = digests(config.data)
+        self.inputs: Mapping[str, str] = digests(config.data)
         listed = {name: paths(getattr(self._data, name)) for name in FIELDS}
         tasks = {"general_path": "general", "safety_path": "safety"}
         read = {
@@ -92,7 +95,7 @@ class FileProblems:
             if name != "eval_path":
                 self._divide(path, found)
         self._weights = self._weigh(listed["path"])
-        self.counts = self._count(read)
+        self.counts: Mapping[str, Any] = self._count(read)
         self._report([problem for found in read.values() for problem in found])
 
     def training(self) -> tuple[list[list[Problem]], tuple[float, ...]]:

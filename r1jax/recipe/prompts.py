@@ -42,7 +42,7 @@ def load(config: Config, tokenizer: Tokenizer) -> StagePrompts:
     held_out = encode(source.held_out(), config.stage, config.model, config.data, config.sampler, tokenizer)
     asked = [*(problem for part in parts for problem in part), *source.held_out()]
     left_out = {"too_long": _fewer(asked, [*training.all, *held_out])}
-    return StagePrompts(source, training, held_out, source.counts | {"left_out": left_out})
+    return StagePrompts(source, training, held_out, {**source.counts, "left_out": left_out})
 
 
 def load_held_out(config: Config, tokenizer: Tokenizer) -> StagePrompts:
@@ -50,7 +50,7 @@ def load_held_out(config: Config, tokenizer: Tokenizer) -> StagePrompts:
     source = _source(config, tokenizer)
     held_out = encode(source.held_out(), config.stage, config.model, config.data, config.sampler, tokenizer)
     left_out = {"too_long": _fewer(source.held_out(), held_out)}
-    return StagePrompts(source, Mixture([]), held_out, source.counts | {"left_out": left_out})
+    return StagePrompts(source, Mixture([]), held_out, {**source.counts, "left_out": left_out})
 
 
 def _fewer(asked: Sequence[Problem], kept: Sequence[EncodedPrompt]) -> dict[str, int]:

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -21,12 +22,12 @@ from r1jax.recipe import common, lineage, prompts, tiny_preferences, training
 from r1jax.recipe.progress import Progress
 from r1jax.report import table
 from r1jax.rewards.models import reward_model
-from r1jax.rewards.models.reward_model import RewardModel, TextFormat
+from r1jax.rewards.models.reward_model import Kind, RewardModel, TextFormat
 from r1jax.schema import ComputeConfig, Config, DataConfig, ModelConfig, Network, PackConfig, RewardModelConfig
 from r1jax.train import epochs, frozen, reward, step
 from r1jax.train.reward import Unit
 
-KINDS = {"reward_helpful": "helpful", "reward_safety": "safety"}  # stage -> kind of reward model
+KINDS: dict[str, Kind] = {"reward_helpful": "helpful", "reward_safety": "safety"}  # stage -> kind of reward model
 WHOLE = "whole"  # the model put together again, where a part of it was frozen
 NOTHING, TOO_LONG = "with nothing to judge", "longer than pack allows"  # why an example is left out
 CENTER_UNITS = 256  # training pairs whose mean score is the center of a helpful model
@@ -91,10 +92,10 @@ def run(config: Config, workdir: Path) -> dict:
     common.write_model(folder.path, resolved.model, resolved.data, tokenizer, text_format.template)
     if not path.exists():
         jsonl.write(path, rows)
-    train, held_out = ([units[i] for i in side] for side in sides)
+    train, held_out = ([unit for i in side if (unit := units[i]) is not None] for side in sides)
     trained, loss = fit(resolved, mesh, kind, train, reward_model.from_decoder(params, network.model), folder)
     scorer = make_scorer(trained, network, mesh, text_format, tokenizer, config.pack)
-    figures = {"seconds": round(time.monotonic() - started, 1), "examples": len(train), "loss": loss}
+    figures: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1), "examples": len(train), "loss": loss}
     figures |= {"left_out": left_out, "held_out": evaluate(scorer, held_out, [rows[i] for i in sides[1]])}
     some = keyed_permutation(len(train), hash64(config.stage, config.seed, "center"))[:CENTER_UNITS]
     center = _center(scorer, [train[i] for i in some]) if kind == "helpful" else 0.0
@@ -109,7 +110,7 @@ def _is_written(data: DataConfig) -> bool:
     return data.world == "tiny" and not data.path
 
 
-def given_rows(stage: str, preset: str, data: DataConfig, kind: str) -> list[dict]:
+def given_rows(stage: str, preset: str, data: DataConfig, kind: Kind) -> list[dict]:
     """Returns the rows of config.data.path, having said how they were read."""
     rows, notes = reward_examples.read(given_data(stage, preset, data), kind)
     say(*(f"{data.path}: {note}" for note in notes))
@@ -127,7 +128,7 @@ def given_data(stage: str, preset: str, data: DataConfig) -> str:
 
 
 def reading_of(
-    kind: str, stage: str, data: DataConfig, reward_model: RewardModelConfig, tokenizer: Tokenizer
+    kind: Kind, stage: str, data: DataConfig, reward_model: RewardModelConfig, tokenizer: Tokenizer
 ) -> TextFormat:
     """Returns how the model of this run reads its texts."""
     settings = reward_model
@@ -136,7 +137,7 @@ def reading_of(
 
 
 def chosen_examples(
-    rows: list[dict], kind: str, stage: str, data: DataConfig, reward_model: RewardModelConfig
+    rows: list[dict], kind: Kind, stage: str, data: DataConfig, reward_model: RewardModelConfig
 ) -> list[dict]:
     """Returns the rows that are used, in order, each with `held_out`; pairs of either side are balanced by length."""
     if data.max_rows:
@@ -149,17 +150,18 @@ def chosen_examples(
     return [row | {"held_out": held_out[row["id"]]} for row in rows if row["id"] in held_out]
 
 
-def _unit(row: dict, kind: str, text_format: TextFormat, tokenizer: Tokenizer) -> Unit | None:
+def _unit(row: dict, kind: Kind, text_format: TextFormat, tokenizer: Tokenizer) -> Unit | None:
     """Returns what the loss reads of a row, None where one of its responses has nothing to judge."""
     names = ("chosen", "rejected") if kind == "helpful" else ("response",)
-    sequences = tuple(text_format.ids(row["prompt"], row[name], tokenizer) for name in names)
-    if any(ids is None for ids in sequences):
+    read = (text_format.ids(row["prompt"], row[name], tokenizer) for name in names)
+    sequences = tuple(ids for ids in read if ids is not None)
+    if len(sequences) < len(names):
         return None
     return Unit(sequences, (True, False) if kind == "helpful" else (row["safe"],))
 
 
 def fit(
-    config: Config, mesh: Mesh, kind: str, units: list[Unit], params: decoder.Params, folder: common.StageFolder
+    config: Config, mesh: Mesh, kind: Kind, units: list[Unit], params: decoder.Params, folder: common.StageFolder
 ) -> tuple[decoder.Params, float]:
     """Returns (weights of the whole model, last loss) after the configured epochs."""
     settings, network = config.reward_model, reward_model.architecture(config.network)
@@ -256,17 +258,17 @@ def make_scorer(
 
 
 def write_record(
-    folder: Path, kind: str, network: Network, text_format: TextFormat, reward_model: RewardModelConfig, center: float
+    folder: Path, kind: Kind, network: Network, text_format: TextFormat, reward_model: RewardModelConfig, center: float
 ) -> None:
     """Writes what `load` reads beside the weights."""
-    record = {"kind": kind, "reading": dataclasses.asdict(text_format)}
+    record: dict[str, Any] = {"kind": kind, "reading": dataclasses.asdict(text_format)}
     record |= {"model": dataclasses.asdict(network.model), "compute": dataclasses.asdict(network.compute)}
     record |= {"weights": WHOLE if reward_model.frozen_blocks else "checkpoints", "center": center}
     checkpoint.write_json(folder / common.REWARD_MODEL, record)
 
 
 def load(
-    folder: Path, kind: str, tokenizer: Tokenizer, mesh: Mesh, size: PackConfig, policy: ModelConfig
+    folder: Path, kind: Kind, tokenizer: Tokenizer, mesh: Mesh, size: PackConfig, policy: ModelConfig
 ) -> RewardModel:
     """Returns the finished reward model of a stage's folder, which reads with the tokenizer of the policy.
 
@@ -287,7 +289,10 @@ def load(
         )
     store = checkpoint.CheckpointStore(Path(folder) / record["weights"])
     target = sharding.abstract(decoder.specs(model, scalar_head=True), jnp.float32, mesh)
-    params = store.restore(store.latest(), {"params": target})["params"]
+    number = store.latest()
+    if number is None:
+        raise ValueError(f"{folder} holds no finished checkpoint; run that stage to its end first")
+    params = store.restore(number, {"params": target})["params"]
     store.close()
     network = Network(model, compute, scalar_head=True)
     return make_scorer(params, network, mesh, TextFormat(**record["reading"]), tokenizer, size, record["center"])
@@ -304,7 +309,7 @@ def _other_token(folder: Path, tokenizer: Tokenizer) -> int | None:
     return next((index for index, (one, other) in enumerate(zip(*texts, strict=True)) if one != other), None)
 
 
-def _record(folder: Path, kind: str) -> dict:
+def _record(folder: Path, kind: Kind) -> dict:
     if not (folder / common.DONE).exists() or not (folder / common.REWARD_MODEL).exists():
         raise ValueError(f"{folder} holds no finished reward model; run --config=reward_{kind} to its end first")
     record = json.loads((folder / common.REWARD_MODEL).read_text())

@@ -1,5 +1,6 @@
 """Stage 0: pretrain a tiny base model on the tiny world's corpus."""
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def with_fourier_numbers(params: decoder.Params, model: ModelConfig) -> decoder.
     output = params.unembedding
     if output is not None:
         output = output.at[:, first : first + count].add(table.T)
-    return params.replace(embedding=embedding, unembedding=output)
+    return dataclasses.replace(params, embedding=embedding, unembedding=output)
 
 
 def base_key(config: Config) -> str:
@@ -146,11 +147,11 @@ def base_params(config: Config, base: Config, mesh: Mesh, workdir: Path) -> deco
         return common.load_asset(path, config.model, mesh)
     folder = Path(workdir) / f"base_{config.preset}"  # teacher and student have one each
     pretrain(base, folder)
-    return common.load_weights(config.model, mesh, str(folder / base.stage), lambda: None)
+    return common.load_weights(config.model, mesh, str(folder / base.stage))
 
 
 def write_asset(config: Config, workdir: Path, path: Path) -> None:
     """Writes the finished base of `workdir` as one safetensors file that knows what it was made from."""
     config, _, mesh = common.prepare(config)
-    params = common.load_weights(config.model, mesh, str(Path(workdir) / config.stage), lambda: None)
+    params = common.load_weights(config.model, mesh, str(Path(workdir) / config.stage))
     common.save_asset(path, params, {"key": base_key(config), "preset": config.preset})

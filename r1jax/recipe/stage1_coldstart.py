@@ -36,7 +36,7 @@ def run(config: Config, workdir: Path) -> dict:
             inputs(config.stage, config.coldstart, config.judge),
         )
     except review.Awaited as wait:
-        say(wait)
+        say(str(wait))
         return {"awaits": settings.review}
 
 
@@ -57,9 +57,8 @@ def collect(
 ) -> tuple[list[dict], Counts]:
     """Returns (examples with their provenance, how many of each task every check let through) (P2 B.3.2)."""
     settings = config.coldstart
-    drafts, counts = (settings.review and review.kept(config, workdir)) or _make(
-        config, tokenizer, mesh, train, workdir
-    )
+    kept = review.kept(config, workdir) if settings.review else None
+    drafts, counts = kept or _make(config, tokenizer, mesh, train, workdir)
     if settings.review and drafts:
         if not Path(settings.review).exists():
             review.ask(drafts, counts, config, workdir)

@@ -73,7 +73,7 @@ def load(config: Config, mesh: Mesh, folder: str | Path, stage: str = "") -> Tea
     if own.data.template == "auto":
         asking = replace(own, stage=config.stage if common.is_hugging_face(folder) or not stage else stage)
         own = replace(own, data=replace(own.data, template=prompts.template(asking.stage, asking.data, tokenizer)))
-    params = common.load_weights(own.model, mesh, str(folder), lambda: None)
+    params = common.load_weights(own.model, mesh, str(folder))
     return Teacher(own, tokenizer, params, Path(folder).name)
 
 

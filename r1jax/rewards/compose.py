@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from r1jax.data.tasks import LEXICON
 from r1jax.rewards import plugins
@@ -42,7 +42,7 @@ def graders(config: RewardConfig) -> Mapping[str, str]:
     return {**GRADERS, **plugins.parse(config.graders)}
 
 
-def check(config: RewardConfig, tasks: Sequence[str] = ()) -> None:
+def check(config: RewardConfig, tasks: Iterable[str] = ()) -> None:
     """Raises ValueError when a grader of config.graders cannot be used, or one of `tasks` has no grader."""
     plugins.check(config.graders, GRADERS, config.override_graders)
     known = graders(config)

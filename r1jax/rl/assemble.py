@@ -34,7 +34,7 @@ class Training:
 
 
 def assemble(config: RunSettings, inputs: RunInputs, objective: Objective | None = None) -> Training:
-    """Returns the parts of a run; without an objective it is the one of config.grpo.advantage.
+    """Returns the parts of a run; without an objective, config.grpo.advantage chooses it.
 
     Raises ValueError when a packed row, or the devices, cannot hold what the config asks for.
     """
@@ -52,13 +52,14 @@ def assemble(config: RunSettings, inputs: RunInputs, objective: Objective | None
 
 
 def _source_ahead(run: RunState, sampling: Sampling, journal: Journal) -> SourceAhead:
-    """Returns the source whose sampler lies on devices that the trainer does not use."""
+    """Returns the source whose sampler has devices that the trainer does not use."""
+    assert sampling.inputs.sampler_mesh is not None
     shared = set(run.mesh.devices.flat) & set(sampling.inputs.sampler_mesh.devices.flat)
     if shared:
         raise ValueError(f"disaggregated: {len(shared)} devices are in config.mesh and in config.sampler_mesh")
     snapshot = tree.copier(run.config.network.compute.compute_dtype, run.trainer.param_shardings)
     placed = sampling.sampler.engine.param_shardings
-    # The copy to the sampler's devices runs beside what follows.
+    # The copy to the sampler's devices runs asynchronously.
     return SourceAhead(run, sampling, lambda: jax.device_put(snapshot(run.params), placed), journal.holds)
 
 

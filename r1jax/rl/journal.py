@@ -1,10 +1,11 @@
-"""The decision journal: a rollout's samples and scores are on disk before they are used, and a resumed run reads them.
+"""The journal: a rollout's samples and scores are written to disk before they are used, and a resumed run reads them.
 
-Deadlines and dropped samples are decisions of one moment; with the journal a repeated run makes the same ones.
+Which samples miss a deadline or are dropped depends on the moment; with the journal a resumed run keeps the same ones.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from r1jax.core import files, hosts
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.sampler.sample import RolloutSample
 
-UNNAMED_PARTS = ("accuracy", "format", "language")  # the columns of files that do not name theirs
+UNNAMED_TERMS = ("accuracy", "format", "language")  # the columns of files without part_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,20 +21,20 @@ class Rollout:
     """Scored samples in group order."""
 
     samples: list[RolloutSample]
-    parts: np.ndarray  # float32 [N, P] reward terms in the order of PART_NAMES
+    reward_terms: np.ndarray  # float32 [N, P] in the order of PART_NAMES
     scorable: np.ndarray  # bool [N]
     draws: int  # prompts drawn for it, dropped ones included
-    values: dict[str, list[np.ndarray]] = field(default_factory=dict)  # name -> float32 [length] a sample: what the
-    # trainer says of its tokens before the first update
-    dropped_parts: np.ndarray | None = None  # float32 [D, P] reward terms of samples drawn and left out
-    dropped_tokens: int = 0  # theirs
+    # The trainer's per-token values before the first update, such as old log-probs: name -> float32 [length] a sample.
+    values: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    dropped_terms: np.ndarray | None = None  # float32 [D, P] reward terms of samples that were drawn and left out
+    dropped_tokens: int = 0  # tokens of those samples
 
     def __len__(self) -> int:
         return len(self.samples)
 
 
 class Journal:
-    """One file a rollout, named by the update at which it starts."""
+    """A folder with one file a rollout, named by the update at which the rollout starts."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -42,22 +43,22 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         files.remove_unfinished(self.folder)
 
-    def _path(self, start: int) -> Path:
-        return self.folder / f"rollout_{start:08d}.npz"
+    def _path(self, first_update: int) -> Path:
+        return self.folder / f"rollout_{first_update:08d}.npz"
 
-    def write(self, start: int, rollout: Rollout) -> Rollout:
+    def write(self, first_update: int, rollout: Rollout) -> Rollout:
         """Stores the rollout under a temporary name, renames it and returns it.
 
         With several processes process 0 writes, and all return when it has.
         """
-        hosts.decide(self._store, start, rollout, name=f"the journal of rollout {start}")
+        hosts.decide(self._store, first_update, rollout, name=f"the journal of rollout {first_update}")
         return rollout
 
-    def _store(self, start: int, rollout: Rollout) -> None:
+    def _store(self, first_update: int, rollout: Rollout) -> None:
         samples = rollout.samples
         lengths = np.asarray([(len(s.prompt_ids), len(s.token_ids)) for s in samples], np.int32)
-        fields = dict(
-            parts=rollout.parts,
+        fields: dict[str, Any] = dict(
+            parts=rollout.reward_terms,
             part_names=np.asarray(PART_NAMES),
             scorable=rollout.scorable,
             draws=np.int64(rollout.draws),
@@ -71,21 +72,21 @@ class Journal:
         )
         if samples[0].routed_experts is not None:
             fields["experts"] = np.concatenate([s.routed_experts for s in samples])
-        if rollout.dropped_parts is not None:
-            fields |= dict(dropped_parts=rollout.dropped_parts, dropped_tokens=np.int64(rollout.dropped_tokens))
+        if rollout.dropped_terms is not None:
+            fields |= dict(dropped_parts=rollout.dropped_terms, dropped_tokens=np.int64(rollout.dropped_tokens))
         fields |= {f"value_{name}": np.concatenate(arrays) for name, arrays in rollout.values.items()}
-        with files.replacing(self._path(start)) as temporary, open(temporary, "wb") as file:
+        with files.replacing(self._path(first_update)) as temporary, open(temporary, "wb") as file:
             np.savez(file, **fields)
 
-    def holds(self, start: int) -> bool:
-        """Returns whether the rollout that starts at an update is there."""
-        return hosts.decide(self._path(start).exists, name=f"the journal of rollout {start}")
+    def holds(self, first_update: int) -> bool:
+        """Returns whether the rollout that starts at an update is stored."""
+        return hosts.decide(self._path(first_update).exists, name=f"the journal of rollout {first_update}")
 
-    def read(self, start: int) -> Rollout | None:
-        """Returns the rollout that starts at an update, or None when it was not finished."""
-        if not self.holds(start):
+    def read(self, first_update: int) -> Rollout | None:
+        """Returns the rollout that starts at an update, or None if it is not stored."""
+        if not self.holds(first_update):
             return None
-        with np.load(self._path(start)) as file:
+        with np.load(self._path(first_update)) as file:
             f = {name: file[name] for name in file.files}
         prompt_ends, token_ends = np.cumsum(f["lengths"], axis=0).T
         samples = []
@@ -107,10 +108,10 @@ class Journal:
             )
         named = {name.removeprefix("value_"): array for name, array in f.items() if name.startswith("value_")}
         values = {name: np.split(array, token_ends[:-1]) for name, array in named.items()}
-        names = [str(name) for name in f.get("part_names", UNNAMED_PARTS)]
+        names = [str(name) for name in f.get("part_names", UNNAMED_TERMS)]
         dropped = _by_name(f["dropped_parts"], names) if "dropped_parts" in f else None
-        parts, dropped_tokens = _by_name(f["parts"], names), int(f.get("dropped_tokens", 0))
-        return Rollout(samples, parts, f["scorable"], int(f["draws"]), values, dropped, dropped_tokens)
+        reward_terms, dropped_tokens = _by_name(f["parts"], names), int(f.get("dropped_tokens", 0))
+        return Rollout(samples, reward_terms, f["scorable"], int(f["draws"]), values, dropped, dropped_tokens)
 
     def prune(self, before: int) -> None:
         """Removes rollouts that start before an update."""
@@ -121,8 +122,8 @@ class Journal:
                 path.unlink()
 
 
-def _by_name(parts: np.ndarray, names: list[str]) -> np.ndarray:
-    """Returns columns named `names` in the order of PART_NAMES, 0 for terms that were not yet graded."""
-    missing = np.zeros(len(parts), np.float32)
-    columns = [parts[:, names.index(name)] if name in names else missing for name in PART_NAMES]
+def _by_name(terms: np.ndarray, names: list[str]) -> np.ndarray:
+    """Returns the columns, named `names`, in the order of PART_NAMES; 0 for terms that the file does not have."""
+    missing = np.zeros(len(terms), np.float32)
+    columns = [terms[:, names.index(name)] if name in names else missing for name in PART_NAMES]
     return np.stack(columns, axis=1)

@@ -1,4 +1,4 @@
-"""What fixed weights say of whole packed batches: the log-probs of a reference or an old policy, values of a critic."""
+"""Scores packed batches under frozen weights: log-probs of a reference or an old policy, values of a critic."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,39 +39,41 @@ class Scorer:
     def __init__(self, network: Network, mesh: Mesh, offloaded: bool = False, read: Callable = log_probs):
         """`read` takes (network, params, hidden [R, T, D], micro-batch, temperature) and returns [R, T].
 
-        With `offloaded` the weights lie in host memory and are brought over for each batch.
+        With `offloaded` the weights are kept in host memory and copied to the device for each batch.
         """
         self.mesh = mesh
         placed = sharding.spec_shardings(decoder.specs(network.model, network.scalar_head), mesh)
 
-        def score(params, batch, filled, temperature):
+        def score(params, batch, num_filled, temperature):
             params = jax.device_put(params, placed) if offloaded else params
 
             def one(index, out):
                 micro = jax.tree.map(lambda x: x[index], batch)
                 hidden, _, _ = decoder.forward(
                     params,
-                    *(micro[name] for name in ("tokens", "positions", "segments")),
+                    micro["tokens"],
+                    micro["positions"],
+                    micro["segments"],
                     network,
                     experts=replayed_experts(micro),
                     prefixes=micro.get(PREFIXES),
                 )
                 return out.at[index].set(read(network, params, hidden, micro, temperature))
 
-            return jax.lax.fori_loop(0, filled, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
+            return jax.lax.fori_loop(0, num_filled, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
 
         self._score = jax.jit(score, out_shardings=sharding.replicated(mesh))
 
-    def __call__(self, params: Any, batch: dict[str, np.ndarray], filled: int, temperature: float) -> np.ndarray:
-        """Returns what `read` does, float32 [M, R, T]; 0 in micro-batches not filled.
+    def __call__(self, params: Any, batch: dict[str, np.ndarray], num_filled: int, temperature: float) -> np.ndarray:
+        """Returns the values of `read`, float32 [M, R, T]; 0 in micro-batches that are not filled.
 
-        Tokens go to the experts recorded in the batch, where it holds any.
+        Tokens go to the experts recorded in the batch, if it has any.
         """
         fields = [name for name in ("tokens", "targets", "positions", "segments", ROUTED, PREFIXES) if name in batch]
         place = sharding.sharding(self.mesh, (None, "batch", "sequence"), batch["tokens"].shape)
         arrays = {name: sharding.place(batch[name], place) for name in fields}
         with use_mesh(self.mesh):
-            return np.asarray(self._score(params, arrays, np.int32(filled), np.float32(temperature)))
+            return np.asarray(self._score(params, arrays, np.int32(num_filled), np.float32(temperature)))
 
     @property
     def compilations(self) -> int:

@@ -15,14 +15,14 @@ def train(run: RunState, source: JournalledSource, objective: Objective, recorde
     warm_up(run, source, objective, recorder)
     with source:
         while not run.finished:
-            start = run.begin_rollout()
-            rollout = source.rollout(start)
-            rollout = source.store(start, with_values(run, objective, recorder, rollout))
-            advantages = objective.advantages(rollout, start)
-            recorder.rollout(rollout, advantages, source.staleness(start, rollout))
+            first_update = run.begin_rollout()
+            rollout = source.rollout(first_update)
+            rollout = source.store(first_update, with_values(run, objective, recorder, rollout))
+            advantages = objective.advantages(rollout, first_update)
+            recorder.rollout(rollout, advantages, source.staleness(first_update, rollout))
             for batch in batches(run, objective, recorder, rollout, advantages):
                 recorder.phase("update")
-                stats = recorder.timed("update", objective.update, run, batch, start)
+                stats = recorder.timed("update", objective.update, run, batch, first_update)
                 run.count_update()
                 recorder.update(stats | batch.figures)
                 if batch.last:
@@ -38,7 +38,7 @@ def train(run: RunState, source: JournalledSource, objective: Objective, recorde
 
 
 def warm_up(run: RunState, source: JournalledSource, objective: Objective, recorder: Recorder) -> None:
-    """Compiles every program once, on data that leaves no trace, and freezes their number."""
+    """Compiles every program once, on data that changes nothing; a later compilation is then an error."""
     recorder.phase("warm_up")
     objective.warm_up(run, blank_arrays(run.config, objective.fields))
     source.warm_up()

@@ -1,4 +1,4 @@
-"""From a scored rollout to the batches of its updates: values per token, packing beside the device, reference scores."""
+"""Turns a scored rollout into the batches of its updates: values per token, packing in a thread, reference scores."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -23,6 +23,7 @@ def blank_arrays(config: RunSettings, fields: tuple[str, ...]) -> dict[str, np.n
     """Returns the arrays of a batch without tokens, in the shapes of every batch."""
     pack = config.pack
     shape = (micro_batches(config), pack.rows_per_micro_batch, pack.row_tokens)
+    arrays: dict[str, np.ndarray]
     arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segments")}
     arrays |= {name: np.zeros(shape, np.float32) for name in ("loss_mask", *fields)}
     if config.grpo.routing_replay:
@@ -36,15 +37,16 @@ def blank_arrays(config: RunSettings, fields: tuple[str, ...]) -> dict[str, np.n
 def with_values(run: RunState, objective: Objective, recorder: Recorder, rollout: Rollout) -> Rollout:
     """Adds the trainer's per-token values that the objective needs, as they are before the rollout's first update.
 
-    They are old and reference log-probs and a critic's values. Returns the same object when all are there.
+    These are old and reference log-probs and a critic's values. Returns the same object when it has them all.
     """
-    scorers, start = objective.scorers(run), run.cursor.rollout_start
+    scorers, first_update = objective.scorers(run), run.cursor.rollout_start
     if set(scorers) <= set(rollout.values):
         return rollout
-    longest = schedules.max_new_tokens(run.config.sampler, start)
-    blank = Advantages(*np.zeros((2, len(rollout)), np.float32), *np.ones((3, len(rollout)), bool))
+    longest = schedules.max_new_tokens(run.config.sampler, first_update)
+    zeros, included = np.zeros(len(rollout), np.float32), np.ones(len(rollout), bool)
+    blank = Advantages(zeros, zeros, included, included, included)
     values = {name: [np.empty(0)] * len(rollout) for name in scorers}
-    for chosen in mini_batches(rollout, start, run.config):
+    for chosen in mini_batches(rollout, first_update, run.config):
         packed = pack_mini_batch(rollout, chosen, blank, run.config, longest)
         for name, (scorer, weights) in scorers.items():
             scores = recorder.timed("reference", _score, run.config, scorer, weights, packed)
@@ -61,15 +63,16 @@ def batches(
 
     The next one is packed in a thread while the device updates on this one.
     """
-    config, start = run.config, run.cursor.rollout_start
-    longest = schedules.max_new_tokens(config.sampler, start)
-    chosen = mini_batches(rollout, start, config)[run.cursor.update - start :]
+    config, first_update = run.config, run.cursor.rollout_start
+    longest = schedules.max_new_tokens(config.sampler, first_update)
+    chosen = mini_batches(rollout, first_update, config)[run.cursor.update - first_update :]
     pack = lambda number: pack_mini_batch(rollout, chosen[number], advantages, config, longest)  # noqa: E731
     with ThreadPoolExecutor(1, thread_name_prefix="pack") as worker:
         following = worker.submit(pack, 0)
         for number in range(len(chosen)):
             packed, last = following.result(), number + 1 == len(chosen)
-            following = None if last else worker.submit(pack, number + 1)
+            if not last:
+                following = worker.submit(pack, number + 1)
             yield _scored(run, objective, recorder, packed, last)
 
 
@@ -80,8 +83,8 @@ def _scored(run: RunState, objective: Objective, recorder: Recorder, packed: Pac
     if "reference_logp" in objective.fields and "reference_logp" not in packed.values:
         scores = recorder.timed("reference", _score, run.config, run.scorer, run.reference, packed)
         arrays["reference_logp"] = scores
-    filled = step.filled_micro_batches(packed, run.config.pack)
-    return Batch(arrays, filled, last, _mismatch_without_replay(run, arrays, filled))
+    num_filled = step.filled_micro_batches(packed, run.config.pack)
+    return Batch(arrays, num_filled, last, _mismatch_without_replay(run, arrays, num_filled))
 
 
 def _score(config: RunSettings, scorer: Scorer, weights: decoder.Params, packed: PackedBatch) -> np.ndarray:
@@ -90,14 +93,14 @@ def _score(config: RunSettings, scorer: Scorer, weights: decoder.Params, packed:
     return scorer(weights, arrays, step.filled_micro_batches(packed, config.pack), config.sampler.temperature or 1.0)
 
 
-def _mismatch_without_replay(run: RunState, arrays: dict, filled: int) -> dict[str, float]:
-    """Returns the mismatch of sampler and trainer if the live routers chose; {} unless a check is due."""
-    grpo, start = run.config.grpo, run.cursor.rollout_start
+def _mismatch_without_replay(run: RunState, arrays: dict, num_filled: int) -> dict[str, float]:
+    """Returns the mismatch of sampler and trainer when live routers choose the experts; {} unless a check is due."""
+    grpo, first_update = run.config.grpo, run.cursor.rollout_start
     every = grpo.replay_check_every
-    if not every or start // grpo.updates_per_rollout % every or run.cursor.update != start:
+    if not every or first_update // grpo.updates_per_rollout % every or run.cursor.update != first_update:
         return {}
     live = arrays | {ROUTED: np.full_like(arrays[ROUTED], -1)}
-    logp = run.scorer(run.frozen_policy(), live, filled, run.config.sampler.temperature or 1.0)
+    logp = run.scorer(run.frozen_policy(), live, num_filled, run.config.sampler.temperature or 1.0)
     difference = np.abs(logp - arrays["behaviour_logp"])[arrays["loss_mask"] > 0]
     mean = float(np.mean(difference, dtype=np.float64)) if len(difference) else 0.0
     return {"mean_logprob_difference_without_replay": mean}

@@ -20,9 +20,9 @@ class Batch:
     """The batch of one update."""
 
     arrays: dict[str, np.ndarray]  # [M, R, T] by name
-    filled: int  # leading micro-batches that hold tokens
-    last: bool  # of its rollout
-    figures: dict[str, float]  # metrics found while it was made
+    num_filled: int  # leading micro-batches that hold tokens
+    last: bool  # whether it is the last of its rollout
+    figures: dict[str, float]  # metrics measured while it was made
 
 
 class Objective:
@@ -30,8 +30,8 @@ class Objective:
 
     fields: tuple[str, ...] = ("advantage", "behaviour_logp", "weight")  # per-token values in a batch
 
-    def advantages(self, rollout: Rollout, start: int) -> Advantages:
-        """Returns what the samples of the rollout that starts at update `start` are worth, and which are trained on."""
+    def advantages(self, rollout: Rollout, first_update: int) -> Advantages:
+        """Returns the advantages of the rollout that starts at `first_update`, and which samples are trained on."""
         raise NotImplementedError
 
     def loss(self, params: decoder.Params, micro: dict[str, jax.Array], arguments: Any):
@@ -42,20 +42,20 @@ class Objective:
         """
         raise NotImplementedError
 
-    def arguments(self, start: int) -> Any:
-        """Returns the loss arguments of the rollout that starts at an update: what changes without compiling again."""
+    def arguments(self, first_update: int) -> Any:
+        """Returns the loss arguments of a rollout: numbers that may change without compiling again."""
         return None
 
-    def update(self, run: RunState, batch: Batch, start: int) -> dict[str, float]:
+    def update(self, run: RunState, batch: Batch, first_update: int) -> dict[str, float]:
         """Makes one update and returns its statistics."""
-        return run.update(batch.arrays, batch.filled, self.arguments(start))
+        return run.update(batch.arrays, batch.num_filled, self.arguments(first_update))
 
     def scorers(self, run: RunState) -> dict[str, tuple[Scorer, decoder.Params]]:
         """Returns the scorer and weights of each per-token value that a rollout needs before its first update."""
         return {}
 
     def warm_up(self, run: RunState, arrays: dict[str, np.ndarray]) -> None:
-        """Compiles all that is run on a batch."""
+        """Compiles every program that runs on a batch."""
         run.warm_up(arrays, self.arguments(0), scores=bool(self.scorers(run)))
 
     def checkpoint_items(self) -> dict[str, Any]:
@@ -75,19 +75,22 @@ class GroupObjective(Objective):
 
     def __init__(self, config: RunSettings):
         self.config, self.fields = config, losses.fields(config.grpo)
-        self.loss = losses.make_loss(config.network, config.grpo, trained_chunk=config.pack.trained_chunk)
+        self._loss = losses.make_loss(config.network, config.grpo, trained_chunk=config.pack.trained_chunk)
 
-    def advantages(self, rollout: Rollout, start: int) -> Advantages:
-        """Returns advantages over whole groups, so before samples are split into mini-batches."""
-        longest = schedules.max_new_tokens(self.config.sampler, start)
-        return compute_advantages(rollout, self.config, longest, schedules.kl_coef(self.config.grpo, start))
+    def loss(self, params: decoder.Params, micro: dict[str, jax.Array], arguments: Any):
+        return self._loss(params, micro, arguments)
 
-    def arguments(self, start: int) -> losses.LossArguments:
+    def advantages(self, rollout: Rollout, first_update: int) -> Advantages:
+        """Returns advantages over whole groups, computed before samples are split into mini-batches."""
+        longest = schedules.max_new_tokens(self.config.sampler, first_update)
+        return compute_advantages(rollout, self.config, longest, schedules.kl_coef(self.config.grpo, first_update))
+
+    def arguments(self, first_update: int) -> losses.PolicyLossArguments:
         grpo = self.config.grpo
-        return losses.arguments(grpo, schedules.kl_coef(grpo, start), self.config.sampler.temperature)
+        return losses.arguments(grpo, schedules.kl_coef(grpo, first_update), self.config.sampler.temperature)
 
     def scorers(self, run: RunState) -> dict[str, tuple[Scorer, decoder.Params]]:
-        """Returns those of the policy before its updates, and of the reference where the reward has a KL term."""
+        """Returns the scorers of the policy before its updates, and of the reference if the reward has a KL term."""
         grpo, scorers = self.config.grpo, {}
         if grpo.old_logp == "recomputed":
             scorers["old_logp"] = run.scorer, run.frozen_policy()

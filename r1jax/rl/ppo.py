@@ -1,7 +1,7 @@
 """PPO, the baseline that GRPO is measured against: a critic as large as the policy, GAE, per-token KL in the reward.
 
-Source: arXiv 1707.06347; DeepSeek-R1, appendix A.3. The loop, the sampler, the rewards and the policy's update are those of
-every run: only where advantages come from differs.
+Source: arXiv 1707.06347; DeepSeek-R1, appendix A.3. The loop, the sampler, the rewards and the policy's update are the
+same as for GRPO; only the advantages come from elsewhere.
 """
 
 import dataclasses
@@ -49,27 +49,27 @@ def whitened(advantages: Sequence[np.ndarray], trained: np.ndarray) -> list[np.n
 
 @struct.dataclass
 class ValueArguments:
-    """What may change without compiling again; float32 scalars."""
+    """Numbers of the critic's loss that may change without compiling again; float32 scalars."""
 
-    value_clip: jax.Array
+    value_clip: jax.Array | np.float32
 
 
 def value_loss(values, old_values, returns, value_clip) -> jax.Array:
-    """Returns half the larger squared error of the value and of the value held within value_clip of its old one.
+    """Returns half the larger squared error: the value's, or that of the value clipped around its old one by value_clip.
 
     Source: the value clipping of arXiv 2005.12729 (appendix), as in TRL, verl and Tunix.
     """
-    held = old_values + jnp.clip(values - old_values, -value_clip, value_clip)
-    return jnp.maximum(jnp.square(values - returns), jnp.square(held - returns)) / 2
+    clipped = old_values + jnp.clip(values - old_values, -value_clip, value_clip)
+    return jnp.maximum(jnp.square(values - returns), jnp.square(clipped - returns)) / 2
 
 
 def make_value_loss(network: Network) -> step.Loss:
     """Returns the critic's loss of a micro-batch, weight * `value_loss` over the trained tokens, and its statistics."""
 
-    def loss(params: decoder.Params, micro: dict[str, jax.Array], given: ValueArguments):
+    def loss(params: decoder.Params, micro: dict[str, jax.Array], arguments: ValueArguments):
         hidden, _, _ = decoder.forward(params, micro["tokens"], micro["positions"], micro["segments"], network)
         values, mask = decoder.scalars(params, hidden), micro["loss_mask"]
-        error = value_loss(values, micro["value"], micro["return"], given.value_clip)
+        error = value_loss(values, micro["value"], micro["return"], arguments.value_clip)
         rest = micro["return"] - values
         named = dict(value_loss=error, value=values, returned=micro["return"], rest=rest)
         named |= dict(squared_return=jnp.square(micro["return"]), squared_rest=jnp.square(rest))
@@ -80,31 +80,26 @@ def make_value_loss(network: Network) -> step.Loss:
 
 
 class CriticObjective(Objective):
-    """Advantages from a critic that is trained beside the policy; the policy's loss is that of `GroupObjective`."""
+    """Advantages from a critic that is trained along with the policy, whose loss is that of `GroupObjective`."""
 
     def __init__(self, config: RunSettings, inputs: RunInputs):
         self.config, self.policy = config, GroupObjective(config)
-        self.fields, self.loss, self.arguments = (
-            (*self.policy.fields, *CRITIC_FIELDS),
-            self.policy.loss,
-            self.policy.arguments,
-        )
+        self.fields = (*self.policy.fields, *CRITIC_FIELDS)
         network = replace(config.network, scalar_head=True)
         rate = config.ppo.critic_learning_rate or config.optimizer.learning_rate
         optimizer = replace(config.optimizer, learning_rate=rate)
         self.critic = step.Trainer(network, optimizer, inputs.mesh, make_value_loss(network), config.grpo.updates)
-        head = np.zeros(
-            network.model.hidden_size, np.float32
-        )  # a critic that begins with the policy's weights and says 0
-        self.critic_state = self.critic.init(inputs.params.replace(scalar_head=head))
+        # The critic begins with the policy's weights and values every token at 0.
+        head = np.zeros(network.model.hidden_size, np.float32)
+        self.critic_state = self.critic.init(dataclasses.replace(inputs.params, scalar_head=head))
         self.value_scorer = Scorer(network, inputs.mesh, read=logprobs.values)
         self._copy = tree.copier(network.compute.compute_dtype, self.critic.param_shardings)
         self._value_arguments = ValueArguments(np.float32(config.ppo.value_clip or np.inf))
 
-    def advantages(self, rollout: Rollout, start: int) -> Advantages:
-        """Returns advantages by GAE, whitened over the rollout, and the returns the critic learns; rewards as in GRPO."""
-        grouped = self.policy.advantages(rollout, start)
-        ppo, beta = self.config.ppo, schedules.kl_coef(self.config.grpo, start)
+    def advantages(self, rollout: Rollout, first_update: int) -> Advantages:
+        """Returns GAE advantages, whitened over the rollout, and the returns the critic learns; rewards as in GRPO."""
+        grouped = self.policy.advantages(rollout, first_update)
+        ppo, beta = self.config.ppo, schedules.kl_coef(self.config.grpo, first_update)
         penalties = token_kl(rollout) if beta and self.config.grpo.kl_placement == "reward" else None
         advantages, returns = [], []
         for index, values in enumerate(rollout.values["value"]):
@@ -115,11 +110,17 @@ class CriticObjective(Objective):
         white = whitened(advantages, grouped.trained)
         return dataclasses.replace(grouped, advantages=white, values={"return": returns})
 
-    def update(self, run: RunState, batch: Batch, start: int) -> dict[str, float]:
+    def loss(self, params: decoder.Params, micro: dict[str, jax.Array], arguments: Any):
+        return self.policy.loss(params, micro, arguments)
+
+    def arguments(self, first_update: int) -> Any:
+        return self.policy.arguments(first_update)
+
+    def update(self, run: RunState, batch: Batch, first_update: int) -> dict[str, float]:
         """Makes one update of the policy and one of the critic and returns the statistics of both."""
         policy, critic = _split(batch.arrays)
-        stats = run.update(policy, batch.filled, self.arguments(start))
-        self.critic_state, sums = self.critic.update(self.critic_state, critic, batch.filled, self._value_arguments)
+        stats = run.update(policy, batch.num_filled, self.arguments(first_update))
+        self.critic_state, sums = self.critic.update(self.critic_state, critic, batch.num_filled, self._value_arguments)
         sums = {name: float(value) for name, value in jax.device_get(sums).items()}
         skipped = max(stats[guard.SKIPPED], sums[guard.SKIPPED])
         return stats | _critic_figures(sums, max(stats["tokens"], 1.0)) | {guard.SKIPPED: skipped}

@@ -1,4 +1,4 @@
-"""What a run leaves beside its weights: metrics rows, timing, warnings, and where it is at the moment."""
+"""What a run writes besides its weights: metrics rows, timing, warnings and its current phase."""
 
 import threading
 import time
@@ -13,8 +13,8 @@ from r1jax.core.say import say
 from r1jax.rewards.compose import PART_NAMES, RULE_PARTS
 from r1jax.rl import losses, schedules, warnings
 from r1jax.rl.journal import Rollout
+from r1jax.rl.reward_model_monitor import HackingMonitor
 from r1jax.rl.rollout import Advantages
-from r1jax.rl.scenarios import HackingMonitor
 from r1jax.rl.state import RunInputs, RunState
 from r1jax.train import guard
 
@@ -57,23 +57,23 @@ class Recorder:
         self.figures: dict[str, float] = {}  # of the current rollout, in every row of its updates
 
     def begin(self) -> None:
-        """Drops metrics rows after the cursor, which a restored run makes again."""
+        """Drops metrics rows after the cursor, which a restored run writes again."""
         self.skipped.in_a_row = self.run.cursor.skipped
         self.log.truncate(self.run.cursor.update)
 
     def rollout(self, rollout: Rollout, advantages: Advantages, staleness: dict[str, float]) -> None:
-        """Takes the figures of a rollout and prints its warnings."""
-        start, grpo = self.run.cursor.rollout_start, self.config.grpo
-        lines = warnings.of_rollout(rollout, advantages, grpo, schedules.kl_coef(grpo, start))
-        of_models, hacking = self.monitor.figures(rollout, start)
+        """Computes the figures of a rollout, which go into every row of its updates, and prints its warnings."""
+        first_update, grpo = self.run.cursor.rollout_start, self.config.grpo
+        lines = warnings.of_rollout(rollout, advantages, grpo, schedules.kl_coef(grpo, first_update))
+        of_models, hacking = self.monitor.figures(rollout, first_update)
         for line in [*lines, *([hacking] if hacking else [])]:
-            say(f"{self.config.stage} update {start + 1}: {line}")
+            say(f"{self.config.stage} update {first_update + 1}: {line}")
         texts = self.inputs.tokenizer.decode_batch([sample.token_ids for sample in rollout.samples])
-        self.figures = self._rewards(rollout, advantages, start) | self._tokens(rollout, start)
+        self.figures = self._rewards(rollout, advantages, first_update) | self._tokens(rollout, first_update)
         self.figures |= of_models | self.inputs.describe(texts) | staleness
 
     def update(self, stats: dict[str, float]) -> None:
-        """Writes the metrics row of the update just made, and beside it how long it took.
+        """Writes the metrics row of the last update, and its times to the timing file.
 
         Raises ValueError when too many updates in a row were skipped.
         """
@@ -81,7 +81,7 @@ class Recorder:
         means = {name: value / tokens if name in losses.TOKEN_MEANS else value for name, value in stats.items()}
         row = self.figures | means
         if cursor.update - 1 > cursor.rollout_start or row.get("staleness"):
-            # Only the first update of a rollout runs the very weights that sampled it.
+            # Only at the first update of a rollout does the trainer have the weights that sampled it.
             for kind in ("max", "mean"):
                 if f"{kind}_logprob_difference" in row:
                     row[f"{kind}_policy_shift"] = row.pop(f"{kind}_logprob_difference")
@@ -96,40 +96,40 @@ class Recorder:
         cursor.skipped = self.skipped.in_a_row
 
     def phase(self, name: str) -> None:
-        """Writes what the run is doing to the file `phase`, for people and scripts that watch from outside."""
+        """Writes the run's phase to the file `phase`, for people and scripts that watch from outside."""
         if hosts.is_writer():
             (self.inputs.folder / "phase").write_text(f"{name} {self.run.cursor.update}\n")
 
     def close(self) -> None:
         self.log.close()
 
-    def _rewards(self, rollout: Rollout, advantages: Advantages, start: int) -> dict[str, float]:
+    def _rewards(self, rollout: Rollout, advantages: Advantages, first_update: int) -> dict[str, float]:
         """Returns the means of the rewards of a rollout, over its scorable samples."""
         scorable = np.flatnonzero(rollout.scorable)
-        figures = {name: _mean(rollout.parts[scorable, PART_NAMES.index(name)]) for name in RULE_PARTS}
-        if self.inputs.reward_models:  # accuracy is then that of the samples which a grader scored
-            graded = scorable[self.monitor.graded(rollout, start)[scorable]]
+        figures = {name: _mean(rollout.reward_terms[scorable, PART_NAMES.index(name)]) for name in RULE_PARTS}
+        if self.inputs.reward_models:  # accuracy is then the mean over samples that a grader scored
+            graded = scorable[self.monitor.graded(rollout, first_update)[scorable]]
             del figures["accuracy"]
             if len(graded):
-                figures["accuracy"] = _mean(rollout.parts[graded, ACCURACY])
+                figures["accuracy"] = _mean(rollout.reward_terms[graded, ACCURACY])
         return figures | {
             "reward": _mean(advantages.rewards[scorable]),
             "unscorable": float(len(rollout) - len(scorable)),
             "zero_variance_groups": float(1 - advantages.has_signal.mean()),
         }
 
-    def _tokens(self, rollout: Rollout, start: int) -> dict[str, float]:
-        """Returns lengths and numbers of samples and tokens, and with dynamic sampling what was drawn for them."""
+    def _tokens(self, rollout: Rollout, first_update: int) -> dict[str, float]:
+        """Returns the figures of lengths and tokens, and with dynamic sampling those of all prompts drawn."""
         grpo, lengths = self.config.grpo, [len(sample.token_ids) for sample in rollout.samples]
-        updates = schedules.updates_in_rollout(start, grpo.updates, grpo.updates_per_rollout)
+        updates = schedules.updates_in_rollout(first_update, grpo.updates, grpo.updates_per_rollout)
         figures = {
             "length": _mean(lengths),
             "truncated": _mean([sample.truncated for sample in rollout.samples]),
             "sampled_tokens": (sum(lengths) + rollout.dropped_tokens) / updates,
         }
         if grpo.dynamic_sampling_rounds:
-            left = [] if rollout.dropped_parts is None else rollout.dropped_parts[:, ACCURACY]
-            accuracies = [*rollout.parts[:, ACCURACY], *left]
+            dropped = [] if rollout.dropped_terms is None else rollout.dropped_terms[:, ACCURACY]
+            accuracies = [*rollout.reward_terms[:, ACCURACY], *dropped]
             figures |= {"prompts_drawn": float(rollout.draws), "drawn_accuracy": _mean(accuracies)}
         return figures
 

@@ -7,8 +7,8 @@ import numpy as np
 from r1jax.core.runtime import ProgramSet
 from r1jax.models import decoder
 from r1jax.rewards.pool import RewardPool
+from r1jax.rl import reward_model_monitor, schedules
 from r1jax.rl import rollout as rollouts
-from r1jax.rl import scenarios, schedules
 from r1jax.rl.journal import Rollout
 from r1jax.rl.recorder import Recorder, Timer
 from r1jax.rl.settings import RunSettings
@@ -31,6 +31,7 @@ class Sampling:
         self.pool = RewardPool(self.config.reward)
 
     def close(self) -> None:
+        assert self.pool is not None
         self.pool.close()
 
     def warm_up(self, weights: decoder.Params, programs: ProgramSet) -> None:
@@ -43,32 +44,34 @@ class Sampling:
         for name in engine.compilations():
             programs.add(name, lambda name=name: engine.compilations()[name])
 
-    def draw(self, start: int, first: int, weights: decoder.Params, version: int) -> Rollout:
+    def draw(self, first_update: int, first: int, weights: decoder.Params, version: int) -> Rollout:
         """Returns the scored samples of the rollout that starts at an update, its first prompt being number `first`.
 
-        `version` is the number of updates that `weights` have seen. With dynamic sampling, prompts whose rewards tie are
-        replaced by further ones, in a bounded number of rounds; what is then missing are tied groups again.
+        `version` is the number of updates made to `weights`. With dynamic sampling, prompts whose rewards tie are
+        replaced by further ones, in a bounded number of rounds; if groups are still missing after these, tied ones
+        fill up.
         """
         grpo = self.config.grpo
-        updates = schedules.updates_in_rollout(start, grpo.updates, grpo.updates_per_rollout)
+        updates = schedules.updates_in_rollout(first_update, grpo.updates, grpo.updates_per_rollout)
         wanted, drawn, rounds = updates * grpo.prompts_per_update, 0, []
         for _ in range(1 + grpo.dynamic_sampling_rounds):
             missing = wanted - sum(int(rollouts.signals(one, self.config).sum()) for one in rounds)
             if missing <= 0:
                 break
             numbers = range(first + drawn, first + drawn + missing)
-            rounds.append(self.sample_and_grade(numbers, start, weights, version))
+            rounds.append(self.sample_and_grade(numbers, first_update, weights, version))
             drawn += missing
         return rounds[0] if len(rounds) == 1 else rollouts.keep_groups(rounds, wanted, self.config)
 
-    def sample_and_grade(self, numbers: range, start: int, weights: decoder.Params, version: int) -> Rollout:
+    def sample_and_grade(self, numbers: range, first_update: int, weights: decoder.Params, version: int) -> Rollout:
         """Returns the scored samples of the prompts with these numbers."""
         config, recorder = self.config, self.recorder
-        prompts = [self.inputs.prompts.prompt(number, start) for number in numbers]
+        assert self.pool is not None
+        prompts = [self.inputs.prompts.prompt(number, first_update) for number in numbers]
         by_number = dict(zip(numbers, prompts, strict=True))
         grader, grading = rollouts.Grader(by_number, self.pool, self.inputs.tokenizer.decode_batch), Timer()
         group = config.grpo.group_size
-        sampling = self._sampling_params(start)
+        sampling = self._sampling_params(first_update)
         requests = rollouts.requests_for(prompts, numbers, group, sampling, config.seed, config.stage, "sample")
         recorder.phase("rollout")
         begun = time.perf_counter()
@@ -83,18 +86,20 @@ class Sampling:
             rewards_s=graded_s,
         )
         recorder.phase("grading")
-        parts, scorable = recorder.timed("rewards", grader.scores, samples)
+        reward_terms, scorable = recorder.timed("rewards", grader.scores, samples)
         if self.inputs.reward_models:
-            parts = recorder.timed("rewards", self._with_model_rewards, parts, samples, by_number)
+            reward_terms = recorder.timed("rewards", self._with_model_rewards, reward_terms, samples, by_number)
         usage = self.pool.take_usage()
         recorder.timer.add(reward_cache_hits=usage.cache_hits, reward_workers_started=usage.workers_started)
-        return Rollout(samples, parts, scorable, len(numbers))
+        return Rollout(samples, reward_terms, scorable, len(numbers))
 
-    def _with_model_rewards(self, parts: np.ndarray, samples: list[RolloutSample], by_number: dict) -> np.ndarray:
+    def _with_model_rewards(
+        self, reward_terms: np.ndarray, samples: list[RolloutSample], by_number: dict
+    ) -> np.ndarray:
         decode, models = self.inputs.tokenizer.decode_batch, self.inputs.reward_models
-        return scenarios.with_model_rewards(parts, samples, decode, by_number, models)
+        return reward_model_monitor.with_model_rewards(reward_terms, samples, decode, by_number, models)
 
-    def _sampling_params(self, start: int) -> SamplingParams:
+    def _sampling_params(self, first_update: int) -> SamplingParams:
         settings = self.config.sampler
-        longest = schedules.max_new_tokens(settings, start)
+        longest = schedules.max_new_tokens(settings, first_update)
         return sampling_params(settings, self.inputs.tokenizer.stop_ids, max_new_tokens=longest)

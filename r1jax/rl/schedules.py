@@ -22,14 +22,14 @@ def value_at(schedule: Schedule, update: int, default: float) -> float:
     return value
 
 
-def kl_coef(config: GRPOConfig, start: int) -> float:
+def kl_coef(config: GRPOConfig, first_update: int) -> float:
     """Returns beta of the rollout that starts at an update."""
-    return value_at(config.kl_coef_schedule, start, config.kl_coef)
+    return value_at(config.kl_coef_schedule, first_update, config.kl_coef)
 
 
-def max_new_tokens(config: SamplerConfig, start: int) -> int:
+def max_new_tokens(config: SamplerConfig, first_update: int) -> int:
     """Returns the longest response, in tokens, of the rollout that starts at an update."""
-    return int(value_at(config.max_new_tokens_schedule, start, config.max_new_tokens))
+    return int(value_at(config.max_new_tokens_schedule, first_update, config.max_new_tokens))
 
 
 def rollout_starts(total_updates: int, updates_per_rollout: int) -> range:
@@ -44,23 +44,24 @@ def first_start_at_or_after(update: int, updates_per_rollout: int) -> int:
     return -(-update // updates_per_rollout) * updates_per_rollout
 
 
-def updates_in_rollout(start: int, total_updates: int, updates_per_rollout: int) -> int:
-    """Returns how many updates the rollout that starts at `start` feeds; fewer than usual for a short last one.
+def updates_in_rollout(first_update: int, total_updates: int, updates_per_rollout: int) -> int:
+    """Returns how many updates use the rollout that starts at `first_update`; fewer than usual for a short last one.
 
-    Raises ValueError when no rollout starts there.
+    Raises ValueError when no rollout starts at that update.
     """
-    if start not in rollout_starts(total_updates, updates_per_rollout):
+    if first_update not in rollout_starts(total_updates, updates_per_rollout):
         raise ValueError(
-            f"updates_in_rollout: start {start}, needs a multiple of {updates_per_rollout} in [0, {total_updates})"
+            f"updates_in_rollout: start {first_update}, needs a multiple of {updates_per_rollout} in "
+            f"[0, {total_updates})"
         )
-    return min(updates_per_rollout, total_updates - start)
+    return min(updates_per_rollout, total_updates - first_update)
 
 
 def reference_refresh_due(rollout_start_update: int, last_refresh_update: int, every: int) -> bool:
     """Returns whether the reference is to be replaced by the policy before the rollout that starts at this update.
 
-    That is so at the first start at or after each multiple of `every`; several multiples passed at once refresh once.
-    `last_refresh_update` is the start at which the last refresh happened, 0 at first (the reference is then the initial
-    policy); after a refresh it becomes this start. `every` 0 never refreshes.
+    A refresh is due at the first rollout at or after each multiple of `every`; several multiples passed at once
+    refresh once. `last_refresh_update` is the update of the last refresh, 0 at first (the reference is then the
+    initial policy). `every` 0 never refreshes.
     """
     return every > 0 and rollout_start_update // every > last_refresh_update // every

@@ -1,4 +1,4 @@
-"""What an RL run takes of a stage's config."""
+"""The parts of a stage's config that an RL run uses."""
 
 from dataclasses import dataclass
 

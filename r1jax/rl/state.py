@@ -23,7 +23,7 @@ from r1jax.train import step
 
 @dataclass(frozen=True, eq=False)
 class RunInputs:
-    """What a run starts from beside its config."""
+    """What a run starts from, apart from its config."""
 
     tokenizer: Any  # has stop_ids and decode_batch
     mesh: Mesh  # of the trainer
@@ -38,7 +38,7 @@ class RunInputs:
 
 @dataclass
 class Cursor:
-    """Where a run stands; with the arrays, all that a checkpoint holds."""
+    """How far a run has come. Together with the arrays this is all that a checkpoint holds."""
 
     update: int = 0  # policy updates made
     rollout_start: int = 0  # update at which the current rollout started
@@ -48,7 +48,7 @@ class Cursor:
 
 
 class OwnArrays(Protocol):
-    """What an objective adds to a checkpoint."""
+    """The arrays that an objective adds to a checkpoint."""
 
     def checkpoint_items(self) -> dict[str, Any]: ...
 
@@ -86,7 +86,7 @@ class RunState:
         return self._copy(self.params)
 
     def warm_up(self, arrays: dict[str, np.ndarray], arguments: Any, scores: bool) -> None:
-        """Compiles the update, and with `scores` the scorer, on a batch that leaves no trace."""
+        """Compiles the update, and with `scores` the scorer, on a batch that changes nothing."""
         if scores or self.config.grpo.uses_reference or self.config.grpo.replay_check_every:
             self.scorer(self.frozen_policy(), arrays, 1, 1.0)
         spare = jax.tree.map(jnp.copy, self.state)
@@ -99,19 +99,21 @@ class RunState:
 
         It becomes the policy at the first rollout at or after each multiple of grpo.reference_refresh_updates.
         """
-        start, grpo = self.cursor.rollout_start, self.config.grpo
+        first_update, grpo = self.cursor.rollout_start, self.config.grpo
         every = grpo.reference_refresh_updates if grpo.uses_reference else 0
-        if start == self.cursor.update and schedules.reference_refresh_due(start, self.cursor.reference_update, every):
-            self.reference, self.cursor.reference_update = self.frozen_policy(), start
-        return start
+        if first_update == self.cursor.update and schedules.reference_refresh_due(
+            first_update, self.cursor.reference_update, every
+        ):
+            self.reference, self.cursor.reference_update = self.frozen_policy(), first_update
+        return first_update
 
-    def update(self, arrays: dict[str, np.ndarray], filled: int, arguments: Any) -> dict[str, float]:
-        """Makes one policy update on the first `filled` micro-batches and returns its statistics."""
-        self.state, stats = self.trainer.update(self.state, arrays, filled, arguments)
+    def update(self, arrays: dict[str, np.ndarray], num_filled: int, arguments: Any) -> dict[str, float]:
+        """Makes one policy update on the first `num_filled` micro-batches and returns its statistics."""
+        self.state, stats = self.trainer.update(self.state, arrays, num_filled, arguments)
         return {name: float(value) for name, value in jax.device_get(stats).items()}
 
     def count_update(self) -> None:
-        """Moves the cursor past an update; RuntimeError when a program was compiled since the warm-up."""
+        """Moves the cursor past an update. Raises RuntimeError if a program was compiled since the warm-up."""
         self.cursor.update += 1
         self.programs.check()
 
@@ -121,7 +123,7 @@ class RunState:
         self.cursor.draw += draws
 
     def restore(self, objective: OwnArrays) -> None:
-        """Loads the newest checkpoint; without one the policy becomes the reference, where there is a KL term."""
+        """Loads the newest checkpoint; without one the policy becomes the reference, if there is a KL term."""
         number = self.store.latest()
         if number is None:
             self.reference = self.frozen_policy() if self.config.grpo.uses_reference else None
@@ -142,7 +144,7 @@ class RunState:
         self.store.save(self.cursor.update, items | objective.checkpoint_items(), vars(self.cursor))
 
     def _targets(self) -> dict[str, Any]:
-        """Returns the shapes and shardings of what `save` writes, the objective's arrays apart."""
+        """Returns the shapes and shardings of the arrays that `save` writes, without the objective's."""
         target = self.trainer.restore_target()
         targets = {"params": target.params, "optimizer": target.optimizer}
         if self.config.grpo.uses_reference:

@@ -91,8 +91,10 @@ if AVAILABLE:
     TokenizerParameters = tokenizer_pb2.TokenizerParameters  # ty: ignore[missing-attribute] protobuf makes it
 else:
 
-    class Engine:
+    class EngineBase:
         """Base of r1jax's engine where JetStream, which has an abstract class here, is not installed."""
+
+    Engine = EngineBase
 
     @struct.dataclass
     class SlotData:
@@ -132,7 +134,7 @@ else:
                 lengths=rows[:, self.length_idx[0]],
             )
 
-    class Tokenizer:
+    class TokenizerBase:
         """Base of r1jax's tokenizers where JetStream, which has an abstract class here, is not installed."""
 
         eos_id: int
@@ -141,6 +143,8 @@ else:
         @property
         def stop_tokens(self) -> set[int]:
             return {self.eos_id, self.pad_id}
+
+    Tokenizer = TokenizerBase
 
     @dataclass
     class TokenizerParameters:

@@ -25,7 +25,7 @@ class Check:
                 raise ValueError(self._line(config, given))
 
     def _line(self, config: Any, value: Any) -> str:
-        text = self.message(config) if callable(self.message) else self.message.format(c=config)
+        text = self.message.format(c=config) if isinstance(self.message, str) else self.message(config)
         shown = str(value).lower() if isinstance(value, bool) else value
         return f"{type(config).__name__}.{self.field}={shown}{'' if text.startswith(':') else ' '}{text}"
 

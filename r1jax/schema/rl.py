@@ -1,14 +1,23 @@
 """What reinforcement learning updates on: groups, the policy's loss, a critic, stage 4's scenarios."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from r1jax.schema.checks import Check, Checked, Schedule, above, at_least, rising, share
 
-LOSS_PRESETS = (  # GRPOConfig.preset; their values: configs/_losses.py
-    *("r1_paper", "deepseekmath", "dapo", "dr_grpo", "gspo", "cispo", "rloo"),
-    *("trl_default", "verl_default", "tunix_default"),
-)
+LossPreset = Literal[  # their values: configs/_losses.py
+    "r1_paper",
+    "deepseekmath",
+    "dapo",
+    "dr_grpo",
+    "gspo",
+    "cispo",
+    "rloo",
+    "trl_default",
+    "verl_default",
+    "tunix_default",
+]
+LOSS_PRESETS = get_args(LossPreset)
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class GRPOConfig(Checked):
     truncated: Literal["keep", "mask", "drop"] = (
         "keep"  # keep: scored as they are (accuracy 0, format 0); mask: not trained on; drop: nor in the statistics
     )
-    preset: Literal[LOSS_PRESETS] = "r1_paper"  # sets the fields below, kl_coef, clip_ratio and the three above
+    preset: LossPreset = "r1_paper"  # sets the fields below, kl_coef, clip_ratio and the three above
     advantage: Literal["group_std", "mean", "batch_std", "leave_one_out", "per_reward", "gae"] = (
         "group_std"  # gae: PPO with a critic (config.ppo)
     )

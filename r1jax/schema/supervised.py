@@ -76,7 +76,7 @@ class ColdStartConfig(Checked):
         ),
         Check(
             "examples",
-            lambda c: not c.examples or {"people", "few_shot"} & {*c.sources},
+            lambda c: not c.examples or not {"people", "few_shot"}.isdisjoint(c.sources),
             "is read for sources=people or few_shot alone",
         ),
     )

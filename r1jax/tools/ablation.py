@@ -96,5 +96,5 @@ def parse(variant: str) -> tuple[str, str, list[tuple[str, str]]]:
         raise ValueError(
             f"config.variants: {variant!r} is not NAME STAGE FIELD=VALUE ...; stages: {', '.join(COMPARED)}"
         )
-    overrides = [tuple(entry.split("=", 1)) for entry in rest[1:]]
-    return name, rest[0], overrides
+    overrides = (entry.partition("=") for entry in rest[1:])
+    return name, rest[0], [(field, value) for field, _, value in overrides]

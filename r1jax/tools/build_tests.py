@@ -108,6 +108,7 @@ def with_generators(
     if problem.generators:
         return problem
     keys = [hash64("generator", seed, problem.id, n) for n in range(build_tests.generators_per_prompt)]
+    assert writer is not None  # there is one where a problem has no generators
     [replies] = writer.replies(
         [Request(code_cases.prompt(writer.escape_special_tokens(problem.statement)), tuple(keys))]
     )

@@ -85,7 +85,7 @@ def answerer(config: Config):
             f"{config.stage}: rows of {config.data.path} have no 'responses', and no model is given to write them; give "
             "--config.model.checkpoint=DIR"
         )
-    params = common.load_weights(resolved.model, mesh, config.model.checkpoint, lambda: None)
+    params = common.load_weights(resolved.model, mesh, config.model.checkpoint)
     sampler = build_sampler(resolved.network, resolved.sampler, mesh, words)
     params = sampler.engine.load_params(params)
     sampling = sampling_params(resolved.sampler, words.stop_ids)

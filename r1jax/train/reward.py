@@ -31,7 +31,7 @@ class Unit:
 
 
 @struct.dataclass
-class LossArguments:
+class RewardLossArguments:
     """Weights of the loss's terms, float32 scalars; all terms of a kind weigh the same."""
 
     per_unit: jax.Array | np.float32  # 1 / pairs or labelled responses of the update
@@ -54,7 +54,7 @@ def pointwise(scores: jax.Array, positive: jax.Array) -> jax.Array:
 def make_loss(network: Network, kind: str) -> step.Loss:
     """Returns the loss of kind helpful (pairs) or safety (labels); its statistic `correct` is the accuracy."""
 
-    def loss(params: decoder.Params, micro: dict[str, jax.Array], arguments: LossArguments):
+    def loss(params: decoder.Params, micro: dict[str, jax.Array], arguments: RewardLossArguments):
         tokens, positions, segments = (micro[name] for name in ("tokens", "positions", "segments"))
         features = micro.get(FEATURES)
         hidden, _, auxiliary = decoder.forward(params, tokens, positions, segments, network, features=features)
@@ -104,7 +104,7 @@ def micro_batches(units: Sequence[Unit], size: PackConfig) -> list[list[int]]:
 
 def make_batch(
     units: Sequence[Unit], size: PackConfig, room: int, shards: int = 1
-) -> tuple[dict[str, np.ndarray], int, LossArguments]:
+) -> tuple[dict[str, np.ndarray], int, RewardLossArguments]:
     """Returns (arrays [M, R, T], filled micro-batches, arguments) of one update; `room` is M.
 
     `shards` is the result of `sharding.row_shards`.
@@ -122,7 +122,7 @@ def make_batch(
         rows += [[first + index for index in row] for row in placed]
     packed: PackedBatch = pack_batch(items, size.row_tokens, room * size.rows_per_micro_batch, rows)
     tokens = sum(len(item.tokens) for item in items)
-    arguments = LossArguments(np.float32(1 / len(units)), np.float32(1 / tokens))
+    arguments = RewardLossArguments(np.float32(1 / len(units)), np.float32(1 / tokens))
     return step.batch_arrays(packed, size, room, ()), len(groups), arguments
 
 

@@ -31,7 +31,7 @@ def make_loss(network: Network, trained_chunk: int = 0) -> step.Loss:
     return loss
 
 
-def example(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> PackItem:
+def example(prompt_ids: Sequence[int] | np.ndarray, response_ids: Sequence[int] | np.ndarray) -> PackItem:
     """Returns one training example of which only the response tokens are trained."""
     tokens = np.asarray([*prompt_ids, *response_ids], np.int32)
     mask = np.zeros(len(tokens), np.float32)

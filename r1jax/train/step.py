@@ -1,9 +1,9 @@
 """One jitted update for every stage: gradients summed over micro-batches, one optimiser step, donated state.
 
-A batch is `[M, R, T]`: M micro-batches of R packed rows. Only the first `filled` micro-batches are run, so one program
-serves any number of them. A loss returns a sum, not a mean: each token's weight is set when the batch is packed, so
-that neither packing nor micro-batching nor the mesh changes the result. An update whose loss or gradient norm is not
-finite leaves weights, moments and router bias as they were.
+A batch is `[M, R, T]`: M micro-batches of R packed rows. Only the first `num_filled` micro-batches are run, so one
+program serves any number of them. A loss returns a sum, not a mean: each token's weight is set when the batch is
+packed, so that neither packing nor micro-batching nor the mesh changes the result. An update whose loss or gradient
+norm is not finite leaves weights, moments and router bias as they were.
 """
 
 import dataclasses
@@ -124,7 +124,7 @@ class Trainer:
         count = sharding.place(np.int32(update), sharding.replicated(self.mesh))
         return jax.device_put(TrainState(params, optimizer, count), self.state_shardings())
 
-    def update(self, state: TrainState, batch: Mapping[str, np.ndarray], filled: int, arguments: Any):
+    def update(self, state: TrainState, batch: Mapping[str, np.ndarray], num_filled: int, arguments: Any):
         """Returns (new state, statistics as device scalars). The old state is donated.
 
         `skipped_updates` is 1 when loss or gradient norm is not finite. The new state then equals the old one, except
@@ -132,7 +132,7 @@ class Trainer:
         """
         placed = {name: sharding.place(array, self._batch_sharding(array.shape)) for name, array in batch.items()}
         with use_mesh(self.mesh):
-            return self._update(state, placed, np.int32(filled), arguments)
+            return self._update(state, placed, np.int32(num_filled), arguments)
 
     @property
     def compilations(self) -> int:
@@ -142,8 +142,8 @@ class Trainer:
     def _batch_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
         return sharding.sharding(self.mesh, (None, "batch", "sequence"), shape)
 
-    def gradients(self, params: decoder.Params, batch: dict[str, jax.Array], filled: jax.Array, arguments: Any):
-        """Returns (loss, statistics, gradients) summed over the first `filled` micro-batches; to be traced under jit.
+    def gradients(self, params: decoder.Params, batch: dict[str, jax.Array], num_filled: jax.Array, arguments: Any):
+        """Returns (loss, statistics, gradients) summed over the first `num_filled` micro-batches; traced under jit.
 
         Statistics named max_... are maxima instead. Gradients are summed in float32.
         """
@@ -167,11 +167,11 @@ class Trainer:
             }
             return (old_loss + loss, stats), jax.tree.map(lambda a, b: a + b.astype(a.dtype), old_grads, grads)
 
-        (loss, stats), grads = jax.lax.fori_loop(0, filled, accumulate, start)
+        (loss, stats), grads = jax.lax.fori_loop(0, num_filled, accumulate, start)
         return loss, stats, grads
 
-    def _step(self, state: TrainState, batch, filled, arguments):
-        loss, stats, grads = self.gradients(state.params, batch, filled, arguments)
+    def _step(self, state: TrainState, batch, num_filled, arguments):
+        loss, stats, grads = self.gradients(state.params, batch, num_filled, arguments)
         norm = tree.global_norm(grads)
         weights: Any = state.params  # a tree, which optax's annotations know as dicts and lists alone
         moments = state.optimizer

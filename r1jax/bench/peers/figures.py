@@ -1,17 +1,17 @@
-"""What every peer's script prints of its update; imported from the folder of the script that runs."""
+"""The figures that every peer's script prints of its update; imported from the folder of the script that runs."""
 
 import json
 import resource
 import time
 
 
-class Watch:
-    """Wall and processor time since it was made."""
+class Stopwatch:
+    """Measures wall and processor time from its creation on."""
 
     def __init__(self):
         self.start, self.used = time.perf_counter(), time.process_time()
 
-    def tell(self, loss: float, grad_norm: float) -> None:
+    def report(self, loss: float, grad_norm: float) -> None:
         """Prints the JSON object that bench_update reads: seconds, loss, gradient norm, peak resident memory in bytes."""
         figures = {
             "seconds": time.perf_counter() - self.start,

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import torch
-from figures import Watch
+from figures import Stopwatch
 from transformers import AutoModelForCausalLM
 
 
@@ -37,12 +37,12 @@ def main(path: str, checkpoint: str, micro_batch: str, threads: str) -> None:
 
     backward(order[:size], 16)
     model.zero_grad()
-    watch = Watch()
+    stopwatch = Stopwatch()
     cuts = [order[first : first + size] for first in range(0, len(order), size)]
     loss = sum(backward(chosen, int(given["lengths"][chosen].max())) for chosen in cuts)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float(given["clip_norm"]))
     optimizer.step()
-    watch.tell(loss, float(norm))
+    stopwatch.report(loss, float(norm))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import tempfile
 import numpy as np
 import torch
 from datasets import Dataset
-from figures import Watch
+from figures import Stopwatch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
@@ -88,12 +88,12 @@ def main(path: str, checkpoint: str, micro_batch: str, threads: str) -> None:
     warm = {k: v[:, :16] if k.startswith("completion") or k.endswith("logps") else v for k, v in cut(0).items()}
     backward(warm)
     model.zero_grad()
-    watch = Watch()
+    stopwatch = Stopwatch()
     loss = sum(backward(cut(first)) for first in range(0, samples, size))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float(given["clip_norm"]))
     trainer.optimizer.step()
     model.zero_grad()
-    watch.tell(loss, float(norm))
+    stopwatch.report(loss, float(norm))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from figures import Watch
+from figures import Stopwatch
 from flax import nnx
 from tunix.models.llama3 import model as llama
 from tunix.models.llama3 import params as loader
@@ -95,13 +95,13 @@ def main(path: str, checkpoint: str, micro_batch: str, threads: str) -> None:
     jax.block_until_ready(accumulate(state, zeros(), parts[0]))
     step = step.lower(state, moments, state).compile()
     grads = zeros()
-    watch = Watch()
+    stopwatch = Stopwatch()
     values = []
     for part in parts:
         value, grads = accumulate(state, grads, part)
         values.append(value)
     state, moments, norm = jax.block_until_ready(step(state, moments, grads))
-    watch.tell(float(sum(values)), float(norm))
+    stopwatch.report(float(sum(values)), float(norm))
 
 
 if __name__ == "__main__":
