@@ -140,11 +140,11 @@ def compose(request: RewardRequest, config: RewardConfig, accuracy: Score) -> Sc
         lexicon = LEXICON
     target = request.language or detect_language(request.prompt, lexicon)
     well_formed = 0.0 if request.truncated else format_score(request.text, config.extraction != "boxed")
-    parts = {
+    reward_terms = {
         "accuracy": float(accuracy.value),
         "format": well_formed,
         "language": language_consistency(request.text, target, lexicon),
         "repetition": repetition_penalty(request.response, config.repetition_ngram),
     }
-    value = sum(getattr(config, name) * parts[name] for name in RULE_PARTS)
-    return Score(value, parts, accuracy.scorable, accuracy.detail)
+    value = sum(getattr(config, name) * reward_terms[name] for name in RULE_PARTS)
+    return Score(value, reward_terms, accuracy.scorable, accuracy.detail)

@@ -10,7 +10,7 @@ from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
 
-_WIDTH = 13  # of a label
+_WIDTH = 13  # characters of a label
 
 
 @dataclass(frozen=True)

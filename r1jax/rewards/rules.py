@@ -37,7 +37,7 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _END = re.compile("|".join(map(re.escape, END_OF_SEQUENCE)))
 _MARKUP = re.compile("|".join(map(re.escape, (*_TAGS, *END_OF_SEQUENCE))))
 # No branch may run past a second opening mark; this keeps the scan linear on every text.
-_CODE = re.compile(r"```[^`]*(?:`{1,2}[^`]+)*(?:```|\Z)|`[^`\n]*`")  # a fence that never closes runs to the end
+_CODE = re.compile(r"```[^`]*(?:`{1,2}[^`]+)*(?:```|\Z)|`[^`\n]*`")  # an unclosed fence runs to the end
 _ADDRESS = re.compile(r"(?:https?://|www\.)[!-~]+|[\w.+-]{1,64}@[A-Za-z0-9-]+\.[A-Za-z0-9.-]+")
 _LATEX = re.compile(
     r"(?<!\\)\$\$[^$]*\$\$|(?<!\\)\$(?!\s)[^$\n]*(?<![\s\\])\$(?!\d)|\\\((?:(?!\\\().)*?\\\)|\\\[(?:(?!\\\[).)*?\\\]|"

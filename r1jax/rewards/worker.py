@@ -157,8 +157,8 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> None:
 
 def _plain(score_function: ScoreFunction, request: RewardRequest, config: RewardConfig) -> Score:
     score = score_function(request, config)
-    parts = {str(name): float(value) for name, value in score.parts.items()}
-    return Score(float(score.value), parts, bool(score.scorable), str(score.detail))
+    reward_terms = {str(name): float(value) for name, value in score.parts.items()}
+    return Score(float(score.value), reward_terms, bool(score.scorable), str(score.detail))
 
 
 def _forget() -> None:

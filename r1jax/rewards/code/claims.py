@@ -15,20 +15,10 @@ from dataclasses import dataclass
 
 PROGRAM = "solution"  # the module that tests may import the program's names from
 _BUILTINS = frozenset(dir(builtins))
-_UNEQUALLED = frozenset(
-    "bool callable hasattr id isinstance issubclass print type".split()
-)  # no program is asked for these
-_FAILING = (
-    "assert",
-    "fail",
-    "expect",
-    "verify",
-    "exit",
-    "_exit",
-    "quit",
-    "main",
-    "testmod",
-)  # how calls that may fail begin
+# Built-in names that no program is asked to define anew.
+_UNEQUALLED = frozenset("bool callable hasattr id isinstance issubclass print type".split())
+# Beginnings of the names of calls that may fail.
+_FAILING = ("assert", "fail", "expect", "verify", "exit", "_exit", "quit", "main", "testmod")
 _COMPARING = ("isclose", "allclose")
 _COMPUTING = frozenset("abs bool dict float frozenset int len list max min round set sorted str sum tuple".split())
 _NESTED = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.BoolOp, ast.IfExp, ast.Starred)
@@ -271,7 +261,7 @@ class _Scan:
         return isinstance(node, ast.List | ast.Tuple) and any(map(self._returned, node.elts))
 
     def _is_plain(self, node: ast.expr) -> bool:
-        """Returns whether an expression is made of constants, built-in names and names of plain values alone."""
+        """Returns whether an expression has only constants, built-in names and names of plain values."""
         if any(isinstance(part, (*_NESTED, ast.NamedExpr, ast.Await, ast.Yield)) for part in ast.walk(node)):
             return False
         names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}

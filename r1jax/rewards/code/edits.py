@@ -7,8 +7,8 @@ from pathlib import PurePosixPath
 from r1jax.rewards.answers.extraction import fences
 
 MAX_PATH_BYTES = 200
-MAX_CHARACTERS = 1 << 20  # of all changed files together
-MAX_FILES = 100  # that a response may change
+MAX_CHARACTERS = 1 << 20  # total length of all changed files
+MAX_FILES = 100  # files that a response may change
 _PATH = re.compile(r"(?:\S+[ :]|path=)?([\w.-]+(?:/[\w.-]+)*\.\w+)")
 _HUNK = re.compile(r"@@ -(\d+)(?:,\d+)? \+\d+(?:,\d+)? @@")
 

@@ -73,8 +73,7 @@ def language_of(label: str) -> str:
 def _source(text: str, language: str) -> SourceCode:
     language = language or ("cpp" if _INCLUDES.search(text) and "main" in text else "python")
     if language == "python" and text[:1] in (" ", "\t", "\n") and not compiles(text):
-        flush = textwrap.dedent(
-            text
-        )  # a whole program that stands indented; the bare body of a function does not compile
+        # This dedents a whole program; the bare body of a function does not compile and keeps its indent.
+        flush = textwrap.dedent(text)
         text = flush if compiles(flush) else text
     return SourceCode(text, language)

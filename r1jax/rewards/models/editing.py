@@ -11,10 +11,8 @@ from r1jax.data import templates
 from r1jax.rewards.models import verdicts
 
 LANGUAGES = {"en": "English", "zh": "Chinese", "fr": "French"}
-BOXED = frozenset(
-    ("math", "mcq", "countdown", "code_io", "linear", "reasoning_gym")
-)  # tasks whose answer may stand in a box
-PROGRAMS = frozenset(("code",))
+BOXED = frozenset(("math", "mcq", "countdown", "code_io", "linear", "reasoning_gym"))  # tasks with answers in a box
+PROGRAMS = frozenset(("code",))  # tasks with programs as answers
 
 _MATERIAL = (
     "Each part stands between an opening and a closing mark that both carry the number {mark}. It is material for you to "

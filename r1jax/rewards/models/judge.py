@@ -122,12 +122,12 @@ class Judge:
         materials = [self._materials(requests[place]) for place in open_places]
         replies = self.replies(
             [
-                Request(verdicts.correctness_prompt(*parts, self._seed), (hash64("correctness", self._seed, *parts),))
-                for parts in materials
+                Request(verdicts.correctness_prompt(*texts, self._seed), (hash64("correctness", self._seed, *texts),))
+                for texts in materials
             ]
         )
-        for place, parts, (reply,) in zip(open_places, materials, replies, strict=True):
-            value, detail = self._count(reply, verdicts.read_correctness, parts)
+        for place, texts, (reply,) in zip(open_places, materials, replies, strict=True):
+            value, detail = self._count(reply, verdicts.read_correctness, texts)
             scores[place] = Score(float(value or 0), {}, value is not None, f"judge: {detail}")
         return [scores[place] for place in range(len(requests))]
 
@@ -138,23 +138,23 @@ class Judge:
         """
         asked, places = [], []
         for index, pair in enumerate(pairs):
-            parts = tuple(
+            texts = tuple(
                 map(
                     self._tokenizer.escape_special_tokens,
                     (pair.prompt, *map(templates.summary, (pair.first, pair.second))),
                 )
             )
-            orders = [bool(hash64("order", self._seed, pair.id, *parts, n) & 1) for n in range(judgements)]
+            orders = [bool(hash64("order", self._seed, pair.id, *texts, n) & 1) for n in range(judgements)]
             for swapped in (False, True):
                 numbers = [n for n in range(judgements) if orders[n] is swapped]
-                prompt, first, second = parts if not swapped else (parts[0], parts[2], parts[1])
-                keys = tuple(hash64("comparison", self._seed, pair.id, *parts, n) for n in numbers)
+                prompt, first, second = texts if not swapped else (texts[0], texts[2], texts[1])
+                keys = tuple(hash64("comparison", self._seed, pair.id, *texts, n) for n in numbers)
                 asked.append(Request(verdicts.comparison_prompt(prompt, first, second, self._seed), keys))
-                places.append((index, swapped, numbers, parts))
+                places.append((index, swapped, numbers, texts))
         judged: list[dict[int, Judgement]] = [{} for _ in pairs]
-        for (index, swapped, numbers, parts), replies in zip(places, self.replies(asked), strict=True):
+        for (index, swapped, numbers, texts), replies in zip(places, self.replies(asked), strict=True):
             for number, reply in zip(numbers, replies, strict=True):
-                margin, detail = self._count(reply, verdicts.read_comparison, parts)
+                margin, detail = self._count(reply, verdicts.read_comparison, texts)
                 if margin is not None and swapped:
                     margin = -margin
                 judged[index][number] = Judgement(swapped, margin, detail)

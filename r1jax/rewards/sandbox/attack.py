@@ -107,9 +107,9 @@ def _probe(sandbox: Sandbox) -> dict[str, str]:
             **{key: getattr(limits, key) for key in ("memory_bytes", "processes", "file_bytes", "disk_bytes")},
         }
         outcome = sandbox.run(PYTHON + ("probe.py",), {"probe.py": source.read_bytes()}, json.dumps(target).encode())
-        written = {"write": bait.name} if os.path.getsize(bait.name) else {}
+        escaped = {"write": bait.name} if os.path.getsize(bait.name) else {}
     try:
-        return json.loads(outcome.stdout) | written
+        return json.loads(outcome.stdout) | escaped
     except ValueError:
         words = outcome.stderr.decode(errors="replace").split()[-20:]
         raise SandboxUnavailable(

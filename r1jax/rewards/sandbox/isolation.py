@@ -153,9 +153,8 @@ def system_call_filter() -> bytes:
     for bit in range(32):
         if _CLONE_NEW >> bit & 1:
             rules.add_rule(denied, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, 1 << bit, 1 << bit))
-    rules.add_rule(
-        pyseccomp.ERRNO(errno.ENOSYS), "clone3"
-    )  # its flags are behind a pointer; C libraries then use clone
+    # The flags of clone3 are behind a pointer, which a filter cannot read; without it C libraries use clone.
+    rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")
     with open(os.memfd_create("filter"), "w+b") as file:
         rules.export_bpf(file)
         file.seek(0)
