@@ -6,7 +6,7 @@ A new size is one entry of SIZES (docs/sizes.md).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from r1jax.configs import _small
 from r1jax.schema import (
@@ -96,8 +96,8 @@ class Size:
     optimizer: OptimizerConfig = OptimizerConfig()  # how moments are kept; rates and schedules are the stages'
     pack: PackConfig | None = None  # rows of every stage; None: as long as the stage needs, one for each device
     distill_rate: float = 0.0  # initial rate as a student (P2 Table 6); 0 is no student
-    export_dtype: str = "bfloat16"
-    world: str = "none"  # where problems come from without a file
+    export_dtype: Literal["float32", "bfloat16", "fp8"] = "bfloat16"
+    world: Literal["none", "tiny"] = "none"  # where problems come from without a file
     differs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # stage -> {field: value}, for the recipe's
 
 
@@ -393,16 +393,13 @@ def rollouts(preset: str, max_new_tokens: int, schedule: tuple = ()) -> SamplerC
     Slots divide over the devices, and a scheduled length below the longest is a window of the cache.
     """
     own = sampler(preset)
-    if own.max_new_tokens < _LONG.max_new_tokens:
-        return own
-    lengths = {own.max_prompt_tokens + int(length) for _, length in schedule if length < max_new_tokens}
-    return replace(
-        own,
-        slots=max(own.slots, devices_of_rows(preset)),
-        max_new_tokens=max_new_tokens,
-        max_new_tokens_schedule=schedule,
-        windows=(*own.windows, *sorted(lengths)),
-    )
+    lengths: set[int] = set()
+    if own.max_new_tokens >= _LONG.max_new_tokens:
+        lengths = {own.max_prompt_tokens + int(length) for _, length in schedule if length < max_new_tokens}
+        own = replace(own, max_new_tokens=max_new_tokens, max_new_tokens_schedule=schedule)
+    whole = own.max_prompt_tokens + own.max_new_tokens
+    windows = tuple(window for window in sorted({*own.windows, *lengths}) if window < whole)
+    return replace(own, slots=max(own.slots, devices_of_rows(preset)), windows=windows)
 
 
 def devices_of_rows(preset: str) -> int:
