@@ -393,16 +393,13 @@ def rollouts(preset: str, max_new_tokens: int, schedule: tuple = ()) -> SamplerC
     Slots divide over the devices, and a scheduled length below the longest is a window of the cache.
     """
     own = sampler(preset)
-    if own.max_new_tokens < _LONG.max_new_tokens:
-        return own
-    lengths = {own.max_prompt_tokens + int(length) for _, length in schedule if length < max_new_tokens}
-    return replace(
-        own,
-        slots=max(own.slots, devices_of_rows(preset)),
-        max_new_tokens=max_new_tokens,
-        max_new_tokens_schedule=schedule,
-        windows=(*own.windows, *sorted(lengths)),
-    )
+    lengths: set[int] = set()
+    if own.max_new_tokens >= _LONG.max_new_tokens:
+        lengths = {own.max_prompt_tokens + int(length) for _, length in schedule if length < max_new_tokens}
+        own = replace(own, max_new_tokens=max_new_tokens, max_new_tokens_schedule=schedule)
+    whole = own.max_prompt_tokens + own.max_new_tokens
+    windows = tuple(window for window in sorted({*own.windows, *lengths}) if window < whole)
+    return replace(own, slots=max(own.slots, devices_of_rows(preset)), windows=windows)
 
 
 def devices_of_rows(preset: str) -> int:

@@ -73,6 +73,11 @@ def _sizes(value: ast.expr) -> tuple[str, ...]:
     return tuple(ast.literal_eval(value))
 
 
+def student_of(size: str) -> str:
+    """Returns the size of the student in a recipe of `size`, at which its `distill` and `student_rl` run."""
+    return importlib.import_module("r1jax.configs._presets").SIZES[size].student
+
+
 def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> schema.Config:
     """Returns the config named by `NAME[:PRESET]` with (dotted key, text) overrides applied; a later one wins."""
     name, colon, preset = spec.partition(":")
