@@ -147,8 +147,7 @@ def as_trained(config: Config) -> Config:
 
 
 def _trained_on(folder: Path) -> dict[str, float]:
-    """Returns {digest of a file, and its path: share held out of it} of the files that a stage or an earlier one
-    trained on."""
+    """Returns {digest or path of a file: share held out of it} of files that a stage and earlier ones trained on."""
     held_out_shares: dict[str, float] = {}
     waiting, visited = [folder], set()
     while waiting:

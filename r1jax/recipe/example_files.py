@@ -23,8 +23,7 @@ def read(path: str, data: DataConfig, reward: RewardConfig) -> tuple[list[Draft]
 
 
 def draft(row: files.FileRow, path: str, reward: RewardConfig, task: str = "") -> Draft:
-    """Returns the draft of a row; `task` is the task of rows that name none. Raises ValueError, with place, for a bad
-    row."""
+    """Returns the draft of a row; `task` is for rows that name none. Raises ValueError, with place, for a bad row."""
     fields, place = row.fields, f"{row.place} ({row.fields['id']})"
     response = fields.get("response")
     if response is None:

@@ -1,5 +1,4 @@
-"""The recipe as a graph of stages: finished ones are skipped, stopped ones resumed, stale ones refused, gates
-checked."""
+"""The recipe as a graph of stages: finished ones are skipped, stopped ones resumed, stale ones refused."""
 
 import json
 import shutil
@@ -130,8 +129,7 @@ def chosen_stages(config: Config) -> list[str]:
 
 
 def state(stage: str, stages: dict[str, Config], workdir: Path) -> str:
-    """Returns done, stale, stopped or missing, without running anything; a stage is stale if one before it is not
-    done."""
+    """Returns done, stale, stopped or missing, and runs nothing; a stage is stale if one before it is not done."""
     own_state = _own_state(stage, stages, workdir)
     remade = any(state(name, stages, workdir) != "done" for name in GRAPH[stage])
     return "stale" if own_state == "done" and remade else own_state
@@ -217,8 +215,7 @@ def rows(summary: dict) -> list[dict]:
 
 
 def _refuse_unready(chosen: list[str], stages: dict[str, Config], workdir: Path, again: bool) -> None:
-    """Raises ValueError for a stage that is missing or stale; with `again` the chosen stages are run again in any
-    case."""
+    """Raises ValueError for a stage that is missing or stale; with `again` the chosen stages may be stale."""
     needed = {name for stage in chosen for name in GRAPH[stage]} - set(chosen)
     for name in (name for name in GRAPH if name in needed):
         if not (workdir / name / common.DONE).exists():

@@ -14,8 +14,7 @@ from r1jax.schema import Config, JudgeConfig, RejectionConfig, replace
 
 
 def inputs(stage: str, rejection: RejectionConfig, judge: JudgeConfig) -> dict[str, str]:
-    """Returns {path: digest} of the file and the judge; {} without a file. Raises ValueError for a missing file or
-    judge."""
+    """Returns {path: digest} of file and judge; {} without a file. Raises ValueError if file or judge is missing."""
     path = rejection.judged_prompts
     if not path:
         return {}

@@ -35,8 +35,7 @@ def require_judge(stage: str, judge: JudgeConfig) -> None:
 
 
 def editor_inputs(stage: str, judge: JudgeConfig, editor: str) -> dict[str, str]:
-    """Returns {folder: digest} of the model that edits (`judge`); {} without an editor. ValueError as
-    `require_judge`."""
+    """Returns {folder: digest} of the editing model `judge`; {} without an editor. ValueError as `require_judge`."""
     if not editor:
         return {}
     require_judge(stage, judge)

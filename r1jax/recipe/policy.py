@@ -113,8 +113,7 @@ def make_training(
 
 
 def sampler_mesh(mode: str, sampler_mesh: MeshConfig, mesh: Mesh) -> Mesh:
-    """Returns the mesh of the sampler and the reward models: the trainer's, or in mode disaggregated the devices after
-    it."""
+    """Returns the mesh of the sampler and the reward models: the trainer's, or the devices after it (disaggregated)."""
     if mode == "colocated":
         return mesh
     return sharding.make_mesh(sampler_mesh, jax.devices()[mesh.size :], "sampler_mesh")

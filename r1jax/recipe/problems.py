@@ -145,8 +145,7 @@ class FileProblems:
                 )
 
     def _divide(self, path: str, rows: list[Problem]) -> None:
-        """Divides the rows of one file into training, held-out and scenario rows; no evaluated question is trained
-        on."""
+        """Divides a file's rows into training, held-out and scenario rows; no evaluated question is trained on."""
         evaluated = {question_key(problem) for problem in self._evaluated}
         kept = [problem for problem in rows if not evaluated or question_key(problem) not in evaluated]
         if len(kept) < len(rows):
@@ -223,8 +222,7 @@ def _refuse_tests(programs: Sequence[Problem], unscorable: Mapping[str, str]) ->
 
 
 def _with_language(problem: Problem) -> Problem:
-    """Returns the problem with the language reward's name of its language. Raises ValueError for an unknown
-    language."""
+    """Returns the problem with its language in the language reward's name; ValueError for an unknown language."""
     if not problem.language:
         return problem
     try:

@@ -26,8 +26,7 @@ def inputs(path: str) -> dict[str, str]:
 
 
 def kept(config: Config, workdir: Path) -> tuple[list[Draft], Counts] | None:
-    """Returns (drafts, counts) that an earlier run with the same config and inputs wrote for review, None without
-    any."""
+    """Returns (drafts, counts) that an earlier run with the same config and inputs wrote for review, or None."""
     path = Path(workdir) / config.stage / DRAFTS
     if not path.exists():
         return None

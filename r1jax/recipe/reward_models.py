@@ -304,8 +304,7 @@ def load(
 
 
 def _first_different_token(folder: Path, tokenizer: Tokenizer) -> int | None:
-    """Returns the first id that a folder's tokenizer decodes to another text than `tokenizer` does, None without
-    one."""
+    """Returns the first id that a folder's tokenizer decodes to another text than `tokenizer` does, or None."""
     folder_tokenizer = from_folder(folder)
     size = max(folder_tokenizer.vocab_size, tokenizer.vocab_size)
     texts = (

@@ -39,8 +39,7 @@ def items_of(row: dict, stage: str, data: DataConfig, tokenizer: Tokenizer) -> l
 def _item(
     turn_prompts: Sequence[Any], responses: Sequence[str], stage: str, data: DataConfig, tokenizer: Tokenizer
 ) -> PackItem:
-    """Returns one example of successive turns: prompts, each continuing the one before, and trained responses with
-    ends."""
+    """Returns one example of successive turns: prompts, each continuing the one before, and their trained responses."""
     last_id = tokenizer.end_of_turn_id if prompts.template(stage, data, tokenizer) == "chat" else tokenizer.eos_id
     tokens: list[int] = []
     mask: list[float] = []

@@ -115,8 +115,7 @@ def initial_params(seed: int, model: ModelConfig, pretrain: PretrainConfig, mesh
 
 
 def with_fourier_numbers(params: decoder.Params, model: ModelConfig) -> decoder.Params:
-    """Returns the parameters with number embeddings (and output columns) that encode the numbers' order and
-    residues."""
+    """Returns the parameters with number embeddings and output columns that encode the numbers' order and residues."""
     vocabulary = tasks.vocabulary()
     first, count = vocabulary.index("0"), tasks.MAX_NUMBER + 1
     angle = 2 * np.pi * np.arange(count)[:, None] / np.asarray(FOURIER_PERIODS)

@@ -143,8 +143,7 @@ def _sampled(
 
 
 def _worked(data: DataConfig, reward: RewardConfig, coldstart: ColdStartConfig) -> list[tuple[str, str]]:
-    """Returns (question, whole turn) of the examples for few-shot prompting: those of the file, else the built-in
-    ones."""
+    """Returns (question, whole turn) of the examples for few-shot prompting: the file's, else the built-in ones."""
     if not coldstart.examples:
         return teachers.worked_examples(reward.extraction)
     rows, _ = example_files.read(coldstart.examples, data, reward)

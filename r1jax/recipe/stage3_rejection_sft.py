@@ -17,8 +17,7 @@ TEACHER = "stage2_reasoning_rl"
 
 
 def run(config: Config, workdir: Path) -> dict:
-    """Samples Dev2, keeps traces that pass the checks, adds general data, fine-tunes the base (not Dev2) and
-    evaluates."""
+    """Samples Dev2, keeps good traces, adds general data, fine-tunes the base (not Dev2) and evaluates."""
     files = judged_prompts.inputs(config.stage, config.rejection, config.judge) | general_rows.inputs(
         config.stage, config.rejection, config.judge
     )

@@ -1,5 +1,4 @@
-"""Models whose responses become examples; each has its own shape, tokenizer and template, independent of the
-stage's."""
+"""Models whose responses become examples; each has its own shape, tokenizer and template."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,8 +86,7 @@ def load(config: Config, mesh: Mesh, folder: str | Path, stage: str = "") -> Tea
 
 
 def prompted(config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) -> Teacher:
-    """Returns config.coldstart.prompted_model, or the stage's base, for prompting in its chat template or as plain
-    text."""
+    """Returns config.coldstart.prompted_model, or the stage's base, for prompting in its chat template or as text."""
     if folder := config.coldstart.prompted_model:
         teacher = load(config, mesh, folder)
     else:
@@ -103,8 +101,7 @@ def prompted(config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) ->
 def sampled(
     teacher: Teacher, mesh: Mesh, train: Sequence[EncodedPrompt], count: int, samples: int, temperature: float
 ) -> list[Response]:
-    """Returns `samples` graded responses of a teacher to each of `count` training problems, in the teacher's
-    template."""
+    """Returns `samples` graded responses of a teacher, in its template, to each of `count` training problems."""
     config, tokenizer = teacher.config, teacher.tokenizer
     encoded = prompts.encode(
         [prompt.problem for prompt in train], config.stage, config.model, config.data, config.sampler, tokenizer
@@ -153,8 +150,7 @@ def worked_examples(extraction: str) -> list[tuple[str, str]]:
 def _request(
     problem: Problem, instruction: str, examples: Sequence[tuple[str, str]], chat: bool
 ) -> str | tuple[Message, ...]:
-    """Returns instruction, examples and question: as turns of a chat, or as one text that ends where the answer
-    begins."""
+    """Returns instruction, examples and question: turns of a chat, or one text that ends where the answer begins."""
     turns = [Message(role, text) for pair in examples for role, text in zip(("user", "assistant"), pair, strict=True)]
     turns += problem.messages
     first = next(index for index, turn in enumerate(turns) if turn.role == "user")
@@ -166,8 +162,7 @@ def _request(
 
 
 def _cut(responses: list[Response], reward: RewardConfig) -> list[Response]:
-    """Returns the responses cut before the next question that the model writes itself; shortened ones are graded
-    again."""
+    """Returns the responses cut before a next question that the model wrote itself; shortened ones are graded again."""
     cut = [(response, response.text.partition(NEXT_TURN)) for response in responses]
     longer = [(response, text) for response, (text, mark, _) in cut if mark]
     scores = iter(traces.regrade(longer, reward) if longer else [])

@@ -66,8 +66,7 @@ def basic_checks(min_language_consistency: float) -> list[Check]:
 
 
 def passing(responses: list[Response], checks: list[Check], counts: Counts) -> list[tuple[int, Response]]:
-    """Returns (number, response) of those that pass every check in order; `counts` gets the numbers by check and
-    task."""
+    """Returns (number, response) of those that pass every check in order; `counts` gets numbers by check and task."""
     tally(counts, "sampled", (response.problem.task for response in responses))
     kept = list(enumerate(responses))
     for name, check in checks:
