@@ -165,7 +165,7 @@ def test_examples_wait_for_review_and_the_next_run_goes_on_with_its_verdicts(rev
         (lambda rows: [rows[0] | {"response": "another"}, *rows[1:]], "line 1 (p0): 'response' is not the example's"),
         (lambda rows: rows[1:], "1 examples have no row, the first is 'p0'"),
         (lambda rows: [*rows, rows[0] | {"id": "p9"}], "line 7: 'p9' is no example of this run"),
-        (lambda rows: [*rows, rows[0]], "line 7: 'p0' stands there twice"),
+        (lambda rows: [*rows, rows[0]], "line 7: 'p0' has two rows"),
     ],
 )
 def test_a_review_that_does_not_fit_is_refused_with_the_line(change, message, reviewed, capsys):

@@ -76,7 +76,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     ),
     "recipe.tiny_preferences": ("examples",),
     "recipe.traces": ("sample",),
-    "recipe.wider_pool": ("sample",),
+    "recipe.judged_prompts": ("sample",),
     "tools.build_tests": ("generator_writer",),
     "tools.preference_pairs": ("answerer",),
 }

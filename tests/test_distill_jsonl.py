@@ -224,7 +224,7 @@ def test_a_real_student_without_examples_names_both_sources(tmp_path, capsys):
 
 def test_a_real_model_without_problems_is_asked_for_them_and_a_student_is_not():
     real = configs.load("distill:qwen2_5_1_5b")
-    assert not problems.given(real.data)
+    assert not problems.has_problems(real.data)
     with pytest.raises(ValueError, match=r"--config\.data\.path=FILE\.jsonl"):
         problems.source(real)
     assert prompts.template(real.stage, real.data, tokenizer.tiny()) == "r1_zero"

@@ -14,7 +14,7 @@ from r1jax import launch
 from r1jax.core import sharding
 from r1jax.data import jsonl
 from r1jax.data.tasks import TOPICS, linear_prompts
-from r1jax.recipe import common, judging, lineage, prompts, stage3_rejection_sft, traces, wider_pool
+from r1jax.recipe import common, judged_prompts, judging, lineage, prompts, stage3_rejection_sft, traces
 from r1jax.rewards.models.judge import Judge, Pair
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import Config, JudgeConfig, SamplerConfig, replace
@@ -281,9 +281,9 @@ def wider(folder, tmp_path):
     return config, words, mesh, lineage.base_weights(config, mesh, tmp_path)
 
 
-def test_wider_pool_takes_the_judges_verdict_as_accuracy(wider, judge):
+def test_judged_prompts_take_the_judges_verdict_as_accuracy(wider, judge):
     counts = {}
-    found = wider_pool.sample(*wider, counts)
+    found = judged_prompts.sample(*wider, counts)
     assert Counter(response.problem.id for response in found) == {f"open-{n}": 3 for n in range(3)}
     assert sum(not response.truncated for response in found) > 3
     asked = [RewardRequest("", "", r.problem.text, r.text, r.problem.reference, truncated=r.truncated) for r in found]
@@ -296,11 +296,11 @@ def test_share_of_verdicts_that_could_be_read_is_told(wider):
     config, words, mesh, params = wider
     config = replace(config, judge=replace(config.judge, sampler=replace(config.judge.sampler, max_new_tokens=1)))
     counts = {}
-    found = wider_pool.sample(config, words, mesh, params, counts)
+    found = judged_prompts.sample(config, words, mesh, params, counts)
     assert counts == {"judged": 9, "verdicts read, %": 0} and not any(r.scorable for r in found if not r.truncated)
 
 
-def test_stage_three_keeps_of_the_wider_pool_what_judge_and_checks_accept(wider, tmp_path):
+def test_stage_three_keeps_of_the_judged_prompts_what_judge_and_checks_accept(wider, tmp_path):
     config, words, mesh, params = wider
     config = replace(
         config, rejection=replace(config.rejection, prompts=2, samples_per_prompt=6, drop_code_blocks=False)
@@ -313,7 +313,7 @@ def test_stage_three_keeps_of_the_wider_pool_what_judge_and_checks_accept(wider,
         linear_prompts("train")[100:110], config.stage, config.model, config.data, config.sampler, words
     )
     found, counts = stage3_rejection_sft.collect(config, words, mesh, train, tmp_path)
-    drawn = wider_pool.sample(config, words, mesh, params, {})
+    drawn = judged_prompts.sample(config, words, mesh, params, {})
     checks = [*traces.basic_checks(1.0), *stage3_rejection_sft.readable(config.rejection)]
     accepted = {(r.problem.id, r.text) for _, r in traces.passing(drawn, checks, {})}
     kept = [(row["id"], row["response"]) for row in found if row["id"].startswith("open-")]
@@ -322,15 +322,18 @@ def test_stage_three_keeps_of_the_wider_pool_what_judge_and_checks_accept(wider,
     assert counts["judged"] == 24 and counts["sampled"] == {"judged": 24, "linear": 12}
 
 
-def test_wider_pool_is_off_without_a_file_and_an_input_of_the_stage_with_one(wider, tmp_path):
+def test_judged_prompts_are_off_without_a_file_and_an_input_of_the_stage_with_one(wider, tmp_path):
     config = wider[0]
     off = configs.load("stage3_rejection_sft")
-    assert wider_pool.inputs(off.stage, off.rejection, off.judge) == {} and wider_pool.sample(off, *wider[1:], {}) == []
+    assert (
+        judged_prompts.inputs(off.stage, off.rejection, off.judge) == {}
+        and judged_prompts.sample(off, *wider[1:], {}) == []
+    )
     path = config.rejection.judged_prompts
-    before = wider_pool.inputs(config.stage, config.rejection, config.judge)
+    before = judged_prompts.inputs(config.stage, config.rejection, config.judge)
     assert set(before) == {path, config.judge.checkpoint}
     jsonl.write(path, [{"id": "x", "prompt": "tell x :", "answer": "x"}])
-    assert wider_pool.inputs(config.stage, config.rejection, config.judge)[path] != before[path]
+    assert judged_prompts.inputs(config.stage, config.rejection, config.judge)[path] != before[path]
     with pytest.raises(ValueError, match="judged_prompts=a.jsonl needs a judge: set judge.checkpoint"):
         configs.load("stage3_rejection_sft", [("rejection.judged_prompts", "a.jsonl")])
 

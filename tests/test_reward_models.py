@@ -432,11 +432,11 @@ def test_mistake_is_one_line_and_leaves_nothing(flags, told, tmp_path, capsys):
     assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
 
 
-def test_a_reward_model_of_another_tokenizer_of_the_same_size_is_told_by_its_first_other_token(tmp_path):
+def test_a_reward_model_of_another_tokenizer_of_the_same_size_is_recognised_by_its_first_different_token(tmp_path):
     words = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     own = from_folder(toy_checkpoint.write_tokenizer(tmp_path / "policy", words))
     other = toy_checkpoint.write_tokenizer(tmp_path / "other", ("<|endoftext|>", "<|im_end|>", "<|im_start|>"))
-    assert reward_models._other_token(tmp_path / "policy", own) is None
-    assert reward_models._other_token(other, own) == 257
+    assert reward_models._first_different_token(tmp_path / "policy", own) is None
+    assert reward_models._first_different_token(other, own) == 257
     longer = toy_checkpoint.write_tokenizer(tmp_path / "longer", (*words, "<|more|>"))
-    assert reward_models._other_token(longer, own) == 259
+    assert reward_models._first_different_token(longer, own) == 259

@@ -132,7 +132,7 @@ def test_rollout_without_a_scorable_sample_moves_nothing_and_a_program_compiled_
     assert all(np.isfinite(value) for value in row.values())
 
     wider = {name: np.pad(array, ((0, 0), (0, 0), (0, 1))) for name, array in batch.arrays.items()}
-    run.scorer(run.reference, wider, batch.filled, 1.0)
+    run.scorer(run.reference, wider, batch.num_filled, 1.0)
     with pytest.raises(RuntimeError, match=r"compiled again after warm-up.*'reference': \(1, 2\)"):
         run.count_update()
 

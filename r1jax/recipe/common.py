@@ -1,4 +1,4 @@
-"""What stages share: their folder, the tokenizer, the starting weights and finished-or-not."""
+"""What stages share: their folder and its state, the tokenizer and the starting weights."""
 
 import dataclasses
 import hashlib
@@ -25,18 +25,15 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 DONE = "DONE"
 INPUTS = "inputs.json"
 DIGEST_THREADS = 8
-TOLD_BYTES = 8 << 30  # of a checkpoint, above which it is said that its digest takes a while
+SLOW_DIGEST_BYTES = 8 << 30  # size of a checkpoint above which the run prints that its digest takes a while
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "chat_template.jinja",
 )
 EXAMPLES = "examples.jsonl"
-REWARD_MODEL = "reward_model.json"  # what one has to know to use a reward model
-MODEL, SHAPE, GENERATION = (
-    "model",
-    "shape.json",
-    "generation_config.json",
-)  # in a stage's folder: what its weights are used with
+REWARD_MODEL = "reward_model.json"  # the settings that a reward model is used with
+# In a stage's folder: the folder with shape and tokenizer, and two of its files.
+MODEL, SHAPE, GENERATION = "model", "shape.json", "generation_config.json"
 
 
 class StageFolder:
@@ -45,10 +42,10 @@ class StageFolder:
     def __init__(self, config: Config, workdir: Path, name: str | None = None):
         self.path = Path(workdir) / (name or config.stage)
         self.config = config
-        self.hash = config_hash(replace(config, gate=GateConfig()))  # a gate judges the result, it does not make it
+        self.hash = config_hash(replace(config, gate=GateConfig()))  # a gate does not change the result
 
     def state(self, inputs: dict[str, str]) -> str:
-        """Returns missing, stopped, done, or stale: finished with another config or from other inputs."""
+        """Returns missing, stopped, done, or stale (finished with another config or from other inputs)."""
         marker = self.path / DONE
         if not marker.exists():
             return "stopped" if self._holds_work() else "missing"
@@ -56,9 +53,9 @@ class StageFolder:
         return "done" if (record["config_hash"], record["inputs"]) == (self.hash, inputs) else "stale"
 
     def finished(self, inputs: dict[str, str]) -> dict | None:
-        """Returns the figures when this very config has been run to its end here from the same inputs.
+        """Returns the figures if the stage is finished with this config and these inputs, else None.
 
-        Raises ValueError, naming what changed, when what is here, finished or not, was made from other inputs.
+        Raises ValueError, naming the changed input, when the folder's content, finished or not, was made from others.
         """
         return hosts.decide(self._finished, inputs, name=f"what is in {self.path}")
 
@@ -76,7 +73,7 @@ class StageFolder:
         return record["figures"] if record.get("config_hash") == self.hash else None
 
     def check(self) -> None:
-        """Raises ValueError when this folder holds work of another config."""
+        """Raises ValueError when this folder holds a run with another config."""
         hosts.decide(self._check, name=f"what is in {self.path}")
 
     def _check(self) -> None:
@@ -85,16 +82,16 @@ class StageFolder:
             return
         old, fields, defaults = json.loads(path.read_text()), self._fields(), json_fields(Config())
         for name in (name for name in fields if not name.startswith("gate.")):
-            if old.get(name, defaults[name]) != fields[name]:  # a field that is newer than the run had its default
+            if old.get(name, defaults[name]) != fields[name]:  # a field newer than the run counts as its default
                 raise ValueError(
-                    f"{self.path} holds a run with another config ({name}: {old.get(name)!r} there, {fields[name]!r} now); "
-                    "choose another --workdir or remove that folder"
+                    f"{self.path} holds a run with another config ({name}: {old.get(name)!r} there, {fields[name]!r} "
+                    "now); choose another --workdir or remove that folder"
                 )
 
     def start(self, inputs: dict[str, str]) -> None:
-        """Makes the folder and writes config.json and the digests of the inputs; ValueError as in `check`.
+        """Makes the folder and writes config.json and the digests of the inputs.
 
-        So too when one of several processes does not see what process 0 wrote there.
+        Raises ValueError as in `check`, and when one of several processes does not see the files of process 0.
         """
         self.check()
         if hosts.is_writer():
@@ -108,23 +105,24 @@ class StageFolder:
     def _require_shared(self, seen: list[bool]) -> None:
         if not all(seen):
             raise ValueError(
-                f"{self.path / INPUTS} is not seen by process {seen.index(False)}; give a --workdir that all processes share"
+                f"{self.path / INPUTS} is not seen by process {seen.index(False)}; give a --workdir that all processes "
+                "share"
             )
 
     def _fields(self) -> dict:
         return json_fields(self.config)
 
     def _holds_work(self) -> bool:
-        kept = (
+        signs = (
             self.path / DONE,
             self.path / EXAMPLES,
             *self.path.glob("checkpoints/[0-9]*"),
             *self.path.glob("journal/*.npz"),
         )
-        return any(path.exists() for path in kept)
+        return any(path.exists() for path in signs)
 
     def finish(self, figures: dict, inputs: dict[str, str], output: str) -> dict:
-        """Writes the DONE marker, with the digests of inputs and output, and returns the figures as they read back."""
+        """Writes the DONE marker, with the digests of inputs and output, and returns the figures read back from it."""
         record = {"config_hash": self.hash, "inputs": inputs, "output": output, "figures": figures}
         checkpoint.write_json(self.path / DONE, record)
         return hosts.decide(lambda: json.loads((self.path / DONE).read_text())["figures"], name=f"{self.path}/{DONE}")
@@ -133,7 +131,7 @@ class StageFolder:
         return checkpoint.CheckpointStore(self.path / "checkpoints", self.config.checkpointing.keep)
 
     def newest_checkpoint(self) -> int | None:
-        """Returns the number of the newest complete checkpoint here, None without one."""
+        """Returns the number of the newest complete checkpoint, None without one."""
         store = self.checkpoints()
         newest = store.latest()
         store.close()
@@ -141,16 +139,16 @@ class StageFolder:
 
 
 def json_fields(config: Config) -> dict:
-    """Returns the flat fields of a config as its config.json holds them."""
+    """Returns the flat fields of a config as they are in config.json."""
     return json.loads(json.dumps(flatten(config), default=str))
 
 
 def prepare(config: Config, start: Path | None = None) -> tuple[Config, tokenizers.Tokenizer, Mesh]:
-    """Returns (config with the shape of the weights it starts from, tokenizer, mesh) and sets JAX up.
+    """Sets JAX up and returns (config with the shape of the weights it starts from, tokenizer, mesh).
 
-    Shape, tokenizer and, where config.data.template is auto, the template come from `start` (a stage's folder), else from
-    config.model.checkpoint (a Hugging Face folder or file, or a stage's folder), else they are the preset's and the tiny
-    world's. Raises ValueError for a tokenizer that does not fit the model or the problems.
+    Shape, tokenizer and, with config.data.template=auto, the template come from `start` (a stage's folder), else from
+    config.model.checkpoint (a Hugging Face folder or file, or a stage's folder), else from the preset and the tiny
+    world. Raises ValueError for a tokenizer that does not fit the model or the problems.
     """
     runtime.setup()
     mesh = sharding.make_mesh(config.mesh)
@@ -166,8 +164,8 @@ def prepare(config: Config, start: Path | None = None) -> tuple[Config, tokenize
             config = replace(config, data=replace(config.data, **template))
     if not folder and tokenizer.vocab_size != shape.vocab_size:
         raise ValueError(
-            f"{config.stage}:{config.preset} brings no weights and no tokenizer; give a Hugging Face folder, or a stage's, "
-            "with --config.model.checkpoint=DIR"
+            f"{config.stage}:{config.preset} brings no weights and no tokenizer; give a Hugging Face folder, or a "
+            "stage's, with --config.model.checkpoint=DIR"
         )
     tokenizer = tokenizer.stopping_at(config.sampler.stop_ids)
     compute = replace(config.compute, vocab_used=tokenizers.vocab_used(shape, tokenizer))
@@ -179,28 +177,28 @@ def _hugging_face(folder: str | Path) -> tuple[ModelConfig, tokenizers.Tokenizer
     """Returns (shape, tokenizer) of a Hugging Face folder, or of a file in one."""
     from r1jax.checkpoints import hf_config
 
-    beside = Path(folder).parent if Path(folder).is_file() else Path(folder)
-    return hf_config.model_config(beside), tokenizers.from_folder(beside)
+    directory = Path(folder).parent if Path(folder).is_file() else Path(folder)
+    return hf_config.model_config(directory), tokenizers.from_folder(directory)
 
 
 def write_model(
     folder: Path, model: ModelConfig, data: DataConfig, tokenizer: tokenizers.Tokenizer, template: str
 ) -> None:
-    """Writes into a stage's folder what its weights are used with: shape, tokenizer, and how questions become prompts."""
+    """Writes into a stage's folder what is needed to use its weights: shape, tokenizer and settings of the prompts."""
     if not hosts.is_writer():
         return
     target = folder / MODEL
     target.mkdir(parents=True, exist_ok=True)
     tokenizer.save(target)
-    asked = {"template": template, "instruction": data.instruction, "think_prefill": data.think_prefill}
+    prompt_fields = {"template": template, "instruction": data.instruction, "think_prefill": data.think_prefill}
     ends, pad = token_ids(tokenizer)
     checkpoint.write_json(target / GENERATION, {"eos_token_id": ends, "pad_token_id": pad})
-    record = {"model": dataclasses.asdict(replace(model, checkpoint="")), "data": asked}
+    record = {"model": dataclasses.asdict(replace(model, checkpoint="")), "data": prompt_fields}
     checkpoint.write_json(target / SHAPE, record)
 
 
 def token_ids(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], int]:
-    """Returns (ids that end a response, padding id): what the tokenizer's folder states, then the tokenizer's own."""
+    """Returns (ids that end a response, padding id): those in the tokenizer's folder, then the tokenizer's own."""
     from r1jax.checkpoints import hf_config
 
     folder = Path(tokenizer.source)
@@ -211,7 +209,7 @@ def token_ids(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], int]:
 def read_model(folder: Path, preset: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer, dict]:
     """Returns (shape, tokenizer, fields of config.data) of a stage's folder; without a record the shape is `preset`.
 
-    Raises ValueError for a folder that does not hold them.
+    Raises ValueError for a folder without them.
     """
     path = folder / MODEL / SHAPE
     if not path.exists():
@@ -221,9 +219,9 @@ def read_model(folder: Path, preset: ModelConfig) -> tuple[ModelConfig, tokenize
 
 
 def _model_of_run(folder: Path, preset: ModelConfig) -> tuple[ModelConfig, tokenizers.Tokenizer, dict]:
-    """Returns the same of a folder without a record of it: by the config.json of its run, else as the preset has it.
+    """Returns the same for a folder without the record: from the config.json of its run, else from the preset.
 
-    The run's Hugging Face folder holds its tokenizer: `preset.checkpoint` names it where it has moved since.
+    The tokenizer is in the run's Hugging Face folder; `preset.checkpoint` names that folder if it has moved.
     """
     path = folder / "config.json"
     fields = hosts.decide(lambda: json.loads(path.read_text()) if path.exists() else {}, name=str(path))
@@ -249,13 +247,13 @@ def _model_of_run(folder: Path, preset: ModelConfig) -> tuple[ModelConfig, token
 
 
 def model_of(record: dict) -> ModelConfig:
-    """Returns a recorded shape; fields that no longer belong to it are left aside."""
+    """Returns a recorded shape; recorded fields that ModelConfig no longer has are ignored."""
     scaling = RopeScaling(**record["rope_scaling"])
     return known_fields(ModelConfig, record | {"rope_scaling": scaling, "checkpoint": ""})
 
 
 def known_fields(kind: type[Any], record: dict):
-    """Returns a config of `kind` with those of the recorded fields that it has."""
+    """Returns a config of class `kind` from the recorded fields that the class has."""
     return kind(**{field.name: record[field.name] for field in dataclasses.fields(kind) if field.name in record})
 
 
@@ -270,7 +268,7 @@ def is_hugging_face(folder: str | Path) -> bool:
     if not path.is_dir():
         raise ValueError(f"no such checkpoint folder: {folder}; give a Hugging Face folder or a stage's folder")
     if (path / INPUTS).is_file():
-        return False  # of a stage, also of one stopped before its first checkpoint
+        return False  # a stage's folder, perhaps stopped before its first checkpoint
     if (path / "checkpoints").is_dir():
         return _names_its_family(path / "config.json")
     if not (path / "config.json").exists():
@@ -279,7 +277,7 @@ def is_hugging_face(folder: str | Path) -> bool:
 
 
 def _names_its_family(path: Path) -> bool:
-    """Returns whether a config.json is one of Hugging Face, which names a model_type."""
+    """Returns whether a config.json is Hugging Face's, which has a model_type."""
     try:
         return "model_type" in json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -315,8 +313,8 @@ def file_digest(path: str) -> str:
 
 
 def checkpoint_digest(source: str | Path) -> str:
-    """Returns a digest of what is read of a checkpoint: the weights, config and tokenizer files of a Hugging Face folder
-    (or of a file in one), the result of a stage's folder. Computed by one process.
+    """Returns a digest of a checkpoint: of the weights, config and tokenizer files of a Hugging Face folder (or of a
+    file in one), or of the result of a stage's folder. One process computes it.
 
     Raises ValueError when there is no checkpoint.
     """
@@ -333,19 +331,19 @@ def _checkpoint_digest(source: Path) -> str:
             raise ValueError(f"{source} holds no finished checkpoint; run that stage to its end first")
         files = sorted(path for path in (source / "checkpoints" / str(newest)).rglob("*") if path.is_file())
     else:
-        beside = source.parent if source.is_file() else source
+        folder = source.parent if source.is_file() else source
         names = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-        files = [*_weight_files(source), *(beside / name for name in names if (beside / name).exists())]
+        files = [*_weight_files(source), *(folder / name for name in names if (folder / name).exists())]
     size = sum(path.stat().st_size for path in files)
-    if size > TOLD_BYTES:
+    if size > SLOW_DIGEST_BYTES:
         say(f"{source}: reading {size / 1e9:.0f} GB once, to know these weights again")
     with ThreadPoolExecutor(DIGEST_THREADS) as pool:
-        found = zip((path.name for path in files), pool.map(lambda path: file_digest(str(path)), files), strict=True)
-        return hashlib.sha256(repr(list(found)).encode()).hexdigest()
+        digests = zip((path.name for path in files), pool.map(lambda path: file_digest(str(path)), files), strict=True)
+        return hashlib.sha256(repr(list(digests)).encode()).hexdigest()
 
 
 def _weight_files(source: Path) -> list[Path]:
-    """Returns the files that the weights of a Hugging Face folder are read from, with their index; a file itself."""
+    """Returns the weight files of a Hugging Face folder and their index; for a file, that file."""
     from r1jax.checkpoints import hf
 
     if source.is_file():
@@ -355,22 +353,22 @@ def _weight_files(source: Path) -> list[Path]:
 
 
 def shape_hash(model: ModelConfig, *more) -> str:
-    """Returns a hash of what fixes a model's parameters (and of anything else given).
+    """Returns a hash of the config that determines a model's parameters, and of the configs in `more`.
 
-    Only fields that differ from their default count, so a field added later leaves the hash as it was.
+    Only fields that differ from their default count, so that a field added later does not change the hash.
     """
-    text = repr([_chosen(part) for part in (replace(model, checkpoint=""), *more)])
+    text = repr([_non_defaults(part) for part in (replace(model, checkpoint=""), *more)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _chosen(part) -> list[tuple]:
+def _non_defaults(part) -> list[tuple]:
     """Returns (field, value) of the fields that differ from their default, nested ones likewise."""
-    default, found = type(part)(), []
+    default, fields = type(part)(), []
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if value != getattr(default, field.name):
-            found.append((field.name, _chosen(value) if dataclasses.is_dataclass(value) else value))
-    return found
+            fields.append((field.name, _non_defaults(value) if dataclasses.is_dataclass(value) else value))
+    return fields
 
 
 def _named(tree) -> dict[str, jax.Array]:
@@ -378,7 +376,7 @@ def _named(tree) -> dict[str, jax.Array]:
 
 
 def save_asset(path: Path, params: decoder.Params, metadata: dict[str, str]) -> None:
-    """Writes parameters as one safetensors file, whole or not at all."""
+    """Writes parameters as one safetensors file, atomically."""
     with files.replacing(path) as temporary:
         save_file({name: np.asarray(leaf) for name, leaf in _named(params).items()}, temporary, metadata=metadata)
 
@@ -389,10 +387,10 @@ def load_asset(path: Path, model: ModelConfig, mesh: Mesh) -> decoder.Params:
     target = sharding.abstract(specs, jnp.float32)
     with safe_open(path, framework="numpy") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        wanted = {name: tuple(leaf.shape) for name, leaf in _named(target).items()}
-        if problems := checkpoint.shape_problems(stored, wanted):
+        expected = {name: tuple(leaf.shape) for name, leaf in _named(target).items()}
+        if problems := checkpoint.shape_problems(stored, expected):
             raise ValueError(f"{path} does not fit the model: {problems}")
-        leaves = [file.get_tensor(name) for name in wanted]
+        leaves = [file.get_tensor(name) for name in expected]
     params = jax.tree.unflatten(jax.tree.structure(target), leaves)
     return jax.tree.map(sharding.place, params, sharding.spec_shardings(specs, mesh))
 

@@ -1,7 +1,7 @@
 """Compute spent by a stage in floating-point operations, counted from tokens: 2 per parameter forward, 6 for training.
 
-Attention scores are left out, as is usual in the field (arXiv 2001.08361, section 2.1). Counts depend on tokens alone, so
-they are the same on every machine.
+Attention scores are left out, as is usual in the field (arXiv 2001.08361, section 2.1). Counts depend on tokens alone,
+so they are the same on every machine.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from r1jax.schema import GRPOConfig, Network
 
 
 def active_parameters(network: Network) -> int:
-    """Returns the parameters one token uses: without experts that are not chosen, and without an idle prediction module."""
+    """Returns the number of parameters that one token uses: without unchosen experts and an idle prediction module."""
     model = network.model
     specs, layers = decoder.specs(model), model.num_moe_layers
     if not network.auxiliary.mtp_loss_weight:
@@ -26,9 +26,11 @@ def active_parameters(network: Network) -> int:
 
 
 def of_policy_training(rows: Sequence[dict], network: Network, grpo: GRPOConfig) -> float:
-    """Returns the FLOPs of an RL run from its metrics rows: per parameter 2 for a sampled token, 6 for one trained on and
-    2 for one scored by the reference, or by the policy before its updates (prompts included in all but the first). A
-    critic scores and is trained on the same tokens."""
+    """Returns the FLOPs of an RL run, from its metrics rows.
+
+    Per parameter these are 2 for a sampled token, 6 for a trained one, and 2 for one scored by the reference or by the
+    policy before its updates; prompts count in all but the first. A critic scores and is trained on the same tokens.
+    """
     sampled = sum(row.get("sampled_tokens", row["tokens"]) for row in rows)
     packed = sum(row["packed_tokens"] for row in rows)
     scored = grpo.uses_reference + (grpo.old_logp == "recomputed")

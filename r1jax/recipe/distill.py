@@ -18,7 +18,7 @@ SOURCE = "stage3_rejection_sft"
 def run(config: Config, workdir: Path) -> dict:
     """Fine-tunes the student's base on examples of config.distill.examples or of stage 3 and evaluates.
 
-    Raises ValueError, before anything is written, when the base or the examples are not given or not readable.
+    Raises ValueError, before anything is written, when the base or the examples are missing or unreadable.
     """
     _check_inputs(config, workdir)
     path = config.distill.examples
@@ -26,7 +26,7 @@ def run(config: Config, workdir: Path) -> dict:
         return fine_tuning.run(config, workdir, (SOURCE,), collect)
     drafts, notes = example_files.read(path, config.data, config.reward)
 
-    def graded(*given) -> tuple[list[dict], Counts]:
+    def graded(*arguments) -> tuple[list[dict], Counts]:
         say(*example_files.remarks(path, drafts, notes))
         return of_file(drafts, config.stage, config.reward, config.distill)
 
@@ -36,7 +36,7 @@ def run(config: Config, workdir: Path) -> dict:
 def collect(
     config: Config, tokenizer: Tokenizer, mesh: Mesh, train: list[EncodedPrompt], workdir: Path
 ) -> tuple[list[dict], Counts]:
-    """Returns stage 3's examples as they are, and their number by task."""
+    """Returns stage 3's examples unchanged, and their number by task."""
     rows = jsonl.read(lineage.require(SOURCE, config, workdir) / fine_tuning.EXAMPLES)
     counts: Counts = {}
     tally(counts, "kept", (row.get("task", "") for row in rows))
@@ -44,7 +44,7 @@ def collect(
 
 
 def of_file(drafts: list[Draft], stage: str, reward: RewardConfig, distill: DistillConfig) -> tuple[list[dict], Counts]:
-    """Returns (rows of a file without those that their task's grader finds wrong, counts by task); all with distill.grade=false."""
+    """Returns (rows of a file, counts by task); with distill.grade the rows graded as wrong are left out."""
     counts: Counts = {}
     tally(counts, "rows", (draft.task for draft in drafts))
     if distill.grade:
@@ -55,7 +55,7 @@ def of_file(drafts: list[Draft], stage: str, reward: RewardConfig, distill: Dist
 
 
 def _check_inputs(config: Config, workdir: Path) -> None:
-    """Raises ValueError when a student that is none of the tiny world lacks its weights or its examples."""
+    """Raises ValueError when a student outside the tiny world lacks its weights or its examples."""
     if config.data.world == "tiny":
         return
     if not config.model.checkpoint:

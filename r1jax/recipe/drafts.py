@@ -1,4 +1,4 @@
-"""Examples in the making: whose response to which problem, and how many of each task every check lets through."""
+"""Drafts of examples: a response to a problem with its provenance, and counts of how many pass each check."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,26 +10,26 @@ from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import REASONING, RewardConfig
 
-Counts = dict[str, Any]  # check -> {task: how many it let through}, or a figure of its own
+Counts = dict[str, Any]  # check -> {task: how many passed}, or a figure of its own
 NO_TASK = "no task"
 
 
 @dataclass(frozen=True)
 class Draft:
-    """One response that may become an example. `provenance` tells where it comes from and what was done to it."""
+    """One response that may become an example. `provenance` records its source and its edits."""
 
     problem: Problem
     text: str  # the assistant's whole turn
     provenance: dict
-    gradable: bool = True  # its task's grader can tell right from wrong
-    turns: tuple[dict, ...] = ()  # the whole conversation where every assistant turn of it is trained
+    gradable: bool = True  # whether its task's grader can decide if it is right
+    turns: tuple[dict, ...] = ()  # the whole conversation, if every assistant turn of it is trained
 
     @property
     def task(self) -> str:
         return self.problem.task
 
     def request(self) -> RewardRequest:
-        """Returns what its task's grader reads."""
+        """Returns the request that its task's grader reads."""
         p = self.problem
         return RewardRequest(p.id, p.task, p.text, self.text, p.reference, language=p.language, source=p.source)
 
@@ -47,7 +47,7 @@ class Draft:
         return row | {"provenance": self.provenance}
 
     def record(self) -> dict:
-        """Returns it as JSON, from which `from_record` makes it again."""
+        """Returns the draft as JSON; `from_record` is the inverse."""
         problem = asdict(self.problem) | {"prompt": self.row()["prompt"]}
         return {"problem": problem} | {name: value for name, value in vars(self).items() if name != "problem"}
 
@@ -61,25 +61,29 @@ def from_record(record: dict) -> Draft:
 
 
 def tally(counts: Counts, name: str, tasks: Iterable[str]) -> None:
-    """Adds one for each task given to counts[name], which is there afterwards even without any."""
-    found = Counter(counts.get(name, {}))
-    found.update(task or NO_TASK for task in tasks)
-    counts[name] = dict(found)
+    """Adds one to counts[name] for each of the tasks; counts[name] exists afterwards even without any."""
+    by_task = Counter(counts.get(name, {}))
+    by_task.update(task or NO_TASK for task in tasks)
+    counts[name] = dict(by_task)
 
 
 def counts_line(stage: str, counts: Counts) -> str:
-    """Returns the counts in one line: each check's number, by task where there are several."""
-    told = []
-    for name, found in counts.items():
-        by_task = isinstance(found, dict)
-        parts = ", ".join(f"{task} {count}" for task, count in found.items()) if by_task and len(found) > 1 else ""
-        number = sum(found.values()) if by_task else found
-        told.append(f"{name} {number} ({parts})" if parts else f"{name} {number}")
-    return f"{stage}: examples: {'; '.join(told)}"
+    """Returns the counts in one line: each check's number, by task if there are several."""
+    entries = []
+    for name, count_or_tasks in counts.items():
+        is_by_task = isinstance(count_or_tasks, dict)
+        listed = (
+            ", ".join(f"{task} {count}" for task, count in count_or_tasks.items())
+            if is_by_task and len(count_or_tasks) > 1
+            else ""
+        )
+        number = sum(count_or_tasks.values()) if is_by_task else count_or_tasks
+        entries.append(f"{name} {number} ({listed})" if listed else f"{name} {number}")
+    return f"{stage}: examples: {'; '.join(entries)}"
 
 
 def grade(drafts: Sequence[Draft], reward: RewardConfig) -> list[Score | None]:
-    """Returns the score of each draft by its own task's grader, None where that cannot tell right from wrong."""
+    """Returns the score of each draft by its own task's grader, None for drafts that are not gradable."""
     chosen = [draft for draft in drafts if draft.gradable]
     if not chosen:
         return [None] * len(drafts)

@@ -1,4 +1,4 @@
-"""A model that edits drafts: traces written anew in the first person and one language, thoughts for replies without any."""
+"""A model that edits drafts: it rewrites traces in the first person and one language, or adds thoughts to replies."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -20,32 +20,32 @@ def rewrite(
     counts: Counts,
     keep_unedited: bool = False,
 ) -> list[Draft]:
-    """Returns the drafts written anew by the editor, in order.
+    """Returns the drafts rewritten by the editor, in order.
 
-    One without a readable edit (also where trace or edit is longer than config.judge.sampler allows) is left out, or stays as it was
-    with `keep_unedited`.
+    A draft without a readable edit (also if trace or edit is longer than config.judge.sampler allows) is left out, or
+    with `keep_unedited` returned unchanged.
     """
     edits = [editing.read_edit(reply or "") for reply in _ask(editor, drafts, seed, _edit_prompt)]
     tally(counts, "edits asked", (draft.task for draft in drafts))
     tally(counts, "edits read", (draft.task for draft, edit in zip(drafts, edits, strict=True) if edit))
-    found = []
+    edited = []
     for draft, edit in zip(drafts, edits, strict=True):
         if edit:
-            found.append(with_text(draft, edit.turn(reward.extraction), judge.checkpoint))
+            edited.append(with_text(draft, edit.turn(reward.extraction), judge.checkpoint))
         elif keep_unedited:
-            found.append(draft)
-    return found
+            edited.append(draft)
+    return edited
 
 
 def with_thoughts(drafts: Sequence[Draft], editor: Judge, seed: int, judge: JudgeConfig, counts: Counts) -> list[Draft]:
-    """Returns the drafts, those without a thought with the one that the editor writes before their reply.
+    """Returns the drafts; to those without a thought the editor adds one before the reply.
 
-    One that it leaves empty, and one that cannot be read, is none: the reply stays as it was.
+    If its thought is empty or cannot be read, the reply stays unchanged.
     """
-    asked = [draft for draft in drafts if "<think>" not in draft.text]
-    thoughts = [editing.read_thoughts(reply or "") for reply in _ask(editor, asked, seed, _thoughts_prompt)]
-    tally(counts, "thoughts asked", (draft.task for draft in asked))
-    pairs = list(zip(asked, thoughts, strict=True))
+    without_thought = [draft for draft in drafts if "<think>" not in draft.text]
+    thoughts = [editing.read_thoughts(reply or "") for reply in _ask(editor, without_thought, seed, _thoughts_prompt)]
+    tally(counts, "thoughts asked", (draft.task for draft in without_thought))
+    pairs = list(zip(without_thought, thoughts, strict=True))
     tally(counts, "thoughts read", (draft.task for draft, thought in pairs if thought is not None))
     tally(counts, "thoughts added", (draft.task for draft, thought in pairs if thought))
     written = {
@@ -62,9 +62,9 @@ def language_of(draft: Draft) -> str:
 
 
 def with_text(draft: Draft, text: str, editor: str) -> Draft:
-    """Returns the draft with a text that `editor` wrote; its provenance keeps what was there before."""
-    told = {"trace": draft.text} | draft.provenance | {"edited": True, "editor": editor}
-    return dataclasses.replace(draft, text=text, provenance=told)
+    """Returns the draft with a text that `editor` wrote; its provenance keeps the earlier text."""
+    provenance = {"trace": draft.text} | draft.provenance | {"edited": True, "editor": editor}
+    return dataclasses.replace(draft, text=text, provenance=provenance)
 
 
 def _edit_prompt(draft: Draft, question: str, trace: str, seed: int) -> str:
@@ -78,7 +78,7 @@ def _thoughts_prompt(draft: Draft, request: str, reply: str, seed: int) -> str:
 def _ask(
     editor: Judge, drafts: Sequence[Draft], seed: int, prompt: Callable[[Draft, str, str, int], str]
 ) -> list[str | None]:
-    """Returns the editor's reply to each draft, None where prompt or reply is too long for its sampler."""
+    """Returns the editor's reply to each draft, None if prompt or reply is too long for its sampler."""
     requests = []
     for draft in drafts:
         question, text = (editor.escape_special_tokens(part) for part in (draft.problem.text, draft.text))

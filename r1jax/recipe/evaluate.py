@@ -57,7 +57,7 @@ FAITHFULNESS_COLUMNS = (
     "comparison_true",
 )
 
-# Fields of a run that name files it was trained on: those of which it held a share out, and those of which it held nothing out.
+# Config fields that name files a run was trained on: those of which it held out a share, and those it used whole.
 DIVIDED = ("data.path", "data.general_path", "data.safety_path")
 WHOLE = ("distill.examples", "coldstart.examples", "rejection.judged_prompts")
 
@@ -65,7 +65,7 @@ WHOLE = ("distill.examples", "coldstart.examples", "rejection.judged_prompts")
 def run(config: Config, workdir: Path) -> dict:
     """Evaluates config.checkpoint (a stage's folder or a Hugging Face folder) and returns the figures.
 
-    They are written to `workdir/evaluate/` with the responses, the config, the digests of what was evaluated, and a report.
+    They are written to `workdir/evaluate/`, with the responses, the config, the digests of the inputs and a report.
     """
     if not config.checkpoint:
         raise ValueError(
@@ -73,136 +73,143 @@ def run(config: Config, workdir: Path) -> dict:
         )
     config = replace(config, model=replace(config.model, checkpoint=config.checkpoint))
     resolved, tokenizer, mesh = common.prepare(as_trained(config))
-    asked = prompts.load_held_out(resolved, tokenizer)
-    template_check.check(resolved.stage, resolved.data, resolved.reward, tokenizer, asked.held_out)
+    stage_prompts = prompts.load_held_out(resolved, tokenizer)
+    template_check.check(resolved.stage, resolved.data, resolved.reward, tokenizer, stage_prompts.held_out)
     started = time.monotonic()
     params = common.load_weights(resolved.model, mesh, config.checkpoint)
-    figures, responses = evaluate(resolved, tokenizer, mesh, asked.held_out, params, asked.source.reflective_words)
-    figures["data"] = asked.counts
+    figures, responses = evaluate(
+        resolved, tokenizer, mesh, stage_prompts.held_out, params, stage_prompts.source.reflective_words
+    )
+    figures["data"] = stage_prompts.counts
     figures["seconds"] = round(time.monotonic() - started, 1)
     folder, name = Path(workdir) / config.stage, Path(config.checkpoint).name
     write_samples(folder / "samples.jsonl", responses)
     checkpoint.write_json(folder / "config.json", common.json_fields(resolved))
     made_from = {config.checkpoint: common.checkpoint_digest(config.checkpoint)}
-    made_from |= {**asked.source.inputs, **lineage.grader_digests(config.reward)}
+    made_from |= {**stage_prompts.source.inputs, **lineage.grader_digests(config.reward)}
     checkpoint.write_json(folder / common.INPUTS, {"inputs": made_from})
     checkpoint.write_json(folder / "figures.json", figures)
     print_figures([{"checkpoint": name, **figures}])
-    say_left_out(resolved.evaluation, asked, int(figures["problems"]))
+    say_left_out(resolved.evaluation, stage_prompts, int(figures["problems"]))
     write_report(resolved.stage, workdir, name, {name: figures, "seconds": figures["seconds"]})
     return figures
 
 
-def say_left_out(evaluation: EvalConfig, asked: StagePrompts, measured: int) -> None:
-    """Prints how many of the rows of the files the figures are of, and why not of the others."""
-    counts, most = asked.counts, evaluation.max_problems
+def say_left_out(evaluation: EvalConfig, stage_prompts: StagePrompts, measured: int) -> None:
+    """Prints how many rows of the files were evaluated, and why the others were not."""
+    counts, most = stage_prompts.counts, evaluation.max_problems
     if not hosts.is_writer():
         return
-    every = counts.get("rows", len(asked.held_out))
-    why = {
+    total = counts.get("rows", len(stage_prompts.held_out))
+    reasons = {
         "are not held out": counts.get("training", 0),
         f"are of task {' or '.join(SCENARIOS)}": sum(counts.get("rows_by_task", {}).get(task, 0) for task in SCENARIOS),
         "are too long": sum(counts["left_out"]["too_long"].values()),
-        f"are behind the first config.evaluation.max_problems={most}": len(asked.held_out) - measured,
+        f"are behind the first config.evaluation.max_problems={most}": len(stage_prompts.held_out) - measured,
     }
-    why["ask what another row of config.data.eval_path asks"] = every - measured - sum(why.values())
-    reasons = ", ".join(f"{count} {reason}" for reason, count in why.items() if count > 0)
-    print(f"figures of {measured} of {every} problems" + (f": {reasons}" if reasons else ""))
+    reasons["ask what another row of config.data.eval_path asks"] = total - measured - sum(reasons.values())
+    listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count > 0)
+    print(f"figures of {measured} of {total} problems" + (f": {listed}" if listed else ""))
 
 
 def as_trained(config: Config) -> Config:
-    """Returns the config with the hold-out of the runs that made config.checkpoint, where one trained on the same files.
+    """Returns the config with the hold-out of the runs that made config.checkpoint, if they trained on the same files.
 
-    Of files that they have read, also such as have changed since, only what they held out is evaluated; of other files
-    everything. Raises ValueError where that differs between the files of config.data.path, and where they held nothing out.
+    Of files that these runs read, even if changed since, only the held-out rows are evaluated; of other files all rows.
+    Raises ValueError when only some files of config.data.path were trained on, and when nothing was held out.
     """
     if not problems.has_files(config.data) or config.data.eval_path:
         return config
     trained = hosts.decide(_trained_on, Path(config.checkpoint), name=f"what {config.checkpoint} was trained on")
-    given = problems.digests(config.data)
-    keys = {path: {given[path], str(Path(path).resolve())} & trained.keys() for path in given}
-    seen = [path for path in given if keys[path]]
-    if not seen:
+    digests = problems.digests(config.data)
+    keys = {path: {digests[path], str(Path(path).resolve())} & trained.keys() for path in digests}
+    trained_paths = [path for path in digests if keys[path]]
+    if not trained_paths:
         return config
-    if len(seen) < len(given):
-        fresh = next(path for path in given if path not in seen)
+    if len(trained_paths) < len(digests):
+        new_path = next(path for path in digests if path not in trained_paths)
         raise ValueError(
-            f"evaluate: {config.checkpoint} was trained on {seen[0]} and not on {fresh}; evaluate one at a time, so that of "
-            "the first only what was held out counts"
+            f"evaluate: {config.checkpoint} was trained on {trained_paths[0]} and not on {new_path}; evaluate one at a "
+            "time, so that of the first only what was held out counts"
         )
-    fraction = min(trained[key] for path in seen for key in keys[path])
+    fraction = min(trained[key] for path in trained_paths for key in keys[path])
     if not fraction:
         raise ValueError(
-            f"evaluate: {config.checkpoint} was trained on every row of {seen[0]}; give other problems, or evaluate these "
-            f"nonetheless with --config.data.eval_path={seen[0]}"
+            f"evaluate: {config.checkpoint} was trained on every row of {trained_paths[0]}; give other problems, or "
+            f"evaluate these nonetheless with --config.data.eval_path={trained_paths[0]}"
         )
-    changed = ", which has changed since" if given[seen[0]] not in trained else ""
+    changed = ", which has changed since" if digests[trained_paths[0]] not in trained else ""
     say(
-        f"{config.checkpoint} was trained on {seen[0]}{changed}: evaluated is what that run held out "
+        f"{config.checkpoint} was trained on {trained_paths[0]}{changed}: evaluated is what that run held out "
         f"(config.data.holdout_fraction={fraction}); --config.data.eval_path evaluates every row"
     )
     return replace(config, data=replace(config.data, holdout_fraction=fraction))
 
 
 def _trained_on(folder: Path) -> dict[str, float]:
-    """Returns {digest of a file, and its place: share held out of it} of what a stage, or one before it, has trained on."""
-    found: dict[str, float] = {}
-    waiting, known = [folder], set()
+    """Returns {digest or path of a file: share held out of it} of files that a stage and earlier ones trained on."""
+    held_out_shares: dict[str, float] = {}
+    waiting, visited = [folder], set()
     while waiting:
         folder = waiting.pop().resolve()
         inputs, fields = folder / common.INPUTS, folder / "config.json"
-        if folder in known or not (inputs.exists() and fields.exists()):
+        if folder in visited or not (inputs.exists() and fields.exists()):
             continue
-        known.add(folder)
+        visited.add(folder)
         digests, config = json.loads(inputs.read_text())["inputs"], json.loads(fields.read_text())
         fraction = 0.0 if config.get("data.eval_path") else config.get("data.holdout_fraction", 0.0)
         shares = dict.fromkeys(DIVIDED, fraction) | dict.fromkeys(WHOLE, 0.0)
         if "people" not in config.get("coldstart.sources", ()):
-            del shares["coldstart.examples"]  # they stand before a question, if anywhere
+            del shares["coldstart.examples"]  # they are worked examples in a prompt, if they are used at all
         for name, share in shares.items():
             for path in problems.paths(config.get(name, "")):
                 for key in (digests[path], str(Path(path).resolve())) if path in digests else ():
-                    found[key] = min(share, found.get(key, 1.0))
-        beside = Path(config["inputs"]) if config.get("inputs") else folder.parent
-        waiting += [place for name in digests if name for place in (beside / name, Path(name))]
-    return found
+                    held_out_shares[key] = min(share, held_out_shares.get(key, 1.0))
+        workdir = Path(config["inputs"]) if config.get("inputs") else folder.parent
+        waiting += [place for name in digests if name for place in (workdir / name, Path(name))]
+    return held_out_shares
 
 
 def of_weights(
     config: Config,
     tokenizer: Tokenizer,
     mesh: Mesh,
-    asked: StagePrompts,
+    stage_prompts: StagePrompts,
     params: Any,
     workdir: Path,
     name: str,
     samples: Path | None = None,
 ) -> dict[str, Any]:
-    """Returns the figures of weights on the held-out prompts of `asked`, from `workdir/evaluations/NAME.json` when they were measured.
+    """Returns the figures of weights on the held-out prompts; if they were measured before, from
+    `workdir/evaluations/NAME.json`.
 
-    What is there counts only for the same weights, prompts, graders and settings (`measurement_key`). `samples` is where
-    responses are written.
+    Stored figures count only for the same weights, prompts, graders and settings (`measurement_key`). `samples` is the
+    path that responses are written to.
     """
     path = Path(workdir) / "evaluations" / f"{name}.json"
-    key = measurement_key(config, tokenizer, asked, params)
+    key = measurement_key(config, tokenizer, stage_prompts, params)
     measured = hosts.decide(_measured, path, key, samples, name=str(path))
     if measured is not None:
         return measured
-    figures, responses = evaluate(config, tokenizer, mesh, asked.held_out, params, asked.source.reflective_words)
+    figures, responses = evaluate(
+        config, tokenizer, mesh, stage_prompts.held_out, params, stage_prompts.source.reflective_words
+    )
     if samples is not None:
         write_samples(samples, responses)
     checkpoint.write_json(path, {"key": key, "figures": figures})
     return figures
 
 
-def measurement_key(config: Config, tokenizer: Tokenizer, asked: StagePrompts, params: Any) -> str:
-    """Returns a digest of all that decides a checkpoint's figures.
+def measurement_key(config: Config, tokenizer: Tokenizer, stage_prompts: StagePrompts, params: Any) -> str:
+    """Returns a digest of everything that determines a checkpoint's figures.
 
-    The problems (text, reference, task, language, source) and their ids under the template, the weights and the shape that
-    uses them, the tokenizer, the sampling parameters, and the graders: their settings without weights, and the
-    content of the user's own.
+    These are the problems (text, reference, task, language, source) and their ids under the template, the weights and
+    their shape, the tokenizer, the sampling parameters, the graders' settings without the reward's weights, and the
+    source of the user's own graders.
     """
-    questions = [(replace(prompt.problem, place=""), prompt.ids.tolist(), prompt.prefill) for prompt in asked.held_out]
+    questions = [
+        (replace(prompt.problem, place=""), prompt.ids.tolist(), prompt.prefill) for prompt in stage_prompts.held_out
+    ]
     sampler = replace(config.sampler, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens_schedule=())
     shape = {name: value for name, value in vars(config.model).items() if name != "checkpoint"}
     weightless = replace(config.reward, **dict.fromkeys(PART_NAMES, 0.0), workers=0, cache_entries=0)
@@ -211,25 +218,25 @@ def measurement_key(config: Config, tokenizer: Tokenizer, asked: StagePrompts, p
         sampler,
         evaluation_params(config.sampler, config.evaluation, tokenizer),
         config.seed,
-        tuple(asked.source.reflective_words),
+        tuple(stage_prompts.source.reflective_words),
     )
-    drawn = settings, shape, config.compute.compute_dtype, _tokenizer_digest(tokenizer), tree.digest(params)
+    sampling_inputs = settings, shape, config.compute.compute_dtype, _tokenizer_digest(tokenizer), tree.digest(params)
     return hashlib.sha256(
-        repr((drawn, weightless, lineage.grader_digests(config.reward), questions)).encode()
+        repr((sampling_inputs, weightless, lineage.grader_digests(config.reward), questions)).encode()
     ).hexdigest()
 
 
 def _tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Returns a digest of what turns ids into text and of the ids that end one, wherever the tokenizer was read from."""
+    """Returns a digest of a tokenizer's files, as it saves them, and of its stop ids; its folder does not count."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
         files = [path for path in sorted(Path(folder).iterdir()) if path.name != common.GENERATION]
-        found = [(path.name, common.file_digest(str(path))) for path in files]
-    return hashlib.sha256(repr((found, sorted(tokenizer.stop_ids))).encode()).hexdigest()
+        digests = [(path.name, common.file_digest(str(path))) for path in files]
+    return hashlib.sha256(repr((digests, sorted(tokenizer.stop_ids))).encode()).hexdigest()
 
 
 def _measured(path: Path, key: str, samples: Path | None) -> dict | None:
-    """Returns the figures in a file of `of_weights` when they belong to the key and the samples are there too."""
+    """Returns the figures in a file of `of_weights` if they have this key and the samples exist too, else None."""
     if not path.exists() or (samples is not None and not samples.exists()):
         return None
     record = json.loads(path.read_text())
@@ -237,7 +244,7 @@ def _measured(path: Path, key: str, samples: Path | None) -> dict | None:
 
 
 def finished(folder: common.StageFolder, inputs: dict[str, str]) -> dict | None:
-    """Returns the figures of a stage that is done with these inputs, after printing them, else None."""
+    """Prints and returns the figures of a stage that is finished with these inputs; None if it is not."""
     figures = folder.finished(inputs)
     if figures is not None:
         say(f"{folder.path} is finished; nothing to do")
@@ -249,15 +256,15 @@ def before_and_after(
     config: Config,
     tokenizer: Tokenizer,
     mesh: Mesh,
-    asked: StagePrompts,
+    stage_prompts: StagePrompts,
     trained: Any,
     workdir: Path,
     folder: Path,
 ) -> dict[str, dict[str, float]]:
-    """Returns the figures of the stage's base and of its result, prints them, and leaves samples.jsonl in its folder."""
-    if not asked.held_out:
+    """Returns and prints the figures of the stage's base and of its result; writes samples.jsonl into its folder."""
+    if not stage_prompts.held_out:
         return {}
-    measure = functools.partial(of_weights, config, tokenizer, mesh, asked)
+    measure = functools.partial(of_weights, config, tokenizer, mesh, stage_prompts)
     name, base = lineage.result_name(config.stage), lineage.base_weights(config, mesh, workdir)
     figures = {
         lineage.BASE: measure(base, workdir, lineage.base_name(config.input_preset)),
@@ -268,7 +275,7 @@ def before_and_after(
 
 
 def evaluation_params(sampler: SamplerConfig, evaluation: EvalConfig, tokenizer: Tokenizer) -> SamplingParams:
-    """Returns how the samples of an evaluation are drawn: with the temperature and top_p of config.evaluation."""
+    """Returns the sampling parameters of an evaluation: temperature and top_p are those of config.evaluation."""
     longest = sampler.max_new_tokens
     return SamplingParams(evaluation.temperature, evaluation.top_p, max_new_tokens=longest, stop_ids=tokenizer.stop_ids)
 
@@ -283,7 +290,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[Response]]:
     """Returns (figures, sampled responses) of weights on held-out prompts; `greedy` is one greedy sample a problem.
 
-    The keys of the samples depend on the seed and the problem alone, so checkpoints are compared on the same draws.
+    The random keys of the samples depend only on the seed and the problem, so that checkpoints are compared fairly.
     """
     if not held_out:
         raise ValueError("evaluate: no held-out problems; raise config.data.holdout_fraction or give more rows")
@@ -300,7 +307,7 @@ def evaluate(
         sampled = ask(held_out, params, sampling, size, "evaluate")
         greedy = ask(held_out, params, replace(sampling, temperature=0.0), 1, "greedy") if settings.greedy else []
         voting: list[Response] = []
-        if settings.consensus_problems and k <= size:  # they are drawn already, with the same parameters
+        if settings.consensus_problems and k <= size:  # pass@1's samples have the same parameters
             starts = [size * place for place in spread(len(held_out), settings.consensus_problems)]
             voting = [response for start in starts for response in sampled[start : start + k]]
         elif settings.consensus_problems:
@@ -311,7 +318,7 @@ def evaluate(
 
 
 def spread(total: int, count: int) -> list[int]:
-    """Returns `count` places spread evenly over `total` of them (all where there are fewer)."""
+    """Returns `count` indices spread evenly over range(total), or all if there are fewer."""
     return [int(place) for place in np.linspace(0, total - 1, min(count, total)).round()]
 
 
@@ -321,18 +328,20 @@ def respond(
     tokenizer: Tokenizer,
     sampler: RolloutSampler,
     pool: rollout.Graders,
-    asked: Sequence[EncodedPrompt],
+    encoded_prompts: Sequence[EncodedPrompt],
     params: Any,
     sampling: SamplingParams,
     samples: int,
     purpose: str,
 ) -> list[Response]:
-    """Returns graded responses to each prompt in order, `samples` each."""
-    requests = rollout.requests_for(asked, range(len(asked)), samples, sampling, seed, stage, purpose)
-    drawn = sampler.generate(requests, params)
-    texts = tokenizer.decode_batch([sample.token_ids for sample in drawn])
-    repeated = [prompt for prompt in asked for _ in range(samples)]
-    parts, scorable = rollout.grade(drawn, repeated, texts, pool)
+    """Returns `samples` graded responses to each prompt, in order."""
+    requests = rollout.requests_for(
+        encoded_prompts, range(len(encoded_prompts)), samples, sampling, seed, stage, purpose
+    )
+    sampled = sampler.generate(requests, params)
+    texts = tokenizer.decode_batch([sample.token_ids for sample in sampled])
+    repeated = [prompt for prompt in encoded_prompts for _ in range(samples)]
+    reward_terms, scorable = rollout.grade(sampled, repeated, texts, pool)
     return [
         Response(
             problem=p.problem,
@@ -342,7 +351,7 @@ def respond(
             parts=dict(zip(RULE_PARTS, (float(v) for v in row), strict=False)),
             scorable=bool(known),
         )
-        for p, text, sample, row, known in zip(repeated, texts, drawn, parts, scorable, strict=True)
+        for p, text, sample, row, known in zip(repeated, texts, sampled, reward_terms, scorable, strict=True)
     ]
 
 
@@ -353,17 +362,17 @@ def write_samples(path: Path, responses: Sequence[Response]) -> None:
 
 
 def print_checkpoints(figures: dict) -> None:
-    """Prints the tables of a stage's figures: every entry that is an evaluation."""
+    """Prints the tables of a stage's figures, for every entry that is an evaluation."""
     print_figures([{"checkpoint": name, **value} for name, value in figures.items() if is_evaluation(value)])
 
 
 def is_evaluation(value: Any) -> bool:
-    """Returns whether an entry of a stage's figures holds a checkpoint's figures."""
+    """Returns whether an entry of a stage's figures is an evaluation of a checkpoint."""
     return isinstance(value, dict) and "pass@1_se" in value
 
 
 def write_report(stage: str, workdir: Path, name: str, figures: dict) -> None:
-    """Writes report.html of a single stage, whose result is called `name`, into its folder; process 0 alone does."""
+    """Writes report.html of a single stage, whose result is called `name`, into its folder (process 0 only)."""
     if hosts.is_writer():
         measured = {key: value for key, value in figures.items() if is_evaluation(value)}
         summary = {"checkpoints": measured, "wall_s": figures["seconds"]}
@@ -372,8 +381,8 @@ def write_report(stage: str, workdir: Path, name: str, figures: dict) -> None:
 
 
 def print_figures(rows: list[dict]) -> None:
-    """Prints the main table, those by task and source where there are several, what figures leave out, and the
-    faithfulness table where there are equations; of several processes, process 0 does."""
+    """Prints the main table, tables by task and source if there are several, notes on what figures leave out, and the
+    faithfulness table if there are equations (process 0 only)."""
     if not hosts.is_writer():
         return
     table.render(rows, columns(rows, COLUMNS), "held-out problems")
@@ -382,14 +391,14 @@ def print_figures(rows: list[dict]) -> None:
 
 
 def columns(rows: Sequence[dict], usual: Sequence[str]) -> tuple[str, ...]:
-    """Returns the usual columns, with every pass@k and cons@k that a row has behind `greedy`."""
-    more = html.sampled_figures(rows)
+    """Returns the usual columns with, after `greedy`, every pass@k and cons@k that a row has."""
+    sampled = html.sampled_figures(rows)
     place = usual.index("greedy") + 1
-    return (*usual[:place], *more, *usual[place:])
+    return (*usual[:place], *sampled, *usual[place:])
 
 
 def print_groups(rows: Sequence[dict]) -> None:
-    """Prints the figures by task and by source where there are several, and what was left out of a figure."""
+    """Prints the figures by task and by source if there are several, and notes on what figures leave out."""
     for field, label in html.GROUPS.items():
         if any(len(row.get(field, {})) > 1 for row in rows):
             shown = [
@@ -404,7 +413,7 @@ def print_groups(rows: Sequence[dict]) -> None:
 
 
 def print_faithfulness(rows: list[dict]) -> None:
-    """Prints whether written arithmetic is true and what retries change, where there are equations."""
+    """Prints, for problems with equations, whether written arithmetic is true and what retries change."""
     rows = [row for row in rows if "arithmetic_true" in row]
     if rows:
         table.render(rows, FAITHFULNESS_COLUMNS, "are the checks real?")

@@ -1,4 +1,4 @@
-"""Files of finished responses: read row by row, graded where a row's task can be, and said what they lack."""
+"""Files of finished responses: read row by row, graded if the row's task can be, with remarks on what is missing."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,20 +15,20 @@ UNGRADED, WRONG, UNSCORABLE = "not graded", "wrong", "no verdict"
 def read(path: str, data: DataConfig, reward: RewardConfig) -> tuple[list[Draft], list[str]]:
     """Returns (drafts of the rows of a file, remarks on how they were read).
 
-    A row has prompt and response, or messages that end in an assistant turn, and may have id, task, kind, language and what its
-    task's grader needs. Raises ValueError, with file and line, for a bad file or row.
+    A row has prompt and response, or messages that end in an assistant turn, and may have id, task, kind, language and
+    the fields that its task's grader needs. Raises ValueError, with file and line, for a bad file or row.
     """
     table = files.read(path, data.columns)
     return [draft(row, path, reward, data.task) for row in table.rows], table.notes
 
 
 def draft(row: files.FileRow, path: str, reward: RewardConfig, task: str = "") -> Draft:
-    """Returns the draft of a row; `task` is that of a row that names none. Raises ValueError, with its place, for a bad one."""
+    """Returns the draft of a row; `task` is for rows that name none. Raises ValueError, with place, for a bad row."""
     fields, place = row.fields, f"{row.place} ({row.fields['id']})"
     response = fields.get("response")
     if response is None:
         raise ValueError(
-            f"{row.place}: field 'response' is missing; it needs what an assistant answered, as text or messages"
+            f"{row.place}: field 'response' is missing; it needs the assistant's answer, as text or messages"
         )
     if not response.strip():
         raise ValueError(f"{row.place}: field 'response' is empty, text is needed")
@@ -61,14 +61,14 @@ def check_kind(kind: Any) -> str:
 
 
 def _has_reference(task: str, fields: dict, reward: RewardConfig) -> bool:
-    """Returns whether a row holds what its task's grader compares with."""
+    """Returns whether a row has a field that its task's grader compares with."""
     if task in plugins.parse(reward.graders):
         return True
     return any(fields.get(name) not in (None, "") for name in references.NEEDS.get(task, references.ANY))
 
 
 def _conversation(fields: dict, problem: Problem) -> tuple[dict, ...]:
-    """Returns the row's messages where they are the prompt and the response, and another assistant turn stands among them."""
+    """Returns the row's messages if they end in the response and contain an earlier assistant turn, else ()."""
     spoken = fields.get("messages") or []
     earlier = [turn for turn in spoken[:-1] if turn["role"] == "assistant"]
     same = [(turn["role"], turn["content"]) for turn in spoken[:-1]] == list(problem.messages)
@@ -76,7 +76,7 @@ def _conversation(fields: dict, problem: Problem) -> tuple[dict, ...]:
 
 
 def right(drafts: Sequence[Draft], reward: RewardConfig, counts: Counts) -> list[Draft]:
-    """Returns the drafts without those that their row's own grader finds wrong; what cannot be graded stays. All are counted by task."""
+    """Returns the drafts that their task's grader does not find wrong; the verdicts are counted by task."""
     scores = grade(drafts, reward)
     verdicts = [
         UNGRADED
@@ -94,12 +94,13 @@ def right(drafts: Sequence[Draft], reward: RewardConfig, counts: Counts) -> list
 
 
 def remarks(path: str, drafts: Sequence[Draft], notes: Sequence[str]) -> list[str]:
-    """Returns one line each for how a file was read, thoughts that are missing or not closed, and rows that nothing grades."""
+    """Returns lines on how a file was read, thoughts that are missing or not closed, and rows that nothing grades."""
     lines = [f"{path}: {note}" for note in notes]
     if faults := turns.thoughts(draft.text for draft in drafts):
         listed = ", ".join(f"{cause}: {count}" for cause, count in faults.items())
         lines.append(
-            f"{path}: {sum(faults.values())} of {len(drafts)} responses lack exactly one closed <think>...</think> ({listed})"
+            f"{path}: {sum(faults.values())} of {len(drafts)} responses lack exactly one closed <think>...</think> "
+            f"({listed})"
         )
     if without := sum(not draft.task for draft in drafts):
         lines.append(

@@ -1,4 +1,4 @@
-"""Export a stage's result to a Hugging Face folder and check that what was written is what was trained."""
+"""Export a stage's result to a Hugging Face folder and check that the folder reads back as the trained model."""
 
 import json
 from pathlib import Path
@@ -19,16 +19,17 @@ from r1jax.models import decoder
 from r1jax.recipe import common, lineage, prompts
 from r1jax.schema import ComputeConfig, Config, DataConfig, ModelConfig, Network, replace
 
-# Of the run's config.json: what an export must agree with.
+# Fields of the run's config.json that an export takes over.
 RUN_FIELDS = ("model.", "compute.", "data.", "sampler.stop_ids")
 PATHS = ("model.checkpoint", "data.path", "distill.examples", "coldstart.teacher", "inputs", "checkpoint", "output")
-# A conversation as templates.flat writes it: system texts, then one turn as it is, or every turn under its role. A last
-# turn of the assistant is what such a prompt asks for, and no part of it.
+# A conversation as templates.flat writes it: system texts, then one turn unchanged, or every turn under its role. A
+# last turn of the assistant is left out: it is the answer to such a prompt.
 FLAT = (
     "{% set said = messages | rejectattr('role', 'equalto', 'system') | list %}"
     "{% if said and said[-1]['role'] == 'assistant' %}{% set said = said[:-1] %}{% endif %}"
     "{% for turn in messages if turn['role'] == 'system' %}{{ turn['content'] + '\\n\\n' }}{% endfor %}"
-    "{% for turn in said %}{{ turn['content'] if said | length == 1 else (turn['role'] | capitalize) + ': ' + turn['content'] }}"
+    "{% for turn in said %}{{ turn['content'] if said | length == 1 else (turn['role'] | capitalize) + ': ' + "
+    "turn['content'] }}"
     "{{ '' if loop.last else '\\n\\n' }}{% endfor %}"
 )
 # Puts TEXT before the last message where that is the user's.
@@ -43,7 +44,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     """Writes config.output from the stage folder config.checkpoint and verifies it.
 
     Returns the numbers of tensors, parameters and files, and the logit difference when verified. Raises ValueError
-    when a folder is not given, config.output exists, or what was written reads back differently.
+    when a folder is not given, config.output exists, or the folder reads back differently.
     """
     if not config.checkpoint or not config.output:
         raise ValueError("export_hf: give --config.checkpoint=STAGE_FOLDER and --config.output=NEW_FOLDER")
@@ -52,13 +53,13 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     if common.is_hugging_face(source):
         raise ValueError(f"{source} is a Hugging Face folder already, or no stage's folder; give a stage's folder")
     fields = run_fields(source)
-    own, tokenizer, mesh = common.prepare(stage_config(source, fields, config), source)
-    hf_export.check_dtype(own.model, config.export.dtype)
+    resolved, tokenizer, mesh = common.prepare(stage_config(source, fields, config), source)
+    hf_export.check_dtype(resolved.model, config.export.dtype)
     ends, pad = common.token_ids(tokenizer)
     tokenizer = Tokenizer(
-        tokenizer.backend, tokenizer.config, chat_template(own.stage, own.data, tokenizer), tokenizer.source
+        tokenizer.backend, tokenizer.config, chat_template(resolved.stage, resolved.data, tokenizer), tokenizer.source
     )
-    params = common.load_weights(own.model, mesh, str(source))
+    params = common.load_weights(resolved.model, mesh, str(source))
     figures: dict[str, float] = {"parameters": tree.count(params)}
     kind = config.export.dtype
 
@@ -67,10 +68,10 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
             figures["tensors"] = len(list(files))
         figures["files"] = len(list(folder.glob("*.safetensors")))
         if config.export.verify:
-            figures["logit_difference"] = verify(folder, params, own.network, mesh, kind)
+            figures["logit_difference"] = verify(folder, params, resolved.network, mesh, kind)
 
-    about = card(source, fields, target.name)
-    hf_export.save(target, params, own.model, tokenizer, kind, about, check=check, end_ids=ends, pad_id=pad)
+    card_text = card(source, fields, target.name)
+    hf_export.save(target, params, resolved.model, tokenizer, kind, card_text, check=check, end_ids=ends, pad_id=pad)
     checked = "not read back"
     if config.export.verify:
         moved = figures["logit_difference"]
@@ -93,43 +94,44 @@ def run_fields(folder: Path) -> dict:
 def stage_config(folder: Path, fields: dict, config: Config) -> Config:
     """Returns `config` with the model and the data of the run in `folder`, whose flat config is `fields`.
 
-    A folder that does not hold its tokenizer names the Hugging Face folder that does: config.model.checkpoint says where
-    that one has moved since.
+    If the tokenizer is in a Hugging Face folder that has moved since, config.model.checkpoint names that folder.
     """
     known = flatten(config)
-    wanted = {key: str(value) for key, value in fields.items() if key.startswith(RUN_FIELDS) and key in known}
+    overrides = {key: str(value) for key, value in fields.items() if key.startswith(RUN_FIELDS) and key in known}
     if config.model.checkpoint:
-        wanted["model.checkpoint"] = config.model.checkpoint
-    return override(config, wanted.items())
+        overrides["model.checkpoint"] = config.model.checkpoint
+    return override(config, overrides.items())
 
 
 def chat_template(stage: str, data: DataConfig, tokenizer: Tokenizer) -> str:
     """Returns the Jinja template that renders a conversation as the run's training did.
 
-    The tokenizer's own for `chat`; for the other templates one that writes it as one question (templates.flat). The last
-    user message begins with config.data.instruction. With config.data.think_prefill the generation prompt ends in `<think>`
-    and a line break.
+    For `chat` it is the tokenizer's own; for the other templates one that writes the conversation as one question
+    (templates.flat). The last user message begins with config.data.instruction. With config.data.think_prefill the
+    generation prompt ends in `<think>` and a line break.
     """
-    kind, opened, instruction = prompts.template(stage, data, tokenizer), data.think_prefill, data.instruction
-    told = INSTRUCTED.replace("TEXT", json.dumps(f"{instruction}\n", ensure_ascii=False)) if instruction else ""
+    kind, think_prefill, instruction = prompts.template(stage, data, tokenizer), data.think_prefill, data.instruction
+    before_turns = INSTRUCTED.replace("TEXT", json.dumps(f"{instruction}\n", ensure_ascii=False)) if instruction else ""
     if kind == "chat":
-        if not opened:
-            return told + tokenizer.chat_template
-        shut, open_ = (templates.render("1", kind, "", tokenizer.render_chat, prefilled) for prefilled in (False, True))
-        missing = json.dumps(open_.removeprefix(shut), ensure_ascii=False)
-        opening = f"{ASKED}{{{{ {missing} }}}}{{% endif %}}" if open_ != shut else ""
-        return told + tokenizer.chat_template + opening
-    parts = templates.render("\0", kind, think_prefill=opened).split("\0")
-    before, after = (f"{{{{ {json.dumps(part, ensure_ascii=False)} }}}}" if part else "" for part in parts)
-    return f"{told}{before}{FLAT}{after}"
+        if not think_prefill:
+            return before_turns + tokenizer.chat_template
+        without_think, with_think = (
+            templates.render("1", kind, "", tokenizer.render_chat, prefilled) for prefilled in (False, True)
+        )
+        missing = json.dumps(with_think.removeprefix(without_think), ensure_ascii=False)
+        opening = f"{ASKED}{{{{ {missing} }}}}{{% endif %}}" if with_think != without_think else ""
+        return before_turns + tokenizer.chat_template + opening
+    around = templates.render("\0", kind, think_prefill=think_prefill).split("\0")
+    before, after = (f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else "" for text in around)
+    return f"{before_turns}{before}{FLAT}{after}"
 
 
 def verify(folder: Path, params: decoder.Params, network: Network, mesh: Mesh, dtype: str) -> float:
     """Returns max |logit before - after| on random tokens, as a fraction of the largest logit; 0 for float32.
 
-    Reads the folder back with a second copy of the weights on the devices. Raises ValueError when a weight does not
-    have the bits of the one here after rounding to `dtype` (`fp8`: quantised and multiplied out again), or when
-    config.json describes a model that computes something else.
+    Reads the folder back, which needs a second copy of the weights on the devices. Raises ValueError when a weight is
+    not bit-equal to ours rounded to `dtype` (`fp8`: quantised and multiplied out again), or when the model of
+    config.json computes other logits.
     """
     model, compute = network.model, replace(network.compute, compute_dtype="float32")
     shape = hf_config.model_config(folder)
@@ -165,7 +167,7 @@ def _logits(params: decoder.Params, model: ModelConfig, compute: ComputeConfig, 
 
 
 def card(source: Path, fields: dict, name: str) -> str:
-    """Returns the model card of a run: its stage, the figures it measured, and the settings that are not defaults."""
+    """Returns the model card of a run: its stage, its measured figures, and the settings that are not defaults."""
     stage = fields.get("stage", source.name)
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {name}", ""]
     lines += [f"Trained with r1jax, stage `{stage}`, {fields.get('model.family')} architecture."]

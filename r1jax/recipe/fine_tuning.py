@@ -1,4 +1,4 @@
-"""What every SFT stage does: examples once, fine-tune resumably, evaluate start and end."""
+"""What every SFT stage does: collect examples once, fine-tune resumably, evaluate before and after."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -39,8 +39,10 @@ def run(
     if (figures := evaluate.finished(folder, inputs)) is not None:
         return figures
     resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
-    asked = prompts.load(resolved, tokenizer) if problems.given(resolved.data) or config.stage != "distill" else None
-    train, held_out = (asked.training.all, asked.held_out) if asked else ([], [])
+    stage_prompts = (
+        prompts.load(resolved, tokenizer) if problems.has_problems(resolved.data) or config.stage != "distill" else None
+    )
+    train, held_out = (stage_prompts.training.all, stage_prompts.held_out) if stage_prompts else ([], [])
     template_check.check(resolved.stage, resolved.data, resolved.reward, tokenizer, train or held_out)
     started, path = time.monotonic(), folder.path / EXAMPLES
     folder.start(inputs)
@@ -55,39 +57,39 @@ def run(
         rows, counts = collect(resolved, tokenizer, mesh, train, Path(workdir))
         if not rows:
             raise ValueError(
-                f"{config.stage}: no example passed the checks ({dict(counts)}); train the stage before longer, give easier "
-                "problems, or rows written by people (coldstart.sources)"
+                f"{config.stage}: no example passed the checks ({dict(counts)}); train the stage before longer, give "
+                "easier problems, or rows written by people (coldstart.sources)"
             )
         checkpoint.write_json(folder.path / COUNTS, counts)
         jsonl.write(path, rows)
     rows = jsonl.read(path)
-    every = [item for row in rows for item in sft_rows.items_of(row, resolved.stage, resolved.data, tokenizer)]
-    items = fitting(every, resolved.pack.row_tokens)
+    examples = [item for row in rows for item in sft_rows.items_of(row, resolved.stage, resolved.data, tokenizer)]
+    fitting_examples = fitting(examples, resolved.pack.row_tokens)
     params = lineage.start_weights(resolved, mesh, workdir)
-    trained, loss = fine_tune(resolved, mesh, items, params, folder)
-    tokens = sum(len(item.tokens) for item in items) * resolved.sft.epochs
+    trained, loss = fine_tune(resolved, mesh, fitting_examples, params, folder)
+    tokens = sum(len(item.tokens) for item in fitting_examples) * resolved.sft.epochs
     figures: dict[str, Any] = {
         "seconds": round(time.monotonic() - started, 1),
-        "examples": len(items),
+        "examples": len(fitting_examples),
         "tokens": tokens,
     }
-    figures |= {"loss": loss, "left_out": {TOO_LONG: len(every) - len(items)}}
+    figures |= {"loss": loss, "left_out": {TOO_LONG: len(examples) - len(fitting_examples)}}
     figures["compute"] = compute.of_fine_tuning(tokens, resolved.network)
-    if asked:
-        figures["data"] = asked.counts
-        figures |= evaluate.before_and_after(resolved, tokenizer, mesh, asked, trained, workdir, folder.path)
+    if stage_prompts:
+        figures["data"] = stage_prompts.counts
+        figures |= evaluate.before_and_after(resolved, tokenizer, mesh, stage_prompts, trained, workdir, folder.path)
     checkpoint.write_json(folder.path / "figures.json", figures)
     evaluate.write_report(config.stage, workdir, lineage.result_name(config.stage), figures)
     return folder.finish(figures, inputs, tree.digest(trained))
 
 
 def encode(rows: list[dict], stage: str, data: DataConfig, pack: PackConfig, tokenizer: Tokenizer) -> list[PackItem]:
-    """Returns the rows as training examples (sft_rows.items_of), of most rows one, those that fit as `fitting`."""
+    """Returns the training examples of rows (sft_rows.items_of; most rows give one) that fit (`fitting`)."""
     return fitting([item for row in rows for item in sft_rows.items_of(row, stage, data, tokenizer)], pack.row_tokens)
 
 
 def fitting(items: list[PackItem], limit: int) -> list[PackItem]:
-    """Returns the examples of at most `limit` tokens; others are left out, and said to be. Raises ValueError when none is left."""
+    """Returns the examples of at most `limit` tokens and prints how many are left out; ValueError when none is left."""
     kept = [item for item in items if len(item.tokens) <= limit]
     longest = max((len(item.tokens) for item in items), default=0)
     if not kept:
@@ -100,7 +102,7 @@ def fitting(items: list[PackItem], limit: int) -> list[PackItem]:
 
 
 def fine_tune(config: Config, mesh: Mesh, items: list[PackItem], params, folder: common.StageFolder):
-    """Returns (weights, last loss) after the configured epochs over the examples, each of which is trained in each."""
+    """Returns (weights, last loss) after the configured epochs; every epoch trains on every example."""
     settings = config.sft
     chosen = epochs.examples_of_updates(
         len(items), settings.epochs, settings.examples_per_update, config.stage, config.seed

@@ -1,4 +1,4 @@
-"""Stage 3's part without a rule: rows of people or other models, mixed by kind, with thoughts where an editor is set (P2 B.3.3)."""
+"""Stage 3's general examples: rows of people or other models, mixed by kind; an editor may add thoughts (P2 B.3.3)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,49 +17,50 @@ GENERAL, NO_KIND = "general", "no kind"
 
 
 def inputs(stage: str, rejection: RejectionConfig, judge: JudgeConfig) -> dict[str, str]:
-    """Returns {file or folder: digest} of config.rejection.general_path and of the editor. ValueError for a missing one."""
+    """Returns {path: digest} of config.rejection.general_path and the editor; ValueError for a missing one."""
     paths = problems.paths(rejection.general_path)
     return {path: files.digest(path) for path in paths} | judging.editor_inputs(stage, judge, rejection.editor)
 
 
-def chosen(config: Config, mesh: Mesh, wanted: int, counts: Counts) -> list[dict]:
-    """Returns `wanted` general examples, or as many as there are: rows of files, or the tiny world's that keep its rules.
+def chosen(config: Config, mesh: Mesh, count: int, counts: Counts) -> list[dict]:
+    """Returns `count` general examples, or fewer if there are fewer: rows of files, or the tiny world's good responses.
 
-    counts["general"] and counts["general by kind"] tell how many of each task and kind.
+    counts["general"] and counts["general by kind"] get the numbers by task and by kind.
     """
     if not problems.has_files(config.data) and not config.rejection.general_path:
-        rows = corpus.preferred(wanted, hash64(config.stage, config.seed, GENERAL) % 2**32)
+        rows = corpus.preferred(count, hash64(config.stage, config.seed, GENERAL) % 2**32)
         tally(counts, GENERAL, [GENERAL] * len(rows))
         return [row | {"provenance": {"teacher": "rules of the tiny world"}} for row in rows]
-    found = read(config.data, config.reward, config.rejection)
-    tally(counts, "general rows", (draft.problem.kind or NO_KIND for draft in found))
-    found = mixed(found, config.rejection.kind_weights(), wanted, hash64(config.stage, config.seed, "kinds"))
-    if config.rejection.editor and found:
-        found = editing.with_thoughts(
-            found, judging.load(config.stage, config.seed, config.judge, mesh), config.seed, config.judge, counts
+    drafts = read(config.data, config.reward, config.rejection)
+    tally(counts, "general rows", (draft.problem.kind or NO_KIND for draft in drafts))
+    drafts = mixed(drafts, config.rejection.kind_weights(), count, hash64(config.stage, config.seed, "kinds"))
+    if config.rejection.editor and drafts:
+        drafts = editing.with_thoughts(
+            drafts, judging.load(config.stage, config.seed, config.judge, mesh), config.seed, config.judge, counts
         )
-    tally(counts, GENERAL, (draft.task for draft in found))
-    tally(counts, "general by kind", (draft.problem.kind or NO_KIND for draft in found))
-    return [draft.row() for draft in found]
+    tally(counts, GENERAL, (draft.task for draft in drafts))
+    tally(counts, "general by kind", (draft.problem.kind or NO_KIND for draft in drafts))
+    return [draft.row() for draft in drafts]
 
 
 def read(data: DataConfig, reward: RewardConfig, rejection: RejectionConfig) -> list[Draft]:
-    """Returns the general rows with a response: those of task general in the files of problems, and all of config.rejection.general_path.
+    """Returns the general rows with a response: task general in the files of problems, and all rows of general_path.
 
-    Raises ValueError, with file and line, for a bad row and one of general_path without a response.
+    Raises ValueError, with file and line, for a bad row, and for one of config.rejection.general_path without a
+    response.
     """
-    found = []
+    drafts = []
     listed = [(path, data.task) for path in problems.paths(data.path)]
     listed += [(path, GENERAL) for path in problems.paths(data.general_path)]
     for path, task in listed:
         rows = [row for row in files.read(path, data.columns, data.max_rows).rows if row.fields.get("response")]
-        found += [_draft(row, path, reward) for row in rows if (row.fields.get("task") or task) == GENERAL]
+        drafts += [_draft(row, path, reward) for row in rows if (row.fields.get("task") or task) == GENERAL]
     for path in problems.paths(rejection.general_path):
         table = files.read(path, data.columns)
-        own = [_draft(row, path, reward) for row in table.rows]
+        file_drafts = [_draft(row, path, reward) for row in table.rows]
         say(*(f"{path}: {note}" for note in table.notes))
-        found += own
-    return found
+        drafts += file_drafts
+    return drafts
 
 
 def _draft(row: files.FileRow, path: str, reward: RewardConfig) -> Draft:
@@ -67,20 +68,21 @@ def _draft(row: files.FileRow, path: str, reward: RewardConfig) -> Draft:
     return dataclasses.replace(draft, problem=dataclasses.replace(draft.problem, task=GENERAL), gradable=False)
 
 
-def mixed(drafts: Sequence[Draft], weights: dict[str, float], wanted: int, key: int) -> list[Draft]:
-    """Returns `wanted` drafts, or as many as there are, whose kinds stand in the ratio of their weights; the first ones without weights.
+def mixed(drafts: Sequence[Draft], weights: dict[str, float], count: int, key: int) -> list[Draft]:
+    """Returns `count` drafts, or fewer if there are fewer, with kinds in proportion to their weights.
 
-    A kind with fewer rows than its share gives all of them and the others fill its place. Rows of a kind without a weight are left
-    out; the weight of software_engineering is also that of its sub-kinds without one of their own.
+    Without weights these are the first ones. If a kind has fewer rows than its share, all are taken and other kinds
+    make up for it. Rows of a kind without a weight are left out; sub-kinds of software_engineering without a weight
+    share its.
     """
     if not weights:
-        return list(drafts[:wanted])
+        return list(drafts[:count])
     by_kind: dict[str, list[Draft]] = {kind: [] for kind in KINDS if kind in weights}
     for draft in drafts:
         kind = draft.problem.kind if draft.problem.kind in weights else draft.problem.kind.split("/")[0]
         if kind in by_kind:
             by_kind[kind].append(draft)
-    taken = shares({kind: len(rows) for kind, rows in by_kind.items()}, weights, wanted)
+    taken = shares({kind: len(rows) for kind, rows in by_kind.items()}, weights, count)
     return [
         rows[place]
         for number, (kind, rows) in enumerate(by_kind.items())
@@ -88,12 +90,14 @@ def mixed(drafts: Sequence[Draft], weights: dict[str, float], wanted: int, key: 
     ]
 
 
-def shares(there: dict[str, int], weights: dict[str, float], wanted: int) -> dict[str, int]:
-    """Returns how many of each kind make `wanted` (or all that are there) nearest to the weights: one after the other, the kind that
-    lags behind its weight most."""
-    taken = dict.fromkeys(there, 0)
-    for _ in range(min(wanted, sum(there.values()))):
-        open_kinds = [kind for kind in there if taken[kind] < there[kind]]
-        least = min(open_kinds, key=lambda kind: (taken[kind] + 1) / weights[kind])
-        taken[least] += 1
+def shares(available: dict[str, int], weights: dict[str, float], count: int) -> dict[str, int]:
+    """Returns how many rows of each kind to take: `count` in total (or all available), in proportion to the weights.
+
+    Rows are allotted one by one, each to the kind that is furthest below its weight.
+    """
+    taken = dict.fromkeys(available, 0)
+    for _ in range(min(count, sum(available.values()))):
+        open_kinds = [kind for kind in available if taken[kind] < available[kind]]
+        lagging = min(open_kinds, key=lambda kind: (taken[kind] + 1) / weights[kind])
+        taken[lagging] += 1
     return taken

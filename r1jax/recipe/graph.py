@@ -1,4 +1,4 @@
-"""The recipe as a graph of stages: finished ones are skipped, stopped ones resumed, stale ones named, gates held."""
+"""The recipe as a graph of stages: finished ones are skipped, stopped ones resumed, stale ones refused."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ GRAPH: dict[str, tuple[str, ...]] = {
     "distill": ("stage3_rejection_sft",),
     "student_rl": (),
 }
-EXPORTED = ("stage4_all_scenarios", "distill")  # R1 and the student leave as Hugging Face folders
+EXPORTED = ("stage4_all_scenarios", "distill")  # R1 and the student are exported as Hugging Face folders
 COLUMNS = (
     *("checkpoint", "problems", "pass@1", "pass@1_se", "greedy", "mean_tokens", "truncated", "unscorable"),
     "reflective_per_response",
@@ -61,9 +61,9 @@ def run(config: Config, workdir: Path) -> dict:
         say(f"== {stage}")
         figures = stage_table.function(stage)(stages[stage], workdir)
         if awaited := figures.get("awaits"):
-            raise ValueError(f"{stage} waits for the verdicts in {awaited}; run again when they are there")
-        own_config = stages[stage]
-        hold_gate(own_config.stage, own_config.gate, workdir)
+            raise ValueError(f"{stage} waits for the verdicts in {awaited}; run again when they are complete")
+        stage_config = stages[stage]
+        hold_gate(stage_config.stage, stage_config.gate, workdir)
     if not set(EXPORTED) - {stage for stage in GRAPH if (workdir / stage / common.DONE).exists()}:
         export(stages, workdir)
     summary = summarize(workdir, round(time.monotonic() - started, 1))
@@ -81,7 +81,7 @@ def run(config: Config, workdir: Path) -> dict:
 def stage_configs(config: Config) -> dict[str, Config]:
     """Returns every stage's own config with what the graph hands to it and its overrides (STAGE.FIELD=VALUE).
 
-    Raises ValueError for an override that names no stage or field, and for a field of `config` that no stage would see.
+    Raises ValueError for an override that names no stage or field, and for a field of `config` that reaches no stage.
     """
     _refuse_unread(config)
     overrides: dict[str, list[tuple[str, str]]] = {stage: [] for stage in GRAPH}
@@ -97,14 +97,14 @@ def stage_configs(config: Config) -> dict[str, Config]:
             overrides[stage].append((field, value))
     result = {}
     for stage in GRAPH:
-        own = given.stage_config(config, f"{stage}:{sizes[stage]}")
-        result[stage] = configs.override(replace(own, rebuild_base=config.rebuild_base), overrides[stage])
+        stage_config = given.stage_config(config, f"{stage}:{sizes[stage]}")
+        result[stage] = configs.override(replace(stage_config, rebuild_base=config.rebuild_base), overrides[stage])
         stage_table.check(result[stage], configs.keys(overrides[stage]), also=stage_table.BY_GRAPH)
     return result
 
 
 def _refuse_unread(config: Config) -> None:
-    """Raises ValueError for a changed field that the graph hands to no stage."""
+    """Raises ValueError for a changed field that the graph passes to no stage."""
     usual = configs.flatten(configs.load(f"{config.stage}:{config.preset}"))
     for name, value in configs.flatten(config).items():
         if value != usual[name]:
@@ -133,14 +133,14 @@ def chosen_stages(config: Config) -> list[str]:
 
 
 def state(stage: str, stages: dict[str, Config], workdir: Path) -> str:
-    """Returns done, stale, stopped or missing, without running anything; a stage is stale until those before it are done."""
-    found = _own_state(stage, stages, workdir)
+    """Returns done, stale, stopped or missing, and runs nothing; a stage is stale if one before it is not done."""
+    own_state = _own_state(stage, stages, workdir)
     remade = any(state(name, stages, workdir) != "done" for name in GRAPH[stage])
-    return "stale" if found == "done" and remade else found
+    return "stale" if own_state == "done" and remade else own_state
 
 
 def _own_state(stage: str, stages: dict[str, Config], workdir: Path) -> str:
-    """Returns the state by the stage's own config and by the inputs that are there."""
+    """Returns the state by the stage's own config and by the inputs that exist now."""
     folder = common.StageFolder(stages[stage], workdir)
     marker = folder.path / common.DONE
     if not marker.exists():
@@ -150,9 +150,9 @@ def _own_state(stage: str, stages: dict[str, Config], workdir: Path) -> str:
 
 
 def listing(stages: dict[str, Config], workdir: Path) -> dict:
-    """Prints what is done, stale, stopped or missing and returns it by stage."""
+    """Prints and returns the state of every stage: done, stale, stopped or missing."""
     states = {stage: state(stage, stages, workdir) for stage in stages}
-    shown = [{"stage": stage, "state": found, "needs": ", ".join(GRAPH[stage])} for stage, found in states.items()]
+    shown = [{"stage": stage, "state": current, "needs": ", ".join(GRAPH[stage])} for stage, current in states.items()]
     table.render(shown, ("stage", "state", "needs"), str(workdir))
     return states
 
@@ -171,7 +171,10 @@ def hold_gate(stage: str, gate: GateConfig, workdir: Path) -> None:
 
 
 def summarize(workdir: Path, wall_s: float) -> dict:
-    """Returns {"checkpoints": {name: figures}, "reward_models": {name: held-out figures}, "wall_s": seconds} of what is done."""
+    """Returns {"checkpoints": {name: figures}, "reward_models": {name: held-out figures}, "wall_s": seconds}.
+
+    Only finished stages are included.
+    """
     checkpoints: dict[str, dict] = {}
     models: dict[str, dict] = {}
     for stage in GRAPH:
@@ -184,7 +187,7 @@ def summarize(workdir: Path, wall_s: float) -> dict:
             models[name] = figures["held_out"]
             continue
         if name not in figures:
-            continue  # it had no held-out problems
+            continue  # the stage had no held-out problems
         if stage == "r1_zero":
             checkpoints[lineage.BASE] = figures[lineage.BASE] | {"compute": 0.0}
         checkpoints[name] = figures[name] | {"compute": figures["compute"]}
@@ -220,7 +223,7 @@ def rows(summary: dict) -> list[dict]:
 
 
 def _refuse_unready(chosen: list[str], stages: dict[str, Config], workdir: Path, again: bool) -> None:
-    """Raises ValueError, before anything runs, for a stage that is missing or stale; `again`: the chosen are made anew."""
+    """Raises ValueError for a stage that is missing or stale; with `again` the chosen stages may be stale."""
     needed = {name for stage in chosen for name in GRAPH[stage]} - set(chosen)
     for name in (name for name in GRAPH if name in needed):
         if not (workdir / name / common.DONE).exists():

@@ -1,4 +1,4 @@
-"""What stages that ask a judge share: loading it, grading by it, and work on many rows that a stopped run does not lose."""
+"""What stages with a judge share: loading it, grading by it, and work on many rows that survives a stop."""
 
 import functools
 import hashlib
@@ -35,7 +35,7 @@ def require_judge(stage: str, judge: JudgeConfig) -> None:
 
 
 def editor_inputs(stage: str, judge: JudgeConfig, editor: str) -> dict[str, str]:
-    """Returns {folder: digest} of the model that a stage's editor (`judge`) is; {} without one. ValueError as `require_judge`."""
+    """Returns {folder: digest} of the editing model `judge`; {} without an editor. ValueError as `require_judge`."""
     if not editor:
         return {}
     require_judge(stage, judge)
@@ -46,13 +46,13 @@ def load(stage: str, seed: int, judge: JudgeConfig, mesh: Mesh) -> Judge:
     """Returns the judge of config.judge.checkpoint. Raises ValueError as `require_judge`."""
     require_judge(stage, judge)
     folder = judge.checkpoint
-    beside = Path(folder).parent if Path(folder).is_file() else Path(folder)
-    model = hf_config.model_config(beside)
-    words = tokenizer.from_folder(beside).stopping_at(judge.sampler.stop_ids)
-    compute = ComputeConfig(compute_dtype=judge.compute_dtype, vocab_used=tokenizer.vocab_used(model, words))
-    sampler = build_sampler(Network(model, compute), judge.sampler, mesh, words)
+    directory = Path(folder).parent if Path(folder).is_file() else Path(folder)
+    model = hf_config.model_config(directory)
+    judge_tokenizer = tokenizer.from_folder(directory).stopping_at(judge.sampler.stop_ids)
+    compute = ComputeConfig(compute_dtype=judge.compute_dtype, vocab_used=tokenizer.vocab_used(model, judge_tokenizer))
+    sampler = build_sampler(Network(model, compute), judge.sampler, mesh, judge_tokenizer)
     params = sampler.engine.load_params(hf.load(folder, model, mesh, jnp.dtype(compute.compute_dtype)))
-    return Judge(sampler, params, words, "chat" if words.chat_template else "plain", seed)
+    return Judge(sampler, params, judge_tokenizer, "chat" if judge_tokenizer.chat_template else "plain", seed)
 
 
 class JudgePool:
@@ -79,7 +79,7 @@ class JudgePool:
         return self._judge.counts.parse_rate if self._judge else 1.0
 
     def score(self, requests: Sequence[RewardRequest]) -> list[Score]:
-        """Returns one Score per request, in order; what the judge cannot decide is unscorable."""
+        """Returns one Score per request, in order; a request that the judge cannot decide is unscorable."""
         self._judge = self._judge or self._load()
         verdicts = self._judge.accuracy(requests)
         pairs = zip(requests, verdicts, strict=True)
@@ -87,8 +87,10 @@ class JudgePool:
 
 
 def work_key(config: Config, *models: str) -> str:
-    """Returns a digest of what work on the rows of config.data.path is made from: the settings, the rows, and the models, of
-    folders, "" for none."""
+    """Returns a digest of the inputs of work on the rows of config.data.path: settings, rows and models.
+
+    `models` are folders of checkpoints, "" for none.
+    """
     made_from = [common.file_digest(config.data.path)]
     made_from += [common.checkpoint_digest(folder) if folder else "" for folder in models]
     settings = config_hash(replace(config, output=""))
@@ -103,17 +105,17 @@ def in_parts(
     title: str,
     size: int = 0,
 ) -> list[dict]:
-    """Returns what `work` makes of the rows, `size` (or ROWS_PER_PART) at a time, one result a row, in order.
+    """Returns the results of `work` on the rows, `size` (or ROWS_PER_PART) at a time, one result a row, in order.
 
-    Each part is a file in `folder` until `finish_parts`; one that an earlier run with the same `key` left is read
-    instead of made again.
+    Each part is a file in `folder` until `finish_parts`; a part of an earlier run with the same `key` is read instead
+    of made again.
     """
-    kept = folder / f"parts-{key}"
+    parts_folder = folder / f"parts-{key}"
     results: list[dict] = []
     size = size or ROWS_PER_PART
     with Progress(title, len(rows)) as progress:
         for number, start in enumerate(range(0, len(rows), size)):
-            path = kept / f"{number:06d}.jsonl"
+            path = parts_folder / f"{number:06d}.jsonl"
             if not path.exists():
                 jsonl.write(path, work(list(rows[start : start + size])))
             results += jsonl.read(path)
@@ -122,13 +124,13 @@ def in_parts(
 
 
 def finish_parts(folder: Path) -> None:
-    """Removes the parts of all keys: their content is in the stage's output now."""
-    for kept in folder.glob("parts-*"):
-        shutil.rmtree(kept)
+    """Removes the parts of all keys, whose content is then in the stage's output."""
+    for parts_folder in folder.glob("parts-*"):
+        shutil.rmtree(parts_folder)
 
 
 def require_paths(stage: str, data: DataConfig, output: str) -> None:
-    """Raises ValueError without config.data.path or config.output, and in a run of several processes."""
+    """Raises ValueError if config.data.path or config.output is empty, and in a run of several processes."""
     hosts.require_one(stage)
     for name, value in (("data.path", data.path), ("output", output)):
         if not value:

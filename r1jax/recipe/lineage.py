@@ -1,4 +1,4 @@
-"""Where a stage's starting weights come from, which stages it needs, and what to do when one is missing."""
+"""Where a stage's starting weights come from, which stages it needs, and how a missing one is made."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ from r1jax.rewards import plugins
 from r1jax.rewards.models.reward_model import Kind
 from r1jax.schema import Config, RewardConfig, replace
 
-# What the result of each stage is called in tables and in summary.json.
+# The name of each stage's result in tables and in summary.json.
 RESULTS = {
     "stage0_base": "base",
     "r1_zero": "r1_zero",
@@ -38,19 +38,19 @@ REWARD_MODELS: dict[str, tuple[Kind, str]] = {
 
 
 def result_name(stage: str) -> str:
-    """Returns what this stage's result is called."""
+    """Returns the name of this stage's result."""
     return RESULTS.get(stage, stage)
 
 
 def base_name(input_preset: str) -> str:
-    """Returns what the base of this stage's preset is called among the evaluations: a student has another one."""
+    """Returns the name of this stage's base among the evaluations: a student has a base of its own."""
     return f"student_{BASE}" if input_preset else BASE
 
 
 def require(stage: str, config: Config, workdir: Path) -> Path:
-    """Returns the folder of a finished stage in `workdir`; a missing one is run first at the presets of the tiny world.
+    """Returns the folder of a finished stage in `workdir`; in the tiny world a missing stage is run first.
 
-    Raises ValueError with the command that makes it at the other sizes, and where a model or problems are given.
+    Raises ValueError with the command that runs the stage at the other sizes, and where a model or problems are given.
     """
     workdir = Path(config.inputs or workdir)
     folder, preset = workdir / stage, config.input_preset or config.preset
@@ -61,62 +61,74 @@ def require(stage: str, config: Config, workdir: Path) -> Path:
             f"{folder} is missing or unfinished; make it with: python -m r1jax.launch --config={stage}:{preset} "
             f"--workdir={workdir} and the same --config.data.path and --config.model.checkpoint"
         )
-    needed = configs.load(f"{stage}:{preset}")
-    needed = replace(needed, seed=config.seed, rebuild_base=config.rebuild_base, evaluation=config.evaluation)
-    stage_table.function(stage)(needed, workdir)
+    stage_config = configs.load(f"{stage}:{preset}")
+    stage_config = replace(
+        stage_config, seed=config.seed, rebuild_base=config.rebuild_base, evaluation=config.evaluation
+    )
+    stage_table.function(stage)(stage_config, workdir)
     return folder
 
 
 def output_digest(folder: Path) -> str:
-    """Returns the digest of a finished stage's result, as its DONE marker tells it."""
+    """Returns the digest of a finished stage's result, from its DONE marker."""
     return json.loads((folder / common.DONE).read_text())["output"]
 
 
-def digest_now(name: str, workdir: Path, usual: str) -> str:
-    """Returns the digest of what an input of a stage is now: a stage of `workdir`, a checkpoint or a file; `usual` for others,
-    and for what is not there."""
+def digest_now(name: str, workdir: Path, default: str) -> str:
+    """Returns the current digest of a stage's input: a stage of `workdir`, a checkpoint or a file.
+
+    Returns `default` for anything else and for an input that does not exist.
+    """
     if (workdir / name / common.DONE).exists():
         return output_digest(workdir / name)
     path = Path(name)
-    if not usual or name in RESULTS or not path.exists():
-        return usual
+    if not default or name in RESULTS or not path.exists():
+        return default
     if path.suffix == ".safetensors" or any((path / inside).exists() for inside in ("checkpoints", "config.json")):
         return common.checkpoint_digest(path)
     return files.digest(name)
 
 
 def inputs(config: Config, workdir: Path, compared: bool = True) -> dict[str, str]:
-    """Returns {what a stage is made from: digest of its content}: its start, its base, its problems, graders of the user's.
+    """Returns {input of a stage: digest of its content}: its start, its base, its problems, the user's own graders.
 
-    The stage that it starts from is run first when it is missing and can be made. `compared`: its result is compared with the
-    base, which is then an input of its figures also where config.model.checkpoint does not name it.
+    The stage that it starts from is run first if it is missing and can be made. With `compared` its result is compared
+    with the base, which is then an input of the figures even if config.model.checkpoint does not name it.
     """
-    found = {}
+    digests = {}
     if config.start:
-        found[config.start] = output_digest(require(config.start, config, workdir))
-    named, then = _base_of_start(config.start, config.inputs, workdir)
-    if base := config.model.checkpoint or (named if compared else ""):
-        found[base] = _base_digest(config.stage, config.start, base, named, then)
+        digests[config.start] = output_digest(require(config.start, config, workdir))
+    recorded_base, recorded_digest = _base_of_start(config.start, config.inputs, workdir)
+    if base := config.model.checkpoint or (recorded_base if compared else ""):
+        digests[base] = _base_digest(config.stage, config.start, base, recorded_base, recorded_digest)
     elif not config.start:
-        found[BASE] = ""
-    return found | problems.digests(config.data) | grader_digests(config.reward)
+        digests[BASE] = ""
+    return digests | problems.digests(config.data) | grader_digests(config.reward)
 
 
-def _base_digest(stage: str, start: str, base: str, named: str, then: str) -> str:
-    """Returns the digest of a stage's base; `named` is the one that its start was made from, `then` that one's digest.
+def _base_digest(stage: str, start: str, base: str, recorded_base: str, recorded_digest: str) -> str:
+    """Returns the digest of a stage's base; `recorded_base` and its digest are those that its start was made from.
 
-    Raises ValueError where the base is not there, or is another Hugging Face model than that one.
+    Raises ValueError when the base does not exist, or is a Hugging Face model that differs from the recorded one.
     """
-    if base == named and not Path(base).exists():
+    if base == recorded_base and not Path(base).exists():
         raise ValueError(
-            f"{stage}: {start} was made from {named}, which is not there; name its place with "
+            f"{stage}: {start} was made from {recorded_base}, which is not there; name its place with "
             "--config.model.checkpoint=DIR"
         )
     digest = common.checkpoint_digest(base)
-    if then and digest != then and not (Path(named).exists() and not common.is_hugging_face(named)):
-        now = "is another model by now" if base == named else f"is another model than config.model.checkpoint={base}"
+    if (
+        recorded_digest
+        and digest != recorded_digest
+        and not (Path(recorded_base).exists() and not common.is_hugging_face(recorded_base))
+    ):
+        now = (
+            "is another model by now"
+            if base == recorded_base
+            else f"is another model than config.model.checkpoint={base}"
+        )
         raise ValueError(
-            f"{stage}: {start} was made from {named}, which {now}; make {start} again from the base that "
+            f"{stage}: {start} was made from {recorded_base}, which {now}; make {start} again from the base that "
             "counts, or give the one that it was made from with --config.model.checkpoint=DIR"
         )
     return digest
@@ -124,20 +136,20 @@ def _base_digest(stage: str, start: str, base: str, named: str, then: str) -> st
 
 def grader_digests(reward: RewardConfig) -> dict[str, str]:
     """Returns {file or module: digest of its source} of the graders of config.reward.graders."""
-    found = {}
+    digests = {}
     for target in plugins.parse(reward.graders).values():
         name = target.rpartition(":")[0]
         try:
             path = name if name.endswith(".py") else getattr(importlib.util.find_spec(name), "origin", None)
         except (ImportError, ValueError):
-            continue  # plugins.check says what is wrong with it
+            continue  # plugins.check raises the error
         if path and Path(path).is_file():
-            found[name] = common.file_digest(path)
-    return found
+            digests[name] = common.file_digest(path)
+    return digests
 
 
 def start_folder(config: Config, workdir: Path) -> Path | None:
-    """Returns the folder of the stage whose result this one starts from, None where it starts from a base."""
+    """Returns the folder of the stage whose result this one starts from, None if it starts from a base."""
     return require(config.start, config, workdir) if config.start else None
 
 
@@ -150,9 +162,8 @@ def start_weights(config: Config, mesh, workdir: Path) -> Any:
 
 
 def base_weights(config: Config, mesh, workdir: Path) -> Any:
-    """Returns the base a stage compares itself with: config.model.checkpoint, else the preset's own base model.
-
-    A stage that starts from another one, without either, is compared with the base that one names in its config.json.
+    """Returns the base that a stage's result is compared with: config.model.checkpoint, else the base that the stage it
+    starts from names in its config.json, else the preset's own base model.
     """
     source = config.model.checkpoint or _base_of_start(config.start, config.inputs, workdir)[0]
     if source:
@@ -168,8 +179,8 @@ def base_weights(config: Config, mesh, workdir: Path) -> Any:
 
 
 def _base_of_start(start: str, inputs: str, workdir: Path) -> tuple[str, str]:
-    """Returns (config.model.checkpoint of the run that config.start was, or of the nearest one before it that names one; its
-    digest then), "" for what is not known."""
+    """Returns (base, digest of it then) of the run that made config.start, or of the nearest earlier one that names a
+    base in config.model.checkpoint; "" for what is not known."""
     if not start:
         return "", ""
     folder = Path(inputs or workdir) / start
@@ -191,19 +202,19 @@ def _base_of_run(folder: Path) -> tuple[str, str]:
 
 
 def reward_model_folders(config: Config, workdir: Path) -> dict[str, Path]:
-    """Returns {task: folder} of the reward models that config.scenarios uses, running a stage when it is missing.
+    """Returns {task: folder} of the reward models that config.scenarios uses; a missing stage is run first.
 
-    Raises ValueError for a folder that holds no finished stage.
+    Raises ValueError for a folder without a finished stage.
     """
-    found = {}
+    folders = {}
     for task, (_, field) in REWARD_MODELS.items():
         name = getattr(config.scenarios, field)
         if not name or config.scenarios.from_update < 0:
             continue
-        found[task] = require(name, config, workdir) if name in RESULTS else Path(name)
-        if not (found[task] / common.DONE).exists():
+        folders[task] = require(name, config, workdir) if name in RESULTS else Path(name)
+        if not (folders[task] / common.DONE).exists():
             raise ValueError(f"{name} holds no finished reward model; give a folder of reward_helpful or reward_safety")
-    return found
+    return folders
 
 
 def reward_models(config: Config, workdir: Path) -> dict[str, str]:

@@ -32,15 +32,15 @@ CURVES = ("accuracy", "length", "reflective_words")
 
 
 def run(config: Config, workdir: Path) -> dict:
-    """Trains, resuming where it was stopped, evaluates start and end on held-out problems and returns the figures."""
+    """Trains, resuming a stopped run, evaluates base and result on held-out problems and returns the figures."""
     folder = common.StageFolder(config, workdir)
     folder.check()
     inputs = lineage.inputs(config, workdir) | lineage.reward_models(config, workdir)
     if (figures := evaluate.finished(folder, inputs)) is not None:
         return figures
     resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
-    asked = prompts.load(resolved, tokenizer)
-    template_check.check(resolved.stage, resolved.data, resolved.reward, tokenizer, asked.training.all)
+    stage_prompts = prompts.load(resolved, tokenizer)
+    template_check.check(resolved.stage, resolved.data, resolved.reward, tokenizer, stage_prompts.training.all)
     if notice := jetstream.notice():
         say(notice)
     if losses.k1_in_loss(config.grpo):
@@ -52,12 +52,12 @@ def run(config: Config, workdir: Path) -> dict:
             resolved,
             tokenizer,
             mesh,
-            asked.training,
+            stage_prompts.training,
             params,
             folder.path,
-            later(resolved, tokenizer, asked),
+            later(resolved, tokenizer, stage_prompts),
             on_update=lambda update, row, timing: progress.update(update, **shown(row, timing)),
-            describe=lambda texts: describe(texts, asked.source.reflective_words),
+            describe=lambda texts: describe(texts, stage_prompts.source.reflective_words),
             reward_models=load_reward_models(
                 resolved, tokenizer, sampler_mesh(resolved.mode, resolved.sampler_mesh, mesh), workdir
             ),
@@ -75,13 +75,13 @@ def run(config: Config, workdir: Path) -> dict:
         write_curves(folder.path)
     figures: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1), "updates": resolved.grpo.updates}
     figures["programs"] = training.run.programs.counts()
-    figures["data"] = asked.counts
+    figures["data"] = stage_prompts.counts
     figures["compute"] = hosts.decide(
         lambda: compute.of_policy_training(read(folder.path), resolved.network, resolved.grpo)
     )
     figures["split"] = hosts.decide(time_split, folder.path)
-    figures |= evaluate.before_and_after(resolved, tokenizer, mesh, asked, trained, workdir, folder.path)
-    if asked.held_out:
+    figures |= evaluate.before_and_after(resolved, tokenizer, mesh, stage_prompts, trained, workdir, folder.path)
+    if stage_prompts.held_out:
         figures["ratios"] = ratios(figures[lineage.BASE], figures[name])
     checkpoint.write_json(folder.path / "figures.json", figures)
     evaluate.write_report(config.stage, workdir, name, figures)
@@ -99,10 +99,10 @@ def make_training(
     objective: Objective | None = None,
     **more,
 ) -> Training:
-    """Returns the parts of a run on the devices of config.mode; ValueError when the sampler's are not there.
+    """Returns the parts of a run on the devices of config.mode; ValueError when the sampler's devices do not exist.
 
-    `later` is (update, sources, weights): the mixture of prompts from that update on, in place of `training`. Without an
-    `objective` it is the one of config.grpo.advantage. `more` are further fields of RunInputs.
+    `later` is (update, sources, weights): the mixture of prompts from that update on, in place of `training`. Without
+    an `objective`, config.grpo.advantage chooses it. `more` are further fields of RunInputs.
     """
     if config.mode == "disaggregated":
         hosts.require_one("config.mode=disaggregated")
@@ -113,49 +113,51 @@ def make_training(
 
 
 def sampler_mesh(mode: str, sampler_mesh: MeshConfig, mesh: Mesh) -> Mesh:
-    """Returns where rollouts are drawn and judged: the trainer's mesh, or in mode disaggregated the devices behind it."""
+    """Returns the mesh of the sampler and the reward models: the trainer's, or the devices after it (disaggregated)."""
     if mode == "colocated":
         return mesh
     return sharding.make_mesh(sampler_mesh, jax.devices()[mesh.size :], "sampler_mesh")
 
 
-def later(config: Config, tokenizer: Tokenizer, asked: prompts.StagePrompts):
-    """Returns (update, prompt sources, weights) of the part with general and safety prompts, or None without one.
+def later(config: Config, tokenizer: Tokenizer, stage_prompts: prompts.StagePrompts):
+    """Returns (update, prompt sources, weights) of the mixture with general and safety prompts, or None without one.
 
-    Raises ValueError when there are no such prompts, or nothing rewards them: rows of files need a reward model, or a grader of
-    config.reward.graders.
+    Raises ValueError when there are no such prompts, or nothing rewards them: rows of files need a reward model, or a
+    grader of config.reward.graders.
     """
     scenarios = config.scenarios
     if scenarios.from_update < 0:
         return None
-    found = {"general": asked.source.general(), "safety": asked.source.safety()}
-    own = plugins.parse(config.reward.graders)
-    for task, some in found.items():
-        if not some:
+    scenario_problems = {"general": stage_prompts.source.general(), "safety": stage_prompts.source.safety()}
+    custom_graders = plugins.parse(config.reward.graders)
+    for task, problems in scenario_problems.items():
+        if not problems:
             raise ValueError(
-                f"{config.stage}: no row of task {task} for config.scenarios.from_update={scenarios.from_update}; give some "
-                f"in config.data.path or config.data.{task}_path, or set it to -1"
+                f"{config.stage}: no row of task {task} for config.scenarios.from_update={scenarios.from_update}; give "
+                f"some in config.data.path or config.data.{task}_path, or set it to -1"
             )
         field = lineage.REWARD_MODELS[task][1]
-        if asked.source.inputs and not getattr(scenarios, field) and task not in own:
+        if stage_prompts.source.inputs and not getattr(scenarios, field) and task not in custom_graders:
             raise ValueError(
                 f"{config.stage}: nothing rewards the rows of task {task}; name a reward model with "
                 f"--config.scenarios.{field}=FOLDER, or a grader with --config.reward.graders={task}=FILE.py:FUNCTION"
             )
-    rest = 1 - scenarios.general_fraction - scenarios.safety_fraction
-    weights = [weight * rest / sum(asked.training.weights) for weight in asked.training.weights]
+    reasoning_fraction = 1 - scenarios.general_fraction - scenarios.safety_fraction
+    weights = [
+        weight * reasoning_fraction / sum(stage_prompts.training.weights) for weight in stage_prompts.training.weights
+    ]
     sources = [
-        *asked.training.sources,
+        *stage_prompts.training.sources,
         *(
-            prompts.encode(some, config.stage, config.model, config.data, config.sampler, tokenizer)
-            for some in found.values()
+            prompts.encode(problems, config.stage, config.model, config.data, config.sampler, tokenizer)
+            for problems in scenario_problems.values()
         ),
     ]
     return scenarios.from_update, sources, (*weights, scenarios.general_fraction, scenarios.safety_fraction)
 
 
 def load_reward_models(config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) -> dict[str, RewardModel]:
-    """Returns the reward model of each task that config.scenarios names one for; {} without those prompts."""
+    """Returns the reward models that config.scenarios names, by task; {} without general and safety prompts."""
     return {
         task: reward_models.load(folder, lineage.REWARD_MODELS[task][0], tokenizer, mesh, config.pack, config.model)
         for task, folder in lineage.reward_model_folders(config, workdir).items()
@@ -163,7 +165,7 @@ def load_reward_models(config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir
 
 
 def describe(texts: list[str], words: Sequence[str] = ()) -> dict[str, float]:
-    """Returns the behaviour figures of a rollout's texts; `words` are reflective ones beside those of the paper."""
+    """Returns the behaviour figures of a rollout's texts; `words` are reflective words besides the paper's."""
     counts = [reflective_count(text, words) for text in texts]
     return {"reflective_words": sum(counts) / max(len(counts), 1)}
 

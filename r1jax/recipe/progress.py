@@ -1,4 +1,4 @@
-"""Live progress of a stage: a rich line on a terminal, plain lines now and then elsewhere."""
+"""Live progress of a stage: a progress bar on a terminal, elsewhere a plain line every few seconds."""
 
 import time
 
@@ -13,7 +13,7 @@ PLAIN_INTERVAL_S = 15.0
 
 
 class Progress:
-    """Shows how far a counted piece of work has come, with its latest figures; of several processes, process 0 does."""
+    """Shows how far a counted piece of work has come, with its latest figures (process 0 only)."""
 
     def __init__(self, title: str, total: int, done: int = 0):
         self.title, self.total, self.done = title, total, done

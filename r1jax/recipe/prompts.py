@@ -15,13 +15,13 @@ from r1jax.recipe import problems
 from r1jax.rl.rollout import EncodedPrompt, Mixture
 from r1jax.schema import Config, DataConfig, ModelConfig, SamplerConfig
 
-# Stages that train a base model by RL alone: they ask it as R1-Zero was asked, whatever template its tokenizer ships.
+# Stages that train a base model by RL alone: they use R1-Zero's template, whatever template the tokenizer ships.
 FROM_BASE = ("r1_zero", "student_rl", "ppo_baseline")
 
 
 @dataclass(frozen=True)
 class StagePrompts:
-    """What a stage asks: the prompts to train on, those to evaluate, and the source they come from."""
+    """The prompts of a stage: those to train on, those to evaluate, and the source that they come from."""
 
     source: ProblemSource
     training: Mixture
@@ -35,27 +35,31 @@ def load(config: Config, tokenizer: Tokenizer) -> StagePrompts:
     Raises ValueError for a bad file, an empty split, a window that is too short, or no source of problems.
     """
     source = _source(config, tokenizer)
-    parts, weights = source.training()
+    problem_lists, weights = source.training()
     training = Mixture(
-        [encode(part, config.stage, config.model, config.data, config.sampler, tokenizer) for part in parts], weights
+        [
+            encode(problems, config.stage, config.model, config.data, config.sampler, tokenizer)
+            for problems in problem_lists
+        ],
+        weights,
     )
     held_out = encode(source.held_out(), config.stage, config.model, config.data, config.sampler, tokenizer)
-    asked = [*(problem for part in parts for problem in part), *source.held_out()]
-    left_out = {"too_long": _fewer(asked, [*training.all, *held_out])}
+    all_problems = [*(problem for problems in problem_lists for problem in problems), *source.held_out()]
+    left_out = {"too_long": _left_out_by_task(all_problems, [*training.all, *held_out])}
     return StagePrompts(source, training, held_out, {**source.counts, "left_out": left_out})
 
 
 def load_held_out(config: Config, tokenizer: Tokenizer) -> StagePrompts:
-    """Returns the prompts of an evaluation, which trains on none."""
+    """Returns the held-out prompts for an evaluation, without training prompts."""
     source = _source(config, tokenizer)
     held_out = encode(source.held_out(), config.stage, config.model, config.data, config.sampler, tokenizer)
-    left_out = {"too_long": _fewer(source.held_out(), held_out)}
+    left_out = {"too_long": _left_out_by_task(source.held_out(), held_out)}
     return StagePrompts(source, Mixture([]), held_out, {**source.counts, "left_out": left_out})
 
 
-def _fewer(asked: Sequence[Problem], kept: Sequence[EncodedPrompt]) -> dict[str, int]:
-    """Returns {task: how many of its problems were not kept}."""
-    return dict(Counter(problem.task for problem in asked) - Counter(prompt.problem.task for prompt in kept))
+def _left_out_by_task(problems: Sequence[Problem], kept: Sequence[EncodedPrompt]) -> dict[str, int]:
+    """Returns {task: number of its problems that were not kept}."""
+    return dict(Counter(problem.task for problem in problems) - Counter(prompt.problem.task for prompt in kept))
 
 
 def _source(config: Config, tokenizer: Tokenizer) -> ProblemSource:
@@ -66,7 +70,11 @@ def _source(config: Config, tokenizer: Tokenizer) -> ProblemSource:
 
 
 def template(stage: str, data: DataConfig, tokenizer: Tokenizer) -> str:
-    """Returns the template in force: as configured, else the tiny world's own, R1-Zero's for RL on a base, chat or r1_zero."""
+    """Returns the template in force.
+
+    If config.data.template is auto: the tiny world's own there, r1_zero for RL on a base model, else chat if the
+    tokenizer has a chat template, else r1_zero.
+    """
     if data.template != "auto":
         return data.template
     if data.world == "tiny" and not problems.has_files(data):
@@ -83,47 +91,47 @@ def render(prompt: str | Sequence[Message], stage: str, data: DataConfig, tokeni
 
 
 def ids_of(text: str, stage: str, data: DataConfig, tokenizer: Tokenizer) -> list[int]:
-    """Returns the ids of a rendered prompt: a chat template writes its own bos token, other prompts get the tokenizer's, once."""
+    """Returns the ids of a rendered prompt with one bos token: the chat template's, else the tokenizer's."""
     return tokenizer.encode(text) if template(stage, data, tokenizer) == "chat" else tokenizer.encode_prompt(text)
 
 
 def encode(
-    asked: Sequence[Problem],
+    problems: Sequence[Problem],
     stage: str,
     model: ModelConfig,
     data: DataConfig,
     sampler: SamplerConfig,
     tokenizer: Tokenizer,
 ) -> list[EncodedPrompt]:
-    """Returns the prompts as ids; those over config.sampler.max_prompt_tokens are left out, and said to be.
+    """Returns the prompts as ids; prints how many exceed config.sampler.max_prompt_tokens and leaves them out.
 
-    Raises ValueError when none is left or more than config.data.max_left_out of them are, and when a prompt and a full
-    response exceed the positions of the model.
+    Raises ValueError when none is left, when a larger share than config.data.max_left_out is left out, and when a
+    prompt with a full response exceeds the positions of the model.
     """
-    limit, new = sampler.max_prompt_tokens, sampler.max_new_tokens
+    limit, max_new_tokens = sampler.max_prompt_tokens, sampler.max_new_tokens
     encoded, longest = [], 0
-    for problem in asked:
+    for problem in problems:
         text = render(problem.prompt, stage, data, tokenizer)
         ids = ids_of(text, stage, data, tokenizer)
         longest = max(longest, len(ids))
         if len(ids) <= limit:
             encoded.append(EncodedPrompt(problem, np.asarray(ids, np.int32), templates.prefill(text)))
-    dropped = len(asked) - len(encoded)
-    if asked and not encoded:
+    dropped = len(problems) - len(encoded)
+    if problems and not encoded:
         raise ValueError(
-            f"all {len(asked)} prompts exceed config.sampler.max_prompt_tokens={limit} (longest {longest}); raise it"
+            f"all {len(problems)} prompts exceed config.sampler.max_prompt_tokens={limit} (longest {longest}); raise it"
         )
-    if dropped > data.max_left_out * len(asked):
+    if dropped > data.max_left_out * len(problems):
         raise ValueError(
-            f"{dropped} of {len(asked)} prompts exceed config.sampler.max_prompt_tokens={limit} (longest {longest}); raise "
-            f"it, or raise config.data.max_left_out={data.max_left_out} to go on without them"
+            f"{dropped} of {len(problems)} prompts exceed config.sampler.max_prompt_tokens={limit} (longest "
+            f"{longest}); raise it, or raise config.data.max_left_out={data.max_left_out} to go on without them"
         )
     if dropped:
-        say(f"{dropped} of {len(asked)} prompts exceed {limit} tokens, left out")
+        say(f"{dropped} of {len(problems)} prompts exceed {limit} tokens, left out")
     kept = max((len(prompt.ids) for prompt in encoded), default=0)
-    if kept + new > model.max_position_embeddings:
+    if kept + max_new_tokens > model.max_position_embeddings:
         raise ValueError(
-            f"a prompt of {kept} tokens and config.sampler.max_new_tokens={new} exceed the model's "
+            f"a prompt of {kept} tokens and config.sampler.max_new_tokens={max_new_tokens} exceed the model's "
             f"max_position_embeddings={model.max_position_embeddings}; lower config.sampler.max_new_tokens or "
             "config.sampler.max_prompt_tokens"
         )

@@ -1,4 +1,4 @@
-"""The check by people: examples go into a file, verdicts come back from it (P2 B.3.2)."""
+"""The check by people: examples are written into a file, and verdicts are read from it (P2 B.3.2)."""
 
 import dataclasses
 import hashlib
@@ -17,16 +17,16 @@ DRAFTS = "drafts.json"  # in the stage's folder: the examples that wait for verd
 
 
 class Awaited(Exception):
-    """The examples wait for people's verdicts; the message says where and what to do."""
+    """Raised when examples wait for people's verdicts; the message names the file and what to do."""
 
 
 def inputs(path: str) -> dict[str, str]:
-    """Returns {path: digest of the verdicts}, the digest empty until there is a file; {} without a review."""
+    """Returns {path: digest of the verdicts}, "" if the file does not exist yet; {} without a review."""
     return {path: files.digest(path) if Path(path).exists() else ""} if path else {}
 
 
 def kept(config: Config, workdir: Path) -> tuple[list[Draft], Counts] | None:
-    """Returns (drafts, counts) that an earlier run with the same config and inputs has left to be reviewed, None without any."""
+    """Returns (drafts, counts) that an earlier run with the same config and inputs wrote for review, or None."""
     path = Path(workdir) / config.stage / DRAFTS
     if not path.exists():
         return None
@@ -47,16 +47,16 @@ def ask(drafts: Sequence[Draft], counts: Counts, config: Config, workdir: Path) 
     ]
     jsonl.write(path, rows)
     raise Awaited(
-        f"{config.stage}: {len(rows)} examples wait for review in {path}: set each row's verdict to accept, reject or edit (the "
-        "new response in 'edit') and run the same command again"
+        f"{config.stage}: {len(rows)} examples wait for review in {path}: set each row's verdict to accept, reject or "
+        "edit (the new response in 'edit') and run the same command again"
     )
 
 
 def apply(drafts: Sequence[Draft], stage: str, coldstart: ColdStartConfig, counts: Counts) -> list[Draft]:
-    """Returns the drafts that people accepted, or have edited, as their file says; the verdicts are counted by task.
+    """Returns the drafts that people accepted or edited in their file, and counts the verdicts by task.
 
-    Raises ValueError, with file and line, for a verdict that is none, a row of no draft or of one that reads otherwise, and drafts
-    without a row; Awaited where rows have no verdict yet.
+    Raises ValueError, with file and line, for an invalid verdict, a row that matches no draft or has another text, and
+    a draft without a row; Awaited if rows have no verdict yet.
     """
     path = coldstart.review
     waiting, verdicts = dict(_named(drafts)), {}
@@ -64,12 +64,12 @@ def apply(drafts: Sequence[Draft], stage: str, coldstart: ColdStartConfig, count
         place, name, verdict = f"{path}, line {line}", str(row["id"]), row.get("verdict") or ""
         draft = waiting.get(name)
         if draft is None or name in verdicts:
-            why = "stands there twice" if draft else "is no example of this run"
+            why = "has two rows" if draft else "is no example of this run"
             raise ValueError(f"{place}: {name!r} {why}; remove the file to have the examples written again")
         if row["response"] != draft.text:
             raise ValueError(
-                f"{place} ({name}): 'response' is not the example's; a new text goes into 'edit', and a file of older examples "
-                "must be removed"
+                f"{place} ({name}): 'response' is not the example's; a new text goes into 'edit', and a file of older "
+                "examples must be removed"
             )
         if verdict and verdict not in VERDICTS:
             raise ValueError(f"{place} ({name}): field 'verdict' is {verdict!r}, it must be accept, reject or edit")
@@ -83,35 +83,35 @@ def apply(drafts: Sequence[Draft], stage: str, coldstart: ColdStartConfig, count
         )
     if unread := sum(not verdict for verdict, _ in verdicts.values()):
         raise Awaited(
-            f"{stage}: {unread} of {len(waiting)} examples in {path} have no verdict yet; set accept, reject or edit and run "
-            "the same command again"
+            f"{stage}: {unread} of {len(waiting)} examples in {path} have no verdict yet; set accept, reject or edit "
+            "and run the same command again"
         )
     for name in VERDICTS:
         tally(
             counts, f"review: {name}", (waiting[key].task for key, (verdict, _) in verdicts.items() if verdict == name)
         )
-    found = []
+    reviewed = []
     for name, (verdict, text) in verdicts.items():
         if verdict != "reject":
-            told = waiting[name].provenance | {"review": verdict}
+            provenance = waiting[name].provenance | {"review": verdict}
             text = text.strip() if verdict == "edit" else waiting[name].text
-            found.append(dataclasses.replace(waiting[name], text=text, provenance=told))
-    return found
+            reviewed.append(dataclasses.replace(waiting[name], text=text, provenance=provenance))
+    return reviewed
 
 
 def _named(drafts: Sequence[Draft]) -> list[tuple[str, Draft]]:
-    """Returns (a name of its own, draft): the problem's id, and a number where it has several drafts."""
+    """Returns (unique name, draft): the name is the problem's id, with a number if it has several drafts."""
     seen: dict[str, int] = {}
-    found = []
+    named = []
     for draft in drafts:
         number = seen[draft.problem.id] = seen.get(draft.problem.id, 0) + 1
-        found.append((draft.problem.id if number == 1 else f"{draft.problem.id}#{number}", draft))
-    return found
+        named.append((draft.problem.id if number == 1 else f"{draft.problem.id}#{number}", draft))
+    return named
 
 
 def _key(config: Config, workdir: Path) -> str:
-    """Returns a digest of the stage's config and of its inputs but the verdicts."""
+    """Returns a digest of the stage's config and of its inputs except the verdicts."""
     folder = common.StageFolder(config, workdir)
-    given = json.loads((folder.path / common.INPUTS).read_text(encoding="utf-8"))["inputs"]
-    given.pop(config.coldstart.review, None)
-    return hashlib.sha256(json.dumps([folder.hash, given], sort_keys=True).encode()).hexdigest()
+    input_digests = json.loads((folder.path / common.INPUTS).read_text(encoding="utf-8"))["inputs"]
+    input_digests.pop(config.coldstart.review, None)
+    return hashlib.sha256(json.dumps([folder.hash, input_digests], sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What both reward model stages do: examples once, a scalar head on the start's weights, held-out figures; and loading one."""
+"""What both reward model stages do: make examples, train a scalar head on the start's weights, evaluate; and `load`."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ from r1jax.train import epochs, frozen, reward, step
 from r1jax.train.reward import Unit
 
 KINDS: dict[str, Kind] = {"reward_helpful": "helpful", "reward_safety": "safety"}  # stage -> kind of reward model
-WHOLE = "whole"  # the model put together again, where a part of it was frozen
+WHOLE = "whole"  # folder of the whole model, if a part of it was frozen in training
 NOTHING, TOO_LONG = "with nothing to judge", "longer than pack allows"  # why an example is left out
 CENTER_UNITS = 256  # training pairs whose mean score is the center of a helpful model
 COLUMNS = (
@@ -45,9 +45,9 @@ COLUMNS = (
 
 
 def run(config: Config, workdir: Path) -> dict:
-    """Trains, resuming where it was stopped, and returns the figures; `held_out` are those on prompts never trained on.
+    """Trains, resuming a stopped run, and returns the figures; `held_out` are those on prompts never trained on.
 
-    Raises ValueError, before anything is written, for bad data or a shape that cannot be cut as asked.
+    Raises ValueError, before anything is written, for bad data or an impossible number of frozen blocks.
     """
     kind = KINDS[config.stage]
     folder = common.StageFolder(config, workdir)
@@ -64,8 +64,8 @@ def run(config: Config, workdir: Path) -> dict:
     path = folder.path / common.EXAMPLES
     rows = (
         []
-        if path.exists() or _is_written(resolved.data)
-        else given_rows(resolved.stage, resolved.preset, resolved.data, kind)
+        if path.exists() or _generates_examples(resolved.data)
+        else file_rows(resolved.stage, resolved.preset, resolved.data, kind)
     )
     if blocks := config.reward_model.frozen_blocks:
         frozen.shapes(network, blocks)
@@ -80,14 +80,15 @@ def run(config: Config, workdir: Path) -> dict:
     sides = [[i for i in range(len(rows)) if fitting[i] and rows[i]["held_out"] == held] for held in (False, True)]
     if not all(sides):
         raise ValueError(
-            f"{config.stage}: {len(sides[0])} examples to train on and {len(sides[1])} held out, {fitting.count(False)} of "
-            f"{len(rows)} do not fit {config.pack.rows_per_micro_batch} rows of config.pack.row_tokens="
-            f"{config.pack.row_tokens} tokens; give more, or raise it or config.data.holdout_fraction"
+            f"{config.stage}: {len(sides[0])} examples to train on and {len(sides[1])} held out, "
+            f"{fitting.count(False)} of {len(rows)} do not fit {config.pack.rows_per_micro_batch} rows of "
+            f"config.pack.row_tokens={config.pack.row_tokens} tokens; give more, or raise it or "
+            "config.data.holdout_fraction"
         )
     left_out = {NOTHING: units.count(None), TOO_LONG: fitting.count(False) - units.count(None)}
     if any(left_out.values()):
-        told = ", ".join(f"{count} {why}" for why, count in left_out.items())
-        say(f"{config.stage}: of {len(rows)} examples left out: {told}")
+        listed = ", ".join(f"{count} {why}" for why, count in left_out.items())
+        say(f"{config.stage}: of {len(rows)} examples left out: {listed}")
     folder.start(inputs)
     common.write_model(folder.path, resolved.model, resolved.data, tokenizer, text_format.template)
     if not path.exists():
@@ -97,28 +98,28 @@ def run(config: Config, workdir: Path) -> dict:
     scorer = make_scorer(trained, network, mesh, text_format, tokenizer, config.pack)
     figures: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1), "examples": len(train), "loss": loss}
     figures |= {"left_out": left_out, "held_out": evaluate(scorer, held_out, [rows[i] for i in sides[1]])}
-    some = keyed_permutation(len(train), hash64(config.stage, config.seed, "center"))[:CENTER_UNITS]
-    center = _center(scorer, [train[i] for i in some]) if kind == "helpful" else 0.0
+    center_indices = keyed_permutation(len(train), hash64(config.stage, config.seed, "center"))[:CENTER_UNITS]
+    center = _center(scorer, [train[i] for i in center_indices]) if kind == "helpful" else 0.0
     write_record(folder.path, kind, network, text_format, config.reward_model, center)
     checkpoint.write_json(folder.path / "figures.json", figures)
     show({config.stage: figures["held_out"]})
     return folder.finish(figures, inputs, tree.digest(trained))
 
 
-def _is_written(data: DataConfig) -> bool:
-    """Returns whether the stage draws and ranks its examples itself, as it can in the tiny world."""
+def _generates_examples(data: DataConfig) -> bool:
+    """Returns whether the stage samples and ranks its examples itself, as in the tiny world."""
     return data.world == "tiny" and not data.path
 
 
-def given_rows(stage: str, preset: str, data: DataConfig, kind: Kind) -> list[dict]:
-    """Returns the rows of config.data.path, having said how they were read."""
-    rows, notes = reward_examples.read(given_data(stage, preset, data), kind)
+def file_rows(stage: str, preset: str, data: DataConfig, kind: Kind) -> list[dict]:
+    """Returns the rows of config.data.path and prints notes on how they were read."""
+    rows, notes = reward_examples.read(require_path(stage, preset, data), kind)
     say(*(f"{data.path}: {note}" for note in notes))
     return rows
 
 
-def given_data(stage: str, preset: str, data: DataConfig) -> str:
-    """Returns config.data.path. Raises ValueError where it is empty."""
+def require_path(stage: str, preset: str, data: DataConfig) -> str:
+    """Returns config.data.path. Raises ValueError if it is empty."""
     if not data.path:
         raise ValueError(
             f"{stage}: config.data.path is empty, and {stage}:{preset} has no examples of "
@@ -151,7 +152,7 @@ def chosen_examples(
 
 
 def _unit(row: dict, kind: Kind, text_format: TextFormat, tokenizer: Tokenizer) -> Unit | None:
-    """Returns what the loss reads of a row, None where one of its responses has nothing to judge."""
+    """Returns the unit that the loss reads for a row, None if a response of it has nothing to judge."""
     names = ("chosen", "rejected") if kind == "helpful" else ("response",)
     read = (text_format.ids(row["prompt"], row[name], tokenizer) for name in names)
     sequences = tuple(ids for ids in read if ids is not None)
@@ -194,37 +195,39 @@ def fit(
 def _with_features(
     units: list[Unit], lower: decoder.Params, network: Network, stage: str, pack: PackConfig, mesh: Mesh
 ) -> list[Unit]:
-    """Returns the units with what the frozen blocks make of them."""
+    """Returns the units with the outputs of the frozen blocks."""
     flat = [ids for unit in units for ids in unit.sequences]
     params = tree.cast(lower, jnp.dtype(network.compute.compute_dtype))
     with Progress(f"{stage} features", len(flat)) as progress:
-        made = iter(frozen.features(params, network, flat, pack, mesh, progress.update))
-    return [dataclasses.replace(unit, features=tuple(next(made) for _ in unit.sequences)) for unit in units]
+        outputs = iter(frozen.features(params, network, flat, pack, mesh, progress.update))
+    return [dataclasses.replace(unit, features=tuple(next(outputs) for _ in unit.sequences)) for unit in units]
 
 
 def evaluate(scorer: RewardModel, units: list[Unit], rows: Sequence[dict]) -> dict:
-    """Returns the figures of held-out units, and those of each source where the rows name several."""
+    """Returns the figures of held-out units, and those of each source if the rows name several."""
     ends = [0]
     for unit in units:
         ends.append(ends[-1] + len(unit.sequences))
     scores = scorer.scores([ids for unit in units for ids in unit.sequences])
 
-    def figures(some: list[int]) -> dict:
-        asked = [rows[i]["prompt"] or rows[i]["response"] for i in some]
-        lengths = [[len(ids) for ids in units[i].sequences] for i in some]
+    def figures(indices: list[int]) -> dict:
+        prompts_of = [rows[i]["prompt"] or rows[i]["response"] for i in indices]
+        lengths = [[len(ids) for ids in units[i].sequences] for i in indices]
         if scorer.text_format.kind == "helpful":
-            two = [scores[ends[i] : ends[i] + 2] for i in some]
-            return preference.of_pairs(*zip(*two, strict=True), *zip(*lengths, strict=True), asked)
-        own = [scores[ends[i]] for i in some]
-        return preference.of_labels(own, [units[i].positive[0] for i in some], [n for (n,) in lengths], asked)
+            pair_scores = [scores[ends[i] : ends[i] + 2] for i in indices]
+            return preference.of_pairs(*zip(*pair_scores, strict=True), *zip(*lengths, strict=True), prompts_of)
+        label_scores = [scores[ends[i]] for i in indices]
+        return preference.of_labels(
+            label_scores, [units[i].positive[0] for i in indices], [n for (n,) in lengths], prompts_of
+        )
 
-    found = figures(list(range(len(units))))
+    result = figures(list(range(len(units))))
     sources = sorted({row["source"] for row in rows})
     if len(sources) > 1:
-        found["sources"] = {
+        result["sources"] = {
             name: figures([i for i, row in enumerate(rows) if row["source"] == name]) for name in sources
         }
-    return found
+    return result
 
 
 def _center(scorer: RewardModel, units: list[Unit]) -> float:
@@ -234,8 +237,8 @@ def _center(scorer: RewardModel, units: list[Unit]) -> float:
 def show(models: Mapping[str, dict]) -> None:
     """Prints the held-out figures of reward models by name."""
     rows = [
-        {"model": name, "examples": found.get("pairs", found.get("responses")), **found}
-        for name, found in models.items()
+        {"model": name, "examples": figures.get("pairs", figures.get("responses")), **figures}
+        for name, figures in models.items()
     ]
     if rows:
         table.render(rows, COLUMNS, "reward models on held-out prompts")
@@ -250,7 +253,7 @@ def make_scorer(
     size: PackConfig,
     center: float = 0.0,
 ) -> RewardModel:
-    """Returns the scorer of weights, copied in the dtype they compute in."""
+    """Returns the reward model with these weights, copied in the compute dtype."""
     specs = decoder.specs(network.model, network.scalar_head)
     copy = tree.copier(network.compute.compute_dtype, sharding.spec_shardings(specs, mesh))
     rows, tokens = size.rows_per_micro_batch, size.row_tokens
@@ -260,7 +263,7 @@ def make_scorer(
 def write_record(
     folder: Path, kind: Kind, network: Network, text_format: TextFormat, reward_model: RewardModelConfig, center: float
 ) -> None:
-    """Writes what `load` reads beside the weights."""
+    """Writes the settings that `load` reads besides the weights."""
     record: dict[str, Any] = {"kind": kind, "reading": dataclasses.asdict(text_format)}
     record |= {"model": dataclasses.asdict(network.model), "compute": dataclasses.asdict(network.compute)}
     record |= {"weights": WHOLE if reward_model.frozen_blocks else "checkpoints", "center": center}
@@ -270,22 +273,24 @@ def write_record(
 def load(
     folder: Path, kind: Kind, tokenizer: Tokenizer, mesh: Mesh, size: PackConfig, policy: ModelConfig
 ) -> RewardModel:
-    """Returns the finished reward model of a stage's folder, which reads with the tokenizer of the policy.
+    """Returns the finished reward model of a stage's folder, which uses the tokenizer of the policy.
 
-    Raises ValueError when the folder holds none, one of the other kind, or one whose tokens are not the policy's.
+    Raises ValueError if the folder has none, one of the other kind, or one whose tokens differ from the policy's.
     """
     record = hosts.decide(_record, Path(folder), kind, name=f"the reward model of {folder}")
     model = common.model_of(record["model"])
     compute = common.known_fields(ComputeConfig, record["model"] | record.get("compute", {}))  # once one with the model
     if model.vocab_size != policy.vocab_size:
         raise ValueError(
-            f"{folder}: a reward model of {model.vocab_size} tokens cannot read a policy of {policy.vocab_size}; train it "
-            "from a checkpoint with the policy's tokenizer"
+            f"{folder}: a reward model of {model.vocab_size} tokens cannot read a policy of {policy.vocab_size}; train "
+            "it from a checkpoint with the policy's tokenizer"
         )
-    if (own := Path(folder) / common.MODEL).is_dir() and (token := _other_token(own, tokenizer)) is not None:
+    if (model_folder := Path(folder) / common.MODEL).is_dir() and (
+        token := _first_different_token(model_folder, tokenizer)
+    ) is not None:
         raise ValueError(
-            f"{folder}: id {token} is another token to this reward model than to the policy; train it from a checkpoint with "
-            "the policy's tokenizer"
+            f"{folder}: id {token} is another token to this reward model than to the policy; train it from a "
+            "checkpoint with the policy's tokenizer"
         )
     store = checkpoint.CheckpointStore(Path(folder) / record["weights"])
     target = sharding.abstract(decoder.specs(model, scalar_head=True), jnp.float32, mesh)
@@ -298,13 +303,13 @@ def load(
     return make_scorer(params, network, mesh, TextFormat(**record["reading"]), tokenizer, size, record["center"])
 
 
-def _other_token(folder: Path, tokenizer: Tokenizer) -> int | None:
-    """Returns the first id that is not the same text to the tokenizer of a folder as to another, None where all are."""
-    own = from_folder(folder)
-    size = max(own.vocab_size, tokenizer.vocab_size)
+def _first_different_token(folder: Path, tokenizer: Tokenizer) -> int | None:
+    """Returns the first id that a folder's tokenizer decodes to another text than `tokenizer` does, or None."""
+    folder_tokenizer = from_folder(folder)
+    size = max(folder_tokenizer.vocab_size, tokenizer.vocab_size)
     texts = (
         [words.decode([index]) if index < words.vocab_size else None for index in range(size)]
-        for words in (own, tokenizer)
+        for words in (folder_tokenizer, tokenizer)
     )
     return next((index for index, (one, other) in enumerate(zip(*texts, strict=True)) if one != other), None)
 

@@ -25,7 +25,7 @@ FOURIER_PERIODS = (2, 3, 5, 7, 9, 10, 20, 50, 100, 200)
 def run(config: Config, workdir: Path) -> dict:
     """Pretrains, resuming from the newest checkpoint, and returns the final loss and the seconds spent.
 
-    With config.output the finished base is also written there as one file, which is how the shipped bases are made.
+    With config.output the finished base is also written there as one file; the shipped bases are made in this way.
     """
     output, config = config.output, replace(config, output="")
     figures = pretrain(config, workdir)
@@ -35,7 +35,7 @@ def run(config: Config, workdir: Path) -> dict:
 
 
 def pretrain(config: Config, workdir: Path) -> dict:
-    """Returns the figures of the finished base in `workdir/stage0_base`, training it if need be."""
+    """Returns the figures of the base in `workdir/stage0_base`, which is trained first unless it is finished."""
     folder = common.StageFolder(config, workdir)
     if (figures := folder.finished({})) is not None:
         return figures
@@ -63,7 +63,7 @@ def pretrain(config: Config, workdir: Path) -> dict:
 def packed_corpus(
     seed: int, settings: PretrainConfig, row_tokens: int, tokenizer: Tokenizer
 ) -> tuple[list[list[int]], list[PackItem]]:
-    """Returns (rows of item numbers, items): the whole corpus packed once, so that a row is always the same."""
+    """Returns (rows of item numbers, items): the whole corpus, packed once so that rows do not change."""
     texts = corpus.documents(settings.corpus_documents, seed, settings.drill_fraction)
     items = []
     for text in texts:
@@ -107,7 +107,7 @@ def _order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def initial_params(seed: int, model: ModelConfig, pretrain: PretrainConfig, mesh: Mesh) -> decoder.Params:
-    """Returns random weights; number tokens start from sines of the number when the config says so."""
+    """Returns random weights; with config.pretrain.fourier_numbers number tokens start from sines of the number."""
     params = sharding.initialize(decoder.specs(model), rng.key(seed, "stage0_base", "init"), jnp.float32, mesh)
     if pretrain.fourier_numbers:
         params = with_fourier_numbers(params, model)
@@ -115,7 +115,7 @@ def initial_params(seed: int, model: ModelConfig, pretrain: PretrainConfig, mesh
 
 
 def with_fourier_numbers(params: decoder.Params, model: ModelConfig) -> decoder.Params:
-    """Returns the parameters with number embeddings (and their output columns) that know the numbers' order and residues."""
+    """Returns the parameters with number embeddings and output columns that encode the numbers' order and residues."""
     vocabulary = tasks.vocabulary()
     first, count = vocabulary.index("0"), tasks.MAX_NUMBER + 1
     angle = 2 * np.pi * np.arange(count)[:, None] / np.asarray(FOURIER_PERIODS)
@@ -131,9 +131,9 @@ def with_fourier_numbers(params: decoder.Params, model: ModelConfig) -> decoder.
 
 
 def base_key(config: Config) -> str:
-    """Returns the hash of what a shipped base depends on: shape, corpus settings, optimiser, packing, losses beside and seed 0."""
-    beside = [config.auxiliary] if config.auxiliary != AuxiliaryConfig() else []
-    return common.shape_hash(config.model, config.pretrain, config.optimizer, config.pack, *beside)
+    """Returns a hash of what a shipped base depends on: shape, corpus, optimiser, packing and auxiliary losses."""
+    auxiliary = [config.auxiliary] if config.auxiliary != AuxiliaryConfig() else []
+    return common.shape_hash(config.model, config.pretrain, config.optimizer, config.pack, *auxiliary)
 
 
 def asset_path(preset: str) -> Path:
@@ -141,17 +141,17 @@ def asset_path(preset: str) -> Path:
 
 
 def base_params(config: Config, base: Config, mesh: Mesh, workdir: Path) -> decoder.Params:
-    """Returns the base model: the shipped one when it fits `base` (the stage0_base config), else a freshly trained one."""
+    """Returns the base model: the shipped one if it fits `base` (the stage0_base config), else a newly trained one."""
     path = asset_path(config.preset)
     if not config.rebuild_base and path.exists() and common.asset_metadata(path).get("key") == base_key(base):
         return common.load_asset(path, config.model, mesh)
-    folder = Path(workdir) / f"base_{config.preset}"  # teacher and student have one each
+    folder = Path(workdir) / f"base_{config.preset}"  # teacher and student have different bases
     pretrain(base, folder)
     return common.load_weights(config.model, mesh, str(folder / base.stage))
 
 
 def write_asset(config: Config, workdir: Path, path: Path) -> None:
-    """Writes the finished base of `workdir` as one safetensors file that knows what it was made from."""
+    """Writes the finished base of `workdir` as one safetensors file with the key of its config."""
     config, _, mesh = common.prepare(config)
     params = common.load_weights(config.model, mesh, str(Path(workdir) / config.stage))
     common.save_asset(path, params, {"key": base_key(config), "preset": config.preset})

@@ -1,4 +1,4 @@
-"""Stage 1, cold start: good traces, edited and checked again, teach the base to reason readably (SFT)."""
+"""Stage 1, cold start: SFT of the base on good traces that were edited and checked again, for readable reasoning."""
 
 import dataclasses
 from pathlib import Path
@@ -21,9 +21,10 @@ CHANGED = "answers that the edit changed"
 
 
 def run(config: Config, workdir: Path) -> dict:
-    """Makes the examples (and R1-Zero first where it can be made), fine-tunes the base on them and evaluates.
+    """Makes the examples (after R1-Zero, if that is missing and can be made), fine-tunes the base on them and
+    evaluates.
 
-    Where config.coldstart.review waits for verdicts, it says so and returns {"awaits": that file}.
+    If config.coldstart.review waits for verdicts, it prints that and returns {"awaits": that file}.
     """
     settings = config.coldstart
     made_here = TEACHER in settings.sources and not settings.teacher
@@ -41,21 +42,21 @@ def run(config: Config, workdir: Path) -> dict:
 
 
 def inputs(stage: str, coldstart: ColdStartConfig, judge: JudgeConfig) -> dict[str, str]:
-    """Returns {what examples are made from: digest} of the models and files that config.coldstart names; ValueError for a missing one."""
-    settings, found = coldstart, {}
+    """Returns {model or file: digest} of those that config.coldstart names; ValueError for a missing one."""
+    settings, digests = coldstart, {}
     prompted = {"few_shot", "direct"} & {*settings.sources}
     for folder, used in ((settings.teacher, TEACHER in settings.sources), (settings.prompted_model, prompted)):
         if folder and used:
-            found[folder] = common.checkpoint_digest(folder)
+            digests[folder] = common.checkpoint_digest(folder)
     if settings.examples:
-        found[settings.examples] = files.digest(settings.examples)
-    return found | judging.editor_inputs(stage, judge, settings.editor) | review.inputs(settings.review)
+        digests[settings.examples] = files.digest(settings.examples)
+    return digests | judging.editor_inputs(stage, judge, settings.editor) | review.inputs(settings.review)
 
 
 def collect(
     config: Config, tokenizer: Tokenizer, mesh: Mesh, train: list[EncodedPrompt], workdir: Path
 ) -> tuple[list[dict], Counts]:
-    """Returns (examples with their provenance, how many of each task every check let through) (P2 B.3.2)."""
+    """Returns (examples with their provenance, how many of each task passed every check) (P2 B.3.2)."""
     settings = config.coldstart
     kept = review.kept(config, workdir) if settings.review else None
     drafts, counts = kept or _make(config, tokenizer, mesh, train, workdir)
@@ -78,17 +79,17 @@ def _make(
 ) -> tuple[list[Draft], Counts]:
     """Returns (drafts of all sources, edited, right and capped; counts)."""
     settings, counts = config.coldstart, {}
-    found = []
+    by_source = []
     for source in settings.sources:
         if source == PEOPLE:
-            found.append(people(config.data, config.reward, config.coldstart, counts))
+            by_source.append(people(config.data, config.reward, config.coldstart, counts))
         else:
-            found.append(_sampled(source, config, tokenizer, mesh, train, workdir, counts))
-    editor = judging.load(config.stage, config.seed, config.judge, mesh) if settings.editor and any(found) else None
+            by_source.append(_sampled(source, config, tokenizer, mesh, train, workdir, counts))
+    editor = judging.load(config.stage, config.seed, config.judge, mesh) if settings.editor and any(by_source) else None
     drafts = [
         draft
-        for own in found
-        for draft in _edited(own, editor, config.seed, config.reward, config.coldstart, config.judge, counts)
+        for source_drafts in by_source
+        for draft in _edited(source_drafts, editor, config.seed, config.reward, config.coldstart, config.judge, counts)
     ]
     tally(counts, "rewritten", (draft.task for draft in drafts))
     drafts = _right_again(drafts, config.reward, config.coldstart, counts, "right again", edited=bool(settings.editor))
@@ -123,24 +124,26 @@ def _sampled(
     if source == TEACHER:
         folder = Path(settings.teacher) if settings.teacher else lineage.require(TEACHER, config, workdir)
         teacher = teachers.load(config, mesh, folder, TEACHER)
-        drawn = teachers.sampled(teacher, mesh, train, settings.prompts, settings.samples_per_prompt, temperature=1.0)
+        responses = teachers.sampled(
+            teacher, mesh, train, settings.prompts, settings.samples_per_prompt, temperature=1.0
+        )
     else:
         teacher = teachers.prompted(config, tokenizer, mesh, workdir)
         examples = _worked(config.data, config.reward, config.coldstart) if source == "few_shot" else []
-        drawn = teachers.answered(teacher, mesh, train, source, examples)
+        responses = teachers.answered(teacher, mesh, train, source, examples)
     checks = traces.basic_checks(settings.min_language_consistency)
-    if settings.editor:  # it translates: the language is looked at after it
+    if settings.editor:  # the editor translates, so the language is checked after it
         checks = [check for check in checks if check[0] != traces.ONE_LANGUAGE]
     samples = settings.samples_per_prompt
     return [
-        Draft(response.problem, response.text, {"source": source} | told | {"edited": False})
-        for number, response in traces.passing(drawn, checks, counts)
-        for told in [traces.source(teacher.name, number, samples, response.text)]
+        Draft(response.problem, response.text, {"source": source} | provenance | {"edited": False})
+        for number, response in traces.passing(responses, checks, counts)
+        for provenance in [traces.source(teacher.name, number, samples, response.text)]
     ]
 
 
 def _worked(data: DataConfig, reward: RewardConfig, coldstart: ColdStartConfig) -> list[tuple[str, str]]:
-    """Returns (question, whole turn) of the examples for few-shot prompting: those of the file, else our own."""
+    """Returns (question, whole turn) of the examples for few-shot prompting: the file's, else the built-in ones."""
     if not coldstart.examples:
         return teachers.worked_examples(reward.extraction)
     rows, _ = example_files.read(coldstart.examples, data, reward)
@@ -156,30 +159,31 @@ def _edited(
     judge: JudgeConfig,
     counts: Counts,
 ) -> list[Draft]:
-    """Returns the drafts of one source after its editor: the tiny world's rules for its own problems, the model for others.
+    """Returns the drafts of one source after editing: by the tiny world's rules for its own problems, else by a model.
 
-    The model writes sampled traces anew and adds thoughts to people's replies that nothing grades; what else people wrote stays.
+    The model rewrites sampled traces and adds thoughts to people's replies that nothing grades; other texts of people
+    stay unchanged.
     """
     if not drafts or drafts[0].provenance["source"] == PEOPLE:
         replies = [draft for draft in drafts if not draft.gradable]
         others = [draft for draft in drafts if draft.gradable]
         return others + (editing.with_thoughts(replies, editor, seed, judge, counts) if editor and replies else replies)
-    own = [draft for draft in drafts if draft.problem.source == tasks.SOURCE]
+    tiny_world = [draft for draft in drafts if draft.problem.source == tasks.SOURCE]
     others = [draft for draft in drafts if draft.problem.source != tasks.SOURCE]
-    found = [edited for draft in own if (edited := _tidied(draft)) is not None]
+    tidied = [edited for draft in tiny_world if (edited := _tidied(draft)) is not None]
     if editor and others:
-        return found + editing.rewrite(others, editor, seed, reward, judge, counts, coldstart.keep_unedited)
-    return found + [dataclasses.replace(draft, text=draft.text.strip()) for draft in others]
+        return tidied + editing.rewrite(others, editor, seed, reward, judge, counts, coldstart.keep_unedited)
+    return tidied + [dataclasses.replace(draft, text=draft.text.strip()) for draft in others]
 
 
 def _tidied(draft: Draft) -> Draft | None:
-    """Returns a trace of the tiny world in one clean layout, None where it is no chain of true checks."""
+    """Returns a trace of the tiny world in one clean layout, None if it is no chain of true checks."""
     problem = draft.problem
     text = rewrite.tidy(problem.text, draft.text, problem.language)
     if text is None or not rewrite.is_sound(problem.text, text):
         return None
-    told = draft.provenance | {"edited": text != draft.text}
-    return dataclasses.replace(draft, text=text, provenance=told)
+    provenance = draft.provenance | {"edited": text != draft.text}
+    return dataclasses.replace(draft, text=text, provenance=provenance)
 
 
 def _right_again(
@@ -190,10 +194,11 @@ def _right_again(
     name: str,
     edited: bool = False,
 ) -> list[Draft]:
-    """Returns the drafts whose text, as it is now, is right and well formed by their own task's grader.
+    """Returns the drafts whose current text is right and well formed by their own task's grader.
 
-    What nothing can grade stays, and people need not keep to the form. After a model's edit (`edited`) a trace must also be of one
-    language, and answers that the edit changed are counted. `counts` gets how many drafts there are under `name`.
+    Drafts that nothing can grade are kept, and texts of people may have another form. After a model's edit (`edited`)
+    a trace must also be of one language, and answers that the edit changed are counted. `counts[name]` is set to the
+    number of drafts returned.
     """
     scores = grade(drafts, reward)
     pairs = list(zip(drafts, scores, strict=True))
@@ -201,9 +206,9 @@ def _right_again(
         written = [(draft, score) for draft, score in pairs if score and draft.provenance["edited"]]
         tally(counts, CHANGED, (draft.task for draft, score in written if score.parts["accuracy"] != 1.0))
     least = coldstart.min_language_consistency if edited else 0.0
-    found = [draft for draft, score in pairs if _is_good(draft, score, least)]
-    tally(counts, name, (draft.task for draft in found))
-    return found
+    right = [draft for draft, score in pairs if _is_good(draft, score, least)]
+    tally(counts, name, (draft.task for draft in right))
+    return right
 
 
 def _is_good(draft: Draft, score: Score | None, least_language: float) -> bool:

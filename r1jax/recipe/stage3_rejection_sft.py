@@ -1,4 +1,4 @@
-"""Stage 3: rejection sampling from the reasoning model, mixed with general data, teaches the base again (SFT)."""
+"""Stage 3: SFT of the base on rejection-sampled traces of the reasoning model, mixed with general data."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core.say import say
 from r1jax.evals.benchmarks import Response
-from r1jax.recipe import fine_tuning, general_rows, lineage, teachers, traces, wider_pool
+from r1jax.recipe import fine_tuning, general_rows, judged_prompts, lineage, teachers, traces
 from r1jax.recipe.drafts import Counts, Draft, counts_line, tally
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config, RejectionConfig
@@ -17,8 +17,8 @@ TEACHER = "stage2_reasoning_rl"
 
 
 def run(config: Config, workdir: Path) -> dict:
-    """Samples Dev2, keeps what passes, mixes general data in, fine-tunes the base (not Dev2) and evaluates."""
-    files = wider_pool.inputs(config.stage, config.rejection, config.judge) | general_rows.inputs(
+    """Samples Dev2, keeps good traces, adds general data, fine-tunes the base (not Dev2) and evaluates."""
+    files = judged_prompts.inputs(config.stage, config.rejection, config.judge) | general_rows.inputs(
         config.stage, config.rejection, config.judge
     )
     return fine_tuning.run(config, workdir, (TEACHER,), collect, files)
@@ -27,21 +27,21 @@ def run(config: Config, workdir: Path) -> dict:
 def collect(
     config: Config, tokenizer: Tokenizer, mesh: Mesh, train: list[EncodedPrompt], workdir: Path
 ) -> tuple[list[dict], Counts]:
-    """Returns (examples with their provenance, how many of each task every check let through) (P2 B.3.3)."""
+    """Returns (examples with their provenance, how many of each task passed every check) (P2 B.3.3)."""
     settings, counts = config.rejection, {}
     teacher = teachers.load(config, mesh, lineage.require(TEACHER, config, workdir))
     samples = settings.samples_per_prompt
-    drawn = teachers.sampled(teacher, mesh, train, settings.prompts, samples, settings.temperature)
-    drawn += wider_pool.sample(teacher.config, teacher.tokenizer, mesh, teacher.params, counts)
+    responses = teachers.sampled(teacher, mesh, train, settings.prompts, samples, settings.temperature)
+    responses += judged_prompts.sample(teacher.config, teacher.tokenizer, mesh, teacher.params, counts)
     checks = [*traces.basic_checks(settings.min_language_consistency), *readable(settings)]
     drafts = [
         Draft(response.problem, response.text, traces.source(teacher.name, number, samples, response.text))
-        for number, response in traces.passing(drawn, checks, counts)
+        for number, response in traces.passing(responses, checks, counts)
     ]
     drafts = traces.capped(drafts, settings.max_examples_per_prompt, row_of=Draft.row)
     tally(counts, "kept", (draft.task for draft in drafts))
-    wanted = round(len(drafts) * settings.general_fraction / (1 - settings.general_fraction))
-    general = general_rows.chosen(config, mesh, wanted, counts)
+    num_general = round(len(drafts) * settings.general_fraction / (1 - settings.general_fraction))
+    general = general_rows.chosen(config, mesh, num_general, counts)
     say(counts_line(config.stage, counts))
     return [draft.row() for draft in drafts] + general, counts
 
@@ -49,7 +49,7 @@ def collect(
 def readable(settings: RejectionConfig) -> list[traces.Check]:
     """Returns the checks for long paragraphs and code blocks in the thinking; the paper gives no thresholds.
 
-    A program in the answer is no block of the thinking: rows of task code ask for one.
+    Programs in the answer are allowed, because rows of task code ask for them.
     """
 
     def short(response: Response) -> bool:
@@ -64,5 +64,5 @@ def readable(settings: RejectionConfig) -> list[traces.Check]:
 
 
 def thinking(response: Response) -> str:
-    """Returns what stands before the end of the thought."""
+    """Returns the text before the end of the thought."""
     return response.text.split("</think>")[0]

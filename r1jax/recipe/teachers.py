@@ -1,4 +1,4 @@
-"""Models whose responses become examples: each with its own shape, tokenizer and template, whatever the stage's are."""
+"""Models whose responses become examples; each has its own shape, tokenizer and template."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +16,12 @@ from r1jax.recipe import common, lineage, prompts, traces
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config, RewardConfig, replace
 
-# How a model that was trained for no form of reply is asked for long thoughts; our words.
+# Instructions that ask an untrained model for long thoughts; the wording is ours.
 DIRECT = (
-    "Think at length before you answer. Take the question apart, work it out step by step, and when a step is doubtful say so and "
-    "try another way. Look back at your result: check it by a second way or put it into the question, and correct what is "
+    "Think at length before you answer. Take the question apart, work it out step by step, and when a step is doubtful "
+    "say so and "
+    "try another way. Look back at your result: check it by a second way or put it into the question, and correct what "
+    "is "
     "wrong. Write all of that between <think> and </think>. {answer}"
 )
 LIKE_THESE = (
@@ -29,32 +31,34 @@ ANSWER = {
     "boxed": "After it write the solution in short, with the final answer in \\boxed{}.",
     "answer_tag": "After it write only the final answer, or the whole program, between <answer> and </answer>.",
 }
-# Worked examples for few-shot prompting where the user gives none: question, thoughts, solution, final answer.
+# Worked examples for few-shot prompting if the user gives none: question, thoughts, solution, final answer.
 WORKED = (
     (
-        "A shop sells pens in packs of 6 and packs of 10. Lea buys 5 packs and has 38 pens. How many packs of 10 did she buy?",
-        "I call the packs of 10 t, so she has 5 - t packs of 6.\n\nThe pens are 10 t + 6 (5 - t) = 4 t + 30. That must be 38, so "
-        "4 t = 8 and t = 2.\n\nWait, does that fit? 2 packs of 10 are 20 pens, 3 packs of 6 are 18, together 38. And 2 + 3 = 5 "
-        "packs. It fits.",
+        "A shop sells pens in packs of 6 and packs of 10. Lea buys 5 packs and has 38 pens. How many packs of 10 did "
+        "she buy?",
+        "I call the packs of 10 t, so she has 5 - t packs of 6.\n\nThe pens are 10 t + 6 (5 - t) = 4 t + 30. That "
+        "must be 38, so 4 t = 8 and t = 2.\n\nWait, does that fit? 2 packs of 10 are 20 pens, 3 packs of 6 are 18, "
+        "together 38. And 2 + 3 = 5 packs. It fits.",
         "With t packs of 10 she has 10 t + 6 (5 - t) = 38 pens, so t = 2.",
         "2",
     ),
     (
         "What is the remainder when 7 to the power 20 is divided by 5?",
-        "I look at the powers of 7 modulo 5. 7 is 2 modulo 5, so I need 2 to the power 20.\n\n2, 4, 3, 1: after four steps it "
-        "repeats. 20 is a multiple of 4, so I am at the end of a round, which is 1.\n\nLet me check it another way: 7 to the "
-        "power 2 is 49, which is -1 modulo 5. Then 7 to the power 20 is (-1) to the power 10, which is 1. Both ways agree.",
+        "I look at the powers of 7 modulo 5. 7 is 2 modulo 5, so I need 2 to the power 20.\n\n2, 4, 3, 1: after four "
+        "steps it repeats. 20 is a multiple of 4, so I am at the end of a round, which is 1.\n\nLet me check it "
+        "another way: 7 to the power 2 is 49, which is -1 modulo 5. Then 7 to the power 20 is (-1) to the power 10, "
+        "which is 1. Both ways agree.",
         "Since 7^4 leaves the remainder 1 and 20 is a multiple of 4, so does 7^20.",
         "1",
     ),
 )
-MOST_EXAMPLES = 4  # of a file, that stand before a question
-NEXT_TURN = "\n\nUser:"  # where a base model goes on with a question of its own
+MOST_EXAMPLES = 4  # of a file that are put before a question
+NEXT_TURN = "\n\nUser:"  # here a base model continues with a question of its own
 
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A model that is asked."""
+    """A model that is prompted for examples."""
 
     config: Config  # the stage's, with the model's own shape and template
     tokenizer: Tokenizer
@@ -63,86 +67,94 @@ class Teacher:
 
 
 def load(config: Config, mesh: Mesh, folder: str | Path, stage: str = "") -> Teacher:
-    """Returns the model of a stage's folder or a Hugging Face folder, to be asked as it was trained.
+    """Returns the model of a stage's folder or a Hugging Face folder, with the template that it was trained with.
 
-    A stage's folder tells its template; one that does not is asked as `stage` asks ("" is the config's own), a Hugging Face folder in
-    the chat template that it ships, else as R1-Zero.
+    A stage's folder records its template; for one without that record it is the template of `stage` ("" is the config's
+    stage), for a Hugging Face folder its chat template, else R1-Zero's.
     """
     data = replace(config.data, template="auto")
-    own, tokenizer, _ = common.prepare(replace(config, model=replace(config.model, checkpoint=str(folder)), data=data))
-    if own.data.template == "auto":
-        asking = replace(own, stage=config.stage if common.is_hugging_face(folder) or not stage else stage)
-        own = replace(own, data=replace(own.data, template=prompts.template(asking.stage, asking.data, tokenizer)))
-    params = common.load_weights(own.model, mesh, str(folder))
-    return Teacher(own, tokenizer, params, Path(folder).name)
+    resolved, tokenizer, _ = common.prepare(
+        replace(config, model=replace(config.model, checkpoint=str(folder)), data=data)
+    )
+    if resolved.data.template == "auto":
+        asking = replace(resolved, stage=config.stage if common.is_hugging_face(folder) or not stage else stage)
+        resolved = replace(
+            resolved, data=replace(resolved.data, template=prompts.template(asking.stage, asking.data, tokenizer))
+        )
+    params = common.load_weights(resolved.model, mesh, str(folder))
+    return Teacher(resolved, tokenizer, params, Path(folder).name)
 
 
 def prompted(config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) -> Teacher:
-    """Returns config.coldstart.prompted_model, or the stage's base, to be asked by prompting alone: in its chat template or as text."""
+    """Returns config.coldstart.prompted_model, or the stage's base, for prompting in its chat template or as text."""
     if folder := config.coldstart.prompted_model:
-        found = load(config, mesh, folder)
+        teacher = load(config, mesh, folder)
     else:
-        found = Teacher(
+        teacher = Teacher(
             config, tokenizer, lineage.base_weights(config, mesh, workdir), lineage.base_name(config.input_preset)
         )
-    template = "chat" if found.tokenizer.chat_template else "plain"
-    data = replace(found.config.data, template=template, instruction="", think_prefill=False)
-    return Teacher(replace(found.config, data=data), found.tokenizer, found.params, found.name)
+    template = "chat" if teacher.tokenizer.chat_template else "plain"
+    data = replace(teacher.config.data, template=template, instruction="", think_prefill=False)
+    return Teacher(replace(teacher.config, data=data), teacher.tokenizer, teacher.params, teacher.name)
 
 
 def sampled(
     teacher: Teacher, mesh: Mesh, train: Sequence[EncodedPrompt], count: int, samples: int, temperature: float
 ) -> list[Response]:
-    """Returns `samples` graded responses of a teacher to each of `count` training problems, asked as it was trained to be."""
+    """Returns `samples` graded responses of a teacher, in its template, to each of `count` training problems."""
     config, tokenizer = teacher.config, teacher.tokenizer
-    asked = prompts.encode(
+    encoded = prompts.encode(
         [prompt.problem for prompt in train], config.stage, config.model, config.data, config.sampler, tokenizer
     )
-    return traces.sample(config, tokenizer, mesh, asked, teacher.params, count, samples, temperature)
+    return traces.sample(config, tokenizer, mesh, encoded, teacher.params, count, samples, temperature)
 
 
 def answered(
     teacher: Teacher, mesh: Mesh, train: Sequence[EncodedPrompt], source: str, examples: Sequence[tuple[str, str]]
 ) -> list[Response]:
-    """Returns graded responses to training problems that are asked with an instruction and worked examples (question, whole turn).
+    """Returns graded responses to training problems, prompted with an instruction and worked examples (question, turn).
 
-    Each response keeps the problem as the row has it. What a model without turns writes after its answer is cut off.
+    Each response keeps the row's problem. Text that a model without chat turns writes after its answer is cut off.
     """
     config, settings = replace(teacher.config, stage=f"{teacher.config.stage}/{source}"), teacher.config.coldstart
     order = keyed_permutation(len(train), hash64(config.stage, config.seed, "prompts"))[: settings.prompts]
     problems = {train[place].problem.id: train[place].problem for place in order}
     chat = config.data.template == "chat"
     form = ANSWER["boxed" if config.reward.extraction == "boxed" else "answer_tag"]
-    wish = (LIKE_THESE if examples else DIRECT).replace("{answer}", form)
-    asked = [replace(problem, prompt=_request(problem, wish, examples, chat)) for problem in problems.values()]
-    encoded = prompts.encode(asked, config.stage, config.model, config.data, config.sampler, teacher.tokenizer)
-    drawn = traces.sample(
+    instruction = (LIKE_THESE if examples else DIRECT).replace("{answer}", form)
+    requests = [
+        replace(problem, prompt=_request(problem, instruction, examples, chat)) for problem in problems.values()
+    ]
+    encoded = prompts.encode(requests, config.stage, config.model, config.data, config.sampler, teacher.tokenizer)
+    sampled = traces.sample(
         *(config, teacher.tokenizer, mesh, encoded, teacher.params, len(encoded), settings.samples_per_prompt),
         temperature=1.0,
     )
-    responses = [replace(response, problem=problems[response.problem.id]) for response in drawn]
+    responses = [replace(response, problem=problems[response.problem.id]) for response in sampled]
     return responses if chat else _cut(responses, config.reward)
 
 
 def worked_examples(extraction: str) -> list[tuple[str, str]]:
-    """Returns (question, whole turn) of our own worked examples, with the answer where it is looked for."""
-    found = []
+    """Returns (question, whole turn) of the built-in worked examples, with the answer in the form of `extraction`."""
+    examples = []
     for question, thoughts, solution, answer in WORKED:
         end = (
             f"{solution} The answer is \\boxed{{{answer}}}."
             if extraction == "boxed"
             else f"<answer> {answer} </answer>"
         )
-        found.append((question, f"<think>\n{thoughts}\n</think>\n{end}"))
-    return found
+        examples.append((question, f"<think>\n{thoughts}\n</think>\n{end}"))
+    return examples
 
 
-def _request(problem: Problem, wish: str, examples: Sequence[tuple[str, str]], chat: bool) -> str | tuple[Message, ...]:
-    """Returns the wish, the examples and the question: turns of a chat, or one text that ends where the answer begins."""
+def _request(
+    problem: Problem, instruction: str, examples: Sequence[tuple[str, str]], chat: bool
+) -> str | tuple[Message, ...]:
+    """Returns instruction, examples and question: turns of a chat, or one text that ends where the answer begins."""
     turns = [Message(role, text) for pair in examples for role, text in zip(("user", "assistant"), pair, strict=True)]
     turns += problem.messages
     first = next(index for index, turn in enumerate(turns) if turn.role == "user")
-    turns[first] = Message("user", f"{wish}\n\n{turns[first].content}")
+    turns[first] = Message("user", f"{instruction}\n\n{turns[first].content}")
     if chat:
         system = [turn for turn in turns if turn.role == "system"]
         return tuple(system + [turn for turn in turns if turn.role != "system"])
@@ -150,14 +162,14 @@ def _request(problem: Problem, wish: str, examples: Sequence[tuple[str, str]], c
 
 
 def _cut(responses: list[Response], reward: RewardConfig) -> list[Response]:
-    """Returns the responses up to the next question that the model puts itself, graded again where that left something out."""
+    """Returns the responses cut before a next question that the model wrote itself; shortened ones are graded again."""
     cut = [(response, response.text.partition(NEXT_TURN)) for response in responses]
     longer = [(response, text) for response, (text, mark, _) in cut if mark]
     scores = iter(traces.regrade(longer, reward) if longer else [])
-    found = []
+    complete = []
     for response, (text, mark, _) in cut:
         if mark:
             score = next(scores)
             response = replace(response, text=text, truncated=False, parts=score.parts, scorable=score.scorable)
-        found.append(response)
-    return found
+        complete.append(response)
+    return complete

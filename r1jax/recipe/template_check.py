@@ -1,7 +1,7 @@
-"""The start-up check: one hand-made right answer goes the way that samples go, and must be rewarded.
+"""The start-up check: a right answer written by hand is graded in the same way as samples, and must be rewarded.
 
-A template that opens the thinking, a tokenizer that loses a tag or an answer looked for in another place would make a
-reward 0 for every sample of a long run, without an error anywhere.
+A template that opens the thought, a tokenizer that loses a tag, or an answer in another place than the grader looks in
+would make a reward 0 for every sample of a long run, without any error.
 """
 
 from collections.abc import Sequence
@@ -24,23 +24,24 @@ MOST_SHOWN = 200  # characters of a text in the error line
 
 
 def check(
-    stage: str, data: DataConfig, reward: RewardConfig, tokenizer: Tokenizer, asked: Sequence[EncodedPrompt]
+    stage: str, data: DataConfig, reward: RewardConfig, tokenizer: Tokenizer, training_prompts: Sequence[EncodedPrompt]
 ) -> None:
-    """Raises ValueError when a right, well-formed answer to one of `asked`'s tasks earns no accuracy or format reward.
+    """Raises ValueError when a right, well-formed answer to one of the prompts' tasks earns no accuracy or format
+    reward.
 
-    A part that config.reward weighs with 0 does not count, nor does a task with a grader of config.reward.graders, whose idea
-    of a right answer is its own. Raises ValueError too when a grader cannot be used, or nothing grades a task.
+    Terms of weight 0 in config.reward are not checked, nor are tasks with a grader of config.reward.graders, which may
+    want another answer. Also raises ValueError when a grader cannot be used, or nothing grades a task.
     """
-    compose.check(reward, dict.fromkeys(prompt.problem.task for prompt in asked))
-    own = plugins.parse(reward.graders)
-    parts = [name for name in ("accuracy", "format") if getattr(reward, name)]
+    compose.check(reward, dict.fromkeys(prompt.problem.task for prompt in training_prompts))
+    custom_graders = plugins.parse(reward.graders)
+    terms = [name for name in ("accuracy", "format") if getattr(reward, name)]
     for task in PROBLEMS:
-        if task not in own and any(prompt.problem.task == task for prompt in asked):
-            _check_task(stage, data, reward, tokenizer, task, parts)
+        if task not in custom_graders and any(prompt.problem.task == task for prompt in training_prompts):
+            _check_task(stage, data, reward, tokenizer, task, terms)
 
 
 def _check_task(
-    stage: str, data: DataConfig, reward: RewardConfig, tokenizer: Tokenizer, task: str, parts: list[str]
+    stage: str, data: DataConfig, reward: RewardConfig, tokenizer: Tokenizer, task: str, terms: list[str]
 ) -> None:
     prompt, thought = PROBLEMS[task]
     text = prompts.render(prompt.prompt, stage, data, tokenizer)
@@ -52,24 +53,24 @@ def _check_task(
     answer = _answer(prompt.reference, task, reward.extraction)
     response = _rest_of_turn(opening, f"{thought}\n</think>\n{answer}", answer)
     score, graded = _score(reward, tokenizer, prompt, templates.prefill(text), response)
-    for name in parts:
+    for name in terms:
         if not score.parts[name]:
             raise ValueError(
-                f"{_fields(stage, data, reward, tokenizer)}: a right answer gets {name} 0 ({score.detail}); after the question the "
-                f"prompt reads {_shown(opening)}, the graded turn is {_shown(graded)}; change one of the three, or set "
-                f"config.reward.{name}=0 if it is not wanted"
+                f"{_fields(stage, data, reward, tokenizer)}: a right answer gets {name} 0 ({score.detail}); after the "
+                f"question the prompt reads {_shown(opening)}, the graded turn is {_shown(graded)}; change one of the "
+                f"three, or set config.reward.{name}=0 if it is not wanted"
             )
 
 
 def _answer(value: str, task: str, extraction: str) -> str:
-    """Returns the answer where the grader looks for it."""
+    """Returns the answer in the form that the grader looks for."""
     if task == "linear" or extraction in ("auto", "answer_tag"):
         return f"<answer> {value} </answer>"
     return f"The answer is \\boxed{{{value}}}." if extraction == "boxed" else value
 
 
 def _rest_of_turn(opening: str, after_think: str, answer: str) -> str:
-    """Returns what a model has to write of the turn after what the prompt holds of it."""
+    """Returns the rest of the assistant's turn, after the part that is in the prompt."""
     before, opened, inside = opening.rpartition("<think>")
     if not opened:
         return f"{templates.THINK}{after_think}"
@@ -79,7 +80,7 @@ def _rest_of_turn(opening: str, after_think: str, answer: str) -> str:
 def _score(
     reward: RewardConfig, tokenizer: Tokenizer, prompt: Problem, prefill: str, response: str
 ) -> tuple[Score, str]:
-    """Returns (score of the response as ids and back, the assistant turn that was graded)."""
+    """Returns (score of the response after encoding and decoding it, the assistant turn that was graded)."""
     decoded = tokenizer.decode([*tokenizer.encode(response), tokenizer.eos_id])
     request = RewardRequest(
         prompt.id, prompt.task, prompt.text, decoded, prompt.reference, prefill=prefill, language=prompt.language
@@ -88,7 +89,7 @@ def _score(
 
 
 def _fields(stage: str, data: DataConfig, reward: RewardConfig, tokenizer: Tokenizer) -> str:
-    """Returns the settings that decide, as they would be typed."""
+    """Returns the settings that the check depends on, as they are written on the command line."""
     prefilled, extraction = str(data.think_prefill).lower(), reward.extraction
     kind = prompts.template(stage, data, tokenizer)
     return (

@@ -23,36 +23,36 @@ from r1jax.schema import Config
 def examples(
     kind: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, params: decoder.Params, workdir: Path
 ) -> list[dict]:
-    """Returns rows as data.reward_examples.read gives them, of responses that the start and the base draw.
+    """Returns rows as data.reward_examples.read does, of responses sampled from the start and from the base.
 
-    The base keeps the rules now and then, the start mostly: together they show both sides. Responses that were cut off, and
-    repeated ones, are left out.
+    The base follows the rules sometimes and the start mostly, so together they give good and bad responses. Responses
+    that were cut off, and repeated ones, are left out.
     """
-    asked = tasks.preference_prompts() if kind == "helpful" else tasks.safety_prompts()
-    encoded = prompts.encode(asked, config.stage, config.model, config.data, config.sampler, tokenizer)
+    problems = tasks.preference_prompts() if kind == "helpful" else tasks.safety_prompts()
+    encoded = prompts.encode(problems, config.stage, config.model, config.data, config.sampler, tokenizer)
     sampler = build_sampler(config.network, config.sampler, mesh, tokenizer)
     sampling = SamplingParams(max_new_tokens=config.sampler.max_new_tokens, stop_ids=tokenizer.stop_ids)
-    drawn: list[Response] = []
+    responses_drawn: list[Response] = []
     with RewardPool(config.reward) as pool:
         for name, weights in (("start", params), ("base", lineage.base_weights(config, mesh, workdir))):
             stage, loaded = f"{config.stage}/{name}", sampler.engine.load_params(weights)
             ask = functools.partial(evaluate.respond, config.seed, stage, tokenizer, sampler, pool)
-            drawn += ask(encoded, loaded, sampling, config.reward_model.samples_per_prompt, "sample")
-    found: dict[str, dict[str, Response]] = {prompt.id: {} for prompt in asked}
-    for response in drawn:
+            responses_drawn += ask(encoded, loaded, sampling, config.reward_model.samples_per_prompt, "sample")
+    by_prompt: dict[str, dict[str, Response]] = {prompt.id: {} for prompt in problems}
+    for response in responses_drawn:
         text = summary(response.text) if kind == "helpful" else response.text
         if not response.truncated and text.strip():
-            found[response.problem.id].setdefault(text, response)
+            by_prompt[response.problem.id].setdefault(text, response)
     rows = []
-    for name, own in found.items():
+    for name, by_text in by_prompt.items():
         key, most = hash64(config.stage, config.seed, "pairs", name), config.reward_model.pairs_per_prompt
-        responses = list(own.values())
+        responses = list(by_text.values())
         rows += _pairs(name, responses, most, key) if kind == "helpful" else _labelled(name, responses)
     return rows
 
 
 def _pairs(name: str, responses: Sequence[Response], most: int, key: int) -> list[dict]:
-    """Returns pairs of one prompt's responses that the rule does not hold equal, at most `most`, in the order of `key`."""
+    """Returns at most `most` pairs of one prompt's responses with different accuracy, in the order of `key`."""
     value = [response.parts["accuracy"] for response in responses]
     places = [(i, j) for i in range(len(value)) for j in range(len(value)) if value[i] > value[j]]
     order = keyed_permutation(len(places), key)

@@ -1,4 +1,4 @@
-"""Sampling a policy's traces and keeping the good ones, with a count of how far each came (P2 B.3.2 and B.3.3)."""
+"""Sampling a policy's traces and keeping the good ones, with counts of how many pass each check (P2 B.3.2, B.3.3)."""
 
 import contextlib
 import functools
@@ -41,22 +41,22 @@ def sample(
     temperature: float,
     pool: RewardPool | JudgePool | None = None,
 ) -> list[Response]:
-    """Returns `samples` traces of each of `count` training prompts, drawn by a keyed order of all.
+    """Returns `samples` traces of each of `count` training prompts, which are the first in a keyed order of all.
 
-    They are graded by `pool`, which stays open, or else by the rule verifiers.
+    They are graded by `pool`, which stays open, or without one by the rule verifiers.
     """
     order = keyed_permutation(len(train), hash64(config.stage, config.seed, "prompts"))[:count]
     sampler = build_sampler(config.network, config.sampler, mesh, tokenizer)
     longest = config.sampler.max_new_tokens
     sampling = SamplingParams(temperature, max_new_tokens=longest, stop_ids=tokenizer.stop_ids)
     with contextlib.nullcontext(pool) if pool else RewardPool(config.reward) as pool:
-        asked = [train[i] for i in order]
+        chosen = [train[i] for i in order]
         ask = functools.partial(evaluate.respond, config.seed, config.stage, tokenizer, sampler, pool)
-        return ask(asked, sampler.engine.load_params(params), sampling, samples, "sample")
+        return ask(chosen, sampler.engine.load_params(params), sampling, samples, "sample")
 
 
 def basic_checks(min_language_consistency: float) -> list[Check]:
-    """Returns the checks of any good trace: right, well formed, of one language, no loop."""
+    """Returns the checks that every good trace passes: right, well formed, of one language, no loop."""
     return [
         ("right", lambda r: r.scorable and r.parts["accuracy"] == 1.0),
         ("well formed", lambda r: r.parts["format"] == 1.0),
@@ -66,7 +66,7 @@ def basic_checks(min_language_consistency: float) -> list[Check]:
 
 
 def passing(responses: list[Response], checks: list[Check], counts: Counts) -> list[tuple[int, Response]]:
-    """Returns (number, response) of those that pass every check in order; `counts` tells how many of each task passed each."""
+    """Returns (number, response) of those that pass every check in order; `counts` gets numbers by check and task."""
     tally(counts, "sampled", (response.problem.task for response in responses))
     kept = list(enumerate(responses))
     for name, check in checks:
@@ -76,7 +76,7 @@ def passing(responses: list[Response], checks: list[Check], counts: Counts) -> l
 
 
 def regrade(rows: list[tuple[Response, str]], reward: RewardConfig) -> list[Score]:
-    """Returns the scores of rewritten texts in place of the responses they came from, each by its own task's grader."""
+    """Returns the scores of rewritten texts of responses, each by its own task's grader."""
     with RewardPool(reward) as pool:
         return pool.score([response.request(text) for response, text in rows])
 
@@ -86,22 +86,22 @@ def capped(
 ) -> list:
     """Returns the rows without repeated texts, at most `per_prompt` of one prompt and `most` in all, in order.
 
-    `row_of` gives the {id, prompt, response} of what `rows` holds.
+    `row_of` returns {id, prompt, response} of an entry of `rows`.
     """
     used: Counter = Counter()
     seen: set[tuple[str, str]] = set()
     kept = []
-    for given in rows:
-        row = row_of(given)
+    for entry in rows:
+        row = row_of(entry)
         key = (json.dumps(row["prompt"]), row["response"])
         if key in seen or used[row["id"]] >= per_prompt or len(kept) == most:
             continue
         seen.add(key)
         used[row["id"]] += 1
-        kept.append(given)
+        kept.append(entry)
     return kept
 
 
 def source(teacher: str, number: int, samples: int, trace: str) -> dict:
-    """Returns the provenance of an example: whose response it is, which of its samples, and what it said before any edit."""
+    """Returns the provenance of an example: its teacher, the number of its sample, and its text before any edit."""
     return {"teacher": teacher, "sample": number % samples, "trace": trace}

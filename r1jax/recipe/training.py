@@ -19,7 +19,7 @@ def fit(
     name: str,
     log_every: int = 1,
 ) -> tuple[decoder.Params, float]:
-    """Returns (weights after the last update, its loss), as train.supervised.fit; `name` is that of the result."""
+    """Returns (weights after the last update, its loss), as train.supervised.fit; `name` is the result's name."""
     store, log = folder.checkpoints(), MetricsLog(folder.path)
     with Progress(name, updates) as progress:
         result = supervised.fit(

@@ -1,4 +1,4 @@
-"""Stage 3's wider pool: prompts with a reference but without a rule verifier, whose responses a judge accepts (P2 B.3.3)."""
+"""Stage 3's judged prompts: they have a reference but no rule verifier, and a judge accepts responses (P2 B.3.3)."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from r1jax.schema import Config, JudgeConfig, RejectionConfig, replace
 
 
 def inputs(stage: str, rejection: RejectionConfig, judge: JudgeConfig) -> dict[str, str]:
-    """Returns {path: digest} of what the pool is made from; {} without one. Raises ValueError for a missing file or judge."""
+    """Returns {path: digest} of file and judge; {} without a file. Raises ValueError if file or judge is missing."""
     path = rejection.judged_prompts
     if not path:
         return {}
@@ -23,22 +23,30 @@ def inputs(stage: str, rejection: RejectionConfig, judge: JudgeConfig) -> dict[s
 
 
 def sample(config: Config, tokenizer: Tokenizer, mesh: Mesh, params: Any, counts: Counts) -> list[Response]:
-    """Returns the policy's responses to config.rejection.judged_prompts, their accuracy the judge's verdict; [] without any.
+    """Returns the policy's responses to config.rejection.judged_prompts, with the judge's verdict as accuracy.
 
-    `counts` gets their number and the share of verdicts, in percent, that could be read.
+    `counts` gets their number and the percentage of verdicts that could be read.
     """
     settings = config.rejection
     if not settings.judged_prompts:
         return []
     rows = files.read(settings.judged_prompts, config.data.columns).rows
-    judged = lambda task, fields: as_text(fields.get("answer"))  # noqa: E731
-    found = [from_row(row.fields, row.place, judged, "judged") for row in rows]
-    asked = prompts.encode(found, config.stage, config.model, config.data, config.sampler, tokenizer)
-    own = replace(config, stage=f"{config.stage}/judged")  # draws of its own
+    reference = lambda task, fields: as_text(fields.get("answer"))  # noqa: E731
+    problems = [from_row(row.fields, row.place, reference, "judged") for row in rows]
+    encoded = prompts.encode(problems, config.stage, config.model, config.data, config.sampler, tokenizer)
+    judged_config = replace(config, stage=f"{config.stage}/judged")  # so that its random draws differ
     with judging.JudgePool(config.stage, config.seed, config.judge, config.reward, mesh) as pool:
-        drawn = traces.sample(
-            own, tokenizer, mesh, asked, params, len(asked), settings.samples_per_prompt, settings.temperature, pool
+        responses = traces.sample(
+            judged_config,
+            tokenizer,
+            mesh,
+            encoded,
+            params,
+            len(encoded),
+            settings.samples_per_prompt,
+            settings.temperature,
+            pool,
         )
-        counts["judged"] = len(drawn)
+        counts["judged"] = len(responses)
         counts["verdicts read, %"] = round(100 * pool.parse_rate)
-    return drawn
+    return responses
