@@ -55,7 +55,7 @@ class Blocks:
 # By device kind and widest query: the sizes with the fewest static bundles for a causal row that keep spills low
 # (docs/kernel_figures.md). v6e multiplies 256 wide.
 _V5 = {64: Blocks(), 128: Blocks(key_part=128), 256: Blocks()}
-_V6 = {64: Blocks(backward_part=512), 128: Blocks(key_part=128, backward_part=512), 256: Blocks(backward_part=512)}
+_V6 = {64: Blocks(backward_part=256), 128: Blocks(key_part=128, backward_part=256), 256: Blocks(backward_part=256)}
 BLOCKS = {"TPU v5": _V5, "TPU v5 lite": _V5, "TPU v6 lite": _V6}
 
 
@@ -129,20 +129,21 @@ def block_schedule(
     if by_key:
         live, masked, possible = live.swapaxes(1, 2), masked.swapaxes(1, 2), possible.T
     outer, inner = possible.shape
-    bound = int(possible.sum() + (~possible.any(axis=1)).sum()) if fill else max(int(possible.sum()), 1)
     if fill:
-        listed = live | (~live.any(axis=2, keepdims=True) & (jnp.arange(inner) == 0))
-    else:  # at least one step
-        listed = live | (~live.any(axis=(1, 2), keepdims=True) & (jnp.arange(outer * inner).reshape(outer, inner) == 0))
+        bound = int(possible.sum() + (~possible.any(axis=1)).sum())
+        listed = live | (~live.any(axis=2, keepdims=True) & (np.arange(inner) == 0))
+    else:  # every row has at least one step
+        bound = max(int(possible.sum()), 1)
+        listed = live | (~live.any(axis=(1, 2), keepdims=True) & (np.arange(possible.size) == 0).reshape(outer, inner))
     flat, live, masked = (array.reshape(batch, -1) for array in (listed, live, masked))
     order = jnp.argsort(~flat, axis=1, stable=True)[:, :bound].astype(jnp.int32)
     count = flat.sum(axis=1, dtype=jnp.int32)[:, None]
     place = jnp.arange(bound, dtype=jnp.int32)
     order = jnp.where(place < count, order, jnp.take_along_axis(order, count - 1, axis=1))
     block, (live, masked) = order // inner, (jnp.take_along_axis(array, order, axis=1) for array in (live, masked))
-    first = jnp.pad(block[:, 1:] != block[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    last = jnp.pad(block[:, 1:] != block[:, :-1], ((0, 0), (0, 1)), constant_values=True) | (place == count - 1)
-    flags = jnp.where(place < count, LIVE * live + FIRST * first + LAST * last + MASKED * (live & masked), 0)
+    opens = jnp.pad(block[:, 1:] != block[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    closes = jnp.pad(block[:, 1:] != block[:, :-1], ((0, 0), (0, 1)), constant_values=True) | (place == count - 1)
+    flags = jnp.where(place < count, LIVE * live + FIRST * opens + LAST * closes + MASKED * (live & masked), 0)
     pair = (block, order % inner)
     return (*(pair[::-1] if by_key else pair), flags.astype(jnp.int32))
 

@@ -155,6 +155,13 @@ def test_steps_are_the_blocks_that_hold_a_visible_pair_each_opened_and_closed_on
     ]  # fmt: skip
 
 
+def test_a_part_of_a_row_without_a_visible_key_opens_and_closes_its_blocks_alone():
+    later = key_ranges(jnp.asarray([[1] * 8 + [2] * 24], jnp.int32))[:, :, 16:]  # sees keys 8 to 31
+    for fill, steps in ((True, [(0, 0, FIRST | LAST), (1, 0, FIRST | LAST)]), (False, [(0, 0, FIRST | LAST)])):
+        found = zip(*block_schedule(later, 8, 8, 8, position=None, fill=fill), strict=True)
+        assert [tuple(step) for step in np.stack(next(found), axis=1).tolist() if step[2]] == steps
+
+
 def test_padding_costs_its_own_block_alone():
     assert [step[:2] for step in live([[1] * 4 + [0] * 28], 8, 8, False)] == [(0, 0), (1, 1), (2, 2), (3, 3)]
 
@@ -270,7 +277,7 @@ def test_a_row_of_40000_tokens_is_the_formula(monkeypatch):
 def test_blocks_of_short_rows_are_whole_registers():
     assert blocks_for("TPU v5", 100, 192) == Blocks(*[128] * 7)
     assert blocks_for("TPU v5", 4096, 192) == Blocks()
-    assert blocks_for("TPU v6 lite", 300, 128) == Blocks(key_part=128, backward_part=512)
+    assert blocks_for("TPU v6 lite", 300, 128) == Blocks(key_part=128, backward_part=256)
     assert blocks_for("unheard of", 4096, 300) == Blocks()
 
 

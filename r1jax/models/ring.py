@@ -211,9 +211,9 @@ def _kernel(q_BTKGH, segments, size: int):
 
 
 def _among(ranges, length: int, size: int, step):
-    """Returns the ranges among the keys of the part that visits in a step; its last key is number length - 1."""
-    shifted = ranges - (jax.lax.axis_index(RING) - step) % size * length
-    return jnp.minimum(shifted, jnp.array([[2**30], [length - 1]], jnp.int32))
+    """Returns the ranges among the `length` keys of the part that visits in a step, without those that pad it."""
+    first, last = jnp.moveaxis(ranges - (jax.lax.axis_index(RING) - step) % size * length, 1, 0)
+    return jnp.stack([first, jnp.minimum(last, length - 1)], axis=1)
 
 
 def _by_head(array, tokens: int) -> jax.Array:
