@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from tamper_cases import PROGRAMS, TEXT, Case
 
+from r1jax import rewards
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.sandbox import run as sandbox
 from r1jax.rewards.score import RewardRequest, Score
@@ -140,12 +141,12 @@ def test_a_hostile_answer_is_stopped_and_its_twin_is_paid(case, texts):
 
 def test_no_program_is_started_but_by_the_sandbox():
     """What starts processes, or compiles or executes text, is named here; files that run inside are imported by nothing."""
-    inside = re.compile(r"sandbox_init|sandbox_probe|code_wire|\w+_(candidate|driver)")
+    inside = re.compile(r"init|probe|wire|code_wire|(\w+_)?(candidate|driver)")
     starts = re.compile(
         r"(subprocess|pty)\.\w+|os\.(system|exec\w*|spawn\w*|posix_spawn\w*|fork\w*|popen)|exec|eval|compile"
     )
     found = set()
-    for path in pathlib.Path(sandbox.__file__).parent.glob("*.py"):
+    for path in pathlib.Path(rewards.__file__).parent.rglob("*.py"):
         if inside.fullmatch(path.stem):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -154,4 +155,4 @@ def test_no_program_is_started_but_by_the_sandbox():
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name.rpartition(".")[2] for alias in node.names]
                 assert not any(inside.fullmatch(name) for name in names), path.name
-    assert found == {("sandbox.py", "subprocess.Popen")}
+    assert found == {("run.py", "subprocess.Popen")}
