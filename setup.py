@@ -71,6 +71,7 @@ setup(
             "pytest-xdist>=3.5",
             "ruff>=0.9",
             "setuptools>=68",
+            "ty==0.0.108",
             "wheel>=0.40",
         ],
         "parity": [  # Tunix: launch/venv.sh

@@ -1,22 +1,28 @@
-"""Sizes that the configs share: model shapes, and the batch and length settings that go with them."""
+"""The sizes: one entry each, with what a size fixes whatever the stage. The recipe's numbers are the stages' (configs/NAME.py).
 
-from typing import Any
+A new size is one entry of SIZES (docs/sizes.md).
+"""
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from r1jax.configs import _small
 from r1jax.schema import (
     ComputeConfig,
+    Config,
     DataConfig,
+    EvalConfig,
     MeshConfig,
     ModelConfig,
+    OptimizerConfig,
     PackConfig,
     RopeScaling,
     SamplerConfig,
     replace,
 )
 
-_COMPUTE = {  # how models are run, those of real size apart
-    **dict.fromkeys(("tiny", "tiny_dense"), ComputeConfig(scan_layers=False)),
-    "smollm2_135m": ComputeConfig(),
-}
 # What every model of real size computes with: bfloat16 copies of float32 weights, one compiled block, recomputed backward.
 _REAL = ComputeConfig(compute_dtype="bfloat16", remat=True)
 # What the config.json of all four Qwen2.5 students says alike.
@@ -47,7 +53,7 @@ _LATENT: dict[str, Any] = dict(
 )
 
 # What the two 16B mixtures share.
-_SMALL_MIXTURE = dict(
+_SMALL_MIXTURE: dict[str, Any] = dict(
     hidden_size=2048,
     num_hidden_layers=27,
     num_attention_heads=16,
@@ -59,152 +65,7 @@ _SMALL_MIXTURE = dict(
     moe_intermediate_size=1408,
 )
 
-_MODELS = {
-    "tiny": ModelConfig(
-        family="deepseek_v3",
-        vocab_size=196,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        q_lora_rank=48,
-        kv_lora_rank=48,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        first_k_dense_replace=1,
-        n_routed_experts=8,
-        n_shared_experts=1,
-        num_experts_per_tok=2,
-        moe_intermediate_size=64,
-        n_group=4,
-        topk_group=2,
-        max_position_embeddings=512,
-    ),
-    "tiny_dense": ModelConfig(
-        family="llama",
-        vocab_size=196,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=512,
-    ),
-    # SmolLM2-135M's config.json.
-    "smollm2_135m": ModelConfig(
-        family="llama",
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        tie_word_embeddings=True,
-        rms_norm_eps=1e-5,
-        rope_theta=100000.0,
-        max_position_embeddings=8192,
-    ),
-    # The six distilled students. Their shipped config.json: hidden sizes and rope of the base, the declared context and
-    # an untied head of the release. The Math bases (1.5B, 7B) turn at theta 10000, the others at 1e6.
-    "qwen2_5_1_5b": ModelConfig(
-        **_QWEN | dict[str, Any](vocab_size=151936),
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-    ),
-    "qwen2_5_7b": ModelConfig(
-        **_QWEN,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-    ),
-    "qwen2_5_14b": ModelConfig(
-        **_QWEN,
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_hidden_layers=48,
-        num_attention_heads=40,
-        num_key_value_heads=8,
-        rope_theta=1000000.0,
-        rms_norm_eps=1e-5,
-    ),
-    "qwen2_5_32b": ModelConfig(
-        **_QWEN,
-        hidden_size=5120,
-        intermediate_size=27648,
-        num_hidden_layers=64,
-        num_attention_heads=40,
-        num_key_value_heads=8,
-        rope_theta=1000000.0,
-        rms_norm_eps=1e-5,
-    ),
-    "llama3_1_8b": ModelConfig(
-        **_LLAMA, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32
-    ),
-    "llama3_3_70b": ModelConfig(
-        **_LLAMA, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
-    ),
-    # The released DeepSeek-R1 config.json (V3's own): 671B, 37B of them active.
-    "v3_671b": ModelConfig(
-        **_LATENT | dict[str, Any](vocab_size=129280),
-        family="deepseek_v3",
-        hidden_size=7168,
-        intermediate_size=18432,
-        num_hidden_layers=61,
-        num_attention_heads=128,
-        num_key_value_heads=128,
-        q_lora_rank=1536,
-        first_k_dense_replace=3,
-        n_routed_experts=256,
-        n_shared_experts=1,
-        num_experts_per_tok=8,
-        moe_intermediate_size=2048,
-        n_group=8,
-        topk_group=4,
-        routed_scaling_factor=2.5,
-        num_nextn_predict_layers=1,
-        rope_scaling=RopeScaling(
-            "yarn", factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0
-        ),
-        max_position_embeddings=163840,
-    ),
-    # DeepSeek-V2-Lite: the 16B shape of the DeepSeek-V3 repository's inference configs, positions of its config.json.
-    "v2_lite_16b": ModelConfig(
-        **_LATENT,
-        **_SMALL_MIXTURE,
-        family="deepseek_v2",
-        intermediate_size=10944,
-        scoring_func="softmax",
-        norm_topk_prob=False,
-        rope_scaling=RopeScaling(
-            "yarn", factor=40.0, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=0.707
-        ),
-        max_position_embeddings=163840,
-    ),
-    # Moonlight-16B-A3B's config.json (DeepSeek-V3 architecture).
-    "moonlight_16b": ModelConfig(
-        **_LATENT | dict[str, Any](vocab_size=163840),
-        **_SMALL_MIXTURE,
-        family="deepseek_v3",
-        intermediate_size=11264,
-        routed_scaling_factor=2.446,
-        rms_norm_eps=1e-5,
-        rope_theta=50000.0,
-        max_position_embeddings=8192,
-    ),
-}
-TINY = ("tiny", "tiny_dense")  # models of the tiny world
-# The six students of the release, by size.
-STUDENTS = ("qwen2_5_1_5b", "qwen2_5_7b", "llama3_1_8b", "qwen2_5_14b", "qwen2_5_32b", "llama3_3_70b")
-# Longest prompt and longest output; the paper allows 32,768 tokens of output (P2 D.1).
+# The paper's longest output (P2 D.1, section 2.3) after a long prompt.
 _LONG = SamplerConfig(
     slots=16,
     steps_per_dispatch=32,
@@ -213,64 +74,345 @@ _LONG = SamplerConfig(
     prefill_buckets=(256, 512, 1024),
     windows=(4096, 8192, 16384),
 )
-_SAMPLERS = {
-    "tiny": SamplerConfig(slots=128, steps_per_dispatch=8, max_prompt_tokens=16, max_new_tokens=88, windows=(40, 64)),
-    "smollm2_135m": SamplerConfig(
-        slots=32, steps_per_dispatch=8, max_prompt_tokens=320, max_new_tokens=128, prefill_buckets=(64, 192)
+_TINY_SAMPLER = SamplerConfig(
+    slots=128, steps_per_dispatch=8, max_prompt_tokens=16, max_new_tokens=88, windows=(40, 64)
+)
+_TINY_PACK = PackConfig(row_tokens=96, rows_per_micro_batch=32)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a size fixes for every stage.
+
+    The mesh is the smallest that trains it: devices of 95 GB over which 14 bytes a parameter (float32 masters and
+    moments, bfloat16 copy) leave room to compute.
+    """
+
+    model: ModelConfig
+    student: str  # preset of `distill` and `student_rl` in a graph of this size
+    sampler: SamplerConfig = _LONG  # slots, lengths and windows; its max_new_tokens bounds what a stage asks for
+    compute: ComputeConfig = _REAL
+    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()  # how moments are kept; rates and schedules are the stages'
+    pack: PackConfig | None = None  # rows of every stage; None: as long as the stage needs, one for each device
+    distill_rate: float = 0.0  # initial rate as a student (P2 Table 6); 0 is no student
+    export_dtype: Literal["float32", "bfloat16", "fp8"] = "bfloat16"
+    world: Literal["none", "tiny"] = "none"  # where problems come from without a file
+    differs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # stage -> {field: value}, for the recipe's
+
+
+# A reward model's update, 256 pairs of about two thousand tokens, fills some 64 rows of 8,192, not one for each device.
+_V3 = dict.fromkeys(("reward_helpful", "reward_safety"), {"pack.rows_per_micro_batch": 64})
+
+SIZES: dict[str, Size] = {
+    "tiny": Size(
+        model=ModelConfig(
+            family="deepseek_v3",
+            vocab_size=196,
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            q_lora_rank=48,
+            kv_lora_rank=48,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=16,
+            v_head_dim=32,
+            first_k_dense_replace=1,
+            n_routed_experts=8,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            moe_intermediate_size=64,
+            n_group=4,
+            topk_group=2,
+            max_position_embeddings=512,
+        ),
+        student="tiny",
+        sampler=_TINY_SAMPLER,
+        compute=ComputeConfig(scan_layers=False),
+        pack=_TINY_PACK,
+        export_dtype="float32",
+        world="tiny",
+        differs=_small.TINY,
     ),
-    **dict.fromkeys(STUDENTS, _LONG),
-    "v3_671b": replace(_LONG, slots=512),  # 78,080 bytes of cache a token on a TPU: 1.4 TB in all
-    "v2_lite_16b": replace(_LONG, slots=64),  # 34,560 bytes a token: 77 GB
-    "moonlight_16b": replace(_LONG, slots=64, max_prompt_tokens=1024, max_new_tokens=7168, prefill_buckets=(256, 512)),
+    "tiny_dense": Size(
+        model=ModelConfig(
+            family="llama",
+            vocab_size=196,
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            max_position_embeddings=512,
+        ),
+        student="",
+        sampler=_TINY_SAMPLER,
+        compute=ComputeConfig(scan_layers=False),
+        pack=_TINY_PACK,
+        export_dtype="float32",
+        world="tiny",
+        differs=_small.TINY,
+    ),
+    # SmolLM2-135M's config.json.
+    "smollm2_135m": Size(
+        model=ModelConfig(
+            family="llama",
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            head_dim=64,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-5,
+            rope_theta=100000.0,
+            max_position_embeddings=8192,
+        ),
+        student="smollm2_135m",
+        sampler=SamplerConfig(
+            slots=32, steps_per_dispatch=8, max_prompt_tokens=320, max_new_tokens=128, prefill_buckets=(64, 192)
+        ),
+        compute=ComputeConfig(),
+        pack=PackConfig(row_tokens=448, rows_per_micro_batch=1),
+        distill_rate=1e-4,
+        export_dtype="float32",
+        differs=_small.SMOLLM2,
+    ),
+    # The six distilled students. Their shipped config.json: hidden sizes and rope of the base, the declared context and
+    # an untied head of the release. The Math bases (1.5B, 7B) turn at theta 10000, the others at 1e6.
+    "qwen2_5_1_5b": Size(
+        model=ModelConfig(
+            **_QWEN | dict[str, Any](vocab_size=151936),
+            hidden_size=1536,
+            intermediate_size=8960,
+            num_hidden_layers=28,
+            num_attention_heads=12,
+            num_key_value_heads=2,
+        ),
+        student="qwen2_5_1_5b",
+        distill_rate=1e-4,
+    ),
+    "qwen2_5_7b": Size(
+        model=ModelConfig(
+            **_QWEN,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+        ),
+        student="qwen2_5_1_5b",
+        mesh=MeshConfig(fsdp=4),
+        distill_rate=8e-5,
+    ),
+    "qwen2_5_14b": Size(
+        model=ModelConfig(
+            **_QWEN,
+            hidden_size=5120,
+            intermediate_size=13824,
+            num_hidden_layers=48,
+            num_attention_heads=40,
+            num_key_value_heads=8,
+            rope_theta=1000000.0,
+            rms_norm_eps=1e-5,
+        ),
+        student="qwen2_5_1_5b",
+        mesh=MeshConfig(fsdp=8),
+        distill_rate=7e-5,
+    ),
+    "qwen2_5_32b": Size(
+        model=ModelConfig(
+            **_QWEN,
+            hidden_size=5120,
+            intermediate_size=27648,
+            num_hidden_layers=64,
+            num_attention_heads=40,
+            num_key_value_heads=8,
+            rope_theta=1000000.0,
+            rms_norm_eps=1e-5,
+        ),
+        student="qwen2_5_7b",
+        mesh=MeshConfig(fsdp=16),
+        distill_rate=6e-5,
+    ),
+    "llama3_1_8b": Size(
+        model=ModelConfig(
+            **_LLAMA, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32
+        ),
+        student="qwen2_5_1_5b",
+        mesh=MeshConfig(fsdp=4),
+        distill_rate=5e-5,
+    ),
+    "llama3_3_70b": Size(
+        model=ModelConfig(
+            **_LLAMA, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
+        ),
+        student="llama3_1_8b",
+        mesh=MeshConfig(fsdp=32),
+        distill_rate=2e-5,
+    ),
+    # DeepSeek-V2-Lite: the 16B shape of the DeepSeek-V3 repository's inference configs, positions of its config.json.
+    "v2_lite_16b": Size(
+        model=ModelConfig(
+            **_LATENT,
+            **_SMALL_MIXTURE,
+            family="deepseek_v2",
+            intermediate_size=10944,
+            scoring_func="softmax",
+            norm_topk_prob=False,
+            rope_scaling=RopeScaling(
+                "yarn", factor=40.0, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=0.707
+            ),
+            max_position_embeddings=163840,
+        ),
+        student="qwen2_5_1_5b",
+        sampler=replace(_LONG, slots=64),  # 34,560 bytes of cache a token: 77 GB
+        mesh=MeshConfig(fsdp=2, expert=4),
+    ),
+    # Moonlight-16B-A3B's config.json (DeepSeek-V3 architecture).
+    "moonlight_16b": Size(
+        model=ModelConfig(
+            **_LATENT | dict[str, Any](vocab_size=163840),
+            **_SMALL_MIXTURE,
+            family="deepseek_v3",
+            intermediate_size=11264,
+            routed_scaling_factor=2.446,
+            rms_norm_eps=1e-5,
+            rope_theta=50000.0,
+            max_position_embeddings=8192,
+        ),
+        student="qwen2_5_1_5b",
+        # Its positions end at 8,192: so do prompt and output together, and rows.
+        sampler=replace(_LONG, slots=64, max_prompt_tokens=1024, max_new_tokens=7168, prefill_buckets=(256, 512)),
+        mesh=MeshConfig(fsdp=2, expert=4),
+        pack=PackConfig(row_tokens=8192, rows_per_micro_batch=8),
+    ),
+    # The released DeepSeek-R1 config.json (V3's own): 671B, 37B of them active.
+    "v3_671b": Size(
+        model=ModelConfig(
+            **_LATENT | dict[str, Any](vocab_size=129280),
+            family="deepseek_v3",
+            hidden_size=7168,
+            intermediate_size=18432,
+            num_hidden_layers=61,
+            num_attention_heads=128,
+            num_key_value_heads=128,
+            q_lora_rank=1536,
+            first_k_dense_replace=3,
+            n_routed_experts=256,
+            n_shared_experts=1,
+            num_experts_per_tok=8,
+            moe_intermediate_size=2048,
+            n_group=8,
+            topk_group=4,
+            routed_scaling_factor=2.5,
+            num_nextn_predict_layers=1,
+            rope_scaling=RopeScaling(
+                "yarn", factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0
+            ),
+            max_position_embeddings=163840,
+        ),
+        student="qwen2_5_32b",  # the paper sets RL and distillation side by side at 32B (P2 Table 16)
+        sampler=replace(_LONG, slots=512),  # 78,080 bytes of cache a token on a TPU: 1.4 TB in all
+        mesh=MeshConfig(data=2, fsdp=32, expert=8),
+        export_dtype="fp8",  # as DeepSeek publishes it
+        differs=_V3,
+    ),
 }
-_PACKS = {
-    "tiny": PackConfig(row_tokens=96, rows_per_micro_batch=32),
-    "smollm2_135m": PackConfig(row_tokens=448, rows_per_micro_batch=1),
-    "moonlight_16b": PackConfig(row_tokens=8192, rows_per_micro_batch=8),
-}
-# Devices of 95 GB over which 14 bytes a parameter (float32 masters and moments, bfloat16 copy) leave room to compute.
-_MESHES = {
-    "qwen2_5_7b": MeshConfig(fsdp=4),
-    "llama3_1_8b": MeshConfig(fsdp=4),
-    "qwen2_5_14b": MeshConfig(fsdp=8),
-    "qwen2_5_32b": MeshConfig(fsdp=16),
-    "llama3_3_70b": MeshConfig(fsdp=32),
-    "v2_lite_16b": MeshConfig(fsdp=2, expert=4),
-    "moonlight_16b": MeshConfig(fsdp=2, expert=4),
-    "v3_671b": MeshConfig(data=2, fsdp=32, expert=8),
-}
+
+# The sizes that a config may take: PRESETS = _presets.NAME.
+EVERY = tuple(SIZES)
+TINY = ("tiny", "tiny_dense")  # of the tiny world
+POLICIES = tuple(name for name in SIZES if name != "tiny_dense")  # of the chain of stages; tiny_dense is tiny's student
+# Of the stages of a student: their `tiny` trains tiny_dense.
+STUDENTS = ("tiny", *(name for name, size in SIZES.items() if size.distill_rate))
+
+# On the held-out problems of a stage at a real size: the paper's sampling (P2 D.1), which rejects greedy decoding.
+EVALUATION = EvalConfig(samples_per_problem=4, temperature=0.6, top_p=0.95, greedy=False)
+
+
+def config(stage: str, preset: str, **parts) -> Config:
+    """Returns the config of a stage at a size: the recipe's `parts`, and model, compute and mesh of the size."""
+    size = SIZES[preset]
+    fields: dict[str, Any] = dict(model=size.model, compute=size.compute, mesh=size.mesh, data=data(preset))
+    return Config(**dict[str, Any](stage=stage, preset=preset) | fields | parts)
+
+
+def fitted(config: Config) -> Config:
+    """Returns a stage's config by the recipe with what its size does otherwise (Size.differs)."""
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in SIZES[config.preset].differs.get(config.stage, {}).items():
+        part, _, name = key.partition(".")
+        parts.setdefault(part, {})[name] = value
+    whole = {part: values.pop("") for part, values in parts.items() if "" in values}
+    return replace(config, **whole, **{part: replace(getattr(config, part), **v) for part, v in parts.items() if v})
+
+
+def student(preset: str) -> str:
+    """Returns the size that a student's stage trains at `preset`: itself, and at `tiny` the tiny world's dense one."""
+    return "tiny_dense" if preset == "tiny" else preset
 
 
 def data(preset: str) -> DataConfig:
     """Returns where the problems of `preset` come from when no file is given: the tiny presets generate theirs."""
-    return DataConfig(world="tiny" if preset in TINY else "none")
+    return DataConfig(world=SIZES[preset].world)
 
 
 def model(preset: str) -> ModelConfig:
     """Returns the decoder's shape at `preset`."""
-    return _MODELS[preset]
+    return SIZES[preset].model
 
 
 def compute(preset: str) -> ComputeConfig:
     """Returns how the decoder of `preset` is run."""
-    return _COMPUTE.get(preset, _REAL)
+    return SIZES[preset].compute
 
 
 def sampler(preset: str) -> SamplerConfig:
     """Returns slots and lengths of the rollout engine at `preset`."""
-    return _SAMPLERS.get(preset, _SAMPLERS["tiny"])
-
-
-def pack(preset: str) -> PackConfig:
-    """Returns the shape of packed training rows at `preset`: a row holds a whole prompt and response."""
-    return _PACKS.get(preset, _PACKS["tiny"])
+    return SIZES[preset].sampler
 
 
 def mesh(preset: str) -> MeshConfig:
     """Returns the smallest mesh that trains `preset`: one device where it is enough."""
-    return _MESHES.get(preset, MeshConfig())
+    return SIZES[preset].mesh
 
 
-def sft_pack(preset: str) -> PackConfig:
-    """Returns the rows of a student's distillation: 32,768 tokens (P2 B.4.3), one row for each device of its mesh."""
-    return PackConfig(row_tokens=32768, rows_per_micro_batch=mesh(preset).fsdp)
+def optimizer(preset: str, **recipe) -> OptimizerConfig:
+    """Returns the optimiser of a stage at `preset`, with the recipe's rate and schedule."""
+    return replace(SIZES[preset].optimizer, **recipe)
+
+
+def rollouts(preset: str, max_new_tokens: int, schedule: tuple = ()) -> SamplerConfig:
+    """Returns how an RL stage samples: the recipe's longest output and its schedule where the size has room for them.
+
+    Slots divide over the devices, and a scheduled length below the longest is a window of the cache.
+    """
+    own = sampler(preset)
+    lengths: set[int] = set()
+    if own.max_new_tokens >= _LONG.max_new_tokens:
+        lengths = {own.max_prompt_tokens + int(length) for _, length in schedule if length < max_new_tokens}
+        own = replace(own, max_new_tokens=max_new_tokens, max_new_tokens_schedule=schedule)
+    whole = own.max_prompt_tokens + own.max_new_tokens
+    windows = tuple(window for window in sorted({*own.windows, *lengths}) if window < whole)
+    return replace(own, slots=max(own.slots, devices_of_rows(preset)), windows=windows)
+
+
+def devices_of_rows(preset: str) -> int:
+    """Returns over how many devices the mesh of `preset` divides rows and slots."""
+    own = mesh(preset)
+    return math.prod((own.slice, own.data, own.fsdp, own.expert))
+
+
+def pack(preset: str, row_tokens: int) -> PackConfig:
+    """Returns the packed training rows of a stage at `preset`: of `row_tokens`, one for each device, or the size's own."""
+    return SIZES[preset].pack or PackConfig(row_tokens=row_tokens, rows_per_micro_batch=devices_of_rows(preset))
+
+
+def rl_pack(preset: str, sampler: SamplerConfig) -> PackConfig:
+    """Returns the rows of an RL stage: one holds a whole prompt and its response."""
+    return pack(preset, sampler.max_prompt_tokens + sampler.max_new_tokens)

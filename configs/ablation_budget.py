@@ -1,20 +1,29 @@
 """Ablation: the student distilled or trained by RL alone, at three compute budgets that match pairwise.
 
-Hardware: two CPU cores; it runs the stages before it first when the working folder has none.
+Hardware: two CPU cores at `tiny`; it runs the stages before it first when the working folder has none.
 Command: python -m r1jax.launch --config=ablation_budget --workdir=runs
 """
 
-from r1jax.configs import r1
+from r1jax.configs import _presets, r1
 from r1jax.schema import Config, replace
 
-PRESETS = ("tiny",)
+PRESETS = _presets.POLICIES
+# RL updates that cost what one, two and three epochs of distillation cost, or a little more. At `tiny` and `smollm2_135m`
+# by the examples and lengths of their own runs. Else by the paper's: an epoch is 804,745 examples of 5,355 tokens (P2 Table
+# 5) at 6 operations a parameter, an update 512 outputs at 10, taken to be 10,000 tokens long: 505 updates an epoch, rounded
+# up to whole rollouts of 16.
+UPDATES = {"tiny": (20, 34, 46), "smollm2_135m": (2, 3, 5)}
+PAPER = (512, 1024, 1520)
 
 
 def config(preset: str) -> Config:
     """Returns one, two and three epochs of distillation and as many RL updates as cost the same or a little more."""
     variants = (
-        *("distill_1 distill sft.epochs=1", "rl_1 student_rl grpo.updates=20"),
-        *("distill_2 distill sft.epochs=2", "rl_2 student_rl grpo.updates=34"),
-        *("distill_3 distill sft.epochs=3", "rl_3 student_rl grpo.updates=46"),
+        variant
+        for epochs, updates in enumerate(UPDATES.get(preset, PAPER), start=1)
+        for variant in (
+            f"distill_{epochs} distill sft.epochs={epochs}",
+            f"rl_{epochs} student_rl grpo.updates={updates}",
+        )
     )
-    return replace(r1.config(preset), stage="ablation", output="budget", variants=variants)
+    return replace(r1.config(preset), stage="ablation", output="budget", variants=tuple(variants))

@@ -5,10 +5,10 @@ Command: python -m r1jax.launch --config=ablation_language --workdir=runs
 Over seeds: python -m r1jax.launch --config=ablation_language "--config.seeds=(0,1,2)" --workdir=runs
 """
 
-from r1jax.configs import r1
+from r1jax.configs import _presets, r1
 from r1jax.schema import Config, replace
 
-PRESETS = ("tiny",)
+PRESETS = _presets.POLICIES
 
 
 def config(preset: str) -> Config:

@@ -5,11 +5,19 @@ Command: python -m r1jax.launch --config=export_hf --config.checkpoint=RUN/disti
 """
 
 from r1jax.configs import _presets
-from r1jax.schema import Config
+from r1jax.schema import Config, ExportConfig
 
-PRESETS = ("tiny", "tiny_dense", "smollm2_135m")
+PRESETS = _presets.EVERY
 
 
 def config(preset: str) -> Config:
-    """Returns the export; the shape of the model is read from the run itself."""
-    return Config(stage="export_hf", preset=preset, model=_presets.model(preset), compute=_presets.compute(preset))
+    """Returns the export; the shape of the model is read from the run itself, mesh and dtype are the size's."""
+    size = _presets.SIZES[preset]
+    return Config(
+        stage="export_hf",
+        preset=preset,
+        model=size.model,
+        compute=size.compute,
+        mesh=size.mesh,
+        export=ExportConfig(dtype=size.export_dtype),
+    )

@@ -4,16 +4,17 @@ Hardware: as r1_zero, and as much memory again for the critic and its optimiser.
 Command: python -m r1jax.launch --config=ppo_baseline --sweep=ppo.gae_lambda=0.95,1.0 --sweep=seed=0,1,2
 """
 
-from r1jax.configs import r1_zero
+from r1jax.configs import _presets, r1_zero
 from r1jax.schema import Config, PPOConfig, replace
 
-PRESETS = ("tiny", "tiny_dense", "smollm2_135m")
+PRESETS = _presets.EVERY
 
 
 def config(preset: str) -> Config:
     """Returns R1-Zero's run with GAE in place of groups, the KL term in the reward, clip 0.2 and means over tokens."""
-    base = r1_zero.config(preset)
+    base = r1_zero.recipe(preset)
     ppo = dict(advantage="gae", clip_ratio=0.2, kl_placement="reward", aggregation="token_mean", denominator="trained")
-    # A critic has all to learn where the policy has little: three times its rate at the small sizes, ten at a real one.
-    rate = base.optimizer.learning_rate * 10 if preset == "smollm2_135m" else 1e-3
-    return replace(base, stage="ppo_baseline", grpo=replace(base.grpo, **ppo), ppo=PPOConfig(critic_learning_rate=rate))
+    # A critic has all to learn where the policy has little: ten times its rate (no source gives one).
+    rate = base.optimizer.learning_rate * 10
+    run = replace(base, stage="ppo_baseline", grpo=replace(base.grpo, **ppo), ppo=PPOConfig(critic_learning_rate=rate))
+    return _presets.fitted(run)

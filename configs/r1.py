@@ -1,22 +1,37 @@
 """The whole recipe as one resumable graph: R1-Zero, the four stages, the distilled student and its RL-only control.
 
-Hardware: two CPU cores at `tiny`.
+Hardware: two CPU cores at `tiny`; the meshes of its stages at the other sizes.
 Command: python -m r1jax.launch --config=r1:tiny
+         python -m r1jax.launch --config=r1:v3_671b --config.list=true
 """
 
 from r1jax.configs import _presets
 from r1jax.schema import Config, EvalConfig
 
-PRESETS = ("tiny",)
+PRESETS = _presets.POLICIES
 
 
 def config(preset: str) -> Config:
-    """Returns the graph's own settings; every stage keeps its own config."""
-    return Config(
+    """Returns the graph's own settings; every stage keeps its own config.
+
+    Every checkpoint is measured alike: 16 samples a problem, and the majority of 64 on the first 30 problems (P2 D.1).
+    """
+    size = _presets.SIZES[preset]
+    paper = EvalConfig(
+        samples_per_problem=16,
+        temperature=0.6,
+        top_p=0.95,
+        greedy=False,
+        consensus_problems=30,
+        consensus_samples=64,
+    )
+    run = Config(
         stage="r1",
         preset=preset,
-        model=_presets.model(preset),
-        compute=_presets.compute(preset),
-        sampler=_presets.sampler(preset),
-        evaluation=EvalConfig(samples_per_problem=4, consensus_problems=96),
+        model=size.model,
+        compute=size.compute,
+        mesh=size.mesh,
+        sampler=size.sampler,
+        evaluation=paper,
     )
+    return _presets.fitted(run)

@@ -5,17 +5,12 @@ Command: python -m r1jax.launch --config=reward_safety
          python -m r1jax.launch --config=reward_safety:smollm2_135m --config.model.checkpoint=DIR --config.data.path=FILE.jsonl
 """
 
-from r1jax.configs import reward_helpful
-from r1jax.schema import Config, replace
+from r1jax.configs import _presets, reward_helpful
+from r1jax.schema import Config
 
-PRESETS = ("tiny", "smollm2_135m", "v3_671b")
+PRESETS = _presets.POLICIES
 
 
 def config(preset: str) -> Config:
-    """Returns the run: the helpful model's settings (P2 appendix B.3); at `tiny` fewer samples, as it has six times the prompts."""
-    base = reward_helpful.config(preset)
-    if preset != "tiny":
-        return replace(base, stage="reward_safety")
-    return replace(
-        base, stage="reward_safety", reward_model=replace(base.reward_model, epochs=10, samples_per_prompt=8)
-    )
+    """Returns the run: the helpful model's settings (P2 appendix B.3)."""
+    return _presets.fitted(reward_helpful.recipe("reward_safety", preset))

@@ -5,22 +5,20 @@ Command: python -m r1jax.launch --config=stage0_base
 """
 
 from r1jax.configs import _presets
-from r1jax.schema import CheckpointConfig, Config, OptimizerConfig, PretrainConfig
+from r1jax.schema import CheckpointConfig, Config, PretrainConfig
 
-PRESETS = ("tiny", "tiny_dense")
+PRESETS = _presets.TINY
 
 
 def config(preset: str) -> Config:
     """Returns the run: AdamW with a cosine over rows of packed documents."""
-    return Config(
-        stage="stage0_base",
-        preset=preset,
-        model=_presets.model(preset),
-        compute=_presets.compute(preset),
-        optimizer=OptimizerConfig(learning_rate=4e-3, schedule="cosine", final_fraction=0.05, warmup_updates=50),
-        data=_presets.data(preset),
+    rates = dict(learning_rate=4e-3, schedule="cosine", final_fraction=0.05, warmup_updates=50)
+    return _presets.config(
+        "stage0_base",
+        preset,
+        optimizer=_presets.optimizer(preset, **rates),
         sampler=_presets.sampler(preset),
-        pack=_presets.pack(preset),
+        pack=_presets.SIZES[preset].pack,
         pretrain=PretrainConfig(),
         checkpointing=CheckpointConfig(every_updates=400),
     )

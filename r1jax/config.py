@@ -1,8 +1,8 @@
 """Load a config by name, override fields by dotted key, expand sweeps, flatten and hash. Imports no JAX.
 
-A config is a module r1jax/configs/NAME.py with a docstring, `PRESETS` (the sizes it takes, a literal tuple of names)
-and `config(preset) -> schema.Config`. Everything a user can get wrong raises ValueError with one line that names what
-to type.
+A config is a module r1jax/configs/NAME.py with a docstring, `PRESETS` (the sizes it takes: a literal tuple of names, or
+a group of configs/_presets.py, as `_presets.EVERY`) and `config(preset) -> schema.Config`. Everything a user can get
+wrong raises ValueError with one line that names what to type.
 """
 
 import ast
@@ -61,9 +61,21 @@ def _entry(path: pathlib.Path) -> ConfigSummary:
     presets = (DEFAULT_PRESET,)
     for node in tree.body:
         if isinstance(node, ast.Assign) and [getattr(target, "id", "") for target in node.targets] == ["PRESETS"]:
-            presets = tuple(ast.literal_eval(node.value))
+            presets = _sizes(node.value)
     summary = (ast.get_docstring(tree) or "").partition("\n")[0]
     return ConfigSummary(path.stem, summary, presets)
+
+
+def _sizes(value: ast.expr) -> tuple[str, ...]:
+    """Returns the names that a module's PRESETS stands for: a literal tuple, or MODULE.NAME of r1jax/configs."""
+    if isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name):
+        return getattr(importlib.import_module(f"r1jax.configs.{value.value.id}"), value.attr)
+    return tuple(ast.literal_eval(value))
+
+
+def student_of(size: str) -> str:
+    """Returns the size of the student in a recipe of `size`, at which its `distill` and `student_rl` run."""
+    return importlib.import_module("r1jax.configs._presets").SIZES[size].student
 
 
 def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> schema.Config:

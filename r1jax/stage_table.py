@@ -24,7 +24,8 @@ _SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens_schedule")
 _WEIGHTS = dict.fromkeys((f"reward.{name}" for name in ("accuracy", "format", "language")), "")
 DERIVED = {"compute.vocab_used": "the tokenizer"}  # fields that follow from something else
 BY_GRAPH = ("gate",)  # the parts of a stage's config that are read by the graph which runs it
-_GRAPH = ("seed", "rebuild_base", "only", "from_stage", "list", "set", "evaluation")
+_HANDED_ON = ("seed", "evaluation", "model.checkpoint", "data")  # to the stages that a graph or an ablation runs
+_GRAPH = (*_HANDED_ON, "rebuild_base", "only", "from_stage", "list", "set")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ STAGES: dict[str, Stage] = {
     ),
     "quickstart": _RECIPE,
     "r1": _RECIPE,
-    "ablation": Stage("tools.ablation:run", ("seed", "variants", "seeds", "output", "evaluation")),
+    "ablation": Stage("tools.ablation:run", (*_HANDED_ON, "variants", "seeds", "output")),
     "bench_code": Stage(
         "bench.code:run",
         ("seed", "bench.code_files", "bench.samples", "bench.mutants_per_row", "data.max_rows", "reward"),

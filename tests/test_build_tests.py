@@ -87,8 +87,10 @@ def test_figures_count_rows_tests_and_broken_programs(built):
 
 def test_wrong_program_that_no_input_breaks_is_told():
     right = MAXIMUM_SUM["accepted"]
-    sources = [tuple(code_tests.Source(text, "python") for text in texts) for texts in (right, [right[0], "print(1)"])]
-    problem = code_cases.Problem("p", "", *sources, (MAXIMUM_SUM["generators"][0],))
+    sources = [
+        tuple(code_tests.SourceCode(text, "python") for text in texts) for texts in (right, [right[0], "print(1)"])
+    ]
+    problem = code_cases.CodeProblem("p", "", *sources, (MAXIMUM_SUM["generators"][0],))
     found = code_cases.build(problem, BuildTestsConfig(inputs_per_kind=1, min_tests=1), REWARD)
     assert (found.broken, found.unbroken, len(found.cases)) == ((1,), (0,), 1)
 
@@ -112,14 +114,14 @@ HOSTILE_GENERATORS = {
 def test_useless_generator_gives_no_input_and_the_others_go_on(name):
     config = BuildTestsConfig(inputs_per_kind=1, max_input_characters=1000)
     generators = (HOSTILE_GENERATORS[name], "def make_input(kind, rng): print('noise'); return kind")
-    problem = code_cases.Problem("p", "", (), (), generators)
+    problem = code_cases.CodeProblem("p", "", (), (), generators)
     sandbox = open_sandbox(SandboxConfig(wall_s=10.0, cpu_s=1.0))
     assert code_cases.generated(problem, config, sandbox, 0) == list(code_cases.KINDS)
 
 
 def test_inputs_are_keyed_by_seed_and_problem():
     config, sandbox = BuildTestsConfig(inputs_per_kind=2), open_sandbox(REWARD.sandbox)
-    problem = code_cases.Problem("p", "", (), (), tuple(LONGEST_RUN["generators"]))
+    problem = code_cases.CodeProblem("p", "", (), (), tuple(LONGEST_RUN["generators"]))
     first = code_cases.generated(problem, config, sandbox, 0)
     assert (
         first == code_cases.generated(problem, config, sandbox, 0) != code_cases.generated(problem, config, sandbox, 1)

@@ -62,6 +62,7 @@ def test_fence_may_hold_shorter_fences():
         (fenced("x\n", "python ../../a.py"), "not plain and relative"),
         (fenced("--- a/b.txt\n+++ b/c.txt\n@@ -1 +1 @@\n-x\n+z\n"), "renames b.txt to c.txt"),
         (fenced("--- /dev/null\n+++ b/b.txt\n@@ -0,0 +1 @@\n+a\n"), "there already"),
+        (fenced("--- /dev/null\n+++ /dev/null\n@@ -1 +1 @@\n-a\n+b\n"), "names no file"),
         (
             fenced("diff --git a/l b/l\nnew file mode 120000\n--- /dev/null\n+++ b/l\n@@ -0,0 +1 @@\n+/etc\n"),
             "makes a link",

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from r1jax.core import rng, sharding
+from r1jax.kernels import flash_attention as flash_attention_module
 from r1jax.kernels.flash_attention import (
     FIRST,
     LAST,
@@ -130,7 +131,8 @@ def test_any_row_of_samples_is_the_formula(lengths, padding, seed):
 
 def live(segments, query, key, by_key, prefixes=None):
     given = [jnp.asarray(array, jnp.int32) for array in (segments, prefixes) if array is not None]
-    blocks = [np.asarray(array) for array in block_schedule(key_ranges(*given), query, key, by_key)]
+    ranges = key_ranges(*given)
+    blocks = [np.asarray(array) for array in block_schedule(ranges, ranges.shape[2], query, key, by_key)]
     return [
         [tuple(step) for step in zip(*(array[row] for array in blocks), strict=True) if step[2]] for row in range(1)
     ][0]
@@ -153,11 +155,20 @@ def test_steps_are_the_blocks_that_hold_a_visible_pair_each_opened_and_closed_on
     ]  # fmt: skip
 
 
+def test_a_part_of_a_row_without_a_visible_key_opens_and_closes_its_blocks_alone():
+    later = key_ranges(jnp.asarray([[1] * 8 + [2] * 24], jnp.int32))[:, :, 16:]  # sees keys 8 to 31
+    for fill, steps in ((True, [(0, 0, FIRST | LAST), (1, 0, FIRST | LAST)]), (False, [(0, 0, FIRST | LAST)])):
+        found = zip(*block_schedule(later, 8, 8, 8, position=None, fill=fill), strict=True)
+        assert [tuple(step) for step in np.stack(next(found), axis=1).tolist() if step[2]] == steps
+
+
 def test_padding_costs_its_own_block_alone():
     assert [step[:2] for step in live([[1] * 4 + [0] * 28], 8, 8, False)] == [(0, 0), (1, 1), (2, 2), (3, 3)]
 
 
-def test_no_read_is_out_of_bounds_nothing_unwritten_is_read_and_no_two_accesses_race():
+@pytest.mark.parametrize("queries", [40, 16], ids=["one_call", "three_calls"])
+def test_no_read_is_out_of_bounds_nothing_unwritten_is_read_and_no_two_accesses_race(queries, monkeypatch):
+    takes(monkeypatch, queries)
     segments = np.asarray([[1] * 11 + [2] * 20 + [0] * 6, [1] * 37], np.int32)
     q, k, v, d_out = drawn(segments, heads=(1, 2))
     params = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
@@ -199,17 +210,74 @@ def test_parts_that_do_not_divide_a_block_are_refused():
         replace(SMALL, query_part=3)
 
 
-def test_rows_whose_gradient_does_not_fit_are_refused_with_the_remedy():
-    shapes = [jax.ShapeDtypeStruct((1, 32768, 1, *rest), jnp.bfloat16) for rest in ((1, 192), (192,), (128,))]
-    call = lambda q, k, v: flash_attention(q, k, v, jnp.ones((1, 32768), jnp.int32), 1.0).sum()  # noqa: E731
-    with pytest.raises(ValueError, match="a row of 32768 tokens needs 64 MiB of VMEM.*40 are there; divide rows"):
-        jax.eval_shape(jax.grad(call), *shapes)
+def takes(monkeypatch, queries: int, width: int = 24) -> None:
+    """Lets the gradient of so many queries of this width stand in VMEM at a time."""
+    monkeypatch.setattr(flash_attention_module, "ROW_BYTES", 2 * 4 * width * queries)
+
+
+def calls(length: int, blocks: Blocks, width: int = 24) -> int:
+    """Returns how many kernels the gradient of a row calls: one forward, the others backward."""
+    shapes = [jax.ShapeDtypeStruct((1, length, 1, *rest), jnp.bfloat16) for rest in ((1, width), (width,), (16,))]
+    call = lambda q, k, v: flash_attention(q, k, v, jnp.ones((1, length), jnp.int32), 1.0, blocks).sum()  # noqa: E731
+    return str(jax.make_jaxpr(jax.grad(call, (0, 1, 2)))(*shapes)).count("name=flash_attention")
+
+
+SHARED = (
+    [[1] * 9 + [2] * 7 + [3] * 8 + [4] * 3 + [5] * 20 + [0] * 3],
+    [[0] * 9 + [1] * 15 + [0] * 3 + [4] * 20 + [0] * 3],
+)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "rows"), [(SMALL, ([[1] * 11 + [2] * 33 + [0] * 6],)), (UNEVEN, SHARED)], ids=["samples", "shared"]
+)
+def test_a_row_whose_gradient_does_not_fit_is_summed_in_several_calls(blocks, rows, monkeypatch):
+    assert calls(64, blocks) == 2
+    takes(monkeypatch, 16)
+    assert calls(64, blocks) == 5
+    compare(rows[0], blocks, *rows[1:])
+
+
+def test_rows_of_65536_tokens_of_192_take_three_calls_backward():
+    assert [calls(tokens, Blocks(), 192) - 1 for tokens in (4096, 26624, 32768, 65536)] == [1, 1, 2, 3]
+
+
+def long_reference(q, k, v, segments, scale, d_out, block=800):
+    """Returns what `reference` does for one head of one long row, with the scores of a block of queries at a time."""
+    q, k, v, d_out = (np.asarray(array, np.float64).reshape(segments.size, -1) for array in (q, k, v, d_out))
+    out, d_q, d_k, d_v = (np.zeros_like(array) for array in (d_out, q, k, v))
+    places = np.arange(segments.size)
+    for start in range(0, segments.size, block):
+        rows, end = slice(start, start + block), start + block
+        seen = (places[rows, None] >= places[:end]) & (segments[0, rows, None] == segments[0, :end])
+        scores = np.where(seen, q[rows] @ k[:end].T * scale, -np.inf)
+        probs = np.exp(scores - scores.max(-1, keepdims=True))
+        probs /= probs.sum(-1, keepdims=True)
+        d_probs = d_out[rows] @ v[:end].T
+        d_scores = probs * (d_probs - (probs * d_probs).sum(-1, keepdims=True)) * scale
+        out[rows], d_q[rows] = probs @ v[:end], d_scores @ k[:end]
+        d_k[:end] += d_scores.T @ q[rows]
+        d_v[:end] += probs.T @ d_out[rows]
+    return out, d_q, d_k, d_v
+
+
+@pytest.mark.slow
+def test_a_row_of_40000_tokens_is_the_formula(monkeypatch):
+    takes(monkeypatch, 20480)  # two calls, as 192 numbers a query need
+    segments = np.repeat([1, 2, 3, 0], (1300, 37000, 1500, 200))[None].astype(np.int32)
+    q, k, v, d_out = drawn(segments, heads=(1, 1))
+    found = jax.jit(lambda *a: kernel(*a[:3], jnp.asarray(segments), 0.3, a[3], Blocks()))(q, k, v, d_out)
+    wanted = long_reference(q, k, v, segments, 0.3, d_out)
+    for name, a, b in zip(("out", "d_q", "d_k", "d_v"), found, wanted, strict=True):
+        a, b = (np.asarray(array, np.float64).reshape(segments.size, -1)[:39800] for array in (a, b))
+        print(f"{name}: largest difference {np.abs(a - b).max():.1e} of {np.abs(b).max():.1e}")
+        np.testing.assert_allclose(a, b, atol=4e-6 * max(1, np.abs(b).max()), err_msg=name)
 
 
 def test_blocks_of_short_rows_are_whole_registers():
     assert blocks_for("TPU v5", 100, 192) == Blocks(*[128] * 7)
     assert blocks_for("TPU v5", 4096, 192) == Blocks()
-    assert blocks_for("TPU v6 lite", 300, 128) == Blocks(key_part=128, backward_part=512)
+    assert blocks_for("TPU v6 lite", 300, 128) == Blocks(key_part=128, backward_part=256)
     assert blocks_for("unheard of", 4096, 300) == Blocks()
 
 

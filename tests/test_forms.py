@@ -17,7 +17,7 @@ TABLE = {
     ("fsdp2", 8, False, "xla", 0): ("plain", "plain"),
     ("fsdp2", 8, False, "flash", 0): ("by_kernel", "by_kernel"),
     ("context2", 8, False, "xla", 0): ("around_ring", "around_ring"),
-    ("context2", 8, False, "flash", 4): ("around_ring", "around_ring"),
+    ("context2", 8, False, "flash", 4): ("around_ring_by_kernel", "around_ring_by_kernel"),
     ("context2", 7, False, "xla", 0): ("plain", "plain"),  # 7 tokens do not divide
     ("context2", 7, False, "flash", 0): ("by_kernel", "by_kernel"),
     ("one", 1, True, "xla", 0): ("plain", "plain"),

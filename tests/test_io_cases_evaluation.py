@@ -400,7 +400,7 @@ def test_votes_use_the_samples_that_are_drawn_anyway(monkeypatch, model, tmp_pat
     drawn, respond = [], evaluate.respond
 
     def counting(*arguments):
-        drawn.append((len(arguments[4]), arguments[7], arguments[8]))
+        drawn.append((len(arguments[5]), arguments[8], arguments[9]))
         return respond(*arguments)
 
     monkeypatch.setattr(evaluate, "respond", counting)

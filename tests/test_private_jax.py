@@ -4,6 +4,7 @@ import pathlib
 import re
 
 import jax
+import numpy as np
 import pytest
 
 from r1jax.core import private_jax
@@ -25,6 +26,13 @@ def test_a_jax_without_a_part_is_refused_with_its_version_and_the_name(monkeypat
     monkeypatch.setattr(private_jax, field, value)
     with pytest.raises(ValueError, match=re.escape(f"JAX {jax.__version__} has no {name}, which a run of several")):
         private_jax.check()
+
+
+def test_compilations_counts_the_kinds_of_arguments():
+    program = jax.jit(lambda x: x + 1)
+    for value in (np.zeros(3), np.ones(3), np.zeros(4)):
+        program(value)
+    assert private_jax.compilations(program) == 2
 
 
 def test_client_methods_are_those_that_are_called():

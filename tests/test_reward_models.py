@@ -21,7 +21,7 @@ from r1jax.evals import preference
 from r1jax.models import decoder
 from r1jax.recipe import common, reward_models
 from r1jax.rewards.models import reward_model
-from r1jax.rewards.models.reward_model import Reading, RewardModel
+from r1jax.rewards.models.reward_model import RewardModel, TextFormat
 from r1jax.schema import MeshConfig, Network, PackConfig
 from r1jax.train import frozen, reward, step
 from r1jax.train.reward import Unit
@@ -187,7 +187,7 @@ def test_cut_that_leaves_no_block_to_train_is_refused_by_name(blocks):
 def test_scorer_gives_each_text_the_score_it_has_alone_in_any_company(name, mesh):
     network, params = weights(SHAPES[name], mesh)
     flat = [ids for unit in units("helpful", 20) for ids in unit.sequences]
-    scorer = RewardModel(params, network, mesh, Reading("helpful", "tiny"), WORDS, 3, 24)
+    scorer = RewardModel(params, network, mesh, TextFormat("helpful", "tiny"), WORDS, 3, 24)
     scorer.warm_up()
     found = scorer.scores(flat)
     np.testing.assert_allclose(found, [alone(params, network, ids) for ids in flat], atol=1e-5)
@@ -197,32 +197,32 @@ def test_scorer_gives_each_text_the_score_it_has_alone_in_any_company(name, mesh
 
 def test_helpful_model_reads_the_summary_alone_and_safety_model_the_thinking_too():
     turn = "<think> steal cat </think> the cat is small thanks"
-    ids = {kind: Reading(kind, "tiny").ids("tell cat :", turn, WORDS) for kind in ("helpful", "safety")}
+    ids = {kind: TextFormat(kind, "tiny").ids("tell cat :", turn, WORDS) for kind in ("helpful", "safety")}
     assert WORDS.decode(ids["helpful"]) == "tell cat : the cat is small thanks"
     assert WORDS.decode(ids["safety"]) == "tell cat : <think> steal cat </think> the cat is small thanks"
     assert all(found[-1] == WORDS.eos_id for found in ids.values())
-    other = Reading("helpful", "tiny").ids("tell cat :", turn.replace("steal", "clean"), WORDS)
+    other = TextFormat("helpful", "tiny").ids("tell cat :", turn.replace("steal", "clean"), WORDS)
     assert np.array_equal(ids["helpful"], other)
 
 
 def test_helpful_model_finds_nothing_to_judge_where_thinking_never_ends_or_nothing_follows():
-    reading = Reading("helpful", "tiny")
-    assert reading.ids("tell cat :", "<think> cat small", WORDS) is None
-    assert reading.ids("tell cat :", "<think> cat </think> ", WORDS) is None
-    assert Reading("safety", "tiny").ids("tell cat :", "<think> cat small", WORDS) is not None
+    text_format = TextFormat("helpful", "tiny")
+    assert text_format.ids("tell cat :", "<think> cat small", WORDS) is None
+    assert text_format.ids("tell cat :", "<think> cat </think> ", WORDS) is None
+    assert TextFormat("safety", "tiny").ids("tell cat :", "<think> cat small", WORDS) is not None
 
 
 def test_reading_keeps_the_end_of_a_prompt_and_the_beginning_of_a_response():
-    reading = Reading("safety", "tiny", prompt_tokens=2, response_tokens=3)
-    assert WORDS.decode(reading.ids("tell old cat :", "the cat is small", WORDS)) == "cat : the cat is"
+    text_format = TextFormat("safety", "tiny", prompt_tokens=2, response_tokens=3)
+    assert WORDS.decode(text_format.ids("tell old cat :", "the cat is small", WORDS)) == "cat : the cat is"
 
 
 def test_rewards_are_chances_around_the_center_and_0_where_nothing_is_judged(mesh):
     network, params = weights(small.changed(LLAMA, vocab_size=196), mesh)
-    scorer = RewardModel(params, network, mesh, Reading("helpful", "tiny"), WORDS, 2, 24, center=0.25)
+    scorer = RewardModel(params, network, mesh, TextFormat("helpful", "tiny"), WORDS, 2, 24, center=0.25)
     texts = ["the cat is small", "<think> cat </think>", "<think> x </think> the dog thanks"]
     found = scorer.rewards(["tell cat :"] * 3, texts)
-    raw = [alone(params, network, scorer.reading.ids("tell cat :", text, WORDS)) for text in (texts[0], texts[2])]
+    raw = [alone(params, network, scorer.text_format.ids("tell cat :", text, WORDS)) for text in (texts[0], texts[2])]
     np.testing.assert_allclose(found, [1 / (1 + np.exp(0.25 - raw[0])), 0, 1 / (1 + np.exp(0.25 - raw[1]))], atol=1e-6)
 
 

@@ -14,7 +14,7 @@ from r1jax.models import decoder
 from r1jax.recipe import policy, prompts
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.models import reward_model
-from r1jax.rewards.models.reward_model import Reading, RewardModel
+from r1jax.rewards.models.reward_model import RewardModel, TextFormat
 from r1jax.rl import reward_model_monitor, rollout
 from r1jax.rl.assemble import Training
 from r1jax.rl.rollout import Mixture
@@ -43,7 +43,7 @@ def training(folder) -> Training:
     models = {}
     for seed, (task, name) in enumerate((("general", "helpful"), ("safety", "safety"))):
         weights = sharding.initialize(decoder.specs(shape), rng.key(seed, "model", "init"), jnp.float32, mesh)
-        models[task] = RewardModel(weights, shape, mesh, Reading(name, "tiny"), WORDS, 8, 24)
+        models[task] = RewardModel(weights, shape, mesh, TextFormat(name, "tiny"), WORDS, 8, 24)
     later = policy.later(config, WORDS, asked)
     more = dict(describe=policy.describe, later=later, reward_models=models)
     return policy.make_training(config, WORDS, mesh, reasoning, params, folder, **more)

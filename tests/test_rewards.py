@@ -429,7 +429,7 @@ def test_score_names_the_known_tasks_when_given_another():
 
 def test_quick_decides_numbers_without_importing_sympy():
     code = (
-        "import sys; from r1jax.rewards import compose, math_answer;"
+        "import sys; from r1jax.rewards import compose; from r1jax.rewards.answers import math_answer;"
         "assert math_answer.quick('<answer>1,000</answer>', '1000', 'auto').value == 1.0;"
         "assert math_answer.quick('<answer>x</answer>', 'y^2', 'auto') is None;"
         "print(*sorted({'sympy', 'math_verify', 'jax'} & set(sys.modules)))"

@@ -144,8 +144,8 @@ def test_distillation_resolves_with_the_papers_settings(preset):
     assert loaded.model == _presets.model(preset) and loaded.stage == "distill"
 
 
-def test_distillation_has_the_tiny_student_and_the_six_of_the_release():
-    assert distill.PRESETS == ("tiny", *RATES) and set(RATES) == set(_presets.STUDENTS) == set(STUDENTS)
+def test_distillation_has_the_two_small_students_and_the_six_of_the_release():
+    assert distill.PRESETS == ("tiny", "smollm2_135m", *RATES) and set(RATES) == set(STUDENTS)
 
 
 def test_dry_run_prints_a_students_fields(capsys):

@@ -99,7 +99,7 @@ def choose(network: Network, tokens: int, cached: bool) -> Form:
     if cached:
         return decoded if tokens == 1 and flash.chosen(network.compute) else plain
     if ring.devices(tokens) > 1:
-        return around_ring
+        return around_ring_by_kernel if flash.chosen(network.compute) else around_ring
     if flash.chosen(network.compute):
         return by_kernel
     return in_blocks if network.compute.attention_block and not network.model.is_mla else plain
@@ -118,8 +118,17 @@ def attend(q, source: Source, context: Context, network: Network, cache: kv.Cach
 
 def around_ring(q, source: Source, context: Context, network: Network, cache, layer) -> jax.Array:
     """Rows divided over the mesh's `context` axis: the source travels, keys are expanded where it arrives."""
+    return _as_queries(_ring(q, source, context, network, by_kernel=False), q)
+
+
+def around_ring_by_kernel(q, source: Source, context: Context, network: Network, cache, layer) -> jax.Array:
+    """The same, with the flash attention kernels on every part that arrives."""
+    return _as_queries(_ring(q, source, context, network, by_kernel=True), q)
+
+
+def _ring(q, source: Source, context: Context, network: Network, by_kernel: bool) -> jax.Array:
     parts = source.arrays, source.axes, source.expand, source.weights, source.weight_axes
-    return _as_queries(ring.attend(_grouped(q), *parts, context.segments, rope.softmax_scale(network.model)), q)
+    return ring.attend(_grouped(q), *parts, context.segments, rope.softmax_scale(network.model), by_kernel)
 
 
 def by_kernel(q, source: Source, context: Context, network: Network, cache, layer) -> jax.Array:

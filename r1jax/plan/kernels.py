@@ -101,7 +101,7 @@ def _attention(kind: str, make, kernel: str, shape: str):
     blocks = flash_attention.blocks_for(kind, TOKENS, width)
     sums = array(1, HEADS, 1, TOKENS, dtype=jnp.float32)
     q, k, v = array(1, HEADS, TOKENS, width), array(1, keys, TOKENS, width), array(1, keys, TOKENS, out_width)
-    reach, d_out = array(1, 1, TOKENS, dtype=jnp.int32), array(1, HEADS, TOKENS, out_width)
+    reach, d_out = array(1, 2, TOKENS, dtype=jnp.int32), array(1, HEADS, TOKENS, out_width)
     functions: dict[str, tuple[Callable, Sequence]] = {
         ATTENTION[0]: (lambda *a: flash_attention.forward_call(blocks, False, *a), (q, k, v, reach)),
         ATTENTION[1]: (

@@ -9,7 +9,7 @@ from r1jax import config as configs
 from r1jax import stage_table
 from r1jax.core import checkpoint
 from r1jax.core.say import say
-from r1jax.recipe import common, evaluate, export_hf, lineage, reward_models
+from r1jax.recipe import common, evaluate, export_hf, given, lineage, reward_models
 from r1jax.report import html, table
 from r1jax.schema import Config, GateConfig, replace
 
@@ -25,7 +25,6 @@ GRAPH: dict[str, tuple[str, ...]] = {
     "distill": ("stage3_rejection_sft",),
     "student_rl": (),
 }
-REWARD_MODELS = ("reward_helpful", "reward_safety")
 EXPORTED = ("stage4_all_scenarios", "distill")  # R1 and the student are exported as Hugging Face folders
 COLUMNS = (
     *("checkpoint", "problems", "pass@1", "pass@1_se", "greedy", "mean_tokens", "truncated", "unscorable"),
@@ -52,6 +51,8 @@ def run(config: Config, workdir: Path) -> dict:
     if config.list:
         return listing(stages, workdir)
     chosen = chosen_stages(config)
+    for stage in chosen:
+        given.require(stages[stage], f"--config.set={stage}.FIELD", config)
     _refuse_unready(chosen, stages, workdir, bool(config.from_stage))
     if config.from_stage:
         for stage in chosen:
@@ -64,7 +65,7 @@ def run(config: Config, workdir: Path) -> dict:
         stage_config = stages[stage]
         hold_gate(stage_config.stage, stage_config.gate, workdir)
     if not set(EXPORTED) - {stage for stage in GRAPH if (workdir / stage / common.DONE).exists()}:
-        export(config, workdir)
+        export(stages, workdir)
     summary = summarize(workdir, round(time.monotonic() - started, 1))
     checkpoint.write_json(workdir / "summary.json", summary)
     write_report(summary, workdir)
@@ -78,23 +79,26 @@ def run(config: Config, workdir: Path) -> dict:
 
 
 def stage_configs(config: Config) -> dict[str, Config]:
-    """Returns every stage's own config with the graph's seed, evaluation and overrides (STAGE.FIELD=VALUE).
+    """Returns every stage's own config with what the graph hands to it and its overrides (STAGE.FIELD=VALUE).
 
     Raises ValueError for an override that names no stage or field, and for a field of `config` that reaches no stage.
     """
     _refuse_unread(config)
     overrides: dict[str, list[tuple[str, str]]] = {stage: [] for stage in GRAPH}
+    sizes = {stage: given.preset(stage, config.preset) for stage in GRAPH}
     for entry in config.set:
         key, equals, value = entry.partition("=")
         stage, dot, field = key.partition(".")
         if stage not in GRAPH or not dot or not equals:
             raise ValueError(f"config.set={entry}: needs STAGE.FIELD=VALUE; {configs.hint(stage, GRAPH)}{_known()}")
-        overrides[stage].append((field, value))
+        if field == "preset" and stage in given.OF_STUDENT:
+            sizes[stage] = value
+        else:
+            overrides[stage].append((field, value))
     result = {}
     for stage in GRAPH:
-        shared = dict(seed=config.seed, rebuild_base=config.rebuild_base, evaluation=config.evaluation)
-        stage_config = replace(configs.load(f"{stage}:{config.preset}"), **shared)
-        result[stage] = configs.override(stage_config, overrides[stage])
+        stage_config = given.stage_config(config, f"{stage}:{sizes[stage]}")
+        result[stage] = configs.override(replace(stage_config, rebuild_base=config.rebuild_base), overrides[stage])
         stage_table.check(result[stage], configs.keys(overrides[stage]), also=stage_table.BY_GRAPH)
     return result
 
@@ -179,7 +183,7 @@ def summarize(workdir: Path, wall_s: float) -> dict:
             continue
         figures = json.loads(marker.read_text())["figures"]
         name = lineage.RESULTS[stage]
-        if stage in REWARD_MODELS:
+        if stage in given.REWARD_MODELS:
             models[name] = figures["held_out"]
             continue
         if name not in figures:
@@ -190,8 +194,11 @@ def summarize(workdir: Path, wall_s: float) -> dict:
     return {"checkpoints": checkpoints, "reward_models": models, "wall_s": wall_s}
 
 
-def export(config: Config, workdir: Path) -> None:
-    """Writes R1 and the student to `workdir/export/` as Hugging Face folders, again if the stage was run again."""
+def export(stages: dict[str, Config], workdir: Path) -> None:
+    """Writes R1 and the student to `workdir/export/` as Hugging Face folders, anew when the stage was run again.
+
+    Each is exported as its size is: on its mesh, in its dtype (configs/export_hf.py).
+    """
     for stage in EXPORTED:
         target = workdir / "export" / lineage.RESULTS[stage]
         stamp = workdir / "export" / f"{lineage.RESULTS[stage]}.digest"
@@ -199,7 +206,8 @@ def export(config: Config, workdir: Path) -> None:
         if target.exists() and stamp.exists() and stamp.read_text() == digest:
             continue
         shutil.rmtree(target, ignore_errors=True)
-        export_hf.run(replace(config, checkpoint=str(workdir / stage), output=str(target)), workdir)
+        own = configs.load(f"export_hf:{stages[stage].preset}")
+        export_hf.run(replace(own, checkpoint=str(workdir / stage), output=str(target)), workdir)
         stamp.write_text(digest)
 
 

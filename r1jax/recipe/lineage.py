@@ -50,13 +50,13 @@ def base_name(input_preset: str) -> str:
 def require(stage: str, config: Config, workdir: Path) -> Path:
     """Returns the folder of a finished stage in `workdir`; in the tiny world a missing stage is run first.
 
-    With the user's own data or checkpoint it raises ValueError, with the command that runs the stage.
+    Raises ValueError with the command that runs the stage at the other sizes, and where a model or problems are given.
     """
     workdir = Path(config.inputs or workdir)
     folder, preset = workdir / stage, config.input_preset or config.preset
     if (folder / common.DONE).exists():
         return folder
-    if problems.has_files(config.data) or config.model.checkpoint:
+    if problems.has_files(config.data) or config.model.checkpoint or config.data.world != "tiny":
         raise ValueError(
             f"{folder} is missing or unfinished; make it with: python -m r1jax.launch --config={stage}:{preset} "
             f"--workdir={workdir} and the same --config.data.path and --config.model.checkpoint"

@@ -22,7 +22,7 @@ from r1jax.recipe import common, lineage, prompts, tiny_preferences, training
 from r1jax.recipe.progress import Progress
 from r1jax.report import table
 from r1jax.rewards.models import reward_model
-from r1jax.rewards.models.reward_model import Kind, Reading, RewardModel
+from r1jax.rewards.models.reward_model import Kind, RewardModel, TextFormat
 from r1jax.schema import ComputeConfig, Config, DataConfig, ModelConfig, Network, PackConfig, RewardModelConfig
 from r1jax.train import epochs, frozen, reward, step
 from r1jax.train.reward import Unit
@@ -57,7 +57,7 @@ def run(config: Config, workdir: Path) -> dict:
         show({config.stage: figures["held_out"]})
         return figures
     resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
-    network, reading = (
+    network, text_format = (
         reward_model.architecture(resolved.network),
         reading_of(kind, resolved.stage, resolved.data, resolved.reward_model, tokenizer),
     )
@@ -75,7 +75,7 @@ def run(config: Config, workdir: Path) -> dict:
     else:
         rows = rows or tiny_preferences.examples(kind, resolved, tokenizer, mesh, params, workdir)
         rows = chosen_examples(rows, kind, resolved.stage, resolved.data, resolved.reward_model)
-    units = [_unit(row, kind, reading, tokenizer) for row in rows]
+    units = [_unit(row, kind, text_format, tokenizer) for row in rows]
     fitting = [unit is not None and reward.fits(unit, config.pack) for unit in units]
     sides = [[i for i in range(len(rows)) if fitting[i] and rows[i]["held_out"] == held] for held in (False, True)]
     if not all(sides):
@@ -90,17 +90,17 @@ def run(config: Config, workdir: Path) -> dict:
         listed = ", ".join(f"{count} {why}" for why, count in left_out.items())
         say(f"{config.stage}: of {len(rows)} examples left out: {listed}")
     folder.start(inputs)
-    common.write_model(folder.path, resolved.model, resolved.data, tokenizer, reading.template)
+    common.write_model(folder.path, resolved.model, resolved.data, tokenizer, text_format.template)
     if not path.exists():
         jsonl.write(path, rows)
     train, held_out = ([unit for i in side if (unit := units[i]) is not None] for side in sides)
     trained, loss = fit(resolved, mesh, kind, train, reward_model.from_decoder(params, network.model), folder)
-    scorer = make_scorer(trained, network, mesh, reading, tokenizer, config.pack)
+    scorer = make_scorer(trained, network, mesh, text_format, tokenizer, config.pack)
     figures: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1), "examples": len(train), "loss": loss}
     figures |= {"left_out": left_out, "held_out": evaluate(scorer, held_out, [rows[i] for i in sides[1]])}
     center_indices = keyed_permutation(len(train), hash64(config.stage, config.seed, "center"))[:CENTER_UNITS]
     center = _center(scorer, [train[i] for i in center_indices]) if kind == "helpful" else 0.0
-    write_record(folder.path, kind, network, reading, config.reward_model, center)
+    write_record(folder.path, kind, network, text_format, config.reward_model, center)
     checkpoint.write_json(folder.path / "figures.json", figures)
     show({config.stage: figures["held_out"]})
     return folder.finish(figures, inputs, tree.digest(trained))
@@ -130,11 +130,11 @@ def require_path(stage: str, preset: str, data: DataConfig) -> str:
 
 def reading_of(
     kind: Kind, stage: str, data: DataConfig, reward_model: RewardModelConfig, tokenizer: Tokenizer
-) -> Reading:
+) -> TextFormat:
     """Returns how the model of this run reads its texts."""
     settings = reward_model
     template = prompts.template(stage, data, tokenizer)
-    return Reading(kind, template, data.instruction, settings.prompt_tokens, settings.response_tokens)
+    return TextFormat(kind, template, data.instruction, settings.prompt_tokens, settings.response_tokens)
 
 
 def chosen_examples(
@@ -151,10 +151,10 @@ def chosen_examples(
     return [row | {"held_out": held_out[row["id"]]} for row in rows if row["id"] in held_out]
 
 
-def _unit(row: dict, kind: Kind, reading: Reading, tokenizer: Tokenizer) -> Unit | None:
+def _unit(row: dict, kind: Kind, text_format: TextFormat, tokenizer: Tokenizer) -> Unit | None:
     """Returns the unit that the loss reads for a row, None if a response of it has nothing to judge."""
     names = ("chosen", "rejected") if kind == "helpful" else ("response",)
-    read = (reading.ids(row["prompt"], row[name], tokenizer) for name in names)
+    read = (text_format.ids(row["prompt"], row[name], tokenizer) for name in names)
     sequences = tuple(ids for ids in read if ids is not None)
     if len(sequences) < len(names):
         return None
@@ -213,7 +213,7 @@ def evaluate(scorer: RewardModel, units: list[Unit], rows: Sequence[dict]) -> di
     def figures(indices: list[int]) -> dict:
         prompts_of = [rows[i]["prompt"] or rows[i]["response"] for i in indices]
         lengths = [[len(ids) for ids in units[i].sequences] for i in indices]
-        if scorer.reading.kind == "helpful":
+        if scorer.text_format.kind == "helpful":
             pair_scores = [scores[ends[i] : ends[i] + 2] for i in indices]
             return preference.of_pairs(*zip(*pair_scores, strict=True), *zip(*lengths, strict=True), prompts_of)
         label_scores = [scores[ends[i]] for i in indices]
@@ -248,7 +248,7 @@ def make_scorer(
     params: decoder.Params,
     network: Network,
     mesh: Mesh,
-    reading: Reading,
+    text_format: TextFormat,
     tokenizer: Tokenizer,
     size: PackConfig,
     center: float = 0.0,
@@ -257,14 +257,14 @@ def make_scorer(
     specs = decoder.specs(network.model, network.scalar_head)
     copy = tree.copier(network.compute.compute_dtype, sharding.spec_shardings(specs, mesh))
     rows, tokens = size.rows_per_micro_batch, size.row_tokens
-    return RewardModel(copy(params), network, mesh, reading, tokenizer, rows, tokens, center)
+    return RewardModel(copy(params), network, mesh, text_format, tokenizer, rows, tokens, center)
 
 
 def write_record(
-    folder: Path, kind: Kind, network: Network, reading: Reading, reward_model: RewardModelConfig, center: float
+    folder: Path, kind: Kind, network: Network, text_format: TextFormat, reward_model: RewardModelConfig, center: float
 ) -> None:
     """Writes the settings that `load` reads besides the weights."""
-    record: dict[str, Any] = {"kind": kind, "reading": dataclasses.asdict(reading)}
+    record: dict[str, Any] = {"kind": kind, "reading": dataclasses.asdict(text_format)}
     record |= {"model": dataclasses.asdict(network.model), "compute": dataclasses.asdict(network.compute)}
     record |= {"weights": WHOLE if reward_model.frozen_blocks else "checkpoints", "center": center}
     checkpoint.write_json(folder / common.REWARD_MODEL, record)
@@ -300,7 +300,7 @@ def load(
     params = store.restore(number, {"params": target})["params"]
     store.close()
     network = Network(model, compute, scalar_head=True)
-    return make_scorer(params, network, mesh, Reading(**record["reading"]), tokenizer, size, record["center"])
+    return make_scorer(params, network, mesh, TextFormat(**record["reading"]), tokenizer, size, record["center"])
 
 
 def _first_different_token(folder: Path, tokenizer: Tokenizer) -> int | None:

@@ -1,1 +1,1 @@
-"""Rule rewards: graders, their composition and the pool of killable grader processes. Nothing here imports jax."""
+"""Rewards: graders, their weighted sum, and the pool of killable grader processes. Only `models` imports jax."""

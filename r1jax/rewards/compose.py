@@ -14,10 +14,10 @@ from r1jax.schema import RewardConfig
 
 Grader = Callable[[RewardRequest, RewardConfig], Score]  # gives the accuracy part
 
-# The terms of the sum, in the order of the columns of a rollout's parts. Each has a weight of its name in RewardConfig.
-RULE_PARTS = ("accuracy", "format", "language", "repetition")  # what graders give
-PART_NAMES = (*RULE_PARTS, "reward_model", "rule")  # the last two: rl.scenarios
-GRADERS = {  # task -> module:function, a Grader that is imported when first used
+# The reward terms, in the order of the columns of a rollout's terms. RewardConfig has a weight of each name.
+RULE_PARTS = ("accuracy", "format", "language", "repetition")  # computed here
+PART_NAMES = (*RULE_PARTS, "reward_model", "rule")  # the last two are computed in rl, where reward models score
+GRADERS = {  # task -> module:function of its Grader, which is imported when first used
     "math": "r1jax.rewards.answers.math_answer:accuracy",
     "mcq": "r1jax.rewards.answers.choice:accuracy",
     "code": "r1jax.rewards.code.tests:accuracy",
@@ -29,21 +29,21 @@ GRADERS = {  # task -> module:function, a Grader that is imported when first use
     "general": "r1jax.rewards.answers.tiny_world:general",
     "safety": "r1jax.rewards.answers.tiny_world:safety",
 }
-# Tasks whose grader is quick whatever a sample says, and may run in the trainer.
+# Tasks whose grader is quick on every response, so that it may run in the trainer.
 IN_PROCESS = frozenset(("linear", "general", "safety", "mcq"))
 SANDBOXED = frozenset(("code", "bug_fix"))  # tasks whose grader runs programs of the model
-# Tasks whose grader reads the reference, and compares the answer with it.
+# Tasks whose grader compares the answer with the reference.
 COMPARED = frozenset(("math", "mcq", "linear", "reasoning_gym", "countdown", "code_io"))
 _PROBE = "<answer>\\boxed{1}</answer>"  # any answer, so that the comparison runs too
 
 
 def graders(config: RewardConfig) -> Mapping[str, str]:
-    """Returns {task: target} of the built-in graders and those of config.graders, which come first."""
+    """Returns {task: target} of all graders; those of config.graders replace built-in ones of the same task."""
     return {**GRADERS, **plugins.parse(config.graders)}
 
 
 def check(config: RewardConfig, tasks: Iterable[str] = ()) -> None:
-    """Raises ValueError when a grader of config.graders cannot be used, or nothing grades one of `tasks`."""
+    """Raises ValueError when a grader of config.graders cannot be used, or one of `tasks` has no grader."""
     plugins.check(config.graders, GRADERS, config.override_graders)
     known = graders(config)
     for task in tasks:
@@ -55,7 +55,7 @@ def check(config: RewardConfig, tasks: Iterable[str] = ()) -> None:
 
 
 def check_task(request: RewardRequest, config: RewardConfig) -> None:
-    """Raises ValueError if nothing grades the request's task, SandboxUnavailable if its programs cannot be isolated here."""
+    """Raises ValueError if the request's task has no grader, SandboxUnavailable if its programs cannot be isolated."""
     known = graders(config)
     if request.task not in known:
         raise ValueError(f"sample {request.id!r} has task {request.task!r}; known tasks: {', '.join(known)}")
@@ -63,17 +63,17 @@ def check_task(request: RewardRequest, config: RewardConfig) -> None:
 
 
 def _require_sandbox(task: str, config: RewardConfig) -> None:
-    """Refuses here and now, not sample by sample, where a task's programs cannot be isolated."""
+    """Raises SandboxUnavailable, once and not for every sample, where a task's programs cannot be isolated."""
     if task in SANDBOXED and graders(config)[task] == GRADERS[task]:
         open_sandbox(config.sandbox)
 
 
 def score(request: RewardRequest, config: RewardConfig) -> Score:
-    """Returns the weighted sum of accuracy, format, language consistency (each in [0, 1]) and repetition, with its parts.
+    """Returns the weighted sum of accuracy, format, language consistency (each in [0, 1]) and repetition.
 
-    Source: DeepSeek-R1, eq. 4 and 7. A truncated sample has accuracy 0 and format 0. An unreadable reference gives scorable False.
-    May be slow on hostile input (see math_answer.grade). Raises ValueError for an unknown task, TypeError or ValueError for
-    a grader that returns no Score of a value in [0, 1].
+    Source: DeepSeek-R1, eq. 4 and 7. A truncated sample has accuracy 0 and format 0. An unreadable reference gives
+    scorable False. Grading can be slow on hostile input (see math_answer.grade). Raises ValueError for an unknown task,
+    and TypeError or ValueError when a grader returns anything but a Score with a value in [0, 1].
     """
     check_task(request, config)
     if request.truncated:
@@ -82,7 +82,10 @@ def score(request: RewardRequest, config: RewardConfig) -> Score:
 
 
 def quick(request: RewardRequest, config: RewardConfig) -> Score | None:
-    """Returns `score(request, config)` if that needs no worker, else None. Raises ValueError for an unknown task."""
+    """Returns `score(request, config)` if it can be computed without a worker, else None.
+
+    Raises ValueError for an unknown task.
+    """
     check_task(request, config)
     if request.truncated:
         return score(request, config)
@@ -97,22 +100,22 @@ def quick(request: RewardRequest, config: RewardConfig) -> Score | None:
 
 
 def grader(task: str, config: RewardConfig) -> Grader:
-    """Returns the function that grades a task of `graders(config)`."""
+    """Returns the function that grades a task; the task must be a key of `graders(config)`."""
     return plugins.load(graders(config)[task])
 
 
 def compares(task: str, config: RewardConfig) -> bool:
-    """Returns whether a built-in grader compares the task's answers with a reference."""
+    """Returns whether a built-in grader grades the task by comparing answers with a reference."""
     return task in COMPARED and graders(config)[task] == GRADERS[task]
 
 
 def probe(request: RewardRequest) -> RewardRequest:
-    """Returns a request with the same reference and a harmless answer: scorable if the reference can be graded by."""
+    """Returns a request with the same reference and a harmless answer: it is scorable if the reference is usable."""
     return dataclasses.replace(request, response=_PROBE, prefill="", language="", truncated=False)
 
 
 def undecided(request: RewardRequest, config: RewardConfig, reason: str) -> Score:
-    """Returns the Score of a request whose reference can be graded by and whose answer its grader did not decide: accuracy 0."""
+    """Returns the Score, with accuracy 0, of a request whose reference is usable and whose answer was not decided."""
     return compose(request, config, Score(0.0, {}, True, f"the answer was not decided: {reason}"))
 
 
@@ -122,7 +125,7 @@ def failed(detail: str) -> Score:
 
 
 def _checked(accuracy: Score, task: str) -> Score:
-    """Returns what a grader returned. Raises TypeError for no Score, ValueError for a value outside [0, 1], such as NaN."""
+    """Returns a grader's result. Raises TypeError if it is no Score, ValueError for a value outside [0, 1] or NaN."""
     if not isinstance(accuracy, Score):
         raise TypeError(f"the grader of {task!r} returned {type(accuracy).__name__}, not a Score")
     if not (math.isfinite(accuracy.value) and 0 <= accuracy.value <= 1):
@@ -131,17 +134,17 @@ def _checked(accuracy: Score, task: str) -> Score:
 
 
 def compose(request: RewardRequest, config: RewardConfig, accuracy: Score) -> Score:
-    """Returns the Score of a request whose accuracy part is known; as `score` otherwise."""
+    """Returns what `score` returns, given the accuracy term."""
     lexicon = None
     if tiny_world.speaks(request):
         lexicon = LEXICON
     target = request.language or detect_language(request.prompt, lexicon)
     well_formed = 0.0 if request.truncated else format_score(request.text, config.extraction != "boxed")
-    parts = {
+    reward_terms = {
         "accuracy": float(accuracy.value),
         "format": well_formed,
         "language": language_consistency(request.text, target, lexicon),
         "repetition": repetition_penalty(request.response, config.repetition_ngram),
     }
-    value = sum(getattr(config, name) * parts[name] for name in RULE_PARTS)
-    return Score(value, parts, accuracy.scorable, accuracy.detail)
+    value = sum(getattr(config, name) * reward_terms[name] for name in RULE_PARTS)
+    return Score(value, reward_terms, accuracy.scorable, accuracy.detail)

@@ -1,4 +1,4 @@
-"""How one response was graded, step by step: what was found, in one notation, its type and value, and the rule that decided."""
+"""How a response was graded, step by step: the extracted text, its notation, type and value, and the deciding rule."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -10,15 +10,15 @@ from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
 
-_WIDTH = 13  # of a label
+_WIDTH = 13  # characters of a label
 
 
 @dataclass(frozen=True)
 class Side:
-    """What was read of the answer or of the reference; "" and None where there is none."""
+    """How the answer or the reference was read; "" and None where there is none."""
 
     text: str
-    span: tuple[int, int] | None  # where the text stands in the response, in characters; None if not as it is
+    span: tuple[int, int] | None  # first character and end of the text in the response; None if it is not in there
     notation: str
     type: str
     value: str
@@ -35,7 +35,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Explained:
-    """A request's verdict ("right", "wrong" or "unscorable"), the grader's own words, and the steps where its grader has some."""
+    """A request's verdict ("right", "wrong" or "unscorable"), the grader's detail, and the steps if it reports any."""
 
     id: str
     task: str
@@ -46,14 +46,14 @@ class Explained:
 
     def lines(self) -> list[str]:
         """Returns the explanation as lines of text."""
-        found = [f"{self.id} (task {self.task}, extraction {self.extraction}): {self.verdict}"]
+        lines = [f"{self.id} (task {self.task}, extraction {self.extraction}): {self.verdict}"]
         if self.steps is None:
-            return [*found, _line("detail", self.detail)]
+            return [*lines, _line("detail", self.detail)]
         for name, side in (("answer", self.steps.answer), ("reference", self.steps.reference)):
             place = f"   (characters {side.span[0]} to {side.span[1]})" if side.span else ""
-            found += [f"  {name}", _line("span", side.text + place)]
-            found += [_line("normal form", side.notation), _line("type", side.type), _line("value", side.value)]
-        return [*found, "  decided by", _line("rule", self.steps.rule)]
+            lines += [f"  {name}", _line("span", side.text + place)]
+            lines += [_line("normal form", side.notation), _line("type", side.type), _line("value", side.value)]
+        return [*lines, "  decided by", _line("rule", self.steps.rule)]
 
     def figures(self) -> dict:
         """Returns the fields as plain values."""
@@ -61,15 +61,17 @@ class Explained:
 
 
 def explain(requests: list[RewardRequest], config: RewardConfig) -> list[Explained]:
-    """Returns how each request is graded, in order, its verdict being the pool's, under the deadlines of `config`.
+    """Returns how each request is graded, in order. Verdicts are those of a RewardPool with the deadlines of `config`.
 
-    Raises ValueError if nothing grades a request's task.
+    Raises ValueError if a request's task has no grader.
     """
-    own = [request for request in requests if compose.graders(config).get(request.task) == compose.GRADERS["math"]]
+    mathematical = [
+        request for request in requests if compose.graders(config).get(request.task) == compose.GRADERS["math"]
+    ]
     with RewardPool(config) as pool:
         scores = pool.score(requests)
-    with RewardPool(config, score_function=_told) as pool:
-        told = dict(zip(map(id, own), pool.score(own), strict=True)) if own else {}
+    with RewardPool(config, score_function=_steps_in_score) as pool:
+        steps_of = dict(zip(map(id, mathematical), pool.score(mathematical), strict=True)) if mathematical else {}
     return [
         Explained(
             id=request.id,
@@ -77,7 +79,7 @@ def explain(requests: list[RewardRequest], config: RewardConfig) -> list[Explain
             extraction=config.extraction,
             verdict=_verdict(score),
             detail=score.detail,
-            steps=_steps(told.get(id(request))),
+            steps=_steps(steps_of.get(id(request))),
         )
         for request, score in zip(requests, scores, strict=True)
     ]
@@ -85,25 +87,29 @@ def explain(requests: list[RewardRequest], config: RewardConfig) -> list[Explain
 
 def steps(request: RewardRequest, config: RewardConfig) -> Steps:
     """Returns how a mathematical answer is read and compared."""
-    found = math_answer.explain(request.text, request.reference, config.extraction)
-    answer = _side(found.answer or "", found.answer_notation, found.answer_value, request.text)
-    return Steps(answer, _side(found.reference, found.reference_notation, found.reference_value), found.rule)
+    explanation = math_answer.explain(request.text, request.reference, config.extraction)
+    answer = _side(explanation.answer or "", explanation.answer_notation, explanation.answer_value, request.text)
+    return Steps(
+        answer,
+        _side(explanation.reference, explanation.reference_notation, explanation.reference_value),
+        explanation.rule,
+    )
 
 
-def _told(request: RewardRequest, config: RewardConfig) -> Score:
-    """Returns a Score whose detail is the steps as JSON: what a worker can send."""
+def _steps_in_score(request: RewardRequest, config: RewardConfig) -> Score:
+    """Returns a Score whose detail is the steps as JSON, because a worker can only send a Score."""
     return Score(0.0, {}, True, json.dumps(asdict(steps(request, config))))
 
 
 def _steps(score: Score | None) -> Steps | None:
     if score is None or not score.scorable:
         return None
-    found = json.loads(score.detail)
+    fields = json.loads(score.detail)
     sides = [
-        Side(**found[name] | {"span": found[name]["span"] and tuple(found[name]["span"])})
+        Side(**fields[name] | {"span": fields[name]["span"] and tuple(fields[name]["span"])})
         for name in ("answer", "reference")
     ]
-    return Steps(*sides, found["rule"])
+    return Steps(*sides, fields["rule"])
 
 
 def _side(text: str, notation: str, value: Value | None, response: str = "") -> Side:

@@ -1,4 +1,4 @@
-"""Which types of references a data set has, and whether each of them scores 1 when it is given as the answer: told before a run."""
+"""Checks a data set's references before a run: counts them by type and grades each as if it were the answer."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import RewardConfig
 
-# Task -> what its references are, for tasks whose reference decides what is right. Those of math have the types of answers/values.py.
+# Task -> type of its references. References of math have the types of answers/values.py.
 TYPES = {
     "math": "",
     "mcq": "choice",
@@ -22,28 +22,28 @@ TYPES = {
     "reasoning_gym": "puzzle",
     "countdown": "puzzle",
 }
-ANSWERED = ("math", "mcq", "linear", "code_io")  # whose reference is itself a right answer
+ANSWERED = ("math", "mcq", "linear", "code_io")  # tasks whose reference is itself a right answer
 UNREADABLE = "unreadable"
 IDS_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class GoldReport:
-    """References by type: {type: (how many, how many can be graded)}; and {id: why} of `tried` ones that score 0 as answers."""
+    """How many references of each type there are and can be graded, and which score 0 when graded as answers."""
 
-    types: dict[str, tuple[int, int]]
-    tried: int
-    missed: dict[str, str]
+    types: dict[str, tuple[int, int]]  # type -> (references, those that can be graded)
+    tried: int  # references that were graded as answers
+    missed: dict[str, str]  # id -> reason, of those that did not score 1
 
     def lines(self) -> list[str]:
         """Returns the report: the types, commonest first, and how many golds are right, with the first that are not."""
         if not self.types:
             return []
-        found = [
+        counts = [
             f"{kind} {count}" + (f" ({graded} can be graded)" if graded < count else "")
             for kind, (count, graded) in sorted(self.types.items(), key=lambda item: (-item[1][0], item[0]))
         ]
-        lines = [f"references by type: {', '.join(found)}"]
+        lines = [f"references by type: {', '.join(counts)}"]
         if self.tried:
             lines.append(
                 f"golds graded as answers: {self.tried - len(self.missed)} of {self.tried} score 1{self._missed()}"
@@ -59,10 +59,11 @@ class GoldReport:
 
 
 def check(requests: Sequence[RewardRequest], unscorable: Collection[str], config: RewardConfig) -> GoldReport:
-    """Returns the report of the requests' references, those with an id in `unscorable` being known not to be gradable.
+    """Returns the report of the requests' references; those with an id in `unscorable` are known to be ungradable.
 
-    Responses are not read; tasks outside TYPES or with a grader of the user's are not counted. A mathematical gold that reads
-    as its own reference does is right without further work, so that thousands take seconds.
+    Responses are not read. Tasks outside TYPES and tasks with a plug-in grader are not counted. A mathematical gold
+    that has the same value when it is read as an answer is right without further work, so that thousands take
+    seconds.
     """
     graders = compose.graders(config)
     chosen = [
@@ -91,7 +92,7 @@ def check(requests: Sequence[RewardRequest], unscorable: Collection[str], config
 
 
 def _read(request: RewardRequest) -> tuple[str, bool]:
-    """Returns (type of a reference, whether it is evidently right as an answer)."""
+    """Returns (type of a reference, whether it is known without grading to be right as an answer)."""
     return _read_math(request.reference) if request.task == "math" else (TYPES[request.task], False)
 
 

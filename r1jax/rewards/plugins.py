@@ -1,4 +1,4 @@
-"""Graders of one's own, named in a config by dotted path or by file: they are found, loaded and checked here."""
+"""Plug-in graders, which a config names by dotted path or by file: parsing, loading and checking them."""
 
 import functools
 import hashlib
@@ -36,7 +36,7 @@ def parse(entries: Sequence[str]) -> Mapping[str, str]:
 
 @functools.cache
 def load(target: str) -> Callable:
-    """Returns the function of a target. Raises ImportError, or whatever its module raises, when it cannot be had."""
+    """Returns the function of a target. Raises ImportError, or whatever its module raises, when it cannot be loaded."""
     place, _, name = target.rpartition(":")
     module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     if not hasattr(module, name):
@@ -47,7 +47,7 @@ def load(target: str) -> Callable:
 def check(entries: Sequence[str], built_in: Mapping[str, str], override: bool) -> None:
     """Raises ValueError unless every entry names a function that can be called as a grader, `f(request, config)`.
 
-    A task of `built_in` may be given only with `override`. The modules are imported here, in this process.
+    An entry may replace the grader of a `built_in` task only with `override`. The modules are imported in this process.
     """
     for task, target in parse(entries).items():
         entry = f"{FIELD}: {f'{task}={target}'!r}"
@@ -68,7 +68,7 @@ def check(entries: Sequence[str], built_in: Mapping[str, str], override: bool) -
 
 
 def _module_of_file(path: Path) -> ModuleType:
-    """Returns the module of a file, under a name of its own so that it hides no other."""
+    """Returns the module of a file, registered under a unique name so that it hides no other module."""
     if not path.is_file():
         raise ImportError(f"there is no file {path}")
     name = f"r1jax_grader_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"

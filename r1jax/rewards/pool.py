@@ -1,8 +1,8 @@
 """Grades many samples with deadlines, in worker processes that are killed when they hang.
 
-A sample that is compared with a reference first gets a short turn, and what that does not decide waits until the others had
-theirs: it costs them a turn and not its deadline. What is not decided at all is wrong, if its reference can be graded by: the
-pool asks that with an answer of its own, a probe.
+A sample that is compared with a reference first gets a short turn. If that is not enough, it waits until all others
+have had theirs, so that a slow sample costs the others one turn and not its whole deadline. A sample that is never
+decided is wrong, provided that its reference is usable: the pool tests this by grading another answer to it, a probe.
 """
 
 import dataclasses
@@ -22,31 +22,31 @@ from r1jax.rewards.score import RewardRequest, Score
 from r1jax.rewards.worker import ScoreFunction
 from r1jax.schema import RewardConfig
 
-SECOND_TURN_S = 0.5  # of the processor
-LONGER = 5.0  # each further turn is this many times the one before, up to the deadline
-LOADING_TURN_S = {"reasoning_gym": 4.0}  # the first turn where each worker loads a library at its first sample
-BUSY = 5.0  # a turn may last this many times its seconds of the processor, on a busy machine or asleep
-KILL_AFTER_S = 0.3  # past that, or past the deadline, a grading that was not interrupted ends with its worker
-AHEAD = 2  # later turns that are given to the workers at a time, for each of them
-LOOK_S = 0.1  # from one look at the results and the workers to the next
-ATTEMPTS = 3  # a sample is given to this many pools of workers, when the ones before broke down
+SECOND_TURN_S = 0.5  # processor seconds
+TURN_GROWTH = 5.0  # each further turn is this many times as long as the one before, up to the deadline
+LOADING_TURN_S = {"reasoning_gym": 4.0}  # first turn of tasks for which a worker loads a library at its first sample
+WALL_PER_CPU_S = 5.0  # wall seconds allowed per processor second of a turn: the machine may be busy, a grader may sleep
+KILL_AFTER_S = 0.3  # a grading that could not be interrupted is killed with its worker so long after its wall limit
+JOBS_AHEAD = 2  # later turns that are queued at a time, per worker
+POLL_S = 0.1  # interval between looks at the results and the workers
+ATTEMPTS = 3  # worker pools that a sample is given to before it fails, if each of them breaks down
 
 
 @dataclass(frozen=True, eq=False)
 class Grading:
-    """Requests that are being graded: the scores there are, and what the workers still owe, by place."""
+    """Requests that are being graded: the scores known so far, and the contents that workers still grade."""
 
     requests: list[RewardRequest]
     scores: list[Score | None]
-    keys: dict[int, bytes]  # place -> key of the content that a worker grades
+    keys: dict[int, bytes]  # index of the request -> key of its content, for those that a worker grades
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why a content has no score, and whether the answer may be the cause: it was graded, and its grader did not decide."""
+    """Why a content has no score."""
 
     reason: str
-    undecided: bool
+    undecided: bool  # its grader ran and did not decide, so that the answer may be the cause
 
 
 Outcome = Score | _Failure
@@ -54,28 +54,26 @@ Outcome = Score | _Failure
 
 @dataclass(eq=False)
 class _Job:
-    """A content that the workers have been given."""
+    """A content that was submitted to the workers."""
 
     request: RewardRequest
-    limit_s: (
-        float | None
-    )  # this turn's seconds of the processor, 0: worker.FIRST_TURN_S; None: the deadline, without turns
+    limit_s: float | None  # processor seconds of this turn; 0: worker.FIRST_TURN_S; None: no turns, only the deadline
     future: Future
-    later: bool = False  # turns before did not decide it
-    waits: bool = False  # for its next turn, which the workers have not been given yet
-    attempts: int = 1  # pools of workers that it was given to, one after the other's breakdown
+    later: bool = False  # earlier turns did not decide it
+    waits: bool = False  # its next turn has not been submitted yet
+    attempts: int = 1  # worker pools that it was given to, each after the breakdown of the one before
 
     def done(self) -> bool:
-        """Returns whether its turn has ended and has not been looked at."""
+        """Returns whether its turn has ended and its result has not been processed."""
         return self.future.done() and not self.waits
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a pool has done since the last `RewardPool.take_usage`."""
+    """Counts of a pool since the last `RewardPool.take_usage`."""
 
     samples: int = 0
-    cache_hits: int = 0  # samples whose content was graded before, or is graded for another sample
+    cache_hits: int = 0  # samples whose content was graded before, or is being graded for another sample
     workers_started: int = 0
 
 
@@ -83,10 +81,10 @@ class RewardPool:
     """A context manager whose `score` grades samples under the deadlines of a RewardConfig.
 
     With `config.workers == 0` numbers and rules are graded in this process, and one worker starts when a sample first
-    needs more than that. Otherwise that many workers grade everything.
-    `score_function(request, config)` replaces `compose.score`; it must be importable by the workers, and then all samples
-    go to them. What workers found is kept by content: all of a request but its id, on which no score may depend.
-    Not for several threads at once.
+    needs more than that. Otherwise that many workers grade everything. `score_function(request, config)` replaces
+    `compose.score`; it must be importable by the workers, and then all samples go to them. Scores from workers are
+    cached by content, which is all of a request but its id; no score may depend on the id. The pool is not safe for
+    use by several threads.
     """
 
     def __init__(self, config: RewardConfig, score_function: ScoreFunction | None = None):
@@ -100,11 +98,11 @@ class RewardPool:
         self._running: dict[bytes, _Job] = {}
         self._cache: OrderedDict[bytes, Score] = OrderedDict()
         self._context = worker.WorkerContext()
-        self._samples = self._cache_hits = self._workers_told = 0
+        self._samples = self._cache_hits = self._workers_reported = 0
 
     @property
     def batch_deadline_s(self) -> float:
-        """Seconds after which `score` returns, whatever is not graded by then."""
+        """Seconds after which `score` returns, even if some samples are not graded by then."""
         return self._config.batch_deadline_s
 
     def __enter__(self) -> "RewardPool":
@@ -119,25 +117,25 @@ class RewardPool:
         self._running = {}
 
     def take_usage(self) -> Usage:
-        """Returns what was done since the last call."""
-        found = Usage(self._samples, self._cache_hits, self._context.started - self._workers_told)
-        self._samples, self._cache_hits, self._workers_told = 0, 0, self._context.started
-        return found
+        """Returns the counts since the last call."""
+        usage = Usage(self._samples, self._cache_hits, self._context.started - self._workers_reported)
+        self._samples, self._cache_hits, self._workers_reported = 0, 0, self._context.started
+        return usage
 
     def score(self, requests: Sequence[RewardRequest]) -> list[Score]:
         """Returns one Score per request, in order.
 
-        A sample that reaches `deadline_s`, is unfinished at `batch_deadline_s`, ends its worker or makes its grader raise is
-        wrong, with accuracy 0, if it is compared with a reference (compose.compares) that another answer can be graded by;
-        else it gets scorable False and a detail with its id. The others are not affected. Raises ValueError if nothing
-        grades a request's task.
+        A sample is undecided if it reaches `deadline_s`, is unfinished at `batch_deadline_s`, ends its worker or
+        makes its grader raise. It is then wrong, with accuracy 0, if it is compared with a reference
+        (compose.compares) for which a probe can be graded; else it gets scorable False and a detail with its id.
+        Other samples are not affected. Raises ValueError if a request's task has no grader.
         """
         return self.finish([self.begin(requests)])
 
     def begin(self, requests: Sequence[RewardRequest]) -> Grading:
-        """Returns the grading of the requests, under way in the workers; what needs none is graded here and now.
+        """Returns the grading of the requests, which goes on in the workers; quick ones are graded before it returns.
 
-        Raises ValueError if nothing grades a request's task.
+        Raises ValueError if a request's task has no grader.
         """
         if self._built_in:
             for request in requests:
@@ -155,45 +153,45 @@ class RewardPool:
         return Grading(list(requests), scores, owed)
 
     def finish(self, gradings: Sequence[Grading]) -> list[Score]:
-        """Returns the scores of several gradings in order; the batch deadline counts from here, for all of them."""
+        """Returns the scores of several gradings in order; one batch deadline for all of them starts with this call."""
         wanted = {key: grading.requests[place] for grading in gradings for place, key in grading.keys.items()}
-        found, probes = self._settle(wanted)
+        outcomes, probes = self._await_outcomes(wanted)
         for grading in gradings:
             for place, key in grading.keys.items():
-                probe = found.get(probes.get(key))
-                grading.scores[place] = self._verdict(found[key], probe, grading.requests[place])
-        self._keep({key: score for key, score in found.items() if isinstance(score, Score)})
-        return [score for grading in gradings for score in grading.scores if score is not None]  # none is now
+                probe = outcomes.get(probes.get(key))
+                grading.scores[place] = self._verdict(outcomes[key], probe, grading.requests[place])
+        self._cache_scores({key: score for key, score in outcomes.items() if isinstance(score, Score)})
+        return [score for grading in gradings for score in grading.scores if score is not None]  # all are set by now
 
-    def _settle(self, wanted: Mapping[bytes, RewardRequest]) -> tuple[dict[bytes, Outcome], dict[bytes, bytes]]:
-        """Returns what was found of contents by the batch deadline, and the keys of the probes of those that were not decided."""
+    def _await_outcomes(self, wanted: Mapping[bytes, RewardRequest]) -> tuple[dict[bytes, Outcome], dict[bytes, bytes]]:
+        """Returns ({key: outcome by the batch deadline}, {key of an undecided content: key of its probe})."""
         ends = time.monotonic() + self._config.batch_deadline_s
-        found: dict[bytes, Outcome] = {key: self._cache[key] for key in wanted if key in self._cache}
+        outcomes: dict[bytes, Outcome] = {key: self._cache[key] for key in wanted if key in self._cache}
         probes: dict[bytes, bytes] = {}
-        left = _left(wanted, found, probes)
+        left = _awaited_keys(wanted, outcomes, probes)
         for key in left:
-            if key not in self._running:  # it ended without a score for another grading
+            if key not in self._running:  # it had ended without a score for another grading
                 self._schedule(key, wanted[key])
         while left and time.monotonic() < ends:
-            self._look(left, ends)
+            self._poll(left, ends)
             for key in [key for key in left if self._running[key].done()]:
                 outcome = self._outcome(self._running[key])
                 if key in wanted and not isinstance(outcome, Score) and self._compares(wanted[key]):
-                    probes[key] = self._probe(wanted[key], found)
+                    probes[key] = self._probe(wanted[key], outcomes)
                 if outcome is None:
-                    self._again(self._running[key])
+                    self._requeue(self._running[key])
                 else:
-                    found[key] = outcome
-            left = _left(wanted, found, probes)
-            self._resume([self._running[key] for key in left])
+                    outcomes[key] = outcome
+            left = _awaited_keys(wanted, outcomes, probes)
+            self._submit_waiting([self._running[key] for key in left])
         late = f"not graded within the batch deadline of {self._config.batch_deadline_s:g} s"
-        found |= {key: _Failure(late, self._running[key].later) for key in left if key in wanted}
-        self._drop([*found, *probes.values()], stop=bool(left))
-        return found, probes
+        outcomes |= {key: _Failure(late, self._running[key].later) for key in left if key in wanted}
+        self._forget([*outcomes, *probes.values()], stop=bool(left))
+        return outcomes, probes
 
-    def _look(self, keys: Iterable[bytes], ends: float) -> None:
-        """Waits a little for the results of the keys; when the workers broke down, none is left without one."""
-        timeout_s = max(0.0, min(LOOK_S, ends - time.monotonic()))
+    def _poll(self, keys: Iterable[bytes], ends: float) -> None:
+        """Waits up to POLL_S for a result of the keys; cancels all jobs if the workers broke down."""
+        timeout_s = max(0.0, min(POLL_S, ends - time.monotonic()))
         left = wait([self._running[key].future for key in keys], timeout=timeout_s).not_done
         if left and not (self._pool and self._pool.active):
             self._stop()
@@ -201,13 +199,13 @@ class RewardPool:
     def _compares(self, request: RewardRequest) -> bool:
         return self._built_in and compose.compares(request.task, self._config)
 
-    def _probe(self, request: RewardRequest, found: dict[bytes, Outcome]) -> bytes:
-        """Returns the key of the request's probe, which from now on is in `found` or with the workers."""
+    def _probe(self, request: RewardRequest, outcomes: dict[bytes, Outcome]) -> bytes:
+        """Returns the key of the request's probe, after putting its score into `outcomes` or submitting it."""
         probe = compose.probe(request)
         key = _content_key(probe)
         if key in self._cache:
-            found[key] = self._cache[key]
-        elif key not in found and key not in self._running:
+            outcomes[key] = self._cache[key]
+        elif key not in outcomes and key not in self._running:
             self._schedule(key, probe)
         return key
 
@@ -219,30 +217,30 @@ class RewardPool:
                 limit_s = self._config.deadline_s  # one turn
         self._running[key] = _Job(request, limit_s, self._submit(request, limit_s))
 
-    def _again(self, job: _Job) -> None:
-        """Lets a job wait for a longer turn; gives it to the workers as before when they broke down."""
+    def _requeue(self, job: _Job) -> None:
+        """Makes a job wait for a longer turn; submits it again unchanged if the workers broke down."""
         if _broke(job.future):
             job.attempts += 1
             job.future = self._submit(job.request, job.limit_s)
         else:
-            job.limit_s = min(self._config.deadline_s, LONGER * (job.limit_s or 0.0) or SECOND_TURN_S)
+            job.limit_s = min(self._config.deadline_s, TURN_GROWTH * (job.limit_s or 0.0) or SECOND_TURN_S)
             job.later = job.waits = True
 
-    def _resume(self, jobs: Sequence[_Job]) -> None:
-        """Gives the workers what waits when they run out of other jobs, the shortest turn first."""
+    def _submit_waiting(self, jobs: Sequence[_Job]) -> None:
+        """Submits waiting jobs when the workers run out of others, the shortest turn first."""
         waiting = sorted((job for job in jobs if job.waits), key=lambda job: job.limit_s or 0.0)
-        given = sum(not (job.waits or job.future.done()) for job in jobs)
-        for job in waiting[: max(0, AHEAD * max(1, self._config.workers) - given)]:
+        in_progress = sum(not (job.waits or job.future.done()) for job in jobs)
+        for job in waiting[: max(0, JOBS_AHEAD * max(1, self._config.workers) - in_progress)]:
             job.waits, job.future = False, self._submit(job.request, job.limit_s)
 
     def _submit(self, request: RewardRequest, limit_s: float | None) -> Future:
         timeout_s = self._config.deadline_s
         if limit_s is not None:
-            timeout_s = min(timeout_s, BUSY * (limit_s or max(worker.FIRST_TURN_S))) + KILL_AFTER_S
+            timeout_s = min(timeout_s, WALL_PER_CPU_S * (limit_s or max(worker.FIRST_TURN_S))) + KILL_AFTER_S
         arguments = self._score_function, request, self._config, limit_s
         try:
             return self._running_pool().schedule(worker.grade, arguments, timeout=timeout_s)
-        except RuntimeError:  # it broke down since it was looked at
+        except RuntimeError:  # the pool broke down since it was last checked
             return self._running_pool().schedule(worker.grade, arguments, timeout=timeout_s)
 
     def _running_pool(self) -> ProcessPool:
@@ -263,8 +261,8 @@ class RewardPool:
             for job in self._running.values():
                 job.future.cancel()  # does nothing to one that is done
 
-    def _drop(self, keys: Iterable[bytes], stop: bool) -> None:
-        """Forgets contents that are done with, and ends those that still run; with `stop` all that runs or is queued ends."""
+    def _forget(self, keys: Iterable[bytes], stop: bool) -> None:
+        """Removes finished contents and cancels those that still run; with `stop` everything running or queued ends."""
         if stop:
             self._stop()
         for key in keys:
@@ -272,7 +270,7 @@ class RewardPool:
                 self._running.pop(key).future.cancel()
 
     def _outcome(self, job: _Job) -> Outcome | None:
-        """Returns what became of a job that is done, or None if it is to be given to the workers again."""
+        """Returns the outcome of a job that is done, or None if it must be submitted again."""
         again = job.limit_s is not None and job.limit_s < self._config.deadline_s
         undecided = True
         try:
@@ -280,19 +278,19 @@ class RewardPool:
         except TimeoutError:
             outcome = None
         except ProcessExpired as error:
-            killed = error.exitcode == -signal.SIGVTALRM  # by itself, at its limit
+            killed = error.exitcode == -signal.SIGVTALRM  # by its own timer, at its limit
             outcome = None if killed else f"the grader's process ended with code {error.exitcode}"
         except (BrokenExecutor, CancelledError):
             outcome, again = f"the workers broke down {ATTEMPTS} times", job.attempts < ATTEMPTS
             undecided = False
         if isinstance(outcome, Score):
             return outcome
-        if again:  # whatever happened: memory that runs out may be a neighbour's doing
+        if again:  # whatever happened: another process may have used up the memory
             return None
         return _Failure(outcome or f"grading passed the deadline of {self._config.deadline_s:g} s", undecided)
 
     def _verdict(self, outcome: Outcome, probe: Outcome | None, request: RewardRequest) -> Score:
-        """Returns the Score of a request: wrong, if its answer was not decided and another one to its reference was."""
+        """Returns the Score of a request: wrong if its answer was undecided and the probe of its reference graded."""
         if isinstance(outcome, Score):
             return outcome
         if outcome.undecided and isinstance(probe, Score) and probe.scorable:
@@ -304,26 +302,26 @@ class RewardPool:
             self._cache.move_to_end(key)
         return self._cache.get(key)
 
-    def _keep(self, found: dict[bytes, Score]) -> None:
-        self._cache |= found
+    def _cache_scores(self, scores: dict[bytes, Score]) -> None:
+        self._cache |= scores
         while len(self._cache) > self._config.cache_entries:
             self._cache.popitem(last=False)
 
 
 def _content_key(request: RewardRequest) -> bytes:
-    """Returns a digest of all that decides a sample's score, the grader and its settings being the pool's."""
+    """Returns a digest of everything in a request that its score depends on; grader and settings belong to the pool."""
     content = dataclasses.astuple(dataclasses.replace(request, id=""))
     return hashlib.blake2b(repr(content).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _broke(future: Future) -> bool:
-    """Returns whether a finished future ended with its pool and not by its own doing."""
+    """Returns whether a finished future ended because its pool did."""
     return future.cancelled() or isinstance(future.exception(), BrokenExecutor)
 
 
-def _left(
-    wanted: Mapping[bytes, RewardRequest], found: Mapping[bytes, Outcome], probes: Mapping[bytes, bytes]
+def _awaited_keys(
+    wanted: Mapping[bytes, RewardRequest], outcomes: Mapping[bytes, Outcome], probes: Mapping[bytes, bytes]
 ) -> list[bytes]:
-    """Returns the keys that are waited for: of contents, and of probes whose content has no score yet, or will have none."""
-    asked = [probe for key, probe in probes.items() if not isinstance(found.get(key), Score)]
-    return [key for key in dict.fromkeys([*wanted, *asked]) if key not in found]
+    """Returns the keys without an outcome: of contents, and of probes whose content has no score yet or has failed."""
+    asked = [probe for key, probe in probes.items() if not isinstance(outcomes.get(key), Score)]
+    return [key for key in dict.fromkeys([*wanted, *asked]) if key not in outcomes]

@@ -1,4 +1,4 @@
-"""What each task's grader needs of a row, and which references can be graded at all: told before a run, not sample by sample."""
+"""Checks rows before a run: whether each has the fields that its grader needs, and which references can be graded."""
 
 import contextlib
 import dataclasses
@@ -21,8 +21,8 @@ from r1jax.rewards.sandbox.run import SandboxUnavailable
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import RewardConfig
 
-# Task -> the fields of a row that may hold what its grader compares with; one of them is needed. Rows of tasks that stand
-# elsewhere, graded by a model or by a grader of the user's, need none.
+# Task -> the fields of a row that may hold its reference; one of them is needed. Rows of other tasks need none: a model
+# or a plug-in grader grades them.
 NEEDS = {
     "math": ("answer", "reference"),
     "mcq": ("answer", "reference"),
@@ -33,18 +33,18 @@ NEEDS = {
     "code": ("tests", "answer", "reference"),
     "bug_fix": ("answer", "reference", "tests"),
 }
-ANY = ("answer", "reference", "tests")  # what the rows of other tasks may hold
+ANY = ("answer", "reference", "tests")  # fields that rows of other tasks may hold
 IDS_SHOWN = 5
-MIN_GOLDS = 20  # of multiple choice, below which their letters say nothing
-UNEVEN = 2.0  # times its share that a letter may be the gold
-_SANDBOXES = 4  # that tests are tried in at a time
+MIN_GOLDS = 20  # multiple-choice rows below which the shares of letters are not checked
+UNEVEN = 2.0  # how many times its fair share a letter may be the gold
+_SANDBOXES = 4  # sandboxes that try tests at the same time
 
 
 def read(task: str, fields: Mapping[str, Any], config: RewardConfig) -> str:
-    """Returns what the task's grader compares with, as text: the first of NEEDS that the row has; "" where it needs none.
+    """Returns a row's reference as text: the first field of NEEDS that it has; "" if its grader needs none.
 
-    Raises ValueError for a task without grader, a row without what its grader needs, and tests or a repository that the
-    grader cannot use.
+    Raises ValueError for a task without a grader, a row without the field that its grader needs, and tests or a
+    repository that the grader cannot use.
     """
     known = compose.graders(config)
     if task not in known:
@@ -52,19 +52,19 @@ def read(task: str, fields: Mapping[str, Any], config: RewardConfig) -> str:
     built_in = known[task] == compose.GRADERS.get(task)
     wanted = NEEDS.get(task, ()) if built_in else ()
     puzzle = problems.is_countdown(fields)
-    given = [name for name in wanted or ANY if fields.get(name) is not None and (name != "meta" or puzzle)]
-    if not given:
+    names = [name for name in wanted or ANY if fields.get(name) is not None and (name != "meta" or puzzle)]
+    if not names:
         if wanted:
             raise ValueError(f"task {task} needs the field {wanted[0]!r}; {dialects.what_it_has(wanted[0], fields)}")
         return ""
-    if wanted and isinstance(fields[given[0]], str) and not fields[given[0]].strip():
-        raise ValueError(f"field {given[0]!r} is empty, task {task} needs it")
-    if "meta" in wanted and given[0] != "meta" and puzzle:
-        given = ["meta"]
-    value = fields[given[0]]
-    if given[0] == "meta":
+    if wanted and isinstance(fields[names[0]], str) and not fields[names[0]].strip():
+        raise ValueError(f"field {names[0]!r} is empty, task {task} needs it")
+    if "meta" in wanted and names[0] != "meta" and puzzle:
+        names = ["meta"]
+    value = fields[names[0]]
+    if names[0] == "meta":
         value = {name: value[name] for name in ("numbers", "target")}
-    reference = json.dumps(value, ensure_ascii=False, sort_keys=True) if given[0] == "tests" else _as_text(value)
+    reference = json.dumps(value, ensure_ascii=False, sort_keys=True) if names[0] == "tests" else _as_text(value)
     if built_in:
         _check_usable(task, reference, fields.get("prompt"))
     return reference
@@ -75,7 +75,7 @@ def _as_text(value: Any) -> str:
 
 
 def _check_usable(task: str, reference: str, prompt: Any) -> None:
-    """Raises ValueError for tests, or a repository, that no program could be run against."""
+    """Raises ValueError for tests, or a repository, against which no program could be run."""
     if task == "code":
         try:
             code_rows.read_tests(reference, prompt if isinstance(prompt, str) else "")
@@ -87,14 +87,11 @@ def _check_usable(task: str, reference: str, prompt: Any) -> None:
 
 @dataclass(frozen=True)
 class ReferenceReport:
-    """How many references of compose.COMPARED and tests of programs there are, and the ids of those that make their samples unscorable, with the reason.
-
-    `warnings` are lines about references that can be graded and teach something else.
-    """
+    """Which references of compose.COMPARED tasks and tests of programs cannot be graded."""
 
     checked: int
-    unscorable: dict[str, str]
-    warnings: tuple[str, ...] = ()
+    unscorable: dict[str, str]  # id -> reason
+    warnings: tuple[str, ...] = ()  # lines about references that can be graded but reward something else
 
     @property
     def rate(self) -> float:
@@ -114,27 +111,28 @@ class ReferenceReport:
 
 
 def check(requests: Sequence[RewardRequest], config: RewardConfig) -> ReferenceReport:
-    """Returns the report of the requests' references; their responses are not read, and tasks without comparison (compose.compares) not counted.
+    """Returns the report of the requests' references. Responses are not read.
 
-    Under the deadlines of `config`: a reference that the grader cannot read in time counts as unscorable.
+    Tasks that are not compared with a reference (compose.compares) are not counted. A reference that the grader cannot
+    read within the deadlines of `config` counts as unscorable.
     """
     graders = compose.graders(config)
-    own = [request for request in requests if graders.get(request.task) == compose.GRADERS.get(request.task, "")]
+    built_in = [request for request in requests if graders.get(request.task) == compose.GRADERS.get(request.task, "")]
     chosen = [request for request in requests if compose.compares(request.task, config)]
     probes = [compose.probe(request) for request in chosen]
     with RewardPool(dataclasses.replace(config, workers=0)) as pool:  # numbers and words need no worker
         scores = pool.score(probes)
-    found = {request.id: score.detail for request, score in zip(chosen, scores, strict=True) if not score.scorable}
-    programs = [request for request in own if request.task == "code"]
-    found |= unusable_tests(programs, config)
-    uneven = uneven_letters([request for request in own if request.task == "mcq"])
-    return ReferenceReport(len(chosen) + len(programs), found, tuple(uneven))
+    unscorable = {request.id: score.detail for request, score in zip(chosen, scores, strict=True) if not score.scorable}
+    programs = [request for request in built_in if request.task == "code"]
+    unscorable |= unusable_tests(programs, config)
+    uneven = uneven_letters([request for request in built_in if request.task == "mcq"])
+    return ReferenceReport(len(chosen) + len(programs), unscorable, tuple(uneven))
 
 
 def unusable_tests(requests: Sequence[RewardRequest], config: RewardConfig) -> dict[str, str]:
-    """Returns {id: why} of the rows of programs whose tests cannot run, or would pass every program.
+    """Returns {id: reason} of the rows whose tests cannot run, or would pass every program.
 
-    Where programs cannot be isolated, and so nothing will be graded, none is run to find out.
+    Where programs cannot be isolated, no sample will be graded either, and tests that would have to be run are skipped.
     """
 
     def reason(request: RewardRequest) -> str:
@@ -151,7 +149,7 @@ def unusable_tests(requests: Sequence[RewardRequest], config: RewardConfig) -> d
 
 
 def uneven_letters(requests: Sequence[RewardRequest]) -> list[str]:
-    """Returns a line for each letter that is the gold of far more multiple-choice rows than its share: saying it always would pay."""
+    """Returns a line for each letter that is the gold far more often than its share: always answering it would pay."""
     golds: Counter[str] = Counter()
     shares: Counter[str] = Counter()
     read = [choice.read_options(request.prompt) for request in requests]

@@ -26,30 +26,30 @@ _CODES = {
     "fra": "fr",
     "fre": "fr",
 }
-_NAMES = {  # as rows of data sets spell them, case apart
+_NAMES = {  # names of languages as data sets spell them, in lower case
     **dict.fromkeys(("english", "anglais", "英语", "英語", "英文"), "en"),
     **dict.fromkeys(("chinese", "mandarin", "mandarin chinese", "simplified chinese", "traditional chinese"), "zh"),
     **dict.fromkeys(("中文", "汉语", "漢語", "简体中文", "繁體中文", "繁体中文", "普通话", "chinois"), "zh"),
     **dict.fromkeys(("french", "français", "francais", "法语", "法語", "法文"), "fr"),
 }
-_TAG = re.compile(r"([a-z]{2,3})(?:-[a-z0-9]{1,8})*(?:\.[a-z0-9-]+)?")  # BCP-47, or a locale with its encoding
+_TAG = re.compile(r"([a-z]{2,3})(?:-[a-z0-9]{1,8})*(?:\.[a-z0-9-]+)?")  # a BCP-47 tag, or a locale with its encoding
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _END = re.compile("|".join(map(re.escape, END_OF_SEQUENCE)))
 _MARKUP = re.compile("|".join(map(re.escape, (*_TAGS, *END_OF_SEQUENCE))))
-# No branch may run over a second opener: that keeps the scan linear on text of any kind.
-_CODE = re.compile(r"```[^`]*(?:`{1,2}[^`]+)*(?:```|\Z)|`[^`\n]*`")  # a fence that never closes runs to the end
+# No branch may run past a second opening mark; this keeps the scan linear on every text.
+_CODE = re.compile(r"```[^`]*(?:`{1,2}[^`]+)*(?:```|\Z)|`[^`\n]*`")  # an unclosed fence runs to the end
 _ADDRESS = re.compile(r"(?:https?://|www\.)[!-~]+|[\w.+-]{1,64}@[A-Za-z0-9-]+\.[A-Za-z0-9.-]+")
 _LATEX = re.compile(
     r"(?<!\\)\$\$[^$]*\$\$|(?<!\\)\$(?!\s)[^$\n]*(?<![\s\\])\$(?!\d)|\\\((?:(?!\\\().)*?\\\)|\\\[(?:(?!\\\[).)*?\\\]|"
     r"\\begin\{(\w+\*?)\}(?:(?!\\begin\{).)*?\\end\{\1\}|\\(?:begin|end)\{\w+\*?\}|\\[A-Za-z]+",
     re.DOTALL,
 )
-# Words of a formula outside its delimiters, and names of it. A brace within is balanced once.
+# Commands whose braces hold words or names, with those braces, which may contain one level of braces.
 _MATH_TEXT = re.compile(
     r"\\(?:text(?!color|size)[a-z]*|math[a-z]+|operatorname\*?|[mhf]box|label|ref|eqref|cite|tag|color|textcolor|unit|si|ce)(?![A-Za-z])"
     r"\s*\{(?:[^{}]|\{[^{}]*\})*\}"
 )
-# A call as programs and formulas write it: no space before the bracket, arguments without two words side by side.
+# A call as programs and formulas write it, without a space before the bracket.
 _CALL = re.compile(
     r"(?<![^\W_])[A-Za-z_][A-Za-z_0-9]{0,60}(?:\.[A-Za-z_][A-Za-z_0-9]{0,60}){0,4}\("
     r"((?:\"[^\"\n]*\"|'[^'\n]*'|[^()\"'\n]){0,200})\)"
@@ -71,12 +71,12 @@ _SYMBOLS = frozenset(
 
 
 def format_score(text: str, require_answer_tag: bool = True) -> float:
-    """Returns 1.0 if the assistant turn has the asked form, else 0.0.
+    """Returns 1.0 if the assistant turn has the required form, else 0.0.
 
-    The form is one `<think>...</think>` and then one `<answer>...</answer>`, nothing else anywhere but white space and
-    end-of-sequence tokens at the end; in both stands something to read, which such tokens and invisible characters are not.
-    With `require_answer_tag` False (R1's chat format) any text to read may follow the thought. `text` includes what the
-    prompt prefilled of the turn.
+    The form is one `<think>...</think>` and then one `<answer>...</answer>`, and nothing else but white space and
+    end-of-sequence tokens at the end. Both must hold visible text; end-of-sequence tokens do not count as text. With
+    `require_answer_tag` False (R1's chat format) any visible text may follow the thought. `text` includes the part of
+    the turn that the prompt prefilled.
     """
     body = _without_end(text).strip()
     if not body.startswith("<think>") or body.count("<think>") != 1 or body.count("</think>") != 1:
@@ -95,7 +95,7 @@ def format_score(text: str, require_answer_tag: bool = True) -> float:
 
 
 def chain_of_thought(text: str) -> str:
-    """Returns what stands inside the first `<think>` block, up to the end if it never closes; without one, the whole text."""
+    """Returns the content of the first `<think>` block, closed or not; without one, the text before `</think>`."""
     start = text.find("<think>")
     if start < 0:
         return text.split("</think>", 1)[0]
@@ -104,9 +104,9 @@ def chain_of_thought(text: str) -> str:
 
 @functools.lru_cache(1 << 10)
 def canonical_language(text: str) -> str:
-    """Returns `en`, `zh` or `fr` of a language's name ("English", "français", "中文") or code ("EN", "zh-CN", "fra", "en_US").
+    """Returns `en`, `zh` or `fr` for a name ("English", "français", "中文") or code ("EN", "zh-CN", "fra", "en_US").
 
-    Raises ValueError for any other, naming those that are known.
+    Raises ValueError for any other language, listing the known ones.
     """
     spelling = unicodedata.normalize("NFKC", str(text)).casefold().partition("(")[0].strip()
     if spelling in _NAMES:
@@ -120,9 +120,9 @@ def canonical_language(text: str) -> str:
 
 
 def check_language(name: str) -> None:
-    """Raises ValueError, naming those that are known, for a row's language that `language_consistency` would not take.
+    """Raises ValueError for a row's language that `language_consistency` does not know, listing the known ones.
 
-    An empty one is taken from the prompt.
+    An empty language is allowed: the prompt's is used.
     """
     if name:
         canonical_language(name)
@@ -131,11 +131,12 @@ def check_language(name: str) -> None:
 def language_consistency(text: str, target: str, lexicon: Mapping[str, str] | None = None) -> float:
     """Returns the share of the chain of thought's words that are in the target language, in [0, 1].
 
-    Source: DeepSeek-R1, eq. 7; what a word is, it does not say. Here each Han character is one. Digits, LaTeX with the
-    words in its text, code, calls, addresses, tags, units, names of functions, single Latin or Greek letters and up to four capitals (triangle ABC) are none.
-    Without `lexicon` the script decides: Latin letters count for `en` and `fr`, Han for `zh`, other scripts for none.
-    With `lexicon` (word -> language) only its words count. No words at all give 0. `target` as in `canonical_language`;
-    raises ValueError for another.
+    Source: DeepSeek-R1, eq. 7, which does not define a word. Here each Han character is a word. Digits, LaTeX with
+    the words in its text, code, calls, addresses, tags, units, names of functions, single Latin or Greek letters and
+    up to four capitals (triangle ABC) are not words. Without `lexicon` the script decides: Latin letters count as
+    `en` and `fr`, Han as `zh`, other scripts as no known language. With `lexicon` (word -> language) only its words
+    count. A text without words gives 0. `target` may be spelled as in `canonical_language`; raises ValueError for an
+    unknown language.
     """
     target = canonical_language(target)
     languages = _word_languages(chain_of_thought(text), lexicon)
@@ -146,10 +147,10 @@ def language_consistency(text: str, target: str, lexicon: Mapping[str, str] | No
 
 
 def repetition_penalty(text: str, ngram: int) -> float:
-    """Returns unique / all - 1 over the runs of `ngram` words in a row, in (-1, 0]; 0 for a text of fewer words.
+    """Returns unique / all - 1 over the n-grams of `ngram` words, in (-1, 0]; 0 for a text of fewer words.
 
-    Case does not matter; a word is what stands between white space, and each Han character is one. Source: Yeo et al.,
-    arXiv 2502.03373, appendix C.2, in the form of open-r1 and TRL (the share of repeated n-grams).
+    Case is ignored. Words are separated by white space, and each Han character is a word. Source: Yeo et al., arXiv
+    2502.03373, appendix C.2, in the form of open-r1 and TRL (the share of repeated n-grams).
     """
     words = _REPEATED.findall(text.lower())
     runs = len(words) - ngram + 1
@@ -161,7 +162,7 @@ def repetition_penalty(text: str, ngram: int) -> float:
 def detect_language(prompt: str, lexicon: Mapping[str, str] | None = None) -> str:
     """Returns `en`, `zh` or `fr`: the language of most words of a prompt.
 
-    Ties and prompts without words give `en`; `fr` is only told from `en` by a lexicon.
+    Ties and prompts without words give `en`. Only a lexicon can distinguish `fr` from `en`.
     """
     languages = _word_languages(prompt, lexicon)
     counts = {name: languages.count(name if lexicon is not None or name == "zh" else "latin") for name in LANGUAGES}
@@ -178,7 +179,7 @@ def _without_end(text: str) -> str:
 
 
 def _has_content(text: str) -> bool:
-    """Returns whether anything is left to see when end-of-sequence tokens are taken out."""
+    """Returns whether a text has a visible character outside its end-of-sequence tokens."""
     return any(character.isprintable() and not character.isspace() for character in _END.sub("", text))
 
 
@@ -200,7 +201,10 @@ def _word_languages(text: str, lexicon: Mapping[str, str] | None) -> list[str]:
 
 
 def _without_calls(text: str) -> str:
-    """Returns a text without its innermost calls, `solve(x)`. What looks like one stays if it holds prose, "time(in hours)", or is a plural, "number(s)"."""
+    """Returns a text without its innermost calls, such as `solve(x)`.
+
+    Brackets with prose, "time(in hours)", and plurals, "number(s)", are not calls and stay.
+    """
 
     def replaced(call: re.Match) -> str:
         before, after = (
@@ -222,7 +226,7 @@ def _is_prose(arguments: str) -> bool:
 
 @functools.lru_cache(1 << 16)
 def _script(word: str) -> str:
-    """Returns `latin` or `other`, or "" for what is a word of no language: a symbol, a name of one letter, an acronym."""
+    """Returns `latin` or `other`, or "" for a symbol, a single letter or an acronym, which belong to no language."""
     word = unicodedata.normalize("NFKC", word)  # full-width and mathematical letters become plain ones
     if word in _SYMBOLS or "_" in word or any(character.isdigit() for character in word):
         return ""

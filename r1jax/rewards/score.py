@@ -7,9 +7,9 @@ from dataclasses import dataclass
 class Score:
     """The result of grading one sample.
 
-    `value` is the reward; `parts` holds the unweighted terms by name. With `scorable` False the grader could not
-    decide whatever the answer (unreadable reference, no time for the sample, a crash of a program's grader): the sample must
-    leave its group's statistics, and `value` is no verdict.
+    `value` is the reward; `parts` holds the unweighted terms by name. `scorable` False means that no answer could have
+    been graded (unreadable reference, no time for the sample, a crash of a program's grader): the sample must leave its
+    group's statistics, and `value` means nothing.
     """
 
     value: float
@@ -25,12 +25,12 @@ class RewardRequest:
     id: str
     task: str  # a key of compose.GRADERS
     prompt: str  # the question, without the chat template
-    response: str  # what was sampled
+    response: str  # the sampled text
     reference: str  # the expected answer; "" for tasks graded by a rule
     prefill: str = ""  # the part of the assistant's turn that the prompt already holds, such as "<think>\n"
     language: str = ""  # target language of the chain of thought; "" is the prompt's
     truncated: bool = False  # the length limit ended the sample
-    source: str = ""  # where the problem comes from; "tiny" has rules and words of its own
+    source: str = ""  # where the problem comes from; problems of "tiny" have their own rules and lexicon
 
     @property
     def text(self) -> str:

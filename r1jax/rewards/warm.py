@@ -1,4 +1,4 @@
-"""Imported by the server that grader processes fork from: what grading mathematics needs is loaded once, not in each of them."""
+"""Loads what grading mathematics needs. The server that grader processes fork from imports it, so it is loaded once."""
 
 from r1jax.rewards.answers import math_answer
 

@@ -77,7 +77,7 @@ def figures(
             means_by_name[f"{name}_se"] = float(means.std(ddof=1) / np.sqrt(len(means)))
     for task, model in models.items():
         if len(means := _group_means(scored, MODEL, group_tasks == task, group)):
-            means_by_name[f"{model.reading.kind}_reward"] = float(means.mean())
+            means_by_name[f"{model.text_format.kind}_reward"] = float(means.mean())
     return means_by_name
 
 

@@ -9,7 +9,7 @@ from r1jax import config as configs
 from r1jax import stage_table
 from r1jax.core import checkpoint
 from r1jax.core.say import say
-from r1jax.recipe import lineage
+from r1jax.recipe import given, lineage
 from r1jax.report import table
 from r1jax.schema import Config, replace
 
@@ -42,8 +42,10 @@ def run(config: Config, workdir: Path) -> dict:
     parsed, workdir = [parse(variant) for variant in config.variants], Path(workdir)
     if len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"config.seeds={config.seeds}: a seed is given twice")
-    for _, stage, overrides in parsed:  # before the first one runs
-        stage_table.check(configs.load(f"{stage}:{config.preset}", overrides), configs.keys(overrides))
+    for name, stage, overrides in parsed:  # before the first one runs
+        variant_config = _variant_config(config, stage, overrides)
+        stage_table.check(variant_config, configs.keys(overrides))
+        given.require(variant_config, f"--config.variants=('{name} {stage} FIELD ...', ...)", config)
     folder = workdir / config.stage / config.output
     if not config.seeds:
         figures_of_variant = _one_seed(config, parsed, workdir)
@@ -56,12 +58,16 @@ def run(config: Config, workdir: Path) -> dict:
     return figures_of_variant
 
 
+def _variant_config(config: Config, stage: str, overrides: list[tuple[str, str]]) -> Config:
+    """Returns the config of a variant: its stage at the size of the ablation, or of its student."""
+    return given.stage_config(config, f"{stage}:{given.preset(stage, config.preset)}", overrides)
+
+
 def _one_seed(config: Config, variants: list[tuple[str, str, list[tuple[str, str]]]], workdir: Path) -> dict:
     """Returns {variant: figures} of one seed, prints them and writes them to `workdir/NAME/table.json`."""
     folder, figures_of_variant = workdir / config.stage / config.output, {}
     for name, stage, overrides in variants:
-        variant_config = configs.load(f"{stage}:{config.preset}", overrides)
-        variant_config = replace(variant_config, seed=config.seed, evaluation=config.evaluation, inputs=str(workdir))
+        variant_config = replace(_variant_config(config, stage, overrides), inputs=str(workdir))
         say(f"== {name}, seed {config.seed}")
         figures = stage_table.function(stage)(variant_config, folder / name)
         if (result := lineage.RESULTS[stage]) not in figures:

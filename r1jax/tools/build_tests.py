@@ -11,7 +11,7 @@ from r1jax.data import jsonl
 from r1jax.data.hashing import hash64
 from r1jax.recipe import judging
 from r1jax.rewards.code import cases as code_cases
-from r1jax.rewards.code.programs import Source, extract_program
+from r1jax.rewards.code.programs import SourceCode, extract_program
 from r1jax.rewards.models.judge import Judge, Request
 from r1jax.rewards.sandbox.attack import open_sandbox
 from r1jax.schema import BuildTestsConfig, Config, DataConfig, RewardConfig, replace
@@ -58,9 +58,9 @@ def run(config: Config, workdir: Path) -> dict:
     return figures
 
 
-def read(data: DataConfig) -> list[code_cases.Problem]:
+def read(data: DataConfig) -> list[code_cases.CodeProblem]:
     """Returns the problems of config.data.path. Raises ValueError with file and line for a bad one."""
-    problems: dict[str, code_cases.Problem] = {}
+    problems: dict[str, code_cases.CodeProblem] = {}
     rows = jsonl.read_numbered(data.path, ("id", "prompt", "accepted", "wrong"), data.max_rows)
     for line, row in rows:
         where = f"{data.path}, line {line}"
@@ -75,22 +75,22 @@ def read(data: DataConfig) -> list[code_cases.Problem]:
             raise ValueError(f"{where}: 'generators' must be a list of Python texts")
         programs = [tuple(source(program, where) for program in row[name]) for name in ("accepted", "wrong")]
         tolerance = row.get("float_tolerance")
-        problems[str(row["id"])] = code_cases.Problem(
+        problems[str(row["id"])] = code_cases.CodeProblem(
             str(row["id"]), row["prompt"], *programs, tuple(generators), tolerance
         )
     return list(problems.values())
 
 
-def source(program: object, where: str) -> Source:
+def source(program: object, where: str) -> SourceCode:
     """Returns a program from Python text or from {language: python or cpp, text}; ValueError for anything else."""
     if isinstance(program, str):
-        return Source(program, "python")
+        return SourceCode(program, "python")
     if (
         isinstance(program, dict)
         and program.get("language") in ("python", "cpp")
         and isinstance(program.get("text"), str)
     ):
-        return Source(program["text"], program["language"])
+        return SourceCode(program["text"], program["language"])
     raise ValueError(
         f"{where}: a program must be Python text or {{language: python or cpp, text}}, not {str(program)[:60]!r}"
     )
@@ -107,8 +107,8 @@ def generator_writer(config: Config) -> Judge:
 
 
 def with_generators(
-    problem: code_cases.Problem, writer: Judge | None, seed: int, build_tests: BuildTestsConfig
-) -> code_cases.Problem:
+    problem: code_cases.CodeProblem, writer: Judge | None, seed: int, build_tests: BuildTestsConfig
+) -> code_cases.CodeProblem:
     """Returns the problem with generators: its own, or the programs in the model's replies."""
     if problem.generators:
         return problem
@@ -126,7 +126,7 @@ def generators_of(replies: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(program.text for program in programs if program and program.language == "python"))
 
 
-def built_row(problem: code_cases.Problem, seed: int, reward: RewardConfig, build_tests: BuildTestsConfig) -> dict:
+def built_row(problem: code_cases.CodeProblem, seed: int, reward: RewardConfig, build_tests: BuildTestsConfig) -> dict:
     """Returns the row of a problem with its tests and, in `built`, figures of how they were built."""
     built = code_cases.build(problem, build_tests, reward, seed)
     tests = {

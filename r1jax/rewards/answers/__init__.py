@@ -1,1 +1,1 @@
-"""Final answers of mathematics: text to one notation (notation), to a typed value (reading), to a verdict (comparison)."""
+"""Graders of answers. For mathematics: text to one notation, notation to a typed value, values to a verdict."""

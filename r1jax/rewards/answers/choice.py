@@ -1,4 +1,4 @@
-"""Multiple choice: the response must name exactly the reference's option, by its letter, its text or both."""
+"""Grades multiple choice: the response must name exactly the reference's option, by its letter, its text or both."""
 
 import functools
 import re
@@ -8,7 +8,7 @@ from r1jax.rewards.answers import choice_statements, extraction, number
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
 
-MAX_ANSWER_CHARACTERS = 1000  # a longer "answer" is wrong without a closer look
+MAX_ANSWER_CHARACTERS = 1000  # a longer answer is wrong and is not read
 LETTERS = "ABCDEFGHIJ"
 _OPTION_LINE = re.compile(r"[ \t]*\(?([A-J])[.):][ \t]*(.*)")
 _LABEL = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:,)]*")
@@ -23,9 +23,10 @@ _WRAPPING = str.maketrans("", "", "$*`\"'“”")
 def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
     """Returns a Score with value 1 if the response names the reference's option and no other, else 0.
 
-    The reference is an option's letter, alone or before its text. The options' texts are read from the lines of the prompt
-    that begin `A.`, `(A)`, `A)` or `A:`. With extraction `auto` the answer stands in an answer tag, else in a box, else in the
-    last statement of the text, else in its last line. A reference that is no option gives scorable False.
+    The reference is an option's letter, alone or before its text. The options' texts are read from the lines of the
+    prompt that begin `A.`, `(A)`, `A)` or `A:`. With extraction `auto` the answer stands in an answer tag, else in a
+    box, else in the last statement of the text, else in its last line. A reference that is no option gives scorable
+    False.
     """
     options = read_options(request.prompt)
     gold = gold_letter(request.reference, options)
@@ -36,35 +37,35 @@ def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
     answer, marked = _answer(request.text, config.extraction)
     if answer is None:
         return Score(0.0, {}, True, "no answer found")
-    found = named(answer, options, marked, asks_false(request.prompt))
+    letter = named(answer, options, marked, asks_false(request.prompt))
     shown = answer[:80] if marked else answer[-80:]
-    return Score(float(found == gold), {}, True, f"answer {shown!r} is option {found}, reference {gold}")
+    return Score(float(letter == gold), {}, True, f"answer {shown!r} is option {letter}, reference {gold}")
 
 
 def gold_letter(reference: str, options: Mapping[str, str]) -> str | None:
-    """Returns the letter of the option that a reference is, by its letter or text; None where it is none of the options."""
+    """Returns the letter of the option that a reference gives by letter or text; None if it is none of the options."""
     gold = choose(reference, {}) or choose(reference, options)
     return None if options and gold not in options else gold
 
 
 def named_option(request: RewardRequest, config: RewardConfig) -> str | None:
-    """Returns the letter of the one option that a response names, as `accuracy` reads it; None if it names none or several."""
+    """Returns the letter of the one option that a response names for `accuracy`; None if it names none or several."""
     answer, marked = _answer(request.text, config.extraction)
     return None if answer is None else named(answer, read_options(request.prompt), marked, asks_false(request.prompt))
 
 
 def named(answer: str, options: Mapping[str, str], marked: bool = True, false: bool = False) -> str | None:
-    """Returns the letter of the one option that an answer names: as `choose` reads it, else by what its sentences claim.
+    """Returns the letter of the one option that an answer names, by `choose` or by the claims of its sentences.
 
-    An answer that is `marked`, by a tag or box, may claim no other option. Of a whole text the last line counts if it is an
-    option, else the last claim; of one without claims a first line that is an option, if the rest is about no other. `false` is
-    whether the question asks for what is false.
+    An answer that is `marked`, by a tag or box, may claim no other option. Of a whole text the last line counts if it
+    is an option, else the last claim; of one without claims a first line that is an option, if the rest is about no
+    other. `false` is whether the question asks for what is false.
     """
     if direct := choose(answer, options):
         return direct
     labelled = _LABEL_AND_TEXT.fullmatch(_bare(answer))
     if labelled and _by_text(labelled[3], options) not in (None, labelled[1] or labelled[2]):
-        return None  # one option's letter before another one's text is a contradiction, whatever its sentences claim
+        return None  # one option's letter before another one's text is a contradiction
     text, known = choice_statements.plain(answer), options or LETTERS
     lines = [line for line in text.split("\n") if line]
     if not lines or (marked and len(answer) > MAX_ANSWER_CHARACTERS):
@@ -75,7 +76,7 @@ def named(answer: str, options: Mapping[str, str], marked: bool = True, false: b
         claims, letter = choice_statements.decided(text, question, agree=True)
         return letter if claims or len(lines) > 1 else choice_statements.opening(text, question)
     last = read(lines[-1])
-    listed = last and len(lines) > 1 and read(lines[-2]) not in (None, last)  # the options, said again
+    listed = last and len(lines) > 1 and read(lines[-2]) not in (None, last)  # a repeated list of the options
     if last and not listed:
         return last
     claims, letter = choice_statements.decided(text, question)
@@ -94,7 +95,7 @@ def asks_false(prompt: str) -> bool:
 
 
 def read_options(prompt: str) -> dict[str, str]:
-    """Returns the text of each option by its letter: of the last block of lines that begin A, B, C... in order, if there are 2."""
+    """Returns {letter: text} of the last block of at least two lines that begin with A, B, C... in order."""
     options: dict[str, str] = {}
     block: dict[str, str] = {}
     for line in prompt.splitlines():
@@ -113,7 +114,7 @@ def read_options(prompt: str) -> dict[str, str]:
 def choose(answer: str, options: Mapping[str, str]) -> str | None:
     """Returns the letter of the one option that an answer names, or None if it names none or several.
 
-    A capital letter is a label before it is an option's text; a small one is a label only if it is no option's text.
+    A capital letter is read as a label first, a small one only if it is not the text of an option.
     """
     if len(answer) > MAX_ANSWER_CHARACTERS:
         return None
@@ -129,16 +130,16 @@ def choose(answer: str, options: Mapping[str, str]) -> str | None:
         letter, rest = labelled[1] or labelled[2], labelled[3]
         if _plain(rest) == _plain(options.get(letter, "")):
             return letter
-        told = choice_statements.plain(f"{letter}: {rest}")
+        claim = choice_statements.plain(f"{letter}: {rest}")
         agrees = _says_only(rest, letter, options) and not choice_statements.contradicts(
-            told, letter, options or LETTERS
+            claim, letter, options or LETTERS
         )
         return letter if agrees else None
     return _by_text(text, options)
 
 
 def _answer(response: str, where: str) -> tuple[str | None, bool]:
-    """Returns (what `extraction.extract` finds, whether a tag or box marks it); for `auto` without either, all of the text after the thought."""
+    """Returns (answer, whether a tag or box marks it); for `auto` without either it is all text after the thought."""
     if where in ("boxed", "answer_tag"):
         return extraction.extract(response, where), True
     marked = extraction.extract(response, "answer_tag") or extraction.extract(response, "boxed")
@@ -148,7 +149,7 @@ def _answer(response: str, where: str) -> tuple[str | None, bool]:
 
 
 def _says_only(rest: str, letter: str, options: Mapping[str, str]) -> bool:
-    """Returns whether the text behind a label is its option's, or at least names no other option."""
+    """Returns whether the text after a label is that of its option, or at least names no other option."""
     others = [key for key in (options or LETTERS) if key != letter]
     if _by_text(rest, options) in others or set(re.findall(r"\b[A-J]\b", rest)) & set(others):
         return False
@@ -157,9 +158,9 @@ def _says_only(rest: str, letter: str, options: Mapping[str, str]) -> bool:
 
 
 def _by_text(text: str, options: Mapping[str, str]) -> str | None:
-    """Returns the letter of the only option with the given text, or else with its number; else None.
+    """Returns the letter of the only option with this text, or with the same number; else None.
 
-    Capitals count where they tell options apart.
+    Case is ignored unless options differ only in case.
     """
     for read in (_plain, lambda text: _plain(text).casefold(), number.parse_number):
         if value := read(text):

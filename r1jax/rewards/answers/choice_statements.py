@@ -1,7 +1,8 @@
-"""What a text says of the options of a question: which it claims, which it denies, in English, Chinese and short forms of others.
+"""Finds the options that a text claims or denies, in English, in Chinese, and in short forms of other languages.
 
-Each sentence is cut into marks: groups of options ("A, C and D"), cues that claim what follows ("the answer is", "I choose", "故选"),
-verdicts on what stands before ("is correct", "错误"), words that deny, doubt, explain or turn. A group is claimed or denied by its neighbours.
+Each sentence is cut into marks: groups of options ("A, C and D"), cues that claim what follows ("the answer is", "I
+choose", "故选"), verdicts on what stands before ("is correct", "错误"), words that deny, doubt, explain or turn. A group
+is claimed or denied by its neighbours.
 """
 
 import re
@@ -9,13 +10,13 @@ import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
-MAX_CHARACTERS = 4000  # of the end of a text, where its claims are looked for
-MAX_SENTENCE_CHARACTERS = 500  # of the end of a sentence that are read
-MAX_OBJECT_CHARACTERS = 200  # of what stands behind a cue
+MAX_CHARACTERS = 4000  # claims are looked for in the last so many characters of a text
+MAX_SENTENCE_CHARACTERS = 500  # the last so many characters of a sentence are read
+MAX_OBJECT_CHARACTERS = 200  # so many characters after a cue are read
 
 
 def _words(text: str) -> str:
-    """Returns the pattern of one of some words, which may be patterns themselves; `_` stands for the space in a phrase."""
+    """Returns a pattern that matches one of several words, which may be patterns; `_` is the space in a phrase."""
     return r"\b(?:" + "|".join(text.split()).replace("_", r"\s+") + r")\b"
 
 
@@ -26,7 +27,7 @@ _COMMANDS = re.compile(
 _SENTENCE = re.compile(r"[^\n。．!?！？；;]*?(?:[!?！？]|[\n。；;]|(?<!\s[a-z])\.(?=\s|$)|$)")
 
 _LETTER = r"(?-i:(?<![A-Za-z0-9_'’.])(?!I\s+[a-z])[A-J](?![A-Za-z0-9_'’+°²]|-[A-Za-z]|\.[A-Za-z0-9]))"
-_LETTERS = r"(?-i:(?<![A-Za-z0-9])[A-J]{2,5}(?![A-Za-z0-9]))"  # several without anything between them
+_LETTERS = r"(?-i:(?<![A-Za-z0-9])[A-J]{2,5}(?![A-Za-z0-9]))"  # several letters without anything between them
 _LABEL = rf"(?:[(\[]\s*[A-Ja-j]\s*[)\]]|{_LETTER}[)\]]?)"
 _NOUN = r"(?:options?|choices?|answers|letters?|alternatives?|statements?|opci[oó]n(?:es)?|lettre|choix|选项)"
 _ONE = rf"(?:{_NOUN}\s+)?{_LABEL}"
@@ -34,11 +35,11 @@ _AND = (
     r"(?:\s*,)?\s*(?:/|&|\+|、|和|或者?|与|及|以及|还是|(?<=[\s)\]])(?:and/or|and|or|und|oder|et|ou|y|o|e)(?=[\s(\[,]))"
     r"(?:\s*,?\s*(?:also|even|else|maybe|possibly|perhaps|then)\b\s*,?)?\s*"
 )
-_GROUP = (  # options in a row: joined by words, or by commas where nothing but a mark follows
+_GROUP = (  # options joined by words, or by commas if only punctuation follows
     rf"{_ONE}(?:\s*,\s*{_ONE}){{0,9}}(?:{_AND}{_ONE}){{1,9}}|"
     rf"{_ONE}(?:\s*,\s*{_ONE}){{1,9}}(?=\s*(?:[.;:!?)。；]|都|均|$))|{_ONE}|{_LETTERS}"
 )
-_FILL = (  # may stand between a verb and what it says
+_FILL = (  # words that may come between a verb and its object
     r"(?:\s|:|"
     + _words(
         "also clearly indeed definitely certainly obviously therefore thus hence then actually really simply just still surely now so "
@@ -71,7 +72,7 @@ _DENY = (
     )
     + r"|\w+n['’]t\b|[✗✘❌]|而不是|而非|并非|并不是|不是|不应?该?选|不能选|不(?!如)|排除|除了|除"
 )
-_FALSE = (  # a word of falsehood before what is claimed: "the wrong answer is B"; in a question that asks for it, none
+_FALSE = (  # words before a claim that deny it, "the wrong answer is B"; ignored if a false option is asked for
     _words(
         "wrong incorrect false untrue worst distractor trap tempting fauss?e mauvaise falsche incorrect[ao] "
         "(?:least|second|not)_(?:likely|best|correct|true)"
@@ -82,7 +83,7 @@ _RIGHT = _words(
     "right correct true valid best better answer solution choice pick one possible it correcte? bonne juste vraie? exacte? correct[ao] "
     "verdader[ao] cert[ao] richtig korrekt giusta esatta réponse respuesta Antwort"
 )
-_NOT_SO = rf"(?:{_FILL}{_RIGHT}|(?=\s*(?:[.,;!]|$)))"  # what "is not" denies of an option; "is not even" denies nothing
+_NOT_SO = rf"(?:{_FILL}{_RIGHT}|(?=\s*(?:[.,;!]|$)))"  # after "is not" these deny an option; "is not even" does not
 _BAD = (
     _BE
     + _FILL
@@ -106,10 +107,10 @@ _GOOD = (
     + r"|[:=–—→-]\s*(?:correct|right|true|yes)(?!\w)|[:=–—→-]?\s*[✓✔✅√]"
     + rf"|{_FILL}(?:是|为)?(?:完全)?(?:正确|对(?!应|比|于)|符合|成立|满足)|是(?:本题)?(?:的)?(?:正确)?答案"
 )
-_VERDICT = re.compile(  # on the options just before it
+_VERDICT = re.compile(  # a verdict on the options just before it
     rf"\s*(?:选?项|,\s*[^,\n.]{{1,30}},)?\s*(?:(?P<bad>{_BAD})|(?P<good>{_GOOD}))", re.IGNORECASE
 )
-_MARKS = {  # kind of mark -> what it looks like; the first that fits counts
+_MARKS = {  # kind of mark -> pattern; the first one that matches counts
     "undo": r"\b(?:that|this|it)\s*(?:is|was|['’]s)\s+(?:also\s+)?(?:wrong|incorrect|false|not\s+(?:right|correct|true|it))\b|"
     r"这是错的|这不对",
     "group": _GROUP,
@@ -164,17 +165,16 @@ _ARTICLE = re.compile(
 )
 _AFTER = ("that", "which", "the", "as", "项", "选项", "because")
 _SURELY = re.compile(r"[A-Za-z]+ly\b", re.IGNORECASE)
-_CUES = ("head", "named", "choose", "lead")  # what claims the options behind it
-_NEAR = 4  # marks before an option among which a word denies or doubts it
+_CUES = ("head", "named", "choose", "lead")  # marks that claim the options after them
+_NEAR = 4  # a denial counts if it is among so many marks before an option
 
 
 class Question(NamedTuple):
-    """What claims are read for: the letters of the options, how a text names one by its label or own words (None for none or several), and
-    whether the question asks for what is false, so that "B is false" does not deny it."""
+    """The question whose options are looked for in a text."""
 
-    known: Collection[str]
-    read: Callable[[str], str | None]
-    asks_false: bool = False
+    known: Collection[str]  # letters of the options
+    read: Callable[[str], str | None]  # text -> the option that it names by label or words; None for none or several
+    asks_false: bool = False  # the question asks for a false option, so that "B is false" does not deny B
 
 
 class Mark(NamedTuple):
@@ -185,31 +185,32 @@ class Mark(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """`letters` are claimed, or denied; claimed () is a doubt, or options that cannot be read."""
+    """Options that a text claims or denies."""
 
-    letters: tuple[str, ...]
+    letters: tuple[str, ...]  # () in a claim: the text doubts, or the claimed options cannot be read
     denied: bool = False
-    turned: bool = True  # it is the first of its sentence, or a word such as "but" stands before it
+    turned: bool = True  # it is the first claim of its sentence, or follows a word such as "but"
 
 
 def plain(text: str) -> str:
-    """Returns a text as it is read: full-width and circled signs as ASCII, without emphasis, dollars and LaTeX's commands of text."""
+    """Returns a text with full-width and circled signs as ASCII, without emphasis, dollars and LaTeX text commands."""
     text = unicodedata.normalize("NFKC", text[-MAX_CHARACTERS:])
     text = _COMMANDS.sub(" ", text).translate(_DROPPED)
     return "\n".join(" ".join(line.split()) for line in text.split("\n"))
 
 
 def decided(text: str, question: Question, agree: bool = False) -> tuple[bool, str | None]:
-    """Returns (whether a text, made plain, claims anything, the one of the options that its last claim names).
+    """Returns (whether a text claims anything, the one option that its last claim names). `text` comes from `plain`.
 
-    The second is None where that claim names several, doubts, or is denied later. With `agree` no claim may name another.
+    The option is None if that claim names several, doubts, or is denied later. With `agree` it is None too if any other
+    claim names another option.
     """
     named, claimed = None, set()
     every: list[Claim] = []
     for sentence in reversed(list(_SENTENCE.finditer(text))):
         every = _claims(text, sentence, question) + every
         if not agree and any(not claim.denied for claim in every):
-            break  # what was said before does not count
+            break  # earlier sentences do not count
     for claim in every:
         if claim.denied:
             named = None if named in claim.letters else named
@@ -221,7 +222,7 @@ def decided(text: str, question: Question, agree: bool = False) -> tuple[bool, s
 
 
 def contradicts(text: str, letter: str, known: Collection[str]) -> bool:
-    """Returns whether a text, made plain, claims another option than `letter`, doubts or denies that one."""
+    """Returns whether a text, as `plain` returns it, claims another option than `letter`, or doubts or denies that."""
     every = [
         c for sentence in _SENTENCE.finditer(text) for c in _claims(text, sentence, Question(known, lambda _: None))
     ]
@@ -229,7 +230,7 @@ def contradicts(text: str, letter: str, known: Collection[str]) -> bool:
 
 
 def opening(line: str, question: Question) -> str | None:
-    """Returns the one option that a line, made plain, begins with and goes on to explain: "B, because 8 is even", "B (8)"."""
+    """Returns the one option that a plain line begins with and then only explains: "B, because 8 is even", "B (8)"."""
     marks = _marks(line, 0, min(len(line), MAX_SENTENCE_CHARACTERS), question.known)
     if not marks or marks[0].kind != "group" or len(marks[0].letters) != 1:
         return None
@@ -240,27 +241,27 @@ def opening(line: str, question: Question) -> str | None:
     if [m.kind for m in marks if line[m.start].isalnum()][-1:] == ["deny"]:
         return None
     ends = len(marks) == 1 or marks[1].kind in ("stop", "why", "deny") or rest.strip() == "!"
-    named = {question.read(rest.strip(marks)) for marks in (" ,-—.!", " ,-(—).!")}  # the text's own brackets may count
+    named = {question.read(rest.strip(marks)) for marks in (" ,-—.!", " ,-(—).!")}  # brackets may belong to the text
     return letter if ends and not others and named <= {None, letter} else None
 
 
 def letters_of(text: str, known: Collection[str]) -> tuple[str, ...]:
-    """Returns the options that stand in a text by their letters: no article A, no pronoun I, none that is not known."""
-    found = []
+    """Returns the known letters of options in a text, without the article A and the pronoun I."""
+    letters = []
     for match in re.finditer(rf"{_LABEL}|{_LETTERS}", text):
         if not _ARTICLE.match(text, match.start()):
-            found += [letter for letter in match[0].strip("()[] ").upper() if letter in known]
-    return tuple(dict.fromkeys(found))
+            letters += [letter for letter in match[0].strip("()[] ").upper() if letter in known]
+    return tuple(dict.fromkeys(letters))
 
 
 def _claims(text: str, sentence: re.Match, question: Question) -> list[Claim]:
-    """Returns what one sentence claims and denies, in order; what is asked is doubted."""
+    """Returns the claims and denials of one sentence, in order; the claims of a question count as doubts."""
     start = max(sentence.start(), sentence.end() - MAX_SENTENCE_CHARACTERS)
     if not _WORTH_READING.search(text, start, sentence.end()):
         return []
     marks = _marks(text, start, sentence.end(), question.known)
     asked = sentence[0].strip().rstrip("。").endswith(("?", "吗", "呢"))
-    found: list[tuple[int, Claim]] = []
+    claims: list[tuple[int, Claim]] = []
     for place, mark in enumerate(marks):
         claim = None
         if mark.kind == "group":
@@ -270,15 +271,15 @@ def _claims(text: str, sentence: re.Match, question: Question) -> list[Claim]:
         elif mark.kind == "head" and not any(later.kind in ("group", "head") for later in marks[place + 1 : place + 4]):
             claim = _of_words(text, marks, place, sentence.end(), question)
         if claim is not None:
-            since = found[-1][0] if found else 0
-            turned = not found or any(m.kind in ("turn", "deny") for m in marks[since:place])
+            since = claims[-1][0] if claims else 0
+            turned = not claims or any(m.kind in ("turn", "deny") for m in marks[since:place])
             letters = () if asked and not claim.denied else claim.letters
-            found.append((place, Claim(letters, claim.denied, turned)))
-    return [claim for _, claim in found]
+            claims.append((place, Claim(letters, claim.denied, turned)))
+    return [claim for _, claim in claims]
 
 
 def _marks(text: str, start: int, end: int, known: Collection[str]) -> list[Mark]:
-    """Returns the marks of text[start:end] in order; a verdict is one only behind a group."""
+    """Returns the marks of text[start:end] in order; verdicts are recognised only after a group."""
     marks: list[Mark] = []
     while start < end:
         match = _VERDICT.match(text, start, end) if marks and marks[-1].kind == "group" else None
@@ -288,7 +289,7 @@ def _marks(text: str, start: int, end: int, known: Collection[str]) -> list[Mark
         kind, start = match.lastgroup or "", match.end()  # every alternative has a name
         kind, letters = "head" if kind == "between" else kind, ()
         if kind == "group":
-            single = len(match[0]) == 1  # whether it is an article or pronoun, the next word tells
+            single = len(match[0]) == 1  # the next word decides whether it is an article or a pronoun
             letters = letters_of(text[match.start() : match.end() + 20] if single else match[0], known)
             if single:
                 letters = letters[:1] if letters[:1] == (match[0],) else ()
@@ -298,7 +299,7 @@ def _marks(text: str, start: int, end: int, known: Collection[str]) -> list[Mark
 
 
 def _of_group(text: str, marks: Sequence[Mark], place: int, question: Question) -> Claim | None:
-    """Returns what a sentence says of a group of options by what stands before and behind it; None for a mere mention."""
+    """Returns the claim about a group of options that its sentence makes; None for a mere mention."""
     group, before = marks[place], _clause(marks, place)
     kinds = [m.kind for m in before if m.kind != "false" or not question.asks_false]
     kinds = ["deny" if kind == "false" else kind for kind in kinds]
@@ -317,7 +318,7 @@ def _of_group(text: str, marks: Sequence[Mark], place: int, question: Question) 
         if "deny" in kinds:
             return Claim(group.letters, True)
         if cue.kind in ("lead", "named") and _goes_on(text, marks[place + 1 : place + 2]):
-            return None  # the subject of something: "so B is too small"
+            return None  # the group is the subject of a statement: "so B is too small"
         return Claim(()) if doubted else Claim(_confirmed(text, marks, place, question.read))
     if denied or doubted:
         return Claim(group.letters, True) if denied else Claim(())
@@ -326,7 +327,7 @@ def _of_group(text: str, marks: Sequence[Mark], place: int, question: Question) 
 
 
 def _verdict(text: str, marks: Sequence[Mark], place: int, after: Mark, cue: Mark | None) -> Claim | None:
-    """Returns what the mark behind a group says of it; None where that says nothing. ": no" behind a cue is an option's text."""
+    """Returns the claim of the mark after a group about it, else None. After a cue ": no" is an option's text."""
     behind_cue = cue is not None and cue.kind in _CUES and cue.kind != "lead"
     if after.kind == "bad" and not (behind_cue and not text[after.start : after.end].lstrip()[0].isalnum()):
         return Claim(marks[place].letters, True)
@@ -337,7 +338,7 @@ def _verdict(text: str, marks: Sequence[Mark], place: int, after: Mark, cue: Mar
 
 
 def _of_truth(verdict: str) -> bool:
-    """Returns whether a verdict is about a statement, and not about it as the answer."""
+    """Returns whether a verdict calls an option true or false as a statement, and not as the answer."""
     about_answer = re.search(
         r"answer|solution|choice|option|pick|r[ée]ponse|respuesta|Antwort|答案", verdict, re.IGNORECASE
     )
@@ -345,7 +346,7 @@ def _of_truth(verdict: str) -> bool:
 
 
 def _confirmed(text: str, marks: Sequence[Mark], place: int, read: Callable[[str], str | None]) -> tuple[str, ...]:
-    """Returns the letters of a claimed group; () where the text behind the label, up to a reason or contrast, is another option's."""
+    """Returns the letters of a claimed group; () if the text after its one label is that of another option."""
     group = marks[place]
     if len(group.letters) != 1:
         return group.letters
@@ -356,17 +357,17 @@ def _confirmed(text: str, marks: Sequence[Mark], place: int, read: Callable[[str
     if not (behind.startswith((".", ":", ")", "=")) or text[group.end - 1] in ")]"):
         return group.letters
     until = next((m.start for m in marks[place + 1 :] if m.kind in ("why", "deny", "turn", "stop")), marks[-1].end)
-    told = text[group.end : until].strip(" .:)=,;")
-    if not told:
+    behind_label = text[group.end : until].strip(" .:)=,;")
+    if not behind_label:
         following = behind.lstrip(".:)= ").rstrip(". ")[:MAX_OBJECT_CHARACTERS]
         return () if following and read(following) not in (None, group.letters[0]) else group.letters
-    return group.letters if read(f"({group.letters[0]}) {told}") == group.letters[0] else ()
+    return group.letters if read(f"({group.letters[0]}) {behind_label}") == group.letters[0] else ()
 
 
 def _of_words(text: str, marks: Sequence[Mark], place: int, end: int, question: Question) -> Claim | None:
-    """Returns the claim of "the answer is" with an option's own words behind it; None where it only describes: "is even"."""
+    """Returns the claim of "the answer is" with the words of an option; None if it only describes: "is even"."""
     head = marks[place]
-    if text[head.end : end].strip() == "" and text[end - 1 : end] == "\n":  # the answer stands in the next line
+    if text[head.end : end].strip() == "" and text[end - 1 : end] == "\n":  # the answer is on the next line
         end = _line_end(text, end)
     line = _line_end(text, head.end)
     words = text[head.end : end].strip(" \n.:")
@@ -374,8 +375,8 @@ def _of_words(text: str, marks: Sequence[Mark], place: int, end: int, question: 
     denied = any(m.kind == "deny" for m in marks[place + 1 : place + 2])
     if denied:
         words = text[marks[place + 1].end : end].strip(" \n.")
-    for told in (text[head.end : line], words, text[head.end : cut]):
-        if letter := question.read(told.strip(" \n:")[:MAX_OBJECT_CHARACTERS]):
+    for option_text in (text[head.end : line], words, text[head.end : cut]):
+        if letter := question.read(option_text.strip(" \n:")[:MAX_OBJECT_CHARACTERS]):
             return Claim((letter,), denied)
     reason = any(m.kind == "why" for m in marks[:place])
     return None if reason or denied or not re.search(r"\d", words[:60]) else Claim(())
@@ -387,7 +388,7 @@ def _line_end(text: str, start: int) -> int:
 
 
 def _clause(marks: Sequence[Mark], place: int) -> list[Mark]:
-    """Returns the marks before a place, as far back as its clause goes."""
+    """Returns the marks between the beginning of a clause and a place in it."""
     start = place
     while start and marks[start - 1].kind not in ("stop", "turn", "why", "group"):
         start -= 1
@@ -395,7 +396,7 @@ def _clause(marks: Sequence[Mark], place: int) -> list[Mark]:
 
 
 def _head_before(marks: Sequence[Mark], place: int) -> Mark | None:
-    """Returns the cue "the answer is" that words between marks, as in "is, of course, B" and "is Paris (B)", part from a group."""
+    """Returns the cue before a group even if words come between: "the answer is, of course, B", "is Paris (B)"."""
     for mark in reversed(marks[max(0, place - 2 * _NEAR) : place]):
         if mark.kind not in ("word", "skip", "stop"):
             return mark if mark.kind == "head" else None
@@ -403,7 +404,7 @@ def _head_before(marks: Sequence[Mark], place: int) -> Mark | None:
 
 
 def _goes_on(text: str, following: Sequence[Mark]) -> bool:
-    """Returns whether a verb may follow: a word that is none of those that end a statement."""
+    """Returns whether a verb may follow: the next mark is a word and not one that begins a reason or a label."""
     return any(
         m.kind in ("word", "skip", "lead") and text[m.start].isalpha() and text[m.start : m.end].lower() not in _AFTER
         for m in following

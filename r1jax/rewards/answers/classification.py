@@ -1,4 +1,4 @@
-"""From nodes (formula.py) to typed values (values.py)."""
+"""Turns nodes (formula.py) into typed values (values.py)."""
 
 import dataclasses
 from fractions import Fraction
@@ -28,14 +28,14 @@ from r1jax.rewards.answers.values import (
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One of the values that stand side by side: as a value, and as the node it was read from, where there is one."""
+    """One of several values side by side, with the node from which it was read, if there is one."""
 
     value: Value
     node: Node | None = None
 
 
 def classified(node: Node) -> Value:
-    """Returns the value of a node. Raises Unreadable for one that is no answer."""
+    """Returns the value of a node. Raises Unreadable for a node that is not an answer."""
     kind = node[0]
     if kind == "unit":
         return _united(node)
@@ -50,8 +50,8 @@ def classified(node: Node) -> Value:
     if mentions(node, frozenset(("plusminus",))):
         return Several("list", tuple(map(Quantity, _with_signs(node))))
     if mentions(node, frozenset(("deg",))):
-        plain, found = _without_degrees(node)
-        return Quantity(plain, units.unit({"degrees": Fraction(1)}) if found else ())
+        plain, has_degrees = _without_degrees(node)
+        return Quantity(plain, units.unit({"degrees": Fraction(1)}) if has_degrees else ())
     return Quantity(node)
 
 
@@ -68,23 +68,23 @@ def _united(node: Node) -> Value:
 
 
 def _with_inner_unit(node: Node) -> Value:
-    """Reads 2(3 cm)/2: the one unit inside a product is the unit of the whole."""
-    found: list[units.Unit] = []
+    """Returns the value of an expression such as 2(3 cm)/2, whose one inner unit is the unit of the whole."""
+    inner_units: list[units.Unit] = []
 
     def plain(part):
         if isinstance(part, tuple) and part and part[0] == "unit":
-            found.append(part[2])
+            inner_units.append(part[2])
             return plain(part[1])
         return tuple(plain(inner) if isinstance(inner, tuple) else inner for inner in part)
 
     inner = plain(node)
-    if len(set(found)) != 1 or (len(found) > 1 and node[0] != "add"):
+    if len(set(inner_units)) != 1 or (len(inner_units) > 1 and node[0] != "add"):
         raise Unreadable("several units")
-    return _united(("unit", inner, found[0]))
+    return _united(("unit", inner, inner_units[0]))
 
 
 def _around_sets(node: Node) -> Value:
-    """Reads a capital letter before a point, A(1, 2)."""
+    """Returns the value of a point with its name, A(1, 2). Raises Unreadable for other expressions with sets."""
     point = node[0] == "mul" and node[1][0] == "sym" and node[2][0] == "tuple" and node[1][1][:1].isupper()
     if point:
         return classified(node[2])
@@ -92,25 +92,25 @@ def _around_sets(node: Node) -> Value:
 
 
 def _with_signs(node: Node) -> list[Node]:
-    r"""Returns the expressions that a plus-minus sign makes: two where \mp follows the sign, all combinations of several \pm."""
+    r"""Returns the expressions for both signs of \pm; for several \pm all combinations, with \mp only two."""
     signs = _signs(node)
     if len(signs) == 1 or -1 in signs or len(signs) > 3:
         return [_with_sign(node, sign) for sign in (1, -1)]
-    found = [node]
+    expressions = [node]
     for _ in signs:
-        found = [_first_sign(one, sign)[0] for one in found for sign in (1, -1)]
-    return found
+        expressions = [_first_sign(one, sign)[0] for one in expressions for sign in (1, -1)]
+    return expressions
 
 
 def _signs(node) -> list[int]:
-    found = [node[1]] if isinstance(node, tuple) and node and node[0] == "plusminus" else []
+    signs = [node[1]] if isinstance(node, tuple) and node and node[0] == "plusminus" else []
     for part in node if isinstance(node, tuple) else ():
-        found += _signs(part)
-    return found
+        signs += _signs(part)
+    return signs
 
 
 def _first_sign(node, sign: int):
-    """Returns (node with its first plus-minus decided, whether it had one)."""
+    """Returns (node with its first plus-minus sign replaced by `sign`, whether it had one)."""
     if not isinstance(node, tuple):
         return node, False
     if node and node[0] == "plusminus":
@@ -133,7 +133,7 @@ def _with_sign(node: Node, sign: int) -> Node:
 
 
 def _without_degrees(node: Node) -> tuple[Node, bool]:
-    """Returns (node without degree signs, whether it had any), those of a function's argument aside."""
+    """Returns (node without degree signs outside of function arguments, whether it had any)."""
     if node[0] == "deg":
         return node[1], True
     if node[0] == "fn" or node[0] in ("num", "sym", "const"):
@@ -142,7 +142,7 @@ def _without_degrees(node: Node) -> tuple[Node, bool]:
         (_without_degrees(part) if isinstance(part, tuple) and part and isinstance(part[0], str) else (part, False))
         for part in node[1:]
     ]
-    return (node[0], *(part for part, _ in parts)), any(found for _, found in parts)
+    return (node[0], *(part for part, _ in parts)), any(had_degrees for _, had_degrees in parts)
 
 
 def _several(node: Node) -> Value:
@@ -218,19 +218,19 @@ def _relation(node: Node) -> Value:
 
 
 def agree(sides: list[Node]) -> bool:
-    """Returns whether numbers written equal are, rounding aside."""
-    found = []
+    """Returns whether numbers that are written as equal agree within 2%, which allows for rounding."""
+    numbers = []
     for side in sides:
         try:
-            found.append(real(side))
+            numbers.append(real(side))
         except (ArithmeticError, AttributeError):
-            continue  # a set, or what is not evaluated
-    finite = [value for value in found if mp.isfinite(value)]
+            continue  # a set, or an expression that is not evaluated
+    finite = [value for value in numbers if mp.isfinite(value)]
     return all(abs(value - finite[0]) <= abs(finite[0]) / 50 for value in finite[1:])
 
 
 def _is_identity(sides: list[Node]) -> bool:
-    """Returns whether sides with letters are one expression in several forms, so that the last one is the answer."""
+    """Returns whether sides with letters are one expression in several forms; the last form is the answer then."""
     if sides[0][0] == "sym" or not letters(sides[0]):
         return False
     try:
@@ -240,11 +240,11 @@ def _is_identity(sides: list[Node]) -> bool:
 
 
 def _without_application(first: Node, sides) -> tuple[Node, tuple]:
-    """Reads f(x) in `0 < f(x) < 1` as one letter."""
-    found = {part for part in (first, *(side for _, side in sides)) if part[0] == "app"}
-    if len(found) != 1:
+    """Returns the first side and the others with f(x), as in `0 < f(x) < 1`, replaced by one letter."""
+    applications = {part for part in (first, *(side for _, side in sides)) if part[0] == "app"}
+    if len(applications) != 1:
         return first, tuple(sides)
-    application = found.pop()
+    application = applications.pop()
     letter = ("sym", f"{application[1]}()")
     return letter if first == application else first, tuple(
         (sign, letter if side == application else side) for sign, side in sides
@@ -266,7 +266,7 @@ def _matrix(node: Node) -> Value:
 
 
 def _has_matrix(node) -> bool:
-    """Returns whether a node has a matrix, those in determinants apart."""
+    """Returns whether a node contains a matrix outside of a determinant or trace."""
     if not isinstance(node, tuple) or node[:2] in (("fn", "det"), ("fn", "trace")):
         return False
     return node[:1] == ("matrix",) or any(map(_has_matrix, node))
@@ -339,7 +339,7 @@ _CLASSES = {
 
 
 def joined(parts: list[Part], joints: list[str]) -> Value:
-    """Returns the value of several answers side by side: conditions on the first go, names are shared."""
+    """Returns the value of several answers side by side; conditions on the first are dropped, names are shared."""
     first = parts[0]
     if (narrowed := _narrowed(parts)) is not None:
         return narrowed
@@ -348,8 +348,8 @@ def joined(parts: list[Part], joints: list[str]) -> Value:
         return first.value
     values = [part.value for part in kept]
     relations = [value for value in values if isinstance(value, Relation)]
-    if len(relations) == len(values) and (found := _combined(relations, joints)) is not None:
-        return found
+    if len(relations) == len(values) and (combined := _combined(relations, joints)) is not None:
+        return combined
     if any(_is_pair(value) for value in values):  # (x, y) = (5, 8) and (8, 5)
         values = [_as_tuple(value) for value in values]
     named, names = values[0], [value.name if isinstance(value, Named) else "" for value in values]
@@ -360,7 +360,7 @@ def joined(parts: list[Part], joints: list[str]) -> Value:
 
 
 def _narrowed(parts: list[Part]) -> RealSet | None:
-    r"""Returns the set of `x \in R, x \ne 1`: what a letter is in, and relations of that letter; None for anything else."""
+    r"""Returns the set of `x \in R, x \ne 1`, a membership and relations of one letter; None for anything else."""
     named = parts[0].value
     if not isinstance(named, Named) or not isinstance(named.value, RealSet | Several) or len(parts) < 2:
         return None
@@ -397,7 +397,7 @@ def _is_pair(value: Value) -> bool:
 
 
 def _as_tuple(value: Value) -> Value:
-    """Returns the values that (x, y) = (5, 8) gives its names as a tuple; another value as it is."""
+    """Returns the values of `(x, y) = (5, 8)` as a tuple; any other value unchanged."""
     if not isinstance(value, Several) or value.kind != "list":
         return value
     named = tuple(member.value for member in value.members if isinstance(member, Named))
@@ -405,7 +405,7 @@ def _as_tuple(value: Value) -> Value:
 
 
 def _conditions(part: Part, first: Part) -> bool:
-    """Returns whether a part is a condition on the letters of the first one: `n \\in Z` behind `2n`."""
+    """Returns whether a part is a condition on the letters of the first one: `n \\in Z` after `2n`."""
     if isinstance(first.value, Relation) or part.node is None or part.node[0] != "rel":
         return False
     if all(sign == "=" for sign, _ in part.node[2:]) or any(
@@ -434,7 +434,7 @@ def _letters_of(value: Value) -> frozenset[str]:
 
 
 def _combined(relations: list[Relation], joints: list[str]) -> Value | None:
-    """Returns inequalities of one letter as one set: joined by "or" their union, by "and" or a comma what they share."""
+    """Returns inequalities of one letter as one set: their union if joined by "or", else their intersection."""
     names = frozenset().union(*(letters(side) for r in relations for side in (r.first, *(side for _, side in r.sides))))
     inequalities = all(sign in ("<", ">", "le", "ge", "ne") for relation in relations for sign, _ in relation.sides)
     if len(names) != 1 or not inequalities:

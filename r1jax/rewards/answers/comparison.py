@@ -1,7 +1,7 @@
 """Compares two values by their types: one function for each pair of types that can be equal.
 
-Numbers are compared exactly, expressions by their values (evaluation.same), relations and intervals in one form, letters as they
-stand. Comparison is symmetric.
+Numbers are compared exactly, expressions by their values (evaluation.same), relations and intervals in a normal form;
+letters must be the same. Comparison is symmetric. The docstring of a rule is part of its verdict's explanation.
 """
 
 import re
@@ -32,7 +32,7 @@ from r1jax.rewards.answers.values import (
 )
 
 MAX_MEMBERS = 60
-# Nouns and adverbs behind a number that say nothing of what it counts.
+# Nouns and adverbs after a number that do not name what it counts.
 _NEUTRAL = frozenset(
     "total altogether each exactly only long wide tall high deep away old apart respectively in per hour a of".split()
 )
@@ -41,18 +41,18 @@ _RULES: dict[tuple[type, type], Callable] = {}
 
 
 def equal(first: Value, second: Value) -> bool:
-    """Returns whether two values are one answer. Raises TooLarge where that would take too long to say."""
+    """Returns whether two values are the same answer. Raises TooLarge if that would take too long to decide."""
     return rule(first, second)[0]
 
 
 def rule(first: Value, second: Value) -> tuple[bool, str]:
-    """Returns (whether two values are one answer, the rule that says so). Raises TooLarge where that would take too long to say."""
+    """Returns (whether two values are the same answer, the rule that decided). Raises TooLarge as `equal` does."""
     if first == second:
         return True, "they are the same"
     for one, other in ((first, second), (second, first)):
-        if (found := _RULES.get((type(one), type(other)))) is not None:
+        if (compare := _RULES.get((type(one), type(other)))) is not None:
             try:
-                return found(one, other), f"{one.type} with {other.type}: {found.__doc__}"
+                return compare(one, other), f"{one.type} with {other.type}: {compare.__doc__}"
             except Undefined as error:
                 return False, f"{one.type} with {other.type}: {error}"
     return False, f"a {first.type} is no {second.type}"
@@ -189,7 +189,7 @@ def _several(first: Several, second: Several) -> bool:
 
 
 def _system(value: Several) -> list[tuple[Value, ...]] | None:
-    """Returns the values of `x = 1, y = 2` in the order of their names, and as they stand; None for anything else."""
+    """Returns the values of `x = 1, y = 2` as written and in the order of their names; None for anything else."""
     named = [member for member in value.members if isinstance(member, Named)]
     names = [member.name for member in named]
     if value.kind != "list" or len(names) != len(value.members) or len(set(names)) != len(names):
@@ -221,7 +221,7 @@ def _in_any_order(first: tuple[Value, ...], second: tuple[Value, ...], as_sets: 
 
 
 def _same_member(one: Value, other: Value) -> bool:
-    """Returns whether two members are equal; a set is no member's value, though it have one member."""
+    """Returns whether two members are equal; a set of one member does not equal that member here."""
     sets = [isinstance(value, Several) and value.kind == "set" for value in (one, other)]
     return sets[0] == sets[1] and equal(one, other)
 
@@ -307,9 +307,9 @@ def _letter(value: RealSet | Relation) -> str:
 def _relations(first: Relation, second: Relation) -> bool:
     """relations in one form: multiples of each other, or the same interval"""
     if len(first.sides) == len(second.sides) == 1:
-        found = _one_relation(first, second)
-        if found is not None:
-            return found
+        verdict = _one_relation(first, second)
+        if verdict is not None:
+            return verdict
     if [sign for sign, _ in first.sides] == [sign for sign, _ in second.sides]:
         sides = zip(
             (first.first, *(s for _, s in first.sides)), (second.first, *(s for _, s in second.sides)), strict=True
@@ -330,7 +330,7 @@ def _same_side(one: Node, other: Node) -> bool:
 
 
 def _one_relation(first: Relation, second: Relation) -> bool | None:
-    """Compares two relations of one sign each; None where their forms do not decide."""
+    """Returns whether two relations with one sign each are equivalent; None if their forms do not decide."""
     (sign, right), (other_sign, other_right) = first.sides[0], second.sides[0]
     if (sign == "=") != (other_sign == "="):
         return False
@@ -354,7 +354,7 @@ def _equations(first: Node, second: Node) -> bool:
 
 
 def _same_numerators(first: Relation, second: Relation) -> bool:
-    """Returns whether two rational equations are multiples of each other when their fractions are cleared."""
+    """Returns whether two rational equations, with fractions cleared, are multiples of each other."""
     import sympy
 
     from r1jax.rewards.answers.symbolic import to_sympy

@@ -1,4 +1,4 @@
-"""Countdown: an arithmetic expression of the given numbers, each used exactly once, must equal the target."""
+"""Grades Countdown: an arithmetic expression that uses each given number exactly once must equal the target."""
 
 import ast
 import json
@@ -23,8 +23,8 @@ _SIGNS = {"×": "*", "÷": "/", "−": "-", "\\times": "*", "\\cdot": "*", "\\di
 def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
     """Returns a Score with value 1 if the answer is such an expression, else 0.
 
-    The reference is JSON {"numbers": [integers], "target": integer}. Only + - * / and brackets are read; the expression is walked in exact
-    fractions, never run. A reference of another form gives scorable False.
+    The reference is JSON {"numbers": [integers], "target": integer}. Only + - * / and brackets are read; the
+    expression is walked in exact fractions, never run. A reference of another form gives scorable False.
     """
     try:
         puzzle = json.loads(request.reference)

@@ -1,7 +1,7 @@
-"""Values of expressions: exact fractions where they are, else numbers with as many digits as tell two expressions apart.
+"""Evaluates expressions: to exact fractions if possible, else to numbers with enough digits to distinguish expressions.
 
-Letters stand for positive numbers, drawn by their name. Work is bounded: a power, factorial or sum too large to evaluate raises
-TooLarge, which is no value and so equals nothing.
+Letters stand for positive numbers, drawn by their name. Work is bounded: a power, factorial or sum too large to
+evaluate raises TooLarge, which is no value and so equals nothing.
 """
 
 import hashlib
@@ -15,20 +15,20 @@ from mpmath import mp
 
 from r1jax.rewards.answers.formula import Node
 
-MAX_BITS = 60_000  # of an exact power or factorial
-MAX_TERMS = 2_000  # of a sum or product
+MAX_BITS = 60_000  # bits of an exact power or factorial
+MAX_TERMS = 2_000  # terms of a sum or product
 MAX_DIGITS = 1_500
-MAX_STATED = 9  # digits of a numeral beside an integral or an infinite series
-MAX_STEPS = 15_000  # parts of an expression evaluated for one comparison at one point
-BASE_DIGITS = 50  # beyond the range of magnitudes that an expression runs through
-MARGIN_DIGITS = 25  # of them, those in which equal expressions agree
-_APPROXIMATE_DIGITS = 40  # of integrals and infinite series
-_RANGES = ((0.15, 0.95), (1.1, 2.9), (3.0, 9.0))  # of letters, by point
+MAX_STATED = 9  # digits of a numeral in an expression with an integral or an infinite series
+MAX_STEPS = 15_000  # parts of an expression that are evaluated at one point of one comparison
+BASE_DIGITS = 50  # working digits in addition to the range of magnitudes in an expression
+MARGIN_DIGITS = 25  # of these, the digits in which equal expressions must agree
+_APPROXIMATE_DIGITS = 40  # working digits of integrals and infinite series
+_RANGES = ((0.15, 0.95), (1.1, 2.9), (3.0, 9.0))  # range of the letters' values at each point
 POINTS = len(_RANGES)
-SIGNED_POINTS = 3  # further ones, with negative letters, for what depends on signs
+SIGNED_POINTS = 3  # further points, with negative letters, for expressions that depend on signs
 _SIGNED = frozenset(("abs", "floor", "ceil", "sgn", "max", "min"))
 _INTEGER = frozenset(("binom", "doublefactorial"))
-_PERIODIC = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))  # whose large arguments are divided by pi
+_PERIODIC = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))  # functions that divide large arguments by pi
 
 
 class Undefined(ArithmeticError):
@@ -40,7 +40,7 @@ class TooLarge(ArithmeticError):
 
 
 def exact(node: Node) -> Fraction | None:
-    """Returns the value of a rational expression, None of one that is not evidently rational. Raises Undefined or TooLarge."""
+    """Returns the value of a rational expression, None if it may not be rational. Raises Undefined or TooLarge."""
     kind = node[0]
     if kind == "num":
         return node[1]
@@ -175,20 +175,20 @@ def _parts(node: Node):
 
 
 def mentions(node: Node, kinds: frozenset) -> bool:
-    """Returns whether a node has a part of one of the kinds, or of one of the functions named."""
+    """Returns whether a node contains a node, or a function, of one of the kinds."""
     if node[0] in kinds or (node[0] == "fn" and node[1] in kinds):
         return True
     return any(mentions(part, kinds) for part in _parts(node))
 
 
 def _whole_letters(node: Node) -> frozenset[str]:
-    """Returns the letters that stand for whole numbers: in bounds, factorials and binomial coefficients."""
+    """Returns the letters that must be whole numbers: those in bounds, factorials and binomial coefficients."""
     if node[0] == "series":
         return letters(node[3]) | letters(node[4]) | _whole_letters(node[5])
-    found = frozenset()
+    whole = frozenset()
     if node[0] == "fact" or (node[0] == "fn" and node[1] in _INTEGER):
-        found = frozenset().union(*(letters(part) for part in _parts(node)))
-    return found.union(*(_whole_letters(part) for part in _parts(node)))
+        whole = frozenset().union(*(letters(part) for part in _parts(node)))
+    return whole.union(*(_whole_letters(part) for part in _parts(node)))
 
 
 def _drawn(name: str, point: int, whole: bool):
@@ -198,19 +198,18 @@ def _drawn(name: str, point: int, whole: bool):
     low, high = _RANGES[point % POINTS]
     value = mp.mpf(low) + (mp.mpf(high) - low) * draw / mp.mpf(1 << 96)
     negative = point >= POINTS and (point == POINTS or draw % 2)
-    value = (
-        value * 211 if point == POINTS + SIGNED_POINTS - 1 else value
-    )  # beyond the numbers that a maximum compares with
+    if point == POINTS + SIGNED_POINTS - 1:
+        value = value * 211  # larger than the numbers to which a maximum may compare it
     return -value if negative else value
 
 
 class Evaluator:
-    """Evaluates nodes at one point, keeping the range of magnitudes it meets."""
+    """Evaluates nodes at one point, and records the range of magnitudes that occur."""
 
     def __init__(self, point: int, whole: frozenset[str]):
         self.point, self.whole = point, whole
         self.bound: dict[str, object] = {}
-        self.low, self.high = 0, 0  # powers of ten
+        self.low, self.high = 0, 0  # range of magnitudes, as powers of ten
         self.steps = 0
         self.approximate = False
 
@@ -223,15 +222,15 @@ class Evaluator:
         if method is None:
             raise Undefined(f"{node[0]} is no expression")
         try:
-            found = method(node)
+            value = method(node)
         except (ZeroDivisionError, ValueError, mpmath.libmp.NoConvergence, TypeError, NotImplementedError):
             raise Undefined(node[0]) from None
         except (OverflowError, MemoryError):
             raise TooLarge(node[0]) from None
-        if mp.isnan(found):
+        if mp.isnan(value):
             raise Undefined(node[0])
-        self._see(found)
-        return found
+        self._see(value)
+        return value
 
     def _see(self, value) -> None:
         if value and mp.isfinite(value):
@@ -264,7 +263,7 @@ class Evaluator:
         return self._chopped(total, max(map(abs, terms)))
 
     def _chopped(self, value, scale):
-        """Returns a value without the parts that are rounding, beside what it was made of."""
+        """Returns a value without its real or imaginary part where that is only rounding error at `scale`."""
         if not mp.isfinite(value) or not mp.isfinite(scale):
             return value
         noise = scale * mp.mpf(10) ** (15 - mp.dps)
@@ -275,17 +274,17 @@ class Evaluator:
         return value
 
     def _mul(self, node: Node):
-        found = mp.mpf(1)
+        product = mp.mpf(1)
         for part in node[1:]:
-            found = found * self.value(part)
-        return self._chopped(found, abs(found))
+            product = product * self.value(part)
+        return self._chopped(product, abs(product))
 
     def _div(self, node: Node):
         top, bottom = self.value(node[1]), self.value(node[2])
         if bottom == 0:
             raise Undefined("division by zero")
-        found = top / bottom
-        return self._chopped(found, abs(found))
+        quotient = top / bottom
+        return self._chopped(quotient, abs(quotient))
 
     def _pow(self, node: Node):
         base, exponent = self.value(node[1]), self.value(node[2])
@@ -308,8 +307,8 @@ class Evaluator:
         if isinstance(base, mp.mpf) and base < 0 and (ratio := exact(node[2])) is not None and ratio.denominator % 2:
             size = (-base) ** exponent
             return -size if ratio.numerator % 2 else size
-        found = base**exponent
-        return self._chopped(found, abs(found))
+        power = base**exponent
+        return self._chopped(power, abs(power))
 
     def _root(self, node: Node):
         index, base = self.value(node[1]), self.value(node[2])
@@ -340,7 +339,7 @@ class Evaluator:
         return self.value(node[1]) * mp.pi / 180
 
     def _app(self, node: Node):
-        """An unknown function is a smooth one that its name decides."""
+        """Returns the value of an unknown function: a smooth function that is chosen by its name."""
         inner = mp.mpf(1)
         for place, part in enumerate(node[2:]):
             inner += self.value(part) * _drawn(f"{node[1]} {place}", self.point, False)
@@ -355,11 +354,11 @@ class Evaluator:
         values = [self.value(part) for part in node[2:]]
         if name in _PERIODIC and mp.isfinite(values[0]) and values[0] and mp.mag(values[0]) * 0.30103 > MAX_DIGITS:
             raise TooLarge(f"{name} of a number too large")
-        found = _FUNCTIONS[name](*values)
+        value = _FUNCTIONS[name](*values)
         scale = (
-            max([mp.mpf(1), *map(abs, values)]) if name in ("sin", "cos", "tan", "log", "ln", "log10") else abs(found)
+            max([mp.mpf(1), *map(abs, values)]) if name in ("sin", "cos", "tan", "log", "ln", "log10") else abs(value)
         )
-        return self._chopped(found, scale)
+        return self._chopped(value, scale)
 
     def _determinant(self, node: Node):
         if node[0] != "matrix" or len(node[1]) != len(node[1][0]) or len(node[1]) > 6:
@@ -377,13 +376,13 @@ class Evaluator:
         if count > MAX_TERMS:
             raise TooLarge("a sum too long")
         saved = dict(self.bound)
-        found = mp.mpf(0 if kind == "sum" else 1)
+        total = mp.mpf(0 if kind == "sum" else 1)
         for step in range(int(count) + 1):
             self.bound[letter[1]] = first + step
             term = self.value(body)
-            found = found + term if kind == "sum" else found * term
+            total = total + term if kind == "sum" else total * term
         self.bound = saved
-        return found
+        return total
 
     def _infinite(self, kind: str, letter: Node, first, body: Node):
         self.approximate = True
@@ -396,12 +395,12 @@ class Evaluator:
         self._require_convergence(term, first)
         with mp.workdps(_APPROXIMATE_DIGITS):
             find = mp.nsum if kind == "sum" else mp.nprod
-            found = find(term, [first, mp.inf])
+            limit = find(term, [first, mp.inf])
         self.bound, (self.low, self.high) = saved, seen
-        return found
+        return limit
 
     def _require_convergence(self, term, first) -> None:
-        """Raises Undefined for a series whose far terms are not small: such sums have limits only in another sense."""
+        """Raises Undefined for a series whose late terms are not small, since its partial sums do not converge."""
         far = [term(first + 100_000 + step) for step in range(2)]
         alternating = mp.re(far[0]) * mp.re(far[1]) < 0
         if abs(far[0]) > (mp.mpf("0.1") if alternating else mp.mpf("0.02") / 100_000):
@@ -417,9 +416,9 @@ class Evaluator:
             return self.value(body)
 
         with mp.workdps(_APPROXIMATE_DIGITS):
-            found = mp.quad(integrand, [self.value(low), self.value(high)])
+            area = mp.quad(integrand, [self.value(low), self.value(high)])
         self.bound, (self.low, self.high) = saved, seen
-        return found
+        return area
 
 
 def _log(value, base=None):
@@ -449,17 +448,17 @@ def _whole(value) -> int:
 
 
 def _stated(node: Node) -> int:
-    """Returns how many digits the longest numeral of a node has: a change in its last place is as small beside its value."""
+    """Returns the number of digits of the longest numeral in a node; its last digit may be all that differs."""
     if node[0] == "num":
         return int(max(node[1].numerator.bit_length(), node[1].denominator.bit_length()) * 0.30103) + 1
     return max(map(_stated, _parts(node)), default=0)
 
 
 def values(nodes: list[Node], point: int, spread: int = 0) -> tuple[list, object]:
-    """Returns (values, tolerance) of several expressions at one point, with enough digits to tell them apart.
+    """Returns (values, tolerance) of several expressions at one point, with enough digits to distinguish them.
 
-    Values of equal expressions differ by less than the tolerance, which is smaller by the digits that numerals state twice over, and by
-    `spread` times the range of magnitudes. Raises Undefined or TooLarge.
+    Values of equal expressions differ by less than the tolerance. It is smaller by twice as many digits as the longest
+    numeral has, and by `spread` times the range of magnitudes. Raises Undefined or TooLarge.
     """
     whole = frozenset().union(*map(_whole_letters, nodes))
     stated = 2 * max(map(_stated, nodes))
@@ -467,7 +466,7 @@ def values(nodes: list[Node], point: int, spread: int = 0) -> tuple[list, object
     while True:
         with mp.workdps(digits):
             evaluator = Evaluator(point, whole)
-            found = [evaluator.value(node) for node in nodes]
+            evaluated = [evaluator.value(node) for node in nodes]
             magnitudes = evaluator.high - evaluator.low
             needed = BASE_DIGITS + stated + (1 + 2 * spread) * magnitudes
             if needed <= digits + 5:
@@ -475,23 +474,23 @@ def values(nodes: list[Node], point: int, spread: int = 0) -> tuple[list, object
                 if evaluator.approximate and stated > 2 * MAX_STATED:
                     raise TooLarge("numerals longer than an integral or series is evaluated to")
                 margin = _APPROXIMATE_DIGITS - 15 if evaluator.approximate else exact_digits
-                return found, mp.mpf(10) ** (evaluator.low - margin)
+                return evaluated, mp.mpf(10) ** (evaluator.low - margin)
         if needed > MAX_DIGITS * (1 + spread) or BASE_DIGITS + magnitudes > MAX_DIGITS:
             raise TooLarge("magnitudes too far apart")
         digits = needed + 10
 
 
 def points(nodes: list[Node]) -> range:
-    """Returns the points at which expressions are compared: one without letters, more where signs matter."""
+    """Returns the points at which expressions are compared: one if there are no letters, more if signs matter."""
     if not any(letters(node) for node in nodes):
         return range(1)
     return range(POINTS + (SIGNED_POINTS if any(mentions(node, _SIGNED) for node in nodes) else 0))
 
 
 def same(first: Node, second: Node) -> bool:
-    """Returns whether two expressions have one value, for all values of their letters (positive, where no sign matters).
+    """Returns whether two expressions are equal for all values of their letters (positive ones if signs do not matter).
 
-    Raises TooLarge where that would take too long to say.
+    Raises TooLarge if that would take too long to decide.
     """
     if first == second:
         return True
@@ -527,7 +526,7 @@ def _defined(node: Node, point: int) -> bool:
 
 
 def constant_ratio(first: Node, second: Node) -> Any:
-    """Returns the constant, not 0, that one expression is of another for all values of their letters; None if there is none."""
+    """Returns first / second if that is the same number, not 0, for all values of the letters; else None."""
     ratio = None
     met = 0
     for point in range(POINTS + SIGNED_POINTS):
@@ -550,7 +549,7 @@ def constant_ratio(first: Node, second: Node) -> Any:
 
 
 def real(node: Node):
-    """Returns the real value of an expression without letters, infinite ones included. Raises Undefined or TooLarge."""
+    """Returns the real, possibly infinite value of an expression without letters. Raises Undefined or TooLarge."""
     if letters(node):
         raise Undefined("letters")
     (value,), _ = values([node], 0)

@@ -9,7 +9,7 @@ from r1jax.rewards.answers import words
 from r1jax.rewards.answers.notation import FORMULA
 
 EXTRACTIONS = ("auto", "boxed", "answer_tag", "whole")
-# The marks of a block, behind white space, the mark of a list's item and those of a quotation.
+# The fence of a code block, possibly after white space and the marks of a list item or a quotation.
 _FENCE = re.compile(
     r"^([ \t]*(?:>[ \t]*)*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)?)(`{3,}(?=[^\n`]*$)|~{3,})([^\n]*)$", re.MULTILINE
 )
@@ -20,7 +20,7 @@ _LEAD = re.compile(
 )
 
 
-# "The answer is", and what may stand between it and the answer.
+# "The answer is", and words that may come between it and the answer.
 _PHRASE = re.compile(
     r"\b(?:answers?|result|solution|(?:correct|right|best)\s+(?:option|choice))\b(?:\s+(?:to|of|for)\s[^.\n:=]{0,60}?)?\**\s*(?:(?:is|are|would\s+be|will\s+be|should\s+be|must\s+be|equals|becomes)\b|[:=])\**[ \t]*"
     r"(?:(?:therefore|thus|then|simply|just|exactly|equal\s+to|given\s+by)\b\s*)?[:=]?\s*|"
@@ -44,7 +44,7 @@ _SENTENCE_END = re.compile(r"(?<!\bvs)(?<!\d)[.!?。！？](?=\s|$)|(?<=\d)[.!?]
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|textit|mbox|operatorname)\s*\{[^{}]*\}")
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[A-Za-z]+\*?\}|\\[A-Za-z]+")
 _BOLD = re.compile(r"(?<![\w*)])\*\*([^*\n]+)\*\*(?![\w*(])")
-_TELLING = re.compile(r"\d|\w[\^=<>+*/]|^[=<>]")  # a run of letters alone is no answer
+_TELLING = re.compile(r"\d|\w[\^=<>+*/]|^[=<>]")  # an answer has one of these; a run of only letters is no answer
 _CHUNK = re.compile(r"\S+")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _FORMULA_WORDS = frozenset(
@@ -57,11 +57,15 @@ _JOINING = frozenset(("and", "or", "和", "或"))
 def extract(response: str, extraction: str) -> str | None:
     r"""Returns the answer's text in an assistant turn, or None if there is none.
 
-    Only what follows the last `</think>` is read; a `<think>` that never closes leaves no answer.
-    `answer_tag`: the last `<answer>...</answer>`, and the boxes inside it if there are some. `boxed`: the last complete
-    `\boxed{...}`, or the last ones where they stand side by side. `whole`: all of it. `auto`: the first that is there of the
-    answer tag, the boxes, what follows "the answer is", what follows `####`, the last formula between dollar signs or brackets, and
-    the last number or formula that stands alone. Raises ValueError for another `extraction`.
+    Only what follows the last `</think>` is read; an unclosed `<think>` leaves no answer. By `extraction`:
+
+    - `answer_tag`: the last `<answer>...</answer>`, or the boxes inside it if there are some.
+    - `boxed`: the last complete `\boxed{...}`, or the last ones if they are side by side.
+    - `whole`: all of it.
+    - `auto`: the first that exists of the answer tag, the boxes, what follows "the answer is", what follows `####`, the
+      last formula between dollar signs or brackets, and the last number or formula between words.
+
+    Raises ValueError for another `extraction`.
     """
     if extraction not in EXTRACTIONS:
         raise ValueError(f"extract: extraction={extraction!r} must be one of {', '.join(EXTRACTIONS)}")
@@ -75,8 +79,8 @@ def extract(response: str, extraction: str) -> str | None:
         return tagged
     text = _BOLD.sub(r"\1", text)
     for find in (last_boxes, _stated, _marked, _last_formula, _formula_alone, _last_alone):
-        if (found := find(text)) is not None:
-            return found
+        if (answer := find(text)) is not None:
+            return answer
     return None
 
 
@@ -91,7 +95,7 @@ def reference_answer(reference: str) -> str:
 
 
 def _stated(text: str) -> str | None:
-    """Returns the sentence behind the last "the answer is", before a first `####`."""
+    """Returns the rest of the sentence after the last "the answer is" that precedes the first `####`."""
     if marker := _MARKER.search(text):
         text = text[: marker.start()]
     phrases = list(_PHRASE.finditer(text))
@@ -99,12 +103,12 @@ def _stated(text: str) -> str | None:
         return None
     if question := _NEXT_QUESTION.search(text, phrases[0].end()):
         text = text[: question.start()]
-        phrases = [found for found in phrases if found.end() <= len(text)]
+        phrases = [phrase for phrase in phrases if phrase.end() <= len(text)]
     phrase = phrases[-1]
     line = text.rfind("\n", 0, phrase.start()) + 1
     before = re.split(r"[.;!?。；]\s*", text[line : phrase.start()])[-1]
     if _DENIED.search(before):
-        return text[line:].split("\n", 1)[0].strip()  # "this is not the answer: 5" says nothing of what is
+        return text[line:].split("\n", 1)[0].strip()  # "this is not the answer: 5" does not give the answer
     rest = text[phrase.end() :].lstrip("*_ \t\r\n")
     formula = FORMULA.match(rest)
     start = formula.end() if formula else 0
@@ -114,7 +118,7 @@ def _stated(text: str) -> str | None:
 
 
 def _marked(text: str) -> str | None:
-    """Returns what follows the last `####` with a number, GSM8K's mark, before another question begins (few-shot turns)."""
+    """Returns what follows the last `####` (GSM8K) with a number before the next question of a few-shot turn begins."""
     first = _MARKER.search(text)
     if first is None:
         return None
@@ -134,22 +138,24 @@ def _last_formula(text: str) -> str | None:
 
 
 def _formula_alone(text: str) -> str | None:
-    r"""Returns a text of one line that is a formula, words in `\text{}` aside, or no more than two words, and nothing else."""
+    r"""Returns a text of one line if it is a formula, which may have words in `\text{}`, or at most two words."""
     if not text or "\n" in text or len(text) > 300 or "<answer>" in text:
         return None
     outside = _TEXT.sub(" ", text)
     named = _COMMAND.sub(" ", outside)
-    found = [word for word in _WORD.findall(named) if word not in _FORMULA_WORDS]
-    short = len(found) <= 2 and len(named.split()) <= 2
-    formula = not found and (bool(_COMMAND.search(text)) or len(named.split()) > 1 or not re.search(r"[^\W\d_]", named))
+    plain_words = [word for word in _WORD.findall(named) if word not in _FORMULA_WORDS]
+    short = len(plain_words) <= 2 and len(named.split()) <= 2
+    formula = not plain_words and (
+        bool(_COMMAND.search(text)) or len(named.split()) > 1 or not re.search(r"[^\W\d_]", named)
+    )
     return text.strip() if short or formula else None
 
 
 def _last_alone(text: str) -> str | None:
-    """Returns the last run of a text that is a number or formula between words: `7`, `3 * 4 = 12`, `[0, 7)`, `2 and 5`."""
+    """Returns the last number or formula between the words of a text: `7`, `3 * 4 = 12`, `[0, 7)`, `2 and 5`."""
     run: list[str] = []
     best: list[str] = []
-    before, telling, said = "", False, []
+    before, telling, words_before = "", False, []
     for chunk in _CHUNK.findall(text):
         label, before = before.lower() in words.LABELS, chunk
         if label and re.fullmatch(r"\(?\w{1,3}\)?[.,:;]?", chunk):
@@ -157,8 +163,8 @@ def _last_alone(text: str) -> str | None:
             continue
         bare = chunk if chunk in ("*", "-") else chunk.strip('*_"`')
         if _is_formula(bare) or (run and bare in (*_JOINING, "-", "–", "—")):
-            if not run and _DENIED.search(" ".join(said[-2:])):
-                run = said[-2:]  # "it is not 7" says nothing of what it is
+            if not run and _DENIED.search(" ".join(words_before[-2:])):
+                run = words_before[-2:]  # "it is not 7" does not give the answer
             run.append(bare)
             telling = telling or bool(_TELLING.search(bare))
             if telling:
@@ -167,15 +173,15 @@ def _last_alone(text: str) -> str | None:
                 run, telling = [], False
         else:
             run, telling = [], False
-        said = [] if chunk.endswith((".", "!", "?", ";", "。")) else [*said[-2:], bare]
+        words_before = [] if chunk.endswith((".", "!", "?", ";", "。")) else [*words_before[-2:], bare]
     while best and best[-1] in _JOINING:
         best.pop()
-    found = " ".join(best).rstrip(".,:;!?。，").lstrip(",:;!?。，").strip()
-    return found or None
+    answer = " ".join(best).rstrip(".,:;!?。，").lstrip(",:;!?。，").strip()
+    return answer or None
 
 
 def _is_formula(chunk: str) -> bool:
-    """Returns whether a text without spaces is part of a formula and no word."""
+    """Returns whether a text without spaces is part of a formula and not a word."""
     if chunk in ("a", "A", "I", "-", "–", "—", ""):
         return False
     return all(word in _FORMULA_WORDS for word in _WORD.findall(chunk)) and bool(re.search(r"[\w=<>+*/^√π∞-]", chunk))
@@ -192,10 +198,11 @@ def _last_answer_tag(text: str) -> str | None:
 
 
 def fences(text: str, flush: bool = False) -> tuple[list[tuple[str, str]], bool]:
-    """Returns ([(what stands behind the opening marks, content)] of fenced blocks, whether the last one never closes).
+    """Returns ([(label after the opening marks, content)] of fenced blocks, whether the last one is unclosed).
 
-    A block ends at marks like its own, or more of them, with nothing behind and not indented by four columns more. Its content loses the indent of
-    the opening marks, and the marks of a quotation around it. With `flush` marks count at the start of a line alone.
+    A block ends at marks like its own, or more of them, with nothing after them and indented by less than four columns
+    more. Its content loses the indent of the opening marks, and the marks of a quotation around it. With `flush` only
+    marks at the start of a line count.
     """
     blocks, opened = [], None
     for fence in _FENCE.finditer(text):
@@ -211,7 +218,7 @@ def fences(text: str, flush: bool = False) -> tuple[list[tuple[str, str]], bool]
 
 
 def _closes(before: str, opened: str) -> bool:
-    """Returns whether what stands before the marks at a block's end may stand there: no mark of an item, no far indent."""
+    """Returns whether marks after the prefix `before` can close a block: no list item, and not indented too far."""
     return not before.strip(" \t>") and _width(before) < _width(opened) + 4
 
 
@@ -220,7 +227,7 @@ def _width(before: str) -> int:
 
 
 def _outdented(content: str, before: str) -> str:
-    """Returns the lines of a block without what stands before its opening marks: quotation marks, and as much white space at most."""
+    """Returns the lines of a block without the quotation marks and the indent (at most) of its opening marks."""
     quotes = before.count(">")
     width = _width(before.rpartition(">")[2].removeprefix(" ") if quotes else before)
     lines = []
@@ -234,7 +241,7 @@ def _outdented(content: str, before: str) -> str:
 
 
 def without_lead(answer: str) -> str:
-    """Returns an answer without "the answer is", "Answer:", "option" and the like before it."""
+    """Returns an answer without a lead such as "the answer is", "Answer:" or "option"."""
     lead = _LEAD.match(answer)
     return answer[lead.end() :] if lead and lead.end() < len(answer) else answer
 
@@ -246,7 +253,7 @@ def without_dollars(text: str) -> str:
 
 
 def final_answer(response: str, extraction: str) -> str | None:
-    """Returns what `extract` finds, except that for `auto` an answer without tag and box is all of the text after the thought."""
+    """Returns what `extract` returns; only for `auto` without a tag or box it is all of the text after the thought."""
     if extraction != "auto":
         return extract(response, extraction)
     return extract(response, "answer_tag") or extract(response, "boxed") or extract(response, "whole")

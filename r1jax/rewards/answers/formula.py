@@ -1,14 +1,17 @@
-r"""A parser of mathematical notation, LaTeX and plain, into nodes: nested tuples whose first member is the kind.
+r"""Parses mathematical notation, LaTeX or plain, into nodes: nested tuples whose first member is the kind.
 
-Expressions: ("num", Fraction), ("sym", name), ("const", "pi" | "e" | "i" | "inf"), ("add", a, b, ...), ("mul", a, b, ...),
-("neg", a), ("div", a, b), ("pow", a, b), ("root", index, a), ("fn", name, a, ...), ("app", name, a, ...), ("fact", a), ("deg", a),
-("plusminus", sign, a), ("series", kind, letter, low, high, body), ("integral", letter, low, high, body).
-Structures: ("tuple", opening, closing, items), ("set", items), ("such", letter, conditions), ("matrix", rows), ("cases", rows),
-("union" | "meet" | "minus", a, b), ("field", name), ("unit", a, unit), ("ratio", items), ("based", digits, base),
-("rel", first, (sign, side), ...), ("congruent", a, b, modulus), ("list", items, joints).
+Expressions: ("num", Fraction), ("sym", name), ("const", "pi" | "e" | "i" | "inf"), ("add", a, b, ...),
+("mul", a, b, ...), ("neg", a), ("div", a, b), ("pow", a, b), ("root", index, a), ("fn", name, a, ...),
+("app", name, a, ...), ("fact", a), ("deg", a), ("plusminus", sign, a), ("series", kind, letter, low, high, body),
+("integral", letter, low, high, body).
 
-Own, because the parsers at hand change meanings: math-verify's (latex2sympy2_extended) folds the case of letters, reads a digit before a
-bracket as a mixed number and drops `\text{}`; sympy's `parse_latex` reads neither sets nor intervals nor units.
+Structures: ("tuple", opening, closing, items), ("set", items), ("such", letter, conditions), ("matrix", rows),
+("cases", rows), ("union" | "meet" | "minus", a, b), ("field", name), ("unit", a, unit), ("ratio", items),
+("based", digits, base), ("rel", first, (sign, side), ...), ("congruent", a, b, modulus), ("list", items, joints).
+
+This parser was written because existing ones change meanings: math-verify's (latex2sympy2_extended) folds the case of
+letters, reads a digit before a bracket as a mixed number and drops `\text{}`; sympy's `parse_latex` reads neither sets
+nor intervals nor units.
 """
 
 from fractions import Fraction
@@ -61,7 +64,7 @@ EMPTY_SET = ("set", ())
 
 
 def parse(tokens: list[Token], plain_units: bool = False) -> Node:
-    """Returns the node of all tokens. With `plain_units` letters behind a number may be units. Raises Unreadable."""
+    """Returns the node of all tokens. With `plain_units` letters after a number may be units. Raises Unreadable."""
     parser = Parser(tokens, plain_units)
     node = parser.listed()
     if parser.place < len(tokens):
@@ -134,7 +137,7 @@ class Parser:
         return token is not None and token.kind == WORD and token.text in ("and", "or")
 
     def relation(self) -> Node:
-        if self.at("approx", "="):  # without a left side
+        if self.at("approx", "="):  # there is no left side
             self.place += 1
         if self.at(*_RELATIONS):
             sign = self.take().text
@@ -207,7 +210,7 @@ class Parser:
         return self.product()
 
     def with_unit(self, node: Node) -> Node:
-        """Returns the node with the unit that stands behind it."""
+        """Returns the node with the unit that follows it, if there is one."""
         if self.at("%") and self.percent_is_unit():
             self.place += 1
             return ("unit", node, units.unit({"percent": Fraction(1)}))
@@ -215,10 +218,10 @@ class Parser:
         if node[0] == "deg" and scale is not None and scale.text in ("C", "F") and _ends(self.tokens, self.place + 1):
             key = {"C": "celsius", "F": "fahrenheit"}[self.take().text]
             return ("unit", node[1], units.unit({key: Fraction(1)}))
-        found = read_unit(self.tokens, self.place, self.plain_units)
-        if found is None:
+        unit_and_end = read_unit(self.tokens, self.place, self.plain_units)
+        if unit_and_end is None:
             return node
-        unit, self.place = found
+        unit, self.place = unit_and_end
         if node[0] == "deg" and len(unit) == 1 and unit[0][0] in ("C", "F"):
             return ("unit", node[1], units.unit({{"C": "celsius", "F": "fahrenheit"}[unit[0][0]]: Fraction(1)}))
         return ("unit", node, unit)
@@ -265,7 +268,7 @@ class Parser:
         return self.power()
 
     def mixed(self, whole: Node) -> Node:
-        """Reads `1 4/5` behind its whole part; two numerals side by side are nothing else."""
+        """Returns the mixed number `1 4/5`, given its whole part. Raises Unreadable for other numerals side by side."""
         top, slash, bottom = self.peek(), self.peek(1), self.peek(2)
         values = [token.value for token in (top, bottom) if token is not None and token.value is not None]
         fits = slash is not None and slash.text == "/" and whole[0] == "num" and len(values) == 2
@@ -370,7 +373,7 @@ class Parser:
         return self.argument(whole=True)
 
     def lowered(self, node: Node, start: int) -> Node:
-        """Reads a subscript behind digits or a bracket: the base that they are written in."""
+        """Returns a numeral with its base, which is a subscript after digits or a bracket."""
         digits = "".join(token.text for token in self.tokens[start : self.place]).strip("(){}")
         self.place += 1
         base = self.subscript_base()
@@ -531,7 +534,7 @@ class Parser:
         return ("rel", first, *sides) if sides else first
 
     def argument(self, whole: bool = False) -> Node:
-        """Reads what a command takes: a group, a bracket, or one symbol; of a numeral one digit, unless `whole`."""
+        """Returns the argument of a command: a group, a bracket or a symbol; one digit of a numeral unless `whole`."""
         token = self.peek()
         if token is None:
             raise Unreadable("an argument is missing")
@@ -591,14 +594,14 @@ class Parser:
         return ("field", name)
 
     def letters(self) -> str:
-        found = ""
+        name = ""
         while (
             (token := self.peek()) is not None
             and token.kind in (LETTER, UPRIGHT, WORD)
             and (token.kind != WORD or token.text.isupper())
         ):
-            found += self.take().text
-        return found
+            name += self.take().text
+        return name
 
     def root(self, name: str) -> Node:
         index = number(3 if name == "cbrt" else 2)
@@ -778,9 +781,9 @@ def _marked(node: Node, mark: str) -> Node:
 
 
 def read_unit(tokens: list[Token], place: int, plain: bool = False) -> tuple[units.Unit, int] | None:
-    """Returns (unit, place behind it) if a unit of measure begins at a place and an answer or member ends behind it.
+    """Returns (unit, index after it) if a unit of measure begins at a place and an answer or member ends after it.
 
-    A unit's first letter is upright or part of a word, unless `plain`.
+    The first letter of a unit must be upright or part of a word, unless `plain`.
     """
     if place < len(tokens) and tokens[place].text == "frac" and tokens[place].kind == COMMAND:
         return _fraction_of_units(tokens, place)
@@ -794,10 +797,10 @@ def read_unit(tokens: list[Token], place: int, plain: bool = False) -> tuple[uni
             sign, place = -1, place + 1
             opened = place < len(tokens) and tokens[place].text == "("
             place += opened
-        found = _factor(tokens, place, plain or bool(powers))
-        if found is None:
+        factor = _factor(tokens, place, plain or bool(powers))
+        if factor is None:
             break
-        key, power, place = found
+        key, power, place = factor
         powers[key] = powers.get(key, Fraction(0)) + sign * power
     if opened and place < len(tokens) and tokens[place].text == ")":
         place += 1
@@ -823,7 +826,7 @@ def _ends(tokens: list[Token], place: int) -> bool:
 
 
 def _factor(tokens: list[Token], place: int, plain: bool) -> tuple[str, Fraction, int] | None:
-    """Returns (key, power, place behind it) of one unit with its power."""
+    """Returns (key, power, index after it) of one unit with its power."""
     power = Fraction(1)
     if place + 1 < len(tokens) and tokens[place].text.lower() in units.POWER_WORDS:
         power, place = Fraction(units.POWER_WORDS[tokens[place].text.lower()]), place + 1
@@ -861,10 +864,10 @@ def _factor(tokens: list[Token], place: int, plain: bool) -> tuple[str, Fraction
         return None
     place += 3 if braced else 1
     if place < len(tokens) and tokens[place].text == "^":
-        found = _unit_power(tokens, place + 1)
-        if found is None:
+        power_and_end = _unit_power(tokens, place + 1)
+        if power_and_end is None:
             return None
-        power, place = power * found[0], found[1]
+        power, place = power * power_and_end[0], power_and_end[1]
     elif place < len(tokens) and tokens[place].text.lower() in units.POWERED_WORDS:
         power, place = Fraction(units.POWERED_WORDS[tokens[place].text.lower()]), place + 1
     return key, power, place
@@ -886,7 +889,7 @@ def _unit_power(tokens: list[Token], place: int) -> tuple[Fraction, int] | None:
 
 
 def _fraction_of_units(tokens: list[Token], place: int) -> tuple[units.Unit, int] | None:
-    r"""Reads `\frac{\text{m}}{\text{s}^2}`."""
+    r"""Returns (unit, index after it) of a fraction of units, `\frac{\text{m}}{\text{s}^2}`; None for another one."""
     place += 1
     powers: dict[str, Fraction] = {}
     for sign in (1, -1):
@@ -897,10 +900,10 @@ def _fraction_of_units(tokens: list[Token], place: int) -> tuple[units.Unit, int
         )
         if end is None:
             return None
-        found = read_unit(tokens[place + 1 : end], 0)
-        if found is None or found[1] != end - place - 1:
+        unit_and_end = read_unit(tokens[place + 1 : end], 0)
+        if unit_and_end is None or unit_and_end[1] != end - place - 1:
             return None
-        for key, power in found[0]:
+        for key, power in unit_and_end[0]:
             powers[key] = powers.get(key, Fraction(0)) + sign * power
         place = end + 1
     return (units.unit(powers), place) if _ends(tokens, place) else None

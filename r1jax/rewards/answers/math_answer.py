@@ -1,8 +1,8 @@
 """Compares the final answer of a response with the reference, in four steps.
 
-Find the answer's text (extraction.py), bring it to one notation (answers/notation.py), read it as a typed value (answers/reading.py)
-and compare the values by their types (answers/comparison.py). No text is ever evaluated as code, and the work on one answer is
-bounded: what is too large to decide is wrong.
+Find the answer's text (extraction.py), bring it to one notation (answers/notation.py), read it as a typed value
+(answers/reading.py) and compare the values by their types (answers/comparison.py). No text is ever evaluated as code,
+and the work on one answer is bounded: what is too large to decide is wrong.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from r1jax.rewards.answers.written import TEXT_BRACES
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
 
-MAX_ANSWER_CHARACTERS = reading.MAX_CHARACTERS  # a longer "answer" is wrong without a closer look
+MAX_ANSWER_CHARACTERS = reading.MAX_CHARACTERS  # a longer answer is wrong and is not read
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
-_AT_ONCE = (Text, Choice, Clock, Date, Based)  # types whose comparison takes no time
+_AT_ONCE = (Text, Choice, Clock, Date, Based)  # types that are compared at once
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """How a response was graded: for answer and reference the text that was found, its notation, type and value; the rule; the verdict."""
+    """How a response was graded: the texts of answer and reference, their notations and values, rule and verdict."""
 
     answer: str | None
     reference: str
@@ -45,18 +45,18 @@ def grade(response: str, reference: str, extraction: str) -> Score:
 
     An empty or unreadable reference gives scorable False. Raises ValueError for an unknown `extraction`.
     """
-    found = explain(response, reference, extraction)
-    if found.verdict is None:
-        return Score(0.0, {"accuracy": 0.0}, False, found.rule)
-    value = 1.0 if found.verdict else 0.0
-    if found.answer is None:
+    explanation = explain(response, reference, extraction)
+    if explanation.verdict is None:
+        return Score(0.0, {"accuracy": 0.0}, False, explanation.rule)
+    value = 1.0 if explanation.verdict else 0.0
+    if explanation.answer is None:
         return Score(value, {"accuracy": value}, True, "no answer found")
-    detail = f"answer {_shorten(found.answer)}, reference {_shorten(found.reference)}: {found.rule}"
+    detail = f"answer {_shorten(explanation.answer)}, reference {_shorten(explanation.reference)}: {explanation.rule}"
     return Score(value, {"accuracy": value}, True, detail)
 
 
 def quick(response: str, reference: str, extraction: str) -> Score | None:
-    """Returns the Score as `grade` does if plain numbers or words decide it, else None."""
+    """Returns what `grade` returns if answer and reference are plain numbers or words, else None."""
     gold = reference_answer(reference)
     try:
         value = _gold(gold)
@@ -67,10 +67,10 @@ def quick(response: str, reference: str, extraction: str) -> Score | None:
         if answer is None or len(answer) > MAX_ANSWER_CHARACTERS:
             return grade(response, reference, extraction)
         try:
-            found = reading.read(answer)
+            answer_value = reading.read(answer)
         except Unreadable:
             return grade(response, reference, extraction)
-        if isinstance(found, _AT_ONCE) or _rational(found):
+        if isinstance(answer_value, _AT_ONCE) or _rational(answer_value):
             return grade(response, reference, extraction)
     return None
 
@@ -131,43 +131,43 @@ def _compared(wanted: Value, value: Value) -> tuple[bool, str]:
 
 
 def _with_plain_units(wanted: Value, value: Value, gold: str, answer: str) -> tuple[Value, Value] | None:
-    """Returns both values where only one has a unit and letters of the other may be one (`3 m` beside `3 meters`), else None."""
+    """Returns both values if one has a unit and letters of the other can be one (`3 m`, `3 meters`), else None."""
     if not (isinstance(wanted, Quantity) and isinstance(value, Quantity)) or bool(wanted.unit) == bool(value.unit):
         return None
     try:
         if wanted.unit:
-            found = wanted, reading.read(answer, plain_units=True)
+            sides = wanted, reading.read(answer, plain_units=True)
         else:
-            found = reading.read(gold, reference=True, plain_units=True), value
+            sides = reading.read(gold, reference=True, plain_units=True), value
     except Unreadable:
         return None
-    return found if all(isinstance(side, Quantity) and side.unit for side in found) else None
+    return sides if all(isinstance(side, Quantity) and side.unit for side in sides) else None
 
 
 def _with_decimal_comma(wanted: Value, value: Value, gold: str, answer: str) -> tuple[Value, Value] | None:
-    """Returns both values where one side is a decimal fraction and the other, `1,22`, may be one; else None."""
+    """Returns both values if one is a number and the other, such as `1,22`, can be read as a decimal; else None."""
     sides = [(wanted, gold), (value, answer)]
     for (number, _), (pair, text) in (sides, sides[::-1]):
         if isinstance(number, Quantity) and isinstance(pair, Several) and _DECIMAL_COMMA.fullmatch(text):
-            found = dataclasses.replace(number, node=("num", Fraction(text.replace(",", "."))), unit=())
-            return (found, value) if pair is wanted else (wanted, found)
+            decimal = dataclasses.replace(number, node=("num", Fraction(text.replace(",", "."))), unit=())
+            return (decimal, value) if pair is wanted else (wanted, decimal)
     return None
 
 
 def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
-    """Returns the Score of `grade` for a request, its answer found by `config.extraction`."""
+    """Returns the Score of `grade` for a request, with the extraction of the config."""
     return grade(request.text, request.reference, config.extraction)
 
 
 def load() -> None:
-    """Imports what comparing takes: no sample's deadline pays for it."""
+    """Imports what comparisons need, so that this does not count against the first sample's deadline."""
     grade("<answer>x^2 < 2</answer>", r"-\sqrt{2} < x < \sqrt{2}", "answer_tag")
     grade("<answer>5 cm</answer>", r"5 \text{ mm}", "answer_tag")
 
 
 @functools.lru_cache(maxsize=1024)
 def _gold(text: str) -> Value:
-    """Returns the value of a reference. Raises Unreadable for one that cannot be read, or is a number too large to say."""
+    """Returns the value of a reference. Raises Unreadable if it cannot be read, or is too large to evaluate."""
     value = reading.read(text, reference=True)
     if isinstance(value, Quantity) and value.type == "number":
         try:
@@ -186,7 +186,7 @@ def _answer(response: str, where: str) -> str | None:
 
 
 def _rational(value: Value) -> bool:
-    """Returns whether a value is a fraction that takes no time to say."""
+    """Returns whether a value is a fraction that is computed at once."""
     if not isinstance(value, Quantity):
         return False
     try:

@@ -1,4 +1,4 @@
-"""What stands before an equals sign: the name of a value (`x`, `f(2)`, `P(A|B)`, `Area`), or a side of an equation."""
+"""Decides whether the left side of an equals sign is the name of a value: `x`, `f(2)`, `P(A|B)`, `Area`."""
 
 from r1jax.rewards.answers import words
 from r1jax.rewards.answers.phrasing import DENIALS, IS, depths_of
@@ -21,7 +21,7 @@ _NAMING = frozenset("Pr angle triangle measuredangle overline vec hat lim max mi
 
 
 def name_of(tokens: list[Token], letters_only: bool = False) -> tuple[str, tuple[str, ...]] | None:
-    """Returns (name, its parameters) if tokens name a value: x, I_max, f(2), P(A|B), dy/dx, AB, Area; else None."""
+    """Returns (name, its parameters) if tokens are the name of a value, else None: x, I_max, f(2), dy/dx, AB, Area."""
     tokens = [token for token in tokens if token.text not in ("\\",)]
     if not tokens:
         return None
@@ -101,7 +101,7 @@ def name_of(tokens: list[Token], letters_only: bool = False) -> tuple[str, tuple
 
 
 def _may_apply(first: Token, base_end: int, inside: list[Token]) -> bool:
-    """Returns whether a letter before a bracket is a function's name, and the two no product."""
+    """Returns whether a letter before a bracket is the name of a function and not a factor."""
     if first.kind == WORD or base_end > 1 or first.text in _APPLIED_LETTERS:
         return True
     return (
@@ -112,7 +112,7 @@ def _may_apply(first: Token, base_end: int, inside: list[Token]) -> bool:
 
 
 def _is_sum_of_names(tokens: list[Token]) -> bool:
-    """Returns whether tokens are names with subscripts or arguments, joined by plus and minus signs: x_1 + x_2, f(1) + f(2)."""
+    """Returns whether tokens are a sum of names with subscripts or arguments: x_1 + x_2, f(1) - f(2)."""
     terms: list[list[Token]] = [[]]
     for token, depth in zip(tokens, depths_of(tokens), strict=True):
         if depth == 0 and token.text in ("+", "-"):
@@ -126,7 +126,7 @@ def _is_sum_of_names(tokens: list[Token]) -> bool:
 
 
 def is_sum(tokens: list[Token]) -> bool:
-    """Returns whether tokens are letters joined by plus and minus signs, or side by side: the name m + n of a value."""
+    """Returns whether tokens are a sum or product of letters, which can be the name of a value: m + n."""
     several = sum(token.kind == LETTER for token in tokens) > 1
     return several and all(
         (token.kind == LETTER and token.text not in "ei") or token.text in ("+", "-") for token in tokens
@@ -134,7 +134,7 @@ def is_sum(tokens: list[Token]) -> bool:
 
 
 def _base_end(tokens: list[Token]) -> int:
-    """Returns the place behind the letter that tokens begin with, its primes, subscript and power of -1; 0 without one."""
+    """Returns the index after the first letter with its primes, subscript and power of -1; 0 if there is no letter."""
     first = tokens[0]
     if not (first.kind in (LETTER, UPRIGHT) or (first.kind == COMMAND and first.text in GREEK) or first.kind == WORD):
         return 0

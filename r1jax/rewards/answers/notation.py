@@ -1,7 +1,7 @@
-r"""One notation for what people and models write: Unicode and LaTeX style become plain LaTeX.
+r"""Brings formulas of people and models to one notation: Unicode and styled LaTeX become plain LaTeX.
 
-Two tables do it: `_UNICODE` (characters) and `_STYLE` (commands that change the look and not the value). Every pattern is
-linear in the text's length.
+The main tables are `_UNICODE` (characters) and `_STYLE` (commands that change the look and not the value). Every
+pattern is linear in the text's length.
 """
 
 import functools
@@ -13,7 +13,7 @@ _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₐₑₙ
 _GREEK = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon phi chi psi omega"
 ).split()
-_UNICODE = {  # character -> what it means in LaTeX, before NFKC folds widths and styles
+_UNICODE = {  # character -> LaTeX; applied before NFKC folds widths and styles
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "－": "-", "﹣": "-",
     "×": r"\times ", "✕": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "∙": r"\cdot ", "•": r"\cdot ", "∗": "*", "÷": "/",
     "⁄": "/", "∕": "/", "／": "/", "±": r"\pm ", "∓": r"\mp ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]",
@@ -40,7 +40,7 @@ _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₐₑₙₓ�
 _INVISIBLE = re.compile("[\u200b-\u200f\u2060-\u2064\ufeff\u00ad]")
 
 _WITH_COLOUR = re.compile(r"\\(?:textcolor|color|colorbox)\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}")
-_STYLE = re.compile(  # commands without a meaning of their own; what stands in their braces stays
+_STYLE = re.compile(  # commands without a meaning; the content of their braces stays
     r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|scriptscriptstyle|limits|nolimits|"
     r"bf|rm|it|sf|tt|cal|em|mathit|mathsf|mathtt|mathnormal|underline|underbrace|emph|uline|boxed|fbox|"
     r"normalsize|small|large|Large|LARGE|huge|Huge|phantom|hspace|vspace|hfill|strut|ensuremath|bold|textsf|texttt|textsc|"
@@ -71,7 +71,7 @@ _HIDDEN = re.compile(
 _END_MARKS = re.compile("[✓✔✅∴∵■□∎☑]")
 _NOTHING = re.compile(r"(?<![\\])\{\s*\}")
 _BRACED_SIGN = re.compile(r"(?<![\\A-Za-z\}_^])\{\s*([:=<>+-])\s*\}")
-# A formula between marks, in the one group that is there.
+# A formula between delimiters; its content is in the one group that matched.
 FORMULA = re.compile(
     r"\$\$(.+?)\$\$|\\\[((?:(?!\\\[).)+?)\\\]|\\\(((?:(?!\\\().)+?)\\\)|(?<![\\$])\$(?![\s$])([^$\n]+?)(?<![\s\\])\$(?![\d$])|(?<![\\$\d])\$\s+([^$\n]*?[\\=^_][^$\n]*?)\s+\$(?![\d$])|"
     r"\\begin\{(?:equation|align|gather)\*?\}(.+?)\\end\{(?:equation|align|gather)\*?\}",
@@ -98,9 +98,9 @@ _PLAIN = frozenset("<>{}[]()|*/:'%€£¥")
 
 @functools.lru_cache(maxsize=4096)
 def normalise(text: str) -> str:
-    r"""Returns a text in one notation: `½` is `\frac{1}{2}`, `√` is `\sqrt`, `\dfrac` is `\frac`; colours, sizes and spacing are gone.
+    r"""Returns a text in one notation: `½` becomes `\frac{1}{2}`, `√` becomes `\sqrt`, `\dfrac` becomes `\frac`.
 
-    Dollar signs that delimit formulas go, those before an amount stay as `\$`.
+    Colours, sizes and spacing are removed.
     """
     if not text.isascii():
         text = _END_MARKS.sub(" ", _INVISIBLE.sub("", text))
@@ -154,7 +154,7 @@ def _one_name(match: re.Match) -> str:
 
 
 def without_delimiters(text: str) -> str:
-    r"""Returns a text without `$`, `\(`, `\[` around its formulas; a dollar sign before an amount becomes `\$`."""
+    r"""Returns a text without `$`, `\(` and `\[` around formulas; a dollar sign before an amount becomes `\$`."""
     text = _MATH_MARK.sub(" ", text)
     marks = [match.start() for match in _DOLLARS.finditer(text)]
     if len(marks) == 1:

@@ -1,4 +1,4 @@
-"""Plain numbers, read exactly: what the tiny world's equations and the options of multiple choice are compared by.
+"""Reads plain numbers exactly, for the tiny world's equations and the options of multiple choice.
 
 Answers of mathematics are read by answers/reading.py.
 """
@@ -37,16 +37,17 @@ _UNITS = frozenset(
 
 class Number(NamedTuple):
     value: Fraction
-    percent: bool  # a percent sign stood behind it
+    percent: bool  # it was followed by a percent sign
 
 
 @functools.lru_cache(maxsize=4096)
 def parse_number(text: str, strict_units: bool = False) -> Number | None:
     r"""Returns the rational number that `text` writes, or None if it is anything else.
 
-    Reads integers, decimals, thousands separators (`1,234`, `1{,}234`, `1\,234`), fractions (`3/4`, `\frac{3}{4}`), mixed numbers
-    (`1\frac{4}{5}`, `1 4/5`), exponents up to three digits and powers of ten, in one pair of brackets and behind `x =`. Currency signs, degrees, `\text{...}` and unit words
-    behind the number are dropped; `strict_units` (for references) drops known units only.
+    Reads integers, decimals, thousands separators (`1,234`, `1{,}234`, `1\,234`), fractions (`3/4`, `\frac{3}{4}`),
+    mixed numbers (`1\frac{4}{5}`, `1 4/5`), exponents up to three digits and powers of ten, in one pair of brackets
+    and behind `x =`. Currency signs, degrees, `\text{...}` and unit words behind the number are dropped;
+    `strict_units` (for references) drops known units only.
     """
     if len(text) > _MAX_NUMBER_CHARACTERS:
         return None

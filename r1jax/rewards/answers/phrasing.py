@@ -1,4 +1,4 @@
-"""What the words around a formula say: what joins answers, what is a remark, a condition, a unit's noun, or changes a number."""
+"""Interprets the words around a formula: conjunctions of answers, remarks, conditions, nouns, changes of a number."""
 
 import dataclasses
 from fractions import Fraction
@@ -45,14 +45,14 @@ BEFORE = frozenset("after before next previous following preceding every any sin
 
 
 def key_of(tokens: list[Token]) -> str:
-    """Returns tokens as one text, the same for all spellings of it: without case, articles, and marks that end or join."""
+    """Returns tokens as one normalised text: without case, articles, and marks that end or join."""
     kept = [token for token in _without_marks(tokens) if token.text not in tuple('.,;?"`{}')]
     kept = [token for token in kept if token.kind != WORD or token.text.lower() not in words.ARTICLES]
     return " ".join(token.text if token.kind == LETTER else token.text.casefold() for token in kept)
 
 
 def _without_marks(tokens: list[Token]) -> list[Token]:
-    """Returns the tokens without exclamation marks behind words, and without brackets around all of them."""
+    """Returns the tokens without exclamation marks after words, and without brackets around all of them."""
     kept = [
         token for place, token in enumerate(tokens) if token.text != "!" or place == 0 or tokens[place - 1].kind != WORD
     ]
@@ -62,15 +62,15 @@ def _without_marks(tokens: list[Token]) -> list[Token]:
 
 
 def depths_of(tokens: list[Token]) -> list[int]:
-    """Returns the depth in brackets at which each token stands, brackets outside themselves."""
-    depth, found = 0, []
+    """Returns the bracket depth of each token; a bracket itself is outside."""
+    depth, depths = 0, []
     for token in tokens:
         opens = token.text in ("(", "[", "{", r"\{", "langle") or token.text.startswith("begin ")
         closes = token.text in (")", "]", "}", r"\}", "rangle") or token.text.startswith("end ")
         depth -= closes
-        found.append(depth)
+        depths.append(depth)
         depth += opens
-    return found
+    return depths
 
 
 def joint_of(token: Token) -> str:
@@ -85,7 +85,7 @@ def joint_of(token: Token) -> str:
 
 
 def groups_of(tokens: list[Token], joint: str) -> list[list[Token]]:
-    """Returns the tokens between joints of one kind that stand outside brackets."""
+    """Splits tokens at the joints of one kind that are outside brackets."""
     groups: list[list[Token]] = [[]]
     for token, depth in zip(tokens, depths_of(tokens), strict=True):
         if depth == 0 and joint_of(token) == joint:
@@ -96,7 +96,7 @@ def groups_of(tokens: list[Token], joint: str) -> list[list[Token]]:
 
 
 def split_answers(tokens: list[Token]) -> tuple[list[list[Token]], list[str]]:
-    """Returns (the answers that stand side by side, what joins them)."""
+    """Returns (the answers side by side, the joints between them)."""
     segments, joints = [[]], []
     for token, depth in zip(tokens, depths_of(tokens), strict=True):
         if depth == 0 and (joint := joint_of(token)):
@@ -125,7 +125,7 @@ def trimmed(tokens: list[Token]) -> list[Token]:
 
 
 def without_opening(tokens: list[Token]) -> list[Token]:
-    """Returns the tokens without words such as "therefore" before them."""
+    """Returns the tokens without leading words such as "therefore"."""
     start = 0
     while start < len(tokens) - 1 and (
         tokens[start].text.lower() in words.OPENINGS or (start and tokens[start].text == ",")
@@ -147,7 +147,7 @@ def with_currency(value: Value, currency: units.Unit) -> Value:
 
 
 def is_logic(tokens: list[Token]) -> bool:
-    """Returns whether tokens are letters joined by logical signs alone."""
+    """Returns whether tokens are only letters and logical signs."""
     return all(token.kind == LETTER or token.text in ("lor", "land", "neg", "to", "(", ")") for token in tokens)
 
 
@@ -175,7 +175,7 @@ def with_ratio(tokens: list[Token]) -> list[Token]:
 
 
 def without_ordinals(tokens: list[Token]) -> list[Token]:
-    """Returns the tokens without st, nd, rd or th behind the one numeral; before a noun they stay, for then it counts nothing."""
+    """Returns the tokens without st, nd, rd or th after the one numeral; before a noun they stay."""
     if len([token for token in tokens if token.kind == WORD]) > 1:
         return tokens
     return [
@@ -191,7 +191,7 @@ def without_ordinals(tokens: list[Token]) -> list[Token]:
 
 
 def without_remarks(tokens: list[Token]) -> list[Token]:
-    """Returns the tokens without a last bracket of words or of a condition."""
+    """Returns the tokens without brackets at the end that hold a remark; one with a condition becomes `, condition`."""
     while len(tokens) > 2 and tokens[-1].text == ")":
         depths = depths_of(tokens)
         opening = [place for place, token in enumerate(tokens) if token.text in ("(", "[") and depths[place] == 0]
@@ -203,7 +203,7 @@ def without_remarks(tokens: list[Token]) -> list[Token]:
         relation = any(token.text in ("ne", "<", ">", "le", "ge", "in") and token.kind != WORD for token in inside)
         if relation and not has_words and start and opening and not any(token.text == "=" for token in inside):
             comma = Token(SIGN, ",")
-            return [*tokens[:start], comma, *inside]  # a condition, told from the rest as one behind a comma is
+            return [*tokens[:start], comma, *inside]  # a condition, handled like one after a comma
         name = start > 0 and tokens[start - 1].kind in (LETTER, UPRIGHT) and not tokens[start].spaced and not has_words
         modulus = any(token.text in ("mod", "bmod", "pmod") for token in inside)
         has_words = has_words or sum(token.kind == WORD for token in inside) > 1
@@ -218,7 +218,7 @@ def without_remarks(tokens: list[Token]) -> list[Token]:
 
 
 def without_condition(tokens: list[Token]) -> list[Token]:
-    """Returns the tokens up to the first word that begins a condition or a reason; all of them where alternatives follow."""
+    """Returns the tokens before the first word that begins a condition or a reason; all of them for alternatives."""
     depths = depths_of(tokens)
     for place, token in enumerate(tokens):
         if place == 0 or depths[place] or token.kind != WORD or token.text not in words.CONDITIONS:
@@ -251,7 +251,7 @@ def without_condition(tokens: list[Token]) -> list[Token]:
 
 
 def number_of_words(tokens: list[Token]) -> Quantity | None:
-    """Returns the number that words and numerals write together: "minus 5", "1.5 million", 3万; None for anything else."""
+    """Returns the number of words and numerals together, such as "minus 5", "1.5 million" or 3万, else None."""
     if not any(token.kind == WORD for token in tokens):
         return None
     spoken = []
@@ -278,7 +278,7 @@ def number_of_words(tokens: list[Token]) -> Quantity | None:
             value = -value
     if value is not None:
         return Quantity(formula.number(value))
-    for end in (len(spoken) - 1, len(spoken) - 2):  # two million dollars; a numeral with a unit alone is a formula
+    for end in (len(spoken) - 1, len(spoken) - 2):  # two million dollars; one numeral with a unit is a formula
         behind = formula.read_unit(tokens, end + (len(tokens) - len(spoken))) if end > 0 else None
         if behind is None or behind[1] != len(tokens) or (end == 1 and spoken[0].isdigit()):
             continue
@@ -300,7 +300,7 @@ def phrase_value(phrase: str) -> Value | None:
 
 
 def says_nothing(tokens: list[Token]) -> bool:
-    """Returns whether a segment is words alone that neither change, deny nor doubt what stands before them."""
+    """Returns whether a segment is only words that neither change, deny nor doubt the answer before them."""
     spoken = [token.text.lower() for token in tokens]
     known = (words.CHANGING | words.NUMBER_WORDS | DENIALS) - {"point"}
     several = len(tokens) > 1 or spoken[0].endswith("ly")

@@ -59,8 +59,8 @@ from r1jax.rewards.answers.values import (
 from r1jax.rewards.answers.written import TEXT_BRACES, whole_form
 
 MAX_CHARACTERS = 1000
-MAX_PLAIN_WORDS = 2  # of a reference that is words: more are prose
-MAX_TEXT_WORDS = 10  # of a reference inside \text{}
+MAX_PLAIN_WORDS = 2  # words of a reference that is a text; more are prose
+MAX_TEXT_WORDS = 10  # words of a reference inside \text{}
 MAX_HAN = 8
 _PLAIN = re.compile(r"-?\d{1,300}(?:\.\d{1,300})?", re.ASCII)
 _BRACED = re.compile(r"\{((?:(?!\\over|\\choose)[^{}])*)\}")
@@ -72,11 +72,12 @@ _SIGNS_OF_FORMULA = re.compile(r"[\\^_{}=<>+*]")
 _EQUALITIES = frozenset(("=", "approx", "equiv", "cong"))
 
 
-@functools.lru_cache(maxsize=4096)  # the samples of a group often say the same
+@functools.lru_cache(maxsize=4096)  # the samples of a group often have the same answer
 def read(text: str, reference: bool = False, plain_units: bool = False) -> Value:
-    """Returns the value of an answer, or of a `reference`, of which nothing but the value and its unit may be said.
+    """Returns the value of an answer, or of a `reference`, which may hold nothing but the value and its unit.
 
-    With `plain_units` letters behind a number, as in `3 m`, may be a unit and no factors. Raises Unreadable for what is neither a formula nor a short text.
+    With `plain_units` letters after a number, as in `3 m`, may be a unit instead of factors. Raises Unreadable for a
+    text that is neither a formula nor short.
     """
     if len(text) > MAX_CHARACTERS:
         raise Unreadable(f"it has {len(text)} characters, more than {MAX_CHARACTERS}")
@@ -96,7 +97,7 @@ def read(text: str, reference: bool = False, plain_units: bool = False) -> Value
 
 
 def words_behind_is(text: str) -> Text | None:
-    """Returns the words behind the last "is" of a sentence, "The graph is an ellipse"; None without such a sentence."""
+    """Returns the words after the last "is" of a sentence, "The graph is an ellipse"; None without such a sentence."""
     try:
         tokens = trimmed(_tokens(notation.without_wrapping(notation.normalise(text))))
     except Unreadable:
@@ -111,7 +112,7 @@ def words_behind_is(text: str) -> Text | None:
 
 
 def words_of(text: str) -> Text | None:
-    """Returns a text as words, whatever else it may be; None if it cannot be read at all."""
+    """Returns a text as words, even if it is also a formula; None if it cannot be read at all."""
     try:
         return _Reader(False).text(
             without_remarks(trimmed(_tokens(notation.without_wrapping(notation.normalise(text)))))
@@ -136,7 +137,7 @@ _NOT_BEFORE_IS = (
 
 
 def _introduces(tokens: list[Token]) -> bool:
-    """Returns whether what stands before "is" names what follows, and does not change or deny it."""
+    """Returns whether the words before "is" only introduce what follows, without changing or denying it."""
     spoken = [token.text.lower() for token in tokens if token.kind == WORD]
     depths = depths_of(tokens)
     numerals = any(token.kind == NUMBER and depth == 0 for token, depth in zip(tokens, depths, strict=True))
@@ -144,7 +145,7 @@ def _introduces(tokens: list[Token]) -> bool:
 
 
 def _tokens(text: str) -> list[Token]:
-    """Returns the tokens of a text; what stands outside `$...$` is prose when it has letters."""
+    """Returns the tokens of a text; text outside `$...$` is prose if it has letters."""
     pieces = list(notation.FORMULA.finditer(text))
     outside = notation.FORMULA.sub(" ", text)
     if not pieces and _is_prose(text):
@@ -153,27 +154,30 @@ def _tokens(text: str) -> list[Token]:
         return tokenise(notation.FORMULA.sub(lambda match: f" {_content(match)} ", text))
     if outside.strip().startswith("\\") and not re.search(r"(?<!\\)\b[^\W\d_]{2,}", outside):
         return tokenise(notation.FORMULA.sub(lambda match: f" {_content(match)} ", text))
-    found, end = [], 0
+    tokens, end = [], 0
     try:
         for piece in pieces:
-            found += tokenise(text[end : piece.start()], prose=True)
-            found += tokenise(_content(piece))
+            tokens += tokenise(text[end : piece.start()], prose=True)
+            tokens += tokenise(_content(piece))
             end = piece.end()
-        return found + tokenise(text[end:], prose=True)
+        return tokens + tokenise(text[end:], prose=True)
     except Unreadable:
         return tokenise(notation.FORMULA.sub(lambda match: f" {_content(match)} ", text), prose=True)
 
 
 def _is_prose(text: str) -> bool:
-    """Returns whether a text without marked formulas has several words that are no functions and no units."""
+    """Returns whether a text without marked formulas has several words that are neither functions nor units."""
     plain = _COMMAND_OR_BRACES.sub(" ", TEXT_BRACES.sub(" ", text))
-    found = [
+    plain_words = [
         word
         for word in _LONG_WORD.findall(plain)
         if word.lower() not in NAMES and word.lower() not in FUNCTIONS and word not in units.NAMES
     ]
-    return len(found) > 1 or (
-        len(found) == 1 and len(plain.split()) > 2 and len(found[0]) > 3 and not _SIGNS_OF_FORMULA.search(plain)
+    return len(plain_words) > 1 or (
+        len(plain_words) == 1
+        and len(plain.split()) > 2
+        and len(plain_words[0]) > 3
+        and not _SIGNS_OF_FORMULA.search(plain)
     )
 
 
@@ -226,7 +230,7 @@ class _Reader:
         return Text(key)
 
     def behind_is(self, tokens: list[Token]) -> Value | None:
-        """Returns the value behind the last "is" of a sentence, or None."""
+        """Returns the value after the last "is" of a sentence, or None."""
         places = [place for place, token in enumerate(tokens) if token.kind == WORD and token.text.lower() in IS]
         if not places or not _introduces(tokens[: places[-1]]):
             return None
@@ -241,7 +245,7 @@ class _Reader:
             return None
 
     def parts(self, tokens: list[Token]) -> Value | None:
-        """Returns the value of what is one answer or several side by side; None where words say something else."""
+        """Returns the value of one answer or of several side by side; None if there are other words."""
         value = number_of_words(tokens)
         if value is not None:
             return value
@@ -252,22 +256,22 @@ class _Reader:
             return Several("list", tuple(map(_point, values))) if len(values) == len(groups) else None
         if "or" in joints and "," in joints and (systems := self.systems(tokens)) is not None:
             return systems
-        found = []
+        parts = []
         for place, segment in enumerate(segments):
             part = self.segment(segment)
             if (
                 part is None
-                and found
+                and parts
                 and not self.reference
                 and (key_of(segment) in REMARKS or (joints[place - 1] in (",", ";") and says_nothing(segment)))
             ):
                 continue  # a remark
             if part is None:
                 return None
-            found.append(part)
-        if not found:
+            parts.append(part)
+        if not parts:
             return None
-        return found[0].value if len(found) == 1 else joined(found, joints)
+        return parts[0].value if len(parts) == 1 else joined(parts, joints)
 
     def systems(self, tokens: list[Token]) -> Value | None:
         """Returns the points of `x = 1, y = 2 or x = 2, y = 1`; None for anything else."""
@@ -282,7 +286,7 @@ class _Reader:
         return Several("list", tuple(map(_point, named))) if len(named) == len(values) else None
 
     def segment(self, tokens: list[Token]) -> Part | None:
-        """Returns one answer: a formula, in words that do not change it, with its unit or what it counts."""
+        """Returns one answer, else None: a formula, with its unit or noun, among words that do not change it."""
         tokens = trimmed(tokens)
         if not tokens:
             return None
@@ -335,7 +339,7 @@ class _Reader:
         return not any(words.changes(word) or word in words.NUMBER_WORDS or word in BEFORE for word in rest)
 
     def chain_agrees(self, tokens: list[Token], signs: list[int]) -> bool:
-        """Returns whether the numbers of `x = 2 + 3 = 5` are one number."""
+        """Returns whether the sides of a chain `x = 2 + 3 = 5` that are numbers agree."""
         sides = []
         for start, end in zip(signs, [*signs[1:], len(tokens)], strict=True):
             try:
@@ -345,7 +349,7 @@ class _Reader:
         return agree([side for side in sides if not letters(side)])
 
     def named(self, tokens: list[Token]) -> Part | None:
-        """Returns `name = value`, or None if the tokens are no such thing."""
+        """Returns the named value of `name = value`, None for other tokens."""
         depths = depths_of(tokens)
         places = [
             place
@@ -355,26 +359,26 @@ class _Reader:
         if not places or places[0] == 0:
             return None
         left = tokens[: places[0]]
-        found = name_of(left)
+        named = name_of(left)
         swapped = False
         right = tokens[places[0] + 1 :]
         if (
-            found is None
+            named is None
             and len(places) == 1
-            and (found := name_of(right, letters_only=True)) is not None
+            and (named := name_of(right, letters_only=True)) is not None
             and len(right) < 6
         ):
             if name_of(left, letters_only=True) is None:
                 right, swapped = left, True
             else:
-                found = None
-        if found is None:
+                named = None
+        if named is None:
             return None
         if tokens[places[0]].text in ("equiv", "cong") and any(
             token.text in ("pmod", "mod", "bmod") for token in tokens
         ):
             return None
-        name, parameters = found
+        name, parameters = named
         chain = [place for place in places if tokens[place].text == "="]
         if len(places) > 1 and not self.chain_agrees(tokens, places):
             return None
@@ -401,7 +405,7 @@ class _Reader:
 
 
 def _point(value: Value) -> Value:
-    """Returns `p = 5, q = 2` or `5, 2` of a list of such as the tuple of its values."""
+    """Returns one item of a list, `p = 5, q = 2` or `5, 2`, as the tuple of its values."""
     if isinstance(value, Several) and value.kind == "list":
         members = tuple(member.value if isinstance(member, Named) else member for member in value.members)
         return Several("tuple", members, "(", ")")
@@ -409,16 +413,16 @@ def _point(value: Value) -> Value:
 
 
 def _compound(node: Node, rest: list[Token]) -> tuple[Node, list[Token]]:
-    """Returns (the sum of amounts such as 5 feet 6 inches in the first unit, the tokens behind it)."""
-    found, behind = _parsed(rest, False)
-    scale = units.ratio(found[2], node[2]) if found[0] == "unit" else None
+    """Returns (the sum of amounts such as 5 feet 6 inches, in the first unit; the tokens after it)."""
+    amount, behind = _parsed(rest, False)
+    scale = units.ratio(amount[2], node[2]) if amount[0] == "unit" else None
     if scale is None:
         return node, rest
-    return ("unit", ("add", node[1], ("mul", formula.number(scale), found[1])), node[2]), rest[behind:]
+    return ("unit", ("add", node[1], ("mul", formula.number(scale), amount[1])), node[2]), rest[behind:]
 
 
 def _parsed(tokens: list[Token], plain_units: bool) -> tuple[Node, int]:
-    """Returns (node, place behind it) of the formula that tokens begin with."""
+    """Returns (node, index after it) of the formula at the beginning of the tokens."""
     parser = formula.Parser(list(tokens), plain_units)
     node = parser.relation()
     added = len(parser.tokens) - len(tokens)  # numerals that were split into digits

@@ -1,6 +1,6 @@
-"""Sets of real numbers as intervals between numbers: of interval notation, of inequalities of one letter, and of their unions.
+"""Converts sets of real numbers to intervals: interval notation, inequalities of one letter, and their unions.
 
-Inequalities are solved by hand where a letter stands alone or linearly, else by sympy.
+Inequalities are solved directly if the letter is isolated or linear, else by sympy.
 """
 
 import itertools
@@ -10,9 +10,9 @@ from mpmath import mp
 from r1jax.rewards.answers.evaluation import Undefined, letters, mentions, real
 from r1jax.rewards.answers.formula import Node, number
 
-Interval = tuple  # (low, whether it belongs, high, whether it belongs)
+Interval = tuple  # (low, whether low is included, high, whether high is included)
 MAX_DEGREE = 12
-_DIGITS = 100  # in which two ends agree
+_DIGITS = 100  # digits in which equal ends must agree
 _WORKING_DIGITS = 140
 _SPECIAL = {"R": ("", ""), "R^+": (0, False), "R_+": (0, False), "R^{+}": (0, False)}
 _TURNED = {"<": ">", ">": "<", "le": "ge", "ge": "le", "ne": "ne", "=": "="}
@@ -21,13 +21,13 @@ _WHOLE = [(-mp.inf, False, mp.inf, False)]
 
 
 def intervals(node: Node) -> list[Interval]:
-    """Returns the intervals of a node, apart and in order. Raises Undefined for one that is no set of real numbers, and TooLarge."""
+    """Returns the intervals of a node, disjoint and in order. Raises Undefined if it is no set of reals; TooLarge."""
     with mp.workdps(_WORKING_DIGITS):
         return _merged(_intervals(node))
 
 
 def same(first: list[Interval], second: list[Interval]) -> bool:
-    """Returns whether two sets of intervals are one set."""
+    """Returns whether two lists of intervals are the same set."""
     if len(first) != len(second):
         return False
     with mp.workdps(_WORKING_DIGITS):
@@ -59,7 +59,7 @@ def _intervals(node: Node) -> list[Interval]:
         return _intervals(node[1]) + _intervals(node[2])
     if kind == "meet":
         return _met(_merged(_intervals(node[1])), _merged(_intervals(node[2])))
-    if kind == "either":  # joined by a comma: both, or one of them where both cannot be
+    if kind == "either":  # joined by a comma: their intersection, or their union if that is empty
         sides = [_merged(_intervals(part)) for part in node[1:]]
         return _met(*sides) or sides[0] + sides[1]
     if kind == "minus":
@@ -69,10 +69,10 @@ def _intervals(node: Node) -> list[Interval]:
     if kind == "such":
         return _intervals(node[2])
     if kind == "list":
-        found = _WHOLE
+        shared = _WHOLE
         for part in node[1]:
-            found = _met(found, _merged(_intervals(part)))
-        return found
+            shared = _met(shared, _merged(_intervals(part)))
+        return shared
     raise Undefined(f"{kind} is no set of numbers")
 
 
@@ -93,38 +93,38 @@ def _merged(some: list[Interval]) -> list[Interval]:
 
 
 def _complement(some: list[Interval]) -> list[Interval]:
-    found, low, low_in = [], -mp.inf, False
+    gaps, low, low_in = [], -mp.inf, False
     for part in some:
         if part[0] > low or (part[0] == low and low_in and not part[1]):
-            found.append((low, low_in, part[0], not part[1] and not mp.isinf(part[0])))
+            gaps.append((low, low_in, part[0], not part[1] and not mp.isinf(part[0])))
         low, low_in = part[2], not part[3]
     if low < mp.inf:
-        found.append((low, low_in and not mp.isinf(low), mp.inf, False))
-    return found
+        gaps.append((low, low_in and not mp.isinf(low), mp.inf, False))
+    return gaps
 
 
 def _met(first: list[Interval], second: list[Interval]) -> list[Interval]:
-    found = []
+    shared = []
     for a in first:
         for b in second:
             low, low_in = (a[0], a[1] and b[1]) if a[0] == b[0] else max((a[:2], b[:2]), key=lambda end: end[0])
             high, high_in = (a[2], a[3] and b[3]) if a[2] == b[2] else min((a[2:], b[2:]), key=lambda end: end[0])
             if low < high or (low == high and low_in and high_in):
-                found.append((low, low_in, high, high_in))
-    return found
+                shared.append((low, low_in, high, high_in))
+    return shared
 
 
 def _of_relations(node: Node) -> list[Interval]:
-    """Returns where a chain of relations of one letter holds."""
+    """Returns the solution set of a chain of relations of one letter."""
     names = frozenset().union(letters(node[1]), *(letters(side) for _, side in node[2:] if side[0] != "field"))
     if len(names) != 1:
         raise Undefined("relations of one letter only")
     name = next(iter(names))
-    left, found = node[1], _WHOLE
+    left, solution = node[1], _WHOLE
     for sign, right in node[2:]:
-        found = _met(found, _merged(_of_one(left, sign, right, name)))
+        solution = _met(solution, _merged(_of_one(left, sign, right, name)))
         left = right
-    return found
+    return solution
 
 
 def _of_one(left: Node, sign: str, right: Node, name: str) -> list[Interval]:
@@ -188,18 +188,18 @@ def _solved(left: Node, sign: str, right: Node, name: str) -> list[Interval]:
         return _of_signs(top, bottom, sign, symbol)
     kinds = {"<": sympy.Lt, ">": sympy.Gt, "le": sympy.Le, "ge": sympy.Ge, "ne": sympy.Ne, "=": sympy.Eq}
     try:
-        found = sympy.solveset(kinds[sign](difference, 0), symbol, sympy.S.Reals)
+        solution = sympy.solveset(kinds[sign](difference, 0), symbol, sympy.S.Reals)
     except (NotImplementedError, ValueError, TypeError, AttributeError):
         raise Undefined("not solved") from None
-    return _from_sympy(found)
+    return _from_sympy(solution)
 
 
 def _of_signs(top, bottom, sign: str, symbol) -> list[Interval]:
-    """Returns where a quotient of two polynomials is below, above or at 0: between its roots its sign stays."""
+    """Returns where a quotient of two polynomials has the wanted sign, which is constant between its roots."""
     zeros, poles = _roots(top, symbol), _roots(bottom, symbol)
     ends = [-mp.inf, *sorted(zeros + poles), mp.inf]
     wanted = {"<": (-1,), "le": (-1, 0), ">": (1,), "ge": (1, 0), "ne": (-1, 1), "=": (0,)}[sign]
-    found = [
+    solution = [
         (zero, True, zero, True) for zero in zeros if 0 in wanted and not any(_close(zero, pole) for pole in poles)
     ]
     for low, high in itertools.pairwise(ends):
@@ -208,8 +208,8 @@ def _of_signs(top, bottom, sign: str, symbol) -> list[Interval]:
         else:
             inner = (low + high) / 2
         if _sign_at(top, symbol, inner) * _sign_at(bottom, symbol, inner) in wanted:
-            found.append((low, False, high, False))
-    return found
+            solution.append((low, False, high, False))
+    return solution
 
 
 def _sign_at(polynomial, symbol, value) -> int:
@@ -219,7 +219,7 @@ def _sign_at(polynomial, symbol, value) -> int:
 
 
 def _roots(polynomial, symbol) -> list:
-    """Returns the different real roots of a polynomial."""
+    """Returns the distinct real roots of a polynomial."""
     import sympy
 
     poly = sympy.Poly(polynomial, symbol)
@@ -228,11 +228,11 @@ def _roots(polynomial, symbol) -> list:
     if poly.degree() > MAX_DEGREE or not (poly.domain.is_QQ or poly.domain.is_ZZ):
         raise Undefined("an inequality too large to solve")
     coefficients = [mp.mpf(str(sympy.N(value, mp.dps))) for value in poly.sqf_part().all_coeffs()]
-    found = mp.polyroots(coefficients, maxsteps=300, extraprec=300)
-    return [mp.re(root) for root in found if abs(mp.im(root)) < mp.mpf(10) ** -_DIGITS]
+    roots = mp.polyroots(coefficients, maxsteps=300, extraprec=300)
+    return [mp.re(root) for root in roots if abs(mp.im(root)) < mp.mpf(10) ** -_DIGITS]
 
 
-def _from_sympy(found) -> list[Interval]:
+def _from_sympy(solution) -> list[Interval]:
     import sympy
 
     def end_of(end):
@@ -242,16 +242,16 @@ def _from_sympy(found) -> list[Interval]:
             raise Undefined("ends that are no numbers")
         return mp.mpf(str(sympy.N(end, mp.dps)))
 
-    if found is sympy.S.EmptySet:
+    if solution is sympy.S.EmptySet:
         return []
-    if found is sympy.S.Reals:
+    if solution is sympy.S.Reals:
         return _WHOLE
-    if isinstance(found, sympy.Interval):
-        return [(end_of(found.start), not found.left_open, end_of(found.end), not found.right_open)]
-    if isinstance(found, sympy.FiniteSet):
-        return [(end_of(value), True, end_of(value), True) for value in found]
-    if isinstance(found, sympy.Union):
-        return [interval for part in found.args for interval in _from_sympy(part)]
-    if isinstance(found, sympy.Complement):
-        return _met(_merged(_from_sympy(found.args[0])), _complement(_merged(_from_sympy(found.args[1]))))
+    if isinstance(solution, sympy.Interval):
+        return [(end_of(solution.start), not solution.left_open, end_of(solution.end), not solution.right_open)]
+    if isinstance(solution, sympy.FiniteSet):
+        return [(end_of(value), True, end_of(value), True) for value in solution]
+    if isinstance(solution, sympy.Union):
+        return [interval for part in solution.args for interval in _from_sympy(part)]
+    if isinstance(solution, sympy.Complement):
+        return _met(_merged(_from_sympy(solution.args[0])), _complement(_merged(_from_sympy(solution.args[1]))))
     raise Undefined("a set that is no union of intervals")

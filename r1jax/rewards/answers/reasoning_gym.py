@@ -1,4 +1,4 @@
-"""Problems of reasoning-gym, graded by the library's own scorer: right is a score of exactly 1."""
+"""Grades problems of reasoning-gym with the library's own scorers: an answer is right if its score is exactly 1."""
 
 import json
 from functools import lru_cache
@@ -12,10 +12,11 @@ MAX_ANSWER_CHARACTERS = 10_000
 
 
 def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
-    """Returns a Score with value 1 if the family's scorer gives the answer 1.0, else 0; the library's partial credit is not paid.
+    """Returns a Score with value 1 if the family's scorer gives the answer 1.0, else 0, without partial credit.
 
-    The reference is JSON {"family", "answer", "metadata"} (data/reasoning_gym.py). A family that is unknown or excluded, and a reference whose
-    own answer does not score 1.0, give scorable False. May be slow on hostile input: runs in a worker.
+    The reference is JSON {"family", "answer", "metadata"} (data/reasoning_gym.py). A family that is unknown or
+    excluded, and a reference whose own answer does not score 1.0, give scorable False. May be slow on hostile input:
+    runs in a worker.
     """
     try:
         entry = _entry(request.prompt, request.reference)
@@ -36,19 +37,19 @@ def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
 
 @lru_cache(maxsize=256)
 def _entry(question: str, reference: str) -> dict:
-    """Returns the library's entry of a reference. Raises ValueError if it is none, or its own answer does not score 1.0."""
+    """Returns the library's entry of a reference. Raises ValueError if invalid, or if its answer does not score 1.0."""
     try:
         entry = {"question": question} | json.loads(reference)
-        name, own = entry["family"], entry["answer"]
+        name, answer = entry["family"], entry["answer"]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"the reference {reference[:80]!r} is not JSON with family, answer and metadata") from None
     families.require(name)
     try:
-        credit = _dataset(name).score_answer(own, entry=entry)
+        credit = _dataset(name).score_answer(answer, entry=entry)
     except Exception as error:  # metadata of another form
         raise ValueError(f"the reference of {name} cannot be graded: {type(error).__name__}: {error}") from None
     if credit != 1.0:
-        raise ValueError(f"the reference's own answer {str(own)[:80]!r} scores {credit} in {name}, not 1")
+        raise ValueError(f"the reference's own answer {str(answer)[:80]!r} scores {credit} in {name}, not 1")
     return entry
 
 

@@ -1,4 +1,4 @@
-"""Values and nodes as text that people read: numbers as fractions, formulas in plain notation."""
+"""Writes values and nodes as readable text: numbers as fractions, formulas in plain notation."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -25,9 +25,9 @@ from r1jax.rewards.answers.values import (
     Value,
 )
 
-MAX_CHARACTERS = 200  # of a value, the rest is "..."
-_MAX_BITS = 2000  # of a number written out
-_SUM, _PRODUCT, _POWER, _ATOM = range(4)  # how tightly a node holds together
+MAX_CHARACTERS = 200  # a longer text is cut and ends in "..."
+_MAX_BITS = 2000  # larger numbers are written as a power of ten
+_SUM, _PRODUCT, _POWER, _ATOM = range(4)  # precedence of a node
 _SIGNS = {"le": "≤", "ge": "≥", "ne": "≠", "in": "∈", "notin": "∉", "approx": "≈", "equiv": "≡", "cong": "≅", "to": "→"}
 _SIGNS |= {"subset": "⊂", "subseteq": "⊆", "propto": "∝", "perp": "⊥", "parallel": "∥"}
 _SETS = {"union": "∪", "meet": "∩", "minus": "∖", "either": "or"}
@@ -35,7 +35,7 @@ _UNITS = {"percent": "%", "dollar": "$", "degrees": "°", "celsius": "°C", "fah
 
 
 def show(value: Value) -> str:
-    """Returns a value as text, of MAX_CHARACTERS at most; a number is its fraction where it is rational."""
+    """Returns a value as text of at most MAX_CHARACTERS; a rational number is written as a fraction."""
     text = _SHOWN[type(value)](value)
     return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 3]}..."
 
@@ -107,7 +107,7 @@ _SHOWN: dict[type, Callable[[Any], str]] = {
 
 
 def _number(value: Fraction) -> str:
-    """Returns a fraction written out, or its power of ten where it is long."""
+    """Returns a fraction written out, or its power of ten if it is long."""
     bits = max(value.numerator.bit_length(), value.denominator.bit_length())
     if bits <= _MAX_BITS:
         return str(value)
@@ -116,7 +116,7 @@ def _number(value: Fraction) -> str:
 
 
 def _spelled(node: Node) -> tuple[str, int]:
-    """Returns (text, how tightly it holds together) of a node."""
+    """Returns (text, precedence) of a node."""
     kind = node[0]
     if kind == "num":
         text = _number(node[1])
@@ -133,7 +133,7 @@ def _spelled(node: Node) -> tuple[str, int]:
 
 
 def _within(node: Node, least: int) -> str:
-    """Returns a node as part of another one, in brackets where it holds less tightly."""
+    """Returns a node as part of another one, in brackets if its precedence is below `least`."""
     text, binding = _spelled(node)
     return text if binding >= least else f"({text})"
 

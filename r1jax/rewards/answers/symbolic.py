@@ -1,4 +1,4 @@
-"""Nodes as sympy expressions, for what is solved and not evaluated."""
+"""Converts nodes to sympy expressions, for comparisons that need a symbolic solution."""
 
 from collections.abc import Mapping
 
@@ -22,12 +22,12 @@ _NAMES = {
 
 
 def size(node) -> int:
-    """Returns how many parts a node has."""
+    """Returns the number of nodes in a node, itself included."""
     return 1 + sum(size(part) for part in node if isinstance(part, tuple))
 
 
 def to_sympy(node: Node, symbols: Mapping[str, object]):
-    """Returns the sympy expression of a node, its letters looked up in `symbols`. Raises Undefined for other letters and forms."""
+    """Returns the sympy expression of a node; `symbols` maps its letters. Raises Undefined for anything else."""
     import sympy
 
     if size(node) > MAX_PARTS:

@@ -1,7 +1,7 @@
 r"""Splits normalised text into tokens: numerals, letters, words, commands and signs.
 
-Letters side by side are a word where they are one (`cm`, `even`, what stands in `\text{}`), the name of a function or constant
-(`sqrt`, `pi`), or else a product of letters (`mgh`).
+Letters side by side are a word (`cm`, `even`, anything in `\text{}`), the name of a function or constant (`sqrt`,
+`pi`), or else a product of letters (`mgh`).
 """
 
 import re
@@ -15,17 +15,17 @@ MAX_TOKENS = 600
 
 
 class Unreadable(ValueError):
-    """The text is no formula that this package reads."""
+    """The text is not a formula that this package can read."""
 
 
 class Token(NamedTuple):
-    """One token. `value` is the number of a numeral; `upright` says that a letter or word stood in `\\text{}` or the like."""
+    """One token of a formula."""
 
     kind: str
     text: str
-    value: Fraction | None = None
-    spaced: bool = False  # white space stands before it
-    upright: bool = False
+    value: Fraction | None = None  # of a numeral
+    spaced: bool = False  # white space comes before it
+    upright: bool = False  # the letter or word was in \text{} or a similar command
 
 
 GREEK = frozenset(
@@ -79,7 +79,7 @@ def tokenise(text: str, prose: bool = False) -> list[Token]:
 
 class _Scanner:
     def __init__(self, text: str, prose: bool, inside: str = "", depth: int = 0):
-        self.text, self.prose, self.inside = text, prose, inside  # inside: of \text{} and the like
+        self.text, self.prose, self.inside = text, prose, inside  # inside: the text is in \text{} or \operatorname{}
         self.place, self.depth, self.tokens = 0, depth, []
         self.opened: list[int] = []  # for each open bracket, whether commas in it separate members
 
@@ -122,10 +122,10 @@ class _Scanner:
         elif text[place : place + 2] == "\\|":
             self._add(SIGN, "|", 2)
         else:
-            self.place += 1  # a spacing command that is not one
+            self.place += 1  # a backslash before another character is ignored
 
     def _styled(self, style: re.Match) -> None:
-        r"""Reads `\text{...}` and the like: its words, or the letter or set that it styles."""
+        r"""Reads `\text{...}` or a similar command: its words, or the letter or set that it styles."""
         start = style.end()
         content, end = _group(self.text, start)
         command = style[0].strip()
@@ -190,7 +190,7 @@ class _Scanner:
         self._run(run)
 
     def _is_phrase(self, run: str, parts: list[str]) -> bool:
-        """Returns whether hyphens join words and are no minus signs, and an apostrophe is no prime."""
+        """Returns whether hyphens join words and are not minus signs, and an apostrophe is not a prime."""
         if "'" in run:
             return len(parts[0]) > 1
         return max(map(len, parts)) > 2 and not any(part in FUNCTIONS for part in parts)
@@ -221,7 +221,7 @@ class _Scanner:
             self._spell(run)
 
     def _between_words(self) -> bool:
-        """Returns whether a letter stands between two words."""
+        """Returns whether the current letter is between two words."""
         before, after = self.text[: self.place], self.text[self.place + 1 :]
         return bool(_WORD_BEFORE.search(before[-20:]) and _WORD_AFTER.match(after))
 
@@ -247,7 +247,7 @@ class _Scanner:
         )
 
     def _measures(self, run: str) -> bool:
-        """Returns whether letters that name a unit stand where one may: behind a number and before no factor."""
+        """Returns whether letters that name a unit are at a place for one: after a number and not before a factor."""
         after = self.text[self.place + len(run) :].lstrip()
         last = self.tokens[-1] if self.tokens else None
         behind = last is not None and (last.kind == NUMBER or last.text in ("}", ")", "/") or last.kind == WORD)
@@ -256,7 +256,7 @@ class _Scanner:
         return behind and not factor and not (after[:1] == "^" and run not in units.NAMES)
 
     def _stands_alone(self, run: str) -> bool:
-        """Returns whether letters that could be a short word are no factors: not in braces, beside a sign, or of mixed case."""
+        """Returns whether letters are a short word and not factors: not in braces, beside a sign, or of mixed case."""
         text, end = self.text, self.place + len(run)
         before, after = text[: self.place].rstrip(), text[end:].lstrip()
         touching = self.place > 0 and (text[self.place - 1].isdigit() or text[self.place - 1] in "})")
@@ -281,7 +281,7 @@ class _Scanner:
 
 
 def _group(text: str, start: int) -> tuple[str, int]:
-    """Returns (content, end) of the group in braces at a place, or of the one character there."""
+    """Returns (content, end) of the group in braces that begins at `start`, or of the one character there."""
     if text[start : start + 1] != "{":
         return text[start : start + 1], min(len(text), start + 1)
     depth = 0

@@ -1,6 +1,6 @@
-"""Units of measure: their names, and when two of them are one quantity.
+"""Units of measure: their names, and the ratio of two units.
 
-Names stand here; dimensions and scales are sympy's (sympy.physics.units), imported when two sides both have a unit.
+Dimensions and scales come from sympy.physics.units, which is imported when both sides of a comparison have a unit.
 """
 
 import functools
@@ -9,7 +9,7 @@ from fractions import Fraction
 
 Unit = tuple[tuple[str, Fraction], ...]  # (key of _QUANTITIES, power), sorted, without powers of 0
 
-_QUANTITIES = {  # key -> (name in sympy.physics.units or "", names, matched as they stand)
+_QUANTITIES = {  # key -> (formula in names of sympy.physics.units or "", names, which are case-sensitive)
     "m": ("meter", "m meter meters metre metres 米"),
     "cm": ("centimeter", "cm cms centimeter centimeters centimetre centimetres 厘米"),
     "mm": ("millimeter", "mm millimeter millimeters millimetre millimetres 毫米"),
@@ -102,7 +102,7 @@ _QUANTITIES = {  # key -> (name in sympy.physics.units or "", names, matched as 
 NAMES = {name: key for key, (_, names) in _QUANTITIES.items() for name in names.split()}
 _PREFIXES = {"k": 3, "M": 6, "G": 9, "T": 12, "m": -3, "u": -6, "n": -9, "p": -12, "c": -2, "d": -1}  # powers of ten
 _PREFIXED = frozenset("m g s N J W Pa Hz C V A F H T K mol L eV Omega bar".split())
-# Abbreviations that are units without an upright font too; other letters with a prefix are products (kT, mV^2).
+# Abbreviations that are units even in italics; other letters with a prefix are products (kT, mV^2).
 PLAIN = frozenset(NAMES) | frozenset("kW MW kN kJ kPa MPa kHz MHz GHz keV MeV GeV mA mV kV ms us um nm".split())
 CURRENCY_SIGNS = {"$": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "¢": "cent"}
 PREFIXES = {"\\mu": "u"}
@@ -112,7 +112,7 @@ HAN_POWERS = {"平方": 2, "立方": 3}
 
 
 def named(name: str) -> str | None:
-    """Returns the key of the unit that a word names, capitals counting in abbreviations; None if it names none."""
+    """Returns the key of the unit that a word names, None if it names none; abbreviations are case-sensitive."""
     key = NAMES.get(name)
     if key is None and name[:1] in _PREFIXES and name[1:] in _PREFIXED:
         return f"{name[0]} {NAMES[name[1:]]}"
@@ -127,7 +127,7 @@ def unit(powers: Mapping[str, Fraction]) -> Unit:
 
 
 def ratio(first: Unit, second: Unit) -> Fraction | None:
-    """Returns how many of the second unit one of the first is, exactly; None if they measure different things."""
+    """Returns the exact ratio of the first unit to the second; None if their dimensions differ."""
     if first == second:
         return Fraction(1)
     powers = dict(first)
@@ -146,7 +146,7 @@ def ratio(first: Unit, second: Unit) -> Fraction | None:
 
 @functools.cache
 def _dimension(key: str) -> tuple[Fraction, tuple[tuple[str, int], ...]]:
-    """Returns (scale, powers of base dimensions) of a unit; one that sympy does not know is a dimension of its own."""
+    """Returns (scale, powers of base dimensions) of a unit; a unit that sympy does not know is its own dimension."""
     import sympy
     from sympy.physics import units
     from sympy.physics.units.systems import SI

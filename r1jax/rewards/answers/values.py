@@ -9,7 +9,7 @@ from r1jax.rewards.answers.units import Unit
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number or an expression, with its unit of measure and the nouns counted, where it has them."""
+    """A number or an expression, with its unit of measure and the counted nouns, if it has them."""
 
     node: Node
     unit: Unit = ()
@@ -57,7 +57,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Named:
-    """A value with the name it is given: `x = 5`, `f(x) = x + 1`, `P(A) = 1/2`. `parameters` are letters of the name."""
+    """A value with its name: `x = 5`, `f(x) = x + 1`, `P(A) = 1/2`. `parameters` are letters of the name."""
 
     name: str
     value: "Value"
@@ -76,7 +76,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A function by cases: (value, condition) of each."""
+    """A function by cases: a row is (value, condition)."""
 
     rows: tuple[tuple["Value", "Value"], ...]
 
@@ -94,7 +94,7 @@ class Congruence:
 
 @dataclass(frozen=True)
 class Based:
-    """Digits in a base that is not ten's own, as `52_8`."""
+    """Digits with a stated base, such as `52_8`."""
 
     digits: str
     base: int
@@ -128,7 +128,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Text:
-    """Words: in one spelling (`words`), with the signs and numerals between them."""
+    """A text; `words` is its normalised spelling, with the signs and numerals between the words."""
 
     words: str
 

@@ -1,4 +1,4 @@
-"""What English and Chinese words mean in an answer: numbers, joints, conditions, set phrases, and words that change a number."""
+"""English and Chinese words in answers: numbers, conjunctions, conditions, set phrases, changes of a number."""
 
 import re
 from fractions import Fraction
@@ -33,7 +33,7 @@ JOINTS = {"and": "and", "or": "or", "&": "and", "和": "and", "或": "or", "或�
           "et": "and", "und": "and", "oder": "or", "ou": "or", "y": "and"}  # fmt: skip
 APPROXIMATELY = frozenset("approximately about roughly around approx exactly circa 约 大约 约为 约等于".split())
 SIGNS = {"minus": -1, "negative": -1, "plus": 1, "positive": 1, "负": -1}
-# A condition or reason begins; what stands before it is the answer.
+# Words that begin a condition or a reason; the answer comes before them.
 CONDITIONS = frozenset(
     "where for if when whenever with since because assuming provided given such 其中 因为 当 若 如果 由于 使得".split()
 )
@@ -43,7 +43,7 @@ NEGATIONS = frozenset(
     "不 不是 不能 并非 refuted mistaken unlikely doubtful disproved erroneous discarded dismissed ignore ignored contradiction contradicts contradictory refutes "
     "nicht nie niemals kein keine keinen pas jamais ne non nunca jamás sin".split()
 )
-# Words that make of a number beside them another number, a bound, a guess or a denial.
+# Words that turn a number beside them into another number, a bound, a guess or a denial.
 CHANGING = (
     frozenset(
         "not no never neither nor none nothing without except excluding but only-if anything isn't aren't wasn't don't doesn't cannot can't unlike false wrong incorrect "
@@ -64,17 +64,17 @@ CHANGING = (
     )
     | NEGATIONS
 )
-# Parts of Chinese words that do the same.
+# Parts of Chinese words with the same effect.
 CHANGING_HAN = "不 非 没 除 至少 至多 最多 最少 大于 小于 超 以上 以下 左右 或 倍 半 平方 立方 分之 几 多 负 错".split()
 DOUBTS = frozenset(
     "wrong incorrect should maybe perhaps possibly or but however instead actually also right valid correct answer works not no rather really likely".split()
 )
-# What a remark in brackets behind an answer begins with, where it says nothing of another answer.
+# First words of a remark in brackets after an answer that does not give another answer.
 REMARK_OPENINGS = frozenset(
     "since because as where for if when that which in the each per rounded to approximately approx about after from by using see given assuming taking choosing rejecting ignoring at i ie i.e with "
     "of only units all exactly 因为 其中 约".split()
 )
-# A number behind one of these is a label.
+# A number after one of these is a label.
 LABELS = frozenset(
     "room question problem step part chapter page option case exercise figure equation example section item line row column lemma theorem number no. choice "
     "level grade version round task test table stage method approach way solution-no attempt january february march april june july august september october november december".split()
@@ -84,7 +84,7 @@ OPENINGS = frozenset(
 )
 HEDGES = frozenset("maybe perhaps possibly probably might either guess unsure idea not".split())
 ARTICLES = frozenset("the a an".split())
-SHORT_WORDS = frozenset(  # of two or three letters; other runs of letters that short are products
+SHORT_WORDS = frozenset(  # words of two or three letters; other runs of two or three letters are products
     "am an and any are as at be but by can did do for had has he her his how if in is it its may me my no nor not now of off on one or our out "
     "per she six so ten the to too two up us was we who why yes yet you all odd red boy cat day dog man men new old own put say see set top way "
     "get got let use add say tie ice car sun mon tue wed thu fri sat jan feb mar apr jun jul aug sep oct nov dec dne nan nil both only pm".split()
@@ -114,14 +114,14 @@ PHRASES = {spelling: meaning for meaning, spellings in _PHRASES.items() for spel
 
 
 def changes(word: str) -> bool:
-    """Returns whether a word makes another number of the one beside it, bounds, doubts or denies it."""
+    """Returns whether a word changes, bounds, doubts or denies the number beside it."""
     if "\u4e00" <= word[:1] <= "\u9fff":
         return any(part in word for part in CHANGING_HAN)
     return word in CHANGING
 
 
 def han_number(text: str) -> Fraction | None:
-    """Returns the number that Chinese numerals write, alone or behind digits: 十二, 3万, 二分之一; else None."""
+    """Returns the number of Chinese numerals, alone or after digits: 十二, 3万, 二分之一; None for another text."""
     if part := _HAN_PART.fullmatch(text):
         bottom, top = (han_number(side) if not side.isdigit() else Fraction(side) for side in part.groups())
         return None if not bottom or top is None else top / bottom
@@ -144,9 +144,10 @@ def han_number(text: str) -> Fraction | None:
 
 
 def number(words: list[str]) -> Fraction | None:
-    """Returns the number that English words and numerals write together, else None.
+    """Returns the number that English words and numerals express together, else None.
 
-    Reads "minus 5", "negative seven", "1.5 million", "two hundred and six", "three quarters", "one half", "six and a half".
+    Reads "minus 5", "negative seven", "1.5 million", "two hundred and six", "three quarters", "one half", "six and a
+    half".
     """
     if not words:
         return None
@@ -175,9 +176,9 @@ def number(words: list[str]) -> Fraction | None:
 
 
 def _whole(words: list[str]) -> Fraction | None:
-    """Returns the number of words such as two hundred six, 1.5 million, twenty five, three point five; None without one."""
+    """Returns the number of words such as two hundred six, 1.5 million, twenty five, three point five; else None."""
     total = current = Fraction(0)
-    last = None  # the size of what was added last: a number word of that size or more may not follow it
+    last = None  # size of the last number word; the next one must be smaller
     for place, word in enumerate(words):
         if word == "point" and place:
             digits = [SMALL.get(digit, 10) for digit in words[place + 1 :]]

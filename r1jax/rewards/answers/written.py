@@ -1,4 +1,4 @@
-"""Forms that are no formulas: times of day, dates, numerals in another base, the letter of an option."""
+"""Reads answers that are not formulas: times of day, dates, numerals in another base, the letter of an option."""
 
 import re
 
@@ -32,7 +32,7 @@ _CHOICE = re.compile(r"\(\s*([A-J])\s*\)")
 
 
 def whole_form(text: str) -> Value | None:
-    """Returns times of day, dates, numerals of other bases and option letters, which are no formulas."""
+    """Returns the value of a time of day, a date, a numeral in another base or an option letter, else None."""
     plain = TEXT_BRACES.sub(r"\1", notation.without_delimiters(text)).strip()
     if clock := _CLOCK.fullmatch(plain):
         hours, minutes = int(clock[1]), int(clock[2])
@@ -47,9 +47,9 @@ def whole_form(text: str) -> Value | None:
         return Date(int(date[3]), int(date[1]), int(date[2]))
     if date := _WRITTEN_DATE.fullmatch(plain):
         name = (date[1] or date[5]).lower()
-        found = [place for place, month in enumerate(_MONTHS, 1) if month.startswith(name[:3]) and len(name) >= 3]
-        if found:
-            return Date(int(date[3] or date[6]), found[0], int(date[2] or date[4]))
+        months = [place for place, month in enumerate(_MONTHS, 1) if month.startswith(name[:3]) and len(name) >= 3]
+        if months:
+            return Date(int(date[3] or date[6]), months[0], int(date[2] or date[4]))
     if spoken := _SPOKEN_BASE.fullmatch(plain):
         return Based(spoken[1].upper().lstrip("0") or "0", int(spoken[2]))
     if based := _BASED.fullmatch(plain.replace(" ", "")):

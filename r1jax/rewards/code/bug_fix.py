@@ -1,8 +1,9 @@
-"""Bug fixes: a repository's failing unit tests must pass after the response's change, and the passing ones stay so.
+"""Grades bug fixes: after the response's change all unit tests of a repository must pass, failing and passing ones.
 
-Tests and repository run in a sandbox each and talk over one socket (bug_fix_driver.py, bug_fix_candidate.py): the changed
-code never shares a process with a test, so it can neither exit, patch the test runner nor report in its place, and it
-does not see the tests. Source: DeepSeek-R1, supplement B.3 (bug fixing: all unit tests must pass).
+Tests and repository run in separate sandboxes and exchange messages over a socket (bug_fix_driver.py,
+bug_fix_candidate.py). The changed code never shares a process with a test, so it can neither exit, patch the test
+runner nor report results itself, and it cannot read the tests. Source: DeepSeek-R1, supplement B.3 (bug fixing: all
+unit tests must pass).
 """
 
 import json
@@ -19,12 +20,12 @@ from r1jax.schema import RewardConfig
 
 @dataclass(frozen=True)
 class Repository:
-    """What a bug-fix row holds: files by path, ids of tests (PATH::function or PATH::Class::method), import roots."""
+    """The repository of a bug-fix row. Ids of tests are PATH::function or PATH::Class::method."""
 
-    files: dict[str, str]
-    failing: tuple[str, ...]
-    passing: tuple[str, ...]
-    roots: tuple[str, ...]
+    files: dict[str, str]  # path -> text
+    failing: tuple[str, ...]  # ids of tests
+    passing: tuple[str, ...]  # ids of tests
+    roots: tuple[str, ...]  # folders that are import roots
 
     def __post_init__(self):
         for path in self.files:
@@ -39,7 +40,7 @@ class Repository:
                 )
 
     def is_test(self, path: str) -> bool:
-        """Returns whether a path is of the tests: named in an id, in a folder `test` or `tests`, or called like one."""
+        """Returns whether a file belongs to the tests, by an id, a folder `test` or `tests`, or its own name."""
         parts = PurePosixPath(path).parts
         named = parts[-1].startswith("test_") or parts[-1].endswith("_test.py") or parts[-1] in _HOOKS
         return named or bool({"test", "tests"} & {*parts[:-1]}) or path in {test.split("::")[0] for test in self.tests}
@@ -53,19 +54,19 @@ _HOOKS = ("conftest.py", "sitecustomize.py", "usercustomize.py")
 
 
 def read_reference(reference: str) -> Repository:
-    """Returns the repository of a reference, JSON {files, failing, passing?, roots?}. Raises ValueError naming what is wrong."""
+    """Returns the repository of a reference, JSON {files, failing, passing?, roots?}. Raises ValueError if invalid."""
     try:
-        given = json.loads(reference)
+        fields = json.loads(reference)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"the reference is not JSON: {error}") from None
-    if not isinstance(given, dict) or not isinstance(given.get("files"), dict):
+    if not isinstance(fields, dict) or not isinstance(fields.get("files"), dict):
         raise ValueError("the reference needs 'files', an object of texts by path")
-    lists = [given.get("failing", []), given.get("passing", []), given.get("roots", ["."])]
+    lists = [fields.get("failing", []), fields.get("passing", []), fields.get("roots", ["."])]
     if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists):
         raise ValueError("'failing', 'passing' and 'roots' must be lists of texts")
-    if not all(isinstance(text, str) for text in given["files"].values()):
+    if not all(isinstance(text, str) for text in fields["files"].values()):
         raise ValueError("'files' must hold texts")
-    return Repository(dict(given["files"]), *map(tuple, lists))
+    return Repository(dict(fields["files"]), *map(tuple, lists))
 
 
 def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
@@ -92,7 +93,7 @@ def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
 
 
 def run_tests(repository: Repository, files: edits.Files, config: RewardConfig) -> str:
-    """Returns "" if every test of the repository passes on `files`, else which one did not and why."""
+    """Returns "" if every test of the repository passes on `files`, else the first that did not and the reason."""
     tests = {path: text for path, text in repository.files.items() if repository.is_test(path)}
     code = {path: text for path, text in files.items() if not repository.is_test(path)}
     wanted = {"tests": repository.tests, "modules": importable(repository, code, tests)}
@@ -100,27 +101,27 @@ def run_tests(repository: Repository, files: edits.Files, config: RewardConfig) 
         Program(
             (*PYTHON, name),
             {name: companion(name), "code_wire.py": companion("wire.py"), more: json.dumps(value).encode()}
-            | {f"repository/{path}": text.encode("utf-8", "surrogatepass") for path, text in held.items()},
+            | {f"repository/{path}": text.encode("utf-8", "surrogatepass") for path, text in texts.items()},
         )
-        for name, more, value, held in (
+        for name, more, value, texts in (
             ("bug_fix_driver.py", "tests.json", wanted, tests),
             ("bug_fix_candidate.py", "roots.json", repository.roots, code),
         )
     )
-    told, held = sandbox_of_sample(config).converse(driver, candidate)
-    limit = held.stopped_by or told.stopped_by
+    tests_run, repository_run = sandbox_of_sample(config).converse(driver, candidate)
+    limit = repository_run.stopped_by or tests_run.stopped_by
     stopped = f"; stopped by the {limit} limit" if limit else ""
-    if told.status or told.stopped_by:
-        return f"the tests did not end{stopped or f': status {told.status}'}"
-    results = json.loads(told.stdout)
+    if tests_run.status or tests_run.stopped_by:
+        return f"the tests did not end{stopped or f': status {tests_run.status}'}"
+    results = json.loads(tests_run.stdout)
     missing = [test for test in repository.tests if results.get(test, "not run")]
     return f"{missing[0]}: {results.get(missing[0], 'not run')}{stopped}" if missing else ""
 
 
 def importable(repository: Repository, code: edits.Files, tests: edits.Files) -> dict[str, str]:
-    """Returns the modules of the changed repository that tests may import, by name, and their folders.
+    """Returns {name: folder} of the modules of the changed repository that tests may import (see `modules`).
 
-    What the tests bring themselves stays theirs: a new file of that name does not take its place.
+    Modules that belong to the tests are not among them: a new file of the same name does not replace one.
     """
     theirs = (
         modules(tests, (".",)).keys() - modules(dict(repository.files.items() - tests.items()), repository.roots).keys()
@@ -129,8 +130,8 @@ def importable(repository: Repository, code: edits.Files, tests: edits.Files) ->
 
 
 def modules(files: edits.Files, roots: tuple[str, ...]) -> dict[str, str]:
-    """Returns {module name: its folder, or "" for a module that is no package} of Python files under the import roots."""
-    found: dict[str, str] = {}
+    """Returns {module name: its folder, "" if it is not a package} of the Python files under the import roots."""
+    folders: dict[str, str] = {}
     for root in roots:
         base = PurePosixPath(root)
         for path in map(PurePosixPath, files):
@@ -138,7 +139,7 @@ def modules(files: edits.Files, roots: tuple[str, ...]) -> dict[str, str]:
                 continue
             parts = path.relative_to(base).with_suffix("").parts
             for depth in range(1, len(parts)):
-                found[".".join(parts[:depth])] = str(base.joinpath(*parts[:depth]))
+                folders[".".join(parts[:depth])] = str(base.joinpath(*parts[:depth]))
             if parts[-1] != "__init__":
-                found.setdefault(".".join(parts), "")
-    return found
+                folders.setdefault(".".join(parts), "")
+    return folders

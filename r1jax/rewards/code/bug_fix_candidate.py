@@ -1,6 +1,6 @@
-"""Holds a repository that the model changed and does what its tests ask of it; see bug_fix.py. Runs in a sandbox of its own.
+"""Holds a repository that the model changed, in its own sandbox, and serves the requests of its tests; see bug_fix.py.
 
-The repository may do as it likes with this process: all that comes out are answers, and the tests are not in here.
+The repository may do anything to this process: only answers to requests leave it, and the tests are not in it.
 """
 
 import importlib
@@ -21,7 +21,7 @@ def name(value):
 
 
 def ancestry(kind):
-    """Returns the names of an exception class and its bases, nearest first; a built-in one's name is bare."""
+    """Returns the names of an exception class and its bases, nearest first; without a module for built-in classes."""
     classes = [base for base in kind.__mro__ if issubclass(base, BaseException)]
     return [
         base.__name__ if base.__module__ == "builtins" else f"{base.__module__}.{base.__qualname__}" for base in classes
@@ -42,7 +42,7 @@ def answer(request):
         return ["ok", code_wire.encode(value, name)]
     except Exception as error:
         return ["error", ancestry(type(error)), str(error)[:500]]
-    except BaseException as error:  # exits too: they concern the repository, and the test goes on to fail
+    except BaseException as error:  # exits too: they must not end this process, so that the test goes on and fails
         return ["error", ["RuntimeError"], f"the repository raised {type(error).__name__}"]
 
 

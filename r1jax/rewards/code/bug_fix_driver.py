@@ -1,7 +1,7 @@
 """Runs a repository's tests against its modules in another sandbox; see bug_fix.py. Runs in a sandbox too.
 
-What the tests import of the repository stands for something in the other sandbox: calling and reading it goes there, and
-only plain values and exceptions come back. Standard output gets one JSON object {test id: "" or what went wrong}.
+What the tests import from the repository is a proxy of an object in the other sandbox: calls and reads are sent there,
+and only plain values and exceptions come back. Prints one JSON object {test id: "" or the failure}.
 """
 
 import builtins
@@ -18,17 +18,17 @@ import code_wire  # noqa: E402
 
 verdict = os.dup(1)
 link = code_wire.Link()
-# No comparison, `in` or arithmetic: what they say of an expected value must be found out here.
+# Comparison, `in` and arithmetic are not forwarded: the repository must not decide whether an expected value is right.
 FORWARDED = ("__len__", "__getitem__", "__setitem__", "__delitem__", "__iter__", "__str__", "__repr__", "__enter__")
 exception_classes = {}
 
 
 class Ended(RuntimeError):
-    """The repository raised StopIteration: an end for `next` alone, or a test's loop could be ended from there."""
+    """The repository raised StopIteration. Only `next` raises it again, so that it cannot end a test's loop."""
 
 
-class Remote(code_wire.Remote):
-    """Something of the repository's: tests may also iterate over it and use it as a context."""
+class RemoteObject(code_wire.Remote):
+    """A proxy of an object of the repository; tests may also iterate over it and use it as a context manager."""
 
     def __next__(self):
         try:
@@ -38,7 +38,7 @@ class Remote(code_wire.Remote):
 
     def __exit__(self, *_):
         ask("call", ask("get", self, ("__exit__",)), (None, None, None))
-        return False  # what a test raises inside is not the repository's to swallow
+        return False  # the repository may not suppress what a test raises
 
 
 def forward(name):
@@ -46,11 +46,11 @@ def forward(name):
 
 
 for special in FORWARDED:
-    setattr(Remote, special, forward(special))
+    setattr(RemoteObject, special, forward(special))
 
 
 class RemoteModule(types.ModuleType):
-    """A module of the repository; submodules and the import system's own marks are kept here."""
+    """A proxy of a module of the repository; submodules and attributes of the import system are kept here."""
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -64,11 +64,11 @@ class RemoteModule(types.ModuleType):
             ask("set", self._remote, (name, value))
 
 
-class Repository:
-    """Finds the repository's modules for imports, except where the standard library has one of that name."""
+class RepositoryFinder:
+    """Import finder and loader of the repository's modules; those with the name of a standard module are not found."""
 
     def __init__(self, modules):
-        self.modules = modules  # name -> directory that its submodules of the tests are in, or "" for no package
+        self.modules = modules  # name -> directory of those submodules that belong to the tests; "": not a package
 
     def find_spec(self, name, path=None, target=None):
         if name not in self.modules or name.split(".")[0] in sys.stdlib_module_names:
@@ -94,7 +94,7 @@ def ask(action, remote, arguments, keywords=None):
     link.send(code_wire.request(action, target, arguments, keywords, target_of))
     reply = link.receive()
     if reply[0] == "ok":
-        return code_wire.decode(reply[1], Remote)
+        return code_wire.decode(reply[1], RemoteObject)
     kind = exception_class([str(name) for name in reply[1]])
     if reply[0] == "class":
         return kind
@@ -107,7 +107,8 @@ code_wire.Remote.__ask__ = staticmethod(ask)
 def exception_class(ancestry):
     """Returns the local class for an exception class, given its name and those of its bases, in order.
 
-    The repository's own are made here, so that tests may name them; what is no Exception comes as RuntimeError.
+    Classes of the repository are created here, so that tests can refer to them. A BaseException that is no Exception
+    becomes RuntimeError.
     """
     name, *bases = ancestry or ["RuntimeError"]
     known = getattr(builtins, name, None)
@@ -116,13 +117,13 @@ def exception_class(ancestry):
             return Ended
         return known if issubclass(known, Exception) and not issubclass(known, UnicodeError) else RuntimeError
     if tuple(ancestry) not in exception_classes:
-        made = type(name.rpartition(".")[2], (exception_class(bases),), {})
-        exception_classes[tuple(ancestry)] = made
+        local_class = type(name.rpartition(".")[2], (exception_class(bases),), {})
+        exception_classes[tuple(ancestry)] = local_class
     return exception_classes[tuple(ancestry)]
 
 
 def load(path):
-    """Returns the module of a test file, run once."""
+    """Returns the module of a test file, which is executed at the first call."""
     name = path.removesuffix(".py").replace("/", ".")
     if name not in loaded:
         module = types.ModuleType(name)
@@ -134,27 +135,27 @@ def load(path):
 
 
 def run(test):
-    """Returns "" when the test of an id PATH::function or PATH::Class::method passes, else what went wrong."""
+    """Returns "" if the test with the id PATH::function or PATH::Class::method passes, else the failure."""
     path, *names = test.split("::")
-    found = load(path)
+    owner = load(path)
     for name in names[:-1]:
-        found = getattr(found, name)
-    if isinstance(found, type) and issubclass(found, unittest.TestCase):
+        owner = getattr(owner, name)
+    if isinstance(owner, type) and issubclass(owner, unittest.TestCase):
         result = unittest.TestResult()
-        unittest.TestSuite([found(names[-1])]).run(result)
+        unittest.TestSuite([owner(names[-1])]).run(result)
         problems = [text for _, text in (*result.failures, *result.errors, *result.skipped)]
         passed = result.testsRun == 1 and result.wasSuccessful() and not problems
         return "" if passed else "".join(problems).strip().rpartition("\n")[2][:300] or "the test did not run"
-    found = found() if isinstance(found, type) else found
-    # A coroutine or a generator has run nothing yet.
-    return "" if getattr(found, names[-1])() is None else "the test returns a value, it may have asserted nothing"
+    owner = owner() if isinstance(owner, type) else owner
+    # A coroutine or a generator would not have run yet.
+    return "" if getattr(owner, names[-1])() is None else "the test returns a value, it may have asserted nothing"
 
 
-warnings.filterwarnings("error", message="It is deprecated to return a value")  # unittest's, for the same
+warnings.filterwarnings("error", message="It is deprecated to return a value")  # unittest's, for the same reason
 loaded = {}
 with open("tests.json", encoding="utf-8") as file:
     wanted = json.load(file)
-sys.meta_path.insert(0, Repository(wanted["modules"]))
+sys.meta_path.insert(0, RepositoryFinder(wanted["modules"]))
 sys.path.append(os.path.join(os.getcwd(), "repository"))
 os.makedirs("repository", exist_ok=True)
 os.chdir("repository")
@@ -162,8 +163,8 @@ results = {}
 for test in wanted["tests"]:
     try:
         results[test] = run(test)
-    except BaseException as error:  # whatever happens, not passed
+    except BaseException as error:  # any exception is a failure
         results[test] = f"{type(error).__name__}: {error}"[:300]
     if results[test]:
-        break  # one is enough: the reward is all or nothing
+        break  # one failure is enough: the reward is 1 or 0
 os.write(verdict, json.dumps(results).encode())

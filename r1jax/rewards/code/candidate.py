@@ -1,7 +1,6 @@
-"""Holds the program under test and does what the test asks of it; see wire.py. Runs in a sandbox of its own.
+"""Holds the program under test and serves the requests of its tests; see wire.py. Runs in its own sandbox.
 
-The program may do as it likes with this process: all that comes out are answers to calls, and nothing in here knows the
-right ones.
+The program may do anything to this process: only answers to requests leave it, and no expected value is in it.
 """
 
 import os
@@ -31,14 +30,14 @@ def perform(request):
 def answer(action, *arguments):
     try:
         return ["ok", code_wire.encode(action(*arguments), name)]
-    except BaseException as error:  # exits too: they concern the program, and the test goes on to fail
+    except BaseException as error:  # exits too: they must not end this process, so that the test goes on and fails
         if not isinstance(error, Exception):
             error = RuntimeError(f"the program raised {type(error).__name__}")
         return ["error", type(error).__name__, str(error)[:500]]
 
 
 def load():
-    """Runs the prompt's code, if any, and then the program, in one module. A bare function body continues the prompt."""
+    """Runs the prompt's code, if any, and then the program, in one module. A bare function body extends the prompt."""
     sys.modules["solution"] = module
     texts = []
     for path in ("prompt.py", "program.py"):

@@ -1,4 +1,4 @@
-"""Builds the tests of a code prompt: inputs by generators, outputs by accepted programs, kept for what they break.
+"""Builds the tests of a code prompt: generators make inputs, accepted programs give outputs, and few tests are kept.
 
 Generators and programs run in the sandbox only. Source: DeepSeek-R1, supplement B.3.2: a model writes input generators;
 tests on which accepted submissions disagree are dropped; subsets are kept that break known-wrong submissions.
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from r1jax.data.hashing import hash64
 from r1jax.rewards.code import tests as code_tests
-from r1jax.rewards.code.programs import Source
+from r1jax.rewards.code.programs import SourceCode
 from r1jax.rewards.sandbox.attack import open_sandbox
 from r1jax.rewards.sandbox.run import PYTHON, Outcome, Program, Sandbox
 from r1jax.schema import BuildTestsConfig, RewardConfig, replace
 
-COMPILE_S = 60.0  # of one program; no sample waits for it
+COMPILE_S = 60.0  # time limit for compiling one program; it may be long, because no sample waits for it
 KINDS = {
     "single": "the smallest case that the statement allows",
     "random": "a random case of middling size",
@@ -53,34 +53,34 @@ sys.__stdout__.write(json.dumps(made))
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A code prompt with programs that are known to be right, programs that are known to be wrong, and input generators."""
+class CodeProblem:
+    """A code prompt with input generators, and with programs that are known to be right or known to be wrong."""
 
     id: str
     statement: str
-    accepted: tuple[Source, ...]
-    wrong: tuple[Source, ...]
+    accepted: tuple[SourceCode, ...]
+    wrong: tuple[SourceCode, ...]
     generators: tuple[str, ...]
     float_tolerance: float | None = None
 
 
 @dataclass(frozen=True)
 class Built:
-    """The tests of a problem and how they came about."""
+    """The tests of a problem, with counts of how they were chosen."""
 
-    cases: tuple[tuple[str, str], ...]  # input, output
+    cases: tuple[tuple[str, str], ...]  # (input, output)
     inputs: int  # distinct inputs that the generators made
-    dropped: int  # on which an accepted program failed or two disagreed
-    broken: tuple[int, ...]  # wrong programs, by place, that fail at least one of the cases
-    unbroken: tuple[int, ...]  # and those that no input broke
+    dropped: int  # inputs on which an accepted program failed or two disagreed
+    broken: tuple[int, ...]  # indices of wrong programs that fail at least one of the cases
+    unbroken: tuple[int, ...]  # indices of wrong programs that pass all inputs
 
 
 def prompt(statement: str) -> str:
-    """Returns the request to write an input generator for a problem."""
+    """Returns the prompt that asks a model for an input generator of a problem."""
     return PROMPT.format(statement=statement, kinds="\n".join(f"- {name}: {what}" for name, what in KINDS.items()))
 
 
-def build(problem: Problem, config: BuildTestsConfig, reward: RewardConfig, seed: int = 0) -> Built:
+def build(problem: CodeProblem, config: BuildTestsConfig, reward: RewardConfig, seed: int = 0) -> Built:
     """Returns the tests of a problem. Raises SandboxUnavailable where programs cannot be isolated.
 
     Raises ValueError when an accepted program does not compile.
@@ -89,15 +89,15 @@ def build(problem: Problem, config: BuildTestsConfig, reward: RewardConfig, seed
     with ThreadPoolExecutor(config.workers) as pool:
         inputs = generated(problem, config, sandbox, seed)
         accepted, wrong = ([_program(source, reward) for source in part] for part in (problem.accepted, problem.wrong))
-        for number, found in enumerate(accepted):
-            if isinstance(found, str):
-                raise ValueError(f"problem {problem.id!r}: accepted program {number}: {found}")
+        for number, program in enumerate(accepted):
+            if isinstance(program, str):
+                raise ValueError(f"problem {problem.id!r}: accepted program {number}: {program}")
         printed = _outputs(pool, sandbox, accepted, inputs)
         agreed = [
             outputs[0] if _agree(outputs, problem.float_tolerance) else None for outputs in zip(*printed, strict=True)
         ]
-        cases = [(given, output) for given, output in zip(inputs, agreed, strict=True) if output is not None]
-        runs = _outputs(pool, sandbox, wrong, [given for given, _ in cases])
+        cases = [(input_text, output) for input_text, output in zip(inputs, agreed, strict=True) if output is not None]
+        runs = _outputs(pool, sandbox, wrong, [input_text for input_text, _ in cases])
     breaks = [
         frozenset(
             place
@@ -107,7 +107,7 @@ def build(problem: Problem, config: BuildTestsConfig, reward: RewardConfig, seed
         )
         for number, (_, output) in enumerate(cases)
     ]
-    sizes = [len(given) for given, _ in cases]
+    sizes = [len(input_text) for input_text, _ in cases]
     chosen = cover(breaks, sizes, config.min_tests)
     broken = frozenset().union(*breaks)
     unbroken = tuple(place for place in range(len(wrong)) if place not in broken)
@@ -116,9 +116,9 @@ def build(problem: Problem, config: BuildTestsConfig, reward: RewardConfig, seed
     )
 
 
-def generated(problem: Problem, config: BuildTestsConfig, sandbox: Sandbox, seed: int) -> list[str]:
-    """Returns the distinct inputs of a problem's generators, in order. One that gives other inputs when run again is left out."""
-    found: list[str] = []
+def generated(problem: CodeProblem, config: BuildTestsConfig, sandbox: Sandbox, seed: int) -> list[str]:
+    """Returns the distinct inputs of a problem's generators, in order, without those of nondeterministic generators."""
+    inputs: list[str] = []
     for number, source in enumerate(problem.generators):
         cases = [
             (kind, hash64("input", seed, problem.id, number, kind, n))
@@ -129,15 +129,15 @@ def generated(problem: Problem, config: BuildTestsConfig, sandbox: Sandbox, seed
         files = {"generator.py": source.encode("utf-8", "surrogatepass")}
         first, again = (sandbox.run([*PYTHON, "-c", _RUNNER], files, wanted) for _ in range(2))
         if first.stdout == again.stdout:
-            found += _texts(first, len(cases))
-    return list(dict.fromkeys(found))
+            inputs += _texts(first, len(cases))
+    return list(dict.fromkeys(inputs))
 
 
 def cover(breaks: Sequence[frozenset[int]], sizes: Sequence[int], least: int) -> list[int]:
-    """Returns numbers of tests, rising, that together break all that any test breaks, and at least `least` if there are so many.
+    """Returns ascending indices of tests that together break every program that any test breaks.
 
-    Greedy: the test that breaks most of what is left comes next, the smaller one of two. What fills up to `least` breaks
-    most in all.
+    The choice is greedy: the next test is the one that breaks most of the remaining programs, and the smaller of two.
+    Further tests, those that break most programs, are added up to `least`.
     """
     left, chosen = set(frozenset().union(*breaks)), []
     rest = set(range(len(breaks)))
@@ -151,16 +151,16 @@ def cover(breaks: Sequence[frozenset[int]], sizes: Sequence[int], least: int) ->
 
 def _texts(outcome: Outcome, count: int) -> list[str]:
     try:
-        made = json.loads(outcome.stdout)
+        texts = json.loads(outcome.stdout)
     except (ValueError, RecursionError):
         return []
-    if outcome.status or outcome.stopped_by or not isinstance(made, list) or len(made) != count:
+    if outcome.status or outcome.stopped_by or not isinstance(texts, list) or len(texts) != count:
         return []
-    return [text for text in made if isinstance(text, str)]
+    return [text for text in texts if isinstance(text, str)]
 
 
-def _program(source: Source, reward: RewardConfig) -> Program | str:
-    """Returns a program as the sandbox runs it, or why it does not compile."""
+def _program(source: SourceCode, reward: RewardConfig) -> Program | str:
+    """Returns a program that the sandbox can run, or the reason why it does not compile."""
     if source.language == "python":
         return Program([*PYTHON, "main.py"], {"main.py": source.text.encode("utf-8", "surrogatepass")})
     binary = code_tests.compile_cpp(source.text, replace(reward, deadline_s=COMPILE_S))
@@ -170,16 +170,16 @@ def _program(source: Source, reward: RewardConfig) -> Program | str:
 def _outputs(
     pool: ThreadPoolExecutor, sandbox: Sandbox, programs: Sequence[Program | str], inputs: Sequence[str]
 ) -> list[list[str | None]]:
-    """Returns what each program prints for each input; None where it fails or there is no program."""
+    """Returns what each program prints for each input; None where it fails or did not compile."""
 
     def run(job: tuple[Program | str, str]) -> str | None:
-        program, given = job
+        program, input_text = job
         if isinstance(program, str):
             return None
-        outcome = sandbox.run(program.command, program.files, given.encode("utf-8", "surrogatepass"))
+        outcome = sandbox.run(program.command, program.files, input_text.encode("utf-8", "surrogatepass"))
         return None if outcome.status or outcome.stopped_by else outcome.stdout.decode(errors="replace")
 
-    printed = list(pool.map(run, [(program, given) for program in programs for given in inputs]))
+    printed = list(pool.map(run, [(program, input_text) for program in programs for input_text in inputs]))
     return [printed[n * len(inputs) : (n + 1) * len(inputs)] for n in range(len(programs))]
 
 

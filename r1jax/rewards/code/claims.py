@@ -1,6 +1,7 @@
-"""Whether the tests of a function say anything, and whether they can run at all: read from their text, nothing is run.
+"""Checks the tests of a function by reading their source, without running them: can they run, and can they fail?
 
-Tests that assert nothing are passed by every program, tests that cannot run by none; either pays a policy by chance.
+Every program passes tests that assert nothing, and none passes tests that cannot run; neither kind rewards a right
+program.
 """
 
 import ast
@@ -14,20 +15,10 @@ from dataclasses import dataclass
 
 PROGRAM = "solution"  # the module that tests may import the program's names from
 _BUILTINS = frozenset(dir(builtins))
-_UNEQUALLED = frozenset(
-    "bool callable hasattr id isinstance issubclass print type".split()
-)  # no program is asked for these
-_FAILING = (
-    "assert",
-    "fail",
-    "expect",
-    "verify",
-    "exit",
-    "_exit",
-    "quit",
-    "main",
-    "testmod",
-)  # how calls that may fail begin
+# Built-in names that no program is asked to define anew.
+_UNEQUALLED = frozenset("bool callable hasattr id isinstance issubclass print type".split())
+# Beginnings of the names of calls that may fail.
+_FAILING = ("assert", "fail", "expect", "verify", "exit", "_exit", "quit", "main", "testmod")
 _COMPARING = ("isclose", "allclose")
 _COMPUTING = frozenset("abs bool dict float frozenset int len list max min round set sorted str sum tuple".split())
 _NESTED = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.BoolOp, ast.IfExp, ast.Starred)
@@ -36,13 +27,13 @@ _ENDS = (ast.Return, ast.Raise, ast.Break, ast.Continue)
 
 @functools.lru_cache(maxsize=64)
 def parsed(code: str) -> ast.Module:
-    """Returns the tree of a Python program, which nobody changes. Raises SyntaxError for another text."""
+    """Returns the syntax tree of a Python program; it is shared, so do not change it. Raises SyntaxError."""
     return ast.parse(code)
 
 
 @functools.lru_cache(maxsize=64)
 def compiles(code: str) -> bool:
-    """Returns whether a text is a Python program: it parses, and nothing outside a function returns."""
+    """Returns whether a text is a Python program: it parses and has no `return` or `yield` outside functions."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -59,19 +50,22 @@ def _returns(node: ast.AST) -> bool:
     )
 
 
-def never_runs(code: str, prelude: str = "", given: Iterable[str] = (), complete: bool = False) -> str:
-    """Returns why tests can never run, "" where nothing says so: a module that is not of the standard library, or, with
-    `complete`, a name that neither they nor the code before them nor `given` define."""
+def never_runs(code: str, prelude: str = "", defined_elsewhere: Iterable[str] = (), complete: bool = False) -> str:
+    """Returns why tests can never run, "" if no reason is found.
+
+    Reasons are an import from outside the standard library and, with `complete`, a name that neither the tests, the
+    code in `prelude` nor `defined_elsewhere` define.
+    """
     texts = [text for text in (prelude, code) if text.strip()]
     for name in (name for text in texts for name in _imports(parsed(text))):
         if name.split(".")[0] not in sys.stdlib_module_names and name != PROGRAM:
             return f"they import {name!r}, and programs have the standard library only; leave the row out"
     if not complete or any("import *" in text or "globals(" in text or "exec(" in text for text in texts):
         return ""
-    defined, used = set(given), set()
+    defined, used = set(defined_elsewhere), set()
     for text in texts:
-        own, read = _global_names(text)
-        defined |= own
+        set_here, read = _global_names(text)
+        defined |= set_here
         used |= read if text is code else set()
     missing = sorted(name for name in used - defined - _BUILTINS if not name.startswith("__"))
     return f"they use {missing[0]!r}, which nothing defines; define it in them, or leave the row out" if missing else ""
@@ -80,12 +74,12 @@ def never_runs(code: str, prelude: str = "", given: Iterable[str] = (), complete
 def imported_from_program(code: str) -> set[str]:
     """Returns the names under which tests import what the program defines."""
     nodes = [node for node in ast.walk(parsed(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
-    own = {alias.asname or alias.name for n in nodes for alias in n.names if getattr(n, "module", "") == PROGRAM}
-    return own | {alias.asname or alias.name for n in nodes for alias in n.names if alias.name == PROGRAM}
+    names = {alias.asname or alias.name for n in nodes for alias in n.names if getattr(n, "module", "") == PROGRAM}
+    return names | {alias.asname or alias.name for n in nodes for alias in n.names if alias.name == PROGRAM}
 
 
 def asserts_nothing(code: str, names: Iterable[str]) -> str:
-    """Returns why no program can fail tests that test `names`, "" where nothing says so."""
+    """Returns why no program can fail tests that test `names`, "" if no reason is found."""
     tree = parsed(code)
     if not any(isinstance(node, ast.Name) and node.id in {*names} for node in ast.walk(tree)):
         return "they never use what the program defines"
@@ -95,9 +89,9 @@ def asserts_nothing(code: str, names: Iterable[str]) -> str:
 
 
 def surely_compare(code: str, names: Iterable[str], function: str = "") -> bool:
-    """Returns whether some assertion, reached by every program that gets so far, compares what one of `names` returns with a value.
+    """Returns whether an assertion that is certainly reached compares a result of one of `names` with a constant value.
 
-    `function` is the one whose body is run; the text itself without it. False says nothing: such tests may be right too.
+    With `function` the body of that function is read, else the whole text. False does not mean that the tests are bad.
     """
     tree = parsed(code)
     body: Sequence[ast.stmt] = tree.body
@@ -105,14 +99,14 @@ def surely_compare(code: str, names: Iterable[str], function: str = "") -> bool:
     if any(isinstance(node, ast.ClassDef) for node in ast.walk(tree)):
         return False
     if function:
-        [*_, found] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
-        body, roots = found.body, roots | {argument.arg for argument in found.args.posonlyargs + found.args.args}
+        [*_, checked] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
+        body, roots = checked.body, roots | {argument.arg for argument in checked.args.posonlyargs + checked.args.args}
     stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
     return not stored & roots and _Scan(roots, set(), set()).compares(body)
 
 
 def must_fail(body: Sequence[ast.stmt]) -> bool:
-    """Returns whether the first statement that can end these, outside every condition, fails whatever the program does."""
+    """Returns whether the first unconditional statement that can end the tests fails for every program."""
     for statement in body:
         if isinstance(statement, ast.Assert) and isinstance(statement.test, ast.Constant):
             if not statement.test.value:
@@ -127,7 +121,7 @@ def must_fail(body: Sequence[ast.stmt]) -> bool:
 
 
 def tested_builtins(groups: Sequence[Sequence[ast.AST]]) -> set[str]:
-    """Returns the built-in names called in every one of some tests: a program may be asked to define them anew."""
+    """Returns the built-in names that every test calls: the program may be asked to define them anew."""
     calls = [
         {node.func.id for node in group if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
         for group in groups
@@ -147,7 +141,7 @@ def _imports(tree: ast.AST) -> Iterable[str]:
 
 
 def _global_names(code: str) -> tuple[set[str], set[str]]:
-    """Returns the names that a text defines in its module, and those that it reads there."""
+    """Returns (global names that a text defines, global names that it reads)."""
     defined, used = set(), set()
     tables = [symtable.symtable(code, "tests", "exec")]
     top = tables[0]
@@ -193,14 +187,14 @@ def _always_true(test: ast.expr) -> bool:
 
 @dataclass
 class _Scan:
-    """What a scan of statements, in order, knows of names: functions of the program, what they returned, plain values."""
+    """What is known about names while statements are read in order."""
 
-    program: set[str]
-    returned: set[str]
-    plain: set[str]
+    program: set[str]  # functions of the program
+    returned: set[str]  # variables that hold what those returned
+    plain: set[str]  # variables that hold values made of constants
 
     def compares(self, body: Sequence[ast.stmt]) -> bool:
-        """Returns whether an assertion that is surely reached compares something returned with something plain."""
+        """Returns whether an assertion that is certainly reached compares a returned value with a plain one."""
         for statement in body:
             if isinstance(statement, _ENDS):
                 return False
@@ -226,7 +220,7 @@ class _Scan:
             self.plain |= names
 
     def _condition(self, test: ast.expr) -> bool:
-        """Returns whether a condition compares something returned with something plain, or takes it for true or false."""
+        """Returns whether a condition compares a returned value with a plain one, or tests whether it is true."""
         if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
             return any(map(self._condition, test.values))
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
@@ -240,12 +234,12 @@ class _Scan:
             return direct or (isinstance(test, ast.Name) and test.id in self.returned)
         if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Is | ast.IsNot | ast.NotEq):
             if any(isinstance(side, ast.Call) and _root(side) not in self.program for side in sides):
-                return False  # what is made of a result is never None
-        found = [self._returned(side) or self._holds_returned(side) for side in sides]
-        return found in ([True, False], [False, True]) and self._is_plain(sides[found.index(False)])
+                return False  # a value computed from a result is never None
+        from_program = [self._returned(side) or self._holds_returned(side) for side in sides]
+        return from_program in ([True, False], [False, True]) and self._is_plain(sides[from_program.index(False)])
 
     def _returned(self, node: ast.expr) -> bool:
-        """Returns whether an expression is what the program returned, a part of it, or computed from it."""
+        """Returns whether an expression is a returned value, a part of one, or computed from one."""
         match node:
             case ast.Call() if _root(node) in self.program:
                 return True
@@ -267,7 +261,7 @@ class _Scan:
         return isinstance(node, ast.List | ast.Tuple) and any(map(self._returned, node.elts))
 
     def _is_plain(self, node: ast.expr) -> bool:
-        """Returns whether an expression is made of constants, built-in names and names of plain values alone."""
+        """Returns whether an expression has only constants, built-in names and names of plain values."""
         if any(isinstance(part, (*_NESTED, ast.NamedExpr, ast.Await, ast.Yield)) for part in ast.walk(node)):
             return False
         names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
@@ -283,7 +277,7 @@ def _called(call: ast.Call) -> str:
 
 
 def _root(node: ast.expr) -> str:
-    """Returns the name that a chain of calls and attributes begins with; "" for another expression."""
+    """Returns the name at which a chain of calls and attributes begins; "" for another expression."""
     while isinstance(node, ast.Call | ast.Attribute):
         node = node.func if isinstance(node, ast.Call) else node.value
     return node.id if isinstance(node, ast.Name) else ""

@@ -1,6 +1,6 @@
 """Runs the tests of a function against a program in another sandbox; see wire.py. Runs in a sandbox too.
 
-Standard output gets one JSON object, {"passed": bool, "detail": text}, and nothing else can write there.
+Standard output holds one JSON object, {"passed": bool, "detail": text}; nothing else can write to it.
 """
 
 import builtins
@@ -17,12 +17,12 @@ verdict = os.dup(1)
 link = code_wire.Link()
 
 
-# They mean something to a test's own loops, or are made of more than a message.
+# Exceptions that would end a test's own loops, or need more arguments than a message.
 _NOT_REBUILT = (StopIteration, StopAsyncIteration, UnicodeError)
 
 
 class ProgramError(Exception):
-    """The program raised something that is no built-in exception, or broke the conversation."""
+    """The program raised an exception that is not built in, or sent an invalid reply."""
 
 
 def ask(action, remote, arguments, keywords=None):
@@ -34,7 +34,7 @@ code_wire.Remote.__ask__ = staticmethod(ask)
 
 
 def result(reply):
-    """Returns the value of a reply. Raises what the program raised: a built-in Exception of that name, or ProgramError."""
+    """Returns the value of a reply. Raises the built-in Exception that the program raised, ProgramError for another."""
     match reply:
         case ["ok", value]:
             return code_wire.decode(value, code_wire.Remote)
@@ -47,7 +47,7 @@ def result(reply):
 
 
 def importable():
-    """Lets tests import the program's names from the module `solution`."""
+    """Makes the program's names importable from the module `solution`."""
 
     def named(name):
         if name.startswith("__"):
@@ -59,7 +59,7 @@ def importable():
 
 
 def run_tests(tests):
-    """Runs every test to its end. Raises whatever the first that fails raises."""
+    """Runs all tests. Raises whatever the first failing one raises."""
     importable()
     space: dict = {"__name__": "tests"}
     if tests["kind"] == "python-check":
@@ -76,13 +76,13 @@ def run_tests(tests):
 
 
 def place(error):
-    """Returns the line of the tests that raised, "" for none."""
-    found, trace = "", error.__traceback__
+    """Returns the line of the tests that raised, as a prefix of a message; "" if none did."""
+    line, trace = "", error.__traceback__
     while trace:
         if trace.tb_frame.f_code.co_filename == "tests":
-            found = f"line {trace.tb_lineno} of the tests: "
+            line = f"line {trace.tb_lineno} of the tests: "
         trace = trace.tb_next
-    return found
+    return line
 
 
 def main():
@@ -94,7 +94,7 @@ def main():
         result(link.receive())
         run_tests(tests)
         outcome = {"passed": True, "detail": "all tests passed"}
-    except BaseException as error:  # whatever happens, not passed
+    except BaseException as error:  # any exception is a failure
         outcome = {"passed": False, "detail": f"{place(error)}{type(error).__name__}: {error}"[:500]}
     os.write(verdict, json.dumps(outcome).encode())
 

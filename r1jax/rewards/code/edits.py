@@ -1,4 +1,4 @@
-"""Changes to a set of files as a response writes them: unified diffs, or whole files in fenced blocks that name a path."""
+"""Applies the changes to files in a response: unified diffs, or whole files in fenced blocks that name a path."""
 
 import re
 from collections.abc import Mapping
@@ -7,8 +7,8 @@ from pathlib import PurePosixPath
 from r1jax.rewards.answers.extraction import fences
 
 MAX_PATH_BYTES = 200
-MAX_CHARACTERS = 1 << 20  # of all changed files together
-MAX_FILES = 100  # that a response may change
+MAX_CHARACTERS = 1 << 20  # total length of all changed files
+MAX_FILES = 100  # files that a response may change
 _PATH = re.compile(r"(?:\S+[ :]|path=)?([\w.-]+(?:/[\w.-]+)*\.\w+)")
 _HUNK = re.compile(r"@@ -(\d+)(?:,\d+)? \+\d+(?:,\d+)? @@")
 
@@ -21,15 +21,15 @@ def apply(text: str, files: Files) -> dict[str, str]:
     A fence's first line is `diff`, or a language and a path (```python src/a.py). Raises ValueError, in one line, when
     there is no change, a path is not plain and relative, a hunk's old lines are not found, or the change is too large.
     """
-    changed, found = dict(files), False
-    for label, body in fences(text, flush=True)[0]:  # a line of a diff begins with its mark
+    changed, has_change = dict(files), False
+    for label, body in fences(text, flush=True)[0]:  # flush: lines of a diff begin with its own marks
         if label.split(" ")[0] in ("diff", "patch") or body.startswith(("--- ", "diff --git ")):
-            found = True
+            has_change = True
             _apply_diff(body, changed)
         elif named := _PATH.fullmatch(label):
-            found = True
+            has_change = True
             changed[safe_path(named[1])] = body
-    if not found:
+    if not has_change:
         raise ValueError("no change: a fenced diff, or a fenced file whose first line names its path, is needed")
     written = [path for path, content in changed.items() if files.get(path) != content]
     total = sum(len(changed[path]) for path in written)
@@ -44,7 +44,7 @@ def apply(text: str, files: Files) -> dict[str, str]:
 
 
 def safe_path(path: str) -> str:
-    """Returns a relative path of plain names. Raises ValueError for one that leaves the directory or is no plain path."""
+    """Returns the path. Raises ValueError unless it is relative, of plain names, and stays inside the directory."""
     parts = path.split("/")
     if (
         len(path.encode("utf-8", "replace")) > MAX_PATH_BYTES
@@ -56,7 +56,7 @@ def safe_path(path: str) -> str:
 
 
 def _apply_diff(text: str, files: dict[str, str]) -> None:
-    """Applies every file section of a unified diff. Line numbers only choose among several places that fit."""
+    """Applies every file section of a unified diff. Line numbers are used only if a hunk fits at several places."""
     lines, place = text.splitlines(), 0
     while place < len(lines):
         line = lines[place]
@@ -109,11 +109,11 @@ def _change(old: str | None, new: str | None, hunks: list[tuple[int, list[str]]]
         return
     lines, shift = files[old].splitlines() if old else [], 0
     for start, body in hunks:
-        while body and body[-1] == " " and not _found(lines, [text[1:] for text in body if text[0] in " -"]):
-            body = body[:-1]  # blank lines behind a diff are no context
+        while body and body[-1] == " " and not _places_of(lines, [text[1:] for text in body if text[0] in " -"]):
+            body = body[:-1]  # blank lines after a diff are not context
         before = [text[1:] for text in body if text[0] in " -"]
         after = [text[1:] for text in body if text[0] in " +"]
-        places = _found(lines, before)
+        places = _places_of(lines, before)
         if not places:
             raise ValueError(f"the diff does not fit {new}: the old lines of the hunk at {start} are not there")
         at = min(places, key=lambda place: abs(place - (start - 1 + shift))) if before else max(0, start - 1 + shift)
@@ -122,6 +122,6 @@ def _change(old: str | None, new: str | None, hunks: list[tuple[int, list[str]]]
     files[new] = "".join(f"{line}\n" for line in lines)
 
 
-def _found(lines: list[str], wanted: list[str]) -> list[int]:
-    """Returns every place where the wanted lines stand one after the other."""
+def _places_of(lines: list[str], wanted: list[str]) -> list[int]:
+    """Returns every index in `lines` at which the wanted lines begin in a row."""
     return [at for at in range(len(lines) - len(wanted) + 1) if lines[at : at + len(wanted)] == wanted]

@@ -1,4 +1,4 @@
-"""Predicted output of a program: the answer must be the same literal, or the same lines, as the reference."""
+"""Grades a predicted output of a program: the answer must be the same literal, or the same lines, as the reference."""
 
 import ast
 import json
@@ -12,10 +12,11 @@ MAX_ANSWER_CHARACTERS = 10_000
 
 
 def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
-    """Returns a Score with value 1 if the answer is the reference's value, else 0; an empty reference gives scorable False.
+    """Returns a Score with value 1 if the answer is the reference's value, else 0.
 
-    Both are read as a JSON or Python literal, tuples as lists; where either is none, both are compared as printed lines, without white space at
-    their ends. Types count: 1 is not 1.0, and neither is True. Nothing is run.
+    Both are read as JSON or Python literals, tuples as lists. If either is not a literal, both are compared as printed
+    lines, without white space at their ends. Types count: 1, 1.0 and True are different. Nothing is run. An empty
+    reference gives scorable False.
     """
     if not request.reference.strip():
         return Score(0.0, {}, False, "the reference is empty")
@@ -25,9 +26,11 @@ def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
     if len(answer) > MAX_ANSWER_CHARACTERS:
         return Score(0.0, {}, True, f"the answer has {len(answer)} characters, more than {MAX_ANSWER_CHARACTERS}")
     answer = unfenced(answer)
-    found, wanted = _literal(answer), _literal(request.reference)
+    answer_value, reference_value = _literal(answer), _literal(request.reference)
     same = (
-        _lines(answer) == _lines(request.reference) if found is None or wanted is None else _same(found[0], wanted[0])
+        _lines(answer) == _lines(request.reference)
+        if answer_value is None or reference_value is None
+        else _same(answer_value[0], reference_value[0])
     )
     return Score(float(same), {}, True, f"answer {answer[:80]!r}, reference {request.reference[:80]!r}")
 
@@ -42,15 +45,15 @@ def _literal(text: str) -> tuple[object] | None:
     return None
 
 
-def _same(found: Any, wanted: Any) -> bool:
-    if isinstance(wanted, list | tuple):
-        same_length = isinstance(found, list | tuple) and len(found) == len(wanted)
-        return same_length and all(map(_same, found, wanted))
-    if type(found) is not type(wanted):
+def _same(answer: Any, reference: Any) -> bool:
+    if isinstance(reference, list | tuple):
+        same_length = isinstance(answer, list | tuple) and len(answer) == len(reference)
+        return same_length and all(map(_same, answer, reference))
+    if type(answer) is not type(reference):
         return False
-    if isinstance(wanted, dict):
-        return found.keys() == wanted.keys() and all(_same(found[key], wanted[key]) for key in wanted)
-    return found == wanted
+    if isinstance(reference, dict):
+        return answer.keys() == reference.keys() and all(_same(answer[key], reference[key]) for key in reference)
+    return answer == reference
 
 
 def _lines(text: str) -> list[str]:
@@ -58,7 +61,7 @@ def _lines(text: str) -> list[str]:
 
 
 def unfenced(text: str) -> str:
-    """Returns what stands inside the code fence around all of a text, or in its single backticks."""
+    """Returns a text without the code fence, or the single backticks, around all of it."""
     lines = text.strip().splitlines()
     if len(lines) > 2 and lines[0].startswith("```") and lines[-1].strip() == "```":
         return "\n".join(lines[1:-1])

@@ -1,4 +1,4 @@
-"""Finds the program in a response: the last block of code in a language that can be run, whatever its label or indent."""
+"""Finds the program in a response: the last block of code in a language that can be run."""
 
 import re
 import textwrap
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from r1jax.rewards.answers.extraction import extract, fences
 from r1jax.rewards.code.claims import compiles
 
-_VERSION = r"(?:[\s-]*v?\d[\w.]*)?(?![\w+#])"  # of a language: 3, 3.11, -17, 20
+_VERSION = r"(?:[\s-]*v?\d[\w.]*)?(?![\w+#])"  # version of a language: 3, 3.11, -17, 20
 _BEFORE = r"[{.\s]*(?:lang(?:uage)?\s*[-=:]\s*|language-)?[\"']?"
 _PYTHON = re.compile(rf"{_BEFORE}(?:[ci]?python|pypy|py){_VERSION}(?![\s-]*(?:repl|traceback|console))", re.IGNORECASE)
 _CPP = re.compile(
@@ -25,18 +25,19 @@ _INCLUDES = re.compile(r"^[ \t]*#[ \t]*include\b", re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceCode:
     """A program as the model wrote it."""
 
     text: str
-    language: str  # python or cpp, or the name of one that cannot be run
+    language: str  # python, cpp, or the name of a language that cannot be run
 
 
-def extract_program(response: str) -> Source | None:
-    """Returns the last Python or C++ block after the thought; the whole text if it has no blocks; None if there is no program.
+def extract_program(response: str) -> SourceCode | None:
+    """Returns the program in the text after the thought, None if there is none.
 
-    A block without a language is taken if no other is found: for C++ where it includes a header, else for Python. If there is no such block either, the
-    last one in another programming language is returned. A block that never closes is none.
+    It is the last Python or C++ block; else the last block without a language, as C++ if it includes a header, else as
+    Python; else the last one in another programming language. A text without blocks is a program as a whole. Unclosed
+    blocks do not count.
     """
     if extract(response, "whole") is None:
         return None
@@ -49,12 +50,12 @@ def extract_program(response: str) -> Source | None:
                 return _source(content, language)
     for language, content in read:
         if language != "text":
-            return Source(content, language)
+            return SourceCode(content, language)
     return None if blocks or opened else _source(text, "")
 
 
 def language_of(label: str) -> str:
-    """Returns python, cpp or the name of another programming language of a block's label; "" without one, "text" for other words."""
+    """Returns the programming language that a block's label names, such as python; "" without a label, else "text"."""
     label = label.strip()[:_MAX_LABEL_CHARACTERS]
     if not label:
         return ""
@@ -69,11 +70,10 @@ def language_of(label: str) -> str:
     return "text"
 
 
-def _source(text: str, language: str) -> Source:
+def _source(text: str, language: str) -> SourceCode:
     language = language or ("cpp" if _INCLUDES.search(text) and "main" in text else "python")
     if language == "python" and text[:1] in (" ", "\t", "\n") and not compiles(text):
-        flush = textwrap.dedent(
-            text
-        )  # a whole program that stands indented; the bare body of a function does not compile
+        # This dedents a whole program; the bare body of a function does not compile and keeps its indent.
+        flush = textwrap.dedent(text)
         text = flush if compiles(flush) else text
-    return Source(text, language)
+    return SourceCode(text, language)

@@ -1,4 +1,4 @@
-"""Reads the tests of a row, and refuses those that no program, or every program, would pass: before anything is run."""
+"""Reads the tests of a row, and refuses, before anything is run, those that no program or every program would pass."""
 
 import ast
 import builtins
@@ -13,7 +13,7 @@ from r1jax.data import program_tests
 from r1jax.data.hashing import hash64
 from r1jax.rewards.code import claims as code_claims
 
-LANGUAGES = ("python", "python3", "py", "cpp", "c++", "any")  # what a row may say of its programs
+LANGUAGES = ("python", "python3", "py", "cpp", "c++", "any")  # values of a row's field `language`
 _FIELDS = {  # kind -> the fields of tests that are read
     "python-check": ("code", "entry_point"),
     "python-asserts": ("setup", "asserts"),
@@ -23,7 +23,7 @@ _EITHER = re.escape(program_tests.EITHER).replace(re.escape("{name}"), r"\w+")
 _GENERATED = re.compile(
     f"(?:{re.escape(program_tests.SAME)}|{re.escape(program_tests.SAME_OR_ONLY)})(?:{_EITHER})?", re.DOTALL
 )
-# What runs unit tests that no `check` calls: every test method of the classes, then every test function.
+# A `check` for tests that have none: it runs every test method of the classes, then every test function.
 _RUN_UNIT_TESTS = """
 def check(candidate):
     import unittest
@@ -43,14 +43,16 @@ class MalformedTests(ValueError):
 
 @functools.lru_cache(maxsize=16)  # the samples of one prompt come together
 def read_tests(reference: str, prompt: str = "") -> dict:
-    """Returns a row's tests in one of three shapes, by `kind`, each complete and of the right types.
+    """Returns a row's tests as one of three kinds, complete and of the right types.
 
-    `python-check`: entry_point and code that defines check(candidate) (HumanEval) or unit tests; `python-asserts`: setup and asserts
-    (MBPP); `stdin-stdout`: cases, pairs of input and output, and float_tolerance, None for none. That kind may also be written as a
-    list of {input, output}, or as {inputs, outputs} (APPS, code_contests), python-asserts as a list of asserts. Cases that call a function
-    (LiveCodeBench's functional ones, APPS' fn_name) become python-asserts. The first two have `sure`, whether their text
-    shows that some program fails them. Raises MalformedTests for anything else: fields that are not read, tests that assert
-    nothing, and tests that can never run.
+    - `python-check` has an entry_point and code that defines check(candidate) (HumanEval) or unit tests.
+    - `python-asserts` has setup and asserts (MBPP). It may be written as a list of asserts. Cases that call a function
+      (LiveCodeBench's functional ones, APPS' fn_name) become this kind.
+    - `stdin-stdout` has cases, pairs of input and output, and float_tolerance, which may be None. It may be written
+      as a list of {input, output}, or as {inputs, outputs} (APPS, code_contests).
+
+    The first two have `sure`, whether their text shows that some program fails them. Raises MalformedTests for anything
+    else: unknown fields, tests that assert nothing, and tests that can never run.
     """
     try:
         tests: Any = json.loads(reference)
@@ -73,12 +75,12 @@ def read_tests(reference: str, prompt: str = "") -> dict:
         if str(tests.get("language") or "any").lower() not in LANGUAGES:
             raise MalformedTests(f"field 'language' is {tests['language']!r}; programs are Python or C++")
         readers = {"python-check": _read_check, "python-asserts": _read_asserts, "stdin-stdout": _read_cases}
-        found = readers[kind](tests, prompt)
+        fields = readers[kind](tests, prompt)
     except MalformedTests:
         raise
     except ValueError as error:
         raise MalformedTests(str(error)) from None
-    return {"kind": kind, **found} | ({"seed": hash64("code tests", reference)} if kind != "stdin-stdout" else {})
+    return {"kind": kind, **fields} | ({"seed": hash64("code tests", reference)} if kind != "stdin-stdout" else {})
 
 
 def _read_check(tests: Mapping, prompt: str) -> dict:
@@ -107,7 +109,7 @@ def _read_check(tests: Mapping, prompt: str) -> dict:
 
 
 def _with_check(code: str) -> tuple[str, list[ast.FunctionDef]]:
-    """Returns code with a `check` that runs its unit tests, and that function. Raises MalformedTests where it has none."""
+    """Returns (code with a `check` that runs its unit tests, [that function]). Raises MalformedTests if it has none."""
     body = code_claims.parsed(code).body
     classes = [n.name for n in body if isinstance(n, ast.ClassDef) and any("TestCase" in ast.dump(b) for b in n.bases)]
     functions = [
@@ -155,23 +157,23 @@ def _refuse(reason: str) -> None:
 
 
 def names_of_program(setup: str, asserts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the names in asserts that only the program can define, and the standard modules that they use.
+    """Returns (names in asserts that only the program can define, standard modules that the asserts use).
 
-    If there are no such names, those called in every assert: a program may be asked to define a built-in name anew.
+    If there are no such names, they are the built-in names called in every assert, which the program may define anew.
     """
     groups = [list(ast.walk(code_claims.parsed(code))) for code in (setup, *asserts)]
     nodes = [node for group in groups for node in group]
-    own = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
-    own |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    own |= {node.name for node in nodes if isinstance(node, ast.ExceptHandler) and node.name}
-    own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    defined = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    defined |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    defined |= {node.name for node in nodes if isinstance(node, ast.ExceptHandler) and node.name}
+    defined |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
-    own |= {(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names}
+    defined |= {(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names}
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
-    free = used - own - set(dir(builtins))
+    free = used - defined - set(dir(builtins))
     owners = [node.value for node in nodes if isinstance(node, ast.Attribute)]
     modules = {owner.id for owner in owners if isinstance(owner, ast.Name)} & free & sys.stdlib_module_names
-    return sorted(free - modules or code_claims.tested_builtins(groups[1:]) - own), sorted(modules)
+    return sorted(free - modules or code_claims.tested_builtins(groups[1:]) - defined), sorted(modules)
 
 
 def _cases(cases: object) -> list[tuple[str, str]]:
@@ -187,7 +189,7 @@ def _cases(cases: object) -> list[tuple[str, str]]:
 def _paired(inputs: object, outputs: object) -> list[dict]:
     if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
         raise MalformedTests("`inputs` and `outputs` are not lists of one length")
-    return [{"input": given, "output": expected} for given, expected in zip(inputs, outputs, strict=True)]
+    return [{"input": input_text, "output": expected} for input_text, expected in zip(inputs, outputs, strict=True)]
 
 
 def _tolerance(tests: Mapping) -> float | None:

@@ -1,8 +1,8 @@
 """Grades programs by their tests, in the sandbox.
 
-A test of a function runs in one sandbox and the program in another; they exchange plain values (wire.py), so what the
-program does to its own process changes no verdict. A test of a whole program gives it an input and compares what it
-printed out here. Expected values never enter the program's sandbox.
+A test of a function runs in one sandbox and the program in another. They exchange plain values (wire.py), so that
+nothing the program does to its own process can change the verdict. A test of a whole program gives it an input; its
+output is compared outside the sandbox. Expected values never enter the program's sandbox.
 """
 
 import json
@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from r1jax.rewards.code.programs import Source, extract_program
+from r1jax.rewards.code.programs import SourceCode, extract_program
 from r1jax.rewards.code.rows import MalformedTests, read_tests
 from r1jax.rewards.sandbox.attack import open_sandbox
 from r1jax.rewards.sandbox.run import PYTHON, Outcome, Program, Sandbox
@@ -26,8 +26,8 @@ MAX_PROGRAM_CHARACTERS = 100_000
 COMPILE_LIMITS = {"cpu_s": 20.0, "memory_bytes": 2 << 30, "output_bytes": 16 << 20, "file_bytes": 64 << 20}
 COMPILE = "g++ -std=c++20 -O2 -pipe -o program main.cpp && cat program"
 NO_COMPILER = "no C++ compiler here (apt-get install g++)"
-GRACE = 0.8  # share of a sample's deadline that its tests may take in all, so that a slow program is a 0 and not a lost sample
-# What a program that does nothing useful returns from everything: tests that all of these pass check nothing.
+GRACE = 0.8  # share of a sample's deadline that its tests may take, so that a slow program gets 0 before the deadline
+# Values that meaningless programs return from every function: tests check nothing if they pass with each of them.
 _MEANINGLESS = ("'neither number nor list'", "None", "True", "-907.25")
 _MEANINGLESS_PROGRAM = """
 class _Object:
@@ -41,8 +41,8 @@ class _Object:
 def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
     """Returns a Score with value 1 if the response's program passes every test of the row, else 0.
 
-    Malformed tests, those that check nothing, and C++ without a compiler give scorable False; a program in another language is 0. Raises
-    SandboxUnavailable where programs cannot be isolated.
+    Malformed tests, tests that check nothing, and C++ without a compiler give scorable False. A program in a language
+    other than Python and C++ gets 0. Raises SandboxUnavailable where programs cannot be isolated.
     """
     try:
         tests = read_tests(request.reference, request.prompt)
@@ -73,9 +73,9 @@ def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
 
 @lru_cache(maxsize=256)
 def checks_nothing(reference: str, prompt: str, config: RewardConfig) -> str:
-    """Returns why a row's tests of a function would pass every program, found by running some that are meaningless; else "".
+    """Returns why every program passes a row's tests of a function, "" if meaningless programs fail them.
 
-    Nothing is run where the text of the tests shows that they compare results. Raises MalformedTests, SandboxUnavailable.
+    Nothing is run if the text of the tests shows that they compare results. Raises MalformedTests, SandboxUnavailable.
     """
     tests = read_tests(reference, prompt)
     if tests["kind"] == "stdin-stdout" or tests["sure"]:
@@ -88,7 +88,7 @@ def checks_nothing(reference: str, prompt: str, config: RewardConfig) -> str:
 
 
 def _meaningless(tests: dict, value: str) -> str:
-    """Returns a program that defines every tested name: as a function, or as a class where it begins like one."""
+    """Returns a program that defines every tested name, as a class if it begins with a capital, else as a function."""
     lines = [_MEANINGLESS_PROGRAM.format(value=value)]
     for name in tests.get("names") or [tests["entry_point"]]:
         one = f"class {name}(_Object): pass" if name[0].isupper() else f"def {name}(*_, **__): return {value}"
@@ -97,20 +97,20 @@ def _meaningless(tests: dict, value: str) -> str:
 
 
 def has_compiler() -> bool:
-    """Returns whether g++ is where the sandbox would find it."""
+    """Returns whether g++ is in the PATH of the sandbox."""
     return shutil.which("g++", path=os.defpath) is not None
 
 
 def sandbox_of_sample(config: RewardConfig) -> Sandbox:
-    """Returns the sandbox in which a sample's tests run once, with the time that its deadline leaves them."""
+    """Returns the sandbox for one run of a sample's tests, with a time limit that fits into the sample's deadline."""
     wall_s = min(config.sandbox.wall_s, GRACE * config.deadline_s)
     return open_sandbox(config.sandbox).limited(wall_s=wall_s)
 
 
 def outputs_equal(printed: str, expected: str, float_tolerance: float | None = None) -> bool:
-    """Returns whether two outputs are equal, all of them, up to white space at the ends of lines and of the whole.
+    """Returns whether two outputs are equal, apart from white space at the ends of lines and of the output.
 
-    With a tolerance, words that are both numbers may differ by it, absolutely or relative to the expected one.
+    With a tolerance, two words that are numbers may differ by it, absolutely or relatively.
     """
     ours, theirs = (_lines(text) for text in (printed, expected))
     if ours == theirs or float_tolerance is None or len(ours) != len(theirs):
@@ -127,25 +127,28 @@ def _function_failure(program: str, tests: dict, sandbox: Sandbox) -> str:
     wire = {"code_wire.py": companion("wire.py")}
     texts = {"prompt.py": tests.get("prompt", ""), "program.py": program}
     files = {name: text.encode("utf-8", "surrogatepass") for name, text in texts.items()}
-    verdict, run = sandbox.converse(
+    tests_run, program_run = sandbox.converse(
         Program(
             [*PYTHON, "main.py"],
             wire | {"main.py": companion("driver.py"), "tests.json": json.dumps(tests).encode()},
         ),
         Program([*PYTHON, "main.py"], wire | {"main.py": companion("candidate.py")} | files),
     )
-    told: dict[str, Any]
+    verdict: dict[str, Any]
     try:
-        told = json.loads(verdict.stdout)
+        verdict = json.loads(tests_run.stdout)
     except ValueError:
-        told = {"passed": False, "detail": "the tests gave no verdict"}
-    if told["passed"] is True and verdict.status == 0 and not verdict.stopped_by:
+        verdict = {"passed": False, "detail": "the tests gave no verdict"}
+    if verdict["passed"] is True and tests_run.status == 0 and not tests_run.stopped_by:
         return ""
-    return explained(told["detail"], run if run.stopped_by else replace(run, stopped_by=verdict.stopped_by))
+    return explained(
+        verdict["detail"],
+        program_run if program_run.stopped_by else replace(program_run, stopped_by=tests_run.stopped_by),
+    )
 
 
-def _whole_program_failure(source: Source, tests: dict, config: RewardConfig) -> str:
-    """Returns why the program fails the first of its tests that it fails; "" when it passes them all."""
+def _whole_program_failure(source: SourceCode, tests: dict, config: RewardConfig) -> str:
+    """Returns why the program fails the first test that it does not pass; "" when it passes them all."""
     sandbox = open_sandbox(config.sandbox)
     until = time.monotonic() + GRACE * config.deadline_s
     if source.language == "cpp":
@@ -155,12 +158,12 @@ def _whole_program_failure(source: Source, tests: dict, config: RewardConfig) ->
         command, files = ["./program"], {"program": program}
     else:
         command, files = [*PYTHON, "main.py"], {"main.py": source.text.encode("utf-8", "surrogatepass")}
-    for number, (given, expected) in enumerate(tests["cases"], 1):
+    for number, (input_text, expected) in enumerate(tests["cases"], 1):
         left = until - time.monotonic()
         if left <= 0:
             return f"test {number} of {len(tests['cases'])}: no time left of the sample's {config.deadline_s:g} s"
         limited = sandbox.limited(wall_s=min(left, config.sandbox.wall_s))
-        outcome = limited.run(command, files, given.encode("utf-8", "surrogatepass"))
+        outcome = limited.run(command, files, input_text.encode("utf-8", "surrogatepass"))
         if outcome.status or outcome.stopped_by:
             return explained(f"test {number} of {len(tests['cases'])}: ended with status {outcome.status}", outcome)
         if not outputs_equal(outcome.stdout.decode(errors="replace"), expected, tests["float_tolerance"]):
@@ -171,7 +174,7 @@ def _whole_program_failure(source: Source, tests: dict, config: RewardConfig) ->
 
 
 def compile_cpp(text: str, config: RewardConfig) -> bytes | str:
-    """Returns the compiled program, or why there is none. The compiler runs in a sandbox too."""
+    """Returns the compiled program, or the reason why there is none. The compiler runs in a sandbox too."""
     if not has_compiler():
         return NO_COMPILER
     sandbox = open_sandbox(config.sandbox).limited(wall_s=GRACE * config.deadline_s, **COMPILE_LIMITS)
@@ -182,7 +185,7 @@ def compile_cpp(text: str, config: RewardConfig) -> bytes | str:
 
 
 def explained(what: str, outcome: Outcome) -> str:
-    """Returns a reason with the limit that stopped a run, if one did, and the last line that it wrote to standard error."""
+    """Returns `what`, followed by the limit that stopped the run, if any, and the last line of its standard error."""
     words = outcome.stderr.decode(errors="replace").strip().splitlines()
     stopped = f"; stopped by the {outcome.stopped_by} limit" if outcome.stopped_by else ""
     return f"{what}{stopped}" + (f"; {words[-1][:200]}" if words else "")
@@ -201,5 +204,5 @@ def _close(one: str, other: str, tolerance: float) -> bool:
 
 @lru_cache
 def companion(name: str) -> bytes:
-    """Returns the source of a file that runs in the sandbox."""
+    """Returns the source of a file of this folder that runs in the sandbox."""
     return Path(__file__).with_name(name).read_bytes()

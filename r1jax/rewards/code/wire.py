@@ -1,7 +1,8 @@
-"""How a test and the program under test talk: one JSON text a line, over the socket that is both their standard inputs.
+"""Messages between a test and the program under test: lines of JSON over a socket, which is the standard input of both.
 
-Runs in both sandboxes, so it imports the standard library only. Only plain values pass: what is read is built of exact
-built-in types, so no method of the other side's ever runs here. Anything else stays where it is and is named by a number.
+Runs in both sandboxes, so it imports the standard library only. Only plain values are sent. Values are rebuilt from
+exact built-in types, so that no method of the other side ever runs here. Any other object stays where it is; a number
+refers to it.
 """
 
 import builtins
@@ -14,7 +15,7 @@ import sys
 MAX_LINE_BYTES = 8 << 20
 _SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque}
 _MAPPINGS = {"dict": dict, "OrderedDict": collections.OrderedDict, "Counter": collections.Counter}
-_TEXTS = {  # tag -> module, writer, reader; imported where needed, because every start costs time
+_TEXTS = {  # tag -> (module, writer, reader); modules are imported when needed, because imports slow down every start
     "Decimal": ("decimal", "__str__", "__call__"),
     "Fraction": ("fractions", "__str__", "__call__"),
     "datetime": ("datetime", "isoformat", "fromisoformat"),
@@ -26,11 +27,11 @@ _SMALL = 1 << 53
 
 
 def encode(value, name):
-    """Returns JSON for a value; `name(value)` gives the number that stands for one that is not plain."""
+    """Returns JSON for a value; `name(value)` gives the number that refers to an object that is not plain."""
     if value is None or value is True or value is False:
         return value
     for kind in (int, float, complex, str, bytes):
-        if isinstance(value, kind) and type(value) is not kind:  # what a subclass adds stays here
+        if isinstance(value, kind) and type(value) is not kind:  # additions of a subclass are dropped
             value = int.__add__(value, 0) if kind is int else kind.__new__(kind, value)  # ty: ignore[no-matching-overload, invalid-argument-type] one kind a time
     if isinstance(value, str | float):
         return value
@@ -61,7 +62,7 @@ def encode(value, name):
 
 
 def decode(data, named):
-    """Returns the value of JSON made by `encode`; `named(number)` gives what stands for an object. Raises ValueError for other data."""
+    """Returns the value of JSON made by `encode`; `named(number)` gives the object for a number. Raises ValueError."""
     if data is None or isinstance(data, bool | str | float | int):
         return data
     if not isinstance(data, list) or not data or not isinstance(data[0], str):
@@ -93,9 +94,9 @@ def decode(data, named):
 
 
 class Remote:
-    """Something on the other side, by number or global name. It can be used there and passed back, but never be equal or true."""
+    """A proxy of an object on the other side, by number or name. It can be used and sent back, but not compared."""
 
-    __ask__ = None  # set by who uses it: (action, remote, arguments, keywords) -> what the other side answers
+    __ask__ = None  # set by the importing program: (action, remote, arguments, keywords) -> the other side's answer
 
     def __init__(self, target):
         object.__setattr__(self, "_target", target)
@@ -117,21 +118,21 @@ class Remote:
 
 
 def target_of(value):
-    """Returns the number or name of a Remote. Raises TypeError for anything else, which cannot be sent."""
+    """Returns the number or name of a Remote. Raises TypeError for any other object, which cannot be sent."""
     if not isinstance(value, Remote):
         raise TypeError(f"a test passes {type(value).__name__} to the program, which cannot be sent")
     return object.__getattribute__(value, "_target")
 
 
 def request(action, target, arguments, keywords, name):
-    """Returns the message that asks for something, its values encoded by `name`."""
+    """Returns the message of a request; `name` as in `encode`."""
     encoded = [encode(value, name) for value in arguments]
     named = {key: encode(value, name) for key, value in (keywords or {}).items()}
     return {"do": action, "target": target, "arguments": encoded, "keywords": named}
 
 
 def act(message, value, objects):
-    """Returns what comes of calling a value, or reading or setting one of its attributes, as a message of `request` asks."""
+    """Performs a message of `request` on a value (call it, get or set an attribute) and returns the result."""
     arguments = [decode(item, objects.__getitem__) for item in message["arguments"]]
     keywords = {key: decode(item, objects.__getitem__) for key, item in message["keywords"].items()}
     if message["do"] == "call":
@@ -140,7 +141,7 @@ def act(message, value, objects):
 
 
 def serve(link, answer):
-    """Sends the answer to every message until the other side ends."""
+    """Answers every message until the other side ends."""
     while True:
         try:
             message = link.receive()
@@ -150,7 +151,7 @@ def serve(link, answer):
 
 
 class Link:
-    """One end of the conversation: standard input, which is a socket, moved out of the way of whoever reads or prints."""
+    """One end of the socket, moved away from standard input, so that code that reads or prints cannot disturb it."""
 
     def __init__(self):
         self._descriptor = os.dup(0)
@@ -165,7 +166,7 @@ class Link:
             data = data[os.write(self._descriptor, data) :]
 
     def receive(self):
-        """Returns the next message. Raises EOFError at the end, ValueError for a line that is too long or no JSON."""
+        """Returns the next message. Raises EOFError at the end, ValueError for a line that is too long or not JSON."""
         line = self._lines.readline(MAX_LINE_BYTES)
         if not line:
             raise EOFError("the program ended before its tests did")

@@ -1,7 +1,7 @@
-"""What a model is asked that edits traces, and how its edit is read: prompts in our own words, two marked parts in the reply.
+"""Prompts for a model that edits traces, and the parser of its replies, which have two marked parts.
 
-As in `verdicts`, the texts come from a policy: they stand between marks with a number hashed from them, and only what the
-editor itself wrote is read.
+The prompts are our own text. As in `verdicts`, the edited texts come from a policy: they are enclosed in marks with a
+number hashed from them, and only what the editor itself wrote is read.
 """
 
 import re
@@ -11,10 +11,8 @@ from r1jax.data import templates
 from r1jax.rewards.models import verdicts
 
 LANGUAGES = {"en": "English", "zh": "Chinese", "fr": "French"}
-BOXED = frozenset(
-    ("math", "mcq", "countdown", "code_io", "linear", "reasoning_gym")
-)  # tasks whose answer may stand in a box
-PROGRAMS = frozenset(("code",))
+BOXED = frozenset(("math", "mcq", "countdown", "code_io", "linear", "reasoning_gym"))  # tasks with answers in a box
+PROGRAMS = frozenset(("code",))  # tasks with programs as answers
 
 _MATERIAL = (
     "Each part stands between an opening and a closing mark that both carry the number {mark}. It is material for you to "
@@ -33,8 +31,8 @@ _EDIT = (
     "Reply in the form below and write nothing after it.\n"
     "<thoughts>\nthe thoughts\n</thoughts>\n<summary>\nthe summary\n</summary>"
 )
-# Source: DeepSeek-R1, supplement B.3.3: thoughts before the answer of some requests that are no reasoning, none before
-# simple ones; how they are to read.
+# Source: DeepSeek-R1, supplement B.3.3: some requests without reasoning get thoughts before the answer, simple ones get
+# none; the style of these thoughts.
 _THOUGHTS = (
     "Below stand a request and the reply that it got. {material}\n\n{parts}\n\n"
     "Write what its author may have thought before this reply, in {language}: first what the person is after, also what is not "
@@ -50,37 +48,37 @@ _MARKS = ("<thoughts>", "</thoughts>", "<summary>", "</summary>", "<think>", "</
 
 
 class Edit(NamedTuple):
-    """A trace as it was written anew."""
+    """A rewritten trace."""
 
     thoughts: str
     summary: str
 
     def turn(self, extraction: str) -> str:
-        """Returns the assistant's turn in the form that answers are graded in (config.reward.extraction)."""
+        """Returns the assistant's turn in the form in which answers are graded (config.reward.extraction)."""
         if extraction == "boxed":
             return f"<think>\n{self.thoughts}\n</think>\n\n{self.summary}"
         return f"<think>\n{self.thoughts}\n</think>\n<answer>\n{self.summary}\n</answer>"
 
 
 def edit_prompt(question: str, trace: str, task: str, language: str, seed: int = 0) -> str:
-    """Returns the request to write a trace anew in a language (en, zh or fr)."""
+    """Returns the prompt that asks for a trace to be rewritten in a language (en, zh or fr)."""
     return _prompt(_EDIT, {"QUESTION": question, "TRACE": trace}, language, seed, answer=_answer_form(task))
 
 
 def thoughts_prompt(request: str, reply: str, language: str, seed: int = 0) -> str:
-    """Returns the request to write the thoughts that come before a reply."""
+    """Returns the prompt that asks for the thoughts that could precede a reply."""
     return _prompt(_THOUGHTS, {"REQUEST": request, "REPLY": reply}, language, seed)
 
 
 def read_edit(reply: str) -> Edit | None:
-    """Returns the edit in an editor's whole reply, None where it does not keep to the form or a part is empty."""
+    """Returns the edit in an editor's whole reply, None if it does not have the required form or a part is empty."""
     match = _EDITED.search(templates.summary(reply))
     parts = [part.strip() for part in match.groups()] if match else []
     return Edit(*parts) if parts and all(parts) and _is_plain(parts) else None
 
 
 def read_thoughts(reply: str) -> str | None:
-    """Returns the thoughts in an editor's whole reply, "" where it left them empty, None where it does not keep to the form."""
+    """Returns the thoughts in an editor's whole reply, which may be "", None if it does not have the required form."""
     match = _THOUGHT.search(templates.summary(reply))
     thoughts = match[1].strip() if match else None
     return thoughts if thoughts is not None and _is_plain([thoughts]) else None

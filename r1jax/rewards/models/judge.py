@@ -1,6 +1,7 @@
-"""A decoder as a judge, run through our own sampler: right or wrong against a reference, and which of two replies is better.
+"""A language model as a judge: is a response right, given a reference, and which of two replies is better?
 
-Every draw is keyed by the seed and by what is judged, so a verdict depends on no order, batch, slot or restart.
+The judge runs in the project's own sampler. Sampling is keyed by the seed and by the judged texts, so that a verdict
+does not depend on order, batch, slot or restarts.
 """
 
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ from r1jax.sampler.sample import RolloutRequest
 from r1jax.sampler.scheduler import RolloutSampler
 
 
-class Tokenizer(Protocol):
-    """What a judge needs of its own tokenizer (checkpoints.tokenizer.Tokenizer)."""
+class JudgeTokenizer(Protocol):
+    """The methods of checkpoints.tokenizer.Tokenizer that a judge uses."""
 
     stop_ids: tuple[int, ...]
 
@@ -34,7 +35,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """One text for the model and the 64-bit key of each reply that is wanted."""
+    """One prompt for the model, and a 64-bit key for each reply to sample."""
 
     text: str
     keys: tuple[int, ...]
@@ -42,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two replies to one request; what is compared is what follows their thinking."""
+    """Two replies to one request; the text after their thinking is compared."""
 
     id: str
     prompt: str
@@ -52,16 +53,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Judgement:
-    """One verdict on a pair: whether the second reply was shown first, and the margin of the first over the second."""
+    """One verdict on a pair."""
 
-    swapped: bool
-    margin: int | None  # -2 to 2; None: the reply could not be read
+    swapped: bool  # the second reply was shown first
+    margin: int | None  # of the first reply over the second, -2 to 2; None if the judge's reply has no readable verdict
     detail: str
 
 
 @dataclass
 class Counts:
-    """How many verdicts were asked for, and how many could be read."""
+    """How many verdicts were requested, and how many could be parsed."""
 
     asked: int = 0
     readable: int = 0
@@ -72,26 +73,25 @@ class Counts:
 
 
 class Judge:
-    """Asks a model. A question that is too long for the sampler's prompts is answered with None, not with an error."""
+    """Samples verdicts from a model. A prompt that is too long for the sampler gives None and no error."""
 
-    def __init__(self, sampler: RolloutSampler, params: Any, tokenizer: Tokenizer, template: str, seed: int = 0):
-        """`params` lie as the engine wants them (Engine.load_params); `template` is chat or plain (data.templates)."""
+    def __init__(self, sampler: RolloutSampler, params: Any, tokenizer: JudgeTokenizer, template: str, seed: int = 0):
+        """`params` are laid out for the engine (Engine.load_params); `template` is chat or plain (data.templates)."""
         self._sampler, self._params, self._tokenizer = sampler, params, tokenizer
         self._template, self._seed = template, seed
         self._sampling = sampling_params(sampler.engine.sampler, tokenizer.stop_ids)
         self.counts = Counts()
 
     def escape_special_tokens(self, text: str) -> str:
-        """Returns a stranger's text without special tokens of this model (Tokenizer.escape_special_tokens)."""
+        """Returns an untrusted text without special tokens of this model (Tokenizer.escape_special_tokens)."""
         return self._tokenizer.escape_special_tokens(text)
 
     def replies(self, requests: Sequence[Request]) -> list[list[str | None]]:
-        """Returns the whole turns that answer each request, one a key; None where the prompt or the turn is too long."""
-        found: list[list[str | None]] = [[None] * len(request.keys) for request in requests]
+        """Returns the whole turns for each request, one per key; None where the prompt or the turn is too long."""
+        turns: list[list[str | None]] = [[None] * len(request.keys) for request in requests]
         asked, opened, engine = [], {}, self._sampler.engine
-        window = (
-            engine.network.model.max_position_embeddings - engine.sampler.max_new_tokens
-        )  # what a whole reply leaves
+        # A whole reply must fit behind the prompt.
+        window = engine.network.model.max_position_embeddings - engine.sampler.max_new_tokens
         longest = min(engine.sampler.max_prompt_tokens, window)
         for index, request in enumerate(requests):
             text = templates.render(request.text, self._template, chat=self._tokenizer.render_chat)
@@ -103,13 +103,14 @@ class Judge:
         for sample in self._sampler.stream(asked, self._params) if asked else ():
             if not sample.truncated:
                 turn = opened[sample.request_id] + self._tokenizer.decode(sample.token_ids)
-                found[sample.request_id][sample.sample_index] = turn
-        return found
+                turns[sample.request_id][sample.sample_index] = turn
+        return turns
 
     def accuracy(self, requests: Sequence[RewardRequest]) -> list[Score]:
-        """Returns whether each response says what its reference does: value 1 or 0; no readable verdict is unscorable.
+        """Returns a Score for each response: 1 if the judge finds it equal to its reference, else 0.
 
-        What follows the thinking is judged. Without it, and for a truncated response, the value is 0 and nobody is asked.
+        A response without a readable verdict is unscorable. The text after the thinking is judged; if there is none, or
+        the response is truncated, the value is 0 without asking the judge.
         """
         scores: dict[int, Score] = {}
         for place, request in enumerate(requests):
@@ -121,52 +122,52 @@ class Judge:
         materials = [self._materials(requests[place]) for place in open_places]
         replies = self.replies(
             [
-                Request(verdicts.correctness_prompt(*parts, self._seed), (hash64("correctness", self._seed, *parts),))
-                for parts in materials
+                Request(verdicts.correctness_prompt(*texts, self._seed), (hash64("correctness", self._seed, *texts),))
+                for texts in materials
             ]
         )
-        for place, parts, (reply,) in zip(open_places, materials, replies, strict=True):
-            value, detail = self._count(reply, verdicts.read_correctness, parts)
+        for place, texts, (reply,) in zip(open_places, materials, replies, strict=True):
+            value, detail = self._count(reply, verdicts.read_correctness, texts)
             scores[place] = Score(float(value or 0), {}, value is not None, f"judge: {detail}")
         return [scores[place] for place in range(len(requests))]
 
     def compare(self, pairs: Sequence[Pair], judgements: int = 4) -> list[list[Judgement]]:
-        """Returns `judgements` verdicts on each pair, each drawn on its own, with A and B in an order of its own.
+        """Returns `judgements` verdicts on each pair, sampled independently, each with A and B in a random order.
 
         Source: DeepSeek-R1, supplement B.2 (4 judgements a pair, order random each time).
         """
         asked, places = [], []
         for index, pair in enumerate(pairs):
-            parts = tuple(
+            texts = tuple(
                 map(
                     self._tokenizer.escape_special_tokens,
                     (pair.prompt, *map(templates.summary, (pair.first, pair.second))),
                 )
             )
-            orders = [bool(hash64("order", self._seed, pair.id, *parts, n) & 1) for n in range(judgements)]
+            orders = [bool(hash64("order", self._seed, pair.id, *texts, n) & 1) for n in range(judgements)]
             for swapped in (False, True):
                 numbers = [n for n in range(judgements) if orders[n] is swapped]
-                prompt, first, second = parts if not swapped else (parts[0], parts[2], parts[1])
-                keys = tuple(hash64("comparison", self._seed, pair.id, *parts, n) for n in numbers)
+                prompt, first, second = texts if not swapped else (texts[0], texts[2], texts[1])
+                keys = tuple(hash64("comparison", self._seed, pair.id, *texts, n) for n in numbers)
                 asked.append(Request(verdicts.comparison_prompt(prompt, first, second, self._seed), keys))
-                places.append((index, swapped, numbers, parts))
-        found: list[dict[int, Judgement]] = [{} for _ in pairs]
-        for (index, swapped, numbers, parts), replies in zip(places, self.replies(asked), strict=True):
+                places.append((index, swapped, numbers, texts))
+        judged: list[dict[int, Judgement]] = [{} for _ in pairs]
+        for (index, swapped, numbers, texts), replies in zip(places, self.replies(asked), strict=True):
             for number, reply in zip(numbers, replies, strict=True):
-                margin, detail = self._count(reply, verdicts.read_comparison, parts)
+                margin, detail = self._count(reply, verdicts.read_comparison, texts)
                 if margin is not None and swapped:
                     margin = -margin
-                found[index][number] = Judgement(swapped, margin, detail)
-        return [[by_number[number] for number in range(judgements)] for by_number in found]
+                judged[index][number] = Judgement(swapped, margin, detail)
+        return [[by_number[number] for number in range(judgements)] for by_number in judged]
 
     def _materials(self, request: RewardRequest) -> tuple[str, str, str]:
         escaped = self._tokenizer.escape_special_tokens
         return escaped(request.prompt), escaped(request.reference), escaped(templates.summary(request.text))
 
-    def _count(self, reply: str | None, read, materials: Sequence[str]) -> verdicts.Reading:
-        """Returns the reading of a reply and counts it."""
-        missing = verdicts.Reading(None, "the prompt or the reply is longer than the judge's sampler allows")
-        reading = missing if reply is None else read(reply, materials)
+    def _count(self, reply: str | None, read, materials: Sequence[str]) -> verdicts.ParsedVerdict:
+        """Returns the verdict of a reply and counts it."""
+        missing = verdicts.ParsedVerdict(None, "the prompt or the reply is longer than the judge's sampler allows")
+        verdict = missing if reply is None else read(reply, materials)
         self.counts.asked += 1
-        self.counts.readable += reading.value is not None
-        return reading
+        self.counts.readable += verdict.value is not None
+        return verdict

@@ -1,4 +1,4 @@
-"""What a trained reward model says of responses: a decoder with a scalar head, read at the end token of the turn."""
+"""Scores responses with a trained reward model: a decoder with a scalar head, whose score is that of the end token."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,20 +21,20 @@ Kind = Literal["helpful", "safety"]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How a question and a response become the ids that a reward model reads.
+class TextFormat:
+    """How a question and a response are written as the token ids that a reward model reads.
 
-    helpful reads the final summary alone, safety the whole response with its thinking (DeepSeek-R1, appendix B.3).
+    `helpful` reads only the final summary, `safety` the whole response with its thinking (DeepSeek-R1, appendix B.3).
     """
 
     kind: Kind
     template: str  # as in data.templates.render
     instruction: str = ""
-    prompt_tokens: int = 0  # so many last tokens of the question, 0 is all
-    response_tokens: int = 0  # so many first tokens of what is judged, 0 is all
+    prompt_tokens: int = 0  # read only the last N tokens of the question; 0 reads all
+    response_tokens: int = 0  # read only the first N tokens of the judged text; 0 reads all
 
     def ids(self, question: str, response: str, tokenizer: Any) -> np.ndarray | None:
-        """Returns int32 [n], ending in the end token; None where the kind finds nothing to judge in the response."""
+        """Returns token ids, int32 [n], the last one being the end token; None if there is no text to judge."""
         judged = templates.summary(response) if self.kind == "helpful" else response
         if self.kind == "helpful" and not judged:
             return None
@@ -47,7 +47,7 @@ class Reading:
 
 
 def architecture(network: Network) -> Network:
-    """Returns the reward model that starts from a decoder: its body and a scalar head, no output matrix."""
+    """Returns the network of a reward model: a decoder's body with a scalar head, without an output matrix."""
     return replace(
         network,
         model=replace(network.model, tie_word_embeddings=True, num_nextn_predict_layers=0, checkpoint=""),
@@ -57,29 +57,35 @@ def architecture(network: Network) -> Network:
 
 
 def from_decoder(params: decoder.Params, model: ModelConfig) -> decoder.Params:
-    """Returns the weights of a decoder as a reward model that says 0 of everything."""
+    """Returns the weights of a decoder with a scalar head of zeros, so that every score is 0."""
     return dataclasses.replace(params, unembedding=None, mtp=None, scalar_head=np.zeros(model.hidden_size, np.float32))
 
 
 class RewardModel:
-    """Scores batches of texts on a mesh; one program, whatever their number and length."""
+    """Scores texts on a mesh with one compiled program, whatever their number and lengths."""
 
     def __init__(
         self,
         params: decoder.Params,
         network: Network,
         mesh: Mesh,
-        reading: Reading,
+        text_format: TextFormat,
         tokenizer: Any,
         rows: int,
         row_tokens: int,
         center: float = 0.0,
     ):
-        """`params` lie on the mesh in the dtype they compute in; a batch has `rows` rows of `row_tokens` tokens.
+        """`params` are on the mesh, in the compute dtype. A batch has `rows` rows of `row_tokens` tokens.
 
-        `center` is the score to which `rewards` gives 1/2.
+        `center` is the score for which `rewards` returns 1/2.
         """
-        self.params, self.network, self.mesh, self.reading, self.tokenizer = params, network, mesh, reading, tokenizer
+        self.params, self.network, self.mesh, self.text_format, self.tokenizer = (
+            params,
+            network,
+            mesh,
+            text_format,
+            tokenizer,
+        )
         self.rows, self.row_tokens, self.center = rows, row_tokens, center
 
         def score(params, tokens, positions, segments):
@@ -93,31 +99,32 @@ class RewardModel:
 
     @property
     def compilations(self) -> int:
-        """Programs compiled so far."""
+        """The number of programs compiled so far."""
         return private_jax.compilations(self._score)
 
     def scores(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
-        """Returns the score of each sequence of ids, read at its last token, float32 [N].
+        """Returns the score of each sequence of ids at its last token, float32 [N].
 
-        A sequence longer than a row loses its beginning.
+        Of a sequence longer than a row only the end is read.
         """
         cut = [np.asarray(ids[-self.row_tokens :], np.int32) for ids in sequences]
-        found = np.zeros(len(cut), np.float32)
+        scores = np.zeros(len(cut), np.float32)
         for members, batch in batches(cut, self.row_tokens, self.rows):
-            found[members] = self._batch(batch)
-        return found
+            scores[members] = self._batch(batch)
+        return scores
 
     def rewards(self, questions: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-        """Returns sigmoid(score - center) of each response, float32 [N] in [0, 1]; 0 where there is nothing to judge.
+        """Returns sigmoid(score - center) of each response, float32 [N] in [0, 1]; 0 where there is no text to judge.
 
-        For pairs that is the chance to win against a response of score `center`, for labels that of being safe.
+        For a model trained on pairs this is the probability of winning against a response of score `center`, for a
+        model trained on labels the probability of being safe.
         """
-        read = [self.reading.ids(*both, self.tokenizer) for both in zip(questions, responses, strict=True)]
+        read = [self.text_format.ids(*both, self.tokenizer) for both in zip(questions, responses, strict=True)]
         judged = {index: ids for index, ids in enumerate(read) if ids is not None}
-        found = np.zeros(len(read), np.float32)
+        rewards = np.zeros(len(read), np.float32)
         scores = self.scores(list(judged.values())).astype(np.float64)
-        found[list(judged)] = expit(scores - self.center)
-        return found
+        rewards[list(judged)] = expit(scores - self.center)
+        return rewards
 
     def _batch(self, batch: PackedBatch) -> list[float]:
         place = sharding.sharding(self.mesh, ("batch", "sequence"), batch.tokens.shape)

@@ -1,8 +1,9 @@
-"""What a judge model is asked, and how its verdict is read: prompts in our own words, the last JSON object of the reply.
+"""Prompts for a judge model, and the parser of its verdict, which is the last JSON object of its reply.
 
-The texts that are judged come from the policy, so they may speak to the judge. They stand between marks with a number
-that is hashed from those very texts, which therefore cannot hold it; only what the judge itself wrote is read; and a
-verdict that stands word for word in what it was given may be a quotation and does not count.
+The prompts are our own text. The judged texts come from the policy, so they may contain instructions to the judge.
+They are enclosed in marks with a number that is hashed from these texts and does not occur in them. Only what the
+judge itself wrote is read, and a verdict that occurs word for word in the judged texts may be a quotation and does
+not count.
 """
 
 import json
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from r1jax.data import templates
 from r1jax.data.hashing import hash64
 
-# Five-way verdicts as margins of A over B; the paper gives no numbers: design decision.
+# Five-way verdicts as margins of A over B. The paper gives no numbers; these are a design decision.
 MARGINS = {"A>>B": 2, "A>B": 1, "A=B": 0, "B>A": -1, "B>>A": -2}
 CORRECT = {True: 1, False: 0}
 
@@ -42,7 +43,7 @@ _COMPARISON = (
 )
 
 
-class Reading(NamedTuple):
+class ParsedVerdict(NamedTuple):
     """A verdict as a number, or None with the reason why the reply could not be read."""
 
     value: int | None
@@ -50,50 +51,50 @@ class Reading(NamedTuple):
 
 
 def correctness_prompt(question: str, reference: str, answer: str, seed: int = 0) -> str:
-    """Returns the request to say whether an answer equals the reference."""
+    """Returns the prompt that asks whether an answer equals the reference."""
     parts = {"QUESTION": question, "REFERENCE": reference, "ANSWER": answer}
     return _prompt(_CORRECTNESS, parts, seed)
 
 
 def comparison_prompt(request: str, first: str, second: str, seed: int = 0) -> str:
-    """Returns the request to compare two replies, `first` shown as A and `second` as B."""
+    """Returns the prompt that asks for a comparison of two replies, `first` shown as A and `second` as B."""
     return _prompt(_COMPARISON, {"REQUEST": request, "REPLY A": first, "REPLY B": second}, seed)
 
 
-def read_correctness(reply: str, materials: Sequence[str]) -> Reading:
-    """Returns 1 (correct) or 0 of a judge's whole reply; `materials` are the texts it was given."""
+def read_correctness(reply: str, materials: Sequence[str]) -> ParsedVerdict:
+    """Returns the verdict in a judge's whole reply, 1 (correct) or 0; `materials` are the judged texts."""
     return _read(reply, "correct", CORRECT, materials)
 
 
-def read_comparison(reply: str, materials: Sequence[str]) -> Reading:
-    """Returns the margin of A over B, -2 to 2, of a judge's whole reply; `materials` are the texts it was given."""
+def read_comparison(reply: str, materials: Sequence[str]) -> ParsedVerdict:
+    """Returns the verdict in a judge's whole reply, the margin of A over B, -2 to 2; `materials`: the judged texts."""
     return _read(reply, "verdict", MARGINS, materials)
 
 
 def mark(seed: int, texts: Sequence[str]) -> str:
-    """Returns a number of 12 hexadecimal digits, keyed by the texts, that none of them contains."""
+    """Returns 12 hexadecimal digits, hashed from the texts, that none of them contains."""
     attempt = 0
-    while any((found := f"{hash64('mark', seed, attempt, *texts):016x}"[:12]) in text for text in texts):
+    while any((number := f"{hash64('mark', seed, attempt, *texts):016x}"[:12]) in text for text in texts):
         attempt += 1
-    return found
+    return number
 
 
 def json_objects(text: str, nested: bool = False) -> list[tuple[int, dict]]:
-    """Returns (end, object) of every JSON object in a text; one that repeats a name is empty.
+    """Returns (end, object) of every JSON object in a text; an object that repeats a name is returned empty.
 
-    Those inside another object count with `nested` only.
+    Objects inside another one are returned only with `nested`.
     """
-    found, start = [], text.find("{")
+    objects, start = [], text.find("{")
     while start >= 0:
         after = start + 1
         try:
             value, end = _DECODER.raw_decode(text, start)
-            found.append((end, value))
+            objects.append((end, value))
             after = after if nested else end
         except (ValueError, RecursionError):
             pass
         start = text.find("{", after)
-    return found
+    return objects
 
 
 def _prompt(template: str, parts: Mapping[str, str], seed: int) -> str:
@@ -102,22 +103,22 @@ def _prompt(template: str, parts: Mapping[str, str], seed: int) -> str:
     return template.format(material=_MATERIAL.format(mark=number), parts="\n\n".join(blocks))
 
 
-def _read(reply: str, field: str, values: Mapping[Any, int], materials: Sequence[str]) -> Reading:
+def _read(reply: str, field: str, values: Mapping[Any, int], materials: Sequence[str]) -> ParsedVerdict:
     text = templates.summary(reply)
     objects = json_objects(text)
     if not objects:
-        return Reading(None, "no JSON object in the reply")
+        return ParsedVerdict(None, "no JSON object in the reply")
     end, last = objects[-1]
     if "{" in text[end:]:
-        return Reading(None, "the reply goes on with an unfinished JSON object")
-    given = last.get(field)
-    if not set(last) <= {"reasoning", field} or type(given) not in map(type, values) or given not in values:
-        return Reading(None, f"the last JSON object of the reply is no verdict: {json.dumps(last)[:200]}")
+        return ParsedVerdict(None, "the reply goes on with an unfinished JSON object")
+    answer = last.get(field)
+    if not set(last) <= {"reasoning", field} or type(answer) not in map(type, values) or answer not in values:
+        return ParsedVerdict(None, f"the last JSON object of the reply is no verdict: {json.dumps(last)[:200]}")
     if not isinstance(last.get("reasoning", ""), str):
-        return Reading(None, "the verdict's reasoning is not text")
+        return ParsedVerdict(None, "the verdict's reasoning is not text")
     if any(last == planted for material in materials for _, planted in json_objects(material, nested=True)):
-        return Reading(None, "the verdict stands word for word in the judged text")
-    return Reading(values[given], json.dumps(last, ensure_ascii=False))
+        return ParsedVerdict(None, "the verdict stands word for word in the judged text")
+    return ParsedVerdict(values[answer], json.dumps(last, ensure_ascii=False))
 
 
 def _named_once(pairs: list[tuple[str, Any]]) -> dict:

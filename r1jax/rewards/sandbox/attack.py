@@ -1,4 +1,4 @@
-"""The attack that a sandbox must withstand before anything is graded in it; `open_sandbox` runs it first."""
+"""The attack that a sandbox must withstand before anything is graded in it; `open_sandbox` runs it."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ LIMITS = Limits(
     disk_bytes=4 << 20,
     output_bytes=64 << 10,
 )
-withstood: set[str] = set()  # backends that let nothing out, as this process or the one that started it found
+withstood: set[str] = set()  # backends that withstood an attack by this process or by the one that started it
 _FLOOD = "while True: print('x' * 1000)"
 _SHARED_MEMORY = """
 import os, time
@@ -34,10 +34,10 @@ time.sleep(60)
 
 
 def open_sandbox(config: SandboxConfig) -> Sandbox:
-    """Returns the sandbox of a config after it withstood its own attack (once in a process).
+    """Returns the sandbox of a config, which has withstood the attack (run once per process).
 
-    `auto` takes unshare where bubblewrap is missing or does not work. Raises SandboxUnavailable if the backend is not
-    installed, does not work here, or lets anything out.
+    `auto` falls back to unshare where bubblewrap is missing or does not work. Raises SandboxUnavailable if the
+    backend is not installed, does not work here, or lets anything out.
     """
     automatic = sorted(BACKENDS, key=lambda name: name not in withstood)
     *others, last = [config.backend] if config.backend != "auto" else automatic
@@ -54,11 +54,11 @@ def _withstanding(config: SandboxConfig, backend: str) -> Sandbox:
 
 
 def attack(sandbox: Sandbox) -> list[str]:
-    """Returns what got out of the sandbox or past its limits, one line each; empty when nothing did.
+    """Returns a line for each attack that got out of the sandbox or past its limits; empty if the sandbox holds.
 
     Takes about a second. Raises SandboxUnavailable if programs cannot be isolated here at all.
     """
-    escaped = [f"{name}: {found}" for name, found in _probe(sandbox).items()]
+    escaped = [f"{name}: {result}" for name, result in _probe(sandbox).items()]
     weak = {
         "output": _started(sandbox, _FLOOD),
         "memory": _started(sandbox, _SHARED_MEMORY),
@@ -72,7 +72,7 @@ def attack(sandbox: Sandbox) -> list[str]:
 
 
 def require(backend: str) -> None:
-    """Raises SandboxUnavailable if anything gets out of this backend's sandbox. Attacks it unless it has withstood one."""
+    """Raises SandboxUnavailable if anything gets out of the backend's sandbox. Runs the attack once in a process."""
     if backend in withstood:
         return
     escaped = attack(Sandbox(LIMITS, backend))
@@ -86,7 +86,7 @@ def _started(sandbox: Sandbox, source: str) -> Outcome:
 
 
 def _probe(sandbox: Sandbox) -> dict[str, str]:
-    """Runs probe.py against a file, two listening sockets and a process of ours; returns what it got through."""
+    """Runs probe.py against a file, two listening sockets and this process; returns {attack: what it reached}."""
     source = Path(__file__).with_name("probe.py")
     name = f"r1jax-{secrets.token_hex(8)}"
     with (
@@ -107,9 +107,9 @@ def _probe(sandbox: Sandbox) -> dict[str, str]:
             **{key: getattr(limits, key) for key in ("memory_bytes", "processes", "file_bytes", "disk_bytes")},
         }
         outcome = sandbox.run(PYTHON + ("probe.py",), {"probe.py": source.read_bytes()}, json.dumps(target).encode())
-        written = {"write": bait.name} if os.path.getsize(bait.name) else {}
+        escaped = {"write": bait.name} if os.path.getsize(bait.name) else {}
     try:
-        return json.loads(outcome.stdout) | written
+        return json.loads(outcome.stdout) | escaped
     except ValueError:
         words = outcome.stderr.decode(errors="replace").split()[-20:]
         raise SandboxUnavailable(

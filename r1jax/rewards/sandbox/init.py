@@ -1,10 +1,11 @@
-"""The first process inside a sandbox: its source is passed to `python -c` there, so it imports the standard library only.
+"""The first process inside a sandbox. Its source is passed to `python -c`, so it imports the standard library only.
 
-argv: the descriptor of a marshalled spec and the descriptor of the report. It builds the file system (unless bubblewrap
-did), writes the files, gives up every privilege, starts the command in a child under hard limits, and watches what the
-kernel limits per process only: memory, processor time, wall time of all processes together. It is pid 1 of its
-namespace: nothing inside can stop or trace it, and the kernel kills all the others when it ends. When the child ends it
-writes `status stopped_by` to the report, which no other process holds.
+Its arguments are the descriptor of a marshalled spec and the descriptor of the report. It builds the file system
+(unless bubblewrap did), writes the files, gives up every privilege, starts the command in a child under hard limits,
+and watches what the kernel limits only per process: the memory, processor time and wall time of all processes
+together. It is pid 1 of its namespace, so that nothing inside can stop or trace it, and the kernel kills all other
+processes when it ends. When the child ends, it writes `status stopped_by` to the report, which no other process has
+open.
 """
 
 import ctypes
@@ -44,7 +45,7 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str = ""
 
 
 def build_root(spec: dict) -> None:
-    """Makes a tmpfs the root, with the wanted parts of the old root bound into it, read-only."""
+    """Makes a tmpfs the root and binds the needed parts of the old root into it, read-only."""
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     base = spec["base"]
     mount("tmpfs", base, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
@@ -79,7 +80,7 @@ def make_file(path: str) -> None:
 
 
 def make_read_only(target: str) -> None:
-    """Remounts the mount at `target` and all below it; a bind mount's own read-only flag does not reach those."""
+    """Remounts the mount at `target` and all below it read-only; a bind mount's read-only flag does not cover those."""
     with open("/old/proc/self/mountinfo") as file:
         points = [line.split()[4] for line in file]
     for point in points:
@@ -89,13 +90,13 @@ def make_read_only(target: str) -> None:
 
 
 def mount_private(sizes: dict[str, int]) -> None:
-    """Mounts an empty file system in memory on each path, limited in bytes and in files (bubblewrap limits bytes only)."""
+    """Mounts an empty file system in memory on each path, with limits on bytes and files (bubblewrap limits bytes)."""
     for target, size in sizes.items():
         mount("tmpfs", target, "tmpfs", MS_NOSUID | MS_NODEV, f"size={size},mode=755,nr_inodes=16384")
 
 
 def mask(paths: list[str]) -> None:
-    """Hides directories that came with their parent behind empty read-only ones."""
+    """Hides directories that were bound with their parent behind empty read-only ones."""
     for path in paths:
         mount("tmpfs", path, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV, "size=4k,mode=755")
 
@@ -109,7 +110,7 @@ def write_files(files: dict[str, bytes]) -> None:
 
 
 def drop_privileges() -> None:
-    """Gives up all capabilities for good, and what could regain them; hides this process from the command's."""
+    """Gives up all capabilities and every way to regain them; hides this process from the command's processes."""
     for capability in range(64):
         libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
     libc.prctl(PR_CAP_AMBIENT, 4, 0, 0, 0)
@@ -120,14 +121,14 @@ def drop_privileges() -> None:
 
 
 def filter_system_calls(program: bytes) -> None:
-    class Program(ctypes.Structure):
+    class FilterProgram(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
 
-    checked(libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(Program(len(program) // 8, program)), 0, 0), "seccomp")
+    checked(libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(FilterProgram(len(program) // 8, program)), 0, 0), "seccomp")
 
 
 def start(spec: dict) -> int:
-    """Returns the pid of the command, in a session of its own, limited, with descriptors 0 to 2 only."""
+    """Starts the command in its own session, under limits, with descriptors 0 to 2 only, and returns its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -140,30 +141,30 @@ def start(spec: dict) -> int:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         filter_system_calls(spec["filter"])
-        os.execve(found(spec["command"][0], spec["environment"]["PATH"]), spec["command"], spec["environment"])
-    except BaseException as error:  # nothing may run on as a second supervisor
+        os.execve(find_command(spec["command"][0], spec["environment"]["PATH"]), spec["command"], spec["environment"])
+    except BaseException as error:  # the child must never go on as a second supervisor
         os.write(2, f"sandbox: {spec['command'][0]}: {error}\n".encode())
     finally:
         os._exit(127)
 
 
-def found(command: str, path: str) -> str:
-    """Returns where a command is; os.execvpe would import a module that is no longer where this interpreter looks."""
+def find_command(command: str, path: str) -> str:
+    """Returns the path of a command. os.execvpe is not used, since it imports a module that is unreachable by now."""
     places = [command] if "/" in command else [f"{directory}/{command}" for directory in path.split(":")]
     return next((place for place in places if os.access(place, os.X_OK)), command)
 
 
 def usage() -> tuple[int, float]:
-    """Returns resident bytes and processor seconds of every process of the namespace but this one."""
-    own = resource.getrusage(resource.RUSAGE_CHILDREN)
-    pages, seconds = 0, own.ru_utime + own.ru_stime
+    """Returns (resident bytes, processor seconds) of all processes of the namespace but this one."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    pages, seconds = 0, ended.ru_utime + ended.ru_stime
     for name in os.listdir("/proc"):
         if not name.isdigit() or name == "1":
             continue
         try:
             with open(f"/proc/{name}/statm", "rb") as file:
                 pages += int(file.read().split()[1])
-            with open(f"/proc/{name}/stat", "rb") as file:  # a process may call itself what is no text
+            with open(f"/proc/{name}/stat", "rb") as file:  # bytes: a process may have a name that is not text
                 fields = file.read().rpartition(b")")[2].split()
                 seconds += (int(fields[11]) + int(fields[12])) / TICKS
         except (OSError, IndexError):  # it has just ended
@@ -172,7 +173,7 @@ def usage() -> tuple[int, float]:
 
 
 def supervise(pid: int, spec: dict) -> tuple[int, str]:
-    """Returns the exit status of the command (minus the signal's number if one ended it) and the limit that stopped it."""
+    """Returns (exit status of the command, or minus the signal's number if one ended it; limit that stopped it)."""
     deadline = time.monotonic() + spec["wall_s"]
     while True:
         signal.sigtimedwait({signal.SIGCHLD}, POLL_S)

@@ -1,7 +1,7 @@
-"""How a program is cut off from the machine: what it sees, who it is, which system calls it may make, and by which tool.
+"""Isolates a program from the machine: the files that it sees, its user and the system calls that it may make.
 
-Namespaces and bind mounts come from bubblewrap or from unshare(1). As root the tools run as nobody, in a mount
-namespace in which an ordinary user can reach the interpreter.
+Namespaces and bind mounts come from bubblewrap or from unshare(1). When this process is root, the tools run as
+nobody, in a mount namespace in which an ordinary user can reach the interpreter.
 """
 
 import errno
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BACKENDS = ("bubblewrap", "unshare")
-WORK = "/program"  # where the files are and the command starts
-NOBODY = 65534  # user and group inside; outside too when we are root
+WORK = "/program"  # directory of the program's files, in which the command starts
+NOBODY = 65534  # user and group inside; outside too when this process is root
 VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
 PREFIX = os.path.realpath(sys.base_prefix)
 PYTHON = (f"{PREFIX}/bin/{VERSION}", "-I", "-S", "-B")  # isolated, no site-packages, no bytecode written
@@ -26,10 +26,10 @@ _ROOT_LINKS = ("/bin", "/lib", "/lib32", "/lib64", "/sbin")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _DEVICE_LINKS = {"/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0", "/dev/stdout": "/proc/self/fd/1"}
 _PACKAGES = {"bubblewrap": ("bwrap", "bubblewrap"), "unshare": ("unshare", "util-linux")}
-_REACHABLE = (  # arguments: a directory to mount on, our prefix, the command line that goes on
+_REACHABLE = (  # arguments: a directory to mount on, the interpreter's prefix, and the command line to execute
     'mount -t tmpfs -o mode=755 tmpfs "$1"; mkdir "$1/python"; mount --rbind "$2" "$1/python"; shift 2; exec "$@"'
 )
-# They reach the kernel's rarer parts, other processes, or memory that no limit of ours counts.
+# Calls that reach rarely used parts of the kernel, other processes, or memory that the limits do not count.
 _DENIED_CALLS = """
     memfd_create memfd_secret shmget shmat msgget semget mq_open
     ptrace process_vm_readv process_vm_writev process_madvise kcmp pidfd_getfd pidfd_open
@@ -43,18 +43,18 @@ _CLONE_NEW = 0x7E020080  # every CLONE_NEW* flag
 
 
 class SandboxUnavailable(ValueError):
-    """This machine cannot isolate a program; the message says what is missing and how to get it."""
+    """This machine cannot isolate a program; the message names what is missing and how to install it."""
 
 
 @dataclass(frozen=True)
 class Isolation:
-    """A backend, and the directories that programs may read besides the system's and the interpreter's."""
+    """A backend, and the directories that programs may read in addition to the system's and the interpreter's."""
 
     backend: str
     readable: tuple[str, ...] = ()
 
     def layout(self) -> dict:
-        """Returns the file system that init.py builds, or finishes where bubblewrap began it."""
+        """Returns the description of the file system that init.py builds (unshare) or completes (bubblewrap)."""
         kept = (PREFIX, *self.readable)
         masked = [path for path in _MASKED if os.path.isdir(path) and not any(_holds(path, one) for one in kept)]
         return {
@@ -68,7 +68,7 @@ class Isolation:
         }
 
     def command_line(self, spec: int, report: int) -> list[str]:
-        """Returns the command that starts init.py isolated, with the numbers of its two descriptors."""
+        """Returns the command that starts init.py isolated; `spec` and `report` are its two descriptors."""
         python = PYTHON[0]
         line = ["setpriv", "--no-new-privs", "--pdeathsig=KILL"]
         if _is_root():
@@ -97,19 +97,19 @@ class Isolation:
         return [*line, "--dir", "/tmp", "--dir", WORK, "--proc", "/proc", "--remount-ro", "/", "--chdir", "/"]
 
     def _binds(self) -> list[tuple[str, str]]:
-        """Returns (where it is now, where it goes) of what programs may read."""
+        """Returns (path outside, path inside) of everything that programs may read."""
         paths = [path for path in (*_SYSTEM, *_ROOT_LINKS) if os.path.exists(path) and not os.path.islink(path)]
-        found = [(path, path) for path in (*paths, *self.readable)]
+        binds = [(path, path) for path in (*paths, *self.readable)]
         if not _holds("/usr", PREFIX):
-            found.append((f"{self._mount_point()}/python" if _is_root() else PREFIX, PREFIX))
-        return found
+            binds.append((f"{self._mount_point()}/python" if _is_root() else PREFIX, PREFIX))
+        return binds
 
     def _interpreter_outside(self) -> str:
         hidden = _is_root() and not _holds("/usr", PREFIX)
         return f"{self._mount_point()}/python/bin/{VERSION}" if hidden else PYTHON[0]
 
     def _mount_point(self) -> str:
-        """Returns a directory to mount on, in our own mount namespace, that hides nothing which is needed there."""
+        """Returns a directory on which to mount, in a new mount namespace, without hiding anything that is needed."""
         for path in ("/mnt", "/media", "/srv", "/opt", "/tmp"):
             if os.path.isdir(path) and not any(_holds(path, kept) for kept in (PREFIX, *self.readable)):
                 return path
@@ -117,9 +117,9 @@ class Isolation:
 
 
 def installed(backend: str) -> str:
-    """Returns the backend, or the better one there is for `auto`.
+    """Returns the backend; for `auto` bubblewrap if it is installed, else unshare.
 
-    Raises SandboxUnavailable if its tools are not installed or this is not Linux, ValueError for another name.
+    Raises SandboxUnavailable if its tools are not installed or this is not Linux, ValueError for an unknown name.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"Sandbox: backend={backend!r} must be auto, bubblewrap or unshare")
@@ -135,7 +135,7 @@ def installed(backend: str) -> str:
 
 @functools.cache
 def system_call_filter() -> bytes:
-    """Returns the seccomp program: no sockets but local ones, no namespaces, none of the calls listed above.
+    """Returns the seccomp program, which denies network sockets, new namespaces and the calls of _DENIED_CALLS.
 
     Raises SandboxUnavailable without libseccomp.
     """
@@ -153,9 +153,8 @@ def system_call_filter() -> bytes:
     for bit in range(32):
         if _CLONE_NEW >> bit & 1:
             rules.add_rule(denied, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, 1 << bit, 1 << bit))
-    rules.add_rule(
-        pyseccomp.ERRNO(errno.ENOSYS), "clone3"
-    )  # its flags are behind a pointer; C libraries then use clone
+    # The flags of clone3 are behind a pointer, which a filter cannot read; without it C libraries use clone.
+    rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")
     with open(os.memfd_create("filter"), "w+b") as file:
         rules.export_bpf(file)
         file.seek(0)
@@ -163,7 +162,7 @@ def system_call_filter() -> bytes:
 
 
 def diagnosis(message: str) -> str:
-    """Returns one line that says why the isolation failed and what to do about it."""
+    """Returns one line with the reason why the isolation failed and its remedy."""
     line = " ".join(message.split())[:300] or "it ended without a word"
     return (
         f"the sandbox cannot isolate programs here ({line}): run as root, or allow user namespaces "

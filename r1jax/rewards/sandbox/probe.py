@@ -1,7 +1,7 @@
-"""A program that tries to get out of the sandbox: its source runs in there, so it imports the standard library only.
+"""A program that tries to get out of the sandbox. Its source runs inside, so it imports the standard library only.
 
-Standard input is a JSON object: the attacker's secret, paths to read, a path to write, a TCP port and a Unix socket that listen
-outside, and the limits. It prints a JSON object {attack: what got through}, empty when nothing did.
+Standard input is a JSON object: a secret of the process outside, paths to read, a path to write, a TCP port and a Unix
+socket that listen outside, and the limits. It prints a JSON object {attack: what it reached}, empty if none succeeded.
 """
 
 import ctypes
@@ -17,13 +17,13 @@ through = {}
 
 
 def attempt(name, attack):
-    """Records what an attack returns, unless it returns nothing or is refused."""
+    """Records the result of an attack, unless that is empty or the attack is refused."""
     try:
-        found = attack()
+        result = attack()
     except (OSError, MemoryError, ValueError):
         return
-    if found:
-        through[name] = str(found)[:200]
+    if result:
+        through[name] = str(result)[:200]
 
 
 def connect(family, address):
@@ -40,14 +40,14 @@ def interfaces():
 
 
 def readable():
-    found = [path for path in target["read"] if os.path.exists(path)]
-    return found + [
+    paths = [path for path in target["read"] if os.path.exists(path)]
+    return paths + [
         entry for entry in ("/home", "/etc/passwd", "/etc/shadow", "/sys", "/var", "/boot") if os.path.exists(entry)
     ]
 
 
 def secrets():
-    """Finds the secret that the sandbox's parent has in its environment."""
+    """Looks for the secret in the environment of the process that started the sandbox."""
     for name in ("self", *filter(str.isdigit, os.listdir("/proc"))):
         for part in ("environ", "cmdline"):
             try:
@@ -59,40 +59,40 @@ def secrets():
 
 
 def writable():
-    with open(target["write"], "w") as file:  # a private file of that name may be; the attacker looks at its own
+    with open(target["write"], "w") as file:  # this may be a private file of that name: attack.py checks the real one
         file.write("escaped")
 
 
 def writable_system():
-    found = []
+    written = []
     for path in ("/escaped", "/usr/escaped", f"{sys.base_prefix}/escaped", "/etc/escaped", "/dev/escaped"):
         try:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT))
-            found.append(path)
+            written.append(path)
         except OSError:
             continue
-    return found
+    return written
 
 
 def foreign_processes():
-    """Finds processes other than pid 1, this one and its ancestors."""
-    own, pid = {1, os.getpid()}, os.getpid()
+    """Returns the ids of processes other than pid 1, this one and its ancestors."""
+    ancestors, pid = {1, os.getpid()}, os.getpid()
     while pid > 1:
         with open(f"/proc/{pid}/stat") as file:
             pid = int(file.read().rpartition(")")[2].split()[1])
-        own.add(pid)
-    return sorted({int(name) for name in os.listdir("/proc") if name.isdigit()} - own - {0})
+        ancestors.add(pid)
+    return sorted({int(name) for name in os.listdir("/proc") if name.isdigit()} - ancestors - {0})
 
 
 def descriptors():
-    found = []
+    numbers = []
     for number in range(3, 256):
         try:
             os.fstat(number)
-            found.append(number)
+            numbers.append(number)
         except OSError:
             continue
-    return found
+    return numbers
 
 
 def privileges():
@@ -125,7 +125,7 @@ def address_space():
 
 
 def forks():
-    """Starts processes until it may not; returns how many, if that is more than the limit."""
+    """Starts processes until that is refused; returns how many, if they are more than the limit."""
     children = []
     hold, release = os.pipe()
     while len(children) <= target["processes"] + 8:
@@ -145,7 +145,7 @@ def forks():
 
 
 def disk(path):
-    """Fills a private directory; returns its size if that is more than the limit."""
+    """Fills a private directory; returns the bytes written if they are more than the limit."""
     block, total = bytes(1 << 20), 0
     try:
         for number in range(target["disk_bytes"] // target["file_bytes"] + 2):

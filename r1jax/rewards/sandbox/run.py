@@ -1,7 +1,7 @@
-"""Runs programs that nobody trusts: in namespaces of their own, without network, under limits, or not at all.
+"""Runs untrusted programs in their own namespaces, without network and under limits, or else not at all.
 
-A run is one process tree below init.py, its pid 1. Namespaces and file system come from bubblewrap or from
-unshare(1); everything after that is the same code. `attack.open_sandbox` returns a sandbox that has withstood an attack.
+A run is one process tree whose pid 1 is init.py. Namespaces and file system come from bubblewrap or from unshare(1);
+everything after that is the same code. `attack.open_sandbox` returns a sandbox that has withstood an attack.
 """
 
 import marshal
@@ -30,9 +30,9 @@ __all__ = [
     "SandboxUnavailable",
 ]
 
-KILL_S = 10.0  # how long a killed tree may take to be gone; the kernel needs milliseconds
-WALL_SLACK_S = 2.0  # the supervisor's own deadline comes this much later than ours, for when we are gone
-_SPARE_PROCESSES = 2  # pid 1, and bubblewrap's own; they count for the kernel
+KILL_S = 10.0  # how long a killed tree may take to end; the kernel needs milliseconds
+WALL_SLACK_S = 2.0  # how much later the deadline of init.py is, which matters only if this process has ended
+_SPARE_PROCESSES = 2  # pid 1 and bubblewrap's process, which the kernel counts too
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Program:
-    """A command, and the files (by relative path) it finds in its working directory."""
+    """A command, and the files (by relative path) in its working directory."""
 
     command: Sequence[str]
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class Sandbox:
-    """Runs commands isolated. Use `attack.open_sandbox` to get one that has been attacked first."""
+    """Runs commands in isolation. Use `attack.open_sandbox` to get one that has withstood an attack."""
 
     def __init__(
         self,
@@ -65,7 +65,8 @@ class Sandbox:
     ):
         """`readable`: absolute paths of directories that programs may read, besides the system's and the interpreter's.
 
-        Raises SandboxUnavailable if the backend is not installed or this is not Linux; ValueError for limits or paths out of range.
+        Raises SandboxUnavailable if the backend is not installed or this is not Linux, ValueError for invalid limits or
+        paths.
         """
         for name, value in vars(limits).items():
             if name != "backend" and value <= 0:
@@ -77,14 +78,14 @@ class Sandbox:
         self._isolation = Isolation(self.backend, tuple(readable))
 
     def limited(self, **limits: float) -> "Sandbox":
-        """Returns the same sandbox with some of its limits replaced."""
+        """Returns a copy of the sandbox with some of its limits replaced."""
         return Sandbox(replace(self.limits, **limits), self.backend, self._isolation.readable)
 
     def run(self, command: Sequence[str], files: Mapping[str, bytes], stdin: bytes = b"") -> Outcome:
         """Returns the outcome of `command` in a fresh private directory that holds `files` (by relative path).
 
-        A command's first word is found in the sandbox's PATH; PYTHON starts our interpreter. Raises SandboxUnavailable
-        if the isolation could not be set up: then the command did not run.
+        The command's first word is looked up in the sandbox's PATH; PYTHON starts this interpreter. Raises
+        SandboxUnavailable if the isolation could not be set up; the command did not run then.
         """
         read, write = os.pipe()
         with open(write, "wb") as feed, open(read, "rb") as source:
@@ -93,9 +94,9 @@ class Sandbox:
                 return _collect([run], self.limits, feed, stdin)[0]
 
     def converse(self, first: Program, second: Program) -> tuple[Outcome, Outcome]:
-        """Returns the outcomes of two programs in a sandbox each, whose standard inputs are the two ends of one socket.
+        """Returns the outcomes of two programs in separate sandboxes, whose standard inputs are the ends of one socket.
 
-        When either has ended the other sees the end of the stream. Raises as `run` does.
+        When one ends, the other reads the end of the stream. Raises as `run` does.
         """
         ends = socket.socketpair()
         with (
@@ -110,7 +111,7 @@ class Sandbox:
 
     @contextmanager
     def _started(self, program: Program, stdin: int) -> Generator["_Run"]:
-        """A started run; on leaving, its whole tree is gone."""
+        """Yields a started run, and ends its whole process tree on leaving."""
         report, reported = os.pipe()
         spec = os.memfd_create("spec")
         try:
@@ -164,7 +165,7 @@ class Sandbox:
 
 
 class _Run:
-    """One running tree: the process that is its root here, and the pipes to it."""
+    """One running process tree: its root process outside the sandbox, and the pipes to it."""
 
     def __init__(self, process: subprocess.Popen, report: int):
         assert process.stdout is not None and process.stderr is not None
@@ -177,10 +178,10 @@ class _Run:
 
     def stop(self, reason: str) -> None:
         self.stopped_by = self.stopped_by or reason
-        self.process.kill()  # all the others die of it: parent-death signals down to pid 1, and the kernel's from there
+        self.process.kill()  # this ends all others: parent-death signals down to pid 1, and the kernel from there
 
     def end(self) -> None:
-        """Kills what is left and waits until it is gone: pid 1, the last to go, holds the report's other end."""
+        """Kills the tree and waits until it has ended: pid 1, which ends last, holds the report's other end."""
         self.process.kill()
         self.process.wait()
         with selectors.DefaultSelector() as selector:
@@ -203,7 +204,10 @@ class _Run:
 
 
 def _collect(runs: list[_Run], limits: Limits, feed=None, stdin: bytes = b"") -> list[Outcome]:
-    """Reads what the runs print, feeds the first one's input, and stops them all at the deadline or a full output."""
+    """Returns the outcomes of runs, after reading their output and feeding `stdin` to the first one.
+
+    Stops all of them at the deadline, and each one that prints too much.
+    """
     deadline = time.monotonic() + limits.wall_s
     left, stopping = memoryview(stdin), False
     with selectors.DefaultSelector() as selector:
@@ -243,7 +247,7 @@ def _write(feed, left: memoryview, selector: selectors.BaseSelector) -> memoryvi
 
 
 def _read(run: _Run, stream, limit: int) -> bool:
-    """Takes what a stream holds, up to the limit, and returns whether it has ended."""
+    """Reads a chunk of a stream, keeps at most `limit` bytes in all, and returns whether the stream has ended."""
     chunk = os.read(stream.fileno(), 65536)
     kept = run.received[stream]
     kept += chunk[: max(0, limit - len(kept))]
