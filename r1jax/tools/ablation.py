@@ -9,7 +9,7 @@ from r1jax import config as configs
 from r1jax import stage_table
 from r1jax.core import checkpoint
 from r1jax.core.say import say
-from r1jax.recipe import given, lineage
+from r1jax.recipe import inherited, lineage
 from r1jax.report import table
 from r1jax.schema import Config, replace
 
@@ -45,7 +45,7 @@ def run(config: Config, workdir: Path) -> dict:
     for name, stage, overrides in parsed:  # before the first one runs
         variant_config = _variant_config(config, stage, overrides)
         stage_table.check(variant_config, configs.keys(overrides))
-        given.require(variant_config, f"--config.variants=('{name} {stage} FIELD ...', ...)", config)
+        inherited.require(variant_config, f"--config.variants=('{name} {stage} FIELD ...', ...)", config)
     folder = workdir / config.stage / config.output
     if not config.seeds:
         figures_of_variant = _one_seed(config, parsed, workdir)
@@ -60,7 +60,7 @@ def run(config: Config, workdir: Path) -> dict:
 
 def _variant_config(config: Config, stage: str, overrides: list[tuple[str, str]]) -> Config:
     """Returns the config of a variant: its stage at the size of the ablation, or of its student."""
-    return given.stage_config(config, f"{stage}:{given.preset(stage, config.preset)}", overrides)
+    return inherited.stage_config(config, f"{stage}:{inherited.preset(stage, config.preset)}", overrides)
 
 
 def _one_seed(config: Config, variants: list[tuple[str, str, list[tuple[str, str]]]], workdir: Path) -> dict:
