@@ -229,7 +229,7 @@ def _counted(vocab: int, limited: bool, scalars):
 
 
 def _edge(vocab, size: BlockSize, block, work):
-    """Runs work(edge) for a block, where `edge` says whether some of its columns are past the vocabulary.
+    """Runs work(edge) for a block, where `edge` is whether some of its columns are past the vocabulary.
 
     Blocks without such columns skip the check. Where the vocabulary's size is known only on the device, blocks that are
     wholly past it are skipped.

@@ -39,10 +39,12 @@ def training(folder) -> Training:
     reasoning = asked.training.all[:60]
     asked = replace(asked, training=Mixture([reasoning]))
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "rl", "init"), "float32", mesh)
-    shape = reward_model.architecture(replace(config.model, initializer_range=0.5))
+    shape = reward_model.architecture(replace(config.network, model=replace(config.model, initializer_range=0.5)))
     models = {}
     for seed, (task, name) in enumerate((("general", "helpful"), ("safety", "safety"))):
-        weights = sharding.initialize(decoder.specs(shape), rng.key(seed, "model", "init"), jnp.float32, mesh)
+        weights = sharding.initialize(
+            decoder.specs(shape.model, shape.scalar_head), rng.key(seed, "model", "init"), jnp.float32, mesh
+        )
         models[task] = RewardModel(weights, shape, mesh, TextFormat(name, "tiny"), WORDS, 8, 24)
     later = policy.later(config, WORDS, asked)
     more = dict(describe=policy.describe, later=later, reward_models=models)

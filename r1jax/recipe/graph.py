@@ -195,9 +195,9 @@ def summarize(workdir: Path, wall_s: float) -> dict:
 
 
 def export(stages: dict[str, Config], workdir: Path) -> None:
-    """Writes R1 and the student to `workdir/export/` as Hugging Face folders, anew when the stage was run again.
+    """Writes R1 and the student to `workdir/export/` as Hugging Face folders, again if the stage was run again.
 
-    Each is exported as its size is: on its mesh, in its dtype (configs/export_hf.py).
+    Each is exported on the mesh and in the dtype of its size (configs/export_hf.py).
     """
     for stage in EXPORTED:
         target = workdir / "export" / lineage.RESULTS[stage]
@@ -206,8 +206,8 @@ def export(stages: dict[str, Config], workdir: Path) -> None:
         if target.exists() and stamp.exists() and stamp.read_text() == digest:
             continue
         shutil.rmtree(target, ignore_errors=True)
-        own = configs.load(f"export_hf:{stages[stage].preset}")
-        export_hf.run(replace(own, checkpoint=str(workdir / stage), output=str(target)), workdir)
+        export_config = configs.load(f"export_hf:{stages[stage].preset}")
+        export_hf.run(replace(export_config, checkpoint=str(workdir / stage), output=str(target)), workdir)
         stamp.write_text(digest)
 
 

@@ -20,9 +20,9 @@ class Check:
     def __call__(self, config: Any) -> None:
         """Raises ValueError, in one line, where the condition does not hold."""
         value = operator.attrgetter(self.field)(config)
-        for given in value if self.each else [value]:
-            if not self.holds(given if self.each else config):
-                raise ValueError(self._line(config, given))
+        for entry in value if self.each else [value]:
+            if not self.holds(entry if self.each else config):
+                raise ValueError(self._line(config, entry))
 
     def _line(self, config: Any, value: Any) -> str:
         text = self.message.format(c=config) if isinstance(self.message, str) else self.message(config)
