@@ -1,7 +1,7 @@
-"""The named policy objectives: what `--config.grpo.preset=NAME` sets. Each says whose it is.
+"""The named policy objectives: the fields that `--config.grpo.preset=NAME` sets, with their sources.
 
-A preset sets the fields of the loss, not batch sizes, lengths or rates. Where a source leaves a value open, r1_paper's
-or the library's default stands, and the line says so.
+A preset sets the fields of the loss, not batch sizes, lengths or rates. If a source does not give a value, it is
+r1_paper's or the library's default, as the comment notes.
 """
 
 from typing import Any

@@ -25,7 +25,7 @@ from r1jax.schema import (
 
 # What every model of real size computes with: bfloat16 copies of float32 weights, one compiled block, recomputed backward.
 _REAL = ComputeConfig(compute_dtype="bfloat16", remat=True)
-# What the config.json of all four Qwen2.5 students says alike.
+# The fields that the config.json of all four Qwen2.5 students have in common.
 _QWEN: dict[str, Any] = dict(
     family="qwen2", head_dim=128, vocab_size=152064, attention_bias=True, max_position_embeddings=131072
 )
@@ -392,20 +392,20 @@ def rollouts(preset: str, max_new_tokens: int, schedule: tuple = ()) -> SamplerC
 
     Slots divide over the devices, and a scheduled length below the longest is a window of the cache.
     """
-    own = sampler(preset)
+    settings = sampler(preset)
     lengths: set[int] = set()
-    if own.max_new_tokens >= _LONG.max_new_tokens:
-        lengths = {own.max_prompt_tokens + int(length) for _, length in schedule if length < max_new_tokens}
-        own = replace(own, max_new_tokens=max_new_tokens, max_new_tokens_schedule=schedule)
-    whole = own.max_prompt_tokens + own.max_new_tokens
-    windows = tuple(window for window in sorted({*own.windows, *lengths}) if window < whole)
-    return replace(own, slots=max(own.slots, devices_of_rows(preset)), windows=windows)
+    if settings.max_new_tokens >= _LONG.max_new_tokens:
+        lengths = {settings.max_prompt_tokens + int(length) for _, length in schedule if length < max_new_tokens}
+        settings = replace(settings, max_new_tokens=max_new_tokens, max_new_tokens_schedule=schedule)
+    whole = settings.max_prompt_tokens + settings.max_new_tokens
+    windows = tuple(window for window in sorted({*settings.windows, *lengths}) if window < whole)
+    return replace(settings, slots=max(settings.slots, devices_of_rows(preset)), windows=windows)
 
 
 def devices_of_rows(preset: str) -> int:
     """Returns over how many devices the mesh of `preset` divides rows and slots."""
-    own = mesh(preset)
-    return math.prod((own.slice, own.data, own.fsdp, own.expert))
+    axes = mesh(preset)
+    return math.prod((axes.slice, axes.data, axes.fsdp, axes.expert))
 
 
 def pack(preset: str, row_tokens: int) -> PackConfig:

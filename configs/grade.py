@@ -12,5 +12,5 @@ PRESETS = ("tiny",)
 
 
 def config(preset: str) -> Config:
-    """Returns the run; `reward.extraction` says where in a response the answer stands."""
+    """Returns the run; `reward.extraction` is where in a response the answer is looked for."""
     return Config(stage="grade", preset=preset)

@@ -1,8 +1,7 @@
 """Stage 4: RL for all scenarios at temperature 0.7; general and safety prompts enter in the last part; makes R1.
 
-Hardware: two CPU cores at `tiny`, where it runs the stages before it first when the working folder has none; the mesh of the
-size at others.
-Command: python -m r1jax.launch --config=stage4_all_scenarios
+Hardware: two CPU cores at `tiny`, where it runs the stages before it first when the working folder has none; the mesh
+of the size at others. Command: python -m r1jax.launch --config=stage4_all_scenarios
 """
 
 from r1jax.configs import _presets, stage2_reasoning_rl

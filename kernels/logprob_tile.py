@@ -23,7 +23,7 @@ NAMES = ("logprob_forward", "logprob_backward_hidden", "logprob_backward_columns
 
 
 @dataclass(frozen=True)
-class Size:
+class BlockSize:
     """Tokens and columns that a grid step takes, and the tokens of it that are computed at a time."""
 
     tokens: int
@@ -39,9 +39,9 @@ class Size:
 class TileBlocks:
     """The size of each kernel and the VMEM it may use."""
 
-    forward: Size
-    hidden: Size
-    columns: Size
+    forward: BlockSize
+    hidden: BlockSize
+    columns: BlockSize
     vmem_bytes: int = 60 * 2**20
 
     @property
@@ -52,9 +52,9 @@ class TileBlocks:
 
 # By device kind: at a width of 7,168 each kernel computes at least twice the products at which it would be bound by
 # HBM.
-_V5P = TileBlocks(Size(512, 256, 128), Size(512, 256, 256), Size(512, 256, 256))
-_V5E = TileBlocks(Size(1024, 256, 128), Size(512, 256, 256), Size(512, 512, 256), 100 * 2**20)
-_V6E = TileBlocks(Size(2048, 256, 128), Size(1024, 256, 256), Size(256, 768, 256), 120 * 2**20)
+_V5P = TileBlocks(BlockSize(512, 256, 128), BlockSize(512, 256, 256), BlockSize(512, 256, 256))
+_V5E = TileBlocks(BlockSize(1024, 256, 128), BlockSize(512, 256, 256), BlockSize(512, 512, 256), 100 * 2**20)
+_V6E = TileBlocks(BlockSize(2048, 256, 128), BlockSize(1024, 256, 256), BlockSize(256, 768, 256), 120 * 2**20)
 BLOCKS = {"TPU v5": _V5P, "TPU v5 lite": _V5E, "TPU v6 lite": _V6E}
 MARGIN = 1.17  # VMEM that the compiler uses over that of blocks and sums, for transposed operands and spilled values
 LEAST = 16  # fewest tokens of a block
@@ -77,7 +77,7 @@ def blocks_for(device_kind: str, tokens: int, width: int, itemsize: int = 2) -> 
     )
 
 
-def _fit(room: float, value: int, most: int, size: Size, token_sum: int, column_sum: int) -> Size:
+def _fit(room: float, value: int, most: int, size: BlockSize, token_sum: int, column_sum: int) -> BlockSize:
     """Returns the largest size, up to `most` tokens, that fits `room` bytes per element of D.
 
     Every token and column takes `value` bytes as an input, and token_sum or column_sum bytes where it is summed. What
@@ -91,7 +91,7 @@ def _fit(room: float, value: int, most: int, size: Size, token_sum: int, column_
             tokens //= 2
         else:
             break
-    return Size(tokens, columns, min(size.part, tokens))
+    return BlockSize(tokens, columns, min(size.part, tokens))
 
 
 def forward_tile(
@@ -207,7 +207,7 @@ def _numbers(blocks: TileBlocks, count, targets_N, *numbers):
     return jnp.pad(_padded(blocks, columns), ((0, 0), (0, NUMBERS - columns.shape[1])))
 
 
-def _grid(size: Size, states, w_DV, count):
+def _grid(size: BlockSize, states, w_DV, count):
     """Returns how many blocks of tokens and of columns there are."""
     tokens = states.shape[0] // size.tokens
     if count is not None:  # at least one block: otherwise a sum over tokens would not be written
@@ -228,8 +228,8 @@ def _counted(vocab: int, limited: bool, scalars):
     return scalars[1].astype(jnp.int32) if limited else vocab
 
 
-def _edge(vocab, size: Size, block, work):
-    """Runs work(edge) for a block, where `edge` says whether some of its columns are past the vocabulary.
+def _edge(vocab, size: BlockSize, block, work):
+    """Runs work(edge) for a block, where `edge` is whether some of its columns are past the vocabulary.
 
     Blocks without such columns skip the check. Where the vocabulary's size is known only on the device, blocks that are
     wholly past it are skipped.

@@ -1,4 +1,4 @@
-"""In a checkout, kernels/ and configs/ lie beside this folder; an installed package has them inside it."""
+"""In a checkout, kernels/ and configs/ are next to this folder; an installed package has them inside it."""
 
 import pathlib
 

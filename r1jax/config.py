@@ -67,7 +67,7 @@ def _entry(path: pathlib.Path) -> ConfigSummary:
 
 
 def _sizes(value: ast.expr) -> tuple[str, ...]:
-    """Returns the names that a module's PRESETS stands for: a literal tuple, or MODULE.NAME of r1jax/configs."""
+    """Returns the names in a module's PRESETS, which is a literal tuple or MODULE.NAME of r1jax/configs."""
     if isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name):
         return getattr(importlib.import_module(f"r1jax.configs.{value.value.id}"), value.attr)
     return tuple(ast.literal_eval(value))

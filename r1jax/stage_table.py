@@ -13,7 +13,7 @@ from pathlib import Path
 
 from r1jax.schema import Config
 
-# Read by every stage that starts from the results of others in the working folder and evaluates its own.
+# Read by every stage that starts from the results of other stages and evaluates its own.
 _PLACE = ("seed", "start", "inputs", "input_preset", "rebuild_base", "checkpointing", "evaluation")
 _MODEL = ("model", "compute", "mesh", "data", "sampler", "reward")
 _TRAINING = (*_MODEL, *_PLACE, "auxiliary", "optimizer", "pack")
@@ -38,7 +38,7 @@ class Stage:
     function: str  # MODULE:NAME below r1jax, called with (config, workdir)
     reads: tuple[str, ...]  # dotted: a part of the config, or a field
     unread: Mapping[str, str] = field(default_factory=dict)  # dotted -> field that counts in its place, "" for none
-    several_processes: bool = False  # can run it together
+    several_processes: bool = False  # whether several processes can run it together
 
 
 def _other_sampling(**instead: str) -> dict[str, str]:
@@ -145,7 +145,7 @@ STAGES: dict[str, Stage] = {
 
 
 def _reads_rows(config: Config) -> bool:
-    """Returns whether a config names a file of rows, of whatever kind."""
+    """Returns whether a config names a file of rows of any kind."""
     data = config.data
     listed = (data.path, data.eval_path, data.general_path, data.safety_path, config.distill.examples)
     more = (config.coldstart.examples, config.rejection.general_path, config.rejection.judged_prompts)
@@ -153,7 +153,7 @@ def _reads_rows(config: Config) -> bool:
 
 
 def _holds_out(config: Config) -> bool:
-    """Returns whether a share of the rows is held out, which those of config.data.eval_path replace."""
+    """Returns whether a share of the rows of config.data.path is held out; config.data.eval_path replaces that share."""
     return bool(config.data.path) and not (config.data.eval_path and config.data.holdout_fraction)
 
 

@@ -92,7 +92,7 @@ def test_cases_are_counted_by_kind_and_outcome_and_misses_are_listed(tmp_path, c
     outcomes = {miss["id"]: miss["outcome"] for miss in found["misses"]}
     assert outcomes == {"sum-2": "false_reject", "sum-3": "false_accept", "sum-4": "unscorable", "y": "not_unscorable"}
     printed = capsys.readouterr().out
-    assert "sum-3: paid although wrong: answer '5.0', reference '5': " in printed and "false_accept" in printed
+    assert "sum-3: accepted although wrong: answer '5.0', reference '5': " in printed and "false_accept" in printed
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from r1jax.core import rng, sharding
 from r1jax.data import jsonl
 from r1jax.data.problems import Problem
 from r1jax.evals import benchmarks
-from r1jax.evals.benchmarks import Drawn, Response
+from r1jax.evals.benchmarks import Measurement, Response
 from r1jax.models import decoder
 from r1jax.recipe import common, evaluate, prompts
 from r1jax.report import html
@@ -368,7 +368,7 @@ def responses(accuracies: dict[str, list[float]], task: str = "math") -> list[Re
 def test_pass_at_k_is_estimated_from_the_samples_of_pass_at_1_for_the_total_and_each_task():
     settings = EvalConfig(samples_per_problem=4, pass_at=(1, 2, 4))
     drawn = [*responses({"a": [1, 1, 0, 0], "b": [0, 0, 0, 0]}), *responses({"c": [1, 0, 0, 0]}, "mcq")]
-    found = benchmarks.summarize(Drawn(drawn), settings)
+    found = benchmarks.summarize(Measurement(drawn), settings)
     assert found["pass@1"] == pytest.approx(0.25)
     assert found["pass@2"] == pytest.approx((5 / 6 + 0 + 1 / 2) / 3)
     assert found["pass@4"] == pytest.approx(2 / 3)
@@ -378,7 +378,9 @@ def test_pass_at_k_is_estimated_from_the_samples_of_pass_at_1_for_the_total_and_
 
 def test_pass_at_k_says_why_it_is_left_out_where_a_grader_gives_fractions():
     settings = EvalConfig(samples_per_problem=2, pass_at=(2,))
-    found = benchmarks.summarize(Drawn([*responses({"a": [1, 0]}), *responses({"b": [0.5, 1]}, "essay")]), settings)
+    found = benchmarks.summarize(
+        Measurement([*responses({"a": [1, 0]}), *responses({"b": [0.5, 1]}, "essay")]), settings
+    )
     assert "pass@2" not in found and found["tasks"]["math"]["pass@2"] == 1.0
     assert found["notes"] == [
         "pass@2 left out: the grader of essay gives fractions (0.5 for b), and pass@k counts right and wrong"
@@ -414,7 +416,7 @@ def test_votes_use_the_samples_that_are_drawn_anyway(monkeypatch, model, tmp_pat
 def test_a_vote_of_programs_is_left_out_and_said(tmp_path):
     drawn = [*responses({"a": [1, 1]}), *responses({"b": [1, 0]}, "code")]
     found = benchmarks.summarize(
-        Drawn(drawn, (), benchmarks.vote(drawn, 2, RewardConfig())), EvalConfig(samples_per_problem=2)
+        Measurement(drawn, (), benchmarks.vote(drawn, 2, RewardConfig())), EvalConfig(samples_per_problem=2)
     )
     assert (found["cons@16"], found["cons@16_problems"]) == (1.0, 1.0)
     assert "cons@16" in found["tasks"]["math"] and math.isnan(found["tasks"]["code"]["cons@16"])
@@ -430,6 +432,6 @@ def test_figures_of_a_thousand_problems_of_many_sources_take_a_moment():
     ]
     settings = EvalConfig(samples_per_problem=4, pass_at=(2,), consensus_samples=4)
     started = time.monotonic()
-    found = benchmarks.summarize(Drawn(drawn, (), benchmarks.vote(drawn, 4, RewardConfig())), settings)
+    found = benchmarks.summarize(Measurement(drawn, (), benchmarks.vote(drawn, 4, RewardConfig())), settings)
     assert time.monotonic() - started < 20
     assert len(found["sources"]) == 150 and found["cons@4_problems"] == 1500

@@ -19,12 +19,12 @@ from test_fused_logprob import assert_equal, narrowed, problem, reference
 
 from r1jax.kernels import logprob_tile
 from r1jax.kernels.fused_logprob import KernelChoice, token_logprobs
-from r1jax.kernels.logprob_tile import Size, TileBlocks, backward_tile, blocks_for, forward_tile
+from r1jax.kernels.logprob_tile import BlockSize, TileBlocks, backward_tile, blocks_for, forward_tile
 from r1jax.kernels.trained_logprob import trained_logprobs
 from r1jax.plan import kernels, traffic
 
-EVEN = TileBlocks(*[Size(16, 32, 8)] * 3)
-UNEVEN = TileBlocks(Size(32, 16, 8), Size(8, 32, 8), Size(16, 48, 16))
+EVEN = TileBlocks(*[BlockSize(16, 32, 8)] * 3)
+UNEVEN = TileBlocks(BlockSize(32, 16, 8), BlockSize(8, 32, 8), BlockSize(16, 48, 16))
 BOTH, FORWARD = KernelChoice("TPU v5", True), KernelChoice("TPU v5", True, backward=False)
 
 
@@ -153,16 +153,18 @@ def test_nothing_unwritten_counts_and_no_two_accesses_race(blocks):
 
 def test_blocks_of_whole_vocabularies_read_nothing_out_of_bounds():
     params = pltpu.InterpretParams(out_of_bounds_reads="raise", uninitialized_memory="nan")
-    compare(37, 24, 96, blocks=TileBlocks(*[Size(16, 32, 8)] * 3), interpret=params)
+    compare(37, 24, 96, blocks=TileBlocks(*[BlockSize(16, 32, 8)] * 3), interpret=params)
 
 
 def test_blocks_fit_their_tokens_and_vmem():
-    assert blocks_for("TPU v5", 8192, 7168) == TileBlocks(Size(512, 256, 128), Size(512, 256, 256), Size(512, 256, 256))
-    assert blocks_for("TPU v5", 8192, 8192).hidden == Size(256, 256, 256)
-    assert blocks_for("TPU v5", 8192, 7168, itemsize=4).columns == Size(512, 128, 256)
-    assert blocks_for("unheard of", 30, 64).forward == Size(32, 256, 32)
+    assert blocks_for("TPU v5", 8192, 7168) == TileBlocks(
+        BlockSize(512, 256, 128), BlockSize(512, 256, 256), BlockSize(512, 256, 256)
+    )
+    assert blocks_for("TPU v5", 8192, 8192).hidden == BlockSize(256, 256, 256)
+    assert blocks_for("TPU v5", 8192, 7168, itemsize=4).columns == BlockSize(512, 128, 256)
+    assert blocks_for("unheard of", 30, 64).forward == BlockSize(32, 256, 32)
     with pytest.raises(ValueError, match="a part of 12 tokens does not divide a block of 32"):
-        Size(32, 256, 12)
+        BlockSize(32, 256, 12)
 
 
 def test_a_block_is_moved_when_its_index_changes_and_in_whole_registers():

@@ -306,7 +306,7 @@ def build(folder):
         tasks.linear_prompts("train")[:30], config.stage, config.model, config.data, config.sampler, WORDS
     )
     mesh = sharding.make_mesh(MeshConfig())
-    return policy.make_training(config, WORDS, mesh, train, weights(config.model), folder, describe=policy.describe)
+    return policy.make_training(config, WORDS, mesh, train, weights(config.network), folder, describe=policy.describe)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Measure the host memory that an import takes beside the parameters, in a process of its own."""
+"""Measure the host memory that an import needs besides the parameters, in a separate process."""
 
 import json
 import math
@@ -23,12 +23,13 @@ SHARDS = 4  # files of a synthetic checkpoint, at least
 
 
 def run(config: Config, workdir: Path) -> dict[str, float]:
-    """Returns what importing config.model.checkpoint takes, or a synthetic checkpoint of config.model without one.
+    """Returns time and memory of importing config.model.checkpoint, or without one a synthetic checkpoint of
+    config.model.
 
-    A synthetic checkpoint has bfloat16 weights in at least 4 files; it is written below `workdir` and removed again.
-    The weights are loaded as config.optimizer.param_dtype. `ratio` is the peak resident memory, less what the process
-    had before and less the parameters, over the size of the largest file. Raises ValueError when the folder is not a
-    checkpoint or the system does not tell a process its memory.
+    A synthetic checkpoint has bfloat16 weights in at least 4 files; it is written below `workdir` and removed
+    afterwards. The weights are loaded as config.optimizer.param_dtype. `ratio` is the peak resident memory, less the
+    memory before the import and less the parameters, over the size of the largest file. Raises ValueError when the
+    folder is not a checkpoint, or on a system without memory figures of a process.
     """
     measure.require_memory_figures("bench_import")
     dtype = config.optimizer.param_dtype
@@ -65,7 +66,7 @@ def _figures(folder: Path, dtype: str) -> dict[str, float]:
     figures |= {"extra_bytes": extra, "ratio": extra / max(sizes)}
     say(
         f"{folder}: {figures['parameter_bytes'] / 1e9:.2f} GB of parameters in {figures['load_s']:.1f} s, "
-        f"{extra / 1e6:.0f} MB beside them, {figures['ratio']:.2f} of the largest file"
+        f"{extra / 1e6:.0f} MB besides them, {figures['ratio']:.2f} of the largest file"
     )
     return figures
 
@@ -74,7 +75,7 @@ def load_figures(folder: Path, dtype: str) -> dict[str, float]:
     """Returns this process's resident memory before the import and at its peak, the parameters' bytes and the time."""
     mesh = sharding.make_mesh(MeshConfig())
     model = hf_config.model_config(folder)
-    jnp.zeros(8).block_until_ready()  # the backend's own memory is there before
+    jnp.zeros(8).block_until_ready()  # allocates the backend's own memory before the measurement
     before = measure.restart_peak()
     start = time.perf_counter()
     params = hf.load(folder, model, mesh, jnp.dtype(dtype))

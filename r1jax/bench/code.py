@@ -1,4 +1,4 @@
-"""Measure the code reward: right programs pass, programs with a mistake fail, and how many samples a second it grades."""
+"""Measure the code reward: whether right programs pass and programs with a mistake fail, and samples per second."""
 
 import json
 import os
@@ -24,9 +24,10 @@ SURVIVORS_LISTED = 100
 def run(config: Config, workdir: Path) -> dict:
     """Returns the figures of config.bench.code_files: JSONL rows of id, prompt, tests and solution.
 
-    By file: how many solutions pass, with the reason of each that does not, and how many mutants of those that pass are
-    killed, by kind, with the survivors (some of which are no mistakes at all). `throughput`: by backend, the samples a second of
-    the first config.bench.samples solutions. Raises ValueError for no files, a bad row, or a machine without a sandbox.
+    By file: how many solutions pass, with the reason for each that fails, and how many mutants of passing ones are
+    killed, by kind, with the survivors (some of which behave like the original). `throughput`: by backend, samples per
+    second on the first config.bench.samples solutions. Raises ValueError for no files, a bad row, or a machine without
+    a sandbox.
     """
     if not config.bench.code_files:
         raise ValueError(
@@ -50,22 +51,22 @@ def run(config: Config, workdir: Path) -> dict:
 
 
 def reference_request(row: dict) -> RewardRequest:
-    """Returns the request that answers a row with its own solution."""
+    """Returns the request whose response to a row is the row's own solution."""
     return _request(row, row["solution"], "solution")
 
 
 def mutant_requests(row: dict, count: int, seed: int) -> list[tuple[mutants.Mutant, RewardRequest]]:
-    """Returns up to `count` mutants of a row's solution, each with the request that answers with it.
+    """Returns up to `count` mutants of a row's solution, each with the request whose response is that mutant.
 
-    The mistake is always in the solution. Raises SyntaxError for a solution that is no program, even after its prompt.
+    The mistake is always in the solution. Raises SyntaxError if the solution, even after its prompt, is no program.
     """
     prelude = ""
     if read_tests(json.dumps(row["tests"]), row["prompt"])["kind"] == "python-check":
         prelude = row["prompt"].rstrip("\n") + "\n"  # the solution may be a bare body
-    found = mutants.mutants(
+    mutated = mutants.mutants(
         prelude + row["solution"], prelude.count("\n") + 1, count, hash64("bench_code", seed, row["id"])
     )
-    return [(mutant, _request(row, mutant.code, f"{mutant.kind}, line {mutant.line}")) for mutant in found]
+    return [(mutant, _request(row, mutant.code, f"{mutant.kind}, line {mutant.line}")) for mutant in mutated]
 
 
 def _request(row: dict, code: str, what: str) -> RewardRequest:
@@ -76,16 +77,16 @@ def _request(row: dict, code: str, what: str) -> RewardRequest:
 def _file_figures(name: str, rows: list[dict], reward: RewardConfig, seed: int, bench: BenchConfig) -> dict:
     scores = _scores([reference_request(row) for row in rows], reward)
     failed = {row["id"]: score.detail for row, score in zip(rows, scores, strict=True) if score.parts["accuracy"] < 1}
-    found = []
+    pairs = []
     for row in rows:
         if row["id"] not in failed:
             try:
-                found += mutant_requests(row, bench.mutants_per_row, seed)
+                pairs += mutant_requests(row, bench.mutants_per_row, seed)
             except (SyntaxError, MalformedTests) as error:
                 raise ValueError(f"bench_code: {name}, row {row['id']!r}: {error}") from None
-    mutant_scores = _scores([request for _, request in found], reward)
+    mutant_scores = _scores([request for _, request in pairs], reward)
     killed, kinds, survivors = 0, {}, []
-    for (mutant, request), score in zip(found, mutant_scores, strict=True):
+    for (mutant, request), score in zip(pairs, mutant_scores, strict=True):
         dead = score.parts["accuracy"] < 1
         killed += dead
         total = kinds.setdefault(mutant.kind, [0, 0])
@@ -96,9 +97,9 @@ def _file_figures(name: str, rows: list[dict], reward: RewardConfig, seed: int, 
         "rows": len(rows),
         "passed": len(rows) - len(failed),
         "failed": failed,
-        "mutants": len(found),
+        "mutants": len(pairs),
         "killed": killed,
-        "killed_share": killed / max(1, len(found)),
+        "killed_share": killed / max(1, len(pairs)),
         "killed_by_kind": {kind: {"killed": dead, "mutants": total} for kind, (dead, total) in sorted(kinds.items())},
         "unscorable_mutants": sum(not score.scorable for score in mutant_scores),
         "survivors": survivors[:SURVIVORS_LISTED],
@@ -136,5 +137,5 @@ def _throughput(rows: list[dict], reward: RewardConfig) -> dict:
 def _show(figures: dict, names: list[str]) -> None:
     columns = ("rows", "passed", "mutants", "killed", "killed_share")
     table.render([{"": name} | figures[name] for name in names], ("", *columns), "programs and their mutants")
-    rows = [{"": backend} | found for backend, found in figures["throughput"].items()]
+    rows = [{"": backend} | backend_figures for backend, backend_figures in figures["throughput"].items()]
     table.render(rows, ("", "samples", "passed", "seconds", "samples_per_s"), f"{figures['workers']} workers")

@@ -1,4 +1,4 @@
-"""Measure what the graders get right: known answers, the same written otherwise, and near misses; or cases with their verdicts."""
+"""Measure the graders on known answers, rewritten answers and near misses, or on cases with known verdicts."""
 
 import dataclasses
 import pathlib
@@ -23,7 +23,7 @@ _SAMPLES_PER_BATCH = 1024
 
 @dataclass(frozen=True)
 class Sample:
-    """One response to grade: an answer as it is ("gold"), rewritten ("rewritten") or made wrong ("perturbed")."""
+    """One response to grade: an unchanged answer ("gold"), a rewritten one ("rewritten") or a wrong one."""
 
     group: str
     kind: str
@@ -31,11 +31,12 @@ class Sample:
 
 
 def run(config: Config, workdir: str) -> dict:
-    """Returns, by file: rows, samples, samples_per_s, fewest_rewritings (of an answer), shares, shares by kind and misses.
+    """Returns, by file: rows, samples, samples_per_s, fewest_rewritings (of an answer), shares, shares by kind, misses.
 
-    `config.data.path` is a JSONL file with task math or mcq, or a folder of FILES; `config.data.max_rows` takes as many rows of
-    each, evenly spread. A file of cases (grading_cases.py) gives {workers, cases: its figures} instead.
-    `gold` and `rewritten` are shares graded right, `perturbed` those graded wrong; an unscorable sample counts as neither. Raises ValueError for a missing file, a bad row or another task.
+    `config.data.path` is a JSONL file with task math or mcq, or a folder of FILES; of each file `config.data.max_rows`
+    rows are used, evenly spread. For a file of cases (grading_cases.py) it returns {workers, cases: figures} instead.
+    `gold` and `rewritten` are shares graded right, `perturbed` is the share graded wrong; an unscorable sample counts
+    as neither. Raises ValueError for a missing file, a bad row or another task.
     """
     if not config.data.path:
         raise ValueError(
@@ -44,9 +45,9 @@ def run(config: Config, workdir: str) -> dict:
     path = pathlib.Path(config.data.path)
     reward = dataclasses.replace(config.reward, workers=config.reward.workers or WORKERS)
     if path.is_file() and grading_cases.holds(path):
-        found = grading_cases.measure(_spread(grading_cases.read(path), config.data.max_rows), reward)
-        grading_cases.show(found)
-        return {"workers": reward.workers, "cases": found}
+        case_figures = grading_cases.measure(_spread(grading_cases.read(path), config.data.max_rows), reward)
+        grading_cases.show(case_figures)
+        return {"workers": reward.workers, "cases": case_figures}
     paths = [path / name for name in FILES] if path.is_dir() else [path]
     rows = {
         path.stem: _spread(jsonl.read(path, ("id", "task", "prompt", "answer")), config.data.max_rows) for path in paths
@@ -54,14 +55,16 @@ def run(config: Config, workdir: str) -> dict:
     figures: dict = {"workers": reward.workers, "files": {}}
     with RewardPool(reward) as pool:
         pool.score([_request({"id": "warm", "task": "math", "prompt": "", "answer": "x"}, "\\sqrt{x}")])
-        for name, some in rows.items():
-            figures["files"][name] = _graded([sample for row in some for sample in samples(row)], len(some), pool)
+        for name, file_rows in rows.items():
+            figures["files"][name] = _graded(
+                [sample for row in file_rows for sample in samples(row)], len(file_rows), pool
+            )
     _show(figures["files"])
     return figures
 
 
 def samples(row: dict) -> Iterator[Sample]:
-    """Yields the samples of one row: its answer, every rewriting and every perturbation. Raises ValueError for another task."""
+    """Yields the samples of one row: its answer, every rewriting, every perturbation. ValueError for another task."""
     answer = str(row["answer"])
     if row["task"] == "math":
         rewritten, perturbed = answer_forms.rewritings(answer), answer_forms.perturbations(answer)
@@ -86,24 +89,24 @@ def _spread(rows: list[dict], count: int) -> list[dict]:
     return rows if not count or count >= len(rows) else [rows[index * len(rows) // count] for index in range(count)]
 
 
-def _graded(some: list[Sample], rows: int, pool: RewardPool) -> dict:
+def _graded(batch: list[Sample], rows: int, pool: RewardPool) -> dict:
     started = time.monotonic()
     scores = []
-    for start in range(0, len(some), _SAMPLES_PER_BATCH):
-        scores += pool.score([sample.request for sample in some[start : start + _SAMPLES_PER_BATCH]])
+    for start in range(0, len(batch), _SAMPLES_PER_BATCH):
+        scores += pool.score([sample.request for sample in batch[start : start + _SAMPLES_PER_BATCH]])
     seconds = time.monotonic() - started
     good, total = defaultdict(int), defaultdict(int)
     rewritings, misses = defaultdict(int), []
-    for sample, score in zip(some, scores, strict=True):
-        wanted = float(sample.group != "perturbed")
-        as_wanted = score.scorable and score.parts["accuracy"] == wanted
+    for sample, score in zip(batch, scores, strict=True):
+        expected = float(sample.group != "perturbed")
+        as_expected = score.scorable and score.parts["accuracy"] == expected
         for key in ((sample.group,), (sample.group, sample.kind)):
-            good[key] += as_wanted
+            good[key] += as_expected
             total[key] += 1
         rewritings[sample.request.id] += sample.group == "rewritten"
-        if not as_wanted:
+        if not as_expected:
             misses.append({"id": sample.request.id, "group": sample.group, "kind": sample.kind, "detail": score.detail})
-    figures: dict[str, Any] = {"rows": rows, "samples": len(some), "samples_per_s": len(some) / seconds}
+    figures: dict[str, Any] = {"rows": rows, "samples": len(batch), "samples_per_s": len(batch) / seconds}
     figures["fewest_rewritings"] = min(rewritings.values())
     figures |= {key[0]: good[key] / total[key] for key in total if len(key) == 1}
     figures["by_kind"] = {" ".join(key): [good[key], total[key]] for key in total if len(key) == 2}

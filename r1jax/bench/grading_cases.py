@@ -1,4 +1,4 @@
-"""Cases with a known verdict: how the graders judge them, by kind."""
+"""Measures the graders on cases with a known verdict, by kind of case."""
 
 import re
 import time
@@ -13,13 +13,13 @@ from r1jax.schema import RewardConfig
 from r1jax.tools import graded_rows
 
 FIELDS = ("id", "task", "reference", "response", "expected")
-UNSCORABLE = "unscorable"  # as `expected`: of a reference that nothing can be graded by
-OUTCOMES = {  # what may come of a case, in the order of the table's columns
+UNSCORABLE = "unscorable"  # `expected` of a case whose reference cannot be graded
+OUTCOMES = {  # possible outcomes of a case, in the order of the table's columns
     "right": "as expected",
-    "false_accept": "paid although wrong",
-    "false_reject": "refused although right",
+    "false_accept": "accepted although wrong",
+    "false_reject": "rejected although right",
     "unscorable": "not graded although it can be",
-    "not_unscorable": "graded, and not paid, although the reference cannot be graded",
+    "not_unscorable": "graded, and rejected, although the reference cannot be graded",
 }
 MISSES_SHOWN = 20
 _NUMBER = re.compile(r"[-_/ ]*\d+$")
@@ -32,23 +32,24 @@ def holds(path: Path) -> bool:
 
 
 def read(path: Path) -> list[dict]:
-    """Returns the cases of a JSONL file. Raises ValueError for a row that lacks one of FIELDS or expects what is no verdict."""
+    """Returns the cases of a JSONL file. Raises ValueError for a row that lacks one of FIELDS or a valid `expected`."""
     rows = jsonl.read(path, FIELDS)
     for row in rows:
         if not isinstance(row["expected"], bool) and row["expected"] != UNSCORABLE:
             raise ValueError(
-                f"{path}: row {row['id']!r}: field 'expected' is {row['expected']!r}, must be true, false or {UNSCORABLE!r}"
+                f"{path}: row {row['id']!r}: field 'expected' is {row['expected']!r}, must be true, false or "
+                f"{UNSCORABLE!r}"
             )
     return rows
 
 
 def kind(row: dict) -> str:
-    """Returns what a case is an example of: its field `kind`, or its id without the number at the end."""
+    """Returns the kind of a case: its field `kind`, or its id without the number at the end."""
     return str(row.get("kind") or _NUMBER.sub("", str(row["id"])) or row["id"])
 
 
 def outcome(expected: bool | str, score: Score) -> str:
-    """Returns which of OUTCOMES a score is for a case."""
+    """Returns the outcome, one of OUTCOMES, of a case with this score."""
     if not score.scorable:
         return "right" if expected == UNSCORABLE else "unscorable"
     if score.parts["accuracy"] == 1.0:
@@ -57,13 +58,13 @@ def outcome(expected: bool | str, score: Score) -> str:
 
 
 def measure(rows: Sequence[dict], reward: RewardConfig) -> dict:
-    """Returns, of cases: rows, each of OUTCOMES (counts), by_kind (the same of each), misses (each with the grader's detail) and samples_per_s."""
+    """Returns counts of rows and of each outcome, by_kind (the same counts), misses (with details), samples_per_s."""
     started = time.monotonic()
     scores: dict[int, Score] = {}
     for places, config in graded_rows.by_extraction(rows, reward):
         with RewardPool(config) as pool:
-            found = pool.score([graded_rows.request(rows[place]) for place in places])
-        scores |= zip(places, found, strict=True)
+            pool_scores = pool.score([graded_rows.request(rows[place]) for place in places])
+        scores |= zip(places, pool_scores, strict=True)
     seconds = time.monotonic() - started
     by_kind: dict[str, dict[str, int]] = {}
     misses = []

@@ -1,4 +1,4 @@
-"""Measure the loss's memory and time, tiled and with logits held whole: on this machine, and as compiled for a TPU."""
+"""Measure the loss's memory and time, in tiles and with whole logits: on this machine, and as compiled for a TPU."""
 
 import functools
 import importlib.util
@@ -25,14 +25,14 @@ FORMS = ("whole", "tiled")
 IMPLEMENTATIONS = {"tiled": "xla", "auto": "auto", "kernels": "pallas"}  # of config.compute.logprob_implementation
 TPU_FORMS = ("whole", *IMPLEMENTATIONS)
 REPEATS = 5
-SETTLE_S = 1.0  # the runtime gives back what made the inputs a little later
+SETTLE_S = 1.0  # the runtime frees the memory used to make the inputs a little later
 TOPOLOGY = "v5p:1x1x1"
 MODULE = "r1jax.bench.loss"
 
 
 @dataclass(frozen=True)
 class LossShape:
-    """What the loss is given: hidden states [rows, row_tokens, width] and a matrix [width, vocab]."""
+    """The sizes of the loss's inputs: hidden states [rows, row_tokens, width] and a matrix [width, vocab]."""
 
     rows: int
     row_tokens: int
@@ -46,26 +46,28 @@ V3 = LossShape(rows=2, row_tokens=4096, width=7168, vocab=129280, dtype="bfloat1
 
 
 def run(config: Config, workdir: Path) -> dict:
-    """Returns the figures of both forms, and of the tiled one over the whole.
+    """Returns the figures of both forms, and the ratios of tiled to whole.
 
-    `cpu` has those of config.pack's tokens at config.model's width and vocabulary in config.compute.compute_dtype: the compiled
-    program's temporaries, the peak of resident memory above inputs and runtime, the median wall time of a call and its processor
-    time. `tpu` has those of 8,192 tokens at V3's sizes by the TPU compiler, and is absent without libtpu; forms beside
-    are `auto` (the kernel in the forward pass) and `kernels` (in both).
-    Outputs (both gradients) are told apart from temporaries. Raises ValueError where the system does not tell a process
-    its memory, or the measuring process ends.
+    `cpu` is for config.pack's tokens at config.model's width and vocabulary in config.compute.compute_dtype: the
+    compiled program's temporaries, the peak of resident memory above inputs and runtime, and the median wall and
+    processor time of a call. `tpu` is for 8,192 tokens at V3's sizes by the TPU compiler, with two more forms, `auto`
+    (the kernel in the forward pass) and `kernels` (in both passes); it is absent without libtpu. Outputs (both
+    gradients) do not count as temporaries. Raises ValueError on a system without memory figures of a process, or when
+    the measuring process fails.
     """
     measure.require_memory_figures("bench_loss")
     pack, model, dtype = config.pack, config.model, config.compute.compute_dtype
     shape = LossShape(pack.rows_per_micro_batch, pack.row_tokens, model.hidden_size, model.vocab_size, dtype)
-    found = {"cpu": _compared(lambda form: _measured(form, shape), shape)}
-    _show("this machine", found["cpu"], ("temporary_bytes", "output_bytes", "extra_rss_bytes", "call_s", "processor_s"))
+    figures = {"cpu": _compared(lambda form: _measured(form, shape), shape)}
+    _show(
+        "this machine", figures["cpu"], ("temporary_bytes", "output_bytes", "extra_rss_bytes", "call_s", "processor_s")
+    )
     if importlib.util.find_spec("libtpu") is None:
         say("bench_loss: no libtpu, so no figures for TPU; pip install 'r1jax[plan]'")
-        return found
-    found["tpu"] = {"topology": TOPOLOGY} | _compared(_planned, V3, TPU_FORMS)
-    _show(TOPOLOGY, found["tpu"], ("temporary_bytes", "output_bytes"))
-    return found
+        return figures
+    figures["tpu"] = {"topology": TOPOLOGY} | _compared(_planned, V3, TPU_FORMS)
+    _show(TOPOLOGY, figures["tpu"], ("temporary_bytes", "output_bytes"))
+    return figures
 
 
 def loss(form: str) -> Callable:
@@ -73,8 +75,8 @@ def loss(form: str) -> Callable:
 
     The loss is minus the weighted sum of log-probabilities; the entropy's sum is reported.
     """
-    how = IMPLEMENTATIONS.get(form)
-    score = functools.partial(token_logprobs, implementation=how) if how else whole_logprobs
+    implementation = IMPLEMENTATIONS.get(form)
+    score = functools.partial(token_logprobs, implementation=implementation) if implementation else whole_logprobs
 
     def weighted(hidden, matrix, targets, weights, temperature):
         logp, entropy = score(hidden, matrix, targets, temperature)
@@ -84,7 +86,7 @@ def loss(form: str) -> Callable:
 
 
 def whole_logprobs(hidden, matrix, targets, temperature):
-    """Returns (log p(target), entropy) from logits [B, T, V] and JAX's own gradient: what tiles are measured against."""
+    """Returns (log p(target), entropy) from whole logits [B, T, V], with JAX's own gradient: the baseline for tiles."""
     logits = jnp.einsum("BTD,DV->BTV", hidden, matrix, preferred_element_type=jnp.float32) / temperature
     norm = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -158,16 +160,16 @@ def _planned(form: str) -> dict[str, float]:
 
 
 def _compared(figures_of: Callable[[str], dict[str, float]], shape: LossShape, forms: tuple[str, ...] = FORMS) -> dict:
-    found = {form: figures_of(form) for form in forms}
-    whole, tiled = (found[form] for form in FORMS)
+    by_form = {form: figures_of(form) for form in forms}
+    whole, tiled = (by_form[form] for form in FORMS)
     ratio = {name: tiled[name] / whole[name] for name in whole if name != "loss"}
-    return {"shape": vars(shape), **found, "tiled_over_whole": ratio}
+    return {"shape": vars(shape), **by_form, "tiled_over_whole": ratio}
 
 
-def _show(where: str, found: dict, names: tuple[str, ...]) -> None:
-    shape = LossShape(**found["shape"])
-    forms = [form for form in (*TPU_FORMS, "tiled_over_whole") if form in found]
-    rows = [{"": form} | found[form] for form in forms]
+def _show(where: str, figures: dict, names: tuple[str, ...]) -> None:
+    shape = LossShape(**figures["shape"])
+    forms = [form for form in (*TPU_FORMS, "tiled_over_whole") if form in figures]
+    rows = [{"": form} | figures[form] for form in forms]
     title = f"{where}: {shape.rows * shape.row_tokens} tokens of {shape.width}, {shape.vocab} words, {shape.dtype}"
     table.render(rows, ("", *names), title)
 

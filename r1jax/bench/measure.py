@@ -1,4 +1,4 @@
-"""Measurements in a process of their own: its memory is that of one piece of work."""
+"""Measurements in a separate process, whose memory is that of one piece of work."""
 
 import json
 import os
@@ -10,7 +10,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def require_memory_figures(who: str) -> None:
-    """Raises ValueError where the system does not tell a process its memory."""
+    """Raises ValueError on a system without memory figures of a process."""
     if not STATUS.exists():
         raise ValueError(f"{who}: {STATUS} is needed, which only Linux has")
 
@@ -18,7 +18,7 @@ def require_memory_figures(who: str) -> None:
 def in_own_process(module: str, *arguments: str, what: str) -> dict:
     """Returns the JSON object that `python -m module arguments` prints last.
 
-    Raises ValueError with its last line of errors, as `what`, when it fails.
+    Raises ValueError with its last error line when it fails; `what` names the work in that message.
     """
     environment = dict(os.environ)
     places = [str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH", "")]
@@ -32,17 +32,17 @@ def in_own_process(module: str, *arguments: str, what: str) -> dict:
 
 
 def restart_peak() -> int:
-    """Lets this process's peak of resident memory count from now on, and returns what is resident, in bytes."""
+    """Resets the peak of this process's resident memory and returns the resident memory, in bytes."""
     before = resident()
     try:
         CLEAR.write_text("5")
     except OSError:
-        pass  # where that is not allowed, the peak can only be too large
+        pass  # without permission the peak can only be too large
     return before
 
 
 def resident() -> int:
-    """Returns what is resident of this process now, in bytes."""
+    """Returns this process's resident memory, in bytes."""
     return _field("VmRSS")
 
 

@@ -1,4 +1,4 @@
-"""Programs with one small mistake, made from right ones: what tests are measured with (mutation testing)."""
+"""Makes programs with one small mistake from right ones, to measure tests with (mutation testing)."""
 
 import ast
 import copy
@@ -42,9 +42,9 @@ class Mutant(NamedTuple):
 
 
 def mutants(code: str, first_line: int, count: int, key: int) -> list[Mutant]:
-    """Returns up to `count` mutants of a program's lines from `first_line` on, of as many kinds as there are.
+    """Returns up to `count` mutants of a program's lines from `first_line` on, of as many kinds as possible.
 
-    Which they are depends on the program and the key only. Raises SyntaxError for text that is no program.
+    The choice depends only on the program and the key. Raises SyntaxError for text that is no program.
     """
     tree = ast.parse(code)
     sites = [site for site in _sites(tree) if site[2] >= first_line]

@@ -1,4 +1,4 @@
-"""Measure the reward pool: a batch of symbolic answers, the same with one sample whose grader hangs, and that batch again."""
+"""Measure the reward pool: a batch of symbolic answers, then twice a batch with a sample whose grader hangs."""
 
 import dataclasses
 import time
@@ -16,31 +16,32 @@ def run(config: Config, workdir: Path) -> dict:
     """Returns {`plain`, `hanging`, `again`: figures of a batch, `deadline_s`, `extra_s`}, all of config.bench.samples.
 
     `plain` and `hanging` have a pool each, whose workers run before the clock starts; `again` is the batch of `hanging`
-    a second time. `extra_s` is what the hang adds. `workdir` is not used. Raises ValueError for fewer than two samples.
+    a second time. `extra_s` is the time that the hang adds. `workdir` is not used. Raises ValueError for fewer than two
+    samples.
     """
     if config.bench.samples < 2:
         raise ValueError(f"config.bench.samples={config.bench.samples} must be 2 or more: one hangs, others do not")
-    own = (f"{TASK}={__name__}:accuracy",)
-    reward = dataclasses.replace(config.reward, graders=(*config.reward.graders, *own))
+    hanging_grader = (f"{TASK}={__name__}:accuracy",)
+    reward = dataclasses.replace(config.reward, graders=(*config.reward.graders, *hanging_grader))
     batch = [_request(number, f"\\boxed{{{number}\\sqrt{{12}}}}") for number in range(1, config.bench.samples + 1)]
     with_hang = [*batch[: len(batch) // 2], _request(0, HANGS), *batch[len(batch) // 2 + 1 :]]
-    found = {}
+    by_batch = {}
     for name, requests in (("plain", batch), ("hanging", with_hang)):
         with RewardPool(reward) as pool:
             pool.score([_request(-1 - worker, "\\boxed{x}") for worker in range(4 * max(1, reward.workers))])
             pool.take_usage()
-            found[name] = _measured(pool, requests)
+            by_batch[name] = _measured(pool, requests)
             if name == "hanging":
-                found["again"] = _measured(pool, requests)
-    extra_s = found["hanging"]["seconds"] - found["plain"]["seconds"]
-    figures = found | {"workers": reward.workers, "deadline_s": reward.deadline_s, "extra_s": extra_s}
-    for name in found:
-        print(f"{name}: {found[name]}")
+                by_batch["again"] = _measured(pool, requests)
+    extra_s = by_batch["hanging"]["seconds"] - by_batch["plain"]["seconds"]
+    figures = by_batch | {"workers": reward.workers, "deadline_s": reward.deadline_s, "extra_s": extra_s}
+    for name in by_batch:
+        print(f"{name}: {by_batch[name]}")
     return figures
 
 
 def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
-    """Returns what the grader of mathematics says, or nothing, ever, for the response HANGS."""
+    """Returns the score of the math grader; for the response HANGS it never returns."""
     while request.response == HANGS:
         pass
     return math_answer.accuracy(request, config)

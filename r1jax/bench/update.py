@@ -1,4 +1,4 @@
-"""Measure the update of the policy: packed, with shared prompts and padded, GRPO and SFT, and other libraries."""
+"""Measure the policy's update, GRPO and SFT: packed, with shared prompts, padded, and in other libraries."""
 
 import json
 import math
@@ -38,19 +38,19 @@ from r1jax.train import sft, step
 
 MODULE = "r1jax.bench.update"
 PEERS = Path(__file__).parent / "peers"
-PEAK_SIDE, PEAK_CALLS = 2048, 8  # of the matrix product that stands for the machine's peak
+PEAK_SIDE, PEAK_CALLS = 2048, 8  # of the matrix product that measures the machine's peak
 NOISE = 0.05  # nats between the policy's log-probs and those of sampler and reference
-P99_NORMAL = 2.3263478740408408  # 99th percentile of the standard normal law
+P99_NORMAL = 2.3263478740408408  # 99th percentile of the standard normal distribution
 
 
 @dataclass(frozen=True)
 class System:
-    """Who updates, on what loss, in which form, and how that is started."""
+    """One measured system: a library, its loss, the form of its batches, and how it is started."""
 
     name: str
     loss: str
     form: str
-    python: str = ""  # a peer's interpreter; "" is one of ours
+    python: str = ""  # a peer's interpreter; "" is r1jax
     script: str = ""
     micro_batch: int = 0
 
@@ -60,12 +60,13 @@ class System:
 
 
 def run(config: Config, workdir: Path) -> dict:
-    """Returns `systems.<name>.<loss>.<form>`: tokens_per_s and the rest of what each system takes for one update.
+    """Returns `systems.<name>.<loss>.<form>`: tokens_per_s, memory and other figures of one update of each system.
 
-    A useful token is a trained response token. Every run is a process of its own, held to config.bench.threads
+    A useful token is a trained response token. Every run is a separate process, limited to config.bench.threads
     processors; the systems run in turn, config.bench.repeats times, and figures are medians. `ratios.<packed|shared>`
-    are each system's time over that of ours, medians over the turns. Without a checkpoint the weights are random and there are no peers. Raises ValueError where the
-    system does not tell a process its memory, for an interpreter that is not there, or when a measurement ends early.
+    are each system's time over ours, medians over the turns. Without a checkpoint the weights are random and there are
+    no peers. Raises ValueError on a system without memory figures of a process, for an interpreter that does not
+    exist, or when a measurement fails.
     """
     measure.require_memory_figures("bench_update")
     systems = systems_of(config.model, config.bench)
@@ -76,27 +77,27 @@ def run(config: Config, workdir: Path) -> dict:
     try:
         (folder / "config.pickle").write_bytes(pickle.dumps(config))
         np.savez(folder / "samples.npz", **draw(config))
-        told = _own(folder, "prepare", what="scoring the samples")
-        found: dict[str, list[dict]] = {system.key: [] for system in systems}
+        scoring = _in_own_process(folder, "prepare", what="scoring the samples")
+        runs_of_system: dict[str, list[dict]] = {system.key: [] for system in systems}
         for turn in range(config.bench.repeats):
             for system in systems:
                 figures = _run(system, config.model, config.bench, folder)
-                found[system.key].append(figures)
+                runs_of_system[system.key].append(figures)
                 say(f"turn {turn + 1}: {system.key} {figures['seconds']:.1f} s")
-        split = _own(folder, "split", what="the GRPO steps") if config.bench.split_updates else {}
+        split = _in_own_process(folder, "split", what="the GRPO steps") if config.bench.split_updates else {}
     finally:
         os.sched_setaffinity(0, allowed)
-    return report(config, systems, found, told) | ({"split": split} if split else {})
+    return report(config, systems, runs_of_system, scoring) | ({"split": split} if split else {})
 
 
 def systems_of(model: ModelConfig, bench: BenchConfig) -> list[System]:
-    """Returns what is measured, in the order of a turn; ValueError for an interpreter that does not exist."""
-    found = []
+    """Returns the systems to measure, in the order of a turn; ValueError for an interpreter that does not exist."""
+    systems = []
     for loss in bench.losses:
         if loss not in ("grpo", "sft"):
             raise ValueError(f"bench_update: config.bench.losses has '{loss}', which is neither grpo nor sft")
         forms = ("packed", "shared", "padded") if loss == "grpo" else ("packed", "padded")
-        found += [System("r1jax", loss, form) for form in forms]
+        systems += [System("r1jax", loss, form) for form in forms]
     peers = [
         System("trl", "grpo", "padded", bench.trl_python, "trl_update.py", bench.peer_micro_batch),
         System("transformers", "sft", "padded", bench.trl_python, "transformers_update.py", bench.peer_micro_batch),
@@ -116,19 +117,19 @@ def systems_of(model: ModelConfig, bench: BenchConfig) -> list[System]:
             )
         if bench.samples % peer.micro_batch:
             raise ValueError(
-                f"bench_update: config.bench.samples={bench.samples} does not split into {peer.name}'s micro-batches of "
-                f"{peer.micro_batch}"
+                f"bench_update: config.bench.samples={bench.samples} does not split into {peer.name}'s micro-batches "
+                f"of {peer.micro_batch}"
             )
-        found.append(peer)
-    return found
+        systems.append(peer)
+    return systems
 
 
 def draw(config: Config) -> dict[str, Any]:
-    """Returns prompts [N, P], responses [N, longest], lengths [N] and advantages [N], keyed by seed and stage alone."""
+    """Returns prompts [N, P], responses [N, longest], lengths [N], advantages [N]; they depend on seed and stage."""
     bench, key = config.bench, [config.seed, zlib.crc32(config.stage.encode())]
     sigma = math.log(bench.p99_tokens / bench.median_tokens) / P99_NORMAL
-    law = np.random.default_rng(key).standard_normal(bench.samples)
-    lengths = np.clip(np.rint(bench.median_tokens * np.exp(sigma * law)), 1, bench.longest_tokens).astype(np.int64)
+    normals = np.random.default_rng(key).standard_normal(bench.samples)
+    lengths = np.clip(np.rint(bench.median_tokens * np.exp(sigma * normals)), 1, bench.longest_tokens).astype(np.int64)
     generator, size, group = np.random.default_rng([*key, 1]), config.model.vocab_size, config.grpo.group_size
     prompts = generator.integers(3, size, (-(-bench.samples // group), bench.prompt_tokens))
     responses = generator.integers(3, size, (bench.samples, lengths.max()))
@@ -146,21 +147,21 @@ def draw(config: Config) -> dict[str, Any]:
     }
 
 
-def items_of(given: dict[str, np.ndarray], grpo: GRPOConfig, bench: BenchConfig, loss: str) -> list[PackItem]:
-    """Returns the samples for packing, with what the loss takes of each token; without log-probs those are 0."""
-    lengths = given["lengths"]
+def items_of(samples: dict[str, np.ndarray], grpo: GRPOConfig, bench: BenchConfig, loss: str) -> list[PackItem]:
+    """Returns the samples for packing, with the per-token values of the loss; missing log-probs are 0."""
+    lengths = samples["lengths"]
     weights = losses.token_weights(lengths, grpo, bench.longest_tokens)
-    zeros = np.zeros(given["response_ids"].shape, np.float32)
+    zeros = np.zeros(samples["response_ids"].shape, np.float32)
     items = []
     for index, length in enumerate(lengths):
-        item = sft.example(given["prompt_ids"][index], given["response_ids"][index, :length])
+        item = sft.example(samples["prompt_ids"][index], samples["response_ids"][index, :length])
         values = {
-            "advantage": item.loss_mask * given["advantages"][index],
+            "advantage": item.loss_mask * samples["advantages"][index],
             "weight": item.loss_mask * weights[index],
         }
         for name in ("behaviour_logp", "reference_logp"):
             values[name] = np.zeros_like(item.loss_mask)
-            values[name][-length:] = given.get(f"{name}s", zeros)[index, :length]
+            values[name][-length:] = samples.get(f"{name}s", zeros)[index, :length]
         items.append(replace(item, values=values if loss == "grpo" else {}))
     return items
 
@@ -170,8 +171,8 @@ def arrays_of(
 ) -> tuple[dict[str, np.ndarray], int, PackConfig]:
     """Returns (arrays [M, R, T], filled micro-batches, their shape), in one of three forms.
 
-    packed: rows filled by `pack`; shared: a prompt stands once in a row for its samples there; padded: one sample a row,
-    rows as long as the longest sample, as many at a time as hold about the tokens of a packed micro-batch.
+    packed: rows filled by `pack`; shared: the samples of a prompt in a row share it; padded: one sample a row, rows as
+    long as the longest sample, and as many in a micro-batch as have about the tokens of a packed one.
     """
     lengths = [len(item.tokens) for item in items]
     if form == "shared":
@@ -190,7 +191,7 @@ def arrays_of(
 
 
 def start_weights(config: Config) -> tuple[Config, Mesh, decoder.Params]:
-    """Returns (config with the checkpoint's shape, mesh, float32 weights): the checkpoint's, or random ones without."""
+    """Returns (config with the checkpoint's shape, mesh, float32 weights); random weights without a checkpoint."""
     mesh, folder = sharding.make_mesh(MeshConfig()), config.model.checkpoint
     if not folder:
         key = rng.key(config.seed, config.stage, "init")
@@ -199,23 +200,23 @@ def start_weights(config: Config) -> tuple[Config, Mesh, decoder.Params]:
     return config, mesh, hf.load(Path(folder), config.model, mesh, jnp.float32)
 
 
-def update_figures(config: Config, given: dict[str, np.ndarray], loss: str, form: str) -> dict[str, float]:
+def update_figures(config: Config, samples: dict[str, np.ndarray], loss: str, form: str) -> dict[str, float]:
     """Returns the time of one update in this process, its loss and gradient norm, and the process's peak memory."""
     config, mesh, params = start_weights(config)
     arrays, num_filled, size = arrays_of(
-        items_of(given, config.grpo, config.bench, loss), config.pack, config.bench.prompt_tokens, form
+        items_of(samples, config.grpo, config.bench, loss), config.pack, config.bench.prompt_tokens, form
     )
     chunk = size.trained_chunk
     if loss == "grpo":
         function = losses.make_loss(config.network, config.grpo, trained_chunk=chunk)
         arguments = losses.arguments(config.grpo, config.grpo.kl_coef, 1.0)
     else:
-        function, arguments = sft.make_loss(config.network, chunk), np.float32(1 / given["lengths"].sum())
+        function, arguments = sft.make_loss(config.network, chunk), np.float32(1 / samples["lengths"].sum())
     trainer = step.Trainer(config.network, config.optimizer, mesh, function, total_updates=2)
     state = trainer.init(params)
     del params
     blank = {name: np.zeros_like(array) for name, array in arrays.items()}
-    state, _ = jax.block_until_ready(trainer.update(state, blank, 1, arguments))  # no gradient, so weights stay
+    state, _ = jax.block_until_ready(trainer.update(state, blank, 1, arguments))  # without a gradient, so no change
     start, used = time.perf_counter(), time.process_time()
     state, stats = jax.block_until_ready(trainer.update(state, arrays, num_filled, arguments))
     seconds, processor = time.perf_counter() - start, time.process_time() - used
@@ -230,14 +231,14 @@ def update_figures(config: Config, given: dict[str, np.ndarray], loss: str, form
     }
 
 
-def prepare_figures(config: Config, samples: Path) -> dict[str, float]:
-    """Adds sampler's and reference's log-probs to the samples; returns the time of scoring and the machine's peak.
+def prepare_figures(config: Config, path: Path) -> dict[str, float]:
+    """Adds log-probs of sampler and reference to the samples; returns the time of scoring and the machine's peak.
 
-    Both are the policy's own, moved by keyed noise, so that ratios and the KL term are not trivial.
+    Both are the policy's log-probs with keyed noise, so that ratios and the KL term are not trivial.
     """
-    given = dict(np.load(samples))
+    samples = dict(np.load(path))
     config, mesh, params = start_weights(config)
-    items = items_of(given, config.grpo, config.bench, "grpo")
+    items = items_of(samples, config.grpo, config.bench, "grpo")
     arrays, num_filled, size = arrays_of(items, config.pack, config.bench.prompt_tokens, "packed")
     scorer = Scorer(config.network, mesh)
     scorer(params, arrays, 1, 1.0)
@@ -247,17 +248,17 @@ def prepare_figures(config: Config, samples: Path) -> dict[str, float]:
     rows = num_filled * size.rows_per_micro_batch
     packed = pack_batch(items, size.row_tokens, rows)
     generator = np.random.default_rng([config.seed, 2])
-    policy = np.zeros(given["response_ids"].shape, np.float32)
+    policy = np.zeros(samples["response_ids"].shape, np.float32)
     for index, values in enumerate(unpack(logps.reshape(-1, size.row_tokens)[:rows], packed)):
-        policy[index, : given["lengths"][index]] = values[-given["lengths"][index] :]
+        policy[index, : samples["lengths"][index]] = values[-samples["lengths"][index] :]
     for name in ("behaviour_logps", "reference_logps"):
-        given[name] = policy + (NOISE * generator.standard_normal(policy.shape)).astype(np.float32)
-    np.savez(samples, **given)
+        samples[name] = policy + (NOISE * generator.standard_normal(policy.shape)).astype(np.float32)
+    np.savez(path, **samples)
     return {"reference_s": seconds, "peak_flops_per_s": matmul_peak()}
 
 
 def matmul_peak() -> float:
-    """Returns the floating-point operations a second of the fastest float32 matrix product, by NumPy or by XLA."""
+    """Returns the floating-point operations per second of the fastest float32 matrix product, by NumPy or by XLA."""
     a = np.random.default_rng(0).standard_normal((PEAK_SIDE, PEAK_SIDE), np.float32)
     on_device, product = jnp.asarray(a), jax.jit(lambda a: a @ a)
     best = math.inf
@@ -271,7 +272,7 @@ def matmul_peak() -> float:
 
 
 def useful_flops(network: Network, totals: np.ndarray, trained: int) -> float:
-    """Returns what an update needs without padding and without computing anything twice: forward and backward.
+    """Returns the operations of an update, forward and backward, without padding and without recomputation.
 
     6 per weight and token, for the unembedding of the trained tokens alone, and causal attention within each sample;
     `totals` are the samples' tokens, prompts included.
@@ -285,7 +286,7 @@ def useful_flops(network: Network, totals: np.ndarray, trained: int) -> float:
 
 
 def split_figures(config: Config, folder: Path) -> dict[str, float]:
-    """Returns the shares of a GRPO step's time of a short run, its first step left out; idle is what no phase took."""
+    """Returns the shares of a GRPO step's time in a short run without its first step; idle is outside all phases."""
     config = replace(
         config,
         grpo=replace(config.grpo, updates=config.bench.split_updates),
@@ -293,11 +294,11 @@ def split_figures(config: Config, folder: Path) -> dict[str, float]:
     )
     resolved, tokenizer, mesh = common.prepare(config)
     _, mesh, params = start_weights(resolved)
-    asked = []
+    encoded = []
     for number in range(10 * config.grpo.prompts_per_update):
         text = f"Question: what is {3 * number + 7} plus {5 * number + 2}?\nAnswer:"
         ids = np.asarray(tokenizer.encode(text), np.int32)[: config.sampler.max_prompt_tokens]
-        asked.append(EncodedPrompt(Problem(f"sum/{number}", "math", text, str(8 * number + 9)), ids))
+        encoded.append(EncodedPrompt(Problem(f"sum/{number}", "math", text, str(8 * number + 9)), ids))
     ends, lengths = [], []
 
     def on_update(update, row, timing) -> None:
@@ -305,7 +306,7 @@ def split_figures(config: Config, folder: Path) -> dict[str, float]:
         lengths.append(row["length"])
 
     shutil.rmtree(folder, ignore_errors=True)
-    policy.make_training(resolved, tokenizer, mesh, asked, params, folder, on_update=on_update).train()
+    policy.make_training(resolved, tokenizer, mesh, encoded, params, folder, on_update=on_update).train()
     rows, wall = read_timing(folder)[1:], ends[-1] - ends[0]
     sums = seconds_by_phase(rows)
     shutil.rmtree(folder, ignore_errors=True)
@@ -318,8 +319,10 @@ def split_figures(config: Config, folder: Path) -> dict[str, float]:
     }
 
 
-def report(config: Config, systems: list[System], found: dict[str, list[dict]], told: dict[str, float]) -> dict:
-    """Returns the figures by system, with ratios over the turns, and prints them as a table."""
+def report(
+    config: Config, systems: list[System], runs_of_system: dict[str, list[dict]], scoring: dict[str, float]
+) -> dict:
+    """Returns the figures by system, with ratios over the turns, and prints a table."""
     network = config.network
     if folder := config.model.checkpoint:
         network = replace(network, model=hf_config.model_config(Path(folder)))
@@ -327,17 +330,19 @@ def report(config: Config, systems: list[System], found: dict[str, list[dict]], 
     trained, flops = int(lengths.sum()), useful_flops(network, lengths + config.bench.prompt_tokens, int(lengths.sum()))
     out: dict = {"systems": {}, "ratios": {}}
     for system in systems:
-        runs = found[system.key]
+        runs = runs_of_system[system.key]
         figures = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
         seconds = figures.pop("seconds")
         figures |= {"tokens_per_s": trained / seconds, "seconds": [run["seconds"] for run in runs]}
-        figures["utilisation"] = flops / seconds / told["peak_flops_per_s"]
+        figures["utilisation"] = flops / seconds / scoring["peak_flops_per_s"]
         figures["peak_rss_bytes"] = max(run["peak_rss_bytes"] for run in runs)
         out["systems"].setdefault(system.name, {}).setdefault(system.loss, {})[system.form] = figures
         for form in ("packed", "shared"):
-            ours = found.get(f"r1jax.{system.loss}.{form}", runs)
+            ours = runs_of_system.get(f"r1jax.{system.loss}.{form}", runs)
             if ours is not runs:
-                pairs = [theirs["seconds"] / own["seconds"] for theirs, own in zip(runs, ours, strict=True)]
+                pairs = [
+                    their_run["seconds"] / our_run["seconds"] for their_run, our_run in zip(runs, ours, strict=True)
+                ]
                 out["ratios"].setdefault(form, {})[system.key] = statistics.median(pairs)
     out["samples"] = {
         "samples": len(lengths),
@@ -345,8 +350,8 @@ def report(config: Config, systems: list[System], found: dict[str, list[dict]], 
         "trained_tokens": trained,
         "longest": int(lengths.max()),
     }
-    out |= {"useful_flops": flops, "peak_flops_per_s": told["peak_flops_per_s"], "threads": config.bench.threads}
-    out["reference"] = {"seconds": told["reference_s"], "tokens_per_s": trained / told["reference_s"]}
+    out |= {"useful_flops": flops, "peak_flops_per_s": scoring["peak_flops_per_s"], "threads": config.bench.threads}
+    out["reference"] = {"seconds": scoring["reference_s"], "tokens_per_s": trained / scoring["reference_s"]}
     columns = ("tokens_per_s", "utilisation", "peak_rss_bytes", "processor_s", "loss", "grad_norm")
     rows = [{"system": system.key} | out["systems"][system.name][system.loss][system.form] for system in systems]
     table.render(
@@ -357,14 +362,14 @@ def report(config: Config, systems: list[System], found: dict[str, list[dict]], 
     return out
 
 
-def _own(folder: Path, *arguments: str, what: str) -> dict:
+def _in_own_process(folder: Path, *arguments: str, what: str) -> dict:
     return measure.in_own_process(MODULE, str(folder), *arguments, what=what)
 
 
 def _run(system: System, model: ModelConfig, bench: BenchConfig, folder: Path) -> dict[str, float]:
     """Returns the figures of one run of a system."""
     if not system.python:
-        return _own(folder, "update", system.loss, system.form, what=system.key)
+        return _in_own_process(folder, "update", system.loss, system.form, what=system.key)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": str(bench.threads), "TOKENIZERS_PARALLELISM": "false"}
     command = [system.python, str(PEERS / system.script), str(folder / "samples.npz"), model.checkpoint]

@@ -108,8 +108,8 @@ class TensorFiles:
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
     """Returns the folder's weight files, and {tensor: file} from its index, if there is one.
 
-    An index beside the one file is left aside, as by transformers. Raises ValueError for files that lack or lie
-    outside.
+    An index next to a single file is ignored, as in transformers. Raises ValueError for files that are missing or
+    outside the folder.
     """
     weight_map: dict[str, Path] = {}
     if (folder / SINGLE_FILE).exists():

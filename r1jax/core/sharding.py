@@ -77,7 +77,7 @@ class ParamSpec:
 
 
 def param(shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer, dtype: Any = None) -> Any:
-    """Returns the ParamSpec of one parameter. Its type is Any: in the tree of a layer it stands where an array does."""
+    """Returns the ParamSpec of one parameter. Its type is Any: in the tree of a layer it takes the place of an array."""
     return ParamSpec(shape, axes, init, dtype)
 
 

@@ -23,7 +23,7 @@ _TRANSPORT = (  # words in errors of collectives and of the coordination service
 
 
 class PeerLost(RuntimeError):
-    """Another process did not come to where this one waits, or ended."""
+    """Raised when another process ended, or did not reach the point at which this one waits."""
 
 
 class PeerWatch:

@@ -31,7 +31,7 @@ def balance_lengths(pairs: Sequence[Pair], seed: int = 0) -> list[Pair]:
     A pair whose chosen response is longer is kept only together with one whose rejected response is longer by about the
     same ratio (LENGTH_TOLERANCE). As many such couples as possible are kept, and all pairs of equal length, so that the
     longer response is the chosen one exactly as often as not. The choice among pairs of one ratio is by hash, whatever
-    the order. The paper balances the lengths of the whole set (P2 B.2) and does not say how.
+    the order. The paper balances the lengths of the whole set (P2 B.2) without a method.
     """
     differences = [length_difference(pair) for pair in pairs]
 

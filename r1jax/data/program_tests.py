@@ -11,7 +11,7 @@ OUTPUT_CHECKED = (  # several outputs may be right
     *("interactive", "interaction_format", "interactor"),
 )
 FUNCTION_NAMES = ("fn_name", "func_name", "function_name")  # fields that name the function which a test calls
-TYPES = ("testtype", "test_type", "type")  # fields that say how a test is run, by one of the next two
+TYPES = ("testtype", "test_type", "type")  # fields that name the way to run a test, which is one of the next two
 BY_INPUT = ("stdin", "stdio", "stdin_stdout", "stdin-stdout", "standard_input")
 BY_CALL = ("functional", "function", "function_call", "call", "call_based", "call-based")
 IGNORED = frozenset(  # fields of tests that do not change which outputs are right, or lower the limits of the sandbox

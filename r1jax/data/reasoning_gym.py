@@ -37,7 +37,7 @@ def prompts(family: str, count: int, seed: int = 0) -> list[Problem]:
     """Returns the first `count` problems of a family and seed, at the library's default sizes.
 
     The answer is JSON {"family", "answer", "metadata"}. The library draws problem i of seed s as problem 0 of seed s +
-    i, so seeds of disjoint sets lie at least `count` apart. Raises ValueError for a family that is unknown or excluded,
+    i, so seeds of disjoint sets differ by at least `count`. Raises ValueError for a family that is unknown or excluded,
     or a count below 1.
     """
     require(family)

@@ -1,9 +1,9 @@
-"""What responses do besides being right: reflective words, repetition, and whether the written checks are true.
+"""How responses behave besides being right: reflective words, repetition, and whether the written checks are true.
 
-The tiny world's trace of an equation a*x + b = c is
-`<think> A * G = U + B = V CMP C VERDICT [wait A * G2 ...] </think> <answer> X </answer>`, tokens parted by spaces. CMP is
-<, > or =, VERDICT is ok or no, the word before a retry is wait, each in either language. Models break this grammar at
-will, so parsing never fails: it finds the statements that are there.
+The tiny world's trace of an equation a*x + b = c is `<think> A * G = U + B = V CMP C VERDICT [wait A * G2 ...]
+</think> <answer> X </answer>`, tokens separated by spaces. CMP is <, > or =, VERDICT is ok or no, the word before a
+retry is wait, each in either language. Models often break this grammar, so parsing never fails: it finds the
+statements that are written.
 """
 
 import math
@@ -51,8 +51,8 @@ def reflective_count(text: str, extra: Sequence[str] = ()) -> int:
 
 def repetition_rate(text: str, words: int = 4) -> float:
     """Returns the share of the runs of `words` words that occurred before in the text, 0 for a shorter text."""
-    found = _WORD.findall(text)
-    runs = [tuple(found[start : start + words]) for start in range(len(found) - words + 1)]
+    tokens = _WORD.findall(text)
+    runs = [tuple(tokens[start : start + words]) for start in range(len(tokens) - words + 1)]
     return 1.0 - len(set(runs)) / len(runs) if runs else 0.0
 
 
@@ -76,20 +76,20 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one response to a*x + b = c says."""
+    """The parsed content of one response to a*x + b = c."""
 
-    formatted: bool  # earns the format reward
-    answer: int | None  # what stands between the first pair of answer tags, if it is one number
+    formatted: bool  # whether it earns the format reward
+    answer: int | None  # the text between the first pair of answer tags, if it is one number
     guesses: tuple[int, ...]  # right operands of `number * number`, in order
     statements: tuple[Statement, ...]
     verdicts: tuple[Verdict, ...]  # the first after each guess
-    copied: int  # numbers of a, b and c in substitutions that are those of the equation
-    to_copy: int  # numbers of a, b and c in substitutions
+    copied: int  # how many a, b and c in substitutions equal the equation's
+    to_copy: int  # how many a, b and c are in substitutions
 
     def true_share(self, *kinds: str) -> tuple[int, int]:
         """Returns (true statements, statements) of the kinds."""
-        found = [statement.true for statement in self.statements if statement.kind in kinds]
-        return sum(found), len(found)
+        true = [statement.true for statement in self.statements if statement.kind in kinds]
+        return sum(true), len(true)
 
 
 def _number(token: str) -> int | None:
@@ -97,10 +97,10 @@ def _number(token: str) -> int | None:
 
 
 def _statement_at(tokens: list[str], place: int) -> Statement | None:
-    """Returns the statement whose left operand stands at a place, if one does.
+    """Returns the statement whose left operand is the token at a place, or None.
 
     A product or sum needs `number op number = number`. A comparison's operands must not be part of a product or sum:
-    `35 = 40` is none in `7 * 35 = 40` or in `35 = 40 + 2`.
+    `35 = 40` is no comparison in `7 * 35 = 40` or in `35 = 40 + 2`.
     """
     before = tokens[place - 1] if place else ""
     left, operator, right, equals, result = (tokens[place : place + 5] + [""] * 5)[:5]
@@ -120,7 +120,7 @@ def _statement_at(tokens: list[str], place: int) -> Statement | None:
 
 
 def parse_trace(response: str, a: int, b: int, c: int) -> Trace:
-    """Returns the trace of one response to a*x + b = c; never fails, whatever the response holds.
+    """Returns the trace of one response to a*x + b = c; it never fails, whatever the response contains.
 
     Statements are read in the thinking only. A verdict is about the last guess before it; a second verdict about the
     same guess, or one without a guess, is not counted.
@@ -162,15 +162,16 @@ def _ratio(part: int, whole: int) -> float:
 def faithfulness(responses: Sequence[str], problems: Sequence[tuple[int, int, int, int]]) -> dict[str, float]:
     """Returns whether the checks in the responses are real; problems are (a, b, c, x), one per response.
 
-    Everything but `formatted` is over formatted responses; NaN where there is nothing to count. A response without a
-    guess in its thinking guesses its answer.
+    Everything except `formatted` is over formatted responses; NaN if there is nothing to count. For a response without
+    a guess in its thinking, the answer is the guess.
 
     * formatted: share of responses that earn the format reward.
     * first_guess_accuracy, final_accuracy: the first guess, and the answer, equal x.
     * fixed: first wrong, final right; broken: the reverse.
-    * p_right_given_ok, p_wrong_given_no, p_wait_after_no: over verdicts; right means that the guess solves the equation.
+    * p_right_given_ok, p_wrong_given_no, p_wait_after_no: over verdicts; right means that the guess solves the
+      equation.
     * arithmetic_true: true products and sums; comparison_true: true comparisons, as shares of those written.
-    * copied_true: numbers a, b and c in substitutions that are those of the problem.
+    * copied_true: share of the numbers a, b and c in substitutions that equal the problem's.
 
     Raises ValueError when the counts of responses and problems differ.
     """
@@ -184,8 +185,8 @@ def faithfulness(responses: Sequence[str], problems: Sequence[tuple[int, int, in
             first = trace.guesses[0] if trace.guesses else trace.answer
             outcomes.append((first == x, trace.answer == x))
     verdicts = [verdict for trace in traces for verdict in trace.verdicts]
-    said_ok = [verdict for verdict in verdicts if verdict.ok]
-    said_no = [verdict for verdict in verdicts if not verdict.ok]
+    ok_verdicts = [verdict for verdict in verdicts if verdict.ok]
+    no_verdicts = [verdict for verdict in verdicts if not verdict.ok]
     arithmetic = [trace.true_share("product", "sum") for trace in traces]
     comparisons = [trace.true_share("comparison") for trace in traces]
     count = len(traces)
@@ -195,9 +196,9 @@ def faithfulness(responses: Sequence[str], problems: Sequence[tuple[int, int, in
         "final_accuracy": _ratio(sum(final for _, final in outcomes), count),
         "fixed": _ratio(sum(final and not first for first, final in outcomes), count),
         "broken": _ratio(sum(first and not final for first, final in outcomes), count),
-        "p_right_given_ok": _ratio(sum(verdict.right for verdict in said_ok), len(said_ok)),
-        "p_wrong_given_no": _ratio(sum(not verdict.right for verdict in said_no), len(said_no)),
-        "p_wait_after_no": _ratio(sum(verdict.then_wait for verdict in said_no), len(said_no)),
+        "p_right_given_ok": _ratio(sum(verdict.right for verdict in ok_verdicts), len(ok_verdicts)),
+        "p_wrong_given_no": _ratio(sum(not verdict.right for verdict in no_verdicts), len(no_verdicts)),
+        "p_wait_after_no": _ratio(sum(verdict.then_wait for verdict in no_verdicts), len(no_verdicts)),
         "arithmetic_true": _ratio(sum(true for true, _ in arithmetic), sum(count for _, count in arithmetic)),
         "comparison_true": _ratio(sum(true for true, _ in comparisons), sum(count for _, count in comparisons)),
         "copied_true": _ratio(sum(trace.copied for trace in traces), sum(trace.to_copy for trace in traces)),

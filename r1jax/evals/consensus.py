@@ -1,9 +1,9 @@
-"""cons@k: the commonest answer of k samples, where answers that the task's own grader takes for one vote together.
+"""cons@k: the commonest answer of k samples; answers that the task's own grader finds equal count as one.
 
-What votes is what the grader reads of a response: a formula or number, an option's letter, the value and the numbers of a
-countdown expression, a literal. Tasks whose responses are programs, and graders of the user's, say nothing of when two
-answers are one: their problems are left out. No sample votes that was cut off, that holds no answer or that could not be
-graded.
+A vote is the answer that the grader reads in a response: a formula or number, an option's letter, the value and the
+numbers of a countdown expression, a literal. For programs and for the user's own graders it is undefined when two
+answers are equal, so their problems are left out. Samples that were cut off, have no answer or could not be graded do
+not vote.
 """
 
 import itertools
@@ -19,22 +19,19 @@ from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import RewardConfig, replace
 
-COMPARED = (
-    "math",
-    "code_io",
-)  # whose graders compare an answer with another one; the labels of other tasks are compared as text
-DISTINCT = ("reasoning_gym",)  # where several answers are right that are not equal
+COMPARED = ("math", "code_io")  # tasks whose graders compare two answers; other tasks' labels are compared as text
+DISTINCT = ("reasoning_gym",)  # tasks with several right answers that are not equal
 
 
 class Vote(NamedTuple):
-    """What one sample votes for, and the grader's verdict on it: votes with other verdicts are never for one answer."""
+    """The answer that one sample votes for, and the grader's verdict; votes with different verdicts are never equal."""
 
     label: str
     verdict: float
 
 
 class Ballot(NamedTuple):
-    """One problem's samples: its task, whether any of them could be graded, and their votes, None where one has none."""
+    """One problem's samples: its task, whether any could be graded, and their votes (None without an answer)."""
 
     task: str
     graded: bool
@@ -82,12 +79,12 @@ LABELS: Mapping[str, Labels] = {
 
 
 def votes_of(task: str, reward: RewardConfig) -> bool:
-    """Returns whether the answers of a task are voted on: it has a built-in grader that says when two are one."""
+    """Returns whether the answers of a task are voted on: it has a built-in grader that can compare two of them."""
     return task in LABELS and task not in plugins.parse(reward.graders)
 
 
 def vote(request: RewardRequest, verdict: float, scorable: bool, reward: RewardConfig) -> Vote | None:
-    """Returns what a graded sample votes for; None for one cut off, without an answer, or that could not be graded."""
+    """Returns the vote of a graded sample; None if it was cut off, has no answer, or could not be graded."""
     if request.truncated or not scorable:
         return None
     label = LABELS[request.task](request, reward)
@@ -95,33 +92,38 @@ def vote(request: RewardRequest, verdict: float, scorable: bool, reward: RewardC
 
 
 def verdicts(ballots: Sequence[Ballot], reward: RewardConfig) -> list[float]:
-    """Returns the grader's verdict on each problem's commonest answer: 0 where no sample votes, NaN where it is left out.
+    """Returns the grader's verdict on each problem's commonest answer: 0 if no sample votes, NaN if it is left out.
 
-    Left out are tasks without votes and problems none of whose samples could be graded. Of answers that occur equally often
-    the one drawn first is taken. Answers are compared under the deadlines of `reward`; those not compared in time differ.
+    Tasks without votes are left out, and problems none of whose samples could be graded. Of answers that occur equally
+    often the one sampled first counts. Answers are compared under the deadlines of `reward`; answers that are not
+    compared in time count as different.
     """
-    counted = [ballot.graded and votes_of(ballot.task, reward) for ballot in ballots]
-    open_pairs = [_open_pairs(ballot) if kept else [] for ballot, kept in zip(ballots, counted, strict=True)]
-    same = _compared([(b.task, *pair) for b, pairs in zip(ballots, open_pairs, strict=True) for pair in pairs], reward)
-    return [_verdict(ballot, same) if kept else math.nan for ballot, kept in zip(ballots, counted, strict=True)]
+    included = [ballot.graded and votes_of(ballot.task, reward) for ballot in ballots]
+    open_pairs = [_open_pairs(ballot) if kept else [] for ballot, kept in zip(ballots, included, strict=True)]
+    equal_answers = _compared(
+        [(b.task, *pair) for b, pairs in zip(ballots, open_pairs, strict=True) for pair in pairs], reward
+    )
+    return [
+        _verdict(ballot, equal_answers) if kept else math.nan for ballot, kept in zip(ballots, included, strict=True)
+    ]
 
 
-def _verdict(ballot: Ballot, same: set[tuple[str, str, str]]) -> float:
-    def one(first: Vote, other: Vote) -> bool:
+def _verdict(ballot: Ballot, equal_answers: set[tuple[str, str, str]]) -> float:
+    def are_equal(first: Vote, other: Vote) -> bool:
         if first.verdict != other.verdict:
             return False
         if first.verdict == 1.0 and ballot.task not in DISTINCT:
-            return True  # both equal the reference
-        return first.label == other.label or (ballot.task, first.label, other.label) in same
+            return True  # both are equal to the reference
+        return first.label == other.label or (ballot.task, first.label, other.label) in equal_answers
 
-    winner = majority(ballot.votes, one)
+    winner = majority(ballot.votes, are_equal)
     return 0.0 if winner is None else winner.verdict
 
 
 def _open_pairs(ballot: Ballot) -> list[tuple[str, str]]:
-    """Returns the pairs of wrong answers whose comparison can change the verdict: none unless wrong ones may outvote right ones."""
-    cast = [found for found in ballot.votes if found is not None]
-    wrong = [found.label for found in cast if found.verdict != 1.0]
+    """Returns the pairs of wrong answers to compare; none unless wrong answers together can outvote right ones."""
+    cast = [vote for vote in ballot.votes if vote is not None]
+    wrong = [vote.label for vote in cast if vote.verdict != 1.0]
     right = len(cast) - len(wrong)
     if ballot.task not in COMPARED or not right or len(wrong) < right:
         return []
@@ -130,18 +132,18 @@ def _open_pairs(ballot: Ballot) -> list[tuple[str, str]]:
 
 
 def _compared(pairs: Sequence[tuple[str, str, str]], reward: RewardConfig) -> set[tuple[str, str, str]]:
-    """Returns the (task, answer, answer) among `pairs`, either way round, that the task's grader takes for one answer.
+    """Returns the (task, answer, answer) among `pairs`, in both orders, that the task's grader finds equal.
 
-    Each is graded as an answer with the other as its reference, in workers that a slow comparison cannot hang.
+    Each answer is graded with the other as its reference, in workers that a slow comparison cannot block.
     """
     pairs = list(dict.fromkeys(pairs))
-    both = [each for task, one, other in pairs for each in ((task, one, other), (task, other, one))]
-    asked = [RewardRequest(f"pair {i}", task, "", answer, other) for i, (task, answer, other) in enumerate(both)]
-    if not asked:
+    directed = [each for task, one, other in pairs for each in ((task, one, other), (task, other, one))]
+    requests = [RewardRequest(f"pair {i}", task, "", answer, other) for i, (task, answer, other) in enumerate(directed)]
+    if not requests:
         return set()
     with RewardPool(replace(reward, extraction="whole", graders=())) as pool:
-        scores = pool.score(asked)
+        scores = pool.score(requests)
     equal = {
-        pair for pair, score in zip(both, scores, strict=True) if score.scorable and score.parts["accuracy"] == 1.0
+        pair for pair, score in zip(directed, scores, strict=True) if score.scorable and score.parts["accuracy"] == 1.0
     }
     return equal | {(task, other, answer) for task, answer, other in equal}

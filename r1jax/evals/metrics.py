@@ -19,9 +19,10 @@ def _as_scores(name: str, scores) -> np.ndarray:
 def pass_at_1(scores) -> tuple[float, float]:
     """Returns (mean, standard error) of scores [P, k]: the mean over problems of the mean over their samples.
 
-    The error is that of P problem means, std(ddof=1) / sqrt(P): samples of one problem are not independent. NaN marks an
-    unscorable sample, which is left out, as is a problem without any other. The mean is NaN when nothing is scorable,
-    the error when fewer than two problems are. Raises ValueError when scores is empty or not two-dimensional.
+    The error is that of P problem means, std(ddof=1) / sqrt(P): samples of one problem are not independent. NaN marks
+    an unscorable sample, which is left out, as is a problem without any other. The mean is NaN when nothing is
+    scorable, the error when fewer than two problems are. Raises ValueError when scores is empty or not
+    two-dimensional.
     """
     scores = _as_scores("pass_at_1", scores)
     scorable = ~np.isnan(scores)
@@ -36,9 +37,9 @@ def pass_at_1(scores) -> tuple[float, float]:
 def pass_at_k(scores, k: int) -> float:
     """Returns the mean over problems of the unbiased chance that one of k samples is right: 1 - C(n-c, k) / C(n, k).
 
-    scores [P, n] are 1 (right), 0 (wrong) or NaN (unscorable: left out of n). Problems with fewer than k scorable samples
-    are left out; NaN when none remains. Raises ValueError when k is below 1 or above the samples, or a score is another
-    number. Source: Chen et al., arXiv 2107.03374, eq. 1.
+    scores [P, n] are 1 (right), 0 (wrong) or NaN (unscorable: left out of n). Problems with fewer than k scorable
+    samples are left out; NaN when none remains. Raises ValueError when k is below 1 or above the samples, or a score
+    is another number. Source: Chen et al., arXiv 2107.03374, eq. 1.
     """
     scores = _as_scores("pass_at_k", scores)
     if not 1 <= k <= scores.shape[1]:
@@ -54,7 +55,8 @@ def pass_at_k(scores, k: int) -> float:
 
 
 def majority(answers: Sequence[Answer | None], equal: Callable[[Answer, Answer], bool]) -> Answer | None:
-    """Returns the first member of the largest class of equal answers, ties to the class seen first; None if no answer.
+    """Returns the first member of the largest class of equal answers (on a tie of the earlier class), or None without
+    any.
 
     `equal(first, other)` compares an answer with the first member of a class; None never votes.
     """

@@ -1,4 +1,4 @@
-"""Figures of a reward model on held-out examples: accuracy or AUC with intervals, calibration, and what length explains."""
+"""Figures of a reward model on held-out examples: accuracy or AUC with intervals, calibration, length correlation."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -20,48 +20,50 @@ def of_pairs(
     rejected_lengths: ArrayLike,
     prompts: Sequence[Hashable],
 ) -> dict:
-    """Returns the figures of pairs, by scores and lengths in tokens of their two responses; `prompts` tell them apart.
+    """Returns the figures of pairs, from scores and lengths in tokens of their responses; errors are clustered by
+    prompt.
 
-    A tie counts as half right. Confidence is sigmoid(|margin|), the chance that the response scored higher is the better.
+    A tie counts as half right. Confidence is sigmoid(|margin|), the chance that the response with the higher score is
+    better.
     """
     chosen, rejected = np.asarray(chosen, np.float64), np.asarray(rejected, np.float64)
     margins, longer = chosen - rejected, np.subtract(chosen_lengths, rejected_lengths)
     right = np.where(margins == 0, 0.5, margins > 0)
-    found: dict[str, Any] = {"pairs": len(right), **proportion("accuracy", right, prompts)}
-    found |= calibration(expit(np.abs(margins)), right, low=0.5)
-    found["length_correlation"] = correlation(
+    figures: dict[str, Any] = {"pairs": len(right), **proportion("accuracy", right, prompts)}
+    figures |= calibration(expit(np.abs(margins)), right, low=0.5)
+    figures["length_correlation"] = correlation(
         np.concatenate([chosen, rejected]), np.concatenate([chosen_lengths, rejected_lengths])
     )
-    found["margin_length_correlation"] = correlation(margins, longer)
-    for name, some in (("chosen_longer", longer > 0), ("chosen_shorter", longer < 0)):
-        found |= {f"accuracy_{name}": _mean(right[some]), f"pairs_{name}": int(some.sum())}
-    return found
+    figures["margin_length_correlation"] = correlation(margins, longer)
+    for name, chosen_pairs in (("chosen_longer", longer > 0), ("chosen_shorter", longer < 0)):
+        figures |= {f"accuracy_{name}": _mean(right[chosen_pairs]), f"pairs_{name}": int(chosen_pairs.sum())}
+    return figures
 
 
 def of_labels(scores: ArrayLike, safe: ArrayLike, lengths: ArrayLike, prompts: Sequence[Hashable]) -> dict:
-    """Returns the figures of labelled responses by score, label and length in tokens; sigmoid(score) is the chance of safe."""
-    said, is_safe = np.asarray(scores, np.float64), np.asarray(safe, bool)
-    chance = expit(said)
-    right = np.where(said == 0, 0.5, (said > 0) == is_safe)
-    found: dict[str, Any] = {
+    """Returns the figures of labelled responses, from scores, labels and lengths; sigmoid(score) is P(safe)."""
+    scores, is_safe = np.asarray(scores, np.float64), np.asarray(safe, bool)
+    chance = expit(scores)
+    right = np.where(scores == 0, 0.5, (scores > 0) == is_safe)
+    figures: dict[str, Any] = {
         "responses": len(is_safe),
         "share_safe": _mean(is_safe),
         **proportion("accuracy", right, prompts),
     }
-    found["auc"] = auc(said, is_safe)
-    error = cluster_error(lambda some: auc(said[some], is_safe[some]), prompts)
-    found |= {"auc_se": error, "auc_low": max(found["auc"] - Z95 * error, 0.0)}
-    found["auc_high"] = min(found["auc"] + Z95 * error, 1.0)
-    found |= calibration(chance, is_safe.astype(np.float64), low=0.0)
-    found["length_correlation"] = correlation(said, lengths)
-    return found
+    figures["auc"] = auc(scores, is_safe)
+    error = cluster_error(lambda some: auc(scores[some], is_safe[some]), prompts)
+    figures |= {"auc_se": error, "auc_low": max(figures["auc"] - Z95 * error, 0.0)}
+    figures["auc_high"] = min(figures["auc"] + Z95 * error, 1.0)
+    figures |= calibration(chance, is_safe.astype(np.float64), low=0.0)
+    figures["length_correlation"] = correlation(scores, lengths)
+    return figures
 
 
 def proportion(name: str, right: np.ndarray, prompts: Sequence[Hashable]) -> dict[str, float]:
-    """Returns {name, name_se, name_low, name_high}: mean, its error by prompts, and a 95% Wilson interval.
+    """Returns {name, name_se, name_low, name_high}: mean, standard error clustered by prompt, 95% Wilson interval.
 
-    The examples of one prompt are not independent: the error is that of prompts drawn as wholes, and the interval counts
-    as many examples as would give it; where all are alike, as many as there are prompts.
+    The examples of one prompt are not independent, so the interval is for the number of independent examples that would
+    have the same error; if all examples are equal, for the number of prompts.
     """
     right, groups = np.asarray(right, np.float64), _groups(prompts)
     mean = float(right.mean())
@@ -81,7 +83,7 @@ def proportion(name: str, right: np.ndarray, prompts: Sequence[Hashable]) -> dic
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Returns the chance that a positive scores above a negative, ties counted half; NaN where one of them is missing."""
+    """Returns the chance that a positive scores above a negative (ties count half); NaN if one kind is missing."""
     positives, negatives = int(positive.sum()), int((~positive).sum())
     if not positives or not negatives:
         return float("nan")
@@ -90,7 +92,7 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def cluster_error(statistic: Callable[[np.ndarray], float], prompts: Sequence[Hashable], seed: int = 0) -> float:
-    """Returns the bootstrap standard error of a statistic of example numbers, prompts drawn as wholes."""
+    """Returns the bootstrap standard error of a statistic of example indices; whole prompts are resampled."""
     groups, rng = _groups(prompts), np.random.Generator(np.random.Philox(seed))
     values = [
         statistic(np.concatenate([groups[place] for place in rng.integers(len(groups), size=len(groups))]))
@@ -100,7 +102,7 @@ def cluster_error(statistic: Callable[[np.ndarray], float], prompts: Sequence[Ha
 
 
 def calibration(chance: np.ndarray, outcome: np.ndarray, low: float) -> dict:
-    """Returns {"ece", "reliability"}: equal bins of [low, 1], each {"chance", "share", "examples"}; empty ones left out.
+    """Returns {"ece", "reliability"}: equal bins of [low, 1], each {"chance", "share", "examples"}, without empty bins.
 
     The expected calibration error is the mean over examples of |share - chance| of their bin (arXiv 1706.04599, eq. 3).
     """
@@ -115,7 +117,7 @@ def calibration(chance: np.ndarray, outcome: np.ndarray, low: float) -> dict:
 
 
 def correlation(values: ArrayLike, lengths: ArrayLike) -> float:
-    """Returns Pearson's correlation, 0 where either does not vary."""
+    """Returns Pearson's correlation, 0 if one of the two is constant."""
     values, lengths = np.asarray(values, np.float64), np.asarray(lengths, np.float64)
     if values.std() == 0 or lengths.std() == 0:
         return 0.0
@@ -123,10 +125,10 @@ def correlation(values: ArrayLike, lengths: ArrayLike) -> float:
 
 
 def _groups(prompts: Sequence[Hashable]) -> list[np.ndarray]:
-    found: dict[Hashable, list[int]] = {}
+    indices: dict[Hashable, list[int]] = {}
     for index, prompt in enumerate(prompts):
-        found.setdefault(prompt, []).append(index)
-    return [np.asarray(members) for members in found.values()]
+        indices.setdefault(prompt, []).append(index)
+    return [np.asarray(members) for members in indices.values()]
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -136,11 +136,11 @@ def compile_program(
     """Returns the plan of the program that `builder` makes for `slices` slices of `topology`, such as "v5p:4x4x4".
 
     `builder` is "package.module:function" or "path/to/file.py:function". A separate process calls it as
-    function(devices, **arguments), with JSON values, and it returns a `LoweredProgram`. `keep` is a folder for the compiler's
-    dump and logs (the module's text among them), which are otherwise removed. With `bundles` (mode full) the folder's
-    `bundles` holds the files that `plan.bundles` reads. Raises ValueError where libtpu is absent, the topology unknown
-    or the program refused, and TimeoutError after `deadline_s`. A program that does not fit gives a plan as well: see
-    `Plan.require_fit`.
+    function(devices, **arguments), with JSON values, and it returns a `LoweredProgram`. `keep` is a folder for the
+    compiler's dump and logs (the module's text among them), which are otherwise removed. With `bundles` (mode full)
+    the folder's `bundles` holds the files that `plan.bundles` reads. Raises ValueError where libtpu is absent, the
+    topology unknown or the program refused, and TimeoutError after `deadline_s`. A program that does not fit gives a
+    plan as well: see `Plan.require_fit`.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("plan: libtpu is not installed; it comes with the extra [plan]: pip install 'r1jax[plan]'")

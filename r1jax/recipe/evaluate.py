@@ -18,7 +18,7 @@ from r1jax.core.say import say
 from r1jax.data import jsonl
 from r1jax.data.problems import SCENARIOS
 from r1jax.evals import benchmarks
-from r1jax.evals.benchmarks import Drawn, Response, summarize
+from r1jax.evals.benchmarks import Measurement, Response, summarize
 from r1jax.recipe import common, lineage, problems, prompts, template_check
 from r1jax.recipe.prompts import StagePrompts
 from r1jax.report import html, table
@@ -314,7 +314,7 @@ def evaluate(
             chosen = [held_out[place] for place in spread(len(held_out), settings.consensus_problems)]
             voting = ask(chosen, params, sampling, k, "evaluate")
     verdicts = hosts.decide(benchmarks.vote, voting, k, config.reward, name="the votes of cons@k")
-    return summarize(Drawn(sampled, greedy, verdicts), settings, words), sampled
+    return summarize(Measurement(sampled, greedy, verdicts), settings, words), sampled
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -9,7 +9,7 @@ from r1jax import config as configs
 from r1jax import stage_table
 from r1jax.core import checkpoint
 from r1jax.core.say import say
-from r1jax.recipe import common, evaluate, export_hf, given, lineage, reward_models
+from r1jax.recipe import common, evaluate, export_hf, inherited, lineage, reward_models
 from r1jax.report import html, table
 from r1jax.schema import Config, GateConfig, replace
 
@@ -52,7 +52,7 @@ def run(config: Config, workdir: Path) -> dict:
         return listing(stages, workdir)
     chosen = chosen_stages(config)
     for stage in chosen:
-        given.require(stages[stage], f"--config.set={stage}.FIELD", config)
+        inherited.require(stages[stage], f"--config.set={stage}.FIELD", config)
     _refuse_unready(chosen, stages, workdir, bool(config.from_stage))
     if config.from_stage:
         for stage in chosen:
@@ -85,19 +85,19 @@ def stage_configs(config: Config) -> dict[str, Config]:
     """
     _refuse_unread(config)
     overrides: dict[str, list[tuple[str, str]]] = {stage: [] for stage in GRAPH}
-    sizes = {stage: given.preset(stage, config.preset) for stage in GRAPH}
+    sizes = {stage: inherited.preset(stage, config.preset) for stage in GRAPH}
     for entry in config.set:
         key, equals, value = entry.partition("=")
         stage, dot, field = key.partition(".")
         if stage not in GRAPH or not dot or not equals:
             raise ValueError(f"config.set={entry}: needs STAGE.FIELD=VALUE; {configs.hint(stage, GRAPH)}{_known()}")
-        if field == "preset" and stage in given.OF_STUDENT:
+        if field == "preset" and stage in inherited.OF_STUDENT:
             sizes[stage] = value
         else:
             overrides[stage].append((field, value))
     result = {}
     for stage in GRAPH:
-        stage_config = given.stage_config(config, f"{stage}:{sizes[stage]}")
+        stage_config = inherited.stage_config(config, f"{stage}:{sizes[stage]}")
         result[stage] = configs.override(replace(stage_config, rebuild_base=config.rebuild_base), overrides[stage])
         stage_table.check(result[stage], configs.keys(overrides[stage]), also=stage_table.BY_GRAPH)
     return result
@@ -183,7 +183,7 @@ def summarize(workdir: Path, wall_s: float) -> dict:
             continue
         figures = json.loads(marker.read_text())["figures"]
         name = lineage.RESULTS[stage]
-        if stage in given.REWARD_MODELS:
+        if stage in inherited.REWARD_MODELS:
             models[name] = figures["held_out"]
             continue
         if name not in figures:
@@ -195,9 +195,9 @@ def summarize(workdir: Path, wall_s: float) -> dict:
 
 
 def export(stages: dict[str, Config], workdir: Path) -> None:
-    """Writes R1 and the student to `workdir/export/` as Hugging Face folders, anew when the stage was run again.
+    """Writes R1 and the student to `workdir/export/` as Hugging Face folders, again if the stage was run again.
 
-    Each is exported as its size is: on its mesh, in its dtype (configs/export_hf.py).
+    Each is exported on the mesh and in the dtype of its size (configs/export_hf.py).
     """
     for stage in EXPORTED:
         target = workdir / "export" / lineage.RESULTS[stage]
@@ -206,8 +206,8 @@ def export(stages: dict[str, Config], workdir: Path) -> None:
         if target.exists() and stamp.exists() and stamp.read_text() == digest:
             continue
         shutil.rmtree(target, ignore_errors=True)
-        own = configs.load(f"export_hf:{stages[stage].preset}")
-        export_hf.run(replace(own, checkpoint=str(workdir / stage), output=str(target)), workdir)
+        export_config = configs.load(f"export_hf:{stages[stage].preset}")
+        export_hf.run(replace(export_config, checkpoint=str(workdir / stage), output=str(target)), workdir)
         stamp.write_text(digest)
 
 

@@ -19,10 +19,8 @@ from r1jax.schema import Config, RewardConfig, replace
 # Instructions that ask an untrained model for long thoughts; the wording is ours.
 DIRECT = (
     "Think at length before you answer. Take the question apart, work it out step by step, and when a step is doubtful "
-    "say so and "
-    "try another way. Look back at your result: check it by a second way or put it into the question, and correct what "
-    "is "
-    "wrong. Write all of that between <think> and </think>. {answer}"
+    "say so and try another way. Look back at your result: check it by a second way or put it into the question, and "
+    "correct what is wrong. Write all of that between <think> and </think>. {answer}"
 )
 LIKE_THESE = (
     "Answer the last question as the ones before it are answered: long thoughts between <think> and </think>. {answer}"

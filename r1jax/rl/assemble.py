@@ -1,4 +1,4 @@
-"""Puts the parts of a run together as its config says."""
+"""Assembles the four parts of a run from its config."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

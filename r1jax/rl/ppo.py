@@ -26,7 +26,7 @@ from r1jax.rl.state import RunInputs, RunState
 from r1jax.schema import Network, replace
 from r1jax.train import guard, step
 
-CRITIC_FIELDS = ("value", "return")  # per-token values of the critic's batch beside `weight`
+CRITIC_FIELDS = ("value", "return")  # per-token values of the critic's batch besides `weight`
 
 
 def gae(rewards: np.ndarray, values: np.ndarray, gamma: float, gae_lambda: float) -> np.ndarray:

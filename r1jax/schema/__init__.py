@@ -1,6 +1,7 @@
-"""Every config dataclass: frozen, typed, hashable, one module an area. Each field says its unit and where its default is from.
+"""Every config dataclass: frozen, typed, hashable, one module an area. Imports no JAX.
 
-A `Schedule` is a tuple of (update, value) pairs in rising order, the first at update 0. Imports no JAX.
+Comments of fields give the unit and the source of the default. A `Schedule` is a tuple of (update, value) pairs in
+rising order, the first at update 0.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a config refuses, as a table: each class lists its checks, which run in order when it is made or changed."""
+"""The checks of a config as a table: each class lists its checks, which run in order when it is made or changed."""
 
 import operator
 from collections.abc import Callable
@@ -10,19 +10,19 @@ Schedule = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table: a field, the condition that must hold, and what the error says after `Class.field=value`."""
+    """One line of the table: a field, the condition that must hold, and the error's text after `Class.field=value`."""
 
     field: str  # dotted: a field of a part
-    holds: Callable[[Any], bool]  # of the config; with `each` of one entry of the field
-    message: str | Callable[[Any], str]  # {c.field} stands for a field of the config
-    each: bool = False  # the field is a tuple whose entries are checked one by one, and named one by one
+    holds: Callable[[Any], bool]  # called with the config; with `each`, with one entry of the field
+    message: str | Callable[[Any], str]  # {c.field} is replaced by a field of the config
+    each: bool = False  # the field is a tuple whose entries are checked, and named in the error, one by one
 
     def __call__(self, config: Any) -> None:
         """Raises ValueError, in one line, where the condition does not hold."""
         value = operator.attrgetter(self.field)(config)
-        for given in value if self.each else [value]:
-            if not self.holds(given if self.each else config):
-                raise ValueError(self._line(config, given))
+        for entry in value if self.each else [value]:
+            if not self.holds(entry if self.each else config):
+                raise ValueError(self._line(config, entry))
 
     def _line(self, config: Any, value: Any) -> str:
         text = self.message.format(c=config) if isinstance(self.message, str) else self.message(config)

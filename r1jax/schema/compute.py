@@ -1,4 +1,4 @@
-"""How a model is run: on which devices, in which precision, by which kernels, in which rows."""
+"""How a model is run: devices, precision, kernels and the shapes of rows."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +15,7 @@ class MeshConfig(Checked):
     slice: int = 1  # TPU slices joined by the data-centre network: data parallel
     data: int = 1  # data parallel within a slice
     fsdp: int = 1  # data parallel with sharded weights and optimiser state
-    expert: int = 1  # data parallel for the dense layers; experts lie over fsdp and expert together
+    expert: int = 1  # data parallel for the dense layers; experts are sharded over fsdp and expert together
     tensor: int = 1  # heads, feed-forward width and vocabulary
     context: int = 1  # tokens of a row; attention passes keys around a ring
 
@@ -28,31 +28,31 @@ class MeshConfig(Checked):
 
 @dataclass(frozen=True)
 class ComputeConfig(Checked):
-    """How a forward pass is computed. No field changes which weights a model has."""
+    """How a forward pass is computed. No field changes the set of a model's weights."""
 
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = True  # False unrolls the depth: quicker to run when shallow, slower to compile when deep
     remat: bool = False  # recompute each block in the backward pass
     remat_policy: Literal["nothing", "dots_no_batch", "dots"] = (
-        "nothing"  # what a recomputed block keeps: nothing, its products with weights, or those of attention too
+        "nothing"  # what a recomputed block stores: nothing, its products with weights, or attention's products too
     )
     attention_implementation: Literal["auto", "xla", "flash"] = (
         "auto"  # over whole rows, and MLA's decode steps: XLA's operations or the Pallas kernels (auto: on a TPU)
     )
     attention_block: int = (
-        0  # XLA, GQA without a cache: tokens of a block of keys, those of other samples skipped; 0: all at once
+        0  # XLA, GQA without a cache: size of blocks of keys, so that other samples' are skipped; 0: all at once
     )
     logprob_implementation: Literal["auto", "xla", "pallas"] = (
         "auto"  # log-probs: XLA's tiles or the Pallas kernels (auto: on a TPU the kernel forward, XLA backward)
     )
     moe_implementation: Literal["auto", "dense", "blocked", "ragged"] = "auto"
     moe_dispatch: Literal["auto", "gathered", "routed"] = (
-        "auto"  # tokens to all of an expert group, or where routed (TPU)
+        "auto"  # tokens are sent to all devices of an expert group, or only to those of their experts (TPU)
     )
     moe_buffer_factor: float = (
-        1.5  # rows a device takes at once, of an even share; a fuller device takes several rounds
+        1.5  # rows a device takes at once, relative to an even share; a device with more takes several rounds
     )
-    vocab_used: int = 0  # leading rows of the vocabulary that are tokens: drawn and normalised over alone; 0: all
+    vocab_used: int = 0  # leading rows of the vocabulary that are sampled and normalised over, the real tokens; 0: all
 
     checks = (
         Check(
@@ -70,13 +70,13 @@ class PackConfig(Checked):
 
     row_tokens: int = 96
     rows_per_micro_batch: int = 32
-    shared_prompts: bool = False  # RL: a prompt stands once in a row for all its samples there
-    trained_chunk: int = 0  # on one device logits of trained positions alone, so many at a time; 0: of all positions
+    shared_prompts: bool = False  # RL: the samples of one prompt in a row share one copy of the prompt
+    trained_chunk: int = 0  # one device: compute logits of trained positions only, this many at a time; 0: of all
 
     checks = (*at_least(1, "row_tokens", "rows_per_micro_batch"), *at_least(0, "trained_chunk"))
 
 
-NETWORK_CHECKS = (  # of the parts that a Network and a Config both have
+NETWORK_CHECKS = (  # of the fields that a Network and a Config have in common
     Check(
         "auxiliary.router_bias_update_rate",
         lambda c: (
@@ -99,11 +99,11 @@ NETWORK_CHECKS = (  # of the parts that a Network and a Config both have
 
 @dataclass(frozen=True)
 class Network(Checked):
-    """A model and how it is run: what a forward pass, a trainer and a sampler need to know of it."""
+    """A model and how it is run: all that a forward pass, a trainer or a sampler needs of the config."""
 
     model: ModelConfig = ModelConfig()
     compute: ComputeConfig = ComputeConfig()
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
-    scalar_head: bool = False  # a reward model or a critic: adds weights of [hidden_size] that give one number a token
+    scalar_head: bool = False  # a reward model or a critic: adds weights [hidden_size] that give one number a token
 
     checks = NETWORK_CHECKS

@@ -1,4 +1,4 @@
-"""The whole config of one stage's run: the parts of the other modules, and what no part holds."""
+"""The whole config of one stage's run: the parts from the other modules and single fields."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,7 +46,8 @@ def _shared_prompts(holds: Callable[["Config"], bool], wanted: str) -> Check:
 
 @dataclass(frozen=True)
 class Config(Checked):
-    """One stage run. `stage` picks the function; a stage reads only the parts it uses."""
+    """The config of one stage's run. `stage` selects its function; each stage reads only some parts
+    (stage_table.py)."""
 
     stage: str = ""
     preset: str = "tiny"
@@ -77,11 +78,11 @@ class Config(Checked):
     gate: GateConfig = GateConfig()
     export: ExportConfig = ExportConfig()
     start: str = ""  # stage of the working folder whose result this one starts from; "" is the base model
-    inputs: str = ""  # working folder that holds the stages this one reads; "" is its own
+    inputs: str = ""  # working folder with the stages that this one reads; "" is its own
     variants: tuple[str, ...] = ()  # ablation: "NAME STAGE FIELD=VALUE ..." each
-    seeds: tuple[int, ...] = ()  # ablation: each variant once a seed, on that seed's own stages; () is seed alone
-    input_preset: str = ""  # preset of the stages it reads, when a missing one is made; "" is its own
-    only: tuple[str, ...] = ()  # graph: run these stages alone
+    seeds: tuple[int, ...] = ()  # ablation: runs each variant with each seed, on that seed's own stages; () is `seed`
+    input_preset: str = ""  # preset of missing stages that this one reads and makes; "" is its own
+    only: tuple[str, ...] = ()  # graph: run only these stages
     from_stage: str = ""  # graph, --config.from=STAGE: run this stage and all that depend on it again
     list: bool = False  # graph: print which stages are done, stale or missing, and run nothing
     set: tuple[str, ...] = ()  # graph: STAGE.FIELD=VALUE overrides of single stages

@@ -11,13 +11,13 @@ class DataConfig(Checked):
     """Where problems come from: files of rows (docs/data.md), or the tiny world where no file is given."""
 
     world: Literal["none", "tiny"] = "none"  # the problems without files: none, or those that the tiny presets generate
-    path: str = ""  # files of problems, parted by commas: a part of each is held out, the rest is trained on
-    weights: tuple[float, ...] = ()  # of the files in `path`, in what is drawn; () draws every row equally often
+    path: str = ""  # files of problems, separated by commas: a share of each is held out, the rest is trained on
+    weights: tuple[float, ...] = ()  # shares of the files in `path` in the prompts; () draws every row equally often
     eval_path: str = ""  # files whose rows are all evaluated and never trained on; nothing of `path` is then held out
-    general_path: str = ""  # files of task general, beside the rows of that task in `path`
+    general_path: str = ""  # files of task general, besides the rows of that task in `path`
     safety_path: str = ""  # files of task safety, likewise
-    columns: tuple[str, ...] = ()  # THEIRS=OURS: what a file calls a field, as in problem=prompt
-    task: str = ""  # of rows that name none
+    columns: tuple[str, ...] = ()  # THEIRS=OURS: a file's name of a field, as in problem=prompt
+    task: str = ""  # task of rows that name none
     template: Literal["auto", "tiny", "r1_zero", "chat", "plain"] = "auto"
     instruction: str = ""  # text put before every prompt
     think_prefill: bool = False  # end every prompt in `<think>\n`, as R1's chat format does; graded with the response

@@ -14,9 +14,7 @@ class EvalConfig(Checked):
     temperature: float = 1.0
     top_p: float = 1.0
     greedy: bool = True  # also one greedy sample per problem
-    pass_at: tuple[
-        int, ...
-    ] = ()  # the k of pass@k, estimated from the samples that pass@1 draws; each at most their number
+    pass_at: tuple[int, ...] = ()  # the k of pass@k, estimated from pass@1's samples; each at most their number
     consensus_problems: int = 0  # cons@k is measured on this many problems; 0 leaves it out
     consensus_samples: int = 16  # the k of cons@k
 
@@ -37,13 +35,13 @@ class EvalConfig(Checked):
 
 
 def _beyond_samples(config: EvalConfig) -> list[int]:
-    """Returns the k of pass_at that the samples of a problem cannot give."""
+    """Returns the k of pass_at that exceed the samples of a problem, or are below 1."""
     return [k for k in config.pass_at if not 1 <= k <= config.samples_per_problem]
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    """What a stage's result must reach on held-out problems; below it the graph stops. 0 is no gate."""
+    """Figures that a stage's result must reach on held-out problems, else the graph stops; 0 is no gate."""
 
     pass_at_1: float = 0.0
     language_consistency: float = 0.0

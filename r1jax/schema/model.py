@@ -25,8 +25,8 @@ class RopeScaling:
 class ModelConfig(Checked):
     """Shape of a decoder: DeepSeek-V3 or V2 (MLA, mixture of experts) or a dense GQA student.
 
-    Fields carry the names of Hugging Face's config.json, so that the two map one to one. `checkpoint` alone is not of that
-    file: it names the folder that holds it.
+    Fields have the names of Hugging Face's config.json, so that the two map one to one. Only `checkpoint` is not in
+    that file: it names the file's folder.
     """
 
     family: Literal["deepseek_v3", "deepseek_v2", "llama", "qwen2", "qwen3"] = "deepseek_v3"
@@ -62,7 +62,7 @@ class ModelConfig(Checked):
     max_position_embeddings: int = 4096  # tokens
     initializer_range: float = 0.02  # standard deviation of the initial weights
     checkpoint: str = (
-        ""  # folder with config.json and the starting weights: Hugging Face's or a stage's; "" is the stage's default
+        ""  # folder with config.json and starting weights, of Hugging Face or of a stage; "" is the stage's default
     )
 
     checks = (
@@ -91,7 +91,7 @@ class ModelConfig(Checked):
 
     @property
     def kept_experts(self) -> int:
-        """Experts among which a token's are chosen: those of its best groups."""
+        """Number of experts that a token can choose from: those of its best groups."""
         return self.n_routed_experts // self.n_group * self.topk_group
 
     @property

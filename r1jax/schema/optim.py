@@ -1,4 +1,4 @@
-"""What an update does: the optimiser, what the loss has beside its objective, and when the weights are stored."""
+"""What an update does: the optimiser, auxiliary losses, and when the weights are stored."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,9 +21,9 @@ class OptimizerConfig(Checked):
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # global gradient norm; 0 turns clipping off
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    offload: bool = False  # moments wait in host memory between updates
+    offload: bool = False  # keep the moments in host memory between updates
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # master weights; bfloat16 freezes at small rates
-    max_skipped_updates: int = 10  # a run ends after so many updates in a row without a finite gradient; 0: never
+    max_skipped_updates: int = 10  # a run ends after this many updates in a row without a finite gradient; 0: never
     muon_momentum: float = 0.95  # Muon's mu
     muon_update_rms: float = 0.2  # root mean square of Muon's updates over the rate: about AdamW's (arXiv 2502.16982)
 
@@ -36,12 +36,12 @@ class OptimizerConfig(Checked):
 
 @dataclass(frozen=True)
 class AuxiliaryConfig:
-    """What an update does for the experts' balance and for the prediction module, beside the objective of its stage."""
+    """Auxiliary losses and updates besides the stage's objective: the experts' balance and the prediction module."""
 
     router_bias_update_rate: float = 0.0  # gamma of the V3 report; 0 in RL (design decision)
     aux_loss_alpha: float = 0.0  # sequence-wise balance loss; V3 trained with 1e-4, config.json's 0.001 is not read
     mtp_loss_weight: float = 0.0  # lambda; V3 pretraining 0.3, then 0.1; not stated for SFT and RL, so 0
-    mtp_hidden: Literal["post_norm", "pre_norm"] = "post_norm"  # which hidden state feeds it: the paper does not say
+    mtp_hidden: Literal["post_norm", "pre_norm"] = "post_norm"  # hidden state that feeds the module; not in the paper
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What scores responses: rules and their graders, the sandbox, trained reward models, a judge."""
+"""How responses are scored: rules and their graders, the sandbox, trained reward models, a judge."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +9,7 @@ from r1jax.schema.sampling import SamplerConfig
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program in the sandbox may use (docs/sandbox.md says how each limit is held)."""
+    """What a program in the sandbox may use (docs/sandbox.md: how each limit is enforced)."""
 
     wall_s: float = 6.0  # from the start of the sandbox
     cpu_s: float = 5.0  # processor time of all its processes together
@@ -34,18 +34,18 @@ class RewardConfig(Checked):
     accuracy: float = 1.0
     format: float = 1.0  # magnitude not given in the paper: design decision
     language: float = 0.0  # language consistency; 1 from RL stage 1 on in the paper
-    repetition: float = 0.0  # share of repeated n-grams, a part in (-1, 0]; not in the paper
+    repetition: float = 0.0  # penalty for the share of repeated n-grams, in (-1, 0]; not in the paper
     repetition_ngram: int = 3  # words; open-r1 and TRL
-    reward_model: float = 0.0  # what a trained model says, where config.scenarios names one; 1 in the paper's stage 4
-    rule: float = 0.0  # of a sample that a reward model scores: what its task's own grader says; told, not rewarded
-    extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"  # where the answer stands in a response
-    graders: tuple[str, ...] = ()  # of one's own: TASK=PACKAGE.MODULE:FUNCTION or TASK=FILE.py:FUNCTION
-    override_graders: bool = False  # they may replace built-in ones
+    reward_model: float = 0.0  # score of the trained model that config.scenarios names; 1 in the paper's stage 4
+    rule: float = 0.0  # score of the task's grader on samples that a reward model scores; 0 only logs it
+    extraction: Literal["auto", "boxed", "answer_tag", "whole"] = "auto"  # where the answer is looked for in a response
+    graders: tuple[str, ...] = ()  # the user's own: TASK=PACKAGE.MODULE:FUNCTION or TASK=FILE.py:FUNCTION
+    override_graders: bool = False  # whether these may replace built-in ones
     workers: int = 0  # grader processes; 0 grades plain numbers and rules in this process
-    deadline_s: float = 10.0  # per sample, in a worker; an answer not decided by then is wrong if its reference is
+    deadline_s: float = 10.0  # per sample, in a worker; a slower answer is wrong if its reference was read in time
     batch_deadline_s: float = 600.0  # for all samples of a rollout
     sandbox: SandboxConfig = SandboxConfig()
-    cache_entries: int = 65536  # scores from workers kept by content, the least recently used leaving first; 0: none
+    cache_entries: int = 65536  # scores of workers kept by content, the least recently used dropped first; 0: none
 
     checks = (
         *above(0, "deadline_s", "batch_deadline_s", "repetition_ngram"),
@@ -63,10 +63,10 @@ class RewardModelConfig(Checked):
     epochs: int = 1
     examples_per_update: int = 256  # pairs, or labelled responses
     balance_lengths: bool = True  # pairs: as many with a longer chosen response as with a longer rejected one
-    frozen_blocks: int = 0  # embedding and so many first blocks stay as they are; what they make is computed once
-    prompt_tokens: int = 0  # of a prompt so many last tokens are read; 0 is all
-    response_tokens: int = 0  # of a response so many first tokens are read; 0 is all
-    samples_per_prompt: int = 32  # tiny world: responses drawn of each prompt from the start and from the base
+    frozen_blocks: int = 0  # freeze the embedding and the first N blocks; their outputs are computed once
+    prompt_tokens: int = 0  # read only the last N tokens of a prompt; 0 reads all
+    response_tokens: int = 0  # read only the first N tokens of a response; 0 reads all
+    samples_per_prompt: int = 32  # tiny world: responses to each prompt, from the start and from the base each
     pairs_per_prompt: int = 64  # tiny world: at most
 
     checks = (
@@ -77,7 +77,7 @@ class RewardModelConfig(Checked):
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """A model that judges, beside the policy: pairs of replies, answers against a reference (P2 B.2, B.3.3)."""
+    """A second model that judges pairs of replies, and answers against a reference (P2 B.2, B.3.3)."""
 
     checkpoint: str = ""  # Hugging Face folder of the judge; "" is none
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -98,11 +98,11 @@ class JudgeConfig:
 class PreferenceConfig(Checked):
     """How preference_pairs labels two replies by a judge and which pairs it keeps (P2 B.2)."""
 
-    judgements: int = 4  # of a pair, each drawn on its own, A and B in a random order
-    min_margin: float = 1.0  # kept is what the mean of the readable margins, -2 to 2, exceeds
-    min_readable: int = 2  # readable judgements without which a pair is left out; not in the paper
-    balance_lengths: bool = True  # as often as not the longer reply is the chosen one
-    responses_per_prompt: int = 2  # drawn from config.model where a row brings none
+    judgements: int = 4  # of a pair, each sampled independently, A and B in a random order
+    min_margin: float = 1.0  # a pair is kept if the mean of its readable margins, -2 to 2, exceeds this
+    min_readable: int = 2  # least number of readable judgements of a kept pair; not in the paper
+    balance_lengths: bool = True  # keep as many pairs with a longer chosen reply as with a longer rejected one
+    responses_per_prompt: int = 2  # sampled from config.model for rows without responses
 
     checks = (
         *at_least(1, "judgements", "min_readable"),

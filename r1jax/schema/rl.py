@@ -1,4 +1,4 @@
-"""What reinforcement learning updates on: groups, the policy's loss, a critic, stage 4's scenarios."""
+"""Settings of reinforcement learning: groups, the policy's loss, a critic, stage 4's scenarios."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -32,13 +32,13 @@ class GRPOConfig(Checked):
     kl_coef: float = 0.001  # beta, k3 estimator in the loss
     kl_coef_schedule: Schedule = ()
     reference_refresh_updates: int = 400  # 0 never refreshes
-    rollouts_ahead: int = 0  # disaggregated: rollouts drawn while earlier ones are trained on; the bound on staleness
-    offload_reference: bool = False  # the reference waits in host memory between uses
+    rollouts_ahead: int = 0  # disaggregated: rollouts drawn while earlier ones are trained on; bounds the staleness
+    offload_reference: bool = False  # keep the reference in host memory between uses
     aggregation: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum", "token_sum"] = "seq_mean_token_mean"
     length_divisor: int = 0  # seq_mean_token_sum divides by this constant (Dr. GRPO); 0 is max_new_tokens
     advantage_epsilon: float = 1e-6  # added to the standard deviation of a group
     truncated: Literal["keep", "mask", "drop"] = (
-        "keep"  # keep: scored as they are (accuracy 0, format 0); mask: not trained on; drop: nor in the statistics
+        "keep"  # keep: scored (accuracy 0, format 0); mask: not trained on; drop: not in the group's statistics either
     )
     preset: LossPreset = "r1_paper"  # sets the fields below, kl_coef, clip_ratio and the three above
     advantage: Literal["group_std", "mean", "batch_std", "leave_one_out", "per_reward", "gae"] = (
@@ -48,28 +48,28 @@ class GRPOConfig(Checked):
     advantage_guard: Literal["add", "max"] = "add"  # std + epsilon, or max(std, epsilon)
     singleton: Literal["zero", "reward"] = "zero"  # advantage of the only scorable sample of a group
     denominator: Literal["all", "trained", "signal"] = (
-        "all"  # samples that a mean counts: all, the trained ones, or to train on groups whose rewards differ alone
+        "all"  # samples in the mean: all, or the trained ones; signal trains only on groups whose rewards differ
     )
     ratio: Literal["token", "sequence", "sequence_token"] = "token"
     surrogate: Literal["clip", "cispo", "sapo"] = "clip"
     clip_ratio_high: float = 0.0  # epsilon of the upper bound; 0 is clip_ratio
-    dual_clip: float = 0.0  # where A < 0 the objective is at least dual_clip * A; 0 is off
+    dual_clip: float = 0.0  # for A < 0 the objective is at least dual_clip * A; 0 is off
     ratio_cap: float = 0.0  # two-sided clipping: bound of the unclipped ratio; 0 is off
-    sapo_temperatures: tuple[float, float] = (1.0, 1.05)  # where A > 0, where A <= 0 (arXiv 2511.20347)
-    log_ratio_clamp: float = 0.0  # bound of |log(policy / old policy)|; 0 is off, and then what float32 holds
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05)  # for A > 0 and for A <= 0 (arXiv 2511.20347)
+    log_ratio_clamp: float = 0.0  # bound of |log(policy / old policy)|; 0: only float32's range bounds it
     kl_estimator: Literal["k1", "k2", "k3", "k3_clamped", "k3_weighted", "k3_straight_through"] = "k3"
     kl_log_ratio_clamp: float = 20.0  # k3: log(reference / policy) of a token counts at most this; 0 is off
-    kl_placement: Literal["loss", "reward"] = "loss"  # reward: beta * k1 of its tokens off a sample's reward
-    entropy_coef: float = 0.0  # bonus, weighted as the objective is
+    kl_placement: Literal["loss", "reward"] = "loss"  # reward: subtract beta * k1 of its tokens from a sample's reward
+    entropy_coef: float = 0.0  # entropy bonus, weighted like the objective
     old_logp: Literal["rollout", "recomputed"] = (
-        "rollout"  # the ratio is to the sampler's log-probs, or to those of the trainer before its first update
+        "rollout"  # denominator of the ratio: the sampler's log-probs, or the trainer's before its first update
     )
     mismatch: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
     mismatch_threshold: float = 2.0  # largest trainer / sampler probability that is not cut
     off_policy_threshold: float = 0.0  # samples of A < 0 further from the policy than this (nats a token) are masked
-    routing_replay: bool = False  # update and reference send every token to the experts of its rollout
-    replay_check_every: int = 0  # rollouts from one measurement of the mismatch without replay to the next; 0: never
-    dynamic_sampling_rounds: int = 0  # more prompts drawn, this often at most, in place of groups whose rewards tie
+    routing_replay: bool = False  # update and reference send every token to the experts that the sampler chose
+    replay_check_every: int = 0  # measure the mismatch without replay every this many rollouts; 0: never
+    dynamic_sampling_rounds: int = 0  # at most this many rounds of prompts to replace groups whose rewards tie
     overlong_buffer_fraction: float = 0.0  # last part of max_new_tokens over which the reward falls by 1 (DAPO)
 
     checks = (
@@ -136,7 +136,7 @@ class PPOConfig(Checked):
 
     gae_lambda: float = 1.0  # P2 A.3: 0.95 clearly below GRPO, 1.0 nearly level
     gamma: float = 1.0
-    value_clip: float = 0.2  # a value moves by at most this from its old one before its error stops counting; 0 is off
+    value_clip: float = 0.2  # clips a value's change in its loss to this; 0 is off
     critic_learning_rate: float = 0.0  # 0 is optimizer.learning_rate
 
     checks = (
@@ -154,8 +154,8 @@ class ScenarioConfig(Checked):
     safety_fraction: float = 0.2
     helpful_model: str = ""  # reward model of the general prompts: a stage of the working folder, or a stage's folder
     safety_model: str = ""  # that of the safety prompts; "": their task's own grader rewards them
-    hacking_window: int = 10  # rollouts over which the reward model's reward is held against what can be verified
-    hacking_errors: float = 3.0  # trends, in standard errors, from which the two part ways and a warning is given
+    hacking_window: int = 10  # rollouts over which trends of the reward model's reward and verified figures are taken
+    hacking_errors: float = 3.0  # warn if the first rises and the second falls by this many standard errors
 
     checks = (
         Check("hacking_window", lambda c: c.hacking_window >= 4, "must be at least 4 rollouts"),

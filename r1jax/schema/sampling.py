@@ -7,7 +7,7 @@ from r1jax.schema.checks import Check, Checked, Schedule, at_least, rising
 
 @dataclass(frozen=True)
 class SamplerConfig(Checked):
-    """Rollout engine: slots of a JetStream-API engine and the sampling parameters."""
+    """The rollout engine's slots and lengths, and the sampling parameters."""
 
     slots: int = 64  # concurrent decodes
     steps_per_dispatch: int = 8  # K: tokens per device call
@@ -17,10 +17,10 @@ class SamplerConfig(Checked):
     temperature: float = 1.0
     top_p: float = 1.0  # 1 in RL: truncation biases the ratio
     top_k: int = 0  # 0 is off
-    windows: tuple[int, ...] = ()  # cache lengths compiled for decode, rising; () is one, the full length
+    windows: tuple[int, ...] = ()  # cache lengths that decode is compiled for, rising; () is one, the full length
     prefill_buckets: tuple[int, ...] = ()  # padded prompt lengths; () is one, max_prompt_tokens
-    stop_ids: tuple[int, ...] = ()  # tokens that end a response, beside those of tokenizer and checkpoint
-    stop_strings: tuple[str, ...] = ()  # texts that end a response at the token which completes one
+    stop_ids: tuple[int, ...] = ()  # tokens that end a response, besides those of tokenizer and checkpoint
+    stop_strings: tuple[str, ...] = ()  # texts that end a response, at the token which completes one
     stall_deadline_s: float = 600.0  # a dispatch that makes no progress for this long is an error
 
     checks = (

@@ -6,8 +6,8 @@ from typing import Literal
 from r1jax.schema.checks import Check, Checked, at_least
 
 COLD_START_SOURCES = ("r1_zero", "few_shot", "direct", "people")
-REASONING = "reasoning"  # the kind of rows with a rule to check them
-KINDS = (  # of rows with a response (P2 B.3.3); a kind with sub-kinds stands for all of them
+REASONING = "reasoning"  # the kind of rows that a rule can check
+KINDS = (  # of rows with a response (P2 B.3.3); a kind with sub-kinds includes them
     *(REASONING, "writing", "question_answering", "self_cognition", "translation"),
     *("software_engineering", "software_engineering/repair", "software_engineering/front_end"),
     "software_engineering/edit",
@@ -32,7 +32,7 @@ class SFTConfig(Checked):
     """Supervised fine-tuning (P2 B.4.2): cosine 5e-5 to 5e-6, 2-3 epochs, batch 128."""
 
     epochs: int = 2
-    examples_per_update: int = 128  # the last update of a run takes what is left
+    examples_per_update: int = 128  # the last update of a run has the remaining ones
 
     checks = at_least(1, "epochs", "examples_per_update")
 
@@ -57,9 +57,9 @@ class ColdStartConfig(Checked):
     sources: tuple[str, ...] = ("r1_zero",)  # any of r1_zero, few_shot, direct, people, in the order of their examples
     teacher: str = ""  # r1_zero: folder of the R1-Zero run that is sampled; "" is workdir/r1_zero
     prompted_model: str = ""  # few_shot, direct: Hugging Face folder or a stage's folder; "" is the stage's base
-    examples: str = ""  # people: rows with prompt and response; few_shot: long worked examples, "" has two of its own
+    examples: str = ""  # people: rows with prompt and response; few_shot: worked examples, "" uses two built-in ones
     editor: Literal["", "judge"] = ""  # judge: config.judge's model rewrites every trace; "": white space is trimmed
-    keep_unedited: bool = False  # a trace whose edit cannot be read stays as it was; false leaves it out
+    keep_unedited: bool = False  # keep a trace whose edit cannot be read, unchanged; false leaves it out
     review: str = ""  # JSONL that people fill in with verdicts on the examples; "" is no review
 
     checks = (
@@ -84,7 +84,7 @@ class ColdStartConfig(Checked):
 
 @dataclass(frozen=True)
 class RejectionConfig(Checked):
-    """Stage 3's examples: several samples a prompt, correct ones kept, filtered, mixed with general data (P2 B.3.3)."""
+    """Stage 3's examples: several samples a prompt, of which good ones are mixed with general data (P2 B.3.3)."""
 
     prompts: int = 1200
     samples_per_prompt: int = 4
@@ -95,9 +95,9 @@ class RejectionConfig(Checked):
     drop_code_blocks: bool = True
     general_fraction: float = 0.25  # of the mixed set: about 200k of 800k
     general_path: str = (
-        ""  # files of general rows with a response, parted by commas, beside those of task general in data.*
+        ""  # files of general rows with a response, separated by commas, besides rows of task general in data.*
     )
-    kinds: tuple[str, ...] = ()  # KIND=WEIGHT: how general rows mix, as in writing=2; () takes them as they stand
+    kinds: tuple[str, ...] = ()  # KIND=WEIGHT: how general rows mix, as in writing=2; () takes them in order
     editor: Literal["", "judge"] = ""  # judge: config.judge's model writes thoughts for general rows that have none
     judged_prompts: str = ""  # rows {id, prompt, answer} without a rule verifier, accepted by config.judge; "" is none
 
@@ -127,6 +127,6 @@ class RejectionConfig(Checked):
 
 
 def _weight(entry: str) -> float:
-    """Returns the weight of a KIND=WEIGHT, 0 for an unknown kind and for what is no number."""
+    """Returns the weight of a KIND=WEIGHT, 0 for an unknown kind or if the weight is no number."""
     kind, _, text = entry.partition("=")
     return float(text) if kind in KINDS and text.replace(".", "", 1).isdecimal() else 0.0

@@ -1,4 +1,4 @@
-"""What the tools beside the recipe do: tests for code prompts, export."""
+"""Settings of the tools besides the recipe: tests for code prompts, export."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,11 +10,11 @@ from r1jax.schema.checks import Checked, at_least
 class BuildTestsConfig(Checked):
     """How build_tests makes the tests of code prompts (P2 B.3.2, which gives no numbers)."""
 
-    generators_per_prompt: int = 4  # that config.judge writes where a row has none
+    generators_per_prompt: int = 4  # written by config.judge for a row that has none
     inputs_per_kind: int = 2  # of each kind of input, by each generator
-    min_tests: int = 10  # kept even where fewer break all that can be broken
+    min_tests: int = 10  # tests kept even if fewer of them fail all the wrong programs
     max_input_characters: int = 200_000  # a longer input is left out
-    workers: int = 2  # programs that run at a time
+    workers: int = 2  # programs that run at once
 
     checks = at_least(*(1, "generators_per_prompt", "inputs_per_kind", "min_tests", "max_input_characters", "workers"))
 

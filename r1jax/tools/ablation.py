@@ -9,7 +9,7 @@ from r1jax import config as configs
 from r1jax import stage_table
 from r1jax.core import checkpoint
 from r1jax.core.say import say
-from r1jax.recipe import given, lineage
+from r1jax.recipe import inherited, lineage
 from r1jax.report import table
 from r1jax.schema import Config, replace
 
@@ -32,75 +32,76 @@ SEEDS_COLUMNS = (
 
 
 def run(config: Config, workdir: Path) -> dict:
-    """Runs every variant in `workdir/NAME/VARIANT/` on the stages in `workdir`, which are made when missing.
+    """Runs every variant in `workdir/NAME/VARIANT/` on the stages in `workdir`; missing stages are run first.
 
     Returns {variant: figures} and writes it to `workdir/NAME/table.json`. With config.seeds each seed has its own
-    `workdir/seed_N`, inputs and table in it, and what is returned and written are the figures' means over the seeds, their
-    sample standard deviations as FIGURE_sd, and the number of seeds. Raises ValueError for a malformed variant, one with a
-    field that its stage does not read, or a seed that is given twice.
+    `workdir/seed_N` with inputs and table, and the result has the figures' means over the seeds, their sample standard
+    deviations as FIGURE_sd, and the number of seeds. Raises ValueError for a malformed variant, one with a field that
+    its stage does not read, or a seed that is given twice.
     """
     parsed, workdir = [parse(variant) for variant in config.variants], Path(workdir)
     if len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"config.seeds={config.seeds}: a seed is given twice")
     for name, stage, overrides in parsed:  # before the first one runs
-        own = _own(config, stage, overrides)
-        stage_table.check(own, configs.keys(overrides))
-        given.require(own, f"--config.variants=('{name} {stage} FIELD ...', ...)", config)
+        variant_config = _variant_config(config, stage, overrides)
+        stage_table.check(variant_config, configs.keys(overrides))
+        inherited.require(variant_config, f"--config.variants=('{name} {stage} FIELD ...', ...)", config)
     folder = workdir / config.stage / config.output
     if not config.seeds:
-        found = _one_seed(config, parsed, workdir)
+        figures_of_variant = _one_seed(config, parsed, workdir)
     else:
-        each = [_one_seed(replace(config, seed=seed), parsed, workdir / f"seed_{seed}") for seed in config.seeds]
-        found = {name: over_seeds([figures[name] for figures in each]) for name, *_ in parsed}
-        rows = [{"variant": name, **figures} for name, figures in found.items()]
+        by_seed = [_one_seed(replace(config, seed=seed), parsed, workdir / f"seed_{seed}") for seed in config.seeds]
+        figures_of_variant = {name: over_seeds([figures[name] for figures in by_seed]) for name, *_ in parsed}
+        rows = [{"variant": name, **figures} for name, figures in figures_of_variant.items()]
         table.render(rows, SEEDS_COLUMNS, f"{config.output}, mean of seeds {', '.join(map(str, config.seeds))}")
-    checkpoint.write_json(folder / "table.json", found)
-    return found
+    checkpoint.write_json(folder / "table.json", figures_of_variant)
+    return figures_of_variant
 
 
-def _own(config: Config, stage: str, overrides: list[tuple[str, str]]) -> Config:
+def _variant_config(config: Config, stage: str, overrides: list[tuple[str, str]]) -> Config:
     """Returns the config of a variant: its stage at the size of the ablation, or of its student."""
-    return given.stage_config(config, f"{stage}:{given.preset(stage, config.preset)}", overrides)
+    return inherited.stage_config(config, f"{stage}:{inherited.preset(stage, config.preset)}", overrides)
 
 
 def _one_seed(config: Config, variants: list[tuple[str, str, list[tuple[str, str]]]], workdir: Path) -> dict:
-    """Returns {variant: figures} of one seed, which are printed, and in `workdir/NAME/table.json` from then on."""
-    folder, found = workdir / config.stage / config.output, {}
+    """Returns {variant: figures} of one seed, prints them and writes them to `workdir/NAME/table.json`."""
+    folder, figures_of_variant = workdir / config.stage / config.output, {}
     for name, stage, overrides in variants:
-        own = replace(_own(config, stage, overrides), inputs=str(workdir))
+        variant_config = replace(_variant_config(config, stage, overrides), inputs=str(workdir))
         say(f"== {name}, seed {config.seed}")
-        figures = stage_table.function(stage)(own, folder / name)
+        figures = stage_table.function(stage)(variant_config, folder / name)
         if (result := lineage.RESULTS[stage]) not in figures:
             raise ValueError(
                 f"config.variants: {name} has no held-out problems to be compared on; give some with {stage}'s "
                 "data.eval_path, or a data.holdout_fraction above 0"
             )
-        found[name] = figures[result] | {"compute": figures["compute"]}
-    table.render([{"variant": name, **figures} for name, figures in found.items()], COLUMNS, config.output)
-    checkpoint.write_json(folder / "table.json", found)
-    return found
+        figures_of_variant[name] = figures[result] | {"compute": figures["compute"]}
+    table.render([{"variant": name, **figures} for name, figures in figures_of_variant.items()], COLUMNS, config.output)
+    checkpoint.write_json(folder / "table.json", figures_of_variant)
+    return figures_of_variant
 
 
 def over_seeds(runs: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Returns the mean of each figure that all runs have, NAME_sd (of the sample; 0 for one run) and the number of seeds.
+    """Returns the mean of each figure that all runs have, NAME_sd (of the sample; 0 for one run) and the number of
+    seeds.
 
     A figure that is NaN in one run, such as a share of nothing, is NaN.
     """
-    found: dict[str, float] = {"seeds": len(runs)}
+    statistics: dict[str, float] = {"seeds": len(runs)}
     for name in runs[0]:
         values = [run[name] for run in runs if isinstance(run.get(name), int | float)]
         if len(values) == len(runs):
-            found[name] = float(np.mean(values))
-            found[f"{name}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return found
+            statistics[name] = float(np.mean(values))
+            statistics[f"{name}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return statistics
 
 
 def parse(variant: str) -> tuple[str, str, list[tuple[str, str]]]:
     """Returns (name, stage, overrides) of `NAME STAGE FIELD=VALUE ...`. Raises ValueError for anything else."""
-    name, *rest = variant.split()
-    if not rest or rest[0] not in COMPARED or not all("=" in entry for entry in rest[1:]):
+    name, *words = variant.split()
+    if not words or words[0] not in COMPARED or not all("=" in entry for entry in words[1:]):
         raise ValueError(
             f"config.variants: {variant!r} is not NAME STAGE FIELD=VALUE ...; stages: {', '.join(COMPARED)}"
         )
-    overrides = (entry.partition("=") for entry in rest[1:])
-    return name, rest[0], [(field, value) for field, _, value in overrides]
+    overrides = (entry.partition("=") for entry in words[1:])
+    return name, words[0], [(field, value) for field, _, value in overrides]

@@ -1,4 +1,4 @@
-"""Tests for code prompts: generated inputs, outputs that accepted programs agree on, kept for what they break (P2 B.3.2)."""
+"""Builds tests for code prompts: generated inputs with outputs that accepted programs agree on (P2 B.3.2)."""
 
 import json
 import time
@@ -20,11 +20,12 @@ ROWS_PER_PART = 8
 
 
 def run(config: Config, workdir: Path) -> dict:
-    """Writes rows {id, task, prompt, tests, built} of config.data.path to config.output, in the shape the task `code` reads.
+    """Writes rows {id, task, prompt, tests, built} to config.output, in the form that the task `code` reads.
 
-    Rows are {id, prompt, accepted, wrong, generators?, float_tolerance?}. config.judge writes the generators of rows that have none.
-    Returns numbers of rows, tests and broken programs. A row without a test is left out. The output appears when it is
-    complete; a stopped run goes on where it was. Raises ValueError for a bad row, or when no row gets a test.
+    The rows of config.data.path are {id, prompt, accepted, wrong, generators?, float_tolerance?}; config.judge writes
+    missing generators. Returns numbers of rows, tests and broken programs. A row without a test is left out. The
+    output appears when it is complete; a stopped run continues where it was. Raises ValueError for a bad row, or when
+    no row gets a test.
     """
     judging.require_paths(config.stage, config.data, config.output)
     started, folder = time.monotonic(), Path(workdir) / config.stage
@@ -46,9 +47,9 @@ def run(config: Config, workdir: Path) -> dict:
             for row in part
         ]
 
-    made = judging.in_parts(folder, key, [{"id": name} for name in problems], work, "problems", ROWS_PER_PART)
-    rows = [row for row in made if row["tests"]["cases"]]
-    figures = summary(made) | {"seconds": round(time.monotonic() - started, 1)}
+    built = judging.in_parts(folder, key, [{"id": name} for name in problems], work, "problems", ROWS_PER_PART)
+    rows = [row for row in built if row["tests"]["cases"]]
+    figures = summary(built) | {"seconds": round(time.monotonic() - started, 1)}
     say(json.dumps(figures))
     if not rows:
         raise ValueError(f"{config.stage}: no row of {config.data.path} gets a test; see 'built' of {folder}/parts-*")
@@ -59,11 +60,11 @@ def run(config: Config, workdir: Path) -> dict:
 
 def read(data: DataConfig) -> list[code_cases.CodeProblem]:
     """Returns the problems of config.data.path. Raises ValueError with file and line for a bad one."""
-    found: dict[str, code_cases.CodeProblem] = {}
+    problems: dict[str, code_cases.CodeProblem] = {}
     rows = jsonl.read_numbered(data.path, ("id", "prompt", "accepted", "wrong"), data.max_rows)
     for line, row in rows:
         where = f"{data.path}, line {line}"
-        if str(row["id"]) in found:
+        if str(row["id"]) in problems:
             raise ValueError(f"{where}: id {row['id']!r} was used before, needs its own")
         if not isinstance(row["accepted"], list) or len(row["accepted"]) < 2:
             raise ValueError(
@@ -72,31 +73,35 @@ def read(data: DataConfig) -> list[code_cases.CodeProblem]:
         generators = row.get("generators") or []
         if not isinstance(generators, list) or not all(isinstance(text, str) for text in generators):
             raise ValueError(f"{where}: 'generators' must be a list of Python texts")
-        programs = [tuple(source(given, where) for given in row[name]) for name in ("accepted", "wrong")]
+        programs = [tuple(source(program, where) for program in row[name]) for name in ("accepted", "wrong")]
         tolerance = row.get("float_tolerance")
-        found[str(row["id"])] = code_cases.CodeProblem(
+        problems[str(row["id"])] = code_cases.CodeProblem(
             str(row["id"]), row["prompt"], *programs, tuple(generators), tolerance
         )
-    return list(found.values())
+    return list(problems.values())
 
 
-def source(given: object, where: str) -> SourceCode:
-    """Returns a program given as Python text or as {language: python or cpp, text}. Raises ValueError for anything else."""
-    if isinstance(given, str):
-        return SourceCode(given, "python")
-    if isinstance(given, dict) and given.get("language") in ("python", "cpp") and isinstance(given.get("text"), str):
-        return SourceCode(given["text"], given["language"])
+def source(program: object, where: str) -> SourceCode:
+    """Returns a program from Python text or from {language: python or cpp, text}; ValueError for anything else."""
+    if isinstance(program, str):
+        return SourceCode(program, "python")
+    if (
+        isinstance(program, dict)
+        and program.get("language") in ("python", "cpp")
+        and isinstance(program.get("text"), str)
+    ):
+        return SourceCode(program["text"], program["language"])
     raise ValueError(
-        f"{where}: a program must be Python text or {{language: python or cpp, text}}, not {str(given)[:60]!r}"
+        f"{where}: a program must be Python text or {{language: python or cpp, text}}, not {str(program)[:60]!r}"
     )
 
 
 def generator_writer(config: Config) -> Judge:
-    """Returns the model of config.judge. Raises ValueError, naming the remedy, without one."""
+    """Returns the model of config.judge. Raises ValueError, with the remedy, without one."""
     if not config.judge.checkpoint:
         raise ValueError(
-            f"{config.stage}: rows of {config.data.path} have no 'generators', and no model is given to write them; give "
-            "--config.judge.checkpoint=DIR"
+            f"{config.stage}: rows of {config.data.path} have no 'generators', and no model is given to write them; "
+            "give --config.judge.checkpoint=DIR"
         )
     return judging.load(config.stage, config.seed, config.judge, sharding.make_mesh(config.mesh))
 
@@ -104,7 +109,7 @@ def generator_writer(config: Config) -> Judge:
 def with_generators(
     problem: code_cases.CodeProblem, writer: Judge | None, seed: int, build_tests: BuildTestsConfig
 ) -> code_cases.CodeProblem:
-    """Returns the problem with generators: its own, or programs that the model's replies hold."""
+    """Returns the problem with generators: its own, or the programs in the model's replies."""
     if problem.generators:
         return problem
     keys = [hash64("generator", seed, problem.id, n) for n in range(build_tests.generators_per_prompt)]
@@ -122,20 +127,20 @@ def generators_of(replies: Iterable[str | None]) -> tuple[str, ...]:
 
 
 def built_row(problem: code_cases.CodeProblem, seed: int, reward: RewardConfig, build_tests: BuildTestsConfig) -> dict:
-    """Returns the row of a problem with its tests and, in `built`, how they came about."""
+    """Returns the row of a problem with its tests and, in `built`, figures of how they were built."""
     built = code_cases.build(problem, build_tests, reward, seed)
     tests = {
         "kind": "stdin-stdout",
-        "cases": [{"input": given, "output": output} for given, output in built.cases],
+        "cases": [{"input": input_text, "output": output} for input_text, output in built.cases],
         "float_tolerance": problem.float_tolerance,
     }
-    told = {name: value for name, value in vars(built).items() if name != "cases"}
+    record = {name: value for name, value in vars(built).items() if name != "cases"}
     return {
         "id": problem.id,
         "task": "code",
         "prompt": problem.statement,
         "tests": tests,
-        "built": told | {"generators": len(problem.generators)},
+        "built": record | {"generators": len(problem.generators)},
     }
 
 

@@ -1,4 +1,4 @@
-"""Rows of a file as requests of the graders: what grade and bench_grading share."""
+"""Turns rows of a file into requests for the graders; grade and bench_grading use it."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from r1jax.schema import RewardConfig
 
 
 def request(row: Mapping) -> RewardRequest:
-    """Returns the request of a row {id, task, reference, response} with prompt, prefill and truncated where it has them."""
+    """Returns the request of a row {id, task, reference, response, prompt?, prefill?, truncated?}."""
     return RewardRequest(
         id=str(row["id"]),
         task=row["task"],
@@ -22,9 +22,9 @@ def request(row: Mapping) -> RewardRequest:
 
 
 def by_extraction(rows: Sequence[Mapping], reward: RewardConfig) -> list[tuple[list[int], RewardConfig]]:
-    """Returns the places of the rows that are graded by one `extraction`, with their RewardConfig, for each extraction.
+    """Returns, for each extraction, the indices of the rows that are graded with it and their RewardConfig.
 
-    A row's field `extraction` comes before that of `reward`. Raises ValueError for one that is none.
+    A row's field `extraction` overrides that of `reward`. Raises ValueError for an unknown extraction.
     """
     places: dict[str, list[int]] = {}
     for place, row in enumerate(rows):

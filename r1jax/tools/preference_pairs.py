@@ -1,4 +1,4 @@
-"""Preference pairs for the helpful reward model: a judge compares two replies to a prompt, several times (P2 B.2)."""
+"""Makes preference pairs for the helpful reward model: a judge compares two replies to a prompt repeatedly (P2 B.2)."""
 
 import json
 import time
@@ -21,9 +21,9 @@ from r1jax.schema import Config, DataConfig, PreferenceConfig
 def run(config: Config, workdir: Path) -> dict:
     """Writes the kept pairs {id, prompt, chosen, rejected, margin, judgements} of config.data.path to config.output.
 
-    Rows are {id, prompt, responses: [text, ...]}; those without responses are answered by config.model. Returns the numbers
-    of rows, pairs, judged, kept and balanced pairs, the parse rate and the length bias. The output appears when it is complete; a
-    stopped run goes on where it was. Raises ValueError for a bad row, no judge, or when no pair is left.
+    Rows are {id, prompt, responses: [text, ...]}; config.model answers those without responses. Returns the numbers of
+    rows and of judged, kept and balanced pairs, the parse rate and the length bias. The output appears when it is
+    complete; a stopped run continues where it was. Raises ValueError for a bad row, no judge, or when no pair is left.
     """
     judging.require_paths(config.stage, config.data, config.output)
     judging.require_judge(config.stage, config.judge)
@@ -33,8 +33,8 @@ def run(config: Config, workdir: Path) -> dict:
     mesh = sharding.make_mesh(config.mesh)
     if missing := [row for row in rows if not row["responses"]]:
         answered = judging.in_parts(folder, f"{key}-answers", missing, answerer(config), "answers")
-        found = {row["id"]: row for row in answered}
-        rows = [found.get(row["id"], row) for row in rows]
+        answered_by_id = {row["id"]: row for row in answered}
+        rows = [answered_by_id.get(row["id"], row) for row in rows]
     judge = judging.load(config.stage, config.seed, config.judge, mesh)
     pairs = [vars(pair) for row in rows for pair in pairs_of(row, config.seed)]
     judged = judging.in_parts(
@@ -55,13 +55,13 @@ def run(config: Config, workdir: Path) -> dict:
 
 
 def read(data: DataConfig) -> list[dict]:
-    """Returns rows {id, prompt, responses}, `responses` a list of two or more distinct texts, or empty where the row has none.
+    """Returns rows {id, prompt, responses}; `responses` are two or more distinct texts, or [] if the row has none.
 
     Raises ValueError with file and line for anything else and for an id given twice.
     """
     rows, seen = [], set()
-    for given in files.read(data.path, data.columns, data.max_rows).rows:
-        row, where = given.fields, given.place
+    for file_row in files.read(data.path, data.columns, data.max_rows).rows:
+        row, where = file_row.fields, file_row.place
         if not isinstance(row["prompt"], str) or not row["prompt"].strip():
             raise ValueError(f"{where}: 'prompt' must be one text that is not empty")
         responses = row.get("responses") or []
@@ -79,27 +79,27 @@ def read(data: DataConfig) -> list[dict]:
 
 def answerer(config: Config):
     """Returns a function that puts config.preferences.responses_per_prompt replies of config.model into rows."""
-    resolved, words, mesh = common.prepare(config)
+    resolved, tokenizer, mesh = common.prepare(config)
     if not config.model.checkpoint:
         raise ValueError(
-            f"{config.stage}: rows of {config.data.path} have no 'responses', and no model is given to write them; give "
-            "--config.model.checkpoint=DIR"
+            f"{config.stage}: rows of {config.data.path} have no 'responses', and no model is given to write them; "
+            "give --config.model.checkpoint=DIR"
         )
     params = common.load_weights(resolved.model, mesh, config.model.checkpoint)
-    sampler = build_sampler(resolved.network, resolved.sampler, mesh, words)
+    sampler = build_sampler(resolved.network, resolved.sampler, mesh, tokenizer)
     params = sampler.engine.load_params(params)
-    sampling = sampling_params(resolved.sampler, words.stop_ids)
+    sampling = sampling_params(resolved.sampler, tokenizer.stop_ids)
 
     def answer(rows: list[dict]) -> list[dict]:
-        asked = [Problem(row["id"], "", row["prompt"], "") for row in rows]
-        encoded = prompts.encode(asked, resolved.stage, resolved.model, resolved.data, resolved.sampler, words)
+        problems = [Problem(row["id"], "", row["prompt"], "") for row in rows]
+        encoded = prompts.encode(problems, resolved.stage, resolved.model, resolved.data, resolved.sampler, tokenizer)
         draws = [hash64("answers", prompt.problem.id) % 2**32 for prompt in encoded]
         count = config.preferences.responses_per_prompt
         requests = rollout.requests_for(encoded, draws, count, sampling, config.seed, config.stage, "sample")
         texts: dict[str, list[str]] = {row["id"]: [] for row in rows}
-        drawn = sampler.generate(requests, params)
-        for prompt, sample in zip([p for p in encoded for _ in range(count)], drawn, strict=True):
-            text = prompt.prefill + words.decode(sample.token_ids)
+        samples = sampler.generate(requests, params)
+        for prompt, sample in zip([p for p in encoded for _ in range(count)], samples, strict=True):
+            text = prompt.prefill + tokenizer.decode(sample.token_ids)
             if not sample.truncated and text not in texts[prompt.problem.id]:
                 texts[prompt.problem.id].append(text)
         return [row | {"responses": texts[row["id"]]} for row in rows]
@@ -108,7 +108,7 @@ def answerer(config: Config):
 
 
 def pairs_of(row: dict, seed: int) -> list[Pair]:
-    """Returns the replies of a row two by two, each in one pair, in a keyed order; an odd one is left out."""
+    """Returns the replies of a row in pairs, in a keyed order; each reply is in one pair, an odd one is left out."""
     order = keyed_permutation(len(row["responses"]), hash64("pairs", seed, row["id"]))
     texts = [row["responses"][index] for index in order]
     return [
@@ -119,12 +119,15 @@ def pairs_of(row: dict, seed: int) -> list[Pair]:
 
 def compare(judge: Judge, rows: Sequence[dict], judgements: int) -> list[dict]:
     """Returns the rows of pairs, each with its `judgements`."""
-    found = judge.compare([Pair(**row) for row in rows], judgements)
-    return [row | {"judgements": list(map(vars, given))} for row, given in zip(rows, found, strict=True)]
+    judgements_of_pairs = judge.compare([Pair(**row) for row in rows], judgements)
+    return [
+        row | {"judgements": list(map(vars, pair_judgements))}
+        for row, pair_judgements in zip(rows, judgements_of_pairs, strict=True)
+    ]
 
 
 def labelled(row: dict, settings: PreferenceConfig) -> dict | None:
-    """Returns the pair as chosen and rejected, or None when its mean margin does not exceed config.preferences.min_margin."""
+    """Returns the pair as chosen and rejected, or None if its mean margin is at most config.preferences.min_margin."""
     margins = [judgement["margin"] for judgement in row["judgements"]]
     margin = preferences.mean_margin(margins, settings.min_readable)
     if margin is None or abs(margin) <= settings.min_margin:
@@ -141,7 +144,7 @@ def labelled(row: dict, settings: PreferenceConfig) -> dict | None:
 
 
 def summary(rows: list[dict], judged: list[dict], kept: list[dict], balanced: list[dict]) -> dict:
-    """Returns the figures of a run; `shown_first_preferred` is 0.5 for a judge that does not mind the order."""
+    """Returns the figures of a run; `shown_first_preferred` is 0.5 for a judge without position bias."""
     judgements = [Judgement(**judgement) for row in judged for judgement in row["judgements"]]
     margins = [(-j.margin if j.swapped else j.margin) for j in judgements if j.margin is not None]
     readable = max(len(margins), 1)

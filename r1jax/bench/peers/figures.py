@@ -12,7 +12,7 @@ class Stopwatch:
         self.start, self.used = time.perf_counter(), time.process_time()
 
     def report(self, loss: float, grad_norm: float) -> None:
-        """Prints the JSON object that bench_update reads: seconds, loss, gradient norm, peak resident memory in bytes."""
+        """Prints the JSON object that bench_update reads: seconds, loss, gradient norm, peak resident memory."""
         figures = {
             "seconds": time.perf_counter() - self.start,
             "processor_s": time.process_time() - self.used,

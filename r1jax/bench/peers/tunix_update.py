@@ -1,8 +1,8 @@
-"""One GRPO update by Tunix's own loss on given samples: `python tunix_update.py SAMPLES.npz CHECKPOINT MICRO_BATCH THREADS`.
+"""One GRPO update by Tunix's own loss: `python tunix_update.py SAMPLES.npz CHECKPOINT MICRO_BATCH THREADS`.
 
-Runs in an interpreter with google-tunix. Every sample is padded to the batch's longest, decoder layers are recomputed in
-the backward pass, gradients are summed over micro-batches and AdamW makes one step. Prints a JSON object. Tunix's Llama
-model turns positions at its own rope base whatever the checkpoint says, so its loss is another one.
+Runs in an interpreter with google-tunix. Every sample is padded to the batch's longest, decoder layers are recomputed
+in the backward pass, gradients are summed over micro-batches and AdamW makes one step. Prints a JSON object. Tunix's
+Llama model uses its own rope base whatever the checkpoint's is, so its loss differs.
 """
 
 import json
@@ -25,58 +25,58 @@ PAD, END = 0, 2
 
 def load(checkpoint: str):
     """Returns Tunix's model of a Llama checkpoint in float32."""
-    told = json.loads((Path(checkpoint) / "config.json").read_text())
+    fields = json.loads((Path(checkpoint) / "config.json").read_text())
     config = llama.ModelConfig(
-        num_layers=told["num_hidden_layers"],
-        vocab_size=told["vocab_size"],
-        embed_dim=told["hidden_size"],
-        hidden_dim=told["intermediate_size"],
-        num_heads=told["num_attention_heads"],
-        head_dim=told["head_dim"],
-        num_kv_heads=told["num_key_value_heads"],
-        rope_theta=int(told["rope_theta"]),
-        norm_eps=told["rms_norm_eps"],
-        weight_tying=told["tie_word_embeddings"],
+        num_layers=fields["num_hidden_layers"],
+        vocab_size=fields["vocab_size"],
+        embed_dim=fields["hidden_size"],
+        hidden_dim=fields["intermediate_size"],
+        num_heads=fields["num_attention_heads"],
+        head_dim=fields["head_dim"],
+        num_kv_heads=fields["num_key_value_heads"],
+        rope_theta=int(fields["rope_theta"]),
+        norm_eps=fields["rms_norm_eps"],
+        weight_tying=fields["tie_word_embeddings"],
         remat_config=llama.RematConfig.DECODER,
     )
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     return loader.create_model_from_safe_tensors(checkpoint, config, mesh, jnp.float32)
 
 
-def examples(given: dict, size: int) -> list[common.TrainExample]:
-    """Returns the micro-batches as Tunix's loss takes them."""
-    lengths = given["lengths"]
-    mask = np.arange(given["response_ids"].shape[1])[None] < lengths[:, None]
+def examples(samples: dict, size: int) -> list[common.TrainExample]:
+    """Returns the micro-batches in the form of Tunix's loss."""
+    lengths = samples["lengths"]
+    mask = np.arange(samples["response_ids"].shape[1])[None] < lengths[:, None]
     return [
         common.TrainExample(
-            prompt_ids=jnp.asarray(given["prompt_ids"][part]),
-            prompt_mask=jnp.ones(given["prompt_ids"][part].shape, jnp.int32),
-            completion_ids=jnp.asarray(np.where(mask, given["response_ids"], PAD)[part]),
+            prompt_ids=jnp.asarray(samples["prompt_ids"][part]),
+            prompt_mask=jnp.ones(samples["prompt_ids"][part].shape, jnp.int32),
+            completion_ids=jnp.asarray(np.where(mask, samples["response_ids"], PAD)[part]),
             completion_mask=jnp.asarray(mask[part].astype(np.int32)),
-            advantages=jnp.asarray(given["advantages"][part]),
-            ref_per_token_logps=jnp.asarray(given["reference_logps"][part]),
-            old_per_token_logps=jnp.asarray(given["behaviour_logps"][part]),
+            advantages=jnp.asarray(samples["advantages"][part]),
+            ref_per_token_logps=jnp.asarray(samples["reference_logps"][part]),
+            old_per_token_logps=jnp.asarray(samples["behaviour_logps"][part]),
         )
         for part in (slice(first, first + size) for first in range(0, len(lengths), size))
     ]
 
 
 def main(path: str, checkpoint: str, micro_batch: str, threads: str) -> None:
-    given = dict(np.load(path))
+    samples = dict(np.load(path))
     config = GRPOConfig(
-        num_generations=int(given["group_size"]),
-        beta=float(given["kl_coef"]),
+        num_generations=int(samples["group_size"]),
+        beta=float(samples["kl_coef"]),
         kl_loss_mode="low_var_kl",
-        epsilon=float(given["clip_ratio"]),
+        epsilon=float(samples["clip_ratio"]),
     )
     config.temperature = 1.0
     graph, state = nnx.split(load(checkpoint))
     optimizer = optax.chain(
-        optax.clip_by_global_norm(float(given["clip_norm"])),
-        optax.adamw(float(given["learning_rate"]), b1=0.9, b2=0.95, weight_decay=0.0),
+        optax.clip_by_global_norm(float(samples["clip_norm"])),
+        optax.adamw(float(samples["learning_rate"]), b1=0.9, b2=0.95, weight_decay=0.0),
     )
     moments = optimizer.init(state)
-    parts = examples(given, int(micro_batch))
+    parts = examples(samples, int(micro_batch))
 
     def accumulate(state, total, example):
         def loss(state):

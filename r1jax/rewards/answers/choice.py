@@ -24,9 +24,9 @@ def accuracy(request: RewardRequest, config: RewardConfig) -> Score:
     """Returns a Score with value 1 if the response names the reference's option and no other, else 0.
 
     The reference is an option's letter, alone or before its text. The options' texts are read from the lines of the
-    prompt that begin `A.`, `(A)`, `A)` or `A:`. With extraction `auto` the answer stands in an answer tag, else in a
-    box, else in the last statement of the text, else in its last line. A reference that is no option gives scorable
-    False.
+    prompt that begin `A.`, `(A)`, `A)` or `A:`. With extraction `auto` the answer is read from an answer tag, else
+    from a box, else from the last statement of the text, else from its last line. A reference that is no option gives
+    scorable False.
     """
     options = read_options(request.prompt)
     gold = gold_letter(request.reference, options)

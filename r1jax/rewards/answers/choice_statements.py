@@ -1,7 +1,7 @@
 """Finds the options that a text claims or denies, in English, in Chinese, and in short forms of other languages.
 
 Each sentence is cut into marks: groups of options ("A, C and D"), cues that claim what follows ("the answer is", "I
-choose", "故选"), verdicts on what stands before ("is correct", "错误"), words that deny, doubt, explain or turn. A group
+choose", "故选"), verdicts on the text before ("is correct", "错误"), words that deny, doubt, explain or turn. A group
 is claimed or denied by its neighbours.
 """
 

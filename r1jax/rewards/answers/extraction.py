@@ -44,7 +44,7 @@ _SENTENCE_END = re.compile(r"(?<!\bvs)(?<!\d)[.!?。！？](?=\s|$)|(?<=\d)[.!?]
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|textit|mbox|operatorname)\s*\{[^{}]*\}")
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[A-Za-z]+\*?\}|\\[A-Za-z]+")
 _BOLD = re.compile(r"(?<![\w*)])\*\*([^*\n]+)\*\*(?![\w*(])")
-_TELLING = re.compile(r"\d|\w[\^=<>+*/]|^[=<>]")  # an answer has one of these; a run of only letters is no answer
+_ANSWER_MARK = re.compile(r"\d|\w[\^=<>+*/]|^[=<>]")  # an answer has one of these; a run of only letters is no answer
 _CHUNK = re.compile(r"\S+")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _FORMULA_WORDS = frozenset(
@@ -155,24 +155,24 @@ def _last_alone(text: str) -> str | None:
     """Returns the last number or formula between the words of a text: `7`, `3 * 4 = 12`, `[0, 7)`, `2 and 5`."""
     run: list[str] = []
     best: list[str] = []
-    before, telling, words_before = "", False, []
+    before, marked, words_before = "", False, []
     for chunk in _CHUNK.findall(text):
         label, before = before.lower() in words.LABELS, chunk
         if label and re.fullmatch(r"\(?\w{1,3}\)?[.,:;]?", chunk):
-            run, telling = [], False
+            run, marked = [], False
             continue
         bare = chunk if chunk in ("*", "-") else chunk.strip('*_"`')
         if _is_formula(bare) or (run and bare in (*_JOINING, "-", "–", "—")):
             if not run and _DENIED.search(" ".join(words_before[-2:])):
                 run = words_before[-2:]  # "it is not 7" does not give the answer
             run.append(bare)
-            telling = telling or bool(_TELLING.search(bare))
-            if telling:
+            marked = marked or bool(_ANSWER_MARK.search(bare))
+            if marked:
                 best = run
             if bare.endswith((".", ":", "!", "?", "。")):
-                run, telling = [], False
+                run, marked = [], False
         else:
-            run, telling = [], False
+            run, marked = [], False
         words_before = [] if chunk.endswith((".", "!", "?", ";", "。")) else [*words_before[-2:], bare]
     while best and best[-1] in _JOINING:
         best.pop()

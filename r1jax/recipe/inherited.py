@@ -1,0 +1,66 @@
+"""What the stages of a graph or an ablation inherit from it: size, seed, base and problems."""
+
+import dataclasses
+
+from r1jax import config as configs
+from r1jax.recipe import problems
+from r1jax.schema import Config, DataConfig, replace
+
+OF_STUDENT = ("distill", "student_rl")  # stages that train a student, from a base of its own
+REWARD_MODELS = ("reward_helpful", "reward_safety")  # stages whose rows are pairs and labels, not problems
+
+
+def preset(stage: str, size: str) -> str:
+    """Returns the preset of a stage in a recipe of `size`: a student's size differs from the teacher's."""
+    return configs.student_of(size) if stage in OF_STUDENT else size
+
+
+def stage_config(config: Config, spec: str, overrides: list[tuple[str, str]] | None = None) -> Config:
+    """Returns the config NAME:PRESET of a stage with seed, evaluation, base and problems of the graph or the ablation.
+
+    Stages that train the policy or start from it get the base (config.model.checkpoint), stages that read problems get
+    the changed fields of config.data. Overrides win over both.
+    """
+    loaded = configs.load(spec, overrides or ())
+    loaded = replace(loaded, seed=config.seed, evaluation=config.evaluation)
+    if loaded.stage not in OF_STUDENT and not loaded.model.checkpoint:
+        loaded = replace(loaded, model=replace(loaded.model, checkpoint=config.model.checkpoint))
+    if loaded.stage not in REWARD_MODELS:
+        loaded = replace(loaded, data=_with_changes(loaded.data, config.data, configs.keys(overrides or ())))
+    return loaded
+
+
+def _with_changes(stage_data: DataConfig, changes: DataConfig, kept: list[str]) -> DataConfig:
+    """Returns a stage's data with the fields of `changes` that are not the defaults, except the dotted keys `kept`."""
+    changed = {
+        field.name: getattr(changes, field.name)
+        for field in dataclasses.fields(DataConfig)
+        if getattr(changes, field.name) != field.default and f"data.{field.name}" not in kept
+    }
+    return replace(stage_data, **changed)
+
+
+def require(stage_config: Config, setting: str, config: Config) -> None:
+    """Raises ValueError, in one line, if a stage outside the tiny world has no weights or no rows.
+
+    `config` is the graph's or the ablation's, which the line names; `setting` is the option that sets a field of this
+    stage alone, with FIELD in place of the field and its value.
+    """
+    if stage_config.data.world == "tiny":
+        return
+    who, in_setting = f"{config.stage}:{config.preset}: {stage_config.stage}", setting.replace
+    if not stage_config.model.checkpoint:
+        base = "--config.model.checkpoint=DIR"
+        if stage_config.stage in OF_STUDENT:
+            who, base = f"{who}:{stage_config.preset}", in_setting("FIELD", "model.checkpoint=DIR")
+        raise ValueError(f"{who} has no weights to start from; give its base with {base} (a Hugging Face folder)")
+    if stage_config.stage in REWARD_MODELS and not stage_config.data.path:
+        raise ValueError(
+            f"{who} has no rows to learn from; give some with {in_setting('FIELD', 'data.path=FILE.jsonl')} (rows with "
+            "prompt and chosen, rejected or a label)"
+        )
+    if stage_config.stage not in (*REWARD_MODELS, "distill") and not problems.has_files(stage_config.data):
+        raise ValueError(
+            f"{who} has no problems; give some with --config.data.path=FILE.jsonl (rows with id, task, prompt and "
+            "answer)"
+        )
