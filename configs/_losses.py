@@ -51,8 +51,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
         aggregation="token_mean",
         denominator="trained",
     ),
-    # arXiv 2402.14740, eq. 8: REINFORCE on sums over the tokens of a sequence, the KL term in the reward. Coefficient and
-    # clip are those of TRL's RLOOConfig.
+    # arXiv 2402.14740, eq. 8: REINFORCE on sums over the tokens of a sequence, the KL term in the reward. Coefficient
+    # and clip are those of TRL's RLOOConfig.
     "rloo": dict(
         clip_ratio=0.2,
         kl_coef=0.05,
@@ -75,7 +75,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
         mismatch="sequence_mask",
         mismatch_threshold=3.0,
     ),
-    # verl/trainer/ppo/core_algos.py at 1dda039: compute_policy_loss_vanilla, agg_loss token-mean, no KL, clip_ratio_c 3.
+    # verl/trainer/ppo/core_algos.py at 1dda039: compute_policy_loss_vanilla, agg_loss token-mean, no KL, dual clip 3.
     "verl_default": dict(
         clip_ratio=0.2,
         kl_coef=0.0,

@@ -1,4 +1,4 @@
-"""The sizes: one entry each, with what a size fixes whatever the stage. The recipe's numbers are the stages' (configs/NAME.py).
+"""The sizes: one entry each, with the settings of all its stages. A stage's own numbers are in configs/NAME.py.
 
 A new size is one entry of SIZES (docs/sizes.md).
 """
@@ -23,7 +23,7 @@ from r1jax.schema import (
     replace,
 )
 
-# What every model of real size computes with: bfloat16 copies of float32 weights, one compiled block, recomputed backward.
+# How every model of real size is computed: bfloat16 copies of float32 weights, one compiled block, recomputed backward.
 _REAL = ComputeConfig(compute_dtype="bfloat16", remat=True)
 # The fields that the config.json of all four Qwen2.5 students have in common.
 _QWEN: dict[str, Any] = dict(
@@ -42,7 +42,7 @@ _LLAMA: dict[str, Any] = dict(
     ),
     max_position_embeddings=131072,
 )
-# Attention dimensions that DeepSeek-V2, V2-Lite, V3 and Moonlight share; head_dim is the query's, nope and rope together.
+# Attention dimensions of DeepSeek-V2, V2-Lite, V3 and Moonlight; head_dim is the query's, nope and rope together.
 _LATENT: dict[str, Any] = dict(
     kv_lora_rank=512,
     qk_nope_head_dim=128,
@@ -52,7 +52,7 @@ _LATENT: dict[str, Any] = dict(
     vocab_size=102400,
 )
 
-# What the two 16B mixtures share.
+# Fields that the two 16B mixtures have in common.
 _SMALL_MIXTURE: dict[str, Any] = dict(
     hidden_size=2048,
     num_hidden_layers=27,
@@ -82,7 +82,7 @@ _TINY_PACK = PackConfig(row_tokens=96, rows_per_micro_batch=32)
 
 @dataclass(frozen=True)
 class Size:
-    """What a size fixes for every stage.
+    """The settings of a size, for every stage.
 
     The mesh is the smallest that trains it: devices of 95 GB over which 14 bytes a parameter (float32 masters and
     moments, bfloat16 copy) leave room to compute.
@@ -90,15 +90,16 @@ class Size:
 
     model: ModelConfig
     student: str  # preset of `distill` and `student_rl` in a graph of this size
-    sampler: SamplerConfig = _LONG  # slots, lengths and windows; its max_new_tokens bounds what a stage asks for
+    sampler: SamplerConfig = _LONG  # slots, lengths and windows; its max_new_tokens bounds the stages' lengths
     compute: ComputeConfig = _REAL
     mesh: MeshConfig = MeshConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()  # how moments are kept; rates and schedules are the stages'
+    optimizer: OptimizerConfig = OptimizerConfig()  # storage of the moments; stages set rates and schedules
     pack: PackConfig | None = None  # rows of every stage; None: as long as the stage needs, one for each device
-    distill_rate: float = 0.0  # initial rate as a student (P2 Table 6); 0 is no student
+    distill_rate: float = 0.0  # initial rate as a student (P2 Table 6); 0: not a student
     export_dtype: Literal["float32", "bfloat16", "fp8"] = "bfloat16"
     world: Literal["none", "tiny"] = "none"  # where problems come from without a file
-    differs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # stage -> {field: value}, for the recipe's
+    # stage -> {field: value} that replace the recipe's
+    differs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 # A reward model's update, 256 pairs of about two thousand tokens, fills some 64 rows of 8,192, not one for each device.
@@ -343,7 +344,7 @@ def config(stage: str, preset: str, **parts) -> Config:
 
 
 def fitted(config: Config) -> Config:
-    """Returns a stage's config by the recipe with what its size does otherwise (Size.differs)."""
+    """Returns a stage's config with the fields in which its size differs from the recipe (Size.differs)."""
     parts: dict[str, dict[str, Any]] = {}
     for key, value in SIZES[config.preset].differs.get(config.stage, {}).items():
         part, _, name = key.partition(".")
@@ -378,7 +379,7 @@ def sampler(preset: str) -> SamplerConfig:
 
 
 def mesh(preset: str) -> MeshConfig:
-    """Returns the smallest mesh that trains `preset`: one device where it is enough."""
+    """Returns the smallest mesh that trains `preset`: one device if that is enough."""
     return SIZES[preset].mesh
 
 
@@ -388,9 +389,9 @@ def optimizer(preset: str, **recipe) -> OptimizerConfig:
 
 
 def rollouts(preset: str, max_new_tokens: int, schedule: tuple = ()) -> SamplerConfig:
-    """Returns how an RL stage samples: the recipe's longest output and its schedule where the size has room for them.
+    """Returns an RL stage's sampler: with the recipe's longest output and schedule if the size has room for them.
 
-    Slots divide over the devices, and a scheduled length below the longest is a window of the cache.
+    Slots are divided over the devices, and a scheduled length below the longest is a window of the cache.
     """
     settings = sampler(preset)
     lengths: set[int] = set()
@@ -403,13 +404,13 @@ def rollouts(preset: str, max_new_tokens: int, schedule: tuple = ()) -> SamplerC
 
 
 def devices_of_rows(preset: str) -> int:
-    """Returns over how many devices the mesh of `preset` divides rows and slots."""
+    """Returns the number of devices over which the mesh of `preset` divides rows and slots."""
     axes = mesh(preset)
     return math.prod((axes.slice, axes.data, axes.fsdp, axes.expert))
 
 
 def pack(preset: str, row_tokens: int) -> PackConfig:
-    """Returns the packed training rows of a stage at `preset`: of `row_tokens`, one for each device, or the size's own."""
+    """Returns the packed rows of a stage at `preset`: of `row_tokens`, one for each device, or the size's own."""
     return SIZES[preset].pack or PackConfig(row_tokens=row_tokens, rows_per_micro_batch=devices_of_rows(preset))
 
 

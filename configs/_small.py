@@ -1,4 +1,4 @@
-"""Where the sizes for two CPU cores differ from the recipe: stage -> {field: value}. Nothing else of a stage depends on them.
+"""The fields in which the sizes for two CPU cores differ from the recipe: stage -> {field: value}.
 
 `tiny` (with its student `tiny_dense`) learns in minutes, so it takes higher rates, smaller batches and fewer updates;
 `smollm2_135m` is there to be tried, with a handful of updates at the paper's rates.

@@ -8,10 +8,10 @@ from r1jax.configs import _presets, r1
 from r1jax.schema import Config, replace
 
 PRESETS = _presets.POLICIES
-# RL updates that cost what one, two and three epochs of distillation cost, or a little more. At `tiny` and `smollm2_135m`
-# by the examples and lengths of their own runs. Else by the paper's: an epoch is 804,745 examples of 5,355 tokens (P2 Table
-# 5) at 6 operations a parameter, an update 512 outputs at 10, taken to be 10,000 tokens long: 505 updates an epoch, rounded
-# up to whole rollouts of 16.
+# Numbers of RL updates that cost as much as one, two and three epochs of distillation, or a little more. For `tiny` and
+# `smollm2_135m` they are computed from the examples and lengths of their own runs, for others from the paper's: an
+# epoch is 804,745 examples of 5,355 tokens (P2 Table 5) at 6 operations a parameter, an update 512 outputs at 10,
+# assumed to be 10,000 tokens long: 505 updates an epoch, rounded up to whole rollouts of 16.
 UPDATES = {"tiny": (20, 34, 46), "smollm2_135m": (2, 3, 5)}
 PAPER = (512, 1024, 1520)
 

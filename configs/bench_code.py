@@ -1,8 +1,8 @@
 """Measure the code reward: reference solutions pass, mutated ones fail, samples a second on both backends.
 
 Hardware: Linux with namespaces (docs/sandbox.md); two CPU cores (a quarter of an hour for HumanEval and MBPP), no
-accelerator. Command: python -m r1jax.launch --config=bench_code
-"--config.bench.code_files=('humaneval.jsonl','mbpp.jsonl')" --json=FIGURES.json
+accelerator.
+Command: python -m r1jax.launch --config=bench_code "--config.bench.code_files=('humaneval.jsonl','mbpp.jsonl')" --json=FIGURES.json
 """
 
 from r1jax.schema import BenchConfig, Config, RewardConfig, SandboxConfig

@@ -1,4 +1,4 @@
-"""Measure what the graders get right: known answers, at least five rewritings of each, and near misses that must be wrong.
+"""Measure the graders on known answers, at least five rewritings of each, and near misses that must be wrong.
 
 A file of cases {id, task, reference, response, expected} gives a table of right and wrong verdicts by kind instead.
 Hardware: any; no accelerator and no JAX (minutes on two CPU cores).

@@ -1,8 +1,9 @@
 """Measure the update: packed, shared and padded prompts, other libraries on the same samples; SmolLM2-135M, float32.
 
 Hardware: Linux, 4 GB of memory (20 GB with the peers), two CPU cores; about 10 minutes without peers, an hour with
-them. Command: python -m r1jax.launch --config=bench_update --json=FIGURES.json --config.model.checkpoint=DIR
-[--config.bench.trl_python=VENV/bin/python] [--config.bench.tunix_python=VENV/bin/python]
+them.
+Command: python -m r1jax.launch --config=bench_update --json=FIGURES.json --config.model.checkpoint=DIR
+         [--config.bench.trl_python=VENV/bin/python] [--config.bench.tunix_python=VENV/bin/python]
 """
 
 from r1jax.configs import _presets

@@ -1,11 +1,12 @@
 """Distillation: a dense student learns from a teacher's examples by SFT alone.
 
 The examples are those of stage 3 in the working folder, or a JSONL of {prompt, response} rows. The six real students
-start from the Hugging Face folder that is given; its config.json decides the shape. Hardware: two CPU cores at `tiny`;
-it runs the stages before it first when the working folder has none. The real presets spread weights and moments (14
-bytes a parameter) over 1 to 32 devices of 95 GB (config.mesh); attention scores come on top, 4.3 GB a head for a row
-of 32,768 tokens: lower config.pack.row_tokens where they do not fit. Command: python -m r1jax.launch --config=distill
-python -m r1jax.launch --config=distill:qwen2_5_1_5b --config.model.checkpoint=DIR --config.distill.examples=FILE.jsonl
+start from the Hugging Face folder that is given; its config.json decides the shape.
+Hardware: two CPU cores at `tiny`; it runs the stages before it first when the working folder has none. The real presets
+spread weights and moments (14 bytes a parameter) over 1 to 32 devices of 95 GB (config.mesh); attention scores come on
+top, 4.3 GB a head for a row of 32,768 tokens: lower config.pack.row_tokens where they do not fit.
+Command: python -m r1jax.launch --config=distill
+         python -m r1jax.launch --config=distill:qwen2_5_1_5b --config.model.checkpoint=DIR --config.distill.examples=FILE.jsonl
 """
 
 from r1jax.configs import _presets

@@ -1,7 +1,8 @@
 """Evaluate a checkpoint: k samples a problem, pass@1 with its error, one greedy sample, length and behaviour.
 
 Hardware: two CPU cores at `tiny` and `tiny_dense` (under a minute); 8 GB of memory at `smollm2_135m`; TPUs for the
-rest. Command: python -m r1jax.launch --config=evaluate --config.checkpoint=RUN/r1_zero --json=FIGURES.json
+rest.
+Command: python -m r1jax.launch --config=evaluate --config.checkpoint=RUN/r1_zero --json=FIGURES.json
 """
 
 from r1jax.configs import _presets

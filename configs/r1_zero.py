@@ -1,8 +1,9 @@
 """R1-Zero: GRPO with rule rewards straight from a base model, no supervised data.
 
 Hardware: two CPU cores at `tiny` and `tiny_dense` (about five minutes); 8 GB of memory at `smollm2_135m`; the mesh of
-the size at the others. Command: python -m r1jax.launch --config=r1_zero python -m r1jax.launch
---config=r1_zero:smollm2_135m --config.model.checkpoint=DIR --config.data.path=FILE.jsonl
+the size at the others.
+Command: python -m r1jax.launch --config=r1_zero
+         python -m r1jax.launch --config=r1_zero:smollm2_135m --config.model.checkpoint=DIR --config.data.path=FILE.jsonl
 """
 
 from r1jax.configs import _presets

@@ -1,8 +1,9 @@
 """Cold start: supervised fine-tuning of the base on R1-Zero's correct, well-formed, single-language traces.
 
 Hardware: two CPU cores at `tiny`, where it trains R1-Zero first when the working folder has none; the mesh of the size
-at others. Command: python -m r1jax.launch --config=stage1_coldstart python -m r1jax.launch
---config=stage1_coldstart:smollm2_135m --config.model.checkpoint=DIR --config.data.path=FILE.jsonl
+at others.
+Command: python -m r1jax.launch --config=stage1_coldstart
+         python -m r1jax.launch --config=stage1_coldstart:smollm2_135m --config.model.checkpoint=DIR --config.data.path=FILE.jsonl
 """
 
 from r1jax.configs import _presets

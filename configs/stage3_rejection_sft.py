@@ -1,7 +1,8 @@
 """Stage 3: rejection sampling from Dev2, mixed with general data; SFT of the base for two epochs; makes Dev3.
 
 Hardware: two CPU cores at `tiny`, where it runs the stages before it first when the working folder has none; the mesh
-of the size at others. Command: python -m r1jax.launch --config=stage3_rejection_sft
+of the size at others.
+Command: python -m r1jax.launch --config=stage3_rejection_sft
 """
 
 from r1jax.configs import _presets, stage1_coldstart

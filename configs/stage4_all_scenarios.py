@@ -1,7 +1,8 @@
 """Stage 4: RL for all scenarios at temperature 0.7; general and safety prompts enter in the last part; makes R1.
 
 Hardware: two CPU cores at `tiny`, where it runs the stages before it first when the working folder has none; the mesh
-of the size at others. Command: python -m r1jax.launch --config=stage4_all_scenarios
+of the size at others.
+Command: python -m r1jax.launch --config=stage4_all_scenarios
 """
 
 from r1jax.configs import _presets, stage2_reasoning_rl
@@ -11,7 +12,7 @@ PRESETS = _presets.POLICIES
 
 
 def config(preset: str) -> Config:
-    """Returns the run at `preset`: stage 2's settings at temperature 0.7; 1,700 updates, the last 400 with the other prompts.
+    """Returns the run at `preset`: stage 2's settings at temperature 0.7, 1,700 updates, the last 400 with all prompts.
 
     The other prompts enter with the first rollout that starts at or after update 1,300, which is that of update 1,312.
     """

@@ -1,7 +1,8 @@
 """The control of distillation: the same student trained by RL alone, at equal compute at `tiny`.
 
-Hardware: two CPU cores at `tiny`; the mesh of the size at others. Command: python -m r1jax.launch --config=student_rl
-python -m r1jax.launch --config=student_rl:qwen2_5_32b --config.model.checkpoint=DIR --config.data.path=FILE.jsonl
+Hardware: two CPU cores at `tiny`; the mesh of the size at others.
+Command: python -m r1jax.launch --config=student_rl
+         python -m r1jax.launch --config=student_rl:qwen2_5_32b --config.model.checkpoint=DIR --config.data.path=FILE.jsonl
 """
 
 from r1jax.configs import _presets, r1_zero

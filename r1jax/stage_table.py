@@ -153,7 +153,7 @@ def _reads_rows(config: Config) -> bool:
 
 
 def _holds_out(config: Config) -> bool:
-    """Returns whether a share of the rows of config.data.path is held out; config.data.eval_path replaces that share."""
+    """Returns whether a share of config.data.path's rows is held out, which config.data.eval_path would replace."""
     return bool(config.data.path) and not (config.data.eval_path and config.data.holdout_fraction)
 
 
