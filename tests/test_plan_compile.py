@@ -30,6 +30,10 @@ SIZES = {  # preset, slices, topology, mesh, rows and tokens of a micro-batch
     "v3_671b_context": ("v3_671b", 1, "v5p:8x8x8", {"fsdp": 32, "expert": 8, "context": 2}, 256, 8192),
     "v3_671b_slices": ("v3_671b", 2, "v5p:8x8x8", {"slice": 2, **LARGE}, 1024, 4096),
 }
+LONG_ROWS = {  # tokens: topology, rows of a micro-batch, mesh
+    32768: ("v5p:8x8x16", 128, {"fsdp": 16, "expert": 8, "tensor": 2, "context": 4}),
+    65536: ("v5p:8x16x16", 64, {"fsdp": 8, "expert": 8, "tensor": 4, "context": 8}),
+}
 
 
 def plan(builder, topology="v5p:2x2x1", **arguments):
@@ -182,6 +186,19 @@ def test_update_and_decode_fit_their_chips_and_expert_weights_stay(size, results
         found.require_fit()
         assert found.rematerialized == ()
         assert found.gathered == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", LONG_ROWS)
+def test_an_update_of_long_rows_fits_its_chips(tokens, results):
+    topology, rows, mesh = LONG_ROWS[tokens]
+    found = plan("update", topology, preset="v3_671b", mesh=mesh, rows=rows, row_tokens=tokens, deadline_s=600)
+    results(f"plan_v3_671b_rows_{tokens}", {"rows": rows, "row_tokens": tokens, "update": found.figures()})
+    print(f"{tokens}: {found.memory.total / GIB:.1f} GiB of {found.available / GIB:.1f}")
+    assert set(found.kernels) == {"logprob_forward", "flash_attention_forward", "flash_attention_backward"}
+    found.require_fit()
+    assert found.rematerialized == ()
+    assert found.gathered == ()
 
 
 def test_muon_orthogonalises_expert_matrices_where_they_lie():
