@@ -11,7 +11,7 @@ import small
 
 from r1jax.core import sharding
 from r1jax.models import cache, decoder, forms
-from r1jax.schema import MeshConfig, replace
+from r1jax.schema import MeshConfig
 
 MODELS = {"latent": small.MIXTURE, "grouped": small.GROUPED}
 MESHES = {"one": MeshConfig(), "context2": MeshConfig(context=2), "fsdp2": MeshConfig(fsdp=2)}
@@ -19,12 +19,12 @@ MESHES = {"one": MeshConfig(), "context2": MeshConfig(context=2), "fsdp2": MeshC
 
 def chosen(model: str, mesh: str, tokens: int, cached: bool, kernels: str, block: int) -> str:
     """Returns the name of the form for two rows of `tokens` tokens."""
-    config = replace(MODELS[model], attention_implementation=kernels, attention_block=block)
+    network = small.changed(MODELS[model], attention_implementation=kernels, attention_block=block)
     rules = sharding.DECODE if cached else sharding.TRAIN
     rows = jnp.ones((2, tokens), jnp.int32)
     with sharding.use_mesh(sharding.make_mesh(MESHES[mesh]), rules):
-        kv = cache.CacheSpec(config, slots=2, rows=16).zeros() if cached else None
-        return forms.build_context(rows, rows, config, kv, 16 if cached else 0).form.__name__
+        kv = cache.CacheSpec(network, slots=2, rows=16).zeros() if cached else None
+        return forms.build_context(rows, rows, network, kv, 16 if cached else 0).form.__name__
 
 
 def message(function, *arguments) -> str:
@@ -41,7 +41,7 @@ def main():
     report = {"forms": [chosen(*arguments) for arguments in asked]}
     x, rows = jnp.ones((8, 4)), jnp.ones((2, 4), jnp.int32)
     report["no_mesh"] = message(sharding.constrain, x, "batch", None)
-    params = sharding.map_specs(lambda spec: jnp.zeros(spec.shape), decoder.specs(small.GROUPED))
+    params = sharding.map_specs(lambda spec: jnp.zeros(spec.shape), decoder.specs(small.GROUPED.model))
     report["forward"] = message(decoder.forward, params, rows, rows, rows, small.GROUPED)
     for name, mesh in MESHES.items():
         with sharding.use_mesh(sharding.make_mesh(mesh)):
