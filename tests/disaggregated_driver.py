@@ -18,6 +18,7 @@ from r1jax.core import metrics, rng, runtime, sharding, tree
 from r1jax.data import tasks
 from r1jax.models import decoder
 from r1jax.recipe import policy, prompts
+from r1jax.rl.settings import of_config
 
 WORDS = tokenizer.tiny()
 FIELDS = {
@@ -45,7 +46,7 @@ def build(folder: pathlib.Path, name: str = "r1_zero:tiny", **more):
         tasks.linear_prompts("train")[:30], config.stage, config.model, config.data, config.sampler, WORDS
     )
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
-    return policy.make_training(config, WORDS, mesh, train, params, folder, describe=policy.describe)
+    return policy.make_training(of_config(config), WORDS, mesh, train, params, folder, describe=policy.describe)
 
 
 def run(folder: pathlib.Path, **more) -> dict:

@@ -45,6 +45,7 @@ def build(settings: dict):
     from r1jax.data import tasks
     from r1jax.models import decoder
     from r1jax.recipe import policy, prompts
+    from r1jax.rl.settings import of_config
     from r1jax.schema import MeshConfig
 
     runtime.setup()
@@ -64,7 +65,7 @@ def build(settings: dict):
     drawn = sharding.map_specs(lambda spec: 0.05 * random.standard_normal(spec.shape, np.float32), specs)
     params = jax.tree.map(sharding.place, drawn, sharding.spec_shardings(specs, mesh))
     return policy.make_training(
-        config, words, mesh, train, params, pathlib.Path(settings["folder"]), describe=policy.describe
+        of_config(config), words, mesh, train, params, pathlib.Path(settings["folder"]), describe=policy.describe
     )
 
 

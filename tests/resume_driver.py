@@ -19,6 +19,7 @@ from r1jax.data import tasks
 from r1jax.models import decoder
 from r1jax.recipe import policy, prompts
 from r1jax.rewards.pool import RewardPool
+from r1jax.rl.settings import of_config
 from r1jax.schema import MeshConfig
 from r1jax.train.step import Trainer
 
@@ -85,7 +86,7 @@ def main(folder: pathlib.Path) -> None:
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "resume", "init"), "float32", mesh)
     if os.environ.get("SLOW"):
         slow_down(folder)
-    training = policy.make_training(config, words, mesh, train, params, folder, describe=policy.describe)
+    training = policy.make_training(of_config(config), words, mesh, train, params, folder, describe=policy.describe)
     training.train()
     state = training.run.state
     found = {

@@ -18,6 +18,7 @@ from r1jax.models import decoder
 from r1jax.recipe import common, policy, prompts
 from r1jax.rewards import references
 from r1jax.rl.assemble import Training
+from r1jax.rl.settings import of_config
 from r1jax.schema import Config, Network, RewardConfig, replace
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -123,7 +124,7 @@ def rl_training(folder: pathlib.Path, seed: int = 0, name="r1_zero:tiny", **more
         tasks.linear_prompts("train")[:30], config.stage, config.model, config.data, config.sampler, words
     )
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
-    return policy.make_training(config, words, mesh, train, params, folder, describe=policy.describe)
+    return policy.make_training(of_config(config), words, mesh, train, params, folder, describe=policy.describe)
 
 
 class Stopped(Exception):

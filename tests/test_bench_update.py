@@ -38,17 +38,18 @@ def plain(config: Config) -> Config:
 
 def in_this_process(folder, action, *arguments, what):
     config, samples = bench_update.pickle.loads((folder / "config.pickle").read_bytes()), folder / "samples.npz"
+    settings = bench_update.parts_of(config)
     if action == "prepare":
-        return bench_update.prepare_figures(config, samples) | {"peak_flops_per_s": 1e11}
-    return bench_update.update_figures(config, dict(np.load(samples)), *arguments)
+        return bench_update.prepare_figures(settings, samples) | {"peak_flops_per_s": 1e11}
+    return bench_update.update_figures(settings, dict(np.load(samples)), *arguments)
 
 
 def test_figures_stand_under_their_keys_and_every_form_makes_the_same_update(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_update, "_own", in_this_process)
+    monkeypatch.setattr(bench_update, "_in_own_process", in_this_process)
     monkeypatch.setattr(bench_update, "matmul_peak", lambda: 1e11)
     config = plain(small_config(losses=("sft",)))
     found = bench_update.run(config, tmp_path)
-    trained = bench_update.draw(config)["lengths"].sum()
+    trained = bench_update.draw(bench_update.parts_of(config))["lengths"].sum()
     packed, padded = (found["systems"]["r1jax"]["sft"][form] for form in ("packed", "padded"))
     for figures in (packed, padded):
         assert figures["tokens_per_s"] == pytest.approx(trained / figures["seconds"][0])
@@ -60,17 +61,17 @@ def test_figures_stand_under_their_keys_and_every_form_makes_the_same_update(tmp
 
 
 def gradients(config: Config, form: str):
-    given = bench_update.draw(config)
+    given = bench_update.draw(bench_update.parts_of(config))
     shape = given["response_ids"].shape
     generator = np.random.default_rng(0)
     given |= {
         name: generator.normal(-5, 0.1, shape).astype(np.float32) for name in ("behaviour_logps", "reference_logps")
     }
-    config, _, params = bench_update.start_weights(config)
+    network, _, params = bench_update.start_weights(config.stage, config.seed, config.network)
     arrays, filled, size = bench_update.arrays_of(
         bench_update.items_of(given, config.grpo, config.bench, "grpo"), config.pack, config.bench.prompt_tokens, form
     )
-    loss = losses.make_loss(config.network, config.grpo, trained_chunk=size.trained_chunk)
+    loss = losses.make_loss(network, config.grpo, trained_chunk=size.trained_chunk)
     arguments = losses.arguments(config.grpo, config.grpo.kl_coef, 1.0)
     value = jax.jit(jax.value_and_grad(lambda params, micro: loss(params, micro, arguments)[0]))
     parts = [value(params, {name: array[i] for name, array in arrays.items()}) for i in range(filled)]
@@ -87,10 +88,15 @@ def test_packed_rows_padded_rows_and_plain_rows_have_the_same_loss_and_gradient(
 
 def test_draws_follow_the_law_and_depend_on_the_seed_alone():
     config = small_config(samples=4000, p99_tokens=50, longest_tokens=10_000)
-    lengths = bench_update.draw(config)["lengths"]
+    lengths = bench_update.draw(bench_update.parts_of(config))["lengths"]
     assert np.median(lengths) == pytest.approx(5, abs=1) and np.percentile(lengths, 99) == pytest.approx(50, rel=0.15)
-    again, other = bench_update.draw(config), bench_update.draw(replace(config, seed=1))
-    np.testing.assert_array_equal(again["response_ids"], bench_update.draw(config)["response_ids"])
+    again, other = (
+        bench_update.draw(bench_update.parts_of(config)),
+        bench_update.draw(bench_update.parts_of(replace(config, seed=1))),
+    )
+    np.testing.assert_array_equal(
+        again["response_ids"], bench_update.draw(bench_update.parts_of(config))["response_ids"]
+    )
     assert not np.array_equal(again["lengths"], other["lengths"])
 
 
@@ -188,7 +194,7 @@ def test_sizes_below_one_are_refused_with_one_line():
 
 def test_blocked_attention_of_the_decoder_leaves_hidden_states_of_samples_as_they_are():
     config = small_config()
-    _, _, params = bench_update.start_weights(config)
+    _, _, params = bench_update.start_weights(config.stage, config.seed, config.network)
     segments = jnp.asarray([[1] * 11 + [2] * 7 + [0] * 4])
     positions = jnp.asarray([[*range(11), *range(7), *[0] * 4]])
     tokens = jnp.arange(22)[None] + 3

@@ -6,79 +6,26 @@ import pathlib
 from r1jax import stage_table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# What makes, checks and keeps whole configs: the command line, the loader, the graph with what a stage descends from.
-WHOLE = ("config", "flags", "sweep", "stage_table", "launch", "recipe.graph", "recipe.lineage", "tools.ablation")
+# What makes, checks and keeps whole configs: the command line, the loader, the graph with what a stage inherits from it
+# and descends from.
+WHOLE = {
+    *("config", "flags", "sweep", "stage_table", "launch", "tools.ablation"),
+    *("recipe.graph", "recipe.inherited", "recipe.lineage"),
+}
 KEEPERS = {
     *("recipe.common:StageFolder.__init__", "recipe.common:json_fields", "recipe.common:prepare"),
-    *("recipe.export_hf:stage_config", "recipe.judging:work_key", "rl.settings:of_config"),
+    *("recipe.export_hf:stage_config", "recipe.judging:work_key"),
 }
-# Steps of stages that read too many parts to name them, or hand the config on to the graph; no name may be added.
-STEPS: dict[str, tuple[str, ...]] = {
-    "bench.update": (
-        "draw",
-        "prepare_figures",
-        "report",
-        "split_figures",
-        "start_weights",
-        "update_figures",
-    ),
-    "recipe.distill": (
-        "_check_inputs",
-        "collect",
-    ),
-    "recipe.evaluate": (
-        "as_trained",
-        "before_and_after",
-        "evaluate",
-        "measurement_key",
-        "of_weights",
-    ),
-    "recipe.fine_tuning": (
-        "fine_tune",
-        "run",
-    ),
-    "recipe.general_rows": ("chosen",),
-    "recipe.policy": (
-        "later",
-        "load_reward_models",
-        "make_training",
-    ),
-    "recipe.problems": (
-        "FileProblems.__init__",
-        "source",
-    ),
-    "recipe.prompts": (
-        "_source",
-        "load",
-        "load_held_out",
-    ),
-    "recipe.review": (
-        "_key",
-        "ask",
-        "kept",
-    ),
-    "recipe.reward_models": ("fit",),
-    "recipe.stage0_base": (
-        "base_key",
-        "base_params",
-        "pretrain",
-        "write_asset",
-    ),
-    "recipe.stage1_coldstart": (
-        "_make",
-        "_sampled",
-        "collect",
-    ),
-    "recipe.stage3_rejection_sft": ("collect",),
-    "recipe.teachers": (
-        "load",
-        "prompted",
-    ),
-    "recipe.tiny_preferences": ("examples",),
-    "recipe.traces": ("sample",),
-    "recipe.judged_prompts": ("sample",),
-    "tools.build_tests": ("generator_writer",),
-    "tools.preference_pairs": ("answerer",),
+# What takes a config apart: each returns the parts that several steps use, under one name.
+BUILDERS = {
+    *("recipe.parts:for_prompts", "recipe.parts:for_sampling", "recipe.parts:for_training"),
+    *("recipe.parts:for_evaluation", "rl.settings:of_config", "bench.update:parts_of"),
+}
+# Entries besides the functions of the table of stages: the body that stages 1 and 3 and distill share, and what each of
+# them gives it to collect its examples, which may run a stage that is missing.
+ENTRIES = {
+    *("recipe.fine_tuning:run", "recipe.stage1_coldstart:collect", "recipe.stage3_rejection_sft:collect"),
+    "recipe.distill:collect",
 }
 
 
@@ -103,11 +50,10 @@ def takers() -> set[str]:
     return found
 
 
-def test_only_entries_and_keepers_of_configs_and_the_listed_steps_take_the_whole_config():
-    entries = {stage.function for stage in stage_table.STAGES.values()}
-    listed = {f"{module}:{name}" for module, names in STEPS.items() for name in names}
-    rest = {name for name in takers() - entries - KEEPERS if name.partition(":")[0] not in WHOLE}
-    assert rest == listed
+def test_only_entries_builders_and_keepers_of_configs_take_the_whole_config():
+    stages = {stage.function for stage in stage_table.STAGES.values()}
+    found = {name for name in takers() - stages if name.partition(":")[0] not in WHOLE}
+    assert found == KEEPERS | BUILDERS | ENTRIES
 
 
 def test_a_function_that_takes_the_whole_config_is_found():

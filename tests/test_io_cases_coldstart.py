@@ -126,7 +126,7 @@ def sampled(problem: Problem, texts: list[str], config: RewardConfig) -> list[Re
 
 def drawing(monkeypatch, make) -> None:
     """Makes the stages' teacher draw what `make` returns."""
-    monkeypatch.setattr(teachers, "load", lambda config, *given: teachers.Teacher(config, None, None, "T"))
+    monkeypatch.setattr(teachers, "load", lambda settings, *given: teachers.Teacher(settings, None, None, "T"))
     monkeypatch.setattr(teachers, "sampled", lambda *given, **more: make())
 
 

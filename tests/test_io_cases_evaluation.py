@@ -17,9 +17,9 @@ from r1jax.data.problems import Problem
 from r1jax.evals import benchmarks
 from r1jax.evals.benchmarks import Measurement, Response
 from r1jax.models import decoder
-from r1jax.recipe import common, evaluate, prompts
+from r1jax.recipe import common, evaluate, parts, prompts
 from r1jax.report import html
-from r1jax.schema import Config, DataConfig, EvalConfig, MeshConfig, RewardConfig, replace
+from r1jax.schema import DataConfig, EvalConfig, MeshConfig, RewardConfig, replace
 
 TINY = ["--config.evaluation.samples_per_problem=2", "--config.evaluation.greedy=false"]
 LENGTHS = ["--config.sampler.max_prompt_tokens=40", "--config.sampler.max_new_tokens=8", "--config.sampler.windows=()"]
@@ -219,12 +219,8 @@ def test_of_a_file_that_the_run_trained_on_only_what_it_held_out_is_evaluated(tr
     assert measured[str(workdir / "r1_zero")] == common.checkpoint_digest(workdir / "r1_zero")
     written(path, linear_rows(30) + linear_rows(1, source="later", task="mcq", prompt="(A) 1 (B) 2", answer="A"))
     try:
-        changed = evaluate.as_trained(
-            Config(
-                stage="evaluate", checkpoint=str(workdir / "r1_zero"), data=DataConfig(path=path, holdout_fraction=1.0)
-            )
-        )
-        assert changed.data.holdout_fraction < 1 and "which has changed since" in capsys.readouterr().err
+        changed = evaluate.as_trained(str(workdir / "r1_zero"), DataConfig(path=path, holdout_fraction=1.0))
+        assert changed.holdout_fraction < 1 and "which has changed since" in capsys.readouterr().err
     finally:
         written(path, linear_rows(30))
 
@@ -281,11 +277,11 @@ def test_figures_of_the_base_are_measured_again_when_the_file_has_changed(traine
 
 
 def asked_of(tmp_path, rows=None, **fields):
-    """Returns (config, prompts) of an evaluation of rows, written under one name whatever they are."""
+    """Returns (settings, prompts) of an evaluation of rows, written under one name whatever they are."""
     path = written(tmp_path / "rows.jsonl", rows or linear_rows(4))
     given = {"data.path": path, "data.template": "tiny", "sampler.max_prompt_tokens": "400", **fields}
     config = configs.load("evaluate", [(name, str(value)) for name, value in given.items()])
-    return config, prompts.load_held_out(config, tokenizer.tiny())
+    return parts.for_evaluation(config), prompts.load_held_out(parts.for_prompts(config), tokenizer.tiny())
 
 
 def test_what_decides_a_figure_is_in_its_key_and_nothing_else(tmp_path):
@@ -294,8 +290,8 @@ def test_what_decides_a_figure_is_in_its_key_and_nothing_else(tmp_path):
 
     def key(rows=None, source=GRADER, weights=weights, words=words, **fields) -> str:
         grader.write_text(source)
-        config, asked = asked_of(tmp_path, rows, **{"reward.graders": f"own={grader}:grade", **fields})
-        return evaluate.measurement_key(config, words, asked, arrays(weights))
+        settings, asked = asked_of(tmp_path, rows, **{"reward.graders": f"own={grader}:grade", **fields})
+        return evaluate.measurement_key(settings, words, asked, arrays(weights))
 
     usual = key()
     assert usual == key()

@@ -262,9 +262,9 @@ def test_general_and_safety_rows_enter_at_their_update_and_held_out_ones_never(w
     write_rows(world[1], some)
     drawn, make = {}, policy.make_training
 
-    def watched(config, *arguments, **more):
-        training = make(config, *arguments, **more)
-        size = config.grpo.prompts_per_update
+    def watched(settings, *arguments, **more):
+        training = make(settings, *arguments, **more)
+        size = settings.grpo.prompts_per_update
         for start in range(6):
             drawn[start] = [
                 training.recorder.inputs.prompts.prompt(start * size + i, start).problem

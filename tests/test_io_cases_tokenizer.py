@@ -16,6 +16,7 @@ from r1jax.data.problems import Problem
 from r1jax.models import decoder, logprobs
 from r1jax.recipe import common, fine_tuning, policy, prompts
 from r1jax.rl.logprobs import Scorer
+from r1jax.rl.settings import of_config
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import RolloutRequest, SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
@@ -450,7 +451,7 @@ def test_a_padded_model_with_two_end_tokens_and_another_end_of_turn_trains_on_wh
     own_config = replace(config, data=replace(config.data, template="chat"))
     train = prompts.encode(PROBLEMS, own_config.stage, own_config.model, own_config.data, own_config.sampler, words)
     seen = []
-    training = policy.make_training(config, words, mesh, train, params, tmp_path / "run")
+    training = policy.make_training(of_config(config), words, mesh, train, params, tmp_path / "run")
     generate = training.source.sampling.sampler.generate
     training.source.sampling.sampler.generate = lambda *given: seen.extend(found := generate(*given)) or found
     training.train()

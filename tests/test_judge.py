@@ -14,7 +14,17 @@ from r1jax import launch
 from r1jax.core import sharding
 from r1jax.data import jsonl
 from r1jax.data.tasks import TOPICS, linear_prompts
-from r1jax.recipe import common, judged_prompts, judging, lineage, prompts, stage3_rejection_sft, traces
+from r1jax.recipe import (
+    common,
+    judged_prompts,
+    judging,
+    lineage,
+    parts,
+    prompts,
+    stage3_rejection_sft,
+    teachers,
+    traces,
+)
 from r1jax.rewards.models.judge import Judge, Pair
 from r1jax.rewards.score import RewardRequest
 from r1jax.schema import Config, JudgeConfig, SamplerConfig, replace
@@ -230,10 +240,13 @@ def test_rows_without_replies_are_answered_by_the_model_the_same_in_any_part(fol
     jsonl.write(tmp_path / "in.jsonl", [{"id": f"row-{n}", "prompt": f"word {n}"} for n in range(6)])
     fields = {
         **{"data.path": tmp_path / "in.jsonl", "model.checkpoint": folder, "compute.compute_dtype": "float32"},
-        **{"sampler.max_prompt_tokens": 128, "sampler.temperature": 5.0, "preferences.responses_per_prompt": 3},
+        **{"sampler.max_prompt_tokens": 128, "sampler.temperature": 5.0},
     }
     config = configs.load("preference_pairs", [(name, str(value)) for name, value in fields.items()])
-    answer, asked = preference_pairs.answerer(config), preference_pairs.read(config.data)
+    resolved, words, mesh = common.prepare(config)
+    asking = preference_pairs.Asking(config.stage, config.seed, resolved.network, resolved.data, resolved.sampler)
+    answer = preference_pairs.answerer(asking, 3, words, mesh)
+    asked = preference_pairs.read(config.data)
     answered = answer(asked)
     assert [row["id"] for row in answered] == [row["id"] for row in asked]
     assert any(len(set(row["responses"])) == 3 for row in answered)
@@ -281,9 +294,15 @@ def wider(folder, tmp_path):
     return config, words, mesh, lineage.base_weights(config, mesh, tmp_path)
 
 
+def of_judged_prompts(config, words, mesh, params, counts):
+    """Returns the responses of a policy with these weights to the judged prompts of a config."""
+    teacher = teachers.Teacher(parts.for_sampling(config), words, params, "policy")
+    return judged_prompts.sample(teacher, config.rejection, config.judge, mesh, counts)
+
+
 def test_judged_prompts_take_the_judges_verdict_as_accuracy(wider, judge):
     counts = {}
-    found = judged_prompts.sample(*wider, counts)
+    found = of_judged_prompts(*wider, counts)
     assert Counter(response.problem.id for response in found) == {f"open-{n}": 3 for n in range(3)}
     assert sum(not response.truncated for response in found) > 3
     asked = [RewardRequest("", "", r.problem.text, r.text, r.problem.reference, truncated=r.truncated) for r in found]
@@ -296,7 +315,7 @@ def test_share_of_verdicts_that_could_be_read_is_told(wider):
     config, words, mesh, params = wider
     config = replace(config, judge=replace(config.judge, sampler=replace(config.judge.sampler, max_new_tokens=1)))
     counts = {}
-    found = judged_prompts.sample(config, words, mesh, params, counts)
+    found = of_judged_prompts(config, words, mesh, params, counts)
     assert counts == {"judged": 9, "verdicts read, %": 0} and not any(r.scorable for r in found if not r.truncated)
 
 
@@ -313,7 +332,7 @@ def test_stage_three_keeps_of_the_judged_prompts_what_judge_and_checks_accept(wi
         linear_prompts("train")[100:110], config.stage, config.model, config.data, config.sampler, words
     )
     found, counts = stage3_rejection_sft.collect(config, words, mesh, train, tmp_path)
-    drawn = judged_prompts.sample(config, words, mesh, params, {})
+    drawn = of_judged_prompts(config, words, mesh, params, {})
     checks = [*traces.basic_checks(1.0), *stage3_rejection_sft.readable(config.rejection)]
     accepted = {(r.problem.id, r.text) for _, r in traces.passing(drawn, checks, {})}
     kept = [(row["id"], row["response"]) for row in found if row["id"].startswith("open-")]
@@ -327,7 +346,7 @@ def test_judged_prompts_are_off_without_a_file_and_an_input_of_the_stage_with_on
     off = configs.load("stage3_rejection_sft")
     assert (
         judged_prompts.inputs(off.stage, off.rejection, off.judge) == {}
-        and judged_prompts.sample(off, *wider[1:], {}) == []
+        and of_judged_prompts(off, *wider[1:], {}) == []
     )
     path = config.rejection.judged_prompts
     before = judged_prompts.inputs(config.stage, config.rejection, config.judge)

@@ -10,7 +10,7 @@ from r1jax import config as configs
 from r1jax import launch
 from r1jax.checkpoints import hf
 from r1jax.data import jsonl, tasks
-from r1jax.recipe import common, evaluate, prompts
+from r1jax.recipe import common, evaluate, parts, prompts
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.sampler.engine import Engine
@@ -54,7 +54,7 @@ def ours(student):
     config = configs.load("evaluate:tiny_dense", [("model.checkpoint", str(target)), ("sampler.slots", str(PROBLEMS))])
     config, words, mesh = common.prepare(config)
     asked = prompts.encode(
-        [prompt.problem for prompt in prompts.load(config, words).held_out[:PROBLEMS]],
+        [prompt.problem for prompt in prompts.load(parts.for_prompts(config), words).held_out[:PROBLEMS]],
         config.stage,
         config.model,
         config.data,

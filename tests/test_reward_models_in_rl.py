@@ -11,13 +11,14 @@ from r1jax.core import rng, sharding, tree
 from r1jax.core.metrics import read
 from r1jax.data import tasks
 from r1jax.models import decoder
-from r1jax.recipe import policy, prompts
+from r1jax.recipe import parts, policy, prompts
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rewards.models import reward_model
 from r1jax.rewards.models.reward_model import RewardModel, TextFormat
 from r1jax.rl import reward_model_monitor, rollout
 from r1jax.rl.assemble import Training
 from r1jax.rl.rollout import Mixture
+from r1jax.rl.settings import of_config
 from r1jax.schema import MeshConfig, replace
 
 WORDS = tokenizers.tiny()
@@ -35,7 +36,7 @@ def training(folder) -> Training:
     """Returns a small run of stage 4 with reward models of random weights, ready to start."""
     config = configs.load("stage4_all_scenarios", [(name, str(given)) for name, given in SMALL.items()])
     mesh = sharding.make_mesh(MeshConfig())
-    asked = prompts.load(config, WORDS)
+    asked = prompts.load(parts.for_prompts(config), WORDS)
     reasoning = asked.training.all[:60]
     asked = replace(asked, training=Mixture([reasoning]))
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "rl", "init"), "float32", mesh)
@@ -46,9 +47,9 @@ def training(folder) -> Training:
             decoder.specs(shape.model, shape.scalar_head), rng.key(seed, "model", "init"), jnp.float32, mesh
         )
         models[task] = RewardModel(weights, shape, mesh, TextFormat(name, "tiny"), WORDS, 8, 24)
-    later = policy.later(config, WORDS, asked)
+    later = policy.later(parts.for_prompts(config), WORDS, asked)
     more = dict(describe=policy.describe, later=later, reward_models=models)
-    return policy.make_training(config, WORDS, mesh, reasoning, params, folder, **more)
+    return policy.make_training(of_config(config), WORDS, mesh, reasoning, params, folder, **more)
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +80,19 @@ def test_prompts_of_each_data_set_are_scored_by_its_model_and_reasoning_by_its_r
     for start in (2, 4):
         scored = kept[start]
         rows = zip(by_task(run, scored, start), scored.samples, texts_of(scored), scored.reward_terms, strict=True)
-        for task, sample, text, parts in rows:
+        for task, sample, text, terms in rows:
             question = run.recorder.inputs.prompts.prompt(sample.request_id, start).problem.text
             seen.add(task)
             if task == "linear":
-                assert parts[column["reward_model"]] == parts[column["rule"]] == 0
+                assert terms[column["reward_model"]] == terms[column["rule"]] == 0
                 continue
             rule = tasks.general_score if task == "general" else tasks.safety_score
             expected = (
                 0.0 if sample.truncated else run.recorder.inputs.reward_models[task].rewards([question], [text])[0]
             )
-            assert abs(parts[column["reward_model"]] - expected) < 1e-5
-            assert parts[column["accuracy"]] == 0
-            assert abs(parts[column["rule"]] - (0.0 if sample.truncated else rule(question, text))) < 1e-6
+            assert abs(terms[column["reward_model"]] - expected) < 1e-5
+            assert terms[column["accuracy"]] == 0
+            assert abs(terms[column["rule"]] - (0.0 if sample.truncated else rule(question, text))) < 1e-6
     assert seen == {"linear", "general", "safety"}
 
 

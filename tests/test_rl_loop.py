@@ -10,7 +10,7 @@ from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
 from r1jax.core import tree
 from r1jax.core.metrics import read
-from r1jax.recipe import policy, prompts
+from r1jax.recipe import parts, policy, prompts
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rl import minibatch, schedules
 from r1jax.rl import rollout as rollouts
@@ -295,8 +295,8 @@ def test_general_and_safety_prompts_enter_at_the_first_rollout_after_their_updat
     config = configs.load("stage4_all_scenarios:tiny")
     grpo = replace(config.grpo, updates_per_rollout=16, prompts_per_update=32, updates=1700)
     config = replace(config, grpo=grpo, scenarios=ScenarioConfig(1300, 0.2, 0.3))
-    asked = prompts.load(config, WORDS)
-    phases = rollouts.PromptPhases(asked.training, policy.later(config, WORDS, asked), config)
+    asked = prompts.load(parts.for_prompts(config), WORDS)
+    phases = rollouts.PromptPhases(asked.training, policy.later(parts.for_prompts(config), WORDS, asked), config)
     boundary = 1312 * 32
     assert {phases.prompt(draw, 1296).problem.task for draw in range(boundary - 500, boundary)} == {"linear"}
     found = [phases.prompt(draw, 1312).problem.task for draw in range(boundary, boundary + 1000)]

@@ -22,6 +22,7 @@ from r1jax.rl import losses
 from r1jax.rl import rollout as rollouts
 from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import ROUTED, Scorer, replayed_experts
+from r1jax.rl.settings import of_config
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import RolloutRequest, SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
@@ -306,7 +307,9 @@ def build(folder):
         tasks.linear_prompts("train")[:30], config.stage, config.model, config.data, config.sampler, WORDS
     )
     mesh = sharding.make_mesh(MeshConfig())
-    return policy.make_training(config, WORDS, mesh, train, weights(config.network), folder, describe=policy.describe)
+    return policy.make_training(
+        of_config(config), WORDS, mesh, train, weights(config.network), folder, describe=policy.describe
+    )
 
 
 @pytest.fixture(scope="module")

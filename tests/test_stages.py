@@ -101,7 +101,7 @@ def test_evaluate_gives_the_figures_of_the_stage_it_reads(zero, workdir):
 def test_shipped_base_belongs_to_the_config_that_is_committed(preset):
     base = configs.load(f"stage0_base:{preset}")
     metadata = common.asset_metadata(stage0_base.asset_path(preset))
-    assert metadata["key"] == stage0_base.base_key(base)
+    assert metadata["key"] == stage0_base.base_key(base.model, base.pretrain, base.optimizer, base.pack, base.auxiliary)
     assert stage0_base.asset_path(preset).stat().st_size <= 3_000_000
 
 

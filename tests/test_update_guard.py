@@ -26,6 +26,7 @@ from r1jax.rl import losses, warnings
 from r1jax.rl.advantages import group_advantages
 from r1jax.rl.journal import Rollout
 from r1jax.rl.rollout import Advantages
+from r1jax.rl.settings import of_config
 from r1jax.schema import GRPOConfig, MeshConfig, OptimizerConfig, PackConfig, replace
 from r1jax.train import guard, sft, step, supervised
 
@@ -154,7 +155,7 @@ def run(folder, changes, **fields):
         tasks.linear_prompts("train")[:20], config.stage, config.model, config.data, config.sampler, WORDS
     )
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "guard/loop", "init"), "float32", mesh)
-    training = policy.make_training(config, WORDS, mesh, train, params, folder, describe=policy.describe)
+    training = policy.make_training(of_config(config), WORDS, mesh, train, params, folder, describe=policy.describe)
     source, objective, transform = training.source.source, training.objective, training.run.trainer.transform
     next_rollout, update, seen = source.rollout, objective.update, {}
 

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from r1jax.bench import measure
 from r1jax.checkpoints import hf, hf_config
+from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import rng, sharding
 from r1jax.core.metrics import read_timing
 from r1jax.core.say import say
@@ -33,7 +34,18 @@ from r1jax.report.phases import seconds_by_phase
 from r1jax.rl import losses
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import BenchConfig, Config, GRPOConfig, MeshConfig, ModelConfig, Network, PackConfig, replace
+from r1jax.rl.settings import RunSettings, of_config
+from r1jax.schema import (
+    BenchConfig,
+    Config,
+    GRPOConfig,
+    MeshConfig,
+    ModelConfig,
+    Network,
+    OptimizerConfig,
+    PackConfig,
+    replace,
+)
 from r1jax.train import sft, step
 
 MODULE = "r1jax.bench.update"
@@ -59,6 +71,19 @@ class System:
         return f"{self.name}.{self.loss}.{self.form}"
 
 
+@dataclass(frozen=True)
+class UpdateParts:
+    """What one measured update depends on; `stage` and `seed` key the samples and the random weights."""
+
+    stage: str
+    seed: int
+    network: Network
+    grpo: GRPOConfig
+    pack: PackConfig
+    optimizer: OptimizerConfig
+    bench: BenchConfig
+
+
 def run(config: Config, workdir: Path) -> dict:
     """Returns `systems.<name>.<loss>.<form>`: tokens_per_s, memory and other figures of one update of each system.
 
@@ -70,13 +95,14 @@ def run(config: Config, workdir: Path) -> dict:
     """
     measure.require_memory_figures("bench_update")
     systems = systems_of(config.model, config.bench)
+    settings = parts_of(config)
     folder = Path(workdir) / config.stage
     folder.mkdir(parents=True, exist_ok=True)
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(allowed)[: config.bench.threads])
     try:
         (folder / "config.pickle").write_bytes(pickle.dumps(config))
-        np.savez(folder / "samples.npz", **draw(config))
+        np.savez(folder / "samples.npz", **draw(settings))
         scoring = _in_own_process(folder, "prepare", what="scoring the samples")
         runs_of_system: dict[str, list[dict]] = {system.key: [] for system in systems}
         for turn in range(config.bench.repeats):
@@ -87,7 +113,20 @@ def run(config: Config, workdir: Path) -> dict:
         split = _in_own_process(folder, "split", what="the GRPO steps") if config.bench.split_updates else {}
     finally:
         os.sched_setaffinity(0, allowed)
-    return report(config, systems, runs_of_system, scoring) | ({"split": split} if split else {})
+    return report(settings, systems, runs_of_system, scoring) | ({"split": split} if split else {})
+
+
+def parts_of(config: Config) -> UpdateParts:
+    """Returns what an update is measured with."""
+    return UpdateParts(
+        stage=config.stage,
+        seed=config.seed,
+        network=config.network,
+        grpo=config.grpo,
+        pack=config.pack,
+        optimizer=config.optimizer,
+        bench=config.bench,
+    )
 
 
 def systems_of(model: ModelConfig, bench: BenchConfig) -> list[System]:
@@ -124,13 +163,13 @@ def systems_of(model: ModelConfig, bench: BenchConfig) -> list[System]:
     return systems
 
 
-def draw(config: Config) -> dict[str, Any]:
+def draw(settings: UpdateParts) -> dict[str, Any]:
     """Returns prompts [N, P], responses [N, longest], lengths [N], advantages [N]; they depend on seed and stage."""
-    bench, key = config.bench, [config.seed, zlib.crc32(config.stage.encode())]
+    bench, grpo, key = settings.bench, settings.grpo, [settings.seed, zlib.crc32(settings.stage.encode())]
     sigma = math.log(bench.p99_tokens / bench.median_tokens) / P99_NORMAL
     normals = np.random.default_rng(key).standard_normal(bench.samples)
     lengths = np.clip(np.rint(bench.median_tokens * np.exp(sigma * normals)), 1, bench.longest_tokens).astype(np.int64)
-    generator, size, group = np.random.default_rng([*key, 1]), config.model.vocab_size, config.grpo.group_size
+    generator, size, group = np.random.default_rng([*key, 1]), settings.network.model.vocab_size, grpo.group_size
     prompts = generator.integers(3, size, (-(-bench.samples // group), bench.prompt_tokens))
     responses = generator.integers(3, size, (bench.samples, lengths.max()))
     responses *= np.arange(lengths.max()) < lengths[:, None]
@@ -140,10 +179,10 @@ def draw(config: Config) -> dict[str, Any]:
         "lengths": lengths,
         "advantages": generator.standard_normal(bench.samples).astype(np.float32),
         "group_size": np.int64(group),
-        "kl_coef": np.float64(config.grpo.kl_coef),
-        "clip_ratio": np.float64(config.grpo.clip_ratio),
-        "learning_rate": np.float64(config.optimizer.learning_rate),
-        "clip_norm": np.float64(config.optimizer.clip_norm),
+        "kl_coef": np.float64(grpo.kl_coef),
+        "clip_ratio": np.float64(grpo.clip_ratio),
+        "learning_rate": np.float64(settings.optimizer.learning_rate),
+        "clip_norm": np.float64(settings.optimizer.clip_norm),
     }
 
 
@@ -190,29 +229,29 @@ def arrays_of(
     return arrays, step.filled_micro_batches(batch, size), size
 
 
-def start_weights(config: Config) -> tuple[Config, Mesh, decoder.Params]:
-    """Returns (config with the checkpoint's shape, mesh, float32 weights); random weights without a checkpoint."""
-    mesh, folder = sharding.make_mesh(MeshConfig()), config.model.checkpoint
+def start_weights(stage: str, seed: int, network: Network) -> tuple[Network, Mesh, decoder.Params]:
+    """Returns (network with the checkpoint's shape, mesh, float32 weights); random weights without a checkpoint."""
+    mesh, folder = sharding.make_mesh(MeshConfig()), network.model.checkpoint
     if not folder:
-        key = rng.key(config.seed, config.stage, "init")
-        return config, mesh, sharding.initialize(decoder.specs(config.model), key, jnp.float32, mesh)
-    config = replace(config, model=replace(hf_config.model_config(Path(folder)), checkpoint=folder))
-    return config, mesh, hf.load(Path(folder), config.model, mesh, jnp.float32)
+        key = rng.key(seed, stage, "init")
+        return network, mesh, sharding.initialize(decoder.specs(network.model), key, jnp.float32, mesh)
+    network = replace(network, model=replace(hf_config.model_config(Path(folder)), checkpoint=folder))
+    return network, mesh, hf.load(Path(folder), network.model, mesh, jnp.float32)
 
 
-def update_figures(config: Config, samples: dict[str, np.ndarray], loss: str, form: str) -> dict[str, float]:
+def update_figures(settings: UpdateParts, samples: dict[str, np.ndarray], loss: str, form: str) -> dict[str, float]:
     """Returns the time of one update in this process, its loss and gradient norm, and the process's peak memory."""
-    config, mesh, params = start_weights(config)
+    network, mesh, params = start_weights(settings.stage, settings.seed, settings.network)
     arrays, num_filled, size = arrays_of(
-        items_of(samples, config.grpo, config.bench, loss), config.pack, config.bench.prompt_tokens, form
+        items_of(samples, settings.grpo, settings.bench, loss), settings.pack, settings.bench.prompt_tokens, form
     )
     chunk = size.trained_chunk
     if loss == "grpo":
-        function = losses.make_loss(config.network, config.grpo, trained_chunk=chunk)
-        arguments = losses.arguments(config.grpo, config.grpo.kl_coef, 1.0)
+        function = losses.make_loss(network, settings.grpo, trained_chunk=chunk)
+        arguments = losses.arguments(settings.grpo, settings.grpo.kl_coef, 1.0)
     else:
-        function, arguments = sft.make_loss(config.network, chunk), np.float32(1 / samples["lengths"].sum())
-    trainer = step.Trainer(config.network, config.optimizer, mesh, function, total_updates=2)
+        function, arguments = sft.make_loss(network, chunk), np.float32(1 / samples["lengths"].sum())
+    trainer = step.Trainer(network, settings.optimizer, mesh, function, total_updates=2)
     state = trainer.init(params)
     del params
     blank = {name: np.zeros_like(array) for name, array in arrays.items()}
@@ -231,23 +270,23 @@ def update_figures(config: Config, samples: dict[str, np.ndarray], loss: str, fo
     }
 
 
-def prepare_figures(config: Config, path: Path) -> dict[str, float]:
+def prepare_figures(settings: UpdateParts, path: Path) -> dict[str, float]:
     """Adds log-probs of sampler and reference to the samples; returns the time of scoring and the machine's peak.
 
     Both are the policy's log-probs with keyed noise, so that ratios and the KL term are not trivial.
     """
     samples = dict(np.load(path))
-    config, mesh, params = start_weights(config)
-    items = items_of(samples, config.grpo, config.bench, "grpo")
-    arrays, num_filled, size = arrays_of(items, config.pack, config.bench.prompt_tokens, "packed")
-    scorer = Scorer(config.network, mesh)
+    network, mesh, params = start_weights(settings.stage, settings.seed, settings.network)
+    items = items_of(samples, settings.grpo, settings.bench, "grpo")
+    arrays, num_filled, size = arrays_of(items, settings.pack, settings.bench.prompt_tokens, "packed")
+    scorer = Scorer(network, mesh)
     scorer(params, arrays, 1, 1.0)
     start = time.perf_counter()
     logps = scorer(params, arrays, num_filled, 1.0)
     seconds = time.perf_counter() - start
     rows = num_filled * size.rows_per_micro_batch
     packed = pack_batch(items, size.row_tokens, rows)
-    generator = np.random.default_rng([config.seed, 2])
+    generator = np.random.default_rng([settings.seed, 2])
     policy = np.zeros(samples["response_ids"].shape, np.float32)
     for index, values in enumerate(unpack(logps.reshape(-1, size.row_tokens)[:rows], packed)):
         policy[index, : samples["lengths"][index]] = values[-samples["lengths"][index] :]
@@ -285,19 +324,20 @@ def useful_flops(network: Network, totals: np.ndarray, trained: int) -> float:
     return 6.0 * (inside * float(totals.sum()) + model.vocab_size * model.hidden_size * trained) + attention
 
 
-def split_figures(config: Config, folder: Path) -> dict[str, float]:
-    """Returns the shares of a GRPO step's time in a short run without its first step; idle is outside all phases."""
-    config = replace(
-        config,
-        grpo=replace(config.grpo, updates=config.bench.split_updates),
-        checkpointing=replace(config.checkpointing, every_updates=config.bench.split_updates + 1),
+def split_figures(settings: RunSettings, tokenizer: Tokenizer, updates: int, folder: Path) -> dict[str, float]:
+    """Returns the shares of a GRPO step's time in a run of `updates` without its first step; idle is outside all
+    phases."""
+    settings = replace(
+        settings,
+        grpo=replace(settings.grpo, updates=updates),
+        checkpointing=replace(settings.checkpointing, every_updates=updates + 1),
     )
-    resolved, tokenizer, mesh = common.prepare(config)
-    _, mesh, params = start_weights(resolved)
+    grpo = settings.grpo
+    _, mesh, params = start_weights(settings.stage, settings.seed, settings.network)
     encoded = []
-    for number in range(10 * config.grpo.prompts_per_update):
+    for number in range(10 * grpo.prompts_per_update):
         text = f"Question: what is {3 * number + 7} plus {5 * number + 2}?\nAnswer:"
-        ids = np.asarray(tokenizer.encode(text), np.int32)[: config.sampler.max_prompt_tokens]
+        ids = np.asarray(tokenizer.encode(text), np.int32)[: settings.sampler.max_prompt_tokens]
         encoded.append(EncodedPrompt(Problem(f"sum/{number}", "math", text, str(8 * number + 9)), ids))
     ends, lengths = [], []
 
@@ -306,7 +346,7 @@ def split_figures(config: Config, folder: Path) -> dict[str, float]:
         lengths.append(row["length"])
 
     shutil.rmtree(folder, ignore_errors=True)
-    policy.make_training(resolved, tokenizer, mesh, encoded, params, folder, on_update=on_update).train()
+    policy.make_training(settings, tokenizer, mesh, encoded, params, folder, on_update=on_update).train()
     rows, wall = read_timing(folder)[1:], ends[-1] - ends[0]
     sums = seconds_by_phase(rows)
     shutil.rmtree(folder, ignore_errors=True)
@@ -314,20 +354,20 @@ def split_figures(config: Config, folder: Path) -> dict[str, float]:
     return shares | {
         "idle": 1 - sum(shares.values()),
         "step_s": wall / max(len(rows), 1),
-        "samples": config.grpo.prompts_per_update * config.grpo.group_size,
+        "samples": grpo.prompts_per_update * grpo.group_size,
         "mean_response_tokens": statistics.mean(lengths[1:] or [0.0]),
     }
 
 
 def report(
-    config: Config, systems: list[System], runs_of_system: dict[str, list[dict]], scoring: dict[str, float]
+    settings: UpdateParts, systems: list[System], runs_of_system: dict[str, list[dict]], scoring: dict[str, float]
 ) -> dict:
     """Returns the figures by system, with ratios over the turns, and prints a table."""
-    network = config.network
-    if folder := config.model.checkpoint:
+    network, bench = settings.network, settings.bench
+    if folder := network.model.checkpoint:
         network = replace(network, model=hf_config.model_config(Path(folder)))
-    lengths = draw(config)["lengths"]
-    trained, flops = int(lengths.sum()), useful_flops(network, lengths + config.bench.prompt_tokens, int(lengths.sum()))
+    lengths = draw(settings)["lengths"]
+    trained, flops = int(lengths.sum()), useful_flops(network, lengths + bench.prompt_tokens, int(lengths.sum()))
     out: dict = {"systems": {}, "ratios": {}}
     for system in systems:
         runs = runs_of_system[system.key]
@@ -346,18 +386,18 @@ def report(
                 out["ratios"].setdefault(form, {})[system.key] = statistics.median(pairs)
     out["samples"] = {
         "samples": len(lengths),
-        "prompt_tokens": len(lengths) * config.bench.prompt_tokens,
+        "prompt_tokens": len(lengths) * bench.prompt_tokens,
         "trained_tokens": trained,
         "longest": int(lengths.max()),
     }
-    out |= {"useful_flops": flops, "peak_flops_per_s": scoring["peak_flops_per_s"], "threads": config.bench.threads}
+    out |= {"useful_flops": flops, "peak_flops_per_s": scoring["peak_flops_per_s"], "threads": bench.threads}
     out["reference"] = {"seconds": scoring["reference_s"], "tokens_per_s": trained / scoring["reference_s"]}
     columns = ("tokens_per_s", "utilisation", "peak_rss_bytes", "processor_s", "loss", "grad_norm")
     rows = [{"system": system.key} | out["systems"][system.name][system.loss][system.form] for system in systems]
     table.render(
         [row | {f"over {form}": of.get(row["system"]) for form, of in out["ratios"].items()} for row in rows],
         ("system", *columns, *(f"over {form}" for form in out["ratios"])),
-        f"{trained} trained tokens of {len(lengths)} samples, medians of {config.bench.repeats}",
+        f"{trained} trained tokens of {len(lengths)} samples, medians of {bench.repeats}",
     )
     return out
 
@@ -384,13 +424,15 @@ def main(folder: str, action: str, *arguments: str) -> None:
     """Prints the figures of one measurement in this process."""
     common.runtime.setup()
     place = Path(folder)
-    config, samples = pickle.loads((place / "config.pickle").read_bytes()), place / "samples.npz"
+    config: Config = pickle.loads((place / "config.pickle").read_bytes())
+    samples = place / "samples.npz"
     if action == "prepare":
-        figures = prepare_figures(config, samples)
+        figures = prepare_figures(parts_of(config), samples)
     elif action == "split":
-        figures = split_figures(config, place / "steps")
+        resolved, tokenizer, _ = common.prepare(config)
+        figures = split_figures(of_config(resolved), tokenizer, config.bench.split_updates, place / "steps")
     else:
-        figures = update_figures(config, dict(np.load(samples)), *arguments)
+        figures = update_figures(parts_of(config), dict(np.load(samples)), *arguments)
     print(json.dumps(figures))
 
 

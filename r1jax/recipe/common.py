@@ -143,6 +143,21 @@ def json_fields(config: Config) -> dict:
     return json.loads(json.dumps(flatten(config), default=str))
 
 
+def read_folder(
+    folder: str | Path, shape: ModelConfig, data: DataConfig
+) -> tuple[ModelConfig, DataConfig, tokenizers.Tokenizer]:
+    """Returns (shape, data, tokenizer) of a Hugging Face folder or file, or of a stage's folder.
+
+    A stage's folder may record no shape: then it is `shape`. The data are `data`, with what the folder records on its
+    prompts if data.template is auto.
+    """
+    if is_hugging_face(folder):
+        shape, tokenizer = _hugging_face(folder)
+        return shape, data, tokenizer
+    shape, tokenizer, template = read_model(Path(folder), shape)
+    return shape, replace(data, **template) if data.template == "auto" and template else data, tokenizer
+
+
 def prepare(config: Config, start: Path | None = None) -> tuple[Config, tokenizers.Tokenizer, Mesh]:
     """Sets JAX up and returns (config with the shape of the weights it starts from, tokenizer, mesh).
 
@@ -153,15 +168,10 @@ def prepare(config: Config, start: Path | None = None) -> tuple[Config, tokenize
     runtime.setup()
     mesh = sharding.make_mesh(config.mesh)
     folder = start or config.model.checkpoint
-    shape = config.model
-    if not folder:
-        tokenizer = tokenizers.tiny()
-    elif is_hugging_face(folder):
-        shape, tokenizer = _hugging_face(folder)
+    if folder:
+        shape, data, tokenizer = read_folder(folder, config.model, config.data)
     else:
-        shape, tokenizer, template = read_model(Path(folder), shape)
-        if config.data.template == "auto" and template:
-            config = replace(config, data=replace(config.data, **template))
+        shape, data, tokenizer = config.model, config.data, tokenizers.tiny()
     if not folder and tokenizer.vocab_size != shape.vocab_size:
         raise ValueError(
             f"{config.stage}:{config.preset} brings no weights and no tokenizer; give a Hugging Face folder, or a "
@@ -170,7 +180,7 @@ def prepare(config: Config, start: Path | None = None) -> tuple[Config, tokenize
     tokenizer = tokenizer.stopping_at(config.sampler.stop_ids)
     compute = replace(config.compute, vocab_used=tokenizers.vocab_used(shape, tokenizer))
     shape = replace(shape, checkpoint=config.model.checkpoint)
-    return replace(config, model=shape, compute=compute), tokenizer, mesh
+    return replace(config, model=shape, data=data, compute=compute), tokenizer, mesh
 
 
 def _hugging_face(folder: str | Path) -> tuple[ModelConfig, tokenizers.Tokenizer]:

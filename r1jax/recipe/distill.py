@@ -20,8 +20,10 @@ def run(config: Config, workdir: Path) -> dict:
 
     Raises ValueError, before anything is written, when the base or the examples are missing or unreadable.
     """
-    _check_inputs(config, workdir)
     path = config.distill.examples
+    if config.data.world != "tiny":
+        source = Path(config.inputs or workdir) / SOURCE
+        _check_inputs(f"{config.stage}:{config.preset}", config.model.checkpoint, path, source)
     if not path:
         return fine_tuning.run(config, workdir, (SOURCE,), collect)
     drafts, notes = example_files.read(path, config.data, config.reward)
@@ -54,18 +56,15 @@ def of_file(drafts: list[Draft], stage: str, reward: RewardConfig, distill: Dist
     return [draft.row() for draft in drafts], counts
 
 
-def _check_inputs(config: Config, workdir: Path) -> None:
-    """Raises ValueError when a student outside the tiny world lacks its weights or its examples."""
-    if config.data.world == "tiny":
-        return
-    if not config.model.checkpoint:
+def _check_inputs(student: str, checkpoint: str, examples: str, source: Path) -> None:
+    """Raises ValueError when a student lacks its weights or its examples: a file, or those of stage 3 in `source`."""
+    if not checkpoint:
         raise ValueError(
-            f"{config.stage}:{config.preset} ships no base model; give the student's starting weights with "
+            f"{student} ships no base model; give the student's starting weights with "
             "--config.model.checkpoint=DIR (a Hugging Face folder)"
         )
-    source = Path(config.inputs or workdir) / SOURCE
-    if not config.distill.examples and not (source / common.DONE).exists():
+    if not examples and not (source / common.DONE).exists():
         raise ValueError(
-            f"{config.stage}:{config.preset}: {source} is missing or unfinished; give the examples with "
+            f"{student}: {source} is missing or unfinished; give the examples with "
             "--config.distill.examples=FILE.jsonl (rows with prompt and response)"
         )

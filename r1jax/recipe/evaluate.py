@@ -19,7 +19,8 @@ from r1jax.data import jsonl
 from r1jax.data.problems import SCENARIOS
 from r1jax.evals import benchmarks
 from r1jax.evals.benchmarks import Measurement, Response, summarize
-from r1jax.recipe import common, lineage, problems, prompts, template_check
+from r1jax.recipe import common, lineage, parts, problems, prompts, template_check
+from r1jax.recipe.parts import EvaluationParts
 from r1jax.recipe.prompts import StagePrompts
 from r1jax.report import html, table
 from r1jax.rewards.compose import PART_NAMES, RULE_PARTS
@@ -29,7 +30,7 @@ from r1jax.rl.rollout import EncodedPrompt
 from r1jax.sampler.build import build_sampler
 from r1jax.sampler.sample import SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.schema import Config, EvalConfig, SamplerConfig, replace
+from r1jax.schema import Config, DataConfig, EvalConfig, SamplerConfig, replace
 
 COLUMNS = (
     "checkpoint",
@@ -71,14 +72,20 @@ def run(config: Config, workdir: Path) -> dict:
         raise ValueError(
             "evaluate: give the checkpoint with --config.checkpoint=DIR (a stage's folder or a Hugging Face folder)"
         )
-    config = replace(config, model=replace(config.model, checkpoint=config.checkpoint))
-    resolved, tokenizer, mesh = common.prepare(as_trained(config))
-    stage_prompts = prompts.load_held_out(resolved, tokenizer)
+    data = as_trained(config.checkpoint, config.data)
+    config = replace(config, model=replace(config.model, checkpoint=config.checkpoint), data=data)
+    resolved, tokenizer, mesh = common.prepare(config)
+    stage_prompts = prompts.load_held_out(parts.for_prompts(resolved), tokenizer)
     template_check.check(resolved.stage, resolved.data, resolved.reward, tokenizer, stage_prompts.held_out)
     started = time.monotonic()
     params = common.load_weights(resolved.model, mesh, config.checkpoint)
     figures, responses = evaluate(
-        resolved, tokenizer, mesh, stage_prompts.held_out, params, stage_prompts.source.reflective_words
+        parts.for_evaluation(resolved),
+        tokenizer,
+        mesh,
+        stage_prompts.held_out,
+        params,
+        stage_prompts.source.reflective_words,
     )
     figures["data"] = stage_prompts.counts
     figures["seconds"] = round(time.monotonic() - started, 1)
@@ -112,38 +119,38 @@ def say_left_out(evaluation: EvalConfig, stage_prompts: StagePrompts, measured: 
     print(f"figures of {measured} of {total} problems" + (f": {listed}" if listed else ""))
 
 
-def as_trained(config: Config) -> Config:
-    """Returns the config with the hold-out of the runs that made config.checkpoint, if they trained on the same files.
+def as_trained(made: str, data: DataConfig) -> DataConfig:
+    """Returns the data with the hold-out of the runs that made the checkpoint `made`, if they trained on these files.
 
     Of files that these runs read, even if changed since, only the held-out rows are evaluated; of other files all rows.
     Raises ValueError when only some files of config.data.path were trained on, and when nothing was held out.
     """
-    if not problems.has_files(config.data) or config.data.eval_path:
-        return config
-    trained = hosts.decide(_trained_on, Path(config.checkpoint), name=f"what {config.checkpoint} was trained on")
-    digests = problems.digests(config.data)
+    if not problems.has_files(data) or data.eval_path:
+        return data
+    trained = hosts.decide(_trained_on, Path(made), name=f"what {made} was trained on")
+    digests = problems.digests(data)
     keys = {path: {digests[path], str(Path(path).resolve())} & trained.keys() for path in digests}
     trained_paths = [path for path in digests if keys[path]]
     if not trained_paths:
-        return config
+        return data
     if len(trained_paths) < len(digests):
         new_path = next(path for path in digests if path not in trained_paths)
         raise ValueError(
-            f"evaluate: {config.checkpoint} was trained on {trained_paths[0]} and not on {new_path}; evaluate one at a "
+            f"evaluate: {made} was trained on {trained_paths[0]} and not on {new_path}; evaluate one at a "
             "time, so that of the first only what was held out counts"
         )
     fraction = min(trained[key] for path in trained_paths for key in keys[path])
     if not fraction:
         raise ValueError(
-            f"evaluate: {config.checkpoint} was trained on every row of {trained_paths[0]}; give other problems, or "
+            f"evaluate: {made} was trained on every row of {trained_paths[0]}; give other problems, or "
             f"evaluate these nonetheless with --config.data.eval_path={trained_paths[0]}"
         )
     changed = ", which has changed since" if digests[trained_paths[0]] not in trained else ""
     say(
-        f"{config.checkpoint} was trained on {trained_paths[0]}{changed}: evaluated is what that run held out "
+        f"{made} was trained on {trained_paths[0]}{changed}: evaluated is what that run held out "
         f"(config.data.holdout_fraction={fraction}); --config.data.eval_path evaluates every row"
     )
-    return replace(config, data=replace(config.data, holdout_fraction=fraction))
+    return replace(data, holdout_fraction=fraction)
 
 
 def _trained_on(folder: Path) -> dict[str, float]:
@@ -171,7 +178,7 @@ def _trained_on(folder: Path) -> dict[str, float]:
 
 
 def of_weights(
-    config: Config,
+    settings: EvaluationParts,
     tokenizer: Tokenizer,
     mesh: Mesh,
     stage_prompts: StagePrompts,
@@ -187,12 +194,12 @@ def of_weights(
     path that responses are written to.
     """
     path = Path(workdir) / "evaluations" / f"{name}.json"
-    key = measurement_key(config, tokenizer, stage_prompts, params)
+    key = measurement_key(settings, tokenizer, stage_prompts, params)
     measured = hosts.decide(_measured, path, key, samples, name=str(path))
     if measured is not None:
         return measured
     figures, responses = evaluate(
-        config, tokenizer, mesh, stage_prompts.held_out, params, stage_prompts.source.reflective_words
+        settings, tokenizer, mesh, stage_prompts.held_out, params, stage_prompts.source.reflective_words
     )
     if samples is not None:
         write_samples(samples, responses)
@@ -200,7 +207,7 @@ def of_weights(
     return figures
 
 
-def measurement_key(config: Config, tokenizer: Tokenizer, stage_prompts: StagePrompts, params: Any) -> str:
+def measurement_key(settings: EvaluationParts, tokenizer: Tokenizer, stage_prompts: StagePrompts, params: Any) -> str:
     """Returns a digest of everything that determines a checkpoint's figures.
 
     These are the problems (text, reference, task, language, source) and their ids under the template, the weights and
@@ -210,19 +217,20 @@ def measurement_key(config: Config, tokenizer: Tokenizer, stage_prompts: StagePr
     questions = [
         (replace(prompt.problem, place=""), prompt.ids.tolist(), prompt.prefill) for prompt in stage_prompts.held_out
     ]
-    sampler = replace(config.sampler, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens_schedule=())
-    shape = {name: value for name, value in vars(config.model).items() if name != "checkpoint"}
-    weightless = replace(config.reward, **dict.fromkeys(PART_NAMES, 0.0), workers=0, cache_entries=0)
-    settings = (
-        config.evaluation,
+    sampler = replace(settings.sampler, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens_schedule=())
+    shape = {name: value for name, value in vars(settings.network.model).items() if name != "checkpoint"}
+    weightless = replace(settings.reward, **dict.fromkeys(PART_NAMES, 0.0), workers=0, cache_entries=0)
+    asked_with = (
+        settings.evaluation,
         sampler,
-        evaluation_params(config.sampler, config.evaluation, tokenizer),
-        config.seed,
+        evaluation_params(settings.sampler, settings.evaluation, tokenizer),
+        settings.seed,
         tuple(stage_prompts.source.reflective_words),
     )
-    sampling_inputs = settings, shape, config.compute.compute_dtype, _tokenizer_digest(tokenizer), tree.digest(params)
+    dtype = settings.network.compute.compute_dtype
+    sampling_inputs = asked_with, shape, dtype, _tokenizer_digest(tokenizer), tree.digest(params)
     return hashlib.sha256(
-        repr((sampling_inputs, weightless, lineage.grader_digests(config.reward), questions)).encode()
+        repr((sampling_inputs, weightless, lineage.grader_digests(settings.reward), questions)).encode()
     ).hexdigest()
 
 
@@ -253,10 +261,11 @@ def finished(folder: common.StageFolder, inputs: dict[str, str]) -> dict | None:
 
 
 def before_and_after(
-    config: Config,
+    settings: EvaluationParts,
     tokenizer: Tokenizer,
     mesh: Mesh,
     stage_prompts: StagePrompts,
+    base: lineage.Base,
     trained: Any,
     workdir: Path,
     folder: Path,
@@ -264,10 +273,10 @@ def before_and_after(
     """Returns and prints the figures of the stage's base and of its result; writes samples.jsonl into its folder."""
     if not stage_prompts.held_out:
         return {}
-    measure = functools.partial(of_weights, config, tokenizer, mesh, stage_prompts)
-    name, base = lineage.result_name(config.stage), lineage.base_weights(config, mesh, workdir)
+    measure = functools.partial(of_weights, settings, tokenizer, mesh, stage_prompts)
+    name = lineage.result_name(settings.stage)
     figures = {
-        lineage.BASE: measure(base, workdir, lineage.base_name(config.input_preset)),
+        lineage.BASE: measure(base.load(), workdir, base.name),
         name: measure(trained, workdir, name, folder / "samples.jsonl"),
     }
     print_checkpoints(figures)
@@ -281,7 +290,7 @@ def evaluation_params(sampler: SamplerConfig, evaluation: EvalConfig, tokenizer:
 
 
 def evaluate(
-    config: Config,
+    settings: EvaluationParts,
     tokenizer: Tokenizer,
     mesh: Mesh,
     held_out: Sequence[EncodedPrompt],
@@ -294,27 +303,26 @@ def evaluate(
     """
     if not held_out:
         raise ValueError("evaluate: no held-out problems; raise config.data.holdout_fraction or give more rows")
-    settings = config.evaluation
-    if settings.max_problems:
-        held_out = held_out[: settings.max_problems]
-    config = replace(config, stage="evaluate")
-    sampler = build_sampler(config.network, config.sampler, mesh, tokenizer)
+    evaluation = settings.evaluation
+    if evaluation.max_problems:
+        held_out = held_out[: evaluation.max_problems]
+    sampler = build_sampler(settings.network, settings.sampler, mesh, tokenizer)
     params = sampler.engine.load_params(params)
-    sampling, size = evaluation_params(config.sampler, settings, tokenizer), settings.samples_per_problem
-    k = settings.consensus_samples
-    with RewardPool(config.reward) as pool:
-        ask = functools.partial(respond, config.seed, config.stage, tokenizer, sampler, pool)
+    sampling, size = evaluation_params(settings.sampler, evaluation, tokenizer), evaluation.samples_per_problem
+    k = evaluation.consensus_samples
+    with RewardPool(settings.reward) as pool:
+        ask = functools.partial(respond, settings.seed, "evaluate", tokenizer, sampler, pool)
         sampled = ask(held_out, params, sampling, size, "evaluate")
-        greedy = ask(held_out, params, replace(sampling, temperature=0.0), 1, "greedy") if settings.greedy else []
+        greedy = ask(held_out, params, replace(sampling, temperature=0.0), 1, "greedy") if evaluation.greedy else []
         voting: list[Response] = []
-        if settings.consensus_problems and k <= size:  # pass@1's samples have the same parameters
-            starts = [size * place for place in spread(len(held_out), settings.consensus_problems)]
+        if evaluation.consensus_problems and k <= size:  # pass@1's samples have the same parameters
+            starts = [size * place for place in spread(len(held_out), evaluation.consensus_problems)]
             voting = [response for start in starts for response in sampled[start : start + k]]
-        elif settings.consensus_problems:
-            chosen = [held_out[place] for place in spread(len(held_out), settings.consensus_problems)]
+        elif evaluation.consensus_problems:
+            chosen = [held_out[place] for place in spread(len(held_out), evaluation.consensus_problems)]
             voting = ask(chosen, params, sampling, k, "evaluate")
-    verdicts = hosts.decide(benchmarks.vote, voting, k, config.reward, name="the votes of cons@k")
-    return summarize(Measurement(sampled, greedy, verdicts), settings, words), sampled
+    verdicts = hosts.decide(benchmarks.vote, voting, k, settings.reward, name="the votes of cons@k")
+    return summarize(Measurement(sampled, greedy, verdicts), evaluation, words), sampled
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -12,9 +12,21 @@ from r1jax.core import checkpoint, sharding, tree
 from r1jax.core.say import say
 from r1jax.data import jsonl
 from r1jax.data.packing import PackItem
-from r1jax.recipe import common, compute, evaluate, lineage, problems, prompts, sft_rows, template_check, training
+from r1jax.recipe import (
+    common,
+    compute,
+    evaluate,
+    lineage,
+    parts,
+    problems,
+    prompts,
+    sft_rows,
+    template_check,
+    training,
+)
+from r1jax.recipe.parts import TrainingParts
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import Config, DataConfig, PackConfig
+from r1jax.schema import Config, DataConfig, PackConfig, SFTConfig
 from r1jax.train import epochs, sft, step
 
 EXAMPLES = common.EXAMPLES
@@ -40,7 +52,9 @@ def run(
         return figures
     resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
     stage_prompts = (
-        prompts.load(resolved, tokenizer) if problems.has_problems(resolved.data) or config.stage != "distill" else None
+        prompts.load(parts.for_prompts(resolved), tokenizer)
+        if problems.has_problems(resolved.data) or config.stage != "distill"
+        else None
     )
     train, held_out = (stage_prompts.training.all, stage_prompts.held_out) if stage_prompts else ([], [])
     template_check.check(resolved.stage, resolved.data, resolved.reward, tokenizer, train or held_out)
@@ -66,7 +80,7 @@ def run(
     examples = [item for row in rows for item in sft_rows.items_of(row, resolved.stage, resolved.data, tokenizer)]
     fitting_examples = fitting(examples, resolved.pack.row_tokens)
     params = lineage.start_weights(resolved, mesh, workdir)
-    trained, loss = fine_tune(resolved, mesh, fitting_examples, params, folder)
+    trained, loss = fine_tune(parts.for_training(resolved), resolved.sft, mesh, fitting_examples, params, folder)
     tokens = sum(len(item.tokens) for item in fitting_examples) * resolved.sft.epochs
     figures: dict[str, Any] = {
         "seconds": round(time.monotonic() - started, 1),
@@ -77,7 +91,10 @@ def run(
     figures["compute"] = compute.of_fine_tuning(tokens, resolved.network)
     if stage_prompts:
         figures["data"] = stage_prompts.counts
-        figures |= evaluate.before_and_after(resolved, tokenizer, mesh, stage_prompts, trained, workdir, folder.path)
+        settings, base = parts.for_evaluation(resolved), lineage.base(resolved, mesh, workdir)
+        figures |= evaluate.before_and_after(
+            settings, tokenizer, mesh, stage_prompts, base, trained, workdir, folder.path
+        )
     checkpoint.write_json(folder.path / "figures.json", figures)
     evaluate.write_report(config.stage, workdir, lineage.result_name(config.stage), figures)
     return folder.finish(figures, inputs, tree.digest(trained))
@@ -101,20 +118,21 @@ def fitting(items: list[PackItem], limit: int) -> list[PackItem]:
     return kept
 
 
-def fine_tune(config: Config, mesh: Mesh, items: list[PackItem], params, folder: common.StageFolder):
+def fine_tune(
+    settings: TrainingParts, tuning: SFTConfig, mesh: Mesh, items: list[PackItem], params, folder: common.StageFolder
+):
     """Returns (weights, last loss) after the configured epochs; every epoch trains on every example."""
-    settings = config.sft
     chosen = epochs.examples_of_updates(
-        len(items), settings.epochs, settings.examples_per_update, config.stage, config.seed
+        len(items), tuning.epochs, tuning.examples_per_update, settings.stage, settings.seed
     )
-    updates = len(chosen)
-    loss = sft.make_loss(config.network, config.pack.trained_chunk)
-    trainer = step.Trainer(config.network, config.optimizer, mesh, loss, updates)
-    most_rows = max(sft.rows_of([items[i] for i in some], config.pack) for some in chosen)
-    micro_batches = -(-most_rows // config.pack.rows_per_micro_batch)
-    shards = sharding.row_shards(config.pack.rows_per_micro_batch, config.mesh)
+    updates, pack = len(chosen), settings.pack
+    loss = sft.make_loss(settings.network, pack.trained_chunk)
+    trainer = step.Trainer(settings.network, settings.optimizer, mesh, loss, updates)
+    most_rows = max(sft.rows_of([items[i] for i in some], pack) for some in chosen)
+    micro_batches = -(-most_rows // pack.rows_per_micro_batch)
+    shards = sharding.row_shards(pack.rows_per_micro_batch, settings.mesh)
 
     def batch_at(update: int):
-        return sft.make_batch([items[i] for i in chosen[update]], config.pack, micro_batches, shards=shards)
+        return sft.make_batch([items[i] for i in chosen[update]], pack, micro_batches, shards=shards)
 
-    return training.fit(folder, trainer, params, batch_at, updates, lineage.result_name(config.stage))
+    return training.fit(folder, trainer, params, batch_at, updates, lineage.result_name(settings.stage))

@@ -11,7 +11,8 @@ from r1jax.data.hashing import hash64
 from r1jax.data.prompts import keyed_permutation
 from r1jax.recipe import editing, example_files, judging, problems
 from r1jax.recipe.drafts import Counts, Draft, tally
-from r1jax.schema import KINDS, Config, DataConfig, JudgeConfig, RejectionConfig, RewardConfig
+from r1jax.recipe.parts import SamplingParts
+from r1jax.schema import KINDS, DataConfig, JudgeConfig, RejectionConfig, RewardConfig
 
 GENERAL, NO_KIND = "general", "no kind"
 
@@ -22,22 +23,23 @@ def inputs(stage: str, rejection: RejectionConfig, judge: JudgeConfig) -> dict[s
     return {path: files.digest(path) for path in paths} | judging.editor_inputs(stage, judge, rejection.editor)
 
 
-def chosen(config: Config, mesh: Mesh, count: int, counts: Counts) -> list[dict]:
+def chosen(
+    settings: SamplingParts, rejection: RejectionConfig, judge: JudgeConfig, mesh: Mesh, count: int, counts: Counts
+) -> list[dict]:
     """Returns `count` general examples, or fewer if there are fewer: rows of files, or the tiny world's good responses.
 
     counts["general"] and counts["general by kind"] get the numbers by task and by kind.
     """
-    if not problems.has_files(config.data) and not config.rejection.general_path:
-        rows = corpus.preferred(count, hash64(config.stage, config.seed, GENERAL) % 2**32)
+    if not problems.has_files(settings.data) and not rejection.general_path:
+        rows = corpus.preferred(count, hash64(settings.stage, settings.seed, GENERAL) % 2**32)
         tally(counts, GENERAL, [GENERAL] * len(rows))
         return [row | {"provenance": {"teacher": "rules of the tiny world"}} for row in rows]
-    drafts = read(config.data, config.reward, config.rejection)
+    drafts = read(settings.data, settings.reward, rejection)
     tally(counts, "general rows", (draft.problem.kind or NO_KIND for draft in drafts))
-    drafts = mixed(drafts, config.rejection.kind_weights(), count, hash64(config.stage, config.seed, "kinds"))
-    if config.rejection.editor and drafts:
-        drafts = editing.with_thoughts(
-            drafts, judging.load(config.stage, config.seed, config.judge, mesh), config.seed, config.judge, counts
-        )
+    drafts = mixed(drafts, rejection.kind_weights(), count, hash64(settings.stage, settings.seed, "kinds"))
+    if rejection.editor and drafts:
+        editor = judging.load(settings.stage, settings.seed, judge, mesh)
+        drafts = editing.with_thoughts(drafts, editor, settings.seed, judge, counts)
     tally(counts, GENERAL, (draft.task for draft in drafts))
     tally(counts, "general by kind", (draft.problem.kind or NO_KIND for draft in drafts))
     return [draft.row() for draft in drafts]

@@ -1,16 +1,14 @@
 """Stage 3's judged prompts: they have a reference but no rule verifier, and a judge accepts responses (P2 B.3.3)."""
 
-from typing import Any
-
 from jax.sharding import Mesh
 
-from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.data import files
 from r1jax.data.problems import as_text, from_row
 from r1jax.evals.benchmarks import Response
-from r1jax.recipe import common, judging, prompts, traces
+from r1jax.recipe import common, judging, teachers, traces
 from r1jax.recipe.drafts import Counts
-from r1jax.schema import Config, JudgeConfig, RejectionConfig, replace
+from r1jax.recipe.teachers import Teacher
+from r1jax.schema import JudgeConfig, RejectionConfig, replace
 
 
 def inputs(stage: str, rejection: RejectionConfig, judge: JudgeConfig) -> dict[str, str]:
@@ -22,29 +20,30 @@ def inputs(stage: str, rejection: RejectionConfig, judge: JudgeConfig) -> dict[s
     return {path: files.digest(path), judge.checkpoint: common.checkpoint_digest(judge.checkpoint)}
 
 
-def sample(config: Config, tokenizer: Tokenizer, mesh: Mesh, params: Any, counts: Counts) -> list[Response]:
-    """Returns the policy's responses to config.rejection.judged_prompts, with the judge's verdict as accuracy.
+def sample(
+    teacher: Teacher, rejection: RejectionConfig, judge: JudgeConfig, mesh: Mesh, counts: Counts
+) -> list[Response]:
+    """Returns the teacher's responses to config.rejection.judged_prompts, with the judge's verdict as accuracy.
 
     `counts` gets their number and the percentage of verdicts that could be read.
     """
-    settings = config.rejection
-    if not settings.judged_prompts:
+    settings = teacher.settings
+    if not rejection.judged_prompts:
         return []
-    rows = files.read(settings.judged_prompts, config.data.columns).rows
+    rows = files.read(rejection.judged_prompts, settings.data.columns).rows
     reference = lambda task, fields: as_text(fields.get("answer"))  # noqa: E731
     problems = [from_row(row.fields, row.place, reference, "judged") for row in rows]
-    encoded = prompts.encode(problems, config.stage, config.model, config.data, config.sampler, tokenizer)
-    judged_config = replace(config, stage=f"{config.stage}/judged")  # so that its random draws differ
-    with judging.JudgePool(config.stage, config.seed, config.judge, config.reward, mesh) as pool:
+    encoded = teachers.encode(problems, settings, teacher.tokenizer)
+    with judging.JudgePool(settings.stage, settings.seed, judge, settings.reward, mesh) as pool:
         responses = traces.sample(
-            judged_config,
-            tokenizer,
+            replace(settings, stage=f"{settings.stage}/judged"),  # so that its random draws differ
+            teacher.tokenizer,
             mesh,
             encoded,
-            params,
+            teacher.params,
             len(encoded),
-            settings.samples_per_prompt,
-            settings.temperature,
+            rejection.samples_per_prompt,
+            rejection.temperature,
             pool,
         )
         counts["judged"] = len(responses)

@@ -1,7 +1,10 @@
 """Where a stage's starting weights come from, which stages it needs, and how a missing one is made."""
 
+import functools
 import importlib.util
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from r1jax import config as configs
 from r1jax import stage_table
 from r1jax.core import hosts, tree
 from r1jax.data import files
-from r1jax.recipe import common, problems, stage0_base
+from r1jax.recipe import common, parts, problems, stage0_base
 from r1jax.rewards import plugins
 from r1jax.rewards.models.reward_model import Kind
 from r1jax.schema import Config, RewardConfig, replace
@@ -35,6 +38,14 @@ REWARD_MODELS: dict[str, tuple[Kind, str]] = {
     "general": ("helpful", "helpful_model"),
     "safety": ("safety", "safety_model"),
 }
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base that a stage's result is compared with: its name among the evaluations, and what loads its weights."""
+
+    name: str
+    load: Callable[[], Any]
 
 
 def result_name(stage: str) -> str:
@@ -175,7 +186,26 @@ def base_weights(config: Config, mesh, workdir: Path) -> Any:
             "--config.model.checkpoint=DIR (a Hugging Face folder)"
         )
     base = replace(configs.load(f"stage0_base:{config.preset}"), seed=0)
-    return stage0_base.base_params(config, base, mesh, workdir)
+    return _own_base(config, base, mesh, workdir)
+
+
+def _own_base(config: Config, base: Config, mesh, workdir: Path) -> Any:
+    """Returns the base model: the shipped one if it fits `base` (the stage0_base config), else a newly trained one."""
+    path = stage0_base.asset_path(config.preset)
+    if not config.rebuild_base and path.exists():
+        key = stage0_base.base_key(base.model, base.pretrain, base.optimizer, base.pack, base.auxiliary)
+        if common.asset_metadata(path).get("key") == key:
+            return common.load_asset(path, config.model, mesh)
+    folder = common.StageFolder(base, Path(workdir) / f"base_{config.preset}")  # teacher and student have their own
+    if folder.finished({}) is None:
+        resolved, tokenizer, base_mesh = common.prepare(base)
+        stage0_base.pretrain(parts.for_training(resolved), resolved.pretrain, tokenizer, base_mesh, folder)
+    return common.load_weights(config.model, mesh, str(folder.path))
+
+
+def base(config: Config, mesh, workdir: Path) -> Base:
+    """Returns the base of a stage; its weights are those of `base_weights`, loaded when they are asked for."""
+    return Base(base_name(config.input_preset), functools.partial(base_weights, config, mesh, workdir))
 
 
 def _base_of_start(start: str, inputs: str, workdir: Path) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """What every RL stage does: start weights, prompts by phase, the loop, curves, evaluation before and after."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from r1jax.core.metrics import read, read_timing
 from r1jax.core.say import say
 from r1jax.evals.behaviour import reflective_count
 from r1jax.models import decoder
-from r1jax.recipe import common, compute, evaluate, lineage, prompts, reward_models, template_check
+from r1jax.recipe import common, compute, evaluate, lineage, parts, prompts, reward_models, template_check
+from r1jax.recipe.parts import PromptParts
 from r1jax.recipe.progress import Progress
 from r1jax.report import curves
 from r1jax.report.phases import PHASES, seconds_by_phase
@@ -24,9 +25,10 @@ from r1jax.rl import losses, settings
 from r1jax.rl.assemble import Training, assemble
 from r1jax.rl.objective import Objective
 from r1jax.rl.rollout import EncodedPrompt, Mixture, PromptPhases
+from r1jax.rl.settings import RunSettings
 from r1jax.rl.state import RunInputs
 from r1jax.sampler import jetstream
-from r1jax.schema import Config, MeshConfig
+from r1jax.schema import Config, MeshConfig, ModelConfig, PackConfig
 
 CURVES = ("accuracy", "length", "reflective_words")
 
@@ -39,7 +41,7 @@ def run(config: Config, workdir: Path) -> dict:
     if (figures := evaluate.finished(folder, inputs)) is not None:
         return figures
     resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
-    stage_prompts = prompts.load(resolved, tokenizer)
+    stage_prompts = prompts.load(parts.for_prompts(resolved), tokenizer)
     template_check.check(resolved.stage, resolved.data, resolved.reward, tokenizer, stage_prompts.training.all)
     if notice := jetstream.notice():
         say(notice)
@@ -47,20 +49,20 @@ def run(config: Config, workdir: Path) -> dict:
         say(f"warning: {losses.K1_WARNING}")
     started, name = time.monotonic(), lineage.result_name(config.stage)
     params = lineage.start_weights(resolved, mesh, workdir)
+    folders = lineage.reward_model_folders(resolved, workdir)
+    sampling_mesh = sampler_mesh(resolved.mode, resolved.sampler_mesh, mesh)
     with Progress(name, resolved.grpo.updates) as progress:
         training = make_training(
-            resolved,
+            settings.of_config(resolved),
             tokenizer,
             mesh,
             stage_prompts.training,
             params,
             folder.path,
-            later(resolved, tokenizer, stage_prompts),
+            later(parts.for_prompts(resolved), tokenizer, stage_prompts),
             on_update=lambda update, row, timing: progress.update(update, **shown(row, timing)),
             describe=lambda texts: describe(texts, stage_prompts.source.reflective_words),
-            reward_models=load_reward_models(
-                resolved, tokenizer, sampler_mesh(resolved.mode, resolved.sampler_mesh, mesh), workdir
-            ),
+            reward_models=load_reward_models(folders, tokenizer, sampling_mesh, resolved.pack, resolved.model),
         )
         folder.start(inputs)
         common.write_model(
@@ -80,7 +82,16 @@ def run(config: Config, workdir: Path) -> dict:
         lambda: compute.of_policy_training(read(folder.path), resolved.network, resolved.grpo)
     )
     figures["split"] = hosts.decide(time_split, folder.path)
-    figures |= evaluate.before_and_after(resolved, tokenizer, mesh, stage_prompts, trained, workdir, folder.path)
+    figures |= evaluate.before_and_after(
+        parts.for_evaluation(resolved),
+        tokenizer,
+        mesh,
+        stage_prompts,
+        lineage.base(resolved, mesh, workdir),
+        trained,
+        workdir,
+        folder.path,
+    )
     if stage_prompts.held_out:
         figures["ratios"] = ratios(figures[lineage.BASE], figures[name])
     checkpoint.write_json(folder.path / "figures.json", figures)
@@ -89,7 +100,7 @@ def run(config: Config, workdir: Path) -> dict:
 
 
 def make_training(
-    config: Config,
+    run: RunSettings,
     tokenizer: Tokenizer,
     mesh: Mesh,
     training: Mixture | Sequence[EncodedPrompt],
@@ -99,15 +110,14 @@ def make_training(
     objective: Objective | None = None,
     **more,
 ) -> Training:
-    """Returns the parts of a run on the devices of config.mode; ValueError when the sampler's devices do not exist.
+    """Returns the parts of a run on the devices of `run.mode`; ValueError when the sampler's devices do not exist.
 
     `later` is (update, sources, weights): the mixture of prompts from that update on, in place of `training`. Without
     an `objective`, config.grpo.advantage chooses it. `more` are further fields of RunInputs.
     """
-    if config.mode == "disaggregated":
+    if run.mode == "disaggregated":
         hosts.require_one("config.mode=disaggregated")
-        more["sampler_mesh"] = sampler_mesh(config.mode, config.sampler_mesh, mesh)
-    run = settings.of_config(config)
+        more["sampler_mesh"] = sampler_mesh(run.mode, run.sampler_mesh, mesh)
     phases = PromptPhases(training, later, run)
     return assemble(run, RunInputs(tokenizer, mesh, phases, params, folder, **more), objective)
 
@@ -119,27 +129,27 @@ def sampler_mesh(mode: str, sampler_mesh: MeshConfig, mesh: Mesh) -> Mesh:
     return sharding.make_mesh(sampler_mesh, jax.devices()[mesh.size :], "sampler_mesh")
 
 
-def later(config: Config, tokenizer: Tokenizer, stage_prompts: prompts.StagePrompts):
+def later(settings: PromptParts, tokenizer: Tokenizer, stage_prompts: prompts.StagePrompts):
     """Returns (update, prompt sources, weights) of the mixture with general and safety prompts, or None without one.
 
     Raises ValueError when there are no such prompts, or nothing rewards them: rows of files need a reward model, or a
     grader of config.reward.graders.
     """
-    scenarios = config.scenarios
+    scenarios = settings.scenarios
     if scenarios.from_update < 0:
         return None
     scenario_problems = {"general": stage_prompts.source.general(), "safety": stage_prompts.source.safety()}
-    custom_graders = plugins.parse(config.reward.graders)
+    custom_graders = plugins.parse(settings.reward.graders)
     for task, problems in scenario_problems.items():
         if not problems:
             raise ValueError(
-                f"{config.stage}: no row of task {task} for config.scenarios.from_update={scenarios.from_update}; give "
+                f"{settings.stage}: no row of task {task} for config.scenarios.from_update={scenarios.from_update}; give "
                 f"some in config.data.path or config.data.{task}_path, or set it to -1"
             )
         field = lineage.REWARD_MODELS[task][1]
         if stage_prompts.source.inputs and not getattr(scenarios, field) and task not in custom_graders:
             raise ValueError(
-                f"{config.stage}: nothing rewards the rows of task {task}; name a reward model with "
+                f"{settings.stage}: nothing rewards the rows of task {task}; name a reward model with "
                 f"--config.scenarios.{field}=FOLDER, or a grader with --config.reward.graders={task}=FILE.py:FUNCTION"
             )
     reasoning_fraction = 1 - scenarios.general_fraction - scenarios.safety_fraction
@@ -149,18 +159,20 @@ def later(config: Config, tokenizer: Tokenizer, stage_prompts: prompts.StageProm
     sources = [
         *stage_prompts.training.sources,
         *(
-            prompts.encode(problems, config.stage, config.model, config.data, config.sampler, tokenizer)
+            prompts.encode(problems, settings.stage, settings.model, settings.data, settings.sampler, tokenizer)
             for problems in scenario_problems.values()
         ),
     ]
     return scenarios.from_update, sources, (*weights, scenarios.general_fraction, scenarios.safety_fraction)
 
 
-def load_reward_models(config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) -> dict[str, RewardModel]:
-    """Returns the reward models that config.scenarios names, by task; {} without general and safety prompts."""
+def load_reward_models(
+    folders: Mapping[str, Path], tokenizer: Tokenizer, mesh: Mesh, pack: PackConfig, model: ModelConfig
+) -> dict[str, RewardModel]:
+    """Returns the reward models of {task: folder}, by task."""
     return {
-        task: reward_models.load(folder, lineage.REWARD_MODELS[task][0], tokenizer, mesh, config.pack, config.model)
-        for task, folder in lineage.reward_model_folders(config, workdir).items()
+        task: reward_models.load(folder, lineage.REWARD_MODELS[task][0], tokenizer, mesh, pack, model)
+        for task, folder in folders.items()
     }
 
 

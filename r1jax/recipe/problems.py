@@ -20,9 +20,10 @@ from r1jax.data.problems import (
     split_holdout,
 )
 from r1jax.data.tasks import TinyWorld
+from r1jax.recipe.parts import PromptParts
 from r1jax.rewards import golds, references, rules
 from r1jax.rewards.score import RewardRequest
-from r1jax.schema import Config, DataConfig, replace
+from r1jax.schema import DataConfig, replace
 
 FIELDS = ("path", "eval_path", "general_path", "safety_path")  # of config.data: the files that problems are read from
 
@@ -50,20 +51,21 @@ def digests(data: DataConfig) -> dict[str, str]:
     return hosts.decide(lambda: {path: files.digest(path) for path in listed}, name="the digests of the data")
 
 
-def source(config: Config) -> ProblemSource:
+def source(settings: PromptParts) -> ProblemSource:
     """Returns the source of a stage's problems; files are read and checked row by row, and a summary is printed.
 
     Raises ValueError for a bad file or row (with file and line), when there is nothing to train or evaluate on, or no
     source at all.
     """
-    if has_files(config.data):
-        from_files = FileProblems(config)
+    if has_files(settings.data):
+        from_files = FileProblems(settings)
         say(*from_files.notes)
         return from_files
-    if config.data.world == "tiny":
+    if settings.data.world == "tiny":
         return TinyWorld()
+    stage = settings.stage
     raise ValueError(
-        f"{config.stage}: config.data.path is empty, and {config.stage}:{config.preset} has no problems of its own; "
+        f"{stage}: config.data.path is empty, and {stage}:{settings.preset} has no problems of its own; "
         "give problems with --config.data.path=FILE.jsonl (rows with id, task, prompt and answer)"
     )
 
@@ -75,10 +77,10 @@ class FileProblems:
     reflective_words: tuple[str, ...] = ()
     lexicon: Mapping[str, str] = {}
 
-    def __init__(self, config: Config):
-        self._config, self._data = config, config.data
+    def __init__(self, settings: PromptParts):
+        self._settings, self._data = settings, settings.data
         self.notes: list[str] = []
-        self.inputs: Mapping[str, str] = digests(config.data)
+        self.inputs: Mapping[str, str] = digests(settings.data)
         listed = {name: paths(getattr(self._data, name)) for name in FIELDS}
         tasks = {"general_path": "general", "safety_path": "safety"}
         read = {
@@ -131,7 +133,7 @@ class FileProblems:
         """Returns the problems of one file, each checked by its task's grader."""
         table = files.read(path, self._data.columns, self._data.max_rows)
         self.notes += [f"{path}: {note}" for note in table.notes]
-        reference = lambda task, fields: references.read(task, fields, self._config.reward)  # noqa: E731
+        reference = lambda task, fields: references.read(task, fields, self._settings.reward)  # noqa: E731
         problems = [_with_language(from_row(row.fields, row.place, reference, task)) for row in table.rows]
         refuse_repeated_ids(problems)
         return problems
@@ -183,12 +185,12 @@ class FileProblems:
         """Adds notes on how many references can be graded, how many questions repeat, and how the rows are divided."""
         requests = [RewardRequest(p.id, p.task, p.text, "", p.reference) for p in problems]
         name = ", ".join(self.inputs)
-        reference_check = references.check(requests, self._config.reward)
+        reference_check = references.check(requests, self._settings.reward)
         decided = hosts.decide(lambda: reference_check.unscorable, name="which tests can be used")
         _refuse_tests([problem for problem in problems if problem.task == "code"], decided)
         if reference_check.checked:
             self.notes.append(f"{name}: {reference_check.line()}")
-            gold_check = golds.check(requests, reference_check.unscorable, self._config.reward)
+            gold_check = golds.check(requests, reference_check.unscorable, self._settings.reward)
             self.notes += [f"{name}: {line}" for line in gold_check.lines()]
         self.notes += [f"{name}: {line}" for line in reference_check.warnings]
         if repeats := self.counts["repeated_prompts"]:
@@ -202,8 +204,8 @@ class FileProblems:
             f"{name}: {len(problems)} rows ({tasks}): {self.counts['training']} to train on{scenarios}, "
             f"{self.counts['held_out']} held out"
         )
-        stage = self._config.stage
-        if scenarios and stage_table.reads(stage, "scenarios") and self._config.scenarios.from_update < 0:
+        stage = self._settings.stage
+        if scenarios and stage_table.reads(stage, "scenarios") and self._settings.scenarios.from_update < 0:
             self.notes.append(
                 f"{name}: the rows of task general and safety are not drawn: config.scenarios.from_update=-1; set it "
                 "to the update from which they are"

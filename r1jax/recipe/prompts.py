@@ -12,8 +12,9 @@ from r1jax.data import templates
 from r1jax.data.problems import Message, Problem, ProblemSource
 from r1jax.data.tasks import TinyWorld
 from r1jax.recipe import problems
+from r1jax.recipe.parts import PromptParts
 from r1jax.rl.rollout import EncodedPrompt, Mixture
-from r1jax.schema import Config, DataConfig, ModelConfig, SamplerConfig
+from r1jax.schema import DataConfig, ModelConfig, SamplerConfig
 
 # Stages that train a base model by RL alone: they use R1-Zero's template, whatever template the tokenizer ships.
 FROM_BASE = ("r1_zero", "student_rl", "ppo_baseline")
@@ -29,30 +30,27 @@ class StagePrompts:
     counts: dict  # rows read, by task, repeated, and prompts left out by cause: for the figures
 
 
-def load(config: Config, tokenizer: Tokenizer) -> StagePrompts:
+def load(settings: PromptParts, tokenizer: Tokenizer) -> StagePrompts:
     """Returns the prompts of a stage that trains on problems.
 
     Raises ValueError for a bad file, an empty split, a window that is too short, or no source of problems.
     """
-    source = _source(config, tokenizer)
+    source = _source(settings, tokenizer)
     problem_lists, weights = source.training()
     training = Mixture(
-        [
-            encode(problems, config.stage, config.model, config.data, config.sampler, tokenizer)
-            for problems in problem_lists
-        ],
+        [_encoded(problems, settings, tokenizer) for problems in problem_lists],
         weights,
     )
-    held_out = encode(source.held_out(), config.stage, config.model, config.data, config.sampler, tokenizer)
+    held_out = _encoded(source.held_out(), settings, tokenizer)
     all_problems = [*(problem for problems in problem_lists for problem in problems), *source.held_out()]
     left_out = {"too_long": _left_out_by_task(all_problems, [*training.all, *held_out])}
     return StagePrompts(source, training, held_out, {**source.counts, "left_out": left_out})
 
 
-def load_held_out(config: Config, tokenizer: Tokenizer) -> StagePrompts:
+def load_held_out(settings: PromptParts, tokenizer: Tokenizer) -> StagePrompts:
     """Returns the held-out prompts for an evaluation, without training prompts."""
-    source = _source(config, tokenizer)
-    held_out = encode(source.held_out(), config.stage, config.model, config.data, config.sampler, tokenizer)
+    source = _source(settings, tokenizer)
+    held_out = _encoded(source.held_out(), settings, tokenizer)
     left_out = {"too_long": _left_out_by_task(source.held_out(), held_out)}
     return StagePrompts(source, Mixture([]), held_out, {**source.counts, "left_out": left_out})
 
@@ -62,11 +60,15 @@ def _left_out_by_task(problems: Sequence[Problem], kept: Sequence[EncodedPrompt]
     return dict(Counter(problem.task for problem in problems) - Counter(prompt.problem.task for prompt in kept))
 
 
-def _source(config: Config, tokenizer: Tokenizer) -> ProblemSource:
-    source = problems.source(config)
+def _source(settings: PromptParts, tokenizer: Tokenizer) -> ProblemSource:
+    source = problems.source(settings)
     if isinstance(source, TinyWorld):
         source.check_words(tokenizer.encode, tokenizer.source)
     return source
+
+
+def _encoded(problems: Sequence[Problem], settings: PromptParts, tokenizer: Tokenizer) -> list[EncodedPrompt]:
+    return encode(problems, settings.stage, settings.model, settings.data, settings.sampler, tokenizer)
 
 
 def template(stage: str, data: DataConfig, tokenizer: Tokenizer) -> str:

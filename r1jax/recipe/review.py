@@ -9,8 +9,9 @@ from pathlib import Path
 from r1jax.core import checkpoint
 from r1jax.data import files, jsonl
 from r1jax.recipe import common
+from r1jax.recipe.common import StageFolder
 from r1jax.recipe.drafts import Counts, Draft, from_record, tally
-from r1jax.schema import ColdStartConfig, Config
+from r1jax.schema import ColdStartConfig
 
 VERDICTS = ("accept", "reject", "edit")
 DRAFTS = "drafts.json"  # in the stage's folder: the examples that wait for verdicts
@@ -25,29 +26,29 @@ def inputs(path: str) -> dict[str, str]:
     return {path: files.digest(path) if Path(path).exists() else ""} if path else {}
 
 
-def kept(config: Config, workdir: Path) -> tuple[list[Draft], Counts] | None:
+def kept(folder: StageFolder, coldstart: ColdStartConfig) -> tuple[list[Draft], Counts] | None:
     """Returns (drafts, counts) that an earlier run with the same config and inputs wrote for review, or None."""
-    path = Path(workdir) / config.stage / DRAFTS
+    path = folder.path / DRAFTS
     if not path.exists():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    if record["key"] != _key(config, workdir):
+    if record["key"] != _key(folder, coldstart):
         return None
     return [from_record(draft) for draft in record["drafts"]], record["counts"]
 
 
-def ask(drafts: Sequence[Draft], counts: Counts, config: Config, workdir: Path) -> None:
+def ask(drafts: Sequence[Draft], counts: Counts, folder: StageFolder, coldstart: ColdStartConfig) -> None:
     """Writes the drafts for people to review and keeps them for the next run. Raises Awaited."""
-    path = config.coldstart.review
-    record = {"key": _key(config, workdir), "counts": counts, "drafts": [draft.record() for draft in drafts]}
-    checkpoint.write_json(Path(workdir) / config.stage / DRAFTS, record)
+    path = coldstart.review
+    record = {"key": _key(folder, coldstart), "counts": counts, "drafts": [draft.record() for draft in drafts]}
+    checkpoint.write_json(folder.path / DRAFTS, record)
     rows = [
         {"id": name, "prompt": draft.row()["prompt"], "response": draft.text, "verdict": "", "edit": ""}
         for name, draft in _named(drafts)
     ]
     jsonl.write(path, rows)
     raise Awaited(
-        f"{config.stage}: {len(rows)} examples wait for review in {path}: set each row's verdict to accept, reject or "
+        f"{folder.path.name}: {len(rows)} examples wait for review in {path}: set each row's verdict to accept, reject or "
         "edit (the new response in 'edit') and run the same command again"
     )
 
@@ -109,9 +110,8 @@ def _named(drafts: Sequence[Draft]) -> list[tuple[str, Draft]]:
     return named
 
 
-def _key(config: Config, workdir: Path) -> str:
+def _key(folder: StageFolder, coldstart: ColdStartConfig) -> str:
     """Returns a digest of the stage's config and of its inputs except the verdicts."""
-    folder = common.StageFolder(config, workdir)
     input_digests = json.loads((folder.path / common.INPUTS).read_text(encoding="utf-8"))["inputs"]
-    input_digests.pop(config.coldstart.review, None)
+    input_digests.pop(coldstart.review, None)
     return hashlib.sha256(json.dumps([folder.hash, input_digests], sort_keys=True).encode()).hexdigest()

@@ -18,7 +18,8 @@ from r1jax.data.hashing import hash64
 from r1jax.data.prompts import keyed_permutation
 from r1jax.evals import preference
 from r1jax.models import decoder
-from r1jax.recipe import common, lineage, prompts, tiny_preferences, training
+from r1jax.recipe import common, lineage, parts, prompts, tiny_preferences, training
+from r1jax.recipe.parts import TrainingParts
 from r1jax.recipe.progress import Progress
 from r1jax.report import table
 from r1jax.rewards.models import reward_model
@@ -73,7 +74,10 @@ def run(config: Config, workdir: Path) -> dict:
     if path.exists():
         rows = jsonl.read(path)
     else:
-        rows = rows or tiny_preferences.examples(kind, resolved, tokenizer, mesh, params, workdir)
+        rows = rows or tiny_preferences.examples(
+            *(kind, parts.for_sampling(resolved), resolved.reward_model, tokenizer, mesh, params),
+            lineage.base(resolved, mesh, workdir),
+        )
         rows = chosen_examples(rows, kind, resolved.stage, resolved.data, resolved.reward_model)
     units = [_unit(row, kind, text_format, tokenizer) for row in rows]
     fitting = [unit is not None and reward.fits(unit, config.pack) for unit in units]
@@ -94,7 +98,8 @@ def run(config: Config, workdir: Path) -> dict:
     if not path.exists():
         jsonl.write(path, rows)
     train, held_out = ([unit for i in side if (unit := units[i]) is not None] for side in sides)
-    trained, loss = fit(resolved, mesh, kind, train, reward_model.from_decoder(params, network.model), folder)
+    start = reward_model.from_decoder(params, network.model)
+    trained, loss = fit(parts.for_training(resolved), resolved.reward_model, mesh, kind, train, start, folder)
     scorer = make_scorer(trained, network, mesh, text_format, tokenizer, config.pack)
     figures: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1), "examples": len(train), "loss": loss}
     figures |= {"left_out": left_out, "held_out": evaluate(scorer, held_out, [rows[i] for i in sides[1]])}
@@ -162,27 +167,31 @@ def _unit(row: dict, kind: Kind, text_format: TextFormat, tokenizer: Tokenizer) 
 
 
 def fit(
-    config: Config, mesh: Mesh, kind: Kind, units: list[Unit], params: decoder.Params, folder: common.StageFolder
+    settings: TrainingParts,
+    model: RewardModelConfig,
+    mesh: Mesh,
+    kind: Kind,
+    units: list[Unit],
+    params: decoder.Params,
+    folder: common.StageFolder,
 ) -> tuple[decoder.Params, float]:
     """Returns (weights of the whole model, last loss) after the configured epochs."""
-    settings, network = config.reward_model, reward_model.architecture(config.network)
+    network, pack, stage = reward_model.architecture(settings.network), settings.pack, settings.stage
     lower = None
-    if settings.frozen_blocks:
-        lower, params = frozen.cut(params, network.model, settings.frozen_blocks)
-        lower_network, network = frozen.shapes(network, settings.frozen_blocks)
-    chosen = epochs.examples_of_updates(
-        len(units), settings.epochs, settings.examples_per_update, config.stage, config.seed
-    )
-    room = max(len(reward.micro_batches([units[i] for i in some], config.pack)) for some in chosen)
-    shards = sharding.row_shards(config.pack.rows_per_micro_batch, config.mesh)
-    trainer = step.Trainer(network, config.optimizer, mesh, reward.make_loss(network, kind), len(chosen))
+    if model.frozen_blocks:
+        lower, params = frozen.cut(params, network.model, model.frozen_blocks)
+        lower_network, network = frozen.shapes(network, model.frozen_blocks)
+    chosen = epochs.examples_of_updates(len(units), model.epochs, model.examples_per_update, stage, settings.seed)
+    room = max(len(reward.micro_batches([units[i] for i in some], pack)) for some in chosen)
+    shards = sharding.row_shards(pack.rows_per_micro_batch, settings.mesh)
+    trainer = step.Trainer(network, settings.optimizer, mesh, reward.make_loss(network, kind), len(chosen))
     if lower is not None and folder.newest_checkpoint() != len(chosen):
-        units = _with_features(units, lower, lower_network, config.stage, config.pack, mesh)
+        units = _with_features(units, lower, lower_network, stage, pack, mesh)
 
     def batch_at(update: int):
-        return reward.make_batch([units[i] for i in chosen[update]], config.pack, room, shards)
+        return reward.make_batch([units[i] for i in chosen[update]], pack, room, shards)
 
-    trained, loss = training.fit(folder, trainer, params, batch_at, len(chosen), config.stage)
+    trained, loss = training.fit(folder, trainer, params, batch_at, len(chosen), stage)
     if lower is not None:
         trained = frozen.join(lower, trained)
         whole = checkpoint.CheckpointStore(folder.path / WHOLE, keep=1)

@@ -15,8 +15,18 @@ from r1jax.data.hashing import hash64
 from r1jax.data.packing import PackItem, pack
 from r1jax.data.prompts import keyed_permutation
 from r1jax.models import decoder
-from r1jax.recipe import common, training
-from r1jax.schema import AuxiliaryConfig, Config, MeshConfig, ModelConfig, PackConfig, PretrainConfig, replace
+from r1jax.recipe import common, parts, training
+from r1jax.recipe.parts import TrainingParts
+from r1jax.schema import (
+    AuxiliaryConfig,
+    Config,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PackConfig,
+    PretrainConfig,
+    replace,
+)
 from r1jax.train import sft, step
 
 FOURIER_PERIODS = (2, 3, 5, 7, 9, 10, 20, 50, 100, 200)
@@ -28,32 +38,41 @@ def run(config: Config, workdir: Path) -> dict:
     With config.output the finished base is also written there as one file; the shipped bases are made in this way.
     """
     output, config = config.output, replace(config, output="")
-    figures = pretrain(config, workdir)
+    folder = common.StageFolder(config, workdir)
+    figures = folder.finished({})
+    if figures is not None and not output:
+        return figures
+    config, tokenizer, mesh = common.prepare(config)
+    if figures is None:
+        figures = pretrain(parts.for_training(config), config.pretrain, tokenizer, mesh, folder)
     if output:
-        write_asset(config, workdir, Path(output))
+        params = common.load_weights(config.model, mesh, str(folder.path))
+        key = base_key(config.model, config.pretrain, config.optimizer, config.pack, config.auxiliary)
+        common.save_asset(Path(output), params, {"key": key, "preset": config.preset})
     return figures
 
 
-def pretrain(config: Config, workdir: Path) -> dict:
-    """Returns the figures of the base in `workdir/stage0_base`, which is trained first unless it is finished."""
-    folder = common.StageFolder(config, workdir)
-    if (figures := folder.finished({})) is not None:
-        return figures
-    hosts.require_one(f"pretraining {config.stage}")
-    config, tokenizer, mesh = common.prepare(config)
+def pretrain(
+    settings: TrainingParts,
+    pretrain: PretrainConfig,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    folder: common.StageFolder,
+) -> dict:
+    """Trains the base in its folder, from the newest checkpoint there, and returns the figures."""
+    hosts.require_one(f"pretraining {settings.stage}")
     folder.start({})
-    trainer = step.Trainer(
-        config.network, config.optimizer, mesh, sft.make_loss(config.network), total_updates=config.pretrain.updates
-    )
-    rows, items = packed_corpus(config.seed, config.pretrain, config.pack.row_tokens, tokenizer)
-    started, total = time.monotonic(), config.pretrain.updates
+    network, seed, pack = settings.network, settings.seed, settings.pack
+    trainer = step.Trainer(network, settings.optimizer, mesh, sft.make_loss(network), total_updates=pretrain.updates)
+    rows, items = packed_corpus(seed, pretrain, pack.row_tokens, tokenizer)
+    started, total = time.monotonic(), pretrain.updates
     params, loss = training.fit(
         folder,
         trainer,
-        initial_params(config.seed, config.model, config.pretrain, mesh),
-        lambda update: batch_at(update, rows, items, config.seed, config.mesh, config.pack, config.pretrain),
+        initial_params(seed, network.model, pretrain, mesh),
+        lambda update: batch_at(update, rows, items, seed, settings.mesh, pack, pretrain),
         total,
-        config.stage,
+        settings.stage,
         log_every=10,
     )
     figures = {"loss": loss, "updates": total, "seconds": round(time.monotonic() - started, 1)}
@@ -130,28 +149,17 @@ def with_fourier_numbers(params: decoder.Params, model: ModelConfig) -> decoder.
     return dataclasses.replace(params, embedding=embedding, unembedding=output)
 
 
-def base_key(config: Config) -> str:
+def base_key(
+    model: ModelConfig,
+    pretrain: PretrainConfig,
+    optimizer: OptimizerConfig,
+    pack: PackConfig,
+    auxiliary: AuxiliaryConfig,
+) -> str:
     """Returns a hash of what a shipped base depends on: shape, corpus, optimiser, packing and auxiliary losses."""
-    auxiliary = [config.auxiliary] if config.auxiliary != AuxiliaryConfig() else []
-    return common.shape_hash(config.model, config.pretrain, config.optimizer, config.pack, *auxiliary)
+    losses = [auxiliary] if auxiliary != AuxiliaryConfig() else []
+    return common.shape_hash(model, pretrain, optimizer, pack, *losses)
 
 
 def asset_path(preset: str) -> Path:
     return common.ASSETS / f"base_{preset}.safetensors"
-
-
-def base_params(config: Config, base: Config, mesh: Mesh, workdir: Path) -> decoder.Params:
-    """Returns the base model: the shipped one if it fits `base` (the stage0_base config), else a newly trained one."""
-    path = asset_path(config.preset)
-    if not config.rebuild_base and path.exists() and common.asset_metadata(path).get("key") == base_key(base):
-        return common.load_asset(path, config.model, mesh)
-    folder = Path(workdir) / f"base_{config.preset}"  # teacher and student have different bases
-    pretrain(base, folder)
-    return common.load_weights(config.model, mesh, str(folder / base.stage))
-
-
-def write_asset(config: Config, workdir: Path, path: Path) -> None:
-    """Writes the finished base of `workdir` as one safetensors file with the key of its config."""
-    config, _, mesh = common.prepare(config)
-    params = common.load_weights(config.model, mesh, str(Path(workdir) / config.stage))
-    common.save_asset(path, params, {"key": base_key(config), "preset": config.preset})

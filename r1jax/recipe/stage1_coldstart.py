@@ -8,8 +8,9 @@ from jax.sharding import Mesh
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core.say import say
 from r1jax.data import files, rewrite, tasks
-from r1jax.recipe import common, editing, example_files, fine_tuning, judging, lineage, review, teachers, traces
+from r1jax.recipe import common, editing, example_files, fine_tuning, judging, lineage, parts, review, teachers, traces
 from r1jax.recipe.drafts import Counts, Draft, counts_line, grade, tally
+from r1jax.recipe.parts import SamplingParts
 from r1jax.rewards.models.judge import Judge
 from r1jax.rewards.score import Score
 from r1jax.rl.rollout import EncodedPrompt
@@ -18,6 +19,20 @@ from r1jax.schema import ColdStartConfig, Config, DataConfig, JudgeConfig, Rewar
 TEACHER = "r1_zero"
 PEOPLE = "people"
 CHANGED = "answers that the edit changed"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Making:
+    """What this stage's examples are made from, and how."""
+
+    sampling: SamplingParts
+    coldstart: ColdStartConfig
+    judge: JudgeConfig
+    tokenizer: Tokenizer  # of the stage's base
+    mesh: Mesh
+    train: list[EncodedPrompt]
+    teacher: Path | None  # folder of the model of source r1_zero, None without that source
+    base: lineage.Base
 
 
 def run(config: Config, workdir: Path) -> dict:
@@ -58,11 +73,19 @@ def collect(
 ) -> tuple[list[dict], Counts]:
     """Returns (examples with their provenance, how many of each task passed every check) (P2 B.3.2)."""
     settings = config.coldstart
-    kept = review.kept(config, workdir) if settings.review else None
-    drafts, counts = kept or _make(config, tokenizer, mesh, train, workdir)
+    folder = common.StageFolder(config, workdir)
+    kept = review.kept(folder, settings) if settings.review else None
+    if kept is not None:
+        drafts, counts = kept
+    else:
+        teacher = None
+        if TEACHER in settings.sources:
+            teacher = Path(settings.teacher) if settings.teacher else lineage.require(TEACHER, config, workdir)
+        sampling, base = parts.for_sampling(config), lineage.base(config, mesh, workdir)
+        drafts, counts = _make(Making(sampling, settings, config.judge, tokenizer, mesh, train, teacher, base))
     if settings.review and drafts:
         if not Path(settings.review).exists():
-            review.ask(drafts, counts, config, workdir)
+            review.ask(drafts, counts, folder, settings)
         drafts = _right_again(
             review.apply(drafts, config.stage, config.coldstart, counts),
             config.reward,
@@ -74,25 +97,24 @@ def collect(
     return [draft.row() for draft in drafts], counts
 
 
-def _make(
-    config: Config, tokenizer: Tokenizer, mesh: Mesh, train: list[EncodedPrompt], workdir: Path
-) -> tuple[list[Draft], Counts]:
+def _make(making: Making) -> tuple[list[Draft], Counts]:
     """Returns (drafts of all sources, edited, right and capped; counts)."""
-    settings, counts = config.coldstart, {}
+    settings, judge, counts = making.coldstart, making.judge, {}
+    stage, seed, reward = making.sampling.stage, making.sampling.seed, making.sampling.reward
     by_source = []
     for source in settings.sources:
         if source == PEOPLE:
-            by_source.append(people(config.data, config.reward, config.coldstart, counts))
+            by_source.append(people(making.sampling.data, reward, settings, counts))
         else:
-            by_source.append(_sampled(source, config, tokenizer, mesh, train, workdir, counts))
-    editor = judging.load(config.stage, config.seed, config.judge, mesh) if settings.editor and any(by_source) else None
+            by_source.append(_sampled(source, making, counts))
+    editor = judging.load(stage, seed, judge, making.mesh) if settings.editor and any(by_source) else None
     drafts = [
         draft
         for source_drafts in by_source
-        for draft in _edited(source_drafts, editor, config.seed, config.reward, config.coldstart, config.judge, counts)
+        for draft in _edited(source_drafts, editor, seed, reward, settings, judge, counts)
     ]
     tally(counts, "rewritten", (draft.task for draft in drafts))
-    drafts = _right_again(drafts, config.reward, config.coldstart, counts, "right again", edited=bool(settings.editor))
+    drafts = _right_again(drafts, reward, settings, counts, "right again", edited=bool(settings.editor))
     drafts = traces.capped(drafts, settings.max_examples_per_prompt, settings.max_examples, Draft.row)
     tally(counts, "kept", (draft.task for draft in drafts))
     return drafts, counts
@@ -110,27 +132,19 @@ def people(data: DataConfig, reward: RewardConfig, coldstart: ColdStartConfig, c
     ]
 
 
-def _sampled(
-    source: str,
-    config: Config,
-    tokenizer: Tokenizer,
-    mesh: Mesh,
-    train: list[EncodedPrompt],
-    workdir: Path,
-    counts: Counts,
-) -> list[Draft]:
+def _sampled(source: str, making: Making, counts: Counts) -> list[Draft]:
     """Returns the good traces of one source, before any edit."""
-    settings = config.coldstart
+    settings, sampling, mesh, train = making.coldstart, making.sampling, making.mesh, making.train
     if source == TEACHER:
-        folder = Path(settings.teacher) if settings.teacher else lineage.require(TEACHER, config, workdir)
-        teacher = teachers.load(config, mesh, folder, TEACHER)
+        assert making.teacher is not None  # this source has one
+        teacher = teachers.load(sampling, mesh, making.teacher, TEACHER)
         responses = teachers.sampled(
             teacher, mesh, train, settings.prompts, settings.samples_per_prompt, temperature=1.0
         )
     else:
-        teacher = teachers.prompted(config, tokenizer, mesh, workdir)
-        examples = _worked(config.data, config.reward, config.coldstart) if source == "few_shot" else []
-        responses = teachers.answered(teacher, mesh, train, source, examples)
+        teacher = teachers.prompted(sampling, settings.prompted_model, making.tokenizer, mesh, making.base)
+        examples = _worked(sampling.data, sampling.reward, settings) if source == "few_shot" else []
+        responses = teachers.answered(teacher, settings, mesh, train, source, examples)
     checks = traces.basic_checks(settings.min_language_consistency)
     if settings.editor:  # the editor translates, so the language is checked after it
         checks = [check for check in checks if check[0] != traces.ONE_LANGUAGE]

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core.say import say
 from r1jax.evals.benchmarks import Response
-from r1jax.recipe import fine_tuning, general_rows, judged_prompts, lineage, teachers, traces
+from r1jax.recipe import fine_tuning, general_rows, judged_prompts, lineage, parts, teachers, traces
 from r1jax.recipe.drafts import Counts, Draft, counts_line, tally
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config, RejectionConfig
@@ -28,11 +28,11 @@ def collect(
     config: Config, tokenizer: Tokenizer, mesh: Mesh, train: list[EncodedPrompt], workdir: Path
 ) -> tuple[list[dict], Counts]:
     """Returns (examples with their provenance, how many of each task passed every check) (P2 B.3.3)."""
-    settings, counts = config.rejection, {}
-    teacher = teachers.load(config, mesh, lineage.require(TEACHER, config, workdir))
+    settings, counts, sampling = config.rejection, {}, parts.for_sampling(config)
+    teacher = teachers.load(sampling, mesh, lineage.require(TEACHER, config, workdir))
     samples = settings.samples_per_prompt
     responses = teachers.sampled(teacher, mesh, train, settings.prompts, samples, settings.temperature)
-    responses += judged_prompts.sample(teacher.config, teacher.tokenizer, mesh, teacher.params, counts)
+    responses += judged_prompts.sample(teacher, settings, config.judge, mesh, counts)
     checks = [*traces.basic_checks(settings.min_language_consistency), *readable(settings)]
     drafts = [
         Draft(response.problem, response.text, traces.source(teacher.name, number, samples, response.text))
@@ -41,7 +41,7 @@ def collect(
     drafts = traces.capped(drafts, settings.max_examples_per_prompt, row_of=Draft.row)
     tally(counts, "kept", (draft.task for draft in drafts))
     num_general = round(len(drafts) * settings.general_fraction / (1 - settings.general_fraction))
-    general = general_rows.chosen(config, mesh, num_general, counts)
+    general = general_rows.chosen(sampling, settings, config.judge, mesh, num_general, counts)
     say(counts_line(config.stage, counts))
     return [draft.row() for draft in drafts] + general, counts
 

@@ -7,14 +7,15 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.checkpoints.tokenizer import Tokenizer, vocab_used
 from r1jax.data.hashing import hash64
 from r1jax.data.problems import Message, Problem
 from r1jax.data.prompts import keyed_permutation
 from r1jax.evals.benchmarks import Response
 from r1jax.recipe import common, lineage, prompts, traces
+from r1jax.recipe.parts import SamplingParts
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import Config, RewardConfig, replace
+from r1jax.schema import ColdStartConfig, RewardConfig, replace
 
 # Instructions that ask an untrained model for long thoughts; the wording is ours.
 DIRECT = (
@@ -58,78 +59,81 @@ NEXT_TURN = "\n\nUser:"  # here a base model continues with a question of its ow
 class Teacher:
     """A model that is prompted for examples."""
 
-    config: Config  # the stage's, with the model's own shape and template
+    settings: SamplingParts  # the stage's, with the model's own shape and template
     tokenizer: Tokenizer
     params: Any
     name: str
 
 
-def load(config: Config, mesh: Mesh, folder: str | Path, stage: str = "") -> Teacher:
+def load(settings: SamplingParts, mesh: Mesh, folder: str | Path, stage: str = "") -> Teacher:
     """Returns the model of a stage's folder or a Hugging Face folder, with the template that it was trained with.
 
-    A stage's folder records its template; for one without that record it is the template of `stage` ("" is the config's
-    stage), for a Hugging Face folder its chat template, else R1-Zero's.
+    A stage's folder records its template; for one without that record it is the template of `stage` ("" is that of
+    `settings`), for a Hugging Face folder its chat template, else R1-Zero's.
     """
-    data = replace(config.data, template="auto")
-    resolved, tokenizer, _ = common.prepare(
-        replace(config, model=replace(config.model, checkpoint=str(folder)), data=data)
-    )
-    if resolved.data.template == "auto":
-        asking = replace(resolved, stage=config.stage if common.is_hugging_face(folder) or not stage else stage)
-        resolved = replace(
-            resolved, data=replace(resolved.data, template=prompts.template(asking.stage, asking.data, tokenizer))
-        )
-    params = common.load_weights(resolved.model, mesh, str(folder))
-    return Teacher(resolved, tokenizer, params, Path(folder).name)
+    network, data = settings.network, replace(settings.data, template="auto")
+    shape = replace(network.model, checkpoint=str(folder))
+    model, data, tokenizer = common.read_folder(folder, shape, data)
+    tokenizer = tokenizer.stopping_at(settings.sampler.stop_ids)
+    compute = replace(network.compute, vocab_used=vocab_used(model, tokenizer))
+    network = replace(network, model=replace(model, checkpoint=str(folder)), compute=compute)
+    if data.template == "auto":
+        asking = settings.stage if common.is_hugging_face(folder) or not stage else stage
+        data = replace(data, template=prompts.template(asking, data, tokenizer))
+    params = common.load_weights(network.model, mesh, str(folder))
+    return Teacher(replace(settings, network=network, data=data), tokenizer, params, Path(folder).name)
 
 
-def prompted(config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) -> Teacher:
-    """Returns config.coldstart.prompted_model, or the stage's base, for prompting in its chat template or as text."""
-    if folder := config.coldstart.prompted_model:
-        teacher = load(config, mesh, folder)
-    else:
-        teacher = Teacher(
-            config, tokenizer, lineage.base_weights(config, mesh, workdir), lineage.base_name(config.input_preset)
-        )
+def prompted(settings: SamplingParts, folder: str, tokenizer: Tokenizer, mesh: Mesh, base: lineage.Base) -> Teacher:
+    """Returns the model of a folder, or the stage's base for "", for prompting in its chat template or as text."""
+    teacher = load(settings, mesh, folder) if folder else Teacher(settings, tokenizer, base.load(), base.name)
     template = "chat" if teacher.tokenizer.chat_template else "plain"
-    data = replace(teacher.config.data, template=template, instruction="", think_prefill=False)
-    return Teacher(replace(teacher.config, data=data), teacher.tokenizer, teacher.params, teacher.name)
+    data = replace(teacher.settings.data, template=template, instruction="", think_prefill=False)
+    return replace(teacher, settings=replace(teacher.settings, data=data))
+
+
+def encode(problems: Sequence[Problem], settings: SamplingParts, tokenizer: Tokenizer) -> list[EncodedPrompt]:
+    """Returns problems as the prompts of a model that is sampled with `settings`."""
+    return prompts.encode(problems, settings.stage, settings.network.model, settings.data, settings.sampler, tokenizer)
 
 
 def sampled(
     teacher: Teacher, mesh: Mesh, train: Sequence[EncodedPrompt], count: int, samples: int, temperature: float
 ) -> list[Response]:
     """Returns `samples` graded responses of a teacher, in its template, to each of `count` training problems."""
-    config, tokenizer = teacher.config, teacher.tokenizer
-    encoded = prompts.encode(
-        [prompt.problem for prompt in train], config.stage, config.model, config.data, config.sampler, tokenizer
-    )
-    return traces.sample(config, tokenizer, mesh, encoded, teacher.params, count, samples, temperature)
+    settings, tokenizer = teacher.settings, teacher.tokenizer
+    encoded = encode([prompt.problem for prompt in train], settings, tokenizer)
+    return traces.sample(settings, tokenizer, mesh, encoded, teacher.params, count, samples, temperature)
 
 
 def answered(
-    teacher: Teacher, mesh: Mesh, train: Sequence[EncodedPrompt], source: str, examples: Sequence[tuple[str, str]]
+    teacher: Teacher,
+    coldstart: ColdStartConfig,
+    mesh: Mesh,
+    train: Sequence[EncodedPrompt],
+    source: str,
+    examples: Sequence[tuple[str, str]],
 ) -> list[Response]:
     """Returns graded responses to training problems, prompted with an instruction and worked examples (question, turn).
 
     Each response keeps the row's problem. Text that a model without chat turns writes after its answer is cut off.
     """
-    config, settings = replace(teacher.config, stage=f"{teacher.config.stage}/{source}"), teacher.config.coldstart
-    order = keyed_permutation(len(train), hash64(config.stage, config.seed, "prompts"))[: settings.prompts]
+    settings = replace(teacher.settings, stage=f"{teacher.settings.stage}/{source}")
+    order = keyed_permutation(len(train), hash64(settings.stage, settings.seed, "prompts"))[: coldstart.prompts]
     problems = {train[place].problem.id: train[place].problem for place in order}
-    chat = config.data.template == "chat"
-    form = ANSWER["boxed" if config.reward.extraction == "boxed" else "answer_tag"]
+    chat = settings.data.template == "chat"
+    form = ANSWER["boxed" if settings.reward.extraction == "boxed" else "answer_tag"]
     instruction = (LIKE_THESE if examples else DIRECT).replace("{answer}", form)
     requests = [
         replace(problem, prompt=_request(problem, instruction, examples, chat)) for problem in problems.values()
     ]
-    encoded = prompts.encode(requests, config.stage, config.model, config.data, config.sampler, teacher.tokenizer)
+    encoded = encode(requests, settings, teacher.tokenizer)
     sampled = traces.sample(
-        *(config, teacher.tokenizer, mesh, encoded, teacher.params, len(encoded), settings.samples_per_prompt),
+        *(settings, teacher.tokenizer, mesh, encoded, teacher.params, len(encoded), coldstart.samples_per_prompt),
         temperature=1.0,
     )
     responses = [replace(response, problem=problems[response.problem.id]) for response in sampled]
-    return responses if chat else _cut(responses, config.reward)
+    return responses if chat else _cut(responses, settings.reward)
 
 
 def worked_examples(extraction: str) -> list[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 from jax.sharding import Mesh
 
@@ -13,15 +12,22 @@ from r1jax.data.prompts import keyed_permutation
 from r1jax.data.templates import summary
 from r1jax.evals.benchmarks import Response
 from r1jax.models import decoder
-from r1jax.recipe import evaluate, lineage, prompts
+from r1jax.recipe import evaluate, lineage, teachers
+from r1jax.recipe.parts import SamplingParts
 from r1jax.rewards.pool import RewardPool
 from r1jax.sampler.build import build_sampler
 from r1jax.sampler.sample import SamplingParams
-from r1jax.schema import Config
+from r1jax.schema import RewardModelConfig
 
 
 def examples(
-    kind: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, params: decoder.Params, workdir: Path
+    kind: str,
+    settings: SamplingParts,
+    reward_model: RewardModelConfig,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    params: decoder.Params,
+    base: lineage.Base,
 ) -> list[dict]:
     """Returns rows as data.reward_examples.read does, of responses sampled from the start and from the base.
 
@@ -29,15 +35,15 @@ def examples(
     that were cut off, and repeated ones, are left out.
     """
     problems = tasks.preference_prompts() if kind == "helpful" else tasks.safety_prompts()
-    encoded = prompts.encode(problems, config.stage, config.model, config.data, config.sampler, tokenizer)
-    sampler = build_sampler(config.network, config.sampler, mesh, tokenizer)
-    sampling = SamplingParams(max_new_tokens=config.sampler.max_new_tokens, stop_ids=tokenizer.stop_ids)
+    encoded = teachers.encode(problems, settings, tokenizer)
+    sampler = build_sampler(settings.network, settings.sampler, mesh, tokenizer)
+    sampling = SamplingParams(max_new_tokens=settings.sampler.max_new_tokens, stop_ids=tokenizer.stop_ids)
     responses_drawn: list[Response] = []
-    with RewardPool(config.reward) as pool:
-        for name, weights in (("start", params), ("base", lineage.base_weights(config, mesh, workdir))):
-            stage, loaded = f"{config.stage}/{name}", sampler.engine.load_params(weights)
-            ask = functools.partial(evaluate.respond, config.seed, stage, tokenizer, sampler, pool)
-            responses_drawn += ask(encoded, loaded, sampling, config.reward_model.samples_per_prompt, "sample")
+    with RewardPool(settings.reward) as pool:
+        for name, weights in (("start", params), ("base", base.load())):
+            stage, loaded = f"{settings.stage}/{name}", sampler.engine.load_params(weights)
+            ask = functools.partial(evaluate.respond, settings.seed, stage, tokenizer, sampler, pool)
+            responses_drawn += ask(encoded, loaded, sampling, reward_model.samples_per_prompt, "sample")
     by_prompt: dict[str, dict[str, Response]] = {prompt.id: {} for prompt in problems}
     for response in responses_drawn:
         text = summary(response.text) if kind == "helpful" else response.text
@@ -45,7 +51,7 @@ def examples(
             by_prompt[response.problem.id].setdefault(text, response)
     rows = []
     for name, by_text in by_prompt.items():
-        key, most = hash64(config.stage, config.seed, "pairs", name), config.reward_model.pairs_per_prompt
+        key, most = hash64(settings.stage, settings.seed, "pairs", name), reward_model.pairs_per_prompt
         responses = list(by_text.values())
         rows += _pairs(name, responses, most, key) if kind == "helpful" else _labelled(name, responses)
     return rows

@@ -17,12 +17,13 @@ from r1jax.evals.benchmarks import Response
 from r1jax.recipe import evaluate
 from r1jax.recipe.drafts import Counts, tally
 from r1jax.recipe.judging import JudgePool
+from r1jax.recipe.parts import SamplingParts
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import Score
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.sampler.build import build_sampler
 from r1jax.sampler.sample import SamplingParams
-from r1jax.schema import Config, RewardConfig
+from r1jax.schema import RewardConfig
 
 MAX_REPETITION = 0.2  # share of repeated eight-word runs above which a trace counts as a loop
 ONE_LANGUAGE = "one language"
@@ -31,7 +32,7 @@ Check = tuple[str, Callable[[Response], bool]]
 
 
 def sample(
-    config: Config,
+    settings: SamplingParts,
     tokenizer: Tokenizer,
     mesh: Mesh,
     train: list[EncodedPrompt],
@@ -45,13 +46,13 @@ def sample(
 
     They are graded by `pool`, which stays open, or without one by the rule verifiers.
     """
-    order = keyed_permutation(len(train), hash64(config.stage, config.seed, "prompts"))[:count]
-    sampler = build_sampler(config.network, config.sampler, mesh, tokenizer)
-    longest = config.sampler.max_new_tokens
+    order = keyed_permutation(len(train), hash64(settings.stage, settings.seed, "prompts"))[:count]
+    sampler = build_sampler(settings.network, settings.sampler, mesh, tokenizer)
+    longest = settings.sampler.max_new_tokens
     sampling = SamplingParams(temperature, max_new_tokens=longest, stop_ids=tokenizer.stop_ids)
-    with contextlib.nullcontext(pool) if pool else RewardPool(config.reward) as pool:
+    with contextlib.nullcontext(pool) if pool else RewardPool(settings.reward) as pool:
         chosen = [train[i] for i in order]
-        ask = functools.partial(evaluate.respond, config.seed, config.stage, tokenizer, sampler, pool)
+        ask = functools.partial(evaluate.respond, settings.seed, settings.stage, tokenizer, sampler, pool)
         return ask(chosen, sampler.engine.load_params(params), sampling, samples, "sample")
 
 

@@ -1,6 +1,7 @@
 """The parts of a stage's config that an RL run uses."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from r1jax.schema import (
     CheckpointConfig,
@@ -25,6 +26,8 @@ class RunSettings:
     seed: int
     network: Network
     mesh: MeshConfig
+    mode: Literal["colocated", "disaggregated"]
+    sampler_mesh: MeshConfig
     sampler: SamplerConfig
     reward: RewardConfig
     scenarios: ScenarioConfig
@@ -43,6 +46,8 @@ def of_config(config: Config) -> RunSettings:
         seed=config.seed,
         network=config.network,
         mesh=config.mesh,
+        mode=config.mode,
+        sampler_mesh=config.sampler_mesh,
         sampler=config.sampler,
         reward=config.reward,
         scenarios=config.scenarios,

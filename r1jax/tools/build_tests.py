@@ -14,7 +14,7 @@ from r1jax.rewards.code import cases as code_cases
 from r1jax.rewards.code.programs import SourceCode, extract_program
 from r1jax.rewards.models.judge import Judge, Request
 from r1jax.rewards.sandbox.attack import open_sandbox
-from r1jax.schema import BuildTestsConfig, Config, DataConfig, RewardConfig, replace
+from r1jax.schema import BuildTestsConfig, Config, DataConfig, JudgeConfig, MeshConfig, RewardConfig, replace
 
 ROWS_PER_PART = 8
 
@@ -33,7 +33,7 @@ def run(config: Config, workdir: Path) -> dict:
     open_sandbox(config.reward.sandbox)
     writer = None
     if any(not problem.generators for problem in problems.values()):
-        writer = generator_writer(config)
+        writer = generator_writer(config.stage, config.seed, config.data, config.judge, config.mesh)
     key = judging.work_key(config, config.judge.checkpoint if writer else "")
 
     def work(part: list[dict]) -> list[dict]:
@@ -96,14 +96,14 @@ def source(program: object, where: str) -> SourceCode:
     )
 
 
-def generator_writer(config: Config) -> Judge:
+def generator_writer(stage: str, seed: int, data: DataConfig, judge: JudgeConfig, mesh: MeshConfig) -> Judge:
     """Returns the model of config.judge. Raises ValueError, with the remedy, without one."""
-    if not config.judge.checkpoint:
+    if not judge.checkpoint:
         raise ValueError(
-            f"{config.stage}: rows of {config.data.path} have no 'generators', and no model is given to write them; "
+            f"{stage}: rows of {data.path} have no 'generators', and no model is given to write them; "
             "give --config.judge.checkpoint=DIR"
         )
-    return judging.load(config.stage, config.seed, config.judge, sharding.make_mesh(config.mesh))
+    return judging.load(stage, seed, judge, sharding.make_mesh(mesh))
 
 
 def with_generators(

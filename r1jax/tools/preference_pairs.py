@@ -3,8 +3,12 @@
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from jax.sharding import Mesh
+
+from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import sharding
 from r1jax.core.say import say
 from r1jax.data import files, jsonl, preferences
@@ -15,7 +19,18 @@ from r1jax.recipe import common, judging, prompts
 from r1jax.rewards.models.judge import Judge, Judgement, Pair
 from r1jax.rl import rollout
 from r1jax.sampler.build import build_sampler, sampling_params
-from r1jax.schema import Config, DataConfig, PreferenceConfig
+from r1jax.schema import Config, DataConfig, Network, PreferenceConfig, SamplerConfig
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What a model answers prompts with. `stage` and `seed` key every draw."""
+
+    stage: str
+    seed: int
+    network: Network
+    data: DataConfig
+    sampler: SamplerConfig
 
 
 def run(config: Config, workdir: Path) -> dict:
@@ -32,7 +47,10 @@ def run(config: Config, workdir: Path) -> dict:
     key = judging.work_key(config, config.judge.checkpoint, config.model.checkpoint)
     mesh = sharding.make_mesh(config.mesh)
     if missing := [row for row in rows if not row["responses"]]:
-        answered = judging.in_parts(folder, f"{key}-answers", missing, answerer(config), "answers")
+        resolved, tokenizer, its_mesh = common.prepare(config)
+        asking = Asking(config.stage, config.seed, resolved.network, resolved.data, resolved.sampler)
+        answer = answerer(asking, settings.responses_per_prompt, tokenizer, its_mesh)
+        answered = judging.in_parts(folder, f"{key}-answers", missing, answer, "answers")
         answered_by_id = {row["id"]: row for row in answered}
         rows = [answered_by_id.get(row["id"], row) for row in rows]
     judge = judging.load(config.stage, config.seed, config.judge, mesh)
@@ -77,25 +95,24 @@ def read(data: DataConfig) -> list[dict]:
     return rows
 
 
-def answerer(config: Config):
-    """Returns a function that puts config.preferences.responses_per_prompt replies of config.model into rows."""
-    resolved, tokenizer, mesh = common.prepare(config)
-    if not config.model.checkpoint:
+def answerer(settings: Asking, count: int, tokenizer: Tokenizer, mesh: Mesh):
+    """Returns a function that puts `count` replies of config.model into rows."""
+    model = settings.network.model
+    if not model.checkpoint:
         raise ValueError(
-            f"{config.stage}: rows of {config.data.path} have no 'responses', and no model is given to write them; "
+            f"{settings.stage}: rows of {settings.data.path} have no 'responses', and no model is given to write them; "
             "give --config.model.checkpoint=DIR"
         )
-    params = common.load_weights(resolved.model, mesh, config.model.checkpoint)
-    sampler = build_sampler(resolved.network, resolved.sampler, mesh, tokenizer)
+    params = common.load_weights(model, mesh, model.checkpoint)
+    sampler = build_sampler(settings.network, settings.sampler, mesh, tokenizer)
     params = sampler.engine.load_params(params)
-    sampling = sampling_params(resolved.sampler, tokenizer.stop_ids)
+    sampling = sampling_params(settings.sampler, tokenizer.stop_ids)
 
     def answer(rows: list[dict]) -> list[dict]:
         problems = [Problem(row["id"], "", row["prompt"], "") for row in rows]
-        encoded = prompts.encode(problems, resolved.stage, resolved.model, resolved.data, resolved.sampler, tokenizer)
+        encoded = prompts.encode(problems, settings.stage, model, settings.data, settings.sampler, tokenizer)
         draws = [hash64("answers", prompt.problem.id) % 2**32 for prompt in encoded]
-        count = config.preferences.responses_per_prompt
-        requests = rollout.requests_for(encoded, draws, count, sampling, config.seed, config.stage, "sample")
+        requests = rollout.requests_for(encoded, draws, count, sampling, settings.seed, settings.stage, "sample")
         texts: dict[str, list[str]] = {row["id"]: [] for row in rows}
         samples = sampler.generate(requests, params)
         for prompt, sample in zip([p for p in encoded for _ in range(count)], samples, strict=True):
