@@ -119,15 +119,15 @@ def say_left_out(evaluation: EvalConfig, stage_prompts: StagePrompts, measured: 
     print(f"figures of {measured} of {total} problems" + (f": {listed}" if listed else ""))
 
 
-def as_trained(made: str, data: DataConfig) -> DataConfig:
-    """Returns the data with the hold-out of the runs that made the checkpoint `made`, if they trained on these files.
+def as_trained(checkpoint_folder: str, data: DataConfig) -> DataConfig:
+    """Returns the data with the hold-out of the runs that made the checkpoint `checkpoint_folder`, if they trained on these files.
 
     Of files that these runs read, even if changed since, only the held-out rows are evaluated; of other files all rows.
     Raises ValueError when only some files of config.data.path were trained on, and when nothing was held out.
     """
     if not problems.has_files(data) or data.eval_path:
         return data
-    trained = hosts.decide(_trained_on, Path(made), name=f"what {made} was trained on")
+    trained = hosts.decide(_trained_on, Path(checkpoint_folder), name=f"what {checkpoint_folder} was trained on")
     digests = problems.digests(data)
     keys = {path: {digests[path], str(Path(path).resolve())} & trained.keys() for path in digests}
     trained_paths = [path for path in digests if keys[path]]
@@ -136,18 +136,18 @@ def as_trained(made: str, data: DataConfig) -> DataConfig:
     if len(trained_paths) < len(digests):
         new_path = next(path for path in digests if path not in trained_paths)
         raise ValueError(
-            f"evaluate: {made} was trained on {trained_paths[0]} and not on {new_path}; evaluate one at a "
+            f"evaluate: {checkpoint_folder} was trained on {trained_paths[0]} and not on {new_path}; evaluate one at a "
             "time, so that of the first only what was held out counts"
         )
     fraction = min(trained[key] for path in trained_paths for key in keys[path])
     if not fraction:
         raise ValueError(
-            f"evaluate: {made} was trained on every row of {trained_paths[0]}; give other problems, or "
+            f"evaluate: {checkpoint_folder} was trained on every row of {trained_paths[0]}; give other problems, or "
             f"evaluate these nonetheless with --config.data.eval_path={trained_paths[0]}"
         )
     changed = ", which has changed since" if digests[trained_paths[0]] not in trained else ""
     say(
-        f"{made} was trained on {trained_paths[0]}{changed}: evaluated is what that run held out "
+        f"{checkpoint_folder} was trained on {trained_paths[0]}{changed}: evaluated is what that run held out "
         f"(config.data.holdout_fraction={fraction}); --config.data.eval_path evaluates every row"
     )
     return replace(data, holdout_fraction=fraction)
