@@ -120,7 +120,7 @@ def say_left_out(evaluation: EvalConfig, stage_prompts: StagePrompts, measured: 
 
 
 def as_trained(checkpoint_folder: str, data: DataConfig) -> DataConfig:
-    """Returns the data with the hold-out of the runs that made the checkpoint `checkpoint_folder`, if they trained on these files.
+    """Returns the data with the hold-out of the runs that made a checkpoint, if they trained on these files.
 
     Of files that these runs read, even if changed since, only the held-out rows are evaluated; of other files all rows.
     Raises ValueError when only some files of config.data.path were trained on, and when nothing was held out.
