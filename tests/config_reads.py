@@ -185,7 +185,10 @@ class Body:
             self.own[target.attr] = kind
 
     def call(self, node: ast.Call) -> None:
-        """Notes the fields that `getattr` reads by name: each text of the module that names one."""
+        """Notes the fields that `getattr` reads by name, each text of the module that names one, and those of `parts_of`."""
+        if getattr(node.func, "id", "") == "parts_of" and (taken := resolve(self.module, node.args[0])):
+            for name in attributes(taken):  # read of the whole config under its own name
+                self.attribute(("r1jax.schema", "Config"), name)
         if getattr(node.func, "id", "") in ("getattr", "vars") and node.args:
             kind = self.kind(node.args[0])
             if kind and kind[1] in PARTS and kind[0] == "r1jax.schema":
@@ -242,6 +245,8 @@ class Body:
         place = resolve(self.module, node.func)
         if getattr(node.func, "id", getattr(node.func, "attr", "")) == "replace" and node.args:
             return self.kind(node.args[0])
+        if getattr(node.func, "id", "") == "parts_of":
+            return resolve(self.module, node.args[0])
         if place and place[0] == "r1jax.schema":
             return place
         if place:

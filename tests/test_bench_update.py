@@ -12,7 +12,7 @@ from r1jax.kernels.packed_attention import needed_blocks, packed_attention
 from r1jax.kernels.trained_logprob import trained_logprobs
 from r1jax.models import decoder
 from r1jax.rl import losses
-from r1jax.schema import Config, PackConfig, replace
+from r1jax.schema import Config, PackConfig, parts_of, replace
 
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
 LENGTHS = dict(samples=8, prompt_tokens=6, median_tokens=5, p99_tokens=30, longest_tokens=24)
@@ -38,7 +38,7 @@ def plain(config: Config) -> Config:
 
 def in_this_process(folder, action, *arguments, what):
     config, samples = bench_update.pickle.loads((folder / "config.pickle").read_bytes()), folder / "samples.npz"
-    settings = bench_update.parts_of(config)
+    settings = parts_of(bench_update.UpdateParts, config)
     if action == "prepare":
         return bench_update.prepare_figures(settings, samples) | {"peak_flops_per_s": 1e11}
     return bench_update.update_figures(settings, dict(np.load(samples)), *arguments)
@@ -49,7 +49,7 @@ def test_figures_stand_under_their_keys_and_every_form_makes_the_same_update(tmp
     monkeypatch.setattr(bench_update, "matmul_peak", lambda: 1e11)
     config = plain(small_config(losses=("sft",)))
     found = bench_update.run(config, tmp_path)
-    trained = bench_update.draw(bench_update.parts_of(config))["lengths"].sum()
+    trained = bench_update.draw(parts_of(bench_update.UpdateParts, config))["lengths"].sum()
     packed, padded = (found["systems"]["r1jax"]["sft"][form] for form in ("packed", "padded"))
     for figures in (packed, padded):
         assert figures["tokens_per_s"] == pytest.approx(trained / figures["seconds"][0])
@@ -61,7 +61,7 @@ def test_figures_stand_under_their_keys_and_every_form_makes_the_same_update(tmp
 
 
 def gradients(config: Config, form: str):
-    given = bench_update.draw(bench_update.parts_of(config))
+    given = bench_update.draw(parts_of(bench_update.UpdateParts, config))
     shape = given["response_ids"].shape
     generator = np.random.default_rng(0)
     given |= {
@@ -88,14 +88,14 @@ def test_packed_rows_padded_rows_and_plain_rows_have_the_same_loss_and_gradient(
 
 def test_draws_follow_the_law_and_depend_on_the_seed_alone():
     config = small_config(samples=4000, p99_tokens=50, longest_tokens=10_000)
-    lengths = bench_update.draw(bench_update.parts_of(config))["lengths"]
+    lengths = bench_update.draw(parts_of(bench_update.UpdateParts, config))["lengths"]
     assert np.median(lengths) == pytest.approx(5, abs=1) and np.percentile(lengths, 99) == pytest.approx(50, rel=0.15)
     again, other = (
-        bench_update.draw(bench_update.parts_of(config)),
-        bench_update.draw(bench_update.parts_of(replace(config, seed=1))),
+        bench_update.draw(parts_of(bench_update.UpdateParts, config)),
+        bench_update.draw(parts_of(bench_update.UpdateParts, replace(config, seed=1))),
     )
     np.testing.assert_array_equal(
-        again["response_ids"], bench_update.draw(bench_update.parts_of(config))["response_ids"]
+        again["response_ids"], bench_update.draw(parts_of(bench_update.UpdateParts, config))["response_ids"]
     )
     assert not np.array_equal(again["lengths"], other["lengths"])
 

@@ -31,7 +31,16 @@ from r1jax.recipe import (
 from r1jax.recipe.drafts import Draft
 from r1jax.rewards.answers.extraction import extract
 from r1jax.rewards.models import editing as edits
-from r1jax.schema import Config, DistillConfig, JudgeConfig, MeshConfig, RejectionConfig, SamplerConfig, replace
+from r1jax.schema import (
+    Config,
+    DistillConfig,
+    JudgeConfig,
+    MeshConfig,
+    RejectionConfig,
+    SamplerConfig,
+    parts_of,
+    replace,
+)
 
 SHORT = (
     *(
@@ -234,7 +243,7 @@ def test_a_teacher_is_asked_as_its_folder_records_whatever_the_stage_asks(base, 
     store = folder.checkpoints()
     store.save(1, {"params": params}, {})
     store.close()
-    teacher = teachers.load(parts.for_sampling(config), mesh, folder.path)
+    teacher = teachers.load(parts_of(parts.SamplingParts, config), mesh, folder.path)
     data = teacher.settings.data
     assert (data.template, data.instruction, data.think_prefill) == ("r1_zero", "Begin.", True)
     assert teacher.settings.stage == "stage1_coldstart" and teacher.name == "r1_zero"
@@ -479,7 +488,7 @@ def test_general_rows_come_from_the_problem_files_and_their_own_with_kinds_count
     )
     fields = [("data.path", f"{tmp_path}/mixed.jsonl"), ("rejection.general_path", f"{tmp_path}/more.jsonl")]
     config, counts = configs.load("stage3_rejection_sft", fields), {}
-    rows = general_rows.chosen(parts.for_sampling(config), config.rejection, config.judge, None, 9, counts)
+    rows = general_rows.chosen(parts_of(parts.SamplingParts, config), config.rejection, config.judge, None, 9, counts)
     assert [(row["id"], row.get("kind")) for row in rows] == [
         ("g", "writing"),
         ("s", "self_cognition"),

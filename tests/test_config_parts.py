@@ -16,11 +16,8 @@ KEEPERS = {
     *("recipe.common:StageFolder.__init__", "recipe.common:json_fields", "recipe.common:prepare"),
     *("recipe.export_hf:stage_config", "recipe.judging:work_key"),
 }
-# What takes a config apart: each returns the parts that several steps use, under one name.
-BUILDERS = {
-    *("recipe.parts:for_prompts", "recipe.parts:for_sampling", "recipe.parts:for_training"),
-    *("recipe.parts:for_evaluation", "rl.settings:of_config", "bench.update:parts_of"),
-}
+# What takes a config apart: it returns the parts that several steps use, under one name.
+BUILDERS = {"schema.config:parts_of", "rl.settings:of_config"}
 # Entries besides the functions of the table of stages: the body that stages 1 and 3 and distill share, and what each of
 # them gives it to collect its examples, which may run a stage that is missing.
 ENTRIES = {

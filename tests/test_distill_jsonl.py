@@ -14,7 +14,7 @@ from r1jax.core.metrics import read
 from r1jax.data import corpus, jsonl, tasks, templates
 from r1jax.models import decoder
 from r1jax.recipe import fine_tuning, parts, problems, prompts
-from r1jax.schema import MeshConfig, replace
+from r1jax.schema import MeshConfig, parts_of, replace
 
 SHORT = (
     "sft.epochs=1",
@@ -226,5 +226,5 @@ def test_a_real_model_without_problems_is_asked_for_them_and_a_student_is_not():
     real = configs.load("distill:qwen2_5_1_5b")
     assert not problems.has_problems(real.data)
     with pytest.raises(ValueError, match=r"--config\.data\.path=FILE\.jsonl"):
-        problems.source(parts.for_prompts(real))
+        problems.source(parts_of(parts.PromptParts, real))
     assert prompts.template(real.stage, real.data, tokenizer.tiny()) == "r1_zero"

@@ -19,7 +19,7 @@ from r1jax.evals.benchmarks import Measurement, Response
 from r1jax.models import decoder
 from r1jax.recipe import common, evaluate, parts, prompts
 from r1jax.report import html
-from r1jax.schema import DataConfig, EvalConfig, MeshConfig, RewardConfig, replace
+from r1jax.schema import DataConfig, EvalConfig, MeshConfig, RewardConfig, parts_of, replace
 
 TINY = ["--config.evaluation.samples_per_problem=2", "--config.evaluation.greedy=false"]
 LENGTHS = ["--config.sampler.max_prompt_tokens=40", "--config.sampler.max_new_tokens=8", "--config.sampler.windows=()"]
@@ -281,7 +281,9 @@ def asked_of(tmp_path, rows=None, **fields):
     path = written(tmp_path / "rows.jsonl", rows or linear_rows(4))
     given = {"data.path": path, "data.template": "tiny", "sampler.max_prompt_tokens": "400", **fields}
     config = configs.load("evaluate", [(name, str(value)) for name, value in given.items()])
-    return parts.for_evaluation(config), prompts.load_held_out(parts.for_prompts(config), tokenizer.tiny())
+    return parts_of(parts.EvaluationParts, config), prompts.load_held_out(
+        parts_of(parts.PromptParts, config), tokenizer.tiny()
+    )
 
 
 def test_what_decides_a_figure_is_in_its_key_and_nothing_else(tmp_path):

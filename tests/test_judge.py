@@ -27,7 +27,7 @@ from r1jax.recipe import (
 )
 from r1jax.rewards.models.judge import Judge, Pair
 from r1jax.rewards.score import RewardRequest
-from r1jax.schema import Config, JudgeConfig, SamplerConfig, replace
+from r1jax.schema import Config, JudgeConfig, SamplerConfig, parts_of, replace
 from r1jax.tools import preference_pairs
 
 SAMPLER = SamplerConfig(slots=8, max_prompt_tokens=256, max_new_tokens=8)
@@ -296,7 +296,7 @@ def wider(folder, tmp_path):
 
 def of_judged_prompts(config, words, mesh, params, counts):
     """Returns the responses of a policy with these weights to the judged prompts of a config."""
-    teacher = teachers.Teacher(parts.for_sampling(config), words, params, "policy")
+    teacher = teachers.Teacher(parts_of(parts.SamplingParts, config), words, params, "policy")
     return judged_prompts.sample(teacher, config.rejection, config.judge, mesh, counts)
 
 

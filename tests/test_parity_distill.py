@@ -16,6 +16,7 @@ from r1jax.rewards.score import RewardRequest
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
+from r1jax.schema import parts_of
 
 PROBLEMS = 32  # held-out problems compared; the figures of the run are over these
 
@@ -54,7 +55,7 @@ def ours(student):
     config = configs.load("evaluate:tiny_dense", [("model.checkpoint", str(target)), ("sampler.slots", str(PROBLEMS))])
     config, words, mesh = common.prepare(config)
     asked = prompts.encode(
-        [prompt.problem for prompt in prompts.load(parts.for_prompts(config), words).held_out[:PROBLEMS]],
+        [prompt.problem for prompt in prompts.load(parts_of(parts.PromptParts, config), words).held_out[:PROBLEMS]],
         config.stage,
         config.model,
         config.data,

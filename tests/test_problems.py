@@ -9,6 +9,7 @@ from r1jax import config as configs
 from r1jax.data.problems import Message, Problem, question_key, read_prompt, split_holdout
 from r1jax.data.tasks import TinyWorld
 from r1jax.recipe import parts, problems
+from r1jax.schema import parts_of
 
 ASSERTS = {"kind": "python-asserts", "setup": "", "asserts": ["assert add(1, 2) == 3"]}
 
@@ -31,7 +32,7 @@ def math_rows(count: int, name: str = "m", **more) -> list[dict]:
 
 def source(capsys=None, **fields) -> problems.FileProblems:
     given = [(f"data.{name}", str(value)) for name, value in fields.items()]
-    found = problems.source(parts.for_prompts(configs.load("r1_zero:smollm2_135m", given)))
+    found = problems.source(parts_of(parts.PromptParts, configs.load("r1_zero:smollm2_135m", given)))
     if capsys:
         found.said = capsys.readouterr().err
     return found
@@ -145,7 +146,7 @@ def test_general_rows_that_no_update_draws_are_said(tmp_path, capsys):
     told = "are not drawn: config.scenarios.from_update=-1"
     assert told in source(capsys, path=rows, holdout_fraction=0).said
     given = [("data.path", rows), ("data.holdout_fraction", "0"), ("scenarios.from_update", "2")]
-    problems.source(parts.for_prompts(configs.load("r1_zero:smollm2_135m", given)))
+    problems.source(parts_of(parts.PromptParts, configs.load("r1_zero:smollm2_135m", given)))
     assert told not in capsys.readouterr().err
 
 
@@ -178,8 +179,8 @@ def test_all_rows_may_be_held_out_where_nothing_is_trained(tmp_path):
 
 
 def test_the_tiny_world_is_a_source_that_a_preset_names():
-    assert isinstance(problems.source(parts.for_prompts(configs.load("r1_zero"))), TinyWorld)
+    assert isinstance(problems.source(parts_of(parts.PromptParts, configs.load("r1_zero"))), TinyWorld)
     with pytest.raises(ValueError, match="r1_zero:smollm2_135m has no problems of its own"):
-        problems.source(parts.for_prompts(configs.load("r1_zero:smollm2_135m")))
+        problems.source(parts_of(parts.PromptParts, configs.load("r1_zero:smollm2_135m")))
     with pytest.raises(ValueError, match="does not speak the tiny world"):
         TinyWorld().check_words(lambda text: [1, 2], "X")

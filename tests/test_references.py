@@ -8,7 +8,7 @@ from r1jax.data import jsonl
 from r1jax.recipe import parts, problems
 from r1jax.rewards import references
 from r1jax.rewards.score import RewardRequest
-from r1jax.schema import Config, DataConfig, RewardConfig
+from r1jax.schema import Config, DataConfig, RewardConfig, parts_of
 from r1jax.tools import grade
 
 GOOD = [("math", "#### 72"), ("math", "(3, 4]"), ("mcq", "B"), ("linear", "7"), ("code_io", "[1]")]
@@ -68,7 +68,7 @@ def test_a_row_whose_tests_check_nothing_is_refused_before_a_run(tmp_path):
     with pytest.raises(
         ValueError, match=r"in.jsonl, line 1 \(a\): field 'tests' cannot be used: .*\(so are those of b\)"
     ):
-        problems.source(parts.for_prompts(config))
+        problems.source(parts_of(parts.PromptParts, config))
 
 
 def test_a_letter_that_is_the_gold_too_often_is_told():
@@ -87,7 +87,7 @@ def test_problems_of_a_file_are_reported_before_anything_is_sampled(tmp_path, ca
         {"id": f"a{n}", "task": "math", "prompt": "p", "answer": "\\frac{1}{" if n == 3 else str(n)} for n in range(20)
     ]
     jsonl.write(tmp_path / "in.jsonl", rows)
-    found = problems.source(parts.for_prompts(Config(data=DataConfig(path=str(tmp_path / "in.jsonl")))))
+    found = problems.source(parts_of(parts.PromptParts, Config(data=DataConfig(path=str(tmp_path / "in.jsonl")))))
     assert len(found.training()[0][0]) + len(found.held_out()) == 20  # reported, not dropped
     expected = f"{tmp_path}/in.jsonl: references: 19 of 20 can be graded (95.00%); unscorable, left out of every statistic: a3 ("
     assert capsys.readouterr().err.startswith(expected)

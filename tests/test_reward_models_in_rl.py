@@ -19,7 +19,7 @@ from r1jax.rl import reward_model_monitor, rollout
 from r1jax.rl.assemble import Training
 from r1jax.rl.rollout import Mixture
 from r1jax.rl.settings import of_config
-from r1jax.schema import MeshConfig, replace
+from r1jax.schema import MeshConfig, parts_of, replace
 
 WORDS = tokenizers.tiny()
 SMALL = {
@@ -36,7 +36,7 @@ def training(folder) -> Training:
     """Returns a small run of stage 4 with reward models of random weights, ready to start."""
     config = configs.load("stage4_all_scenarios", [(name, str(given)) for name, given in SMALL.items()])
     mesh = sharding.make_mesh(MeshConfig())
-    asked = prompts.load(parts.for_prompts(config), WORDS)
+    asked = prompts.load(parts_of(parts.PromptParts, config), WORDS)
     reasoning = asked.training.all[:60]
     asked = replace(asked, training=Mixture([reasoning]))
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "rl", "init"), "float32", mesh)
@@ -47,7 +47,7 @@ def training(folder) -> Training:
             decoder.specs(shape.model, shape.scalar_head), rng.key(seed, "model", "init"), jnp.float32, mesh
         )
         models[task] = RewardModel(weights, shape, mesh, TextFormat(name, "tiny"), WORDS, 8, 24)
-    later = policy.later(parts.for_prompts(config), WORDS, asked)
+    later = policy.later(parts_of(parts.PromptParts, config), WORDS, asked)
     more = dict(describe=policy.describe, later=later, reward_models=models)
     return policy.make_training(of_config(config), WORDS, mesh, reasoning, params, folder, **more)
 

@@ -17,7 +17,7 @@ from r1jax.rl import rollout as rollouts
 from r1jax.rl.journal import Journal, Rollout
 from r1jax.rl.loop import warm_up
 from r1jax.sampler.sample import RolloutSample
-from r1jax.schema import ScenarioConfig, replace
+from r1jax.schema import ScenarioConfig, parts_of, replace
 
 WORDS = tokenizer.tiny()
 
@@ -295,8 +295,10 @@ def test_general_and_safety_prompts_enter_at_the_first_rollout_after_their_updat
     config = configs.load("stage4_all_scenarios:tiny")
     grpo = replace(config.grpo, updates_per_rollout=16, prompts_per_update=32, updates=1700)
     config = replace(config, grpo=grpo, scenarios=ScenarioConfig(1300, 0.2, 0.3))
-    asked = prompts.load(parts.for_prompts(config), WORDS)
-    phases = rollouts.PromptPhases(asked.training, policy.later(parts.for_prompts(config), WORDS, asked), config)
+    asked = prompts.load(parts_of(parts.PromptParts, config), WORDS)
+    phases = rollouts.PromptPhases(
+        asked.training, policy.later(parts_of(parts.PromptParts, config), WORDS, asked), config
+    )
     boundary = 1312 * 32
     assert {phases.prompt(draw, 1296).problem.task for draw in range(boundary - 500, boundary)} == {"linear"}
     found = [phases.prompt(draw, 1312).problem.task for draw in range(boundary, boundary + 1000)]

@@ -19,7 +19,7 @@ from r1jax.rewards import compose
 from r1jax.rewards.score import RewardRequest
 from r1jax.rl.rollout import Mixture, PromptPhases
 from r1jax.rl.settings import of_config
-from r1jax.schema import GRPOConfig, MeshConfig, RewardConfig, ScenarioConfig, replace
+from r1jax.schema import GRPOConfig, MeshConfig, RewardConfig, ScenarioConfig, parts_of, replace
 
 TOKENIZER = tokenizers.tiny()
 SMALL = {
@@ -40,8 +40,10 @@ def stage4(**changes):
 
 
 def phases(config) -> PromptPhases:
-    asked = prompts.load(parts.for_prompts(config), TOKENIZER)
-    return PromptPhases(asked.training, policy.later(parts.for_prompts(config), TOKENIZER, asked), of_config(config))
+    asked = prompts.load(parts_of(parts.PromptParts, config), TOKENIZER)
+    return PromptPhases(
+        asked.training, policy.later(parts_of(parts.PromptParts, config), TOKENIZER, asked), of_config(config)
+    )
 
 
 def prompt_at(stream: PromptPhases, draw: int, grpo: GRPOConfig = PAPER):
@@ -63,7 +65,7 @@ def test_other_prompts_enter_with_the_first_rollout_at_or_after_the_update(from_
 
 def test_other_prompts_never_enter_when_no_update_is_given():
     config = stage4(scenarios=ScenarioConfig(from_update=-1))
-    assert policy.later(parts.for_prompts(config), TOKENIZER, []) is None
+    assert policy.later(parts_of(parts.PromptParts, config), TOKENIZER, []) is None
     assert tasks_of(phases(config), range(1700 * 32 - 3000, 1700 * 32)) == {"linear": 3000}
 
 
@@ -154,11 +156,11 @@ def trained(tmp_path_factory):
     """A small run of stage 4's loop over two rollouts, the second with the other prompts."""
     config = configs.load("stage4_all_scenarios", [(name, str(given)) for name, given in SMALL.items()])
     mesh, folder = sharding.make_mesh(MeshConfig()), tmp_path_factory.mktemp("stage4")
-    asked = prompts.load(parts.for_prompts(config), TOKENIZER)
+    asked = prompts.load(parts_of(parts.PromptParts, config), TOKENIZER)
     reasoning = asked.training.all[:60]
     asked = replace(asked, training=Mixture([reasoning]))
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "scenarios", "init"), "float32", mesh)
-    later = policy.later(parts.for_prompts(config), TOKENIZER, asked)
+    later = policy.later(parts_of(parts.PromptParts, config), TOKENIZER, asked)
     training = policy.make_training(
         of_config(config), TOKENIZER, mesh, reasoning, params, folder, describe=policy.describe, later=later
     )

@@ -44,6 +44,7 @@ from r1jax.schema import (
     Network,
     OptimizerConfig,
     PackConfig,
+    parts_of,
     replace,
 )
 from r1jax.train import sft, step
@@ -95,7 +96,7 @@ def run(config: Config, workdir: Path) -> dict:
     """
     measure.require_memory_figures("bench_update")
     systems = systems_of(config.model, config.bench)
-    settings = parts_of(config)
+    settings = parts_of(UpdateParts, config)
     folder = Path(workdir) / config.stage
     folder.mkdir(parents=True, exist_ok=True)
     allowed = os.sched_getaffinity(0)
@@ -114,19 +115,6 @@ def run(config: Config, workdir: Path) -> dict:
     finally:
         os.sched_setaffinity(0, allowed)
     return report(settings, systems, runs_of_system, scoring) | ({"split": split} if split else {})
-
-
-def parts_of(config: Config) -> UpdateParts:
-    """Returns what an update is measured with."""
-    return UpdateParts(
-        stage=config.stage,
-        seed=config.seed,
-        network=config.network,
-        grpo=config.grpo,
-        pack=config.pack,
-        optimizer=config.optimizer,
-        bench=config.bench,
-    )
 
 
 def systems_of(model: ModelConfig, bench: BenchConfig) -> list[System]:
@@ -427,12 +415,12 @@ def main(folder: str, action: str, *arguments: str) -> None:
     config: Config = pickle.loads((place / "config.pickle").read_bytes())
     samples = place / "samples.npz"
     if action == "prepare":
-        figures = prepare_figures(parts_of(config), samples)
+        figures = prepare_figures(parts_of(UpdateParts, config), samples)
     elif action == "split":
         resolved, tokenizer, _ = common.prepare(config)
         figures = split_figures(of_config(resolved), tokenizer, config.bench.split_updates, place / "steps")
     else:
-        figures = update_figures(parts_of(config), dict(np.load(samples)), *arguments)
+        figures = update_figures(parts_of(UpdateParts, config), dict(np.load(samples)), *arguments)
     print(json.dumps(figures))
 
 

@@ -30,7 +30,7 @@ from r1jax.rl.rollout import EncodedPrompt
 from r1jax.sampler.build import build_sampler
 from r1jax.sampler.sample import SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.schema import Config, DataConfig, EvalConfig, SamplerConfig, replace
+from r1jax.schema import Config, DataConfig, EvalConfig, SamplerConfig, parts_of, replace
 
 COLUMNS = (
     "checkpoint",
@@ -75,12 +75,12 @@ def run(config: Config, workdir: Path) -> dict:
     data = as_trained(config.checkpoint, config.data)
     config = replace(config, model=replace(config.model, checkpoint=config.checkpoint), data=data)
     resolved, tokenizer, mesh = common.prepare(config)
-    stage_prompts = prompts.load_held_out(parts.for_prompts(resolved), tokenizer)
+    stage_prompts = prompts.load_held_out(parts_of(parts.PromptParts, resolved), tokenizer)
     template_check.check(resolved.stage, resolved.data, resolved.reward, tokenizer, stage_prompts.held_out)
     started = time.monotonic()
     params = common.load_weights(resolved.model, mesh, config.checkpoint)
     figures, responses = evaluate(
-        parts.for_evaluation(resolved),
+        parts_of(parts.EvaluationParts, resolved),
         tokenizer,
         mesh,
         stage_prompts.held_out,

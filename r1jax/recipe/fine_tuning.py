@@ -26,7 +26,7 @@ from r1jax.recipe import (
 )
 from r1jax.recipe.parts import TrainingParts
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import Config, DataConfig, PackConfig, SFTConfig
+from r1jax.schema import Config, DataConfig, PackConfig, SFTConfig, parts_of
 from r1jax.train import epochs, sft, step
 
 EXAMPLES = common.EXAMPLES
@@ -52,7 +52,7 @@ def run(
         return figures
     resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
     stage_prompts = (
-        prompts.load(parts.for_prompts(resolved), tokenizer)
+        prompts.load(parts_of(parts.PromptParts, resolved), tokenizer)
         if problems.has_problems(resolved.data) or config.stage != "distill"
         else None
     )
@@ -80,7 +80,9 @@ def run(
     examples = [item for row in rows for item in sft_rows.items_of(row, resolved.stage, resolved.data, tokenizer)]
     fitting_examples = fitting(examples, resolved.pack.row_tokens)
     params = lineage.start_weights(resolved, mesh, workdir)
-    trained, loss = fine_tune(parts.for_training(resolved), resolved.sft, mesh, fitting_examples, params, folder)
+    trained, loss = fine_tune(
+        parts_of(parts.TrainingParts, resolved), resolved.sft, mesh, fitting_examples, params, folder
+    )
     tokens = sum(len(item.tokens) for item in fitting_examples) * resolved.sft.epochs
     figures: dict[str, Any] = {
         "seconds": round(time.monotonic() - started, 1),
@@ -91,7 +93,7 @@ def run(
     figures["compute"] = compute.of_fine_tuning(tokens, resolved.network)
     if stage_prompts:
         figures["data"] = stage_prompts.counts
-        settings, base = parts.for_evaluation(resolved), lineage.base(resolved, mesh, workdir)
+        settings, base = parts_of(parts.EvaluationParts, resolved), lineage.base(resolved, mesh, workdir)
         figures |= evaluate.before_and_after(
             settings, tokenizer, mesh, stage_prompts, base, trained, workdir, folder.path
         )

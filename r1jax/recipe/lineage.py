@@ -17,7 +17,7 @@ from r1jax.data import files
 from r1jax.recipe import common, parts, problems, stage0_base
 from r1jax.rewards import plugins
 from r1jax.rewards.models.reward_model import Kind
-from r1jax.schema import Config, RewardConfig, replace
+from r1jax.schema import Config, RewardConfig, parts_of, replace
 
 # The name of each stage's result in tables and in summary.json.
 RESULTS = {
@@ -199,7 +199,7 @@ def _own_base(config: Config, base: Config, mesh, workdir: Path) -> Any:
     folder = common.StageFolder(base, Path(workdir) / f"base_{config.preset}")  # teacher and student have their own
     if folder.finished({}) is None:
         resolved, tokenizer, base_mesh = common.prepare(base)
-        stage0_base.pretrain(parts.for_training(resolved), resolved.pretrain, tokenizer, base_mesh, folder)
+        stage0_base.pretrain(parts_of(parts.TrainingParts, resolved), resolved.pretrain, tokenizer, base_mesh, folder)
     return common.load_weights(config.model, mesh, str(folder.path))
 
 

@@ -1,9 +1,8 @@
-"""The parts of a config that steps of several stages share, each set under one name."""
+"""The parts of a config that steps of several stages share, each set under one name: `schema.parts_of` fills them."""
 
 from dataclasses import dataclass
 
 from r1jax.schema import (
-    Config,
     DataConfig,
     EvalConfig,
     MeshConfig,
@@ -64,52 +63,3 @@ class EvaluationParts:
     sampler: SamplerConfig
     reward: RewardConfig
     evaluation: EvalConfig
-
-
-def for_prompts(config: Config) -> PromptParts:
-    """Returns what a stage's prompts are made with."""
-    return PromptParts(
-        stage=config.stage,
-        preset=config.preset,
-        model=config.model,
-        data=config.data,
-        sampler=config.sampler,
-        reward=config.reward,
-        scenarios=config.scenarios,
-    )
-
-
-def for_sampling(config: Config) -> SamplingParts:
-    """Returns what a stage samples responses with."""
-    return SamplingParts(
-        stage=config.stage,
-        seed=config.seed,
-        network=config.network,
-        data=config.data,
-        sampler=config.sampler,
-        reward=config.reward,
-    )
-
-
-def for_training(config: Config) -> TrainingParts:
-    """Returns what a stage trains with, besides the settings of its own."""
-    return TrainingParts(
-        stage=config.stage,
-        seed=config.seed,
-        network=config.network,
-        mesh=config.mesh,
-        optimizer=config.optimizer,
-        pack=config.pack,
-    )
-
-
-def for_evaluation(config: Config) -> EvaluationParts:
-    """Returns what a stage evaluates checkpoints with."""
-    return EvaluationParts(
-        stage=config.stage,
-        seed=config.seed,
-        network=config.network,
-        sampler=config.sampler,
-        reward=config.reward,
-        evaluation=config.evaluation,
-    )

@@ -28,7 +28,7 @@ from r1jax.rl.rollout import EncodedPrompt, Mixture, PromptPhases
 from r1jax.rl.settings import RunSettings
 from r1jax.rl.state import RunInputs
 from r1jax.sampler import jetstream
-from r1jax.schema import Config, MeshConfig, ModelConfig, PackConfig
+from r1jax.schema import Config, MeshConfig, ModelConfig, PackConfig, parts_of
 
 CURVES = ("accuracy", "length", "reflective_words")
 
@@ -41,7 +41,7 @@ def run(config: Config, workdir: Path) -> dict:
     if (figures := evaluate.finished(folder, inputs)) is not None:
         return figures
     resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
-    stage_prompts = prompts.load(parts.for_prompts(resolved), tokenizer)
+    stage_prompts = prompts.load(parts_of(parts.PromptParts, resolved), tokenizer)
     template_check.check(resolved.stage, resolved.data, resolved.reward, tokenizer, stage_prompts.training.all)
     if notice := jetstream.notice():
         say(notice)
@@ -59,7 +59,7 @@ def run(config: Config, workdir: Path) -> dict:
             stage_prompts.training,
             params,
             folder.path,
-            later(parts.for_prompts(resolved), tokenizer, stage_prompts),
+            later(parts_of(parts.PromptParts, resolved), tokenizer, stage_prompts),
             on_update=lambda update, row, timing: progress.update(update, **shown(row, timing)),
             describe=lambda texts: describe(texts, stage_prompts.source.reflective_words),
             reward_models=load_reward_models(folders, tokenizer, sampling_mesh, resolved.pack, resolved.model),
@@ -83,7 +83,7 @@ def run(config: Config, workdir: Path) -> dict:
     )
     figures["split"] = hosts.decide(time_split, folder.path)
     figures |= evaluate.before_and_after(
-        parts.for_evaluation(resolved),
+        parts_of(parts.EvaluationParts, resolved),
         tokenizer,
         mesh,
         stage_prompts,

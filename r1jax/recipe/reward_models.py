@@ -24,7 +24,16 @@ from r1jax.recipe.progress import Progress
 from r1jax.report import table
 from r1jax.rewards.models import reward_model
 from r1jax.rewards.models.reward_model import Kind, RewardModel, TextFormat
-from r1jax.schema import ComputeConfig, Config, DataConfig, ModelConfig, Network, PackConfig, RewardModelConfig
+from r1jax.schema import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    Network,
+    PackConfig,
+    RewardModelConfig,
+    parts_of,
+)
 from r1jax.train import epochs, frozen, reward, step
 from r1jax.train.reward import Unit
 
@@ -75,7 +84,7 @@ def run(config: Config, workdir: Path) -> dict:
         rows = jsonl.read(path)
     else:
         rows = rows or tiny_preferences.examples(
-            *(kind, parts.for_sampling(resolved), resolved.reward_model, tokenizer, mesh, params),
+            *(kind, parts_of(parts.SamplingParts, resolved), resolved.reward_model, tokenizer, mesh, params),
             lineage.base(resolved, mesh, workdir),
         )
         rows = chosen_examples(rows, kind, resolved.stage, resolved.data, resolved.reward_model)
@@ -99,7 +108,9 @@ def run(config: Config, workdir: Path) -> dict:
         jsonl.write(path, rows)
     train, held_out = ([unit for i in side if (unit := units[i]) is not None] for side in sides)
     start = reward_model.from_decoder(params, network.model)
-    trained, loss = fit(parts.for_training(resolved), resolved.reward_model, mesh, kind, train, start, folder)
+    trained, loss = fit(
+        parts_of(parts.TrainingParts, resolved), resolved.reward_model, mesh, kind, train, start, folder
+    )
     scorer = make_scorer(trained, network, mesh, text_format, tokenizer, config.pack)
     figures: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1), "examples": len(train), "loss": loss}
     figures |= {"left_out": left_out, "held_out": evaluate(scorer, held_out, [rows[i] for i in sides[1]])}

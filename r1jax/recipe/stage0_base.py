@@ -25,6 +25,7 @@ from r1jax.schema import (
     OptimizerConfig,
     PackConfig,
     PretrainConfig,
+    parts_of,
     replace,
 )
 from r1jax.train import sft, step
@@ -44,7 +45,7 @@ def run(config: Config, workdir: Path) -> dict:
         return figures
     config, tokenizer, mesh = common.prepare(config)
     if figures is None:
-        figures = pretrain(parts.for_training(config), config.pretrain, tokenizer, mesh, folder)
+        figures = pretrain(parts_of(parts.TrainingParts, config), config.pretrain, tokenizer, mesh, folder)
     if output:
         params = common.load_weights(config.model, mesh, str(folder.path))
         key = base_key(config.model, config.pretrain, config.optimizer, config.pack, config.auxiliary)

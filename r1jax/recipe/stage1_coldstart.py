@@ -14,7 +14,7 @@ from r1jax.recipe.parts import SamplingParts
 from r1jax.rewards.models.judge import Judge
 from r1jax.rewards.score import Score
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import ColdStartConfig, Config, DataConfig, JudgeConfig, RewardConfig
+from r1jax.schema import ColdStartConfig, Config, DataConfig, JudgeConfig, RewardConfig, parts_of
 
 TEACHER = "r1_zero"
 PEOPLE = "people"
@@ -81,7 +81,7 @@ def collect(
         teacher = None
         if TEACHER in settings.sources:
             teacher = Path(settings.teacher) if settings.teacher else lineage.require(TEACHER, config, workdir)
-        sampling, base = parts.for_sampling(config), lineage.base(config, mesh, workdir)
+        sampling, base = parts_of(parts.SamplingParts, config), lineage.base(config, mesh, workdir)
         drafts, counts = _make(Making(sampling, settings, config.judge, tokenizer, mesh, train, teacher, base))
     if settings.review and drafts:
         if not Path(settings.review).exists():

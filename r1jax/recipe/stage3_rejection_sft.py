@@ -11,7 +11,7 @@ from r1jax.evals.benchmarks import Response
 from r1jax.recipe import fine_tuning, general_rows, judged_prompts, lineage, parts, teachers, traces
 from r1jax.recipe.drafts import Counts, Draft, counts_line, tally
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import Config, RejectionConfig
+from r1jax.schema import Config, RejectionConfig, parts_of
 
 TEACHER = "stage2_reasoning_rl"
 
@@ -28,7 +28,7 @@ def collect(
     config: Config, tokenizer: Tokenizer, mesh: Mesh, train: list[EncodedPrompt], workdir: Path
 ) -> tuple[list[dict], Counts]:
     """Returns (examples with their provenance, how many of each task passed every check) (P2 B.3.3)."""
-    settings, counts, sampling = config.rejection, {}, parts.for_sampling(config)
+    settings, counts, sampling = config.rejection, {}, parts_of(parts.SamplingParts, config)
     teacher = teachers.load(sampling, mesh, lineage.require(TEACHER, config, workdir))
     samples = settings.samples_per_prompt
     responses = teachers.sampled(teacher, mesh, train, settings.prompts, samples, settings.temperature)

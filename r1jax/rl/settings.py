@@ -15,6 +15,7 @@ from r1jax.schema import (
     RewardConfig,
     SamplerConfig,
     ScenarioConfig,
+    parts_of,
 )
 
 
@@ -41,19 +42,4 @@ class RunSettings:
 def of_config(config: Config) -> RunSettings:
     """Returns the settings of a stage's run. Raises ValueError for routing replay on a model without routers."""
     config.require_mixture()
-    return RunSettings(
-        stage=config.stage,
-        seed=config.seed,
-        network=config.network,
-        mesh=config.mesh,
-        mode=config.mode,
-        sampler_mesh=config.sampler_mesh,
-        sampler=config.sampler,
-        reward=config.reward,
-        scenarios=config.scenarios,
-        pack=config.pack,
-        grpo=config.grpo,
-        ppo=config.ppo,
-        optimizer=config.optimizer,
-        checkpointing=config.checkpointing,
-    )
+    return parts_of(RunSettings, config)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from r1jax.schema.bench import BenchConfig
 from r1jax.schema.checks import Schedule
 from r1jax.schema.compute import ComputeConfig, MeshConfig, Network, PackConfig
-from r1jax.schema.config import Config
+from r1jax.schema.config import Config, parts_of
 from r1jax.schema.data import DataConfig
 from r1jax.schema.evaluation import EvalConfig, GateConfig
 from r1jax.schema.model import ModelConfig, RopeScaling
@@ -66,5 +66,6 @@ __all__ = [
     "SandboxConfig",
     "ScenarioConfig",
     "Schedule",
+    "parts_of",
     "replace",
 ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from r1jax.schema.bench import BenchConfig
 from r1jax.schema.checks import Check, Checked
@@ -22,6 +22,8 @@ _MIXTURE = Check(
     lambda c: not c.grpo.routing_replay or c.model.num_moe_layers > 0,
     "needs a model with mixture-of-experts layers (model.n_routed_experts={c.model.n_routed_experts}); set it to false",
 )
+
+Parts = TypeVar("Parts")
 
 
 def _editor(stage: str) -> Check:
@@ -138,3 +140,8 @@ class Config(Checked):
     def require_mixture(self) -> None:
         """Raises ValueError when routing replay is asked of a model without routers."""
         _MIXTURE(self)
+
+
+def parts_of(kind: type[Parts], config: Config) -> Parts:
+    """Returns what the dataclass `kind` takes of a config: the part or field that each of its own fields is named after."""
+    return kind(**{name: getattr(config, name) for name in kind.__dataclass_fields__})  # ty: ignore[missing-attribute]
