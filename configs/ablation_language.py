@@ -1,6 +1,6 @@
 """Ablation: the language consistency reward on and off, in R1-Zero from the base and in stage 2 from the cold start.
 
-Hardware: two CPU cores; it runs the stages before it first when the working folder has none.
+Hardware: two CPU cores at `tiny`; it runs the stages before it first when the working folder has none.
 Command: python -m r1jax.launch --config=ablation_language --workdir=runs
 Over seeds: python -m r1jax.launch --config=ablation_language "--config.seeds=(0,1,2)" --workdir=runs
 """

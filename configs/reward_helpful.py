@@ -1,7 +1,7 @@
 """The helpful reward model: preference pairs, Bradley-Terry, the final summary alone; stage 4's general prompts use it.
 
 Hardware: two CPU cores at `tiny`, which draws and ranks its pairs itself, and at `smollm2_135m`: the head and the last
-two blocks, on what the frozen ones made of the texts. The other sizes have the paper's settings and need the mesh they
+two blocks, on the outputs of the frozen blocks. The other sizes have the paper's settings and need the mesh they
 name.
 Command: python -m r1jax.launch --config=reward_helpful
          python -m r1jax.launch --config=reward_helpful:smollm2_135m --config.model.checkpoint=DIR --config.data.path=FILE.jsonl

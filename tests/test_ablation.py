@@ -6,6 +6,7 @@ import math
 import pytest
 
 from r1jax import config as configs
+from r1jax.recipe import inherited
 from r1jax.recipe import policy as r1_zero
 from r1jax.tools import ablation
 
@@ -59,3 +60,11 @@ def test_a_variant_that_held_nothing_out_is_an_error_and_no_traceback(tmp_path, 
     monkeypatch.setattr(r1_zero, "run", lambda config, workdir: {"seconds": 1.0, "compute": 2.0})
     with pytest.raises(ValueError, match="with has no held-out problems to be compared on"):
         ablation.run(configs.load("ablation_language:tiny", FIELDS), tmp_path)
+
+
+def test_a_variants_fields_win_over_what_the_ablation_hands_down():
+    config = configs.load("ablation_language:tiny", [("evaluation.max_problems", "16"), ("seed", "3")])
+    own = [("evaluation.max_problems", "5"), ("reward.language", "1")]
+    variant = inherited.stage_config(config, "r1_zero:tiny", own)
+    assert (variant.evaluation.max_problems, variant.reward.language, variant.seed) == (5, 1.0, 3)
+    assert inherited.stage_config(config, "r1_zero:tiny").evaluation.max_problems == 16

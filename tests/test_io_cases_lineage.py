@@ -7,11 +7,12 @@ import shutil
 import pytest
 from io_cases import io_case
 
+from r1jax import config as configs
 from r1jax import launch
 from r1jax.checkpoints import hf_export, tokenizer
-from r1jax.core import rng, sharding
+from r1jax.core import hosts, rng, sharding
 from r1jax.models import decoder
-from r1jax.recipe import common
+from r1jax.recipe import common, lineage
 from r1jax.schema import MeshConfig, ModelConfig
 
 # A model of one's own, of another shape than any preset.
@@ -310,3 +311,11 @@ def test_one_question_under_many_ids_is_told_and_stands_on_one_side(world, capsy
     said = capsys.readouterr().err
     assert "1 of 50 prompts are new, 49 repeat an earlier one" in said
     assert ": 50 to train on, 0 held out" in said or ": 0 to train on, 50 held out" in said
+
+
+def test_several_processes_do_not_make_a_missing_stage_that_runs_in_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(hosts, "_connection", object())
+    monkeypatch.setattr(hosts, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="^stage3_rejection_sft runs in one process, here are 2"):
+        lineage.require("stage3_rejection_sft", configs.load("stage4_all_scenarios"), tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -62,8 +62,7 @@ def run(config: Config, workdir: Path) -> dict:
         figures = stage_table.function(stage)(stages[stage], workdir)
         if awaited := figures.get("awaits"):
             raise ValueError(f"{stage} waits for the verdicts in {awaited}; run again when they are complete")
-        stage_config = stages[stage]
-        hold_gate(stage_config.stage, stage_config.gate, workdir)
+        hold_gate(stage, stages[stage].gate, workdir)
     if not set(EXPORTED) - {stage for stage in GRAPH if (workdir / stage / common.DONE).exists()}:
         export(stages, workdir)
     summary = summarize(workdir, round(time.monotonic() - started, 1))

@@ -1,6 +1,7 @@
 """What the stages of a graph or an ablation inherit from it: size, seed, base and problems."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from r1jax import config as configs
 from r1jax.recipe import problems
@@ -15,27 +16,26 @@ def preset(stage: str, size: str) -> str:
     return configs.student_of(size) if stage in OF_STUDENT else size
 
 
-def stage_config(config: Config, spec: str, overrides: list[tuple[str, str]] | None = None) -> Config:
+def stage_config(config: Config, spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """Returns the config NAME:PRESET of a stage with seed, evaluation, base and problems of the graph or the ablation.
 
     Stages that train the policy or start from it get the base (config.model.checkpoint), stages that read problems get
     the changed fields of config.data. Overrides win over both.
     """
-    loaded = configs.load(spec, overrides or ())
-    loaded = replace(loaded, seed=config.seed, evaluation=config.evaluation)
+    loaded = replace(configs.load(spec), seed=config.seed, evaluation=config.evaluation)
     if loaded.stage not in OF_STUDENT and not loaded.model.checkpoint:
         loaded = replace(loaded, model=replace(loaded.model, checkpoint=config.model.checkpoint))
     if loaded.stage not in REWARD_MODELS:
-        loaded = replace(loaded, data=_with_changes(loaded.data, config.data, configs.keys(overrides or ())))
-    return loaded
+        loaded = replace(loaded, data=_with_changes(loaded.data, config.data))
+    return configs.override(loaded, overrides)
 
 
-def _with_changes(stage_data: DataConfig, changes: DataConfig, kept: list[str]) -> DataConfig:
-    """Returns a stage's data with the fields of `changes` that are not the defaults, except the dotted keys `kept`."""
+def _with_changes(stage_data: DataConfig, changes: DataConfig) -> DataConfig:
+    """Returns a stage's data with the fields of `changes` that are not the defaults."""
     changed = {
         field.name: getattr(changes, field.name)
         for field in dataclasses.fields(DataConfig)
-        if getattr(changes, field.name) != field.default and f"data.{field.name}" not in kept
+        if getattr(changes, field.name) != field.default
     }
     return replace(stage_data, **changed)
 
@@ -48,15 +48,15 @@ def require(stage_config: Config, setting: str, config: Config) -> None:
     """
     if stage_config.data.world == "tiny":
         return
-    who, in_setting = f"{config.stage}:{config.preset}: {stage_config.stage}", setting.replace
+    who = f"{config.stage}:{config.preset}: {stage_config.stage}"
     if not stage_config.model.checkpoint:
         base = "--config.model.checkpoint=DIR"
         if stage_config.stage in OF_STUDENT:
-            who, base = f"{who}:{stage_config.preset}", in_setting("FIELD", "model.checkpoint=DIR")
+            who, base = f"{who}:{stage_config.preset}", setting.replace("FIELD", "model.checkpoint=DIR")
         raise ValueError(f"{who} has no weights to start from; give its base with {base} (a Hugging Face folder)")
     if stage_config.stage in REWARD_MODELS and not stage_config.data.path:
         raise ValueError(
-            f"{who} has no rows to learn from; give some with {in_setting('FIELD', 'data.path=FILE.jsonl')} (rows with "
+            f"{who} has no rows to learn from; give some with {setting.replace('FIELD', 'data.path=FILE.jsonl')} (rows with "
             "prompt and chosen, rejected or a label)"
         )
     if stage_config.stage not in (*REWARD_MODELS, "distill") and not problems.has_files(stage_config.data):

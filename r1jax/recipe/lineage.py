@@ -76,6 +76,8 @@ def require(stage: str, config: Config, workdir: Path) -> Path:
     stage_config = replace(
         stage_config, seed=config.seed, rebuild_base=config.rebuild_base, evaluation=config.evaluation
     )
+    if not stage_table.several_processes(stage):
+        hosts.require_one(stage)
     stage_table.function(stage)(stage_config, workdir)
     return folder
 

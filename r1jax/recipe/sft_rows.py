@@ -48,9 +48,9 @@ def _item(
         text, response = templates.split_turn(prompts.render(read_prompt(prompt), stage, data, tokenizer), response)
         prompt_ids = tokenizer.encode(text[len(written) :]) if written else prompts.ids_of(text, stage, data, tokenizer)
         if number < len(turn_prompts):
-            written = _written_turn(text, response, turn_prompts[number], tokenizer)
-            written = text + written
-            response_ids = tokenizer.encode(written)
+            turn = _written_turn(text, response, turn_prompts[number], tokenizer)
+            written = text + turn
+            response_ids = tokenizer.encode(turn)
         else:
             response_ids = tokenizer.encode_response(response, last_id)
         tokens += prompt_ids + response_ids
