@@ -15,11 +15,11 @@ from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PackItem, pack, pack_batch, spread
 from r1jax.models import decoder
 from r1jax.rl import losses
-from r1jax.schema import GRPOConfig, MeshConfig, OptimizerConfig, PackConfig, replace
+from r1jax.schema import GRPOConfig, MeshConfig, OptimizerConfig, PackConfig
 from r1jax.train import sft, step
 
 MODELS = {
-    "moe": replace(small.MIXTURE, num_hidden_layers=1, first_k_dense_replace=0, aux_loss_alpha=0.01),
+    "moe": small.changed(small.MIXTURE, num_hidden_layers=1, first_k_dense_replace=0, aux_loss_alpha=0.01),
     "dense": small.network(
         family="llama",
         vocab_size=32,

@@ -1,5 +1,6 @@
 """Must-show: a student trained from a file, exported, answers the same through transformers' own generate."""
 
+import functools
 import json
 
 import numpy as np
@@ -66,7 +67,8 @@ def ours(student):
     params = hf.load(target, config.model, mesh, np.float32)
     sampling = SamplingParams(temperature=0.0, max_new_tokens=config.sampler.max_new_tokens, stop_ids=(words.eos_id,))
     with RewardPool(config.reward) as pool:
-        return evaluate.respond(config, words, sampler, pool, asked, params, sampling, 1, "greedy"), asked, config
+        ask = functools.partial(evaluate.respond, config.seed, config.stage, words, sampler, pool)
+        return ask(asked, params, sampling, 1, "greedy"), asked, config
 
 
 @pytest.fixture(scope="module")

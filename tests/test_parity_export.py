@@ -19,7 +19,7 @@ from r1jax.recipe import common, stage0_base
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import RolloutRequest, SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.schema import MeshConfig, RopeScaling, replace
+from r1jax.schema import MeshConfig, Network, RopeScaling, replace
 
 PRESETS = {"tiny": transformers.DeepseekV3ForCausalLM, "tiny_dense": transformers.LlamaForCausalLM}
 PROMPTS = tasks.linear_prompts("test")[::40][:10]
@@ -59,7 +59,7 @@ def test_transformers_loads_the_export_as_its_own_family_with_the_same_logits(ex
     assert (folder / hf.INDEX_FILE).exists()  # several shards
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, 60)).astype(np.int32)
     places = np.tile(np.arange(60, dtype=np.int32), (2, 1))
-    hidden, _, _ = decoder.forward(params, tokens, places, np.ones_like(tokens), model)
+    hidden, _, _ = decoder.forward(params, tokens, places, np.ones_like(tokens), Network(model))
     ours = np.asarray(decoder.logits(params, hidden))
     expected = their_logits(theirs, tokens)
     assert np.abs(ours - expected).max() < 5e-5 * np.abs(expected).max()
@@ -69,7 +69,7 @@ def test_transformers_gives_the_samplers_greedy_tokens(exported, mesh):
     preset, model, params, folder, theirs = exported
     words = transformers.AutoTokenizer.from_pretrained(folder)
     own, settings = tokenizer.tiny(), configs.load(f"r1_zero:{preset}").sampler
-    sampler = RolloutSampler(Engine(model, replace(settings, slots=10), mesh, (own.eos_id,), own))
+    sampler = RolloutSampler(Engine(Network(model), replace(settings, slots=10), mesh, (own.eos_id,), own))
     sampling = SamplingParams(temperature=0.0, max_new_tokens=80, stop_ids=(own.eos_id,))
     texts = [prompt.text for prompt in PROMPTS]
     ids = [np.asarray(own.encode(text), np.int32) for text in texts]
@@ -116,7 +116,7 @@ def test_scaled_rope_and_the_other_families_give_the_same_logits(tmp_path, mesh)
         hf_export.save(tmp_path / name, params, model, tokenizer.tiny(), "float32")
         assert hf_config.model_config(tmp_path / name).rope_scaling == model.rope_scaling
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
-        hidden, _, _ = decoder.forward(params, tokens, np.arange(80)[None], np.ones_like(tokens), model)
+        hidden, _, _ = decoder.forward(params, tokens, np.arange(80)[None], np.ones_like(tokens), Network(model))
         expected = their_logits(theirs, tokens)
         ours = np.asarray(decoder.logits(params, hidden))
         assert np.abs(ours - expected).max() < 5e-5 * np.abs(expected).max(), name

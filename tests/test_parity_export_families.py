@@ -9,7 +9,7 @@ from parity import their_logits, transformers
 from r1jax.checkpoints import hf_export, hf_names, tokenizer
 from r1jax.core import sharding
 from r1jax.models import decoder
-from r1jax.schema import ModelConfig, RopeScaling, replace
+from r1jax.schema import ModelConfig, Network, RopeScaling, replace
 
 TOLERANCE = 5e-5  # of the largest logit
 LATENT = ModelConfig(
@@ -80,7 +80,9 @@ def test_transformers_loads_the_export_as_its_own_family_with_the_same_logits(tm
     assert isinstance(theirs, family)
     tokens = np.random.default_rng(1).integers(0, 200, (2, 70)).astype(np.int32)
     places = np.tile(np.arange(70, dtype=np.int32), (2, 1))
-    ours = np.asarray(decoder.logits(params, decoder.forward(params, tokens, places, np.ones_like(tokens), model)[0]))
+    ours = np.asarray(
+        decoder.logits(params, decoder.forward(params, tokens, places, np.ones_like(tokens), Network(model))[0])
+    )
     expected = their_logits(theirs, tokens)
     error = np.abs(ours - expected).max() / np.abs(expected).max()
     print(f"{name}: largest difference {error:.2e} of the largest logit")

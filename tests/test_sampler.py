@@ -33,7 +33,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def params(mesh):
-    return common.load_asset(stage0_base.asset_path("tiny"), MODEL, mesh)
+    return common.load_asset(stage0_base.asset_path("tiny"), MODEL.model, mesh)
 
 
 def requests(sampling=None, groups=GROUPS, samples=SAMPLES, seed=0):
