@@ -16,7 +16,6 @@ from r1jax.schema import (
     EvalConfig,
     MeshConfig,
     ModelConfig,
-    OptimizerConfig,
     PackConfig,
     RopeScaling,
     SamplerConfig,
@@ -93,7 +92,6 @@ class Size:
     sampler: SamplerConfig = _LONG  # slots, lengths and windows; its max_new_tokens bounds the stages' lengths
     compute: ComputeConfig = _REAL
     mesh: MeshConfig = MeshConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()  # storage of the moments; stages set rates and schedules
     pack: PackConfig | None = None  # rows of every stage; None: as long as the stage needs, one for each device
     distill_rate: float = 0.0  # initial rate as a student (P2 Table 6); 0: not a student
     export_dtype: Literal["float32", "bfloat16", "fp8"] = "bfloat16"
@@ -337,55 +335,28 @@ EVALUATION = EvalConfig(samples_per_problem=4, temperature=0.6, top_p=0.95, gree
 
 
 def config(stage: str, preset: str, **parts) -> Config:
-    """Returns the config of a stage at a size: the recipe's `parts`, and model, compute and mesh of the size."""
+    """Returns the config of a stage at a size: the recipe's `parts`, and model, compute, mesh and world of the size."""
     size = SIZES[preset]
-    fields: dict[str, Any] = dict(model=size.model, compute=size.compute, mesh=size.mesh, data=data(preset))
+    fields: dict[str, Any] = dict(
+        model=size.model, compute=size.compute, mesh=size.mesh, data=DataConfig(world=size.world)
+    )
     return Config(**dict[str, Any](stage=stage, preset=preset) | fields | parts)
 
 
 def fitted(config: Config) -> Config:
     """Returns a stage's config with the fields in which its size differs from the recipe (Size.differs)."""
+    fields: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {}
     for key, value in SIZES[config.preset].differs.get(config.stage, {}).items():
-        part, _, name = key.partition(".")
-        parts.setdefault(part, {})[name] = value
-    whole = {part: values.pop("") for part, values in parts.items() if "" in values}
-    return replace(config, **whole, **{part: replace(getattr(config, part), **v) for part, v in parts.items() if v})
+        part, _, name = key.rpartition(".")
+        changed = parts.setdefault(part, {}) if part else fields
+        changed[name] = value
+    return replace(config, **fields, **{part: replace(getattr(config, part), **v) for part, v in parts.items()})
 
 
-def student(preset: str) -> str:
+def trained_at(preset: str) -> str:
     """Returns the size that a student's stage trains at `preset`: itself, and at `tiny` the tiny world's dense one."""
     return "tiny_dense" if preset == "tiny" else preset
-
-
-def data(preset: str) -> DataConfig:
-    """Returns where the problems of `preset` come from when no file is given: the tiny presets generate theirs."""
-    return DataConfig(world=SIZES[preset].world)
-
-
-def model(preset: str) -> ModelConfig:
-    """Returns the decoder's shape at `preset`."""
-    return SIZES[preset].model
-
-
-def compute(preset: str) -> ComputeConfig:
-    """Returns how the decoder of `preset` is run."""
-    return SIZES[preset].compute
-
-
-def sampler(preset: str) -> SamplerConfig:
-    """Returns slots and lengths of the rollout engine at `preset`."""
-    return SIZES[preset].sampler
-
-
-def mesh(preset: str) -> MeshConfig:
-    """Returns the smallest mesh that trains `preset`: one device if that is enough."""
-    return SIZES[preset].mesh
-
-
-def optimizer(preset: str, **recipe) -> OptimizerConfig:
-    """Returns the optimiser of a stage at `preset`, with the recipe's rate and schedule."""
-    return replace(SIZES[preset].optimizer, **recipe)
 
 
 def rollouts(preset: str, max_new_tokens: int, schedule: tuple = ()) -> SamplerConfig:
@@ -393,7 +364,7 @@ def rollouts(preset: str, max_new_tokens: int, schedule: tuple = ()) -> SamplerC
 
     Slots are divided over the devices, and a scheduled length below the longest is a window of the cache.
     """
-    settings = sampler(preset)
+    settings = SIZES[preset].sampler
     lengths: set[int] = set()
     if settings.max_new_tokens >= _LONG.max_new_tokens:
         lengths = {settings.max_prompt_tokens + int(length) for _, length in schedule if length < max_new_tokens}
@@ -405,7 +376,7 @@ def rollouts(preset: str, max_new_tokens: int, schedule: tuple = ()) -> SamplerC
 
 def devices_of_rows(preset: str) -> int:
     """Returns the number of devices over which the mesh of `preset` divides rows and slots."""
-    axes = mesh(preset)
+    axes = SIZES[preset].mesh
     return math.prod((axes.slice, axes.data, axes.fsdp, axes.expert))
 
 

@@ -13,5 +13,5 @@ PRESETS = ("tiny",)
 def config(preset: str) -> Config:
     """Returns the measurement at SmolLM2's width and vocabulary in float32, 4,096 tokens."""
     pack = PackConfig(row_tokens=512, rows_per_micro_batch=8)
-    model, compute = _presets.model("smollm2_135m"), _presets.compute("smollm2_135m")
-    return Config(stage="bench_loss", preset=preset, model=model, compute=compute, pack=pack)
+    size = _presets.SIZES["smollm2_135m"]
+    return Config(stage="bench_loss", preset=preset, model=size.model, compute=size.compute, pack=pack)

@@ -6,21 +6,22 @@ Command: python -m r1jax.launch --config=evaluate --config.checkpoint=RUN/r1_zer
 """
 
 from r1jax.configs import _presets
-from r1jax.schema import Config, EvalConfig, replace
+from r1jax.schema import Config, DataConfig, replace
 
 PRESETS = _presets.EVERY
 
 
 def config(preset: str) -> Config:
-    """Returns the run: sampled pass@1 on every row of the files, at temperature 0.6 with top-p 0.95 (P2 D.1).
+    """Returns the run: pass@1 on every row of the files, sampled as in the paper (P2 D.1), and a greedy sample of each.
 
     Of files that the checkpoint was trained on, only what its run held out is evaluated.
     """
+    size = _presets.SIZES[preset]
     run = _presets.config(
         "evaluate",
         preset,
-        data=replace(_presets.data(preset), holdout_fraction=1.0),  # nothing is trained on
-        sampler=_presets.sampler(preset),
-        evaluation=EvalConfig(samples_per_problem=16, temperature=0.6, top_p=0.95),
+        data=DataConfig(world=size.world, holdout_fraction=1.0),  # nothing is trained on
+        sampler=size.sampler,
+        evaluation=replace(_presets.EVALUATION, samples_per_problem=16, greedy=True),
     )
     return _presets.fitted(run)

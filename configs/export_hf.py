@@ -5,19 +5,12 @@ Command: python -m r1jax.launch --config=export_hf --config.checkpoint=RUN/disti
 """
 
 from r1jax.configs import _presets
-from r1jax.schema import Config, ExportConfig
+from r1jax.schema import Config, DataConfig, ExportConfig
 
 PRESETS = _presets.EVERY
 
 
 def config(preset: str) -> Config:
     """Returns the export; the shape of the model is read from the run itself, mesh and dtype are the size's."""
-    size = _presets.SIZES[preset]
-    return Config(
-        stage="export_hf",
-        preset=preset,
-        model=size.model,
-        compute=size.compute,
-        mesh=size.mesh,
-        export=ExportConfig(dtype=size.export_dtype),
-    )
+    export = ExportConfig(dtype=_presets.SIZES[preset].export_dtype)
+    return _presets.config("export_hf", preset, data=DataConfig(), export=export)  # it reads no problems

@@ -7,18 +7,12 @@ Command: python -m r1jax.launch --config=preference_pairs --config.judge.checkpo
 """
 
 from r1jax.configs import _presets
-from r1jax.schema import Config
+from r1jax.schema import Config, DataConfig
 
-PRESETS = ("tiny", "smollm2_135m", "qwen2_5_1_5b", "qwen2_5_7b", "llama3_1_8b", "v3_671b")
+PRESETS = _presets.EVERY
 
 
 def config(preset: str) -> Config:
     """Returns the run; the preset is the model's that writes replies where rows have none."""
-    return Config(
-        stage="preference_pairs",
-        preset=preset,
-        model=_presets.model(preset),
-        compute=_presets.compute(preset),
-        mesh=_presets.mesh(preset),
-        sampler=_presets.sampler(preset),
-    )
+    sampler = _presets.SIZES[preset].sampler
+    return _presets.config("preference_pairs", preset, data=DataConfig(), sampler=sampler)  # its rows are a file's

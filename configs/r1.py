@@ -6,7 +6,7 @@ Command: python -m r1jax.launch --config=r1:tiny
 """
 
 from r1jax.configs import _presets
-from r1jax.schema import Config, EvalConfig
+from r1jax.schema import Config, DataConfig, replace
 
 PRESETS = _presets.POLICIES
 
@@ -16,22 +16,11 @@ def config(preset: str) -> Config:
 
     Every checkpoint is measured alike: 16 samples a problem, and the majority of 64 on the first 30 problems (P2 D.1).
     """
-    size = _presets.SIZES[preset]
-    paper = EvalConfig(
-        samples_per_problem=16,
-        temperature=0.6,
-        top_p=0.95,
-        greedy=False,
-        consensus_problems=30,
-        consensus_samples=64,
-    )
-    run = Config(
-        stage="r1",
-        preset=preset,
-        model=size.model,
-        compute=size.compute,
-        mesh=size.mesh,
-        sampler=size.sampler,
-        evaluation=paper,
+    run = _presets.config(
+        "r1",
+        preset,
+        data=DataConfig(),  # the stages have the world of their own sizes
+        sampler=_presets.SIZES[preset].sampler,
+        evaluation=replace(_presets.EVALUATION, samples_per_problem=16, consensus_problems=30, consensus_samples=64),
     )
     return _presets.fitted(run)

@@ -7,7 +7,7 @@ Command: python -m r1jax.launch --config=r1_zero
 """
 
 from r1jax.configs import _presets
-from r1jax.schema import CheckpointConfig, Config, GRPOConfig, RewardConfig
+from r1jax.schema import CheckpointConfig, Config, GRPOConfig, OptimizerConfig, RewardConfig
 
 PRESETS = _presets.EVERY
 LENGTHS = ((0, 32768.0), (8200, 65536.0))  # of the longest output, by update (P2 section 2.3)
@@ -24,7 +24,7 @@ def recipe(preset: str) -> Config:
     return _presets.config(
         "r1_zero",
         preset,
-        optimizer=_presets.optimizer(preset, learning_rate=3e-6),
+        optimizer=OptimizerConfig(learning_rate=3e-6),
         sampler=sampler,
         reward=RewardConfig(accuracy=1.0, format=1.0),
         grpo=GRPOConfig(

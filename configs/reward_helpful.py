@@ -8,7 +8,7 @@ Command: python -m r1jax.launch --config=reward_helpful
 """
 
 from r1jax.configs import _presets
-from r1jax.schema import CheckpointConfig, Config, PackConfig, RewardModelConfig, SamplerConfig
+from r1jax.schema import CheckpointConfig, Config, OptimizerConfig, PackConfig, RewardModelConfig, SamplerConfig
 
 PRESETS = _presets.POLICIES
 
@@ -24,8 +24,8 @@ def recipe(stage: str, preset: str) -> Config:
     return _presets.config(
         stage,
         preset,
-        optimizer=_presets.optimizer(preset, learning_rate=6e-6),
-        sampler=_presets.sampler(preset) if preset in _presets.TINY else SamplerConfig(),
+        optimizer=OptimizerConfig(learning_rate=6e-6),
+        sampler=_presets.SIZES[preset].sampler if preset in _presets.TINY else SamplerConfig(),
         pack=PackConfig(row_tokens=8192, rows_per_micro_batch=rows),
         reward_model=RewardModelConfig(epochs=1, examples_per_update=256),
         checkpointing=CheckpointConfig(every_updates=50),

@@ -7,7 +7,7 @@ Command: python -m r1jax.launch --config=stage1_coldstart
 """
 
 from r1jax.configs import _presets
-from r1jax.schema import ColdStartConfig, Config, SFTConfig
+from r1jax.schema import ColdStartConfig, Config, OptimizerConfig, SFTConfig
 
 PRESETS = _presets.EVERY
 CONTEXT = 32768  # tokens of a row of SFT (P2 B.4.2, B.4.3)
@@ -26,7 +26,7 @@ def recipe(preset: str) -> Config:
     return _presets.config(
         "stage1_coldstart",
         preset,
-        optimizer=_presets.optimizer(preset, learning_rate=5e-5, schedule="cosine", final_fraction=0.1),
+        optimizer=OptimizerConfig(learning_rate=5e-5, schedule="cosine", final_fraction=0.1),
         sampler=_presets.rollouts(preset, 32768),
         pack=_presets.pack(preset, CONTEXT),
         sft=SFTConfig(epochs=2, examples_per_update=128),

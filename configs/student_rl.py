@@ -16,7 +16,7 @@ def config(preset: str) -> Config:
 
     Those are of the paper's control, Qwen2.5-32B-Zero, whose updates are "more than 10,000" (P2 section 2.3, Table 16).
     """
-    student = _presets.student(preset)
+    student = _presets.trained_at(preset)
     base, sampler = r1_zero.recipe(student), _presets.rollouts(student, 32768)
     run = replace(
         base,

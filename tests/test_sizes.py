@@ -22,7 +22,7 @@ REAL = (*STUDENTS, *MIXTURES)
 SIZES = ("tiny", "smollm2_135m", *REAL)
 CHAIN = (
     *("r1_zero", "ppo_baseline", "stage1_coldstart", "stage2_reasoning_rl", "stage3_rejection_sft"),
-    *("reward_helpful", "reward_safety", "stage4_all_scenarios", "evaluate", "export_hf", "r1"),
+    *("reward_helpful", "reward_safety", "stage4_all_scenarios", "evaluate", "export_hf", "preference_pairs", "r1"),
     *("ablation_language", "ablation_budget"),
 )
 OF_STUDENTS = ("distill", "student_rl")
@@ -145,6 +145,15 @@ def test_a_stage_that_makes_no_sense_at_a_size_is_refused_in_one_line(spec, caps
     assert error.startswith(f"error: config '{name}' has no preset '{size}'; known: tiny") and error.count("\n") == 1
 
 
+WITHOUT_ROWS = ("evaluate", "export_hf", "preference_pairs", "r1", "ablation_language", "ablation_budget")
+
+
+@pytest.mark.parametrize("stage", CHAIN)
+def test_the_stages_without_rows_pack_none(stage):
+    packs = stage_table.reads(configs.load(f"{stage}:tiny").stage, "pack.row_tokens")
+    assert packs == (stage not in WITHOUT_ROWS)
+
+
 @pytest.mark.parametrize(("stage", "size"), PAIRS)
 def test_shape_computation_and_mesh_are_the_sizes_at_every_stage(stage, size):
     own = configs.load(f"{stage}:{size}")
@@ -153,7 +162,7 @@ def test_shape_computation_and_mesh_are_the_sizes_at_every_stage(stage, size):
     assert size == (own.input_preset or own.preset)
 
 
-@pytest.mark.parametrize(("stage", "size"), [pair for pair in PAIRS if pair[1] in REAL])
+@pytest.mark.parametrize(("stage", "size"), [pair for pair in PAIRS if pair[1] in REAL and pair[0] not in WITHOUT_ROWS])
 def test_rows_hold_a_prompt_with_its_response_and_rows_and_slots_divide_over_the_mesh(stage, size):
     own = configs.load(f"{stage}:{size}")
     devices = own.mesh.slice * own.mesh.data * own.mesh.fsdp * own.mesh.expert

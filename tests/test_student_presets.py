@@ -100,36 +100,36 @@ def parameters(model: ModelConfig) -> int:
 
 @pytest.mark.parametrize("preset", PARAMETERS)
 def test_preset_has_the_published_number_of_parameters(preset):
-    assert parameters(replace(_presets.model(preset), num_nextn_predict_layers=0)) == PARAMETERS[preset]
+    assert parameters(replace(_presets.SIZES[preset].model, num_nextn_predict_layers=0)) == PARAMETERS[preset]
 
 
 def test_the_tied_base_of_the_smallest_student_has_one_embedding_less():
-    assert parameters(replace(_presets.model("qwen2_5_1_5b"), tie_word_embeddings=True)) == 1_543_714_304
+    assert parameters(replace(_presets.SIZES["qwen2_5_1_5b"].model, tie_word_embeddings=True)) == 1_543_714_304
 
 
 def test_the_prediction_layer_of_the_671b_model_adds_what_the_checkpoint_stores_beside_its_copies():
-    whole = parameters(_presets.model("v3_671b"))
+    whole = parameters(_presets.SIZES["v3_671b"].model)
     assert whole - PARAMETERS["v3_671b"] == 13_463_426_304 - 2 * 926_679_040
 
 
 @pytest.mark.parametrize("preset", STUDENTS)
 def test_student_preset_equals_the_config_json_of_the_release(preset, tmp_path):
-    assert read_back(student_fields(preset), tmp_path, preset) == _presets.model(preset)
+    assert read_back(student_fields(preset), tmp_path, preset) == _presets.SIZES[preset].model
 
 
 @pytest.mark.parametrize("preset", ["v2_lite_16b", "moonlight_16b"])
 def test_mixture_preset_equals_the_published_config_json(preset, tmp_path):
-    assert read_back(moe_fields(preset), tmp_path, preset) == _presets.model(preset)
+    assert read_back(moe_fields(preset), tmp_path, preset) == _presets.SIZES[preset].model
 
 
 def test_v3_preset_equals_the_released_config_json(shared_data):
-    model = _presets.model("v3_671b")
+    model = _presets.SIZES["v3_671b"].model
     assert hf_config.model_config(shared_data / "deepseek_r1") == model
 
 
 @pytest.mark.parametrize("preset", PARAMETERS)
 def test_real_presets_scan_recompute_and_use_bfloat16(preset):
-    compute = _presets.compute(preset)
+    compute = _presets.SIZES[preset].compute
     assert (compute.scan_layers, compute.remat, compute.compute_dtype) == (True, True, "bfloat16")
 
 
@@ -141,7 +141,7 @@ def test_distillation_resolves_with_the_papers_settings(preset):
     assert (loaded.sft.examples_per_update, loaded.sft.epochs) == (64, 2)
     assert loaded.pack.row_tokens == loaded.sampler.max_new_tokens == 32768
     assert loaded.pack.rows_per_micro_batch % loaded.mesh.fsdp == 0
-    assert loaded.model == _presets.model(preset) and loaded.stage == "distill"
+    assert loaded.model == _presets.SIZES[preset].model and loaded.stage == "distill"
 
 
 def test_distillation_has_the_two_small_students_and_the_six_of_the_release():
