@@ -18,7 +18,9 @@ from r1jax.core import metrics, rng, runtime, sharding, tree
 from r1jax.data import tasks
 from r1jax.models import decoder
 from r1jax.recipe import policy, prompts
+from r1jax.recipe.parts import AskingParts
 from r1jax.rl.settings import of_config
+from r1jax.schema import parts_of
 
 WORDS = tokenizer.tiny()
 FIELDS = {
@@ -42,9 +44,7 @@ def build(folder: pathlib.Path, name: str = "r1_zero:tiny", **more):
     fields = {**FIELDS, **{field.replace("__", "."): value for field, value in more.items()}}
     config = configs.load(name, [(field, str(value)) for field, value in fields.items()])
     mesh = sharding.make_mesh(config.mesh)
-    train = prompts.encode(
-        tasks.linear_prompts("train")[:30], config.stage, config.model, config.data, config.sampler, WORDS
-    )
+    train = prompts.encode(tasks.linear_prompts("train")[:30], parts_of(AskingParts, config), WORDS)
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
     return policy.make_training(of_config(config), WORDS, mesh, train, params, folder, describe=policy.describe)
 

@@ -45,8 +45,9 @@ def build(settings: dict):
     from r1jax.data import tasks
     from r1jax.models import decoder
     from r1jax.recipe import policy, prompts
+    from r1jax.recipe.parts import AskingParts
     from r1jax.rl.settings import of_config
-    from r1jax.schema import MeshConfig
+    from r1jax.schema import MeshConfig, parts_of
 
     runtime.setup()
     fields = settings["fields"] | {
@@ -55,9 +56,7 @@ def build(settings: dict):
     }
     config = configs.load(f"r1_zero:{settings['preset']}", [(name, str(value)) for name, value in fields.items()])
     words, mesh = tokenizer.tiny(), sharding.make_mesh(MeshConfig(**settings["mesh"]))
-    train = prompts.encode(
-        tasks.linear_prompts("train")[:60], config.stage, config.model, config.data, config.sampler, words
-    )
+    train = prompts.encode(tasks.linear_prompts("train")[:60], parts_of(AskingParts, config), words)
     specs, random = (
         decoder.specs(config.model),
         np.random.default_rng(0),

@@ -19,7 +19,7 @@ BATCH = {"tokens": "int32", "targets": "int32", "positions": "int32", "segments"
 
 
 def _network(preset: str, changes: dict) -> Network:
-    return small.changed(Network(presets.model(preset), presets.compute(preset)), **changes)
+    return small.changed(Network(presets.SIZES[preset].model, presets.SIZES[preset].compute), **changes)
 
 
 def _placed(shapes, shardings):
@@ -70,7 +70,7 @@ def update(
 def decode(devices, preset: str, mesh: dict, model: dict | None = None, **sampler):
     """Returns one dispatch of decode steps over all slots of the full window."""
     mesh, network = sharding.make_mesh(MeshConfig(**mesh), devices), _network(preset, model or {})
-    settings = replace(presets.sampler(preset), **sampler)
+    settings = replace(presets.SIZES[preset].sampler, **sampler)
     engine = Engine(network, settings, mesh, stop_ids=(1,))
     with sharding.use_mesh(mesh, sharding.DECODE):
         shapes = sharding.abstract(decoder.specs(network.model), jnp.dtype(network.compute.compute_dtype))

@@ -18,9 +18,10 @@ from r1jax.core import checkpoint, rng, runtime, sharding, tree
 from r1jax.data import tasks
 from r1jax.models import decoder
 from r1jax.recipe import policy, prompts
+from r1jax.recipe.parts import AskingParts
 from r1jax.rewards.pool import RewardPool
 from r1jax.rl.settings import of_config
-from r1jax.schema import MeshConfig
+from r1jax.schema import MeshConfig, parts_of
 from r1jax.train.step import Trainer
 
 UPDATES, PER_ROLLOUT, CHECKPOINT_EVERY, REFRESH = 24, 3, 2, 4
@@ -80,9 +81,7 @@ def main(folder: pathlib.Path) -> None:
     runtime.setup()
     config = configs.load("r1_zero:tiny", [(name, str(value)) for name, value in FIELDS.items()])
     words, mesh = tokenizer.tiny(), sharding.make_mesh(MeshConfig())
-    train = prompts.encode(
-        tasks.linear_prompts("train")[:60], config.stage, config.model, config.data, config.sampler, words
-    )
+    train = prompts.encode(tasks.linear_prompts("train")[:60], parts_of(AskingParts, config), words)
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "resume", "init"), "float32", mesh)
     if os.environ.get("SLOW"):
         slow_down(folder)

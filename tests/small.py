@@ -16,10 +16,11 @@ from r1jax.data import tasks
 from r1jax.data.problems import Problem, from_row
 from r1jax.models import decoder
 from r1jax.recipe import common, policy, prompts
+from r1jax.recipe.parts import AskingParts
 from r1jax.rewards import references
 from r1jax.rl.assemble import Training
 from r1jax.rl.settings import of_config
-from r1jax.schema import Config, Network, RewardConfig, replace
+from r1jax.schema import Config, Network, RewardConfig, parts_of, replace
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -120,9 +121,7 @@ def rl_training(folder: pathlib.Path, seed: int = 0, name="r1_zero:tiny", **more
     config = configs.load(name, [(field, str(value)) for field, value in fields.items()])
     mesh = sharding.make_mesh(config.mesh)
     words = tokenizer.tiny()
-    train = prompts.encode(
-        tasks.linear_prompts("train")[:30], config.stage, config.model, config.data, config.sampler, words
-    )
+    train = prompts.encode(tasks.linear_prompts("train")[:30], parts_of(AskingParts, config), words)
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
     return policy.make_training(of_config(config), words, mesh, train, params, folder, describe=policy.describe)
 

@@ -6,8 +6,7 @@ import math
 import pytest
 
 from r1jax import config as configs
-from r1jax.recipe import inherited
-from r1jax.recipe import policy as r1_zero
+from r1jax.recipe import inherited, policy
 from r1jax.tools import ablation
 
 SHORT = "grpo.updates=1 grpo.updates_per_rollout=1 grpo.prompts_per_update=2 grpo.group_size=4 sampler.slots=8"
@@ -57,7 +56,7 @@ def test_a_stage_without_held_out_problems_is_no_variant(stage):
 
 
 def test_a_variant_that_held_nothing_out_is_an_error_and_no_traceback(tmp_path, monkeypatch):
-    monkeypatch.setattr(r1_zero, "run", lambda config, workdir: {"seconds": 1.0, "compute": 2.0})
+    monkeypatch.setattr(policy, "run", lambda config, workdir: {"seconds": 1.0, "compute": 2.0})
     with pytest.raises(ValueError, match="with has no held-out problems to be compared on"):
         ablation.run(configs.load("ablation_language:tiny", FIELDS), tmp_path)
 

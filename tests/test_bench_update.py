@@ -36,6 +36,10 @@ def plain(config: Config) -> Config:
     return replace(config, compute=compute, pack=replace(config.pack, trained_chunk=0))
 
 
+def drawn(config: Config) -> dict:
+    return bench_update.draw(parts_of(bench_update.UpdateParts, config))
+
+
 def in_this_process(folder, action, *arguments, what):
     config, samples = bench_update.pickle.loads((folder / "config.pickle").read_bytes()), folder / "samples.npz"
     settings = parts_of(bench_update.UpdateParts, config)
@@ -49,7 +53,7 @@ def test_figures_stand_under_their_keys_and_every_form_makes_the_same_update(tmp
     monkeypatch.setattr(bench_update, "matmul_peak", lambda: 1e11)
     config = plain(small_config(losses=("sft",)))
     found = bench_update.run(config, tmp_path)
-    trained = bench_update.draw(parts_of(bench_update.UpdateParts, config))["lengths"].sum()
+    trained = drawn(config)["lengths"].sum()
     packed, padded = (found["systems"]["r1jax"]["sft"][form] for form in ("packed", "padded"))
     for figures in (packed, padded):
         assert figures["tokens_per_s"] == pytest.approx(trained / figures["seconds"][0])
@@ -61,7 +65,7 @@ def test_figures_stand_under_their_keys_and_every_form_makes_the_same_update(tmp
 
 
 def gradients(config: Config, form: str):
-    given = bench_update.draw(parts_of(bench_update.UpdateParts, config))
+    given = drawn(config)
     shape = given["response_ids"].shape
     generator = np.random.default_rng(0)
     given |= {
@@ -88,16 +92,11 @@ def test_packed_rows_padded_rows_and_plain_rows_have_the_same_loss_and_gradient(
 
 def test_draws_follow_the_law_and_depend_on_the_seed_alone():
     config = small_config(samples=4000, p99_tokens=50, longest_tokens=10_000)
-    lengths = bench_update.draw(parts_of(bench_update.UpdateParts, config))["lengths"]
+    samples = drawn(config)
+    lengths = samples["lengths"]
     assert np.median(lengths) == pytest.approx(5, abs=1) and np.percentile(lengths, 99) == pytest.approx(50, rel=0.15)
-    again, other = (
-        bench_update.draw(parts_of(bench_update.UpdateParts, config)),
-        bench_update.draw(parts_of(bench_update.UpdateParts, replace(config, seed=1))),
-    )
-    np.testing.assert_array_equal(
-        again["response_ids"], bench_update.draw(parts_of(bench_update.UpdateParts, config))["response_ids"]
-    )
-    assert not np.array_equal(again["lengths"], other["lengths"])
+    np.testing.assert_array_equal(drawn(config)["response_ids"], samples["response_ids"])
+    assert not np.array_equal(drawn(replace(config, seed=1))["lengths"], lengths)
 
 
 def test_useful_operations_of_a_hand_counted_model():
@@ -108,16 +107,16 @@ def test_useful_operations_of_a_hand_counted_model():
 
 
 def test_peers_are_left_out_with_a_line_and_a_wrong_interpreter_is_one_line(capsys):
-    own_config = small_config()
-    assert {system.name for system in bench_update.systems_of(own_config.model, own_config.bench)} == {"r1jax"}
+    config = small_config()
+    assert {system.name for system in bench_update.systems_of(config.model, config.bench)} == {"r1jax"}
     assert "config.bench.trl_python is empty, so trl.grpo.padded is left out" in capsys.readouterr().err
     config = small_config(trl_python="/nowhere/python")
     config = replace(config, model=replace(config.model, checkpoint="somewhere"))
     with pytest.raises(ValueError, match="config.bench.trl_python=/nowhere/python is no interpreter"):
         bench_update.systems_of(config.model, config.bench)
+    config = small_config(losses=("dpo",))
     with pytest.raises(ValueError, match="neither grpo nor sft"):
-        own_config = small_config(losses=("dpo",))
-        bench_update.systems_of(own_config.model, own_config.bench)
+        bench_update.systems_of(config.model, config.bench)
 
 
 SEGMENTS = np.zeros((2, 50), np.int32)

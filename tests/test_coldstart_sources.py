@@ -33,10 +33,12 @@ from r1jax.rewards.answers.extraction import extract
 from r1jax.rewards.models import editing as edits
 from r1jax.schema import (
     Config,
+    DataConfig,
     DistillConfig,
     JudgeConfig,
     MeshConfig,
     RejectionConfig,
+    RewardConfig,
     SamplerConfig,
     parts_of,
     replace,
@@ -253,9 +255,9 @@ def test_a_teacher_is_asked_as_its_folder_records_whatever_the_stage_asks(base, 
 def test_what_a_base_writes_after_its_answer_is_cut_and_graded_without():
     problem = Problem("a", "math", "What is 2 + 2?", "4")
     text = "<think> two twos </think> <answer> 4 </answer>"
-    (whole,) = sampled(problem, [text + "\n\nUser: And 3?\n\nAssistant: <think>"], Config().reward)
+    (whole,) = sampled(problem, [text + "\n\nUser: And 3?\n\nAssistant: <think>"], RewardConfig())
     assert whole.parts["format"] == 0.0
-    (found,) = teachers._cut([replace(whole, truncated=True)], Config().reward)
+    (found,) = teachers._cut([replace(whole, truncated=True)], RewardConfig())
     assert found.text == text and not found.truncated
     assert found.parts["accuracy"] == found.parts["format"] == 1.0
 
@@ -320,6 +322,10 @@ class Editor:
         return [[self.rule(request.text)] for request in requests]
 
 
+def edited(given: list[Draft], editor: Editor | None, config: Config, counts: dict) -> list[Draft]:
+    return stage1_coldstart._edited(given, editor, config.seed, config.reward, config.coldstart, config.judge, counts)
+
+
 def trace(name: str, answer: str = "7") -> Draft:
     (problem,) = problems_of([{"id": name, "task": "math", "prompt": f"{name}: what is 3 + 4?", "answer": "7"}])
     text = f"<think>drei und vier {name}</think> <answer> {answer} </answer>"
@@ -337,7 +343,7 @@ def test_edits_are_graded_again_and_counted():
     editor = Editor(lambda text: rules[next(name for name in rules if f"{name}: what" in text)])
     config, counts = Config(judge=JudgeConfig(checkpoint="E")), {}
     given = [trace(name) for name in rules]
-    found = stage1_coldstart._edited(given, editor, config.seed, config.reward, config.coldstart, config.judge, counts)
+    found = edited(given, editor, config, counts)
     kept = stage1_coldstart._right_again(found, config.reward, config.coldstart, counts, "right again", edited=True)
     assert [draft.problem.id for draft in kept] == ["good"]
     assert kept[0].text == "<think>\nI add 3 and 4.\n\nThat is 7.\n</think>\n<answer>\n3 + 4 = \\boxed{7}\n</answer>"
@@ -350,15 +356,7 @@ def test_edits_are_graded_again_and_counted():
 def test_a_trace_without_a_readable_edit_is_left_out_unless_it_may_stay():
     config = configs.load("stage1_coldstart", [("coldstart.keep_unedited", "true")])
     for settings, expected in ((config, ["a", "b"]), (Config(), [])):
-        found = stage1_coldstart._edited(
-            [trace("a"), trace("b")],
-            Editor(lambda text: "no"),
-            settings.seed,
-            settings.reward,
-            settings.coldstart,
-            settings.judge,
-            {},
-        )
+        found = edited([trace("a"), trace("b")], Editor(lambda text: "no"), settings, {})
         assert [draft.problem.id for draft in found] == expected
         assert all(draft.text == trace(draft.problem.id).text and not draft.provenance["edited"] for draft in found)
 
@@ -372,17 +370,11 @@ def test_rules_of_the_tiny_world_edit_its_own_problems_and_no_row_that_reads_lik
         told,
     )
     other = Draft(Problem("b", "math", "solve 2 x + 1 = 9 :", "4"), text, told)
-    own_config = Config()
-    found = stage1_coldstart._edited(
-        [own, other], None, own_config.seed, own_config.reward, own_config.coldstart, own_config.judge, {}
-    )
+    found = edited([own, other], None, Config(), {})
     assert [draft.text for draft in found][-1] == text.strip()
     assert [draft.provenance["edited"] for draft in found if draft.problem.id == "a"] in ([], [True])
     editor = Editor(lambda text: EDITED)
-    own_config = Config()
-    stage1_coldstart._edited(
-        [own, other], editor, own_config.seed, own_config.reward, own_config.coldstart, own_config.judge, {}
-    )
+    edited([own, other], editor, Config(), {})
     assert len(editor.asked) == 1
 
 
@@ -400,16 +392,7 @@ def test_replies_of_people_get_thoughts_where_the_editor_has_some_and_their_trac
     ]
     solved_by_people = replace(trace("a"), provenance={"source": "people", "edited": False})
     counts: dict = {}
-    own_config = Config(judge=JudgeConfig("E"))
-    found = stage1_coldstart._edited(
-        [solved_by_people, *given],
-        editor,
-        own_config.seed,
-        own_config.reward,
-        own_config.coldstart,
-        own_config.judge,
-        counts,
-    )
+    found = edited([solved_by_people, *given], editor, Config(judge=JudgeConfig("E")), counts)
     assert [draft.text for draft in found] == [
         solved_by_people.text,
         "<think>\nA short one.\n</think>\n\nHere.",
@@ -539,16 +522,13 @@ def test_planted_wrong_answers_are_lost_exactly_and_counted_by_task(tmp_path, ca
         {"id": "own", "task": "riddle", "prompt": "?", "response": "!"},
     ]
     jsonl.write(tmp_path / "rows.jsonl", rows)
-    own_config = Config()
-    given, _ = example_files.read(str(tmp_path / "rows.jsonl"), own_config.data, own_config.reward)
-    own_config = Config(stage="distill")
-    found, counts = distill.of_file(given, own_config.stage, own_config.reward, own_config.distill)
+    given, _ = example_files.read(str(tmp_path / "rows.jsonl"), DataConfig(), RewardConfig())
+    found, counts = distill.of_file(given, "distill", RewardConfig(), DistillConfig())
     assert [row["id"] for row in found] == [row["id"] for row in rows if not row["id"].endswith("-1")]
     assert counts["wrong"] == dict.fromkeys(kinds, 1)
     assert counts["not graded"] == {"general": 1, "no task": 1, "riddle": 1}
     assert "distill: examples: rows 15" in capsys.readouterr().err
-    own_config = Config(stage="distill", distill=DistillConfig(grade=False))
-    kept, counts = distill.of_file(given, own_config.stage, own_config.reward, own_config.distill)
+    kept, counts = distill.of_file(given, "distill", RewardConfig(), DistillConfig(grade=False))
     assert len(kept) == 15 and "wrong" not in counts
 
 
@@ -569,8 +549,7 @@ def test_a_conversation_keeps_all_its_turns_for_training(tmp_path):
     talk = [("user", "2+2?"), ("assistant", "4"), ("user", "and 1?"), ("assistant", "5")]
     messages = [{"role": role, "content": content} for role, content in talk]
     jsonl.write(tmp_path / "rows.jsonl", [{"messages": messages}, {"messages": messages[:2]}])
-    own_config = Config()
-    (many, one), _ = example_files.read(f"{tmp_path}/rows.jsonl", own_config.data, own_config.reward)
+    (many, one), _ = example_files.read(f"{tmp_path}/rows.jsonl", DataConfig(), RewardConfig())
     assert many.row()["messages"] == messages and many.row()["prompt"] == messages[:-1]
     assert "messages" not in one.row() and one.row()["prompt"] == "2+2?"
     assert drafts.from_record(json.loads(json.dumps(many.record()))) == many

@@ -1,6 +1,7 @@
 """Configs: loading by name, typed overrides, messages, sweeps, and the golden dump of every config.
 
-A golden file has the sizes of WHOLE; where a size is not dumped, test_sizes.py holds the numbers of the pair. After a change of defaults, rewrite the golden files and read their diff: PYTHONPATH=. python tests/test_config.py
+A golden file has the sizes of WHOLE; where a size is not dumped, test_sizes.py holds the numbers of the pair. After a
+change of defaults, rewrite the golden files and read their diff: PYTHONPATH=. python tests/test_config.py
 """
 
 import pathlib

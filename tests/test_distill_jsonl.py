@@ -152,8 +152,7 @@ def test_a_prefilled_think_is_prompt_and_not_trained(template):
         0,
     )
     # Split differently, it is the same text.
-    own_config = replace(config, data=replace(config.data, think_prefill=False))
-    (plain,) = fine_tuning.encode([row], own_config.stage, own_config.data, own_config.pack, own)
+    (plain,) = fine_tuning.encode([row], config.stage, replace(config.data, think_prefill=False), config.pack, own)
     np.testing.assert_array_equal(item.tokens, plain.tokens)
 
 

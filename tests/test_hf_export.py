@@ -358,8 +358,8 @@ def test_chat_template_renders_a_question_as_training_did(kind):
     own, question = tokenizer.tiny(), 'What is "7 \\n 5"?\nThink.'
     turns = [Message("system", "s"), Message("user", question), Message("assistant", "a"), Message("user", "b\nc")]
     for instruction in ("", 'Say "it".'):
-        own_config = Config(data=DataConfig(path="f", template=kind, instruction=instruction))
-        template = export_hf.chat_template(own_config.stage, own_config.data, own)
+        data = DataConfig(path="f", template=kind, instruction=instruction)
+        template = export_hf.chat_template("distill", data, own)
         made = tokenizer.Tokenizer(own.backend, own.config, template)
         for asked in (turns[1:2], turns[:2], turns):
             messages = [turn._asdict() for turn in asked]
@@ -368,15 +368,14 @@ def test_chat_template_renders_a_question_as_training_did(kind):
 
 def test_chat_template_of_the_base_is_kept_when_training_used_it():
     own = tokenizer.Tokenizer(tokenizer.tiny().backend, tokenizer.tiny().config, "<{{ messages }}>")
-    own_config = Config(data=DataConfig(path="rows.jsonl"))
-    assert export_hf.chat_template(own_config.stage, own_config.data, own) == "<{{ messages }}>"
+    assert export_hf.chat_template("distill", DataConfig(path="rows.jsonl"), own) == "<{{ messages }}>"
 
 
 def test_chat_template_of_the_base_puts_the_instruction_of_the_run_before_the_question():
     base = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     own = tokenizer.Tokenizer(tokenizer.tiny().backend, tokenizer.tiny().config, base)
-    settings = Config(data=DataConfig(path="f", template="chat", instruction="Be short."))
-    made = tokenizer.Tokenizer(own.backend, own.config, export_hf.chat_template(settings.stage, settings.data, own))
+    data = DataConfig(path="f", template="chat", instruction="Be short.")
+    made = tokenizer.Tokenizer(own.backend, own.config, export_hf.chat_template("distill", data, own))
     asked = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
     expected = templates.render(asked, "chat", "Be short.", own.render_chat)
     assert made.render_chat([turn._asdict() for turn in asked]) == expected == "<user>a<assistant>b<user>Be short.\nc"

@@ -18,7 +18,7 @@ from r1jax.evals.benchmarks import Response
 from r1jax.recipe import example_files, lineage, stage1_coldstart, stage3_rejection_sft, teachers
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
-from r1jax.schema import Config, MeshConfig, RewardConfig, replace
+from r1jax.schema import DataConfig, MeshConfig, RewardConfig, replace
 
 SHORT = (
     *(
@@ -201,8 +201,7 @@ def read(tmp_path, case: str) -> tuple[list, list[str]]:
     given = io_case(case)["input"]
     path = tmp_path / "rows.jsonl"
     jsonl.write(path, given["rows"] if "rows" in given else [given["row"]])
-    own_config = Config()
-    drafts, notes = example_files.read(str(path), own_config.data, own_config.reward)
+    drafts, notes = example_files.read(str(path), DataConfig(), RewardConfig())
     return drafts, example_files.remarks(str(path), drafts, notes)
 
 

@@ -15,12 +15,13 @@ from r1jax.core import metrics, rng
 from r1jax.data.problems import Problem
 from r1jax.models import decoder, logprobs
 from r1jax.recipe import common, fine_tuning, policy, prompts
+from r1jax.recipe.parts import AskingParts
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.settings import of_config
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import RolloutRequest, SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.schema import Config, ModelConfig, PackConfig, SamplerConfig, replace
+from r1jax.schema import Config, ModelConfig, PackConfig, SamplerConfig, parts_of, replace
 
 PROBLEMS = [Problem(f"p{n}", "math", f"{n}+{n}", str(2 * n), "en") for n in range(6)]
 END, START, TURN = 256, 257, 258  # ids of SPECIAL
@@ -449,7 +450,7 @@ def test_a_padded_model_with_two_end_tokens_and_another_end_of_turn_trains_on_wh
     assert words.stop_ids == (256, 259, 258) and config.compute.vocab_used == 260
     params = common.load_weights(config.model, mesh, str(folder))
     own_config = replace(config, data=replace(config.data, template="chat"))
-    train = prompts.encode(PROBLEMS, own_config.stage, own_config.model, own_config.data, own_config.sampler, words)
+    train = prompts.encode(PROBLEMS, parts_of(AskingParts, own_config), words)
     seen = []
     training = policy.make_training(of_config(config), words, mesh, train, params, tmp_path / "run")
     generate = training.source.sampling.sampler.generate

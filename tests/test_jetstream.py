@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from flax import struct
 
+from r1jax.core import private_jax
 from r1jax.sampler import jetstream, serve
 
 needs_jetstream = pytest.mark.skipif(not jetstream.AVAILABLE, reason="google-jetstream 0.2.2 is not installed")
@@ -318,10 +319,10 @@ def test_new_parameters_take_effect_in_a_running_driver_without_a_new_trace():
     prompts = random_prompts(8)
     with serve.SafeDriver(engine, first) as driver:
         assert driver.generate_many(prompts, 6, 30) == [greedy(first, prompt, 6) for prompt in prompts]
-        traces = generate._cache_size()
+        traces = private_jax.compilations(generate)
         driver.set_params(second)
         assert driver.generate_many(prompts, 6, 30) == [greedy(second, prompt, 6) for prompt in prompts]
-        assert generate._cache_size() == traces
+        assert private_jax.compilations(generate) == traces
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ def test_rows_without_replies_are_answered_by_the_model_the_same_in_any_part(fol
     }
     config = configs.load("preference_pairs", [(name, str(value)) for name, value in fields.items()])
     resolved, words, mesh = common.prepare(config)
-    asking = preference_pairs.Asking(config.stage, config.seed, resolved.network, resolved.data, resolved.sampler)
+    asking = parts_of(preference_pairs.Asking, resolved)
     answer = preference_pairs.answerer(asking, 3, words, mesh)
     asked = preference_pairs.read(config.data)
     answered = answer(asked)
@@ -273,7 +273,7 @@ def test_pair_is_kept_when_its_mean_margin_exceeds_one(margins, kept):
     assert kept is None or found["chosen"] == ("one" if kept > 0 else "two")
 
 
-# Stage 3's wider pool.
+# Stage 3's judged prompts.
 
 
 @pytest.fixture
@@ -328,9 +328,7 @@ def test_stage_three_keeps_of_the_judged_prompts_what_judge_and_checks_accept(wi
     problems = linear_prompts("train")[:4]
     rows = [{"id": f"open-{p.id}", "prompt": p.text, "answer": p.reference, "language": p.language} for p in problems]
     jsonl.write(config.rejection.judged_prompts, rows)
-    train = prompts.encode(
-        linear_prompts("train")[100:110], config.stage, config.model, config.data, config.sampler, words
-    )
+    train = prompts.encode(linear_prompts("train")[100:110], parts_of(parts.AskingParts, config), words)
     found, counts = stage3_rejection_sft.collect(config, words, mesh, train, tmp_path)
     drawn = of_judged_prompts(config, words, mesh, params, {})
     checks = [*traces.basic_checks(1.0), *stage3_rejection_sft.readable(config.rejection)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import small
 
-from r1jax.core import rng, sharding
+from r1jax.core import private_jax, rng, sharding
 from r1jax.kernels.fused_logprob import token_logprobs
 from r1jax.models import decoder
 from r1jax.rewards.compose import PART_NAMES
@@ -90,11 +90,11 @@ def test_a_group_of_one_has_no_signal():
 
 def test_reward_weights_are_an_argument():
     parts = np.asarray([[1, 0], [0, 1]], np.float32)
-    before = group_advantages._cache_size()
+    before = private_jax.compilations(group_advantages)
     for weights in ([1, 0], [0, 1], [1, 0.2]):
         _, rewards, _ = group_advantages(parts, np.asarray(weights, np.float32), np.ones(2, bool), 2)
         np.testing.assert_allclose(rewards, parts @ np.asarray(weights), rtol=1e-6)
-    assert group_advantages._cache_size() <= before + 1
+    assert private_jax.compilations(group_advantages) <= before + 1
 
 
 def test_samples_that_do_not_split_into_groups_are_refused():
@@ -356,7 +356,7 @@ def test_loss_arguments_change_without_compiling_again(problem):
         for triple in ((0.2, 0.0, 1.0), (10.0, 0.1, 1.0), (0.2, 0.04, 0.5))
     }
     assert len(values) == 3
-    assert compiled._cache_size() == 1
+    assert private_jax.compilations(compiled) == 1
 
 
 def test_the_defaults_are_the_papers():

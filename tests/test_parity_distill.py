@@ -57,10 +57,7 @@ def ours(student):
     config, words, mesh = common.prepare(config)
     asked = prompts.encode(
         [prompt.problem for prompt in prompts.load(parts_of(parts.PromptParts, config), words).held_out[:PROBLEMS]],
-        config.stage,
-        config.model,
-        config.data,
-        config.sampler,
+        parts_of(parts.AskingParts, config),
         words,
     )
     sampler = RolloutSampler(Engine(config.network, config.sampler, mesh, (words.eos_id,), words))

@@ -6,8 +6,7 @@ import pytest
 from r1jax import config as configs
 from r1jax.core.metrics import read
 from r1jax.data import jsonl, tasks
-from r1jax.recipe import policy as stage4_all_scenarios
-from r1jax.recipe import reward_models
+from r1jax.recipe import policy, reward_models
 
 EVERY = {"evaluation.max_problems": 20, "evaluation.samples_per_problem": 1, "evaluation.consensus_problems": 0}
 MODEL = EVERY | {"data.template": "tiny", "data.holdout_fraction": 0.2, "start": "", "reward_model.epochs": 2}
@@ -53,9 +52,7 @@ def run(folder, hackable: bool) -> tuple[dict, list[dict]]:
     model = configs.load("reward_helpful", [(name, str(value)) for name, value in (MODEL | given).items()])
     held_out = reward_models.run(model, folder)["held_out"]
     given = POLICY | {"scenarios.helpful_model": folder / "reward_helpful"}
-    stage4_all_scenarios.run(
-        configs.load("stage4_all_scenarios", [(name, str(value)) for name, value in given.items()]), folder
-    )
+    policy.run(configs.load("stage4_all_scenarios", [(name, str(value)) for name, value in given.items()]), folder)
     return held_out, read(folder / "stage4_all_scenarios")
 
 

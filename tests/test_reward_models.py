@@ -212,7 +212,7 @@ def test_helpful_model_finds_nothing_to_judge_where_thinking_never_ends_or_nothi
     assert TextFormat("safety", "tiny").ids("tell cat :", "<think> cat small", WORDS) is not None
 
 
-def test_reading_keeps_the_end_of_a_prompt_and_the_beginning_of_a_response():
+def test_text_format_keeps_the_end_of_a_prompt_and_the_beginning_of_a_response():
     text_format = TextFormat("safety", "tiny", prompt_tokens=2, response_tokens=3)
     assert WORDS.decode(text_format.ids("tell old cat :", "the cat is small", WORDS)) == "cat : the cat is"
 

@@ -17,6 +17,7 @@ from r1jax.data import tasks
 from r1jax.data.packing import PackItem, pack_batch
 from r1jax.models import decoder, moe
 from r1jax.recipe import policy, prompts
+from r1jax.recipe.parts import AskingParts
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rl import losses
 from r1jax.rl import rollout as rollouts
@@ -26,7 +27,7 @@ from r1jax.rl.settings import of_config
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import RolloutRequest, SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.schema import Config, GRPOConfig, MeshConfig, PackConfig, SamplerConfig, replace
+from r1jax.schema import Config, GRPOConfig, MeshConfig, PackConfig, SamplerConfig, parts_of, replace
 from r1jax.train import step
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -303,9 +304,7 @@ FIELDS = {
 
 def build(folder):
     config = configs.load("r1_zero:tiny", [(name, str(value)) for name, value in FIELDS.items()])
-    train = prompts.encode(
-        tasks.linear_prompts("train")[:30], config.stage, config.model, config.data, config.sampler, WORDS
-    )
+    train = prompts.encode(tasks.linear_prompts("train")[:30], parts_of(AskingParts, config), WORDS)
     mesh = sharding.make_mesh(MeshConfig())
     return policy.make_training(
         of_config(config), WORDS, mesh, train, weights(config.network), folder, describe=policy.describe

@@ -85,8 +85,7 @@ def test_each_turn_is_an_example_where_the_template_drops_earlier_thoughts():
 @pytest.mark.parametrize("template", ["r1_zero", "plain"])
 def test_only_the_last_turn_is_trained_under_a_template_without_turns(template):
     own = words(PLAIN)
-    own_config = Config(data=DataConfig(template=template))
-    (item,) = sft_rows.items_of(row(), own_config.stage, own_config.data, own)
+    (item,) = sft_rows.items_of(row(), "distill", DataConfig(template=template), own)
     assert trained(item, own) == "<think>four and one</think>5<|im_end|>"
     assert "Assistant: <think>two and two</think>4" in whole(item, own)
 

@@ -10,8 +10,7 @@ from r1jax.core import sharding, tree
 from r1jax.core.metrics import read
 from r1jax.data import jsonl, tasks
 from r1jax.models import decoder
-from r1jax.recipe import common, evaluate, fine_tuning, lineage, stage0_base, stage1_coldstart
-from r1jax.recipe import policy as r1_zero
+from r1jax.recipe import common, evaluate, fine_tuning, lineage, policy, stage0_base, stage1_coldstart
 
 SHORT = [
     ("grpo.updates", "16"),
@@ -28,7 +27,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def zero(workdir):
-    return r1_zero.run(configs.load("r1_zero:tiny", SHORT), workdir)
+    return policy.run(configs.load("r1_zero:tiny", SHORT), workdir)
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +63,13 @@ def test_first_update_of_each_rollout_agrees_with_the_sampler(zero, workdir):
 
 def test_a_finished_stage_is_not_run_again(zero, workdir):
     stamp = (workdir / "r1_zero" / "metrics.jsonl").stat().st_mtime_ns
-    assert r1_zero.run(configs.load("r1_zero:tiny", SHORT), workdir) == zero
+    assert policy.run(configs.load("r1_zero:tiny", SHORT), workdir) == zero
     assert (workdir / "r1_zero" / "metrics.jsonl").stat().st_mtime_ns == stamp
 
 
 def test_another_config_in_the_same_folder_is_refused_by_name(zero, workdir):
     with pytest.raises(ValueError, match=r"another config \(seed: 0 there, 1 now\)"):
-        r1_zero.run(configs.load("r1_zero:tiny", [*SHORT, ("seed", "1")]), workdir)
+        policy.run(configs.load("r1_zero:tiny", [*SHORT, ("seed", "1")]), workdir)
 
 
 def test_cold_start_examples_are_right_clean_and_from_training_problems(dev1, workdir):

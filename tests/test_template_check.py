@@ -15,11 +15,12 @@ from r1jax.checkpoints import tokenizer
 from r1jax.data import templates
 from r1jax.data.problems import Problem
 from r1jax.recipe import export_hf, prompts, template_check
+from r1jax.recipe.parts import AskingParts
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest
 from r1jax.rl import rollout
 from r1jax.sampler.sample import RolloutSample
-from r1jax.schema import Config, DataConfig, RewardConfig, SamplerConfig, replace
+from r1jax.schema import Config, DataConfig, RewardConfig, SamplerConfig, parts_of, replace
 
 PROMPT = Problem("1", "math", "What is 1 + 1?", "2", "en")
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
@@ -94,7 +95,7 @@ def test_prefill_is_the_opening_that_ends_a_prompt(text, opened):
 def test_a_rollout_is_graded_with_the_think_that_its_prompt_holds(prefilled):
     own = words()
     own_config = settings("plain", prefilled)
-    (asked,) = prompts.encode([PROMPT], own_config.stage, own_config.model, own_config.data, own_config.sampler, own)
+    (asked,) = prompts.encode([PROMPT], parts_of(AskingParts, own_config), own)
     response = "1 and 1 more</think><answer>2</answer>"
     text, none = response if prefilled else f"<think>{response}", np.zeros(0, np.float32)
     sample = RolloutSample(0, 0, asked.ids, np.asarray(own.encode(text)), none, none, "stop", 0)
@@ -140,7 +141,7 @@ def test_the_released_r1_tokenizer_passes_and_its_prompt_ends_as_asked(shared_da
     r1, config = tokenizer.from_folder(tmp_path), settings(prefilled=prefilled, extraction="boxed")
     check(config, r1)
     own_config = replace(config, sampler=SamplerConfig(max_prompt_tokens=64))
-    (asked,) = prompts.encode([PROMPT], own_config.stage, own_config.model, own_config.data, own_config.sampler, r1)
+    (asked,) = prompts.encode([PROMPT], parts_of(AskingParts, own_config), r1)
     assistant, think, line_break = 128804, 128798, 201
     assert asked.ids.tolist()[-3:] == ([assistant, think, line_break] if prefilled else [*r1.encode("1?"), assistant])
     assert asked.prefill == ("<think>\n" if prefilled else "")

@@ -22,12 +22,13 @@ from r1jax.data import tasks
 from r1jax.data.packing import PackItem, pack_batch
 from r1jax.models import decoder
 from r1jax.recipe import policy, prompts
+from r1jax.recipe.parts import AskingParts
 from r1jax.rl import losses, warnings
 from r1jax.rl.advantages import group_advantages
 from r1jax.rl.journal import Rollout
 from r1jax.rl.rollout import Advantages
 from r1jax.rl.settings import of_config
-from r1jax.schema import GRPOConfig, MeshConfig, OptimizerConfig, PackConfig, replace
+from r1jax.schema import GRPOConfig, MeshConfig, OptimizerConfig, PackConfig, parts_of, replace
 from r1jax.train import guard, sft, step, supervised
 
 WORDS = tokenizer.tiny()
@@ -151,9 +152,7 @@ def run(folder, changes, **fields):
     fields = {**BUILD, **{name.replace("__", "."): value for name, value in fields.items()}}
     config = configs.load("r1_zero:tiny", [(name, str(value)) for name, value in fields.items()])
     mesh = sharding.make_mesh(MeshConfig())
-    train = prompts.encode(
-        tasks.linear_prompts("train")[:20], config.stage, config.model, config.data, config.sampler, WORDS
-    )
+    train = prompts.encode(tasks.linear_prompts("train")[:20], parts_of(AskingParts, config), WORDS)
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "guard/loop", "init"), "float32", mesh)
     training = policy.make_training(of_config(config), WORDS, mesh, train, params, folder, describe=policy.describe)
     source, objective, transform = training.source.source, training.objective, training.run.trainer.transform

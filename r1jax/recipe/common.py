@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from r1jax.config import config_hash, flatten
 from r1jax.core import checkpoint, files, hosts, runtime, sharding
 from r1jax.core.say import say
 from r1jax.models import decoder
-from r1jax.schema import Config, DataConfig, GateConfig, ModelConfig, RopeScaling, replace
+from r1jax.schema import ComputeConfig, Config, DataConfig, GateConfig, ModelConfig, RopeScaling, replace
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 DONE = "DONE"
@@ -152,7 +153,7 @@ def read_folder(
     prompts if data.template is auto.
     """
     if is_hugging_face(folder):
-        shape, tokenizer = _hugging_face(folder)
+        shape, tokenizer = read_hugging_face(folder)
         return shape, data, tokenizer
     shape, tokenizer, template = read_model(Path(folder), shape)
     return shape, replace(data, **template) if data.template == "auto" and template else data, tokenizer
@@ -177,13 +178,20 @@ def prepare(config: Config, start: Path | None = None) -> tuple[Config, tokenize
             f"{config.stage}:{config.preset} brings no weights and no tokenizer; give a Hugging Face folder, or a "
             "stage's, with --config.model.checkpoint=DIR"
         )
-    tokenizer = tokenizer.stopping_at(config.sampler.stop_ids)
-    compute = replace(config.compute, vocab_used=tokenizers.vocab_used(shape, tokenizer))
+    compute, tokenizer = fit_to_tokenizer(config.compute, shape, tokenizer, config.sampler.stop_ids)
     shape = replace(shape, checkpoint=config.model.checkpoint)
     return replace(config, model=shape, data=data, compute=compute), tokenizer, mesh
 
 
-def _hugging_face(folder: str | Path) -> tuple[ModelConfig, tokenizers.Tokenizer]:
+def fit_to_tokenizer(
+    compute: ComputeConfig, shape: ModelConfig, tokenizer: tokenizers.Tokenizer, stop_ids: Sequence[int]
+) -> tuple[ComputeConfig, tokenizers.Tokenizer]:
+    """Returns (`compute` with the rows of the vocabulary in use, the tokenizer that also stops at `stop_ids`)."""
+    tokenizer = tokenizer.stopping_at(stop_ids)
+    return replace(compute, vocab_used=tokenizers.vocab_used(shape, tokenizer)), tokenizer
+
+
+def read_hugging_face(folder: str | Path) -> tuple[ModelConfig, tokenizers.Tokenizer]:
     """Returns (shape, tokenizer) of a Hugging Face folder, or of a file in one."""
     from r1jax.checkpoints import hf_config
 
@@ -244,7 +252,7 @@ def _model_of_run(folder: Path, preset: ModelConfig) -> tuple[ModelConfig, token
                 f"{folder} was trained from {base}, which holds its tokenizer and is not there; name that folder with "
                 "--config.model.checkpoint=DIR"
             )
-        shape, tokenizer = _hugging_face(base)
+        shape, tokenizer = read_hugging_face(base)
     else:
         nested: dict = {"rope_scaling": {}}
         for name, value in fields.items():

@@ -5,7 +5,7 @@ from jax.sharding import Mesh
 from r1jax.data import files
 from r1jax.data.problems import as_text, from_row
 from r1jax.evals.benchmarks import Response
-from r1jax.recipe import common, judging, teachers, traces
+from r1jax.recipe import common, judging, prompts, traces
 from r1jax.recipe.drafts import Counts
 from r1jax.recipe.teachers import Teacher
 from r1jax.schema import JudgeConfig, RejectionConfig, replace
@@ -33,7 +33,7 @@ def sample(
     rows = files.read(rejection.judged_prompts, settings.data.columns).rows
     reference = lambda task, fields: as_text(fields.get("answer"))  # noqa: E731
     problems = [from_row(row.fields, row.place, reference, "judged") for row in rows]
-    encoded = teachers.encode(problems, settings, teacher.tokenizer)
+    encoded = prompts.encode(problems, settings, teacher.tokenizer)
     with judging.JudgePool(settings.stage, settings.seed, judge, settings.reward, mesh) as pool:
         responses = traces.sample(
             replace(settings, stage=f"{settings.stage}/judged"),  # so that its random draws differ

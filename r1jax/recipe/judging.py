@@ -9,7 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from r1jax.checkpoints import hf, hf_config, tokenizer
+from r1jax.checkpoints import hf
 from r1jax.config import config_hash
 from r1jax.core import hosts
 from r1jax.data import jsonl
@@ -45,14 +45,12 @@ def editor_inputs(stage: str, judge: JudgeConfig, editor: str) -> dict[str, str]
 def load(stage: str, seed: int, judge: JudgeConfig, mesh: Mesh) -> Judge:
     """Returns the judge of config.judge.checkpoint. Raises ValueError as `require_judge`."""
     require_judge(stage, judge)
-    folder = judge.checkpoint
-    directory = Path(folder).parent if Path(folder).is_file() else Path(folder)
-    model = hf_config.model_config(directory)
-    judge_tokenizer = tokenizer.from_folder(directory).stopping_at(judge.sampler.stop_ids)
-    compute = ComputeConfig(compute_dtype=judge.compute_dtype, vocab_used=tokenizer.vocab_used(model, judge_tokenizer))
-    sampler = build_sampler(Network(model, compute), judge.sampler, mesh, judge_tokenizer)
-    params = sampler.engine.load_params(hf.load(folder, model, mesh, jnp.dtype(compute.compute_dtype)))
-    return Judge(sampler, params, judge_tokenizer, "chat" if judge_tokenizer.chat_template else "plain", seed)
+    model, tokenizer = common.read_hugging_face(judge.checkpoint)
+    compute = ComputeConfig(compute_dtype=judge.compute_dtype)
+    compute, tokenizer = common.fit_to_tokenizer(compute, model, tokenizer, judge.sampler.stop_ids)
+    sampler = build_sampler(Network(model, compute), judge.sampler, mesh, tokenizer)
+    params = sampler.engine.load_params(hf.load(judge.checkpoint, model, mesh, jnp.dtype(compute.compute_dtype)))
+    return Judge(sampler, params, tokenizer, "chat" if tokenizer.chat_template else "plain", seed)
 
 
 class JudgePool:

@@ -6,7 +6,6 @@ from r1jax.schema import (
     DataConfig,
     EvalConfig,
     MeshConfig,
-    ModelConfig,
     Network,
     OptimizerConfig,
     PackConfig,
@@ -17,27 +16,29 @@ from r1jax.schema import (
 
 
 @dataclass(frozen=True)
-class PromptParts:
-    """What reading a stage's problems and rendering them as prompts uses."""
+class AskingParts:
+    """What rendering problems as the prompts of a model uses."""
 
     stage: str
-    preset: str
-    model: ModelConfig
+    network: Network
     data: DataConfig
     sampler: SamplerConfig
+
+
+@dataclass(frozen=True)
+class PromptParts(AskingParts):
+    """What reading a stage's problems and rendering them as prompts uses."""
+
+    preset: str
     reward: RewardConfig
     scenarios: ScenarioConfig
 
 
 @dataclass(frozen=True)
-class SamplingParts:
+class SamplingParts(AskingParts):
     """What sampling a policy's responses and grading them uses. `stage` and `seed` key every draw."""
 
-    stage: str
     seed: int
-    network: Network
-    data: DataConfig
-    sampler: SamplerConfig
     reward: RewardConfig
 
 

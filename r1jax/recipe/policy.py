@@ -158,10 +158,7 @@ def later(settings: PromptParts, tokenizer: Tokenizer, stage_prompts: prompts.St
     ]
     sources = [
         *stage_prompts.training.sources,
-        *(
-            prompts.encode(problems, settings.stage, settings.model, settings.data, settings.sampler, tokenizer)
-            for problems in scenario_problems.values()
-        ),
+        *(prompts.encode(problems, settings, tokenizer) for problems in scenario_problems.values()),
     ]
     return scenarios.from_update, sources, (*weights, scenarios.general_fraction, scenarios.safety_fraction)
 

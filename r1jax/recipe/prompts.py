@@ -12,9 +12,9 @@ from r1jax.data import templates
 from r1jax.data.problems import Message, Problem, ProblemSource
 from r1jax.data.tasks import TinyWorld
 from r1jax.recipe import problems
-from r1jax.recipe.parts import PromptParts
+from r1jax.recipe.parts import AskingParts, PromptParts
 from r1jax.rl.rollout import EncodedPrompt, Mixture
-from r1jax.schema import DataConfig, ModelConfig, SamplerConfig
+from r1jax.schema import DataConfig
 
 # Stages that train a base model by RL alone: they use R1-Zero's template, whatever template the tokenizer ships.
 FROM_BASE = ("r1_zero", "student_rl", "ppo_baseline")
@@ -37,11 +37,8 @@ def load(settings: PromptParts, tokenizer: Tokenizer) -> StagePrompts:
     """
     source = _source(settings, tokenizer)
     problem_lists, weights = source.training()
-    training = Mixture(
-        [_encoded(problems, settings, tokenizer) for problems in problem_lists],
-        weights,
-    )
-    held_out = _encoded(source.held_out(), settings, tokenizer)
+    training = Mixture([encode(problems, settings, tokenizer) for problems in problem_lists], weights)
+    held_out = encode(source.held_out(), settings, tokenizer)
     all_problems = [*(problem for problems in problem_lists for problem in problems), *source.held_out()]
     left_out = {"too_long": _left_out_by_task(all_problems, [*training.all, *held_out])}
     return StagePrompts(source, training, held_out, {**source.counts, "left_out": left_out})
@@ -50,7 +47,7 @@ def load(settings: PromptParts, tokenizer: Tokenizer) -> StagePrompts:
 def load_held_out(settings: PromptParts, tokenizer: Tokenizer) -> StagePrompts:
     """Returns the held-out prompts for an evaluation, without training prompts."""
     source = _source(settings, tokenizer)
-    held_out = _encoded(source.held_out(), settings, tokenizer)
+    held_out = encode(source.held_out(), settings, tokenizer)
     left_out = {"too_long": _left_out_by_task(source.held_out(), held_out)}
     return StagePrompts(source, Mixture([]), held_out, {**source.counts, "left_out": left_out})
 
@@ -65,10 +62,6 @@ def _source(settings: PromptParts, tokenizer: Tokenizer) -> ProblemSource:
     if isinstance(source, TinyWorld):
         source.check_words(tokenizer.encode, tokenizer.source)
     return source
-
-
-def _encoded(problems: Sequence[Problem], settings: PromptParts, tokenizer: Tokenizer) -> list[EncodedPrompt]:
-    return encode(problems, settings.stage, settings.model, settings.data, settings.sampler, tokenizer)
 
 
 def template(stage: str, data: DataConfig, tokenizer: Tokenizer) -> str:
@@ -97,20 +90,15 @@ def ids_of(text: str, stage: str, data: DataConfig, tokenizer: Tokenizer) -> lis
     return tokenizer.encode(text) if template(stage, data, tokenizer) == "chat" else tokenizer.encode_prompt(text)
 
 
-def encode(
-    problems: Sequence[Problem],
-    stage: str,
-    model: ModelConfig,
-    data: DataConfig,
-    sampler: SamplerConfig,
-    tokenizer: Tokenizer,
-) -> list[EncodedPrompt]:
+def encode(problems: Sequence[Problem], settings: AskingParts, tokenizer: Tokenizer) -> list[EncodedPrompt]:
     """Returns the prompts as ids; prints how many exceed config.sampler.max_prompt_tokens and leaves them out.
 
     Raises ValueError when none is left, when a larger share than config.data.max_left_out is left out, and when a
     prompt with a full response exceeds the positions of the model.
     """
-    limit, max_new_tokens = sampler.max_prompt_tokens, sampler.max_new_tokens
+    stage, data = settings.stage, settings.data
+    limit, max_new_tokens = settings.sampler.max_prompt_tokens, settings.sampler.max_new_tokens
+    positions = settings.network.model.max_position_embeddings
     encoded, longest = [], 0
     for problem in problems:
         text = render(problem.prompt, stage, data, tokenizer)
@@ -131,10 +119,10 @@ def encode(
     if dropped:
         say(f"{dropped} of {len(problems)} prompts exceed {limit} tokens, left out")
     kept = max((len(prompt.ids) for prompt in encoded), default=0)
-    if kept + max_new_tokens > model.max_position_embeddings:
+    if kept + max_new_tokens > positions:
         raise ValueError(
             f"a prompt of {kept} tokens and config.sampler.max_new_tokens={max_new_tokens} exceed the model's "
-            f"max_position_embeddings={model.max_position_embeddings}; lower config.sampler.max_new_tokens or "
+            f"max_position_embeddings={positions}; lower config.sampler.max_new_tokens or "
             "config.sampler.max_prompt_tokens"
         )
     return encoded

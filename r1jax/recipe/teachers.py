@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from r1jax.checkpoints.tokenizer import Tokenizer, vocab_used
+from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.data.hashing import hash64
 from r1jax.data.problems import Message, Problem
 from r1jax.data.prompts import keyed_permutation
@@ -74,8 +74,7 @@ def load(settings: SamplingParts, mesh: Mesh, folder: str | Path, stage: str = "
     network, data = settings.network, replace(settings.data, template="auto")
     shape = replace(network.model, checkpoint=str(folder))
     model, data, tokenizer = common.read_folder(folder, shape, data)
-    tokenizer = tokenizer.stopping_at(settings.sampler.stop_ids)
-    compute = replace(network.compute, vocab_used=vocab_used(model, tokenizer))
+    compute, tokenizer = common.fit_to_tokenizer(network.compute, model, tokenizer, settings.sampler.stop_ids)
     network = replace(network, model=replace(model, checkpoint=str(folder)), compute=compute)
     if data.template == "auto":
         asking = settings.stage if common.is_hugging_face(folder) or not stage else stage
@@ -92,17 +91,12 @@ def prompted(settings: SamplingParts, folder: str, tokenizer: Tokenizer, mesh: M
     return replace(teacher, settings=replace(teacher.settings, data=data))
 
 
-def encode(problems: Sequence[Problem], settings: SamplingParts, tokenizer: Tokenizer) -> list[EncodedPrompt]:
-    """Returns problems as the prompts of a model that is sampled with `settings`."""
-    return prompts.encode(problems, settings.stage, settings.network.model, settings.data, settings.sampler, tokenizer)
-
-
 def sampled(
     teacher: Teacher, mesh: Mesh, train: Sequence[EncodedPrompt], count: int, samples: int, temperature: float
 ) -> list[Response]:
     """Returns `samples` graded responses of a teacher, in its template, to each of `count` training problems."""
     settings, tokenizer = teacher.settings, teacher.tokenizer
-    encoded = encode([prompt.problem for prompt in train], settings, tokenizer)
+    encoded = prompts.encode([prompt.problem for prompt in train], settings, tokenizer)
     return traces.sample(settings, tokenizer, mesh, encoded, teacher.params, count, samples, temperature)
 
 
@@ -127,9 +121,15 @@ def answered(
     requests = [
         replace(problem, prompt=_request(problem, instruction, examples, chat)) for problem in problems.values()
     ]
-    encoded = encode(requests, settings, teacher.tokenizer)
+    encoded = prompts.encode(requests, settings, teacher.tokenizer)
     sampled = traces.sample(
-        *(settings, teacher.tokenizer, mesh, encoded, teacher.params, len(encoded), coldstart.samples_per_prompt),
+        settings,
+        teacher.tokenizer,
+        mesh,
+        encoded,
+        teacher.params,
+        len(encoded),
+        coldstart.samples_per_prompt,
         temperature=1.0,
     )
     responses = [replace(response, problem=problems[response.problem.id]) for response in sampled]

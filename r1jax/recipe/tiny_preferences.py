@@ -12,7 +12,7 @@ from r1jax.data.prompts import keyed_permutation
 from r1jax.data.templates import summary
 from r1jax.evals.benchmarks import Response
 from r1jax.models import decoder
-from r1jax.recipe import evaluate, lineage, teachers
+from r1jax.recipe import evaluate, lineage, prompts
 from r1jax.recipe.parts import SamplingParts
 from r1jax.rewards.pool import RewardPool
 from r1jax.sampler.build import build_sampler
@@ -35,7 +35,7 @@ def examples(
     that were cut off, and repeated ones, are left out.
     """
     problems = tasks.preference_prompts() if kind == "helpful" else tasks.safety_prompts()
-    encoded = teachers.encode(problems, settings, tokenizer)
+    encoded = prompts.encode(problems, settings, tokenizer)
     sampler = build_sampler(settings.network, settings.sampler, mesh, tokenizer)
     sampling = SamplingParams(max_new_tokens=settings.sampler.max_new_tokens, stop_ids=tokenizer.stop_ids)
     responses_drawn: list[Response] = []

@@ -16,21 +16,18 @@ from r1jax.data.hashing import hash64
 from r1jax.data.problems import Problem
 from r1jax.data.prompts import keyed_permutation
 from r1jax.recipe import common, judging, prompts
+from r1jax.recipe.parts import AskingParts
 from r1jax.rewards.models.judge import Judge, Judgement, Pair
 from r1jax.rl import rollout
 from r1jax.sampler.build import build_sampler, sampling_params
-from r1jax.schema import Config, DataConfig, Network, PreferenceConfig, SamplerConfig
+from r1jax.schema import Config, DataConfig, PreferenceConfig, parts_of
 
 
 @dataclass(frozen=True)
-class Asking:
+class Asking(AskingParts):
     """What a model answers prompts with. `stage` and `seed` key every draw."""
 
-    stage: str
     seed: int
-    network: Network
-    data: DataConfig
-    sampler: SamplerConfig
 
 
 def run(config: Config, workdir: Path) -> dict:
@@ -47,9 +44,8 @@ def run(config: Config, workdir: Path) -> dict:
     key = judging.work_key(config, config.judge.checkpoint, config.model.checkpoint)
     mesh = sharding.make_mesh(config.mesh)
     if missing := [row for row in rows if not row["responses"]]:
-        resolved, tokenizer, its_mesh = common.prepare(config)
-        asking = Asking(config.stage, config.seed, resolved.network, resolved.data, resolved.sampler)
-        answer = answerer(asking, settings.responses_per_prompt, tokenizer, its_mesh)
+        resolved, tokenizer, _ = common.prepare(config)
+        answer = answerer(parts_of(Asking, resolved), settings.responses_per_prompt, tokenizer, mesh)
         answered = judging.in_parts(folder, f"{key}-answers", missing, answer, "answers")
         answered_by_id = {row["id"]: row for row in answered}
         rows = [answered_by_id.get(row["id"], row) for row in rows]
@@ -110,7 +106,7 @@ def answerer(settings: Asking, count: int, tokenizer: Tokenizer, mesh: Mesh):
 
     def answer(rows: list[dict]) -> list[dict]:
         problems = [Problem(row["id"], "", row["prompt"], "") for row in rows]
-        encoded = prompts.encode(problems, settings.stage, model, settings.data, settings.sampler, tokenizer)
+        encoded = prompts.encode(problems, settings, tokenizer)
         draws = [hash64("answers", prompt.problem.id) % 2**32 for prompt in encoded]
         requests = rollout.requests_for(encoded, draws, count, sampling, settings.seed, settings.stage, "sample")
         texts: dict[str, list[str]] = {row["id"]: [] for row in rows}
