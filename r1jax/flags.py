@@ -26,6 +26,11 @@ class Arguments:
     num_processes: int | None
     process_id: int | None
     heartbeat_s: float | None
+    plan: str | None  # "" plans the run on `topology`, "search" finds a slice
+    topology: str  # a TPU slice such as v5p:4x4x8
+    slices: int
+    response_tokens: str  # MEAN:P99, "" derives them from the config
+    price: float | None  # of a chip's hour
     dry_run: bool
     debug: bool
     help: bool
@@ -35,7 +40,7 @@ def parse(argv: list[str]) -> Arguments:
     """Returns the arguments in `argv` (without the program's name); raises ValueError with one line for a bad one."""
     values = _define()
     overrides, rest = _take_overrides(argv)
-    rest = _with_value("--explain", rest)
+    rest = _with_value("--plan", _with_value("--explain", rest))
     try:
         positional = values(["r1jax", *rest])[1:]
     except absl_flags.UnrecognizedFlagError as error:
@@ -48,9 +53,8 @@ def parse(argv: list[str]) -> Arguments:
         raise ValueError(f"unexpected argument '{positional[0]}'; every argument is a --flag=value")
     if values.sweep_index is not None and not values.sweep:
         raise ValueError(f"--sweep_index={values.sweep_index} needs at least one --sweep=FIELD=v1,v2")
-    if values.topology is not None:
-        if values.config.partition(":")[0] != "bench_kernels":
-            raise ValueError(f"--topology={values.topology} goes with --config=bench_kernels alone")
+    _check_plan(values)
+    if values.topology is not None and values.plan is None:
         overrides.append(("bench.topology", values.topology))
     if values.explain is not None:
         if values.config.partition(":")[0] != "grade":
@@ -67,10 +71,32 @@ def parse(argv: list[str]) -> Arguments:
         num_processes=values.num_processes,
         process_id=values.process_id,
         heartbeat_s=values.heartbeat_s,
+        plan=values.plan,
+        topology=values.topology or "",
+        slices=values.slices or 1,
+        response_tokens=values.response_tokens or "",
+        price=values.price,
         dry_run=values.dry_run,
         debug=values.debug,
         help=values.help or values.h or values.helpfull or values.helpshort,
     )
+
+
+def _check_plan(values: absl_flags.FlagValues) -> None:
+    """Raises ValueError for flags of --plan without it, and for --plan without a topology."""
+    if values.plan is None:
+        for name in ("slices", "response_tokens", "price"):
+            if values[name].value is not None:
+                raise ValueError(f"--{name}={values[name].value} goes with --plan alone")
+        if values.topology is not None and values.config.partition(":")[0] != "bench_kernels":
+            raise ValueError(f"--topology={values.topology} goes with --plan and --config=bench_kernels alone")
+        return
+    if values.plan not in ("", "search"):
+        raise ValueError(f"--plan={values.plan} is unknown; give --plan, or --plan=search to find a slice")
+    if values.topology is None:
+        raise ValueError("--plan needs --topology=GENERATION:SHAPE, such as v5p:4x4x8, and --plan=search v5p alone")
+    if values.sweep:
+        raise ValueError("--plan takes one config; give it without --sweep")
 
 
 def _define() -> absl_flags.FlagValues:
@@ -81,7 +107,22 @@ def _define() -> absl_flags.FlagValues:
     absl_flags.DEFINE_string("workdir", "runs", "Folder for checkpoints, metrics and reports.", flag_values=values)
     absl_flags.DEFINE_string("json", None, "File for the run's figures, as JSON.", flag_values=values)
     absl_flags.DEFINE_string(
-        "topology", None, "bench_kernels: the TPU to compile for, such as v5p:1x1x1.", flag_values=values
+        "plan",
+        None,
+        "Run nothing: compile for --topology, print memory, time and cost; =search finds the smallest slice.",
+        flag_values=values,
+    )
+    absl_flags.DEFINE_string(
+        "topology", None, "--plan, bench_kernels: the TPU to compile for, such as v5p:2x2x1.", flag_values=values
+    )
+    absl_flags.DEFINE_integer(
+        "slices", None, "--plan: so many slices of --topology (default 1).", lower_bound=1, flag_values=values
+    )
+    absl_flags.DEFINE_string(
+        "response_tokens", None, "--plan: MEAN:P99 of the responses' lengths in tokens.", flag_values=values
+    )
+    absl_flags.DEFINE_float(
+        "price", None, "--plan: price of a chip's hour, in any currency.", lower_bound=0, flag_values=values
     )
     absl_flags.DEFINE_string(
         "explain",

@@ -26,12 +26,32 @@ def execute(arguments: flags.Arguments) -> int:
             raise ValueError("--sweep runs its points in processes of one machine; give it without --coordinator")
         return sweep.run(arguments, resolved)
     stage_table.check(resolved, config.keys(arguments.overrides))
+    if arguments.plan is not None:
+        return _plan(resolved, arguments)
     if not arguments.dry_run:
         return _run(resolved, arguments)
     print(config.dump(resolved), end="")
     if arguments.json is not None:
         config.write_json(arguments.json, config.flatten(resolved))
     return 0
+
+
+def _plan(resolved: schema.Config, arguments: flags.Arguments) -> int:
+    """Plans the run and returns 0, or 2 where it does not fit."""
+    run = stage_table.planner()
+    figures = run(
+        resolved,
+        arguments.spec,
+        arguments.overrides,
+        arguments.topology,
+        slices=arguments.slices,
+        search=arguments.plan == "search",
+        response_tokens=arguments.response_tokens,
+        price=arguments.price,
+    )
+    if arguments.json is not None:
+        config.write_json(arguments.json, figures)
+    return 0 if figures["fits"] else 2
 
 
 def _run(resolved: schema.Config, arguments: flags.Arguments) -> int:

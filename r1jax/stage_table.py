@@ -195,6 +195,11 @@ def function(stage: str) -> Callable[[Config, Path], dict]:
     return getattr(importlib.import_module(f"r1jax.{module}"), name)
 
 
+def planner() -> Callable[..., dict]:
+    """Returns the function behind --plan."""
+    return importlib.import_module("r1jax.tools.plan").run
+
+
 def several_processes(stage: str) -> bool:
     """Returns whether several processes can run a stage together; every other stage runs in one."""
     return stage in STAGES and STAGES[stage].several_processes

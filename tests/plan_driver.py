@@ -1,83 +1,25 @@
-"""Builders of the programs that tests compile for a TPU: the GRPO update and the decode step, from shapes alone."""
+"""Builders of programs that tests compile for a TPU, from shapes alone: those of a stage, and some made to be wrong."""
 
 import jax
 import jax.numpy as jnp
-import small
 from jax.sharding import NamedSharding, PartitionSpec
 
-from r1jax.configs import _presets as presets
+from r1jax import config as configs
 from r1jax.core import sharding
-from r1jax.models import decoder
-from r1jax.models.moe import MoE
 from r1jax.plan.compile import LoweredProgram
-from r1jax.rl import losses
-from r1jax.sampler.engine import Engine
-from r1jax.schema import GRPOConfig, MeshConfig, Network, OptimizerConfig, replace
-from r1jax.train import step
-
-BATCH = {"tokens": "int32", "targets": "int32", "positions": "int32", "segments": "int32", "loss_mask": "float32"}
+from r1jax.recipe import programs
+from r1jax.schema import MeshConfig
 
 
-def _network(preset: str, changes: dict) -> Network:
-    return small.changed(Network(presets.SIZES[preset].model, presets.SIZES[preset].compute), **changes)
+def stage(devices, spec: str, name: str, rules: dict | None = None, **fields):
+    """Returns the program `name` of a stage whose config has these fields, a__b for a.b.
 
-
-def _placed(shapes, shardings):
-    """Returns shape structs with shardings."""
-    return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings)
-
-
-def expert_weights(network, mesh, rules) -> dict:
-    """Returns (a device's part of one layer, the whole) of each expert weight."""
-    specs, found = decoder.specs(network.model), {}
-    for stack, ffw in {"sparse": specs.sparse, "mtp": specs.mtp and specs.mtp.block}.items():
-        ffw = ffw and ffw.ffw
-        for name in ("gate", "up", "down") if isinstance(ffw, MoE) else ():
-            spec = getattr(ffw, name)
-            part = sharding.sharding(mesh, spec.axes, spec.shape, rules).shard_shape(spec.shape)
-            found[f"{stack}/{name}"] = (part[1:], spec.shape[1:])
-    return found
-
-
-def update(
-    devices,
-    preset: str,
-    mesh: dict,
-    rows: int,
-    row_tokens: int,
-    model: dict | None = None,
-    rules: dict | None = None,
-    optimizer: dict | None = None,
-):
-    """Returns the GRPO update of one micro-batch of `rows` rows; `rules` change those it is traced under, not where weights lie."""
-    mesh, network = sharding.make_mesh(MeshConfig(**mesh), devices), _network(preset, model or {})
-    trainer = step.Trainer(
-        network, OptimizerConfig(**optimizer or {}), mesh, losses.make_loss(network, GRPOConfig()), 100
-    )
-    shape = (1, rows, row_tokens)
-    place = sharding.sharding(mesh, (None, "batch", "sequence"), shape)
-    dtypes = BATCH | dict.fromkeys(losses.fields(GRPOConfig()), "float32")
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
-    everywhere = sharding.replicated(mesh)
-    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)  # noqa: E731
-    arguments = losses.PolicyLossArguments(*[scalar("float32")] * 4)
-    changed = {axis: tuple(names) for axis, names in (rules or {}).items()}
-    with sharding.use_mesh(mesh, {**sharding.TRAIN, **changed}):
-        lowered = trainer._update.lower(trainer.restore_target(), batch, scalar("int32"), arguments)
-    return LoweredProgram(lowered, mesh, expert_weights(network, mesh, sharding.TRAIN))
-
-
-def decode(devices, preset: str, mesh: dict, model: dict | None = None, **sampler):
-    """Returns one dispatch of decode steps over all slots of the full window."""
-    mesh, network = sharding.make_mesh(MeshConfig(**mesh), devices), _network(preset, model or {})
-    settings = replace(presets.SIZES[preset].sampler, **sampler)
-    engine = Engine(network, settings, mesh, stop_ids=(1,))
-    with sharding.use_mesh(mesh, sharding.DECODE):
-        shapes = sharding.abstract(decoder.specs(network.model), jnp.dtype(network.compute.compute_dtype))
-        params = _placed(shapes, sharding.spec_shardings(decoder.specs(network.model), mesh, sharding.DECODE))
-        state = _placed(jax.eval_shape(engine._empty_state), engine._state_shardings())
-        lowered = engine._decode.lower(params, state, settings.steps_per_dispatch, engine.rows)
-    return LoweredProgram(lowered, mesh, expert_weights(network, mesh, sharding.DECODE))
+    It is traced under `rules`, but weights are where the stage puts them.
+    """
+    overrides = [(key.replace("__", "."), str(value)) for key, value in fields.items()]
+    program = programs.programs(configs.load(spec, overrides), devices)[name]
+    sharding.TRAIN.update({axis: tuple(names) for axis, names in (rules or {}).items()})
+    return LoweredProgram(program.lower(), program.mesh, program.kept)
 
 
 def product(devices, rows: int, inner: int, columns: int, gather: bool = False):

@@ -22,6 +22,7 @@ if importlib.util.find_spec("libtpu") is None:
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DRIVER = ROOT / "tests" / "plan_driver.py"
 BUDGETS = ROOT / "tests" / "kernel_budgets.json"
+DIVIDED = dict(model__num_hidden_layers=2, mesh__fsdp=2, mesh__tensor=2)
 BEST = {"bundles": min, "spill_stores": min, "vmem_bytes": min, "mxu_share": max}
 TOPOLOGIES = ("v5p:1x1x1", "v5e:1x1", "v6e:1x1")
 
@@ -72,26 +73,27 @@ def test_a_step_has_fewer_bundles_and_less_than_half_the_spill_share_of_splash_a
 
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x2", "v6e:2x2"])
 def test_the_kernels_compile_in_the_update_of_a_divided_model(topology, tmp_path):
-    shape = dict(num_hidden_layers=2, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
-    shape["logprob_implementation"] = "pallas"
-    given = dict(preset="tiny", model=shape, rows=4, row_tokens=512, mesh={"fsdp": 2, "tensor": 2})
-    found = compile_program(topology, f"{DRIVER}:update", given, "full", keep=tmp_path)
+    shape = dict(model__qk_nope_head_dim=128, model__qk_rope_head_dim=64, model__v_head_dim=128)
+    rows = dict(pack__rows_per_micro_batch=4, pack__row_tokens=512, compute__logprob_implementation="pallas")
+    given = dict(spec="r1_zero:tiny", name="update", **DIVIDED, **shape, **rows)
+    found = compile_program(topology, f"{DRIVER}:stage", given, "full", keep=tmp_path)
     logprob = dict.fromkeys(kernels.LOGPROB, 1)
     assert found.kernels == {"flash_attention_forward": 2, "flash_attention_backward": 2} | logprob
     assert found.rematerialized == ()
 
 
-LATENT = dict(kv_lora_rank=512, qk_rope_head_dim=64)
-GROUPED = dict(num_attention_heads=8, num_key_value_heads=2, head_dim=128)
+LATENT = dict(model__kv_lora_rank=512, model__qk_rope_head_dim=64)
+GROUPED = dict(model__num_attention_heads=8, model__num_key_value_heads=2, model__head_dim=128)
 
 
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x2", "v6e:2x2"])
 @pytest.mark.parametrize(
-    ("preset", "shape", "kernel"), [("tiny", LATENT, "latent_decode"), ("tiny_dense", GROUPED, "grouped_decode")]
+    ("spec", "shape", "kernel"),
+    [("r1_zero:tiny", LATENT, "latent_decode"), ("student_rl:tiny", GROUPED, "grouped_decode")],
 )
-def test_a_decode_kernel_compiles_in_the_step_of_a_divided_model(preset, shape, kernel, topology):
-    shape = shape | dict(num_hidden_layers=2, compute_dtype="bfloat16")
-    given = dict(preset=preset, model=shape, mesh={"fsdp": 2, "tensor": 2}, slots=4)
-    found = compile_program(topology, f"{DRIVER}:decode", given, "full")
+def test_a_decode_kernel_compiles_in_the_step_of_a_divided_model(spec, shape, kernel, topology):
+    more = dict(compute__compute_dtype="bfloat16", sampler__slots=4)
+    given = dict(spec=spec, name="rollout: decode 104", **DIVIDED, **shape, **more)
+    found = compile_program(topology, f"{DRIVER}:stage", given, "full")
     assert found.kernels == {kernel: 2}
     assert found.rematerialized == ()

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from r1jax.core import sharding
 from r1jax.plan.compile import GIB, compile_program
 
 if importlib.util.find_spec("libtpu") is None:
@@ -21,18 +22,24 @@ if importlib.util.find_spec("libtpu") is None:
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DRIVER = ROOT / "tests" / "plan_driver.py"
 SMALL = {"rows": 256, "inner": 1024, "columns": 512}
-LARGE = {"data": 2, "fsdp": 32, "expert": 8}
-TINY = {"preset": "tiny", "model": {"num_hidden_layers": 2}}
-ROWS = {"rows": 8, "row_tokens": 64}
+TINY = {"spec": "r1_zero:tiny", "model__num_hidden_layers": 2, "pack__rows_per_micro_batch": 8, "sampler__slots": 8}
+UPDATE, DECODE = "update", "rollout: decode 104"
+
+
+def mesh(**axes):
+    return {f"mesh__{name}": axes.get(name, 1) for name in sharding.AXES}
+
+
+LARGE = mesh(data=2, fsdp=32, expert=8)
 SIZES = {  # preset, slices, topology, mesh, rows and tokens of a micro-batch
-    "moonlight_16b": ("moonlight_16b", 1, "v5p:4x4x4", {"fsdp": 8, "expert": 8}, 64, 8192),
+    "moonlight_16b": ("moonlight_16b", 1, "v5p:4x4x4", mesh(fsdp=8, expert=8), 64, 8192),
     "v3_671b": ("v3_671b", 1, "v5p:8x8x8", LARGE, 512, 4096),
-    "v3_671b_context": ("v3_671b", 1, "v5p:8x8x8", {"fsdp": 32, "expert": 8, "context": 2}, 256, 8192),
-    "v3_671b_slices": ("v3_671b", 2, "v5p:8x8x8", {"slice": 2, **LARGE}, 1024, 4096),
+    "v3_671b_context": ("v3_671b", 1, "v5p:8x8x8", mesh(fsdp=32, expert=8, context=2), 256, 8192),
+    "v3_671b_slices": ("v3_671b", 2, "v5p:8x8x8", LARGE | {"mesh__slice": 2}, 1024, 4096),
 }
 LONG_ROWS = {  # tokens: topology, rows of a micro-batch, mesh
-    32768: ("v5p:8x8x16", 128, {"fsdp": 16, "expert": 8, "tensor": 2, "context": 4}),
-    65536: ("v5p:8x16x16", 64, {"fsdp": 8, "expert": 8, "tensor": 4, "context": 8}),
+    32768: ("v5p:8x8x16", 128, mesh(fsdp=16, expert=8, tensor=2, context=4)),
+    65536: ("v5p:8x16x16", 64, mesh(fsdp=8, expert=8, tensor=4, context=8)),
 }
 
 
@@ -115,10 +122,9 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
         compile_program("v5p:2x2x1", "anything:at_all")
 
 
-@pytest.mark.parametrize("builder", ["update", "decode"])
-def test_tokens_of_the_tiny_model_travel_to_experts_and_weights_stay(builder):
-    shape = ROWS if builder == "update" else {}
-    found = plan(builder, **TINY, mesh={"fsdp": 2, "expert": 2}, **shape)
+@pytest.mark.parametrize("name", [UPDATE, DECODE])
+def test_tokens_of_the_tiny_model_travel_to_experts_and_weights_stay(name):
+    found = plan("stage", **TINY, name=name, **mesh(fsdp=2, expert=2))
     assert found.memory.total < GIB
     assert found.rematerialized == ()
     assert found.gathered == ()
@@ -127,22 +133,23 @@ def test_tokens_of_the_tiny_model_travel_to_experts_and_weights_stay(builder):
     assert {one.axes for one in travels} == {("fsdp", "expert")}
 
 
-LATENT = dict(kv_lora_rank=512, qk_rope_head_dim=64)
-GROUPED = dict(num_attention_heads=8, num_key_value_heads=2, head_dim=64)
+LATENT = dict(model__kv_lora_rank=512, model__qk_rope_head_dim=64)
+GROUPED = dict(model__num_attention_heads=8, model__num_key_value_heads=2, model__head_dim=64)
 
 
 @pytest.mark.parametrize(
-    ("preset", "shape", "array", "kernel"),
+    ("spec", "shape", "array", "kernel"),
     [
-        ("tiny", LATENT, r"bf16\[6,{},1040,640\]", "latent_decode"),
-        ("tiny_dense", GROUPED, r"bf16\[6,{},2,1040,128\]", "grouped_decode"),
+        ("r1_zero:tiny", LATENT, r"bf16\[6,{},1040,640\]", "latent_decode"),
+        ("student_rl:tiny", GROUPED, r"bf16\[6,{},2,1040,128\]", "grouped_decode"),
     ],
 )
 @pytest.mark.parametrize("slots", [1, 16])
-def test_a_decode_step_copies_nothing_of_the_cache(preset, shape, array, kernel, slots, tmp_path):
-    shape = shape | dict(compute_dtype="bfloat16", num_hidden_layers=6)
-    given = dict(preset=preset, mesh={}, model=shape, slots=slots, max_new_tokens=1000, max_prompt_tokens=24)
-    found = compile_program("v5p:1x1x1", f"{DRIVER}:decode", given, keep=tmp_path)
+def test_a_decode_step_copies_nothing_of_the_cache(spec, shape, array, kernel, slots, tmp_path):
+    lengths = dict(sampler__max_new_tokens=1000, sampler__max_prompt_tokens=24, sampler__slots=slots)
+    more = dict(compute__compute_dtype="bfloat16", model__num_hidden_layers=6, pack__row_tokens=1024)
+    given = dict(spec=spec, name="rollout: decode 1024", **shape, **lengths, **more)
+    found = compile_program("v5p:1x1x1", f"{DRIVER}:stage", given, keep=tmp_path)
     (module,) = (path.read_text() for path in (tmp_path / "dump").glob("*before_buffer_assignment.txt"))
     assert re.search(array.format(slots), module)
     assert not re.search(rf"= {array.format(slots)}\S* copy\(", module)
@@ -151,14 +158,14 @@ def test_a_decode_step_copies_nothing_of_the_cache(preset, shape, array, kernel,
 
 
 def test_expert_weights_that_are_gathered_are_found_in_the_compiled_update():
-    found = plan("update", **TINY, **ROWS, mesh={"fsdp": 2, "expert": 2}, rules={"experts": ["expert"]})
+    found = plan("stage", **TINY, name=UPDATE, **mesh(fsdp=2, expert=2), rules={"experts": ["expert"]})
     wide = [one for one in found.gathered if one.kind == "all-gather"]
     assert {one.axes for one in wide} == {("fsdp",)}
     assert {tuple(sorted(shape.dims)) for one in wide for shape in one.shapes} == {(1, 4, 64, 96)}
 
 
 def test_gradients_of_two_slices_are_summed_between_them():
-    found = plan("update", slices=2, **TINY, **ROWS, mesh={"slice": 2, "fsdp": 2, "expert": 2})
+    found = plan("stage", slices=2, **TINY, name=UPDATE, **mesh(slice=2, fsdp=2, expert=2))
     between = [one for one in found.collectives if "slice" in one.axes]
     assert {one.kind for one in between} == {"all-reduce"}
     assert {one.group_size for one in between} == {2}
@@ -169,11 +176,11 @@ def test_gradients_of_two_slices_are_summed_between_them():
 @pytest.mark.parametrize("size", SIZES)
 def test_update_and_decode_fit_their_chips_and_expert_weights_stay(size, results):
     preset, slices, topology, mesh, rows, row_tokens = SIZES[size]
-    common = dict(slices=slices, preset=preset, mesh=mesh)
-    plans = {
-        "update": plan("update", topology, **common, rows=rows, row_tokens=row_tokens),
-        "decode": plan("decode", topology, **common),
-    }
+    given = dict(slices=slices, spec=f"r1_zero:{preset}", pack__row_tokens=row_tokens, **mesh)
+    given |= dict(pack__rows_per_micro_batch=rows, sampler__slots=rows * mesh["mesh__context"])
+    names = {"update": UPDATE, "decode": "rollout: decode 34816"}
+    given |= dict(sampler__max_new_tokens_schedule="()", sampler__max_new_tokens=32768)
+    plans = {short: plan("stage", topology, name=name, **given) for short, name in names.items()}
     results(
         f"plan_{size}",
         {"rows": rows, "row_tokens": row_tokens, **{name: found.figures() for name, found in plans.items()}},
@@ -192,7 +199,8 @@ def test_update_and_decode_fit_their_chips_and_expert_weights_stay(size, results
 @pytest.mark.parametrize("tokens", LONG_ROWS)
 def test_an_update_of_long_rows_fits_its_chips(tokens, results):
     topology, rows, mesh = LONG_ROWS[tokens]
-    found = plan("update", topology, preset="v3_671b", mesh=mesh, rows=rows, row_tokens=tokens, deadline_s=600)
+    shape = dict(pack__row_tokens=tokens, pack__rows_per_micro_batch=rows)
+    found = plan("stage", topology, spec="r1_zero:v3_671b", name=UPDATE, **shape, **mesh, deadline_s=600)
     results(f"plan_v3_671b_rows_{tokens}", {"rows": rows, "row_tokens": tokens, "update": found.figures()})
     print(f"{tokens}: {found.memory.total / GIB:.1f} GiB of {found.available / GIB:.1f}")
     assert set(found.kernels) == {"logprob_forward", "flash_attention_forward", "flash_attention_backward"}
@@ -202,9 +210,9 @@ def test_an_update_of_long_rows_fits_its_chips(tokens, results):
 
 
 def test_muon_orthogonalises_expert_matrices_where_they_lie():
-    model = {"num_hidden_layers": 4}  # three layers of experts: merged with them, the expert axis would be put together
-    found = plan(
-        "update", preset="tiny", model=model, mesh={"fsdp": 2, "expert": 2}, **ROWS, optimizer={"kind": "muon"}
-    )
+    layers = {
+        "model__num_hidden_layers": 4
+    }  # three of experts: merged with them, the expert axis would be put together
+    found = plan("stage", **TINY | layers, name=UPDATE, **mesh(fsdp=2, expert=2), optimizer__kind="muon")
     assert not [name for name in found.by_axes() if name.startswith("all-gather") and name.endswith("fsdp+expert")]
     assert found.gathered == found.rematerialized == ()

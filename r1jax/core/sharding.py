@@ -26,16 +26,17 @@ BATCH_AXES = ("slice", "data", "fsdp", "expert")  # divide rows; `context` divid
 
 Rules = dict[str, tuple[str, ...]]  # logical axis -> mesh axes; a logical axis that is absent is replicated
 
-# Experts are divided over fsdp and expert together, so that tokens travel to experts and expert weights never move.
+# Experts are divided over context, fsdp and expert together, so that tokens travel to experts and expert weights never
+# move. `context` comes first because leading axes are dropped where experts are too few for all.
 TRAIN: Rules = {
     "batch": BATCH_AXES,
     "slots": BATCH_AXES,
     "sequence": ("context",),
-    "embed": ("fsdp",),
+    "embed": ("context", "fsdp"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "ffw": ("tensor",),
-    "experts": ("fsdp", "expert"),
+    "experts": ("context", "fsdp", "expert"),
 }
 # A decode step reads every weight for a handful of tokens: gathering fsdp's parts each time would cost more than
 # holding the dense weights whole. A step has one token per slot, which leaves nothing to divide along a row, so

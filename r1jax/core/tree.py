@@ -43,6 +43,26 @@ def count(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
+def structs(tree: Any, shardings: Any) -> Any:
+    """Returns shape structs of a tree of arrays or structs, with these shardings: a tree like it, or one for all."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda leaf: shardings, tree)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, shardings)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Returns how many bytes a tree of arrays or structs with shardings takes on each device."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def first(tree: Any) -> Any:
+    """Returns the first leaf of a tree."""
+    return jax.tree.leaves(tree)[0]
+
+
 def digest(tree: Any) -> str:
     """Returns a SHA-256 over names, shapes, dtypes and bytes of all leaves: equal digests mean bit-equal trees."""
     sha = hashlib.sha256()

@@ -185,18 +185,15 @@ def implementation(compute: ComputeConfig) -> str:
 class _Axes:
     """The mesh axes of one mixture layer, by what their devices hold.
 
-    `shared`: different experts and different tokens. `copies`: different experts and the same tokens. `width`:
-    different parts of every expert's inner width.
+    `experts`: different experts, in the order in which they are divided. Of these, `shared` hold different tokens too,
+    and `copies` the same tokens. `width`: different parts of every expert's inner width.
     """
 
     mesh: Mesh | None  # None outside a mesh, where there are no axes
+    experts: tuple[str, ...]
     shared: tuple[str, ...]
     copies: tuple[str, ...]
     width: tuple[str, ...]
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        return tuple(name for name in sharding.AXES if name in (*self.shared, *self.copies))
 
 
 def _gathered(x_BTD, experts_BTK, weights_BTK, gate, up, down, *, kind: str, axes: _Axes):
@@ -256,15 +253,17 @@ def moe(
         differs = jnp.any(jnp.sort(choice, axis=-1) != jnp.sort(experts, axis=-1), axis=-1)
     mesh, kind = sharding.current_mesh(), implementation(compute)
     if mesh is None or mesh.size == 1:
-        axes = _Axes(mesh, (), (), ())
+        axes = _Axes(mesh, (), (), (), ())
         out = _gathered(x_BTD, experts, weights, p.gate, p.up, p.down, kind=kind, axes=axes)
     else:
         tokens = sharding.partition(("batch", "sequence", None), x_BTD.shape, mesh)
         wide = sharding.partition(("experts", None, "ffw"), p.gate.shape, mesh)
         deep = sharding.partition(("experts", "ffw", None), p.down.shape, mesh)
-        rows, parts = sharding.mesh_axes(tokens[0]), sharding.mesh_axes(wide[0])
-        shared = tuple(name for name in parts if name in rows)
-        axes = _Axes(mesh, shared, tuple(name for name in parts if name not in rows), sharding.mesh_axes(wide[2]))
+        apart = (*sharding.mesh_axes(tokens[0]), *sharding.mesh_axes(tokens[1]))
+        parts = sharding.mesh_axes(wide[0])
+        shared = tuple(name for name in parts if name in apart)
+        copies = tuple(name for name in parts if name not in apart)
+        axes = _Axes(mesh, parts, shared, copies, sharding.mesh_axes(wide[2]))
         auto = compute.moe_dispatch == "auto" and sharding.device().platform == "tpu"
         if (compute.moe_dispatch == "routed" or auto) and axes.shared and not axes.copies:
             body = functools.partial(_dispatched, kind=kind, axes=axes, factor=compute.moe_buffer_factor)

@@ -158,6 +158,21 @@ def compile_program(
         return _read(folder, f"{slices} x {topology}" if slices > 1 else topology, builder, mode)
 
 
+def devices(topology: str, slices: int = 1) -> list:
+    """Returns the devices of `slices` slices of a topology, without a TPU; this process then computes on the CPU.
+
+    Raises ValueError for a topology that libtpu does not know.
+    """
+    os.environ.update(_ENVIRONMENT)
+    jax.config.update("jax_platforms", "cpu")
+    more = {"num_slices": slices} if slices > 1 else {}
+    try:
+        return list(topologies.get_topology_desc(topology, platform="tpu", **more).devices)
+    except Exception as error:  # the plugin's errors have no common class
+        reason = re.sub(r"^[A-Z_]+: ", "", _first_line(error))
+        raise ValueError(f"topology {topology!r} is not one: {reason}; give one such as v5p:4x4x4") from None
+
+
 def _run(folder: pathlib.Path, mode: Mode, deadline_s: float, bundles: bool) -> None:
     """Runs the compiler's process until it ends, memory is laid out (fast) or the deadline has passed."""
     environment = {
@@ -262,14 +277,12 @@ def _child() -> None:
     folder = pathlib.Path(sys.argv[1])
     request, ended = _json(folder / "request.json"), {}
     try:
-        more = {"num_slices": request["slices"]} if request["slices"] > 1 else {}
-        devices = topologies.get_topology_desc(request["topology"], platform="tpu", **more).devices
-    except Exception as error:  # the plugin's errors have no common class
-        reason = re.sub(r"^[A-Z_]+: ", "", _first_line(error))
-        ended = {"error": f"topology {request['topology']!r} is not one: {reason}; give one such as v5p:4x4x4"}
+        slice_devices = devices(request["topology"], request["slices"])
+    except ValueError as error:
+        ended = {"error": str(error)}
     else:
         try:
-            ended = _compile(folder, request, devices)
+            ended = _compile(folder, request, slice_devices)
         except Exception as error:
             print(repr(error), file=sys.stderr)
             ended = {"error": f"{request['builder'].rpartition(':')[2]}: {_first_line(error)}"}

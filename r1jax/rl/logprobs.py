@@ -1,20 +1,21 @@
 """Scores packed batches under frozen weights: log-probs of a reference or an old policy, values of a critic."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from r1jax.core import private_jax, sharding
+from r1jax.core import private_jax, sharding, tree
 from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PREFIXES
 from r1jax.models import decoder, logprobs
 from r1jax.schema import Network
 
 ROUTED = "routed_experts"  # in a batch with routing replay: int16 [.., R, T, Lm, k], -1 at padding
+FIELDS = ("tokens", "targets", "positions", "segments", ROUTED, PREFIXES)  # what a batch is scored by
 
 
 def replayed_experts(micro: dict[str, jax.Array]) -> jax.Array | None:
@@ -69,11 +70,21 @@ class Scorer:
 
         Tokens go to the experts recorded in the batch, if it has any.
         """
-        fields = [name for name in ("tokens", "targets", "positions", "segments", ROUTED, PREFIXES) if name in batch]
-        place = sharding.sharding(self.mesh, (None, "batch", "sequence"), batch["tokens"].shape)
-        arrays = {name: sharding.place(batch[name], place) for name in fields}
+        place = self._batch_sharding(batch)
+        arrays = {name: sharding.place(batch[name], place) for name in FIELDS if name in batch}
         with use_mesh(self.mesh):
             return np.asarray(self._score(params, arrays, np.int32(num_filled), np.float32(temperature)))
+
+    def lower(self, params: Any, batch: Mapping[str, Any]) -> jax.stages.Lowered:
+        """Returns the program lowered for structs of the weights and of a batch, without arrays."""
+        place = self._batch_sharding(batch)
+        arrays = {name: tree.structs(batch[name], place) for name in FIELDS if name in batch}
+        numbers = tree.structs((np.int32(0), np.float32(0)), sharding.replicated(self.mesh))
+        with use_mesh(self.mesh):
+            return self._score.lower(params, arrays, *numbers)
+
+    def _batch_sharding(self, batch: Mapping[str, Any]) -> NamedSharding:
+        return sharding.sharding(self.mesh, (None, "batch", "sequence"), batch["tokens"].shape)
 
     @property
     def compilations(self) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 
 from r1jax.data.packing import PREFIXES, PackedBatch, unpack
@@ -19,19 +20,25 @@ from r1jax.rl.state import RunState
 from r1jax.train import step
 
 
+def batch_shapes(config: RunSettings, fields: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shape [M, R, T] and dtype of each array of every batch; `fields` are an objective's."""
+    pack, model = config.pack, config.network.model
+    shape = (micro_batches(config), pack.rows_per_micro_batch, pack.row_tokens)
+    whole, real = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, np.float32)
+    shapes = dict.fromkeys(("tokens", "targets", "positions", "segments"), whole)
+    shapes |= dict.fromkeys(("loss_mask", *fields), real)
+    if pack.shared_prompts:
+        shapes[PREFIXES] = whole
+    if config.grpo.routing_replay:
+        replayed = (*shape, model.num_moe_layers, model.num_experts_per_tok)
+        shapes[ROUTED] = jax.ShapeDtypeStruct(replayed, np.int16)
+    return shapes
+
+
 def blank_arrays(config: RunSettings, fields: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Returns the arrays of a batch without tokens, in the shapes of every batch."""
-    pack = config.pack
-    shape = (micro_batches(config), pack.rows_per_micro_batch, pack.row_tokens)
-    arrays: dict[str, np.ndarray]
-    arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segments")}
-    arrays |= {name: np.zeros(shape, np.float32) for name in ("loss_mask", *fields)}
-    if config.grpo.routing_replay:
-        model = config.network.model
-        arrays[ROUTED] = np.full((*shape, model.num_moe_layers, model.num_experts_per_tok), -1, np.int16)
-    if pack.shared_prompts:
-        arrays[PREFIXES] = np.zeros(shape, np.int32)
-    return arrays
+    shapes = batch_shapes(config, fields)
+    return {name: np.full(s.shape, -1 if name == ROUTED else 0, s.dtype) for name, s in shapes.items()}
 
 
 def with_values(run: RunState, objective: Objective, recorder: Recorder, rollout: Rollout) -> Rollout:

@@ -5,13 +5,14 @@ same as for GRPO; only the advantages come from elsewhere.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 from scipy.signal import lfilter
 
 from r1jax.core import tree
@@ -79,20 +80,25 @@ def make_value_loss(network: Network) -> step.Loss:
     return loss
 
 
+def critic_trainer(config: RunSettings, mesh: Mesh) -> step.Trainer:
+    """Returns the trainer of the critic: the policy's network with a scalar head, and a learning rate of its own."""
+    network = replace(config.network, scalar_head=True)
+    rate = config.ppo.critic_learning_rate or config.optimizer.learning_rate
+    optimizer = replace(config.optimizer, learning_rate=rate)
+    return step.Trainer(network, optimizer, mesh, make_value_loss(network), config.grpo.updates)
+
+
 class CriticObjective(Objective):
     """Advantages from a critic that is trained along with the policy, whose loss is that of `GroupObjective`."""
 
     def __init__(self, config: RunSettings, inputs: RunInputs):
         self.config, self.policy = config, GroupObjective(config)
         self.fields = (*self.policy.fields, *CRITIC_FIELDS)
-        network = replace(config.network, scalar_head=True)
-        rate = config.ppo.critic_learning_rate or config.optimizer.learning_rate
-        optimizer = replace(config.optimizer, learning_rate=rate)
-        self.critic = step.Trainer(network, optimizer, inputs.mesh, make_value_loss(network), config.grpo.updates)
+        self.critic, network = critic_trainer(config, inputs.mesh), config.network
         # The critic begins with the policy's weights and values every token at 0.
         head = np.zeros(network.model.hidden_size, np.float32)
         self.critic_state = self.critic.init(dataclasses.replace(inputs.params, scalar_head=head))
-        self.value_scorer = Scorer(network, inputs.mesh, read=logprobs.values)
+        self.value_scorer = Scorer(self.critic.network, inputs.mesh, read=logprobs.values)
         self._copy = tree.copier(network.compute.compute_dtype, self.critic.param_shardings)
         self._value_arguments = ValueArguments(np.float32(config.ppo.value_clip or np.inf))
 
@@ -118,7 +124,7 @@ class CriticObjective(Objective):
 
     def update(self, run: RunState, batch: Batch, first_update: int) -> dict[str, float]:
         """Makes one update of the policy and one of the critic and returns the statistics of both."""
-        policy, critic = _split(batch.arrays)
+        policy, critic = split(batch.arrays)
         stats = run.update(policy, batch.num_filled, self.arguments(first_update))
         self.critic_state, sums = self.critic.update(self.critic_state, critic, batch.num_filled, self._value_arguments)
         sums = {name: float(value) for name, value in jax.device_get(sums).items()}
@@ -129,7 +135,7 @@ class CriticObjective(Objective):
         return self.policy.scorers(run) | {"value": (self.value_scorer, self._copy(self.critic_state.params))}
 
     def warm_up(self, run: RunState, arrays: dict[str, np.ndarray]) -> None:
-        policy, critic = _split(arrays)
+        policy, critic = split(arrays)
         run.warm_up(policy, self.arguments(0), scores=True)
         self.value_scorer(self._copy(self.critic_state.params), arrays, 1, 1.0)
         spare = jax.tree.map(jnp.copy, self.critic_state)
@@ -148,7 +154,7 @@ class CriticObjective(Objective):
         self.critic_state = self.critic.state(items["critic"], items["critic_optimizer"], update)
 
 
-def _split(arrays: dict[str, np.ndarray]) -> tuple[dict, dict]:
+def split(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the policy's and the critic's arrays of a batch."""
     policy = {name: array for name, array in arrays.items() if name not in CRITIC_FIELDS}
     shared = ("tokens", "targets", "positions", "segments", "loss_mask", "weight")

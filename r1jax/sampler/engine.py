@@ -8,7 +8,7 @@ depend on slot, batch, steps per dispatch or order.
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -325,6 +325,50 @@ class Engine(jetstream.Engine):  # ty: ignore[unsupported-base] JetStream's or, 
             "insert": private_jax.compilations(self._insert),
             "decode": private_jax.compilations(self._decode),
         }
+
+    # Planning
+
+    def state_structs(self) -> DecodeState:
+        """Returns the shapes of the decode state with their shardings."""
+        with use_mesh(self._mesh, sharding.DECODE):
+            return tree.structs(jax.eval_shape(self._empty_state), self._state_shardings())
+
+    def param_structs(self, params: Any) -> Any:
+        """Returns the shapes and shardings of `load_params(params)`, where `params` are arrays or structs."""
+        return tree.structs(jax.eval_shape(self._place, params), self.param_shardings)
+
+    def lowerings(self, params: Any) -> dict[str, Callable[[], jax.stages.Lowered]]:
+        """Returns what lowers each program that `RolloutSampler.warm_up` compiles, by name; no array is made.
+
+        `params` are structs of the weights with the shardings that they have in the trainer.
+        """
+        weights, state = self.param_structs(params), self.state_structs()
+        everywhere = sharding.replicated(self._mesh)
+
+        def struct(shape, dtype=np.int32):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+        def traced(program, *arguments):
+            with use_mesh(self._mesh, sharding.DECODE):
+                return program(*arguments)
+
+        def prompt(bucket):
+            return weights, struct((bucket,)), struct(()), None
+
+        def insert(bucket):
+            prefix = tree.structs(traced(jax.eval_shape, self._prefill, *prompt(bucket)), everywhere)
+            slots = struct((self._forks,))
+            slot_params = jax.tree.map(lambda x: struct(x.shape, x.dtype), self.default_slot_params(self._forks))
+            return traced(self._insert.lower, prefix, state, slots, slot_params)
+
+        named = {"place": lambda: self._place.lower(params)}
+        for bucket in self.buckets:
+            named[f"prefill {bucket}"] = lambda bucket=bucket: traced(self._prefill.lower, *prompt(bucket))
+            named[f"insert {bucket}"] = lambda bucket=bucket: insert(bucket)
+        for window in self.windows:
+            arguments = weights, state, self.sampler.steps_per_dispatch, window
+            named[f"decode {window}"] = lambda arguments=arguments: traced(self._decode.lower, *arguments)
+        return named
 
     # JetStream's Engine API
 

@@ -72,6 +72,7 @@ class Trainer:
         self.transform = optimizers.make(optimizer, total_updates)
         self.param_shardings = sharding.spec_shardings(self.specs, mesh)
         self.rate = optimizers.learning_rate(optimizer, total_updates)
+        self._init = jax.jit(self._fresh, out_shardings=self.state_shardings())
         self._update = jax.jit(self._step, donate_argnums=0, out_shardings=(self.state_shardings(), None))
 
     def abstract_state(self) -> TrainState:
@@ -103,13 +104,23 @@ class Trainer:
 
     def init(self, params: decoder.Params) -> TrainState:
         """Returns the state of a fresh run; `params` are copied into the master dtype."""
+        return self._init(params)
+
+    def _fresh(self, params: decoder.Params) -> TrainState:
         dtype = jnp.dtype(self.config.param_dtype)
+        params = jax.tree.map(lambda p, s: jnp.array(p, s.dtype or dtype, copy=True), params, self.specs)
+        return TrainState(params, self.transform.init(params), jnp.zeros((), jnp.int32))
 
-        def build(params):
-            params = jax.tree.map(lambda p, s: jnp.array(p, s.dtype or dtype, copy=True), params, self.specs)
-            return TrainState(params, self.transform.init(params), jnp.zeros((), jnp.int32))
+    def lower_init(self, params: decoder.Params) -> jax.stages.Lowered:
+        """Returns the program of `init` lowered for shape structs with shardings, without arrays."""
+        return self._init.lower(params)
 
-        return jax.jit(build, out_shardings=self.state_shardings())(params)
+    def lower_update(self, batch: Mapping[str, Any], arguments: Any) -> jax.stages.Lowered:
+        """Returns the update lowered, without arrays, for a batch of these shapes [M, R, T] and these arguments."""
+        placed = {name: tree.structs(array, self._batch_sharding(array.shape)) for name, array in batch.items()}
+        numbers = tree.structs((np.int32(0), arguments), sharding.replicated(self.mesh))
+        with use_mesh(self.mesh):
+            return self._update.lower(self.restore_target(), placed, *numbers)
 
     def restore_target(self) -> TrainState:
         """Returns shape structs with shardings, for reading a checkpoint of the state."""

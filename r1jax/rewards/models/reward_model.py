@@ -97,6 +97,13 @@ class RewardModel:
         """Compiles the program."""
         self.scores([np.zeros(1, np.int32)])
 
+    def lower(self) -> jax.stages.Lowered:
+        """Returns the program lowered without arrays; `params` may be structs with shardings."""
+        place = sharding.sharding(self.mesh, ("batch", "sequence"), (self.rows, self.row_tokens))
+        ids = jax.ShapeDtypeStruct((self.rows, self.row_tokens), np.int32, sharding=place)
+        with use_mesh(self.mesh):
+            return self._score.lower(self.params, ids, ids, ids)
+
     @property
     def compilations(self) -> int:
         """The number of programs compiled so far."""
