@@ -151,6 +151,15 @@ def row_shards(rows: int, mesh: MeshConfig) -> int:
     return math.prod(axes[name] for name in _dividing(TRAIN["batch"], rows, axes))
 
 
+def dividing_axes(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: MeshConfig, rules: Rules = TRAIN
+) -> tuple[tuple[str, ...], ...]:
+    """Returns the mesh axes that divide each dimension of an array with these logical axes; needs no devices."""
+    sizes = dict(zip(AXES, mesh.shape, strict=True))
+    names = (rules.get(axis, ()) if axis else () for axis in axes)
+    return tuple(_dividing(of_axis, size, sizes) for of_axis, size in zip(names, shape, strict=True))
+
+
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Returns the mesh axes of one entry of a PartitionSpec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
