@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from r1jax.plan.chips import GENERATIONS
 from r1jax.schema import MeshConfig, ModelConfig
 
 _CUBES = (
@@ -13,7 +14,6 @@ _CUBES = (
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 # The shapes that are sold, smallest first. Source: docs.cloud.google.com/tpu/docs, the page of each generation.
 SHAPES = {"v4": _CUBES, "v5p": _CUBES, "tpu7x": _CUBES, "v5e": _SQUARES, "v6e": _SQUARES}
-_DEVICES_PER_CHIP = {"v4": 2, "tpu7x": 2}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Slice:
     @property
     def devices(self) -> int:
         """JAX devices: a chip of v4 and tpu7x is two."""
-        return self.chips * _DEVICES_PER_CHIP.get(self.generation, 1)
+        return self.chips * GENERATIONS[self.generation].devices_per_chip
 
 
 def parse(topology: str) -> Slice:
