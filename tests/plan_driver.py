@@ -1,4 +1,4 @@
-"""Builders of the programs that tests compile for a TPU: the GRPO update and the decode step, from shapes alone."""
+"""Builders of the programs that tests compile for a TPU: the GRPO update, insert and the decode step, from shapes alone."""
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,23 @@ def decode(devices, preset: str, mesh: dict, model: dict | None = None, **sample
         state = _placed(jax.eval_shape(engine._empty_state), engine._state_shardings())
         lowered = engine._decode.lower(params, state, settings.steps_per_dispatch, engine.rows)
     return LoweredProgram(lowered, mesh, expert_weights(network, mesh, sharding.DECODE))
+
+
+def insert(devices, preset: str, mesh: dict, bucket: int, model: dict | None = None, **sampler):
+    """Returns the program that copies the prefix of a prompt of `bucket` tokens into any number of slots."""
+    mesh, network = sharding.make_mesh(MeshConfig(**mesh), devices), _network(preset, model or {})
+    engine = Engine(network, replace(presets.SIZES[preset].sampler, **sampler), mesh, stop_ids=(1,))
+    slots = engine.sampler.slots
+    with sharding.use_mesh(mesh, sharding.DECODE):
+        specs = sharding.abstract(decoder.specs(network.model), jnp.dtype(network.compute.compute_dtype))
+        prompt = jax.ShapeDtypeStruct((bucket,), "int32"), jax.ShapeDtypeStruct((), "int32")
+        prefix = jax.eval_shape(lambda params, *prompt: engine._prefill(params, *prompt, None), specs, *prompt)
+        given = prefix, jax.ShapeDtypeStruct((slots,), "int32"), engine.default_slot_params(slots)
+        everywhere = sharding.replicated(mesh)
+        prefix, numbers, slot_params = _placed(given, jax.tree.map(lambda _: everywhere, given))
+        state = _placed(jax.eval_shape(engine._empty_state), engine._state_shardings())
+        lowered = engine._insert.lower(prefix, state, numbers, slot_params)
+    return LoweredProgram(lowered, mesh)
 
 
 def product(devices, rows: int, inner: int, columns: int, gather: bool = False):

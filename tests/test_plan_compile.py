@@ -150,6 +150,17 @@ def test_a_decode_step_copies_nothing_of_the_cache(preset, shape, array, kernel,
     assert set(found.kernels) == {kernel}
 
 
+@pytest.mark.parametrize("mesh", [{"fsdp": 2, "expert": 2}, {"fsdp": 2, "tensor": 2}])
+def test_an_insert_writes_each_devices_own_slots_in_place(mesh):
+    shape = GROUPED | dict(compute_dtype="bfloat16", num_hidden_layers=6)
+    found = plan("insert", preset="tiny_dense", mesh=mesh, bucket=512, model=shape, slots=64, max_prompt_tokens=512)
+    divided = 1 if mesh == {"fsdp": 2, "expert": 2} else 2  # tensor divides the heads of a prefix
+    prefix = 2 * 6 * 512 * 2 * 128 * 2 // divided  # bytes of keys and values on one device
+    assert found.collectives == ()
+    assert found.memory.aliased > 16 * prefix  # the slots of a device, more rows each than a prefix
+    assert found.memory.temporaries < 2 * prefix
+
+
 def test_expert_weights_that_are_gathered_are_found_in_the_compiled_update():
     found = plan("update", **TINY, **ROWS, mesh={"fsdp": 2, "expert": 2}, rules={"experts": ["expert"]})
     wide = [one for one in found.gathered if one.kind == "all-gather"]
@@ -186,6 +197,16 @@ def test_update_and_decode_fit_their_chips_and_expert_weights_stay(size, results
         found.require_fit()
         assert found.rematerialized == ()
         assert found.gathered == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bucket", [1024, 2048])
+def test_an_insert_of_the_largest_model_makes_no_second_cache(bucket, results):
+    found = plan("insert", "v5p:8x8x8", preset="v3_671b", mesh=LARGE, bucket=bucket)
+    results(f"plan_v3_671b_insert_{bucket}", {"bucket": bucket, "insert": found.figures()})
+    print(f"insert of {bucket} tokens: {found.memory.temporaries / GIB:.3f} GiB of temporaries")
+    assert found.collectives == ()
+    assert found.memory.temporaries < GIB / 16
 
 
 @pytest.mark.slow
