@@ -6,6 +6,7 @@ The meshes are those of MESHES; set XLA_FLAGS=--xla_force_host_platform_device_c
 import json
 import re
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +138,20 @@ def vocabulary_shapes():
     return sorted(set(re.findall(r"f32\[([0-9,]*(?:4444|1111)[0-9,]*)\]", compiled.as_text())))
 
 
+def digests():
+    """Returns the digest of one tree on each mesh, its leaves being summed up where they are."""
+    specs = {
+        "experts": sharding.ParamSpec((3, 8, 6, 4), (None, "experts", None, "ffw"), sharding.normal(1.0)),
+        "wide": sharding.ParamSpec((16, 8), ("embed", "vocab"), sharding.normal(1.0), "bfloat16"),
+    }
+    drawn, found = sharding.initialize(specs, jax.random.key(0), "float32", sharding.make_mesh(MESHES["one"])), {}
+    for name, config in MESHES.items():
+        placed = jax.device_put(drawn, sharding.spec_shardings(specs, sharding.make_mesh(config)))
+        with mock.patch.object(tree, "WHOLE_BYTES", 0):
+            found[name] = tree.digest(placed)
+    return found
+
+
 def main():
     runtime.setup()
     sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, initializer_range=0.2)
@@ -164,6 +179,7 @@ def main():
                 "difference": difference,
             }
         report[f"{name}/context"] = context_parallel(small.changed(network, num_hidden_layers=2))
+    report["digests"] = digests()
     report["vocabulary_shapes"] = vocabulary_shapes()
     json.dump(report, sys.stdout)
 

@@ -157,6 +157,17 @@ def test_a_decode_step_copies_nothing_of_the_cache(spec, shape, array, kernel, s
     assert set(found.kernels) == {kernel}
 
 
+@pytest.mark.parametrize(("divided", "axes"), [(1, mesh(fsdp=2, expert=2)), (2, mesh(fsdp=2, tensor=2))])
+def test_an_insert_writes_each_devices_own_slots_in_place(divided, axes):
+    shape = GROUPED | dict(compute__compute_dtype="bfloat16", model__num_hidden_layers=6)
+    lengths = dict(sampler__slots=64, sampler__max_prompt_tokens=512, pack__row_tokens=640)
+    found = plan("stage", spec="student_rl:tiny", name="rollout: insert 512", **shape, **axes, **lengths)
+    prefix = 2 * 6 * 512 * 2 * 128 * 2 // divided  # bytes of keys and values on a device; tensor divides its heads
+    assert found.collectives == ()
+    assert found.memory.aliased > 16 * prefix  # the slots of a device, more rows each than a prefix
+    assert found.memory.temporaries < 2 * prefix
+
+
 def test_expert_weights_that_are_gathered_are_found_in_the_compiled_update():
     found = plan("stage", **TINY, name=UPDATE, **mesh(fsdp=2, expert=2), rules={"experts": ["expert"]})
     wide = [one for one in found.gathered if one.kind == "all-gather"]
@@ -193,6 +204,16 @@ def test_update_and_decode_fit_their_chips_and_expert_weights_stay(size, results
         found.require_fit()
         assert found.rematerialized == ()
         assert found.gathered == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bucket", [1024, 2048])
+def test_an_insert_of_the_largest_model_makes_no_second_cache(bucket, results):
+    found = plan("stage", "v5p:8x8x8", spec="r1_zero:v3_671b", name=f"rollout: insert {bucket}", **LARGE)
+    results(f"plan_v3_671b_insert_{bucket}", {"bucket": bucket, "insert": found.figures()})
+    print(f"insert of {bucket} tokens: {found.memory.temporaries / GIB:.3f} GiB of temporaries")
+    assert found.collectives == ()
+    assert found.memory.temporaries < GIB / 16
 
 
 @pytest.mark.slow

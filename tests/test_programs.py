@@ -49,7 +49,9 @@ def test_a_stage_has_these_programs_in_the_order_of_a_run(spec):
 
 
 def test_stage_4_scores_with_reward_models_beside_the_sampler():
-    (phase,) = (one for one in programs.phases(configs.load("stage4_all_scenarios:tiny")) if one.name == "reward models")
+    (phase,) = (
+        one for one in programs.phases(configs.load("stage4_all_scenarios:tiny")) if one.name == "reward models"
+    )
     assert {"state", "reference", "sampler weights", "slots", "reward model"} < set(phase.arrays)
     assert sum(name.startswith("reward model") for name in phase.arrays) == 2
 

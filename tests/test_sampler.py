@@ -161,6 +161,25 @@ def test_log_probs_and_experts_equal_a_teacher_forced_forward(rollout, params):
     assert np.quantile(apart, 0.99) < 1e-5 and max(apart) < 2e-5
 
 
+def test_an_insert_writes_the_named_slots_and_leaves_the_others(sampler, params):
+    engine = sampler.engine
+    prefix = engine.prefill(params=params, padded_tokens=np.arange(16, dtype=np.int32), true_length=9)
+    before = jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), engine.init_decode_state())
+    named, old = [3, 15, 0], jax.device_get(before)
+    new, cached = jax.device_get(engine.bulk_insert(prefix, before, named)), jax.device_get(prefix)
+    for slot in range(16):
+        if slot not in named:
+            for one, other in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+                axis = int(one.ndim > 3)  # layers come first in the cache
+                assert np.array_equal(one.take(slot, axis), other.take(slot, axis))
+            continue
+        rows, padding = new.cache.keys[:, slot, :16], new.cache.keys[:, slot, 16:]
+        assert np.array_equal(rows, cached.cache.keys[:, 0, :16])
+        assert np.array_equal(padding, old.cache.keys[:, slot, 16:])
+        assert np.array_equal(new.logits[slot], cached.logits)
+        assert (new.length[slot], new.generated[slot], new.status[slot]) == (9, 0, engines.RUNNING)
+
+
 def test_each_group_is_prefilled_once_and_weights_are_versioned(rollout):
     samples, statistics = rollout
     assert statistics.prefills == GROUPS

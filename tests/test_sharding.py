@@ -8,7 +8,7 @@ import pytest
 import small
 from jax.sharding import PartitionSpec
 
-from r1jax.core import sharding
+from r1jax.core import sharding, tree
 from r1jax.schema import MeshConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -66,6 +66,28 @@ def test_a_divided_vocabulary_is_never_put_together(report):
     shapes = report["vocabulary_shapes"]
     assert any("1111" in shape for shape in shapes)
     assert not any("4444" in shape for shape in shapes)
+
+
+def test_a_digest_of_divided_weights_is_that_of_one_device(report):
+    assert len(report["digests"]) == len(MESHES) + 1
+    assert len(set(report["digests"].values())) == 1
+
+
+def test_a_digest_summed_in_place_sees_one_bit_and_the_order_of_elements(monkeypatch):
+    monkeypatch.setattr(tree, "WHOLE_BYTES", 0)
+    drawn = np.random.default_rng(0).normal(size=(3, 8, 5)).astype(np.float32)
+    bit, swapped = drawn.copy(), drawn.copy()
+    bit.view(np.uint32)[2, 7, 4] ^= 1
+    swapped[[0, 1]] = swapped[[1, 0]]
+    found = [tree.digest({"w": jax.numpy.asarray(w)}) for w in (drawn, bit, swapped, drawn.reshape(3, 5, 8), drawn)]
+    assert len(set(found)) == 4 and found[0] == found[4]
+    sums = np.stack([tree.checksums(w) for w in (drawn, bit)])
+    assert np.all(sums[0] != sums[1])
+
+
+def test_the_sums_of_a_digest_hold_one_layer_at_a_time():
+    stacked = jax.ShapeDtypeStruct((32, 256, 256), "float32")
+    assert tree.checksums.lower(stacked).compile().memory_analysis().temp_size_in_bytes < 2**19 + 4096  # 2 layers
 
 
 def test_mesh_axes_that_do_not_divide_a_dimension_are_left_out_from_the_front():

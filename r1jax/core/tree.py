@@ -10,6 +10,8 @@ import numpy as np
 
 from r1jax.core import sharding
 
+WHOLE_BYTES = 2**30  # `digest` reads leaves up to this size whole
+
 
 def cast(tree: Any, dtype) -> Any:
     """Returns the tree with its floating-point leaves in `dtype`; others are left alone.
@@ -64,10 +66,45 @@ def first(tree: Any) -> Any:
 
 
 def digest(tree: Any) -> str:
-    """Returns a SHA-256 over names, shapes, dtypes and bytes of all leaves: equal digests mean bit-equal trees."""
+    """Returns a SHA-256 over names, shapes, dtypes and values of all leaves, the same on every mesh.
+
+    Of a leaf of at most WHOLE_BYTES the bytes are hashed, so equal digests mean equal bits. A larger one is summed up
+    where it is (`checksums`), since no device or process may have room for it.
+    """
     sha = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = sharding.to_host(leaf)
-        sha.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode())
+        large = leaf.size * leaf.dtype.itemsize > WHOLE_BYTES
+        array = sharding.to_host(checksums(leaf) if large else leaf)
+        sha.update(f"{jax.tree_util.keystr(path)}{leaf.shape}{leaf.dtype}".encode())
         sha.update(np.ascontiguousarray(array).tobytes())
     return sha.hexdigest()
+
+
+@jax.jit
+def checksums(array: jax.Array) -> jax.Array:
+    """Returns eight sums modulo 2**32, uint32 [8], over numbers mixed from each element's bits and position.
+
+    Integer sums do not depend on their order, so neither on how the array is divided. Each sum differs for arrays that
+    differ in one element, and otherwise is equal by chance once in 2**32.
+    """
+    layers = array if array.ndim > 2 else array[None]  # of stacked layers one at a time, which bounds the memory
+
+    def of_layer(number, total, start):
+        layer, width = layers[number], array.dtype.itemsize
+        bits = layer if layer.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(layer, f"uint{8 * min(width, 4)}")
+        position = _mixed(start + number.astype(jnp.uint32))
+        for axis in range(bits.ndim):
+            position = _mixed(position + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis))
+        return total + jnp.sum(_mixed(bits.astype(jnp.uint32) ^ position), dtype=jnp.uint32)
+
+    def one_sum(start):
+        return jax.lax.fori_loop(0, len(layers), lambda number, total: of_layer(number, total, start), jnp.uint32(0))
+
+    return jax.lax.map(one_sum, jnp.arange(1, 9, dtype=jnp.uint32))
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """Returns a permutation of the 32-bit numbers in which each bit depends on all: MurmurHash3's last step."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

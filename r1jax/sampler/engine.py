@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from r1jax.core import private_jax, rng, sharding, tree
 from r1jax.core.sharding import use_mesh
@@ -178,23 +178,49 @@ def _prefill(params, tokens, length, network: Network, dtype, existing: Prefix |
     return Prefix(cache, decoder.logits(params, last, network.compute.vocab_used), before + length, experts)
 
 
-def _insert(prefix: Prefix, state: DecodeState, slots: jax.Array, slot_params: SlotParams) -> DecodeState:
-    """Returns the state with the prefix copied into `slots`; numbers outside 0..S-1 are dropped."""
+def _insert(prefix: Prefix, state: DecodeState, slots, slot_params: SlotParams, mesh: Mesh, specs: Any) -> DecodeState:
+    """Returns the state with the prefix copied into `slots`; numbers outside 0..S-1 are dropped.
+
+    `specs` are the PartitionSpecs of the state. Each device writes its own slots: nothing of the size of all is made.
+    """
+    everywhere, by_slot = PartitionSpec(), sharding.mesh_axes(specs.length[0])
+
+    def copy_here(prefix, state, slots, slot_params):
+        first = jax.lax.axis_index(by_slot) * state.length.shape[0] if by_slot else 0
+        return _insert_here(prefix, state, slots - first, slot_params)
+
+    # A prefix is on every device; where heads are divided, a device copies its own.
+    one_slot = jax.tree.map(lambda spec: PartitionSpec(None, None, *spec[2:]), specs.cache)
+    prefix_specs = dataclasses.replace(jax.tree.map(lambda _: everywhere, prefix), cache=one_slot)
+    in_specs = prefix_specs, specs, everywhere, everywhere
+    insert = jax.shard_map(copy_here, mesh=mesh, in_specs=in_specs, out_specs=specs, check_vma=False)
+    return insert(prefix, state, slots, slot_params)
+
+
+def _insert_here(prefix: Prefix, state: DecodeState, slots: jax.Array, slot_params: SlotParams) -> DecodeState:
+    """Returns one device's state with the prefix in its slots among `slots`, numbered from its first one."""
     rows = min(prefix.cache.rows, state.cache.rows)  # a prefix of several pieces may end in more padding than fits
+    new = jax.tree.map(lambda array: jax.lax.slice_in_dim(array, 0, rows, axis=state.cache.row_axis), prefix.cache)
+    count = state.length.shape[0]
+    mine = (slots >= 0) & (slots < count)
+    slots = jnp.where(mine, slots, count)
+    ours_first = jnp.sort(slots)
 
-    kept = (*[slice(None)] * (state.cache.row_axis - 2), slice(rows))
+    def copy(index, carry):
+        """Writes cache and logits of one slot in place: a scatter would first make the prefix once for every slot."""
+        cache, logits = carry
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=ours_first[index])
+        cache = jax.tree.map(lambda old, new: write(old, new.astype(old.dtype), axis=1), cache, new)
+        return cache, write(logits, prefix.logits[None], axis=0)
 
-    def copy(cache, new):
-        return cache.at[(slice(None), slots, *kept)].set(
-            new[(slice(None), slice(None), *kept)].astype(cache.dtype), mode="drop"
-        )
+    cache, logits = jax.lax.fori_loop(0, jnp.sum(mine), copy, (state.cache, state.logits))
 
     def put(old, new):
         return old.at[slots].set(new, mode="drop")
 
     return DecodeState(
-        cache=jax.tree.map(copy, state.cache, prefix.cache),
-        logits=put(state.logits, prefix.logits[None]),
+        cache=cache,
+        logits=logits,
         length=put(state.length, prefix.length),
         generated=put(state.generated, 0),
         status=put(state.status, RUNNING),
@@ -255,22 +281,23 @@ class Engine(jetstream.Engine):  # ty: ignore[unsupported-base] JetStream's or, 
             return _prefill(params, tokens, length, network, self.cache_dtype, existing)
 
         def insert(prefix, state, slots, slot_params):
-            return _insert(prefix, state, slots, slot_params)
+            return _insert(prefix, state, slots, slot_params, self._mesh, specs)
 
         # Every program returns the same shardings, so that one compilation serves every order of calls.
         everywhere = sharding.replicated(self._mesh)
         with use_mesh(self._mesh, sharding.DECODE):
-            state = self._state_shardings()
+            placed = self._state_shardings()
+        specs = jax.tree.map(lambda place: place.spec, placed)
         self.param_shardings = sharding.spec_shardings(decoder.specs(network.model), self._mesh, sharding.DECODE)
         self._place = tree.copier(network.compute.compute_dtype, self.param_shardings)
-        self._decode = jax.jit(decode, static_argnums=(2, 3), donate_argnums=1, out_shardings=(state, everywhere))
+        self._decode = jax.jit(decode, static_argnums=(2, 3), donate_argnums=1, out_shardings=(placed, everywhere))
         self._prefill = jax.jit(prefill, out_shardings=everywhere)
-        self._insert = jax.jit(insert, donate_argnums=1, out_shardings=state)
-        self._init = jax.jit(self._empty_state, out_shardings=state)
+        self._insert = jax.jit(insert, donate_argnums=1, out_shardings=placed)
+        self._init = jax.jit(self._empty_state, out_shardings=placed)
         self._release = jax.jit(
             lambda state, slots: dataclasses.replace(state, status=state.status.at[slots].set(STOPPED, mode="drop")),
             donate_argnums=0,
-            out_shardings=state,
+            out_shardings=placed,
         )
 
     # Rollouts
