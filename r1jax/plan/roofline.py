@@ -293,7 +293,8 @@ def update(
 ) -> Bound:
     """Returns the bound of one update of `micro_batches` micro-batches of rows x row_tokens, then the optimiser's step.
 
-    `micro_batches` may be a mean. `work` is what the samples in the rows come to; padding goes through the layers, and has no scores.
+    `micro_batches` may be a mean. `work` is what the samples in the rows come to; padding goes through the layers, and
+    has no scores.
     """
     network, weights, width = placed.network, _weights(placed, TRAIN), placed.compute_bytes
     tokens = float(micro_batches * rows * row_tokens)
