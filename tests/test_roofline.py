@@ -74,7 +74,9 @@ def test_the_bound_of_llama_70b_on_eight_v6e_is_faster_than_measured():
     of = placed(config.load("distill:llama3_3_70b").network, V6E, tensor=8)
     settings = SamplerConfig(slots=128, max_prompt_tokens=1024, max_new_tokens=1024)
     stage = stage_time.sampled(of, settings, LengthLaw(1024, 1024, 1024), 1024, 128, 1)
-    assert stage.column()["tokens_per_s_chip"] == pytest.approx(804, abs=1) and 804 > 443
+    bound = stage.column()["tokens_per_s_chip"]
+    assert bound > 443
+    assert bound == pytest.approx(804, abs=1)
     assert stage.column(roofline.EFFICIENCY)["tokens_per_s_chip"] == pytest.approx(366, abs=1)
     assert stage.runs["decode"].bound.limit == "hbm"
 
@@ -170,7 +172,7 @@ def test_tokens_travel_to_their_experts_and_back():
 
 
 def test_as_many_trips_of_tokens_are_compiled():
-    """The compiler's figures of the 671B update: buffers of 4 trips of a layer are half as large again as an even share."""
+    """The compiler's figures of the 671B update: buffers of 4 trips of a layer are half as large again as they need."""
     plan = json.loads((small.ROOT / "docs/results/plan_v3_671b.json").read_text(encoding="utf-8"))["update"]
     compiled = plan["collectives"]["ragged-all-to-all over fsdp+expert"]
     c = V3.network.model

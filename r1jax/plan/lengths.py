@@ -53,14 +53,6 @@ class LengthLaw:
         """Returns the length that this share of responses does not exceed, the cut included."""
         return min(math.exp(self.mu + self.sigma * _NORMAL.inv_cdf(share)), self.longest)
 
-    def moment(self, power: int) -> float:
-        """Returns the mean of length**power with the cut; power 1 is the mean length of a response."""
-        cut, mu, sigma = math.log(self.longest), self.mu, self.sigma
-        if not sigma:
-            return min(self.mean, self.longest) ** power
-        below = math.exp(power * mu + (power * sigma) ** 2 / 2) * _NORMAL.cdf((cut - mu - power * sigma**2) / sigma)
-        return below + self.longest**power * (1 - _NORMAL.cdf((cut - mu) / sigma))
-
     def longest_of(self, samples: int) -> float:
         """Returns the median of the longest of so many responses."""
         return self.quantile(0.5 ** (1 / samples))

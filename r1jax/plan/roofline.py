@@ -2,8 +2,8 @@
 
 A bound is the longest of three times that a device needs at its peak rates: its operations, its bytes of HBM and the
 bytes that it sends to others. It assumes that all three overlap perfectly, that devices have equal work, that fused
-operations keep to registers and VMEM, and that a collective uses all links of a chip at once; so a program takes longer.
-docs/plan.md says what is counted.
+operations keep to registers and VMEM, and that a collective uses all links of a chip at once; so a program takes
+longer. docs/plan.md says what is counted.
 """
 
 import dataclasses
@@ -254,8 +254,8 @@ def _expert_groups(placed: Placed, rules: Rules, over: tuple[str, ...]) -> tuple
 def _exchange(placed: Placed, tokens: float, copies: int, group: int, width: int, routed: bool) -> float:
     """Returns the bytes that a device sends in one mixture layer, there and back.
 
-    Routed tokens go to the devices of their experts, over all links on the way. Otherwise, as where devices of different
-    experts hold the same tokens, the group's tokens are gathered, and the sums of the experts are added up.
+    Routed tokens go to the devices of their experts, over all links on the way. Otherwise, as where devices of
+    different experts hold the same tokens, the group's tokens are gathered, and the sums of the experts are added up.
     """
     c = placed.network.model
     row = c.hidden_size * width
@@ -293,7 +293,8 @@ def update(
 ) -> Bound:
     """Returns the bound of one update of `micro_batches` micro-batches of rows x row_tokens, then the optimiser's step.
 
-    `micro_batches` may be a mean. `work` is what the samples in the rows come to; padding goes through the layers, and has no scores.
+    `micro_batches` may be a mean. `work` is what the samples in the rows come to; padding goes through the layers, and
+    has no scores.
     """
     network, weights, width = placed.network, _weights(placed, TRAIN), placed.compute_bytes
     tokens = float(micro_batches * rows * row_tokens)
