@@ -17,10 +17,12 @@ class Chip:
     hbm: float  # bytes per second
 
 
-CHIPS = {  # by JAX's device kind: v5p, v5e, v6e
+CHIPS = {  # by JAX's device kind: v4, v5p, v5e, v6e, Ironwood
+    "TPU v4": Chip(275e12, 1200e9),
     "TPU v5": Chip(459e12, 2765e9),
     "TPU v5 lite": Chip(197e12, 819e9),
     "TPU v6 lite": Chip(918e12, 1640e9),
+    "TPU7x": Chip(2307e12, 7380e9),
 }
 
 

@@ -31,6 +31,8 @@ class Arguments:
     slices: int
     response_tokens: str  # MEAN:P99, "" derives them from the config
     price: float | None  # of a chip's hour
+    profile: tuple[int, int] | None  # first update to trace, first one after it
+    peak_tflops: float | None
     dry_run: bool
     debug: bool
     help: bool
@@ -76,6 +78,8 @@ def parse(argv: list[str]) -> Arguments:
         slices=values.slices or 1,
         response_tokens=values.response_tokens or "",
         price=values.price,
+        profile=_window(values.profile) if values.profile is not None else None,
+        peak_tflops=values.peak_tflops,
         dry_run=values.dry_run,
         debug=values.debug,
         help=values.help or values.h or values.helpfull or values.helpshort,
@@ -153,6 +157,19 @@ def _define() -> absl_flags.FlagValues:
         lower_bound=1,
         flag_values=values,
     )
+    absl_flags.DEFINE_string(
+        "profile",
+        None,
+        "START:STOP: write a profiler trace of updates START to STOP - 1 to the stage's folder.",
+        flag_values=values,
+    )
+    absl_flags.DEFINE_float(
+        "peak_tflops",
+        None,
+        "Peak TFLOP/s of one device, for the MFU; default: that of its kind, if it is a TPU's.",
+        lower_bound=1e-6,
+        flag_values=values,
+    )
     absl_flags.DEFINE_boolean("dry_run", False, "Print every resolved field and run nothing.", flag_values=values)
     absl_flags.DEFINE_boolean("debug", False, "Show the traceback of a user error.", flag_values=values)
     for name in ("help", "helpfull", "helpshort"):
@@ -180,6 +197,16 @@ def _path(flag: str, text: str) -> pathlib.Path:
     if not os.access(folder, os.W_OK):
         raise ValueError(f"--{flag}={text}: {folder} cannot be written to")
     return path
+
+
+def _window(text: str) -> tuple[int, int]:
+    """Returns the updates START and STOP of --profile."""
+    first, _, end = text.partition(":")
+    if not (first.isascii() and first.isdigit() and end.isascii() and end.isdigit() and 1 <= int(first) < int(end)):
+        raise ValueError(
+            f"--profile={text}: needs START:STOP with 1 <= START < STOP, as --profile=3:5 for a trace of updates 3 and 4"
+        )
+    return int(first), int(end)
 
 
 def _take_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:

@@ -21,6 +21,7 @@ def execute(arguments: flags.Arguments) -> int:
         print(flags.help_text())
         return 0
     resolved = config.load(arguments.spec, arguments.overrides)
+    _refuse_unmeasured(resolved.stage, arguments)
     if arguments.sweep:
         if arguments.coordinator or arguments.num_processes:
             raise ValueError("--sweep runs its points in processes of one machine; give it without --coordinator")
@@ -54,16 +55,25 @@ def _plan(resolved: schema.Config, arguments: flags.Arguments) -> int:
     return 0 if figures["fits"] else 2
 
 
+def _refuse_unmeasured(stage: str, arguments: flags.Arguments) -> None:
+    """Raises ValueError for a flag that measures updates when the stage makes none."""
+    for flag, value in (("profile", arguments.profile), ("peak_tflops", arguments.peak_tflops)):
+        if value is not None and stage in stage_table.STAGES and not stage_table.STAGES[stage].updates:
+            raise ValueError(f"--{flag} measures updates, and {stage} makes none; leave it out")
+
+
 def _run(resolved: schema.Config, arguments: flags.Arguments) -> int:
     """Runs the stage, together with the other processes when there are any, and returns the exit code."""
-    from r1jax.core import hosts  # brings numpy, which the command line does without
+    from r1jax.core import hosts, observe  # bring numpy, which the command line does without
 
     run = stage_table.function(resolved.stage)
     heartbeat_s = hosts.HEARTBEAT_S if arguments.heartbeat_s is None else arguments.heartbeat_s
     hosts.start(arguments.coordinator, arguments.num_processes, arguments.process_id, heartbeat_s)
     if not stage_table.several_processes(resolved.stage):
         hosts.require_one(resolved.stage)
+    observe.ask(observe.Request(arguments.profile, arguments.peak_tflops))
     figures = run(resolved, arguments.workdir)
+    observe.mention_missing_trace()
     if arguments.json is not None and hosts.is_writer():
         config.write_json(arguments.json, figures)
     hosts.stop()

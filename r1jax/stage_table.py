@@ -39,6 +39,7 @@ class Stage:
     reads: tuple[str, ...]  # dotted: a part of the config, or a field
     unread: Mapping[str, str] = field(default_factory=dict)  # dotted -> field that counts in its place, "" for none
     several_processes: bool = False  # whether several processes can run it together
+    updates: bool = False  # whether it trains, or runs stages that do
 
 
 def _other_sampling(**instead: str) -> dict[str, str]:
@@ -50,7 +51,7 @@ _EVALUATION = _other_sampling(temperature="evaluation.temperature", top_p="evalu
 _NO_RL = {"pack.shared_prompts": ""}
 _JUDGE = {"judge.sampler.max_new_tokens_schedule": "judge.sampler.max_new_tokens"}
 _SAMPLES_ALONE = {"compute.logprob_implementation": ""}  # the sampler scores by whole logits
-_RL_STAGE = Stage("recipe.policy:run", _RL, several_processes=True)
+_RL_STAGE = Stage("recipe.policy:run", _RL, several_processes=True, updates=True)
 _REWARD_MODEL = Stage(
     "recipe.reward_models:run",
     (*_TRAINING, "reward_model"),
@@ -58,24 +59,29 @@ _REWARD_MODEL = Stage(
     | _NO_RL
     | dict.fromkeys(("pack.trained_chunk", "auxiliary.mtp_loss_weight", "auxiliary.mtp_hidden"), "")
     | dict.fromkeys(("data.weights", "data.columns", "data.task"), ""),
+    updates=True,
 )
-_RECIPE = Stage("recipe.graph:run", _GRAPH)
+_RECIPE = Stage("recipe.graph:run", _GRAPH, updates=True)
 
 STAGES: dict[str, Stage] = {
     "r1_zero": _RL_STAGE,
-    "ppo_baseline": Stage("recipe.policy:run", _RL),
+    "ppo_baseline": Stage("recipe.policy:run", _RL, updates=True),
     "stage2_reasoning_rl": _RL_STAGE,
     "stage4_all_scenarios": _RL_STAGE,
     "student_rl": _RL_STAGE,
     "stage1_coldstart": Stage(
-        "recipe.stage1_coldstart:run", (*_SFT, "coldstart", "judge"), _EVALUATION | _NO_RL | _JUDGE
+        "recipe.stage1_coldstart:run",
+        (*_SFT, "coldstart", "judge"),
+        _EVALUATION | _NO_RL | _JUDGE,
+        updates=True,
     ),
     "stage3_rejection_sft": Stage(
         "recipe.stage3_rejection_sft:run",
         (*_SFT, "rejection", "judge"),
         _EVALUATION | _NO_RL | _JUDGE | {"sampler.temperature": "rejection.temperature"},
+        updates=True,
     ),
-    "distill": Stage("recipe.distill:run", (*_SFT, "distill"), _EVALUATION | _NO_RL),
+    "distill": Stage("recipe.distill:run", (*_SFT, "distill"), _EVALUATION | _NO_RL, updates=True),
     "reward_helpful": _REWARD_MODEL,
     "reward_safety": _REWARD_MODEL,
     "stage0_base": Stage(
@@ -85,6 +91,7 @@ STAGES: dict[str, Stage] = {
             *("output", "sampler.stop_ids"),
         ),
         _NO_RL | {"pack.trained_chunk": "", "model.max_position_embeddings": ""},
+        updates=True,
     ),
     "evaluate": Stage(
         "recipe.evaluate:run",
@@ -116,7 +123,7 @@ STAGES: dict[str, Stage] = {
     ),
     "quickstart": _RECIPE,
     "r1": _RECIPE,
-    "ablation": Stage("tools.ablation:run", (*_HANDED_ON, "variants", "seeds", "output")),
+    "ablation": Stage("tools.ablation:run", (*_HANDED_ON, "variants", "seeds", "output"), updates=True),
     "bench_code": Stage(
         "bench.code:run",
         ("seed", "bench.code_files", "bench.samples", "bench.mutants_per_row", "data.max_rows", "reward"),

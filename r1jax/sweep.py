@@ -90,9 +90,14 @@ def _run_point(point: config.Point, arguments: flags.Arguments, folder: pathlib.
 
 def _command(point: config.Point, arguments: flags.Arguments, folder: pathlib.Path, figures: pathlib.Path) -> list[str]:
     overrides = [f"--config.{key}={text}" for key, text in arguments.overrides + point.overrides]
-    debug = ["--debug"] if arguments.debug else []
-    places = [f"--workdir={folder}", f"--json={figures}"]
-    return [sys.executable, "-m", "r1jax.launch", f"--config={arguments.spec}", *overrides, *places, *debug]
+    more = [f"--workdir={folder}", f"--json={figures}"]
+    if arguments.profile is not None:
+        more.append("--profile={}:{}".format(*arguments.profile))
+    if arguments.peak_tflops is not None:
+        more.append(f"--peak_tflops={arguments.peak_tflops}")
+    if arguments.debug:
+        more.append("--debug")
+    return [sys.executable, "-m", "r1jax.launch", f"--config={arguments.spec}", *overrides, *more]
 
 
 def _call(command: list[str], log: pathlib.Path) -> int:

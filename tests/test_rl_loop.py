@@ -8,8 +8,9 @@ from small import run_until
 
 from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
-from r1jax.core import tree
-from r1jax.core.metrics import read
+from r1jax.core import observe, tree
+from r1jax.core.metrics import read, read_timing
+from r1jax.models import flops
 from r1jax.recipe import parts, policy, prompts
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rl import minibatch, schedules
@@ -143,6 +144,46 @@ def test_same_seed_gives_the_same_rows_and_another_seed_other_ones(finished, tmp
     build(tmp_path / "other", seed=1).train()
     assert (tmp_path / "same" / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
     assert (tmp_path / "other" / "metrics.jsonl").read_bytes() != (folder / "metrics.jsonl").read_bytes()
+
+
+def test_timing_rows_have_the_model_flops_of_each_phase_by_true_lengths(watched):
+    training, folder, _, kept, _ = watched
+    network, rows = training.run.config.network, read_timing(folder)
+    samples = [sample for scored in kept.values() for sample in scored.samples]
+    trained = flops.of_samples([len(s.prompt_ids) + len(s.token_ids) for s in samples], sum(map(tokens_of, samples)))
+    drawn = flops.Work(0, 0, 0)
+    for first in range(0, len(samples), 4):  # groups of four share the pass of their prompt
+        drawn += flops.of_group(len(samples[first].prompt_ids), map(tokens_of, samples[first : first + 4]))
+    sums = {phase: sum(row.get(f"{phase}_flops", 0) for row in rows) for phase in ("update", "reference", "rollout")}
+    assert sums == pytest.approx(
+        {
+            "update": flops.update(network, trained).total,
+            "reference": flops.forward(network, trained).total,
+            "rollout": flops.forward(network, drawn).total,
+        },
+        rel=1e-12,
+    )
+    assert [row["update"] for row in rows if "rollout_flops" in row] == [1, 4, 7]
+
+
+def tokens_of(sample: RolloutSample) -> int:
+    return len(sample.token_ids)
+
+
+def test_a_traced_run_has_the_same_rows_and_mfu_of_a_peak_that_is_given(finished, tmp_path):
+    training, folder, _ = finished
+    observe.ask(observe.Request(profile=(4, 6), peak_tflops=0.1))
+    try:
+        traced = build(tmp_path)
+        traced.train()
+    finally:
+        observe.ask(observe.Request())
+    assert tree.digest(traced.run.state) == tree.digest(training.run.state)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+    assert len(list(tmp_path.glob("profile/**/*.xplane.pb"))) == 1
+    for row in read_timing(tmp_path):
+        for phase in ("update", "reference", *(["rollout"] if row["update"] in (1, 4, 7) else [])):
+            assert row[f"{phase}_mfu"] == row[f"{phase}_flops"] / (row[f"{phase}_s"] * 0.1e12)
 
 
 def test_sampler_and_trainer_agree_at_another_temperature(tmp_path):

@@ -5,7 +5,9 @@ Wall-clock times go to timing.jsonl; TensorBoard gets both.
 
 import json
 import os
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import BinaryIO
@@ -37,6 +39,30 @@ def _encode(update: int, values: Mapping[str, float]) -> bytes:
         except (TypeError, ValueError):
             raise ValueError(f"MetricsLog: {name} is {value!r}, needs a number") from None
     return (json.dumps(row, sort_keys=True) + "\n").encode()
+
+
+class Timer:
+    """Seconds by phase, and other sums, since the last `take`; threads may share it."""
+
+    def __init__(self):
+        self._sums: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def run(self, name: str, function: Callable, *arguments):
+        started = time.perf_counter()
+        result = function(*arguments)
+        self.add(**{f"{name}_s": time.perf_counter() - started})
+        return result
+
+    def add(self, **values: float) -> None:
+        with self._lock:
+            for name, value in values.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def take(self) -> dict[str, float]:
+        with self._lock:
+            sums, self._sums = self._sums, {}
+        return sums
 
 
 class MetricsLog:

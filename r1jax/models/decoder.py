@@ -55,6 +55,7 @@ def unembedding(params: Params) -> jax.Array:
     return params.embedding.T if params.unembedding is None else params.unembedding
 
 
+@jax.named_scope("head")
 def logits(params: Params, hidden: jax.Array, vocab_used: int = 0) -> jax.Array:
     """Returns float32 logits [..., V] of final hidden states [..., D].
 
@@ -66,6 +67,7 @@ def logits(params: Params, hidden: jax.Array, vocab_used: int = 0) -> jax.Array:
     return jnp.where(jnp.arange(out.shape[-1]) < vocab_used, out, -jnp.inf) if vocab_used else out
 
 
+@jax.named_scope("head")
 def scalars(params: Params, hidden: jax.Array) -> jax.Array:
     """Returns the scalar head's float32 value at each position, [...]. Raises ValueError for a model without one."""
     if params.scalar_head is None:
@@ -106,6 +108,7 @@ def forward(
     return rms_norm(x, params.final_norm, c.rms_norm_eps), kv, auxiliary
 
 
+@jax.named_scope("prediction")
 def predict_further(
     params: Params, hidden: jax.Array, auxiliary: Auxiliary, tokens, positions, segments, network: Network
 ) -> tuple[jax.Array, block.Routing]:

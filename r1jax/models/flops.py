@@ -100,7 +100,9 @@ def update(network: Network, work: Work) -> Flops:
     The prediction module is included where its loss has a weight.
     """
     flops = forward(network, work)
-    return (flops + prediction(network, work) if network.auxiliary.mtp_loss_weight else flops) * 3.0
+    if network.model.num_nextn_predict_layers and network.auxiliary.mtp_loss_weight:
+        flops += prediction(network, work)
+    return flops * 3.0
 
 
 def per_token(network: Network, context: float, absorbed: bool = False) -> Flops:

@@ -21,6 +21,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (wide * weight.astype(jnp.float32)).astype(x.dtype)
 
 
+@jax.named_scope("embedding")
 def embed(table_VD: jax.Array, tokens: jax.Array) -> jax.Array:
     """Returns the embeddings of tokens [B, T], [B, T, D].
 

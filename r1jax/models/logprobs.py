@@ -14,6 +14,7 @@ def settings(compute: ComputeConfig) -> dict[str, Any]:
     return dict(implementation=compute.logprob_implementation, vocab_used=compute.vocab_used)
 
 
+@jax.named_scope("head")
 def token_logprobs(
     hidden: jax.Array,
     unembedding: jax.Array,
@@ -54,7 +55,8 @@ def scored_logprobs(
     layout = _layout(targets.shape, unembedding.shape)
     if trained_chunk and layout is None:
         how = trained_chunk, _kernel(implementation), vocab_used
-        return trained_logprob.trained_logprobs(hidden, unembedding, targets, mask, temperature, *how)
+        with jax.named_scope("head"):
+            return trained_logprob.trained_logprobs(hidden, unembedding, targets, mask, temperature, *how)
     return token_logprobs(hidden, unembedding, targets, temperature, chunk_tokens, 0, implementation, vocab_used)
 
 

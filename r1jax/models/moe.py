@@ -59,6 +59,7 @@ def _scores(router: jax.Array, x_BTD: jax.Array, c: ModelConfig) -> jax.Array:
     return jax.nn.sigmoid(logits) if c.scoring_func == "sigmoid" else jax.nn.softmax(logits, axis=-1)
 
 
+@jax.named_scope("router")
 def route(
     router: jax.Array, bias: jax.Array, x_BTD: jax.Array, c: ModelConfig, forced: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
@@ -196,6 +197,7 @@ class _Axes:
     width: tuple[str, ...]
 
 
+@jax.named_scope("experts")
 def _gathered(x_BTD, experts_BTK, weights_BTK, gate, up, down, *, kind: str, axes: _Axes):
     """Returns the expert sums of this device's tokens, gathering those of the whole group; runs inside shard_map."""
     if axes.shared:
@@ -218,6 +220,7 @@ def _gathered(x_BTD, experts_BTK, weights_BTK, gate, up, down, *, kind: str, axe
     return out
 
 
+@jax.named_scope("experts")
 def _dispatched(x_BTD, experts_BTK, weights_BTK, gate, up, down, *, kind: str, axes: _Axes, factor: float):
     """Returns the same as `_gathered`, sending each token only to its experts' devices; runs inside shard_map."""
     k, flat = experts_BTK.shape[-1], x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -273,10 +276,12 @@ def moe(
             body, mesh=mesh, in_specs=(tokens, tokens, tokens, wide, wide, deep), out_specs=tokens, check_vma=False
         )(x_BTD, experts, weights, p.gate, p.up, p.down)
     if p.shared is not None:
-        out = out + swiglu(p.shared, x_BTD)
+        with jax.named_scope("shared_expert"):
+            out = out + swiglu(p.shared, x_BTD)
     return out, experts, differs
 
 
+@jax.named_scope("router")
 def sequence_balance(router: jax.Array, x_BTD: jax.Array, segments_BT: jax.Array, c: ModelConfig) -> jax.Array:
     """Returns the balance loss of each token's sequence, sum_i f_i P_i, float32 [B, T]; 0 at padding.
 

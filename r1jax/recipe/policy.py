@@ -18,7 +18,7 @@ from r1jax.recipe import common, compute, evaluate, lineage, parts, prompts, rew
 from r1jax.recipe.parts import PromptParts
 from r1jax.recipe.progress import Progress
 from r1jax.report import curves
-from r1jax.report.phases import PHASES, seconds_by_phase
+from r1jax.report.phases import PHASES, mfu_by_phase, seconds_by_phase
 from r1jax.rewards import plugins
 from r1jax.rewards.models.reward_model import RewardModel
 from r1jax.rl import losses, settings
@@ -82,6 +82,8 @@ def run(config: Config, workdir: Path) -> dict:
         lambda: compute.of_policy_training(read(folder.path), resolved.network, resolved.grpo)
     )
     figures["split"] = hosts.decide(time_split, folder.path)
+    if mfu := hosts.decide(lambda: mfu_by_phase(read_timing(folder.path)), name="the MFU of the run"):
+        figures["mfu"] = mfu
     figures |= evaluate.before_and_after(
         parts_of(parts.EvaluationParts, resolved),
         tokenizer,
@@ -180,11 +182,12 @@ def describe(texts: list[str], words: Sequence[str] = ()) -> dict[str, float]:
 
 
 def shown(row: dict[str, float], timing: dict[str, float]) -> dict[str, float]:
-    """Returns the figures of the progress line: reward, accuracy, length, words, tokens/s and the split of the time."""
+    """Returns the figures of the progress line: reward, accuracy, length, words, tokens/s, MFU, split of the time."""
     phases = {phase: timing[f"{phase}_s"] for phase in PHASES if f"{phase}_s" in timing}
     total = sum(phases.values()) or 1.0
     speed = {"tok/s": timing["rollout_tokens_per_s"]} if "rollout_tokens_per_s" in timing else {}
     figures = {name: row[name] for name in ("reward", "accuracy", "length", "reflective_words") if name in row}
+    speed |= {"mfu": timing["update_mfu"]} if "update_mfu" in timing else {}
     return figures | speed | {name: seconds / total for name, seconds in phases.items()}
 
 

@@ -202,7 +202,7 @@ def fit(
     def batch_at(update: int):
         return reward.make_batch([units[i] for i in chosen[update]], pack, room, shards)
 
-    trained, loss = training.fit(folder, trainer, params, batch_at, len(chosen), stage)
+    trained, loss = training.fit(folder, trainer, params, batch_at, len(chosen), stage, read=reward.UNIT)
     if lower is not None:
         trained = frozen.join(lower, trained)
         whole = checkpoint.CheckpointStore(folder.path / WHOLE, keep=1)

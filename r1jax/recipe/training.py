@@ -18,8 +18,9 @@ def fit(
     updates: int,
     name: str,
     log_every: int = 1,
+    read: str = "loss_mask",
 ) -> tuple[decoder.Params, float]:
-    """Returns (weights after the last update, its loss), as train.supervised.fit; `name` is the result's name."""
+    """Returns (weights after the last update, its loss), as train.supervised.fit; `name` is the result's name, `read` as there."""
     store, log = folder.checkpoints(), MetricsLog(folder.path)
     with Progress(name, updates) as progress:
         result = supervised.fit(
@@ -33,6 +34,7 @@ def fit(
             lambda update, loss: progress.update(update, loss=loss),
             log_every=log_every,
             name=name,
+            read=read,
         )
     store.close()
     log.close()

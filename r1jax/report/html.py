@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from r1jax.core import files
-from r1jax.report.phases import PHASES, seconds_by_phase
+from r1jax.report.phases import PHASES, mfu_by_phase, seconds_by_phase
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "assets" / "report.html.j2"
 SAMPLES_SHOWN = 200  # of each checkpoint at most, spread evenly
@@ -44,6 +44,7 @@ class StageData:
     facts: Mapping[str, object] = field(default_factory=dict)  # "what was run": label -> value
     counts: Mapping[str, object] = field(default_factory=dict)  # how many passed each filter, by task where counted so
     tasks: Sequence[str] = ()  # tasks besides those named in the counts
+    mfu: Mapping[str, float] = field(default_factory=dict)  # phase -> model FLOPs utilisation, where it was measured
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,8 @@ def embedded(stages: Sequence[StageData]) -> dict[str, dict]:
 
 
 def _stage(folder: Path, name: str) -> StageData:
-    split = seconds_by_phase(files.read_jsonl(folder / "timing.jsonl"))
+    timing = files.read_jsonl(folder / "timing.jsonl")
+    split = seconds_by_phase(timing)
     config, figures = _object(folder / "config.json"), _object(folder / "figures.json")
     facts = {"stage": folder.name} | {key: config.get(key, ABSENT) for key in ("preset", "seed")}
     facts |= {key: figures.get(key, ABSENT) for key in ("updates", "examples")}
@@ -259,6 +261,7 @@ def _stage(folder: Path, name: str) -> StageData:
         facts=facts,
         counts={"problems": figures.get("data", {}), "examples": examples},
         tasks=[*SCENARIOS, *tasks],
+        mfu=mfu_by_phase(timing),
     )
 
 
@@ -398,12 +401,13 @@ def _spread(samples: Sequence[Mapping], count: int) -> list[Mapping]:
 
 
 def _splits(stages: Sequence[StageData]) -> list[dict]:
-    """Returns per stage the percentage of each phase, in the order of PHASES."""
+    """Returns per stage the percentage of each phase, in the order of PHASES, and the MFU of those that have one."""
     splits = []
     for stage in stages:
         if total := sum(stage.split.values()):
             percent = [round(100 * stage.split.get(phase, 0.0) / total, 1) for phase in PHASES]
-            splits.append({"name": stage.name, "parts": list(zip(PHASES, percent, strict=True))})
+            mfu = ", ".join(f"{phase} {100 * share:.1f}%" for phase, share in stage.mfu.items())
+            splits.append({"name": stage.name, "parts": list(zip(PHASES, percent, strict=True)), "mfu": mfu})
     return splits
 
 

@@ -42,9 +42,10 @@ class Scorer:
 
         With `offloaded` the weights are kept in host memory and copied to the device for each batch.
         """
-        self.mesh = mesh
+        self.network, self.mesh = network, mesh
         placed = sharding.spec_shardings(decoder.specs(network.model, network.scalar_head), mesh)
 
+        @jax.named_scope("score")
         def score(params, batch, num_filled, temperature):
             params = jax.device_put(params, placed) if offloaded else params
 

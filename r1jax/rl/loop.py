@@ -13,7 +13,7 @@ def train(run: RunState, source: JournalledSource, objective: Objective, recorde
     run.restore(objective)
     recorder.begin()
     warm_up(run, source, objective, recorder)
-    with source:
+    with source, recorder.trace.running(run.cursor.update):
         while not run.finished:
             first_update = run.begin_rollout()
             rollout = source.rollout(first_update)
@@ -23,6 +23,7 @@ def train(run: RunState, source: JournalledSource, objective: Objective, recorde
             for batch in batches(run, objective, recorder, rollout, advantages):
                 recorder.phase("update")
                 stats = recorder.timed("update", objective.update, run, batch, first_update)
+                recorder.timer.add(update_flops=objective.flops(run, batch))
                 run.count_update()
                 recorder.update(stats | batch.figures)
                 if batch.last:

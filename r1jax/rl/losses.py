@@ -199,6 +199,7 @@ def kl_term(
     return kl_divergence(jnp.where(used, logp, fixed), jnp.where(used, trained, fixed), kind, ratio, clamp), stats
 
 
+@jax.named_scope("loss")
 def policy_loss(
     logp: jax.Array,
     entropy: jax.Array,

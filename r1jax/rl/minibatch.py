@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from r1jax.data.packing import PREFIXES, PackedBatch, unpack
-from r1jax.models import decoder
+from r1jax.models import decoder, flops
 from r1jax.rl import schedules
 from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import ROUTED, Scorer
@@ -56,7 +56,7 @@ def with_values(run: RunState, objective: Objective, recorder: Recorder, rollout
     for chosen in mini_batches(rollout, first_update, run.config):
         packed = pack_mini_batch(rollout, chosen, blank, run.config, longest)
         for name, (scorer, weights) in scorers.items():
-            scores = recorder.timed("reference", _score, run.config, scorer, weights, packed)
+            scores = _score(run.config, recorder, scorer, weights, packed)
             rows = unpack(scores.reshape(packed.tokens.shape), packed)[: len(chosen)]  # prefixes come last
             for index, row in zip(chosen, rows, strict=True):
                 values[name][index] = row[-len(rollout.samples[index].token_ids) :]
@@ -88,16 +88,23 @@ def _scored(run: RunState, objective: Objective, recorder: Recorder, packed: Pac
     fields = tuple(name for name in objective.fields if name in packed.values)
     arrays = step.batch_arrays(packed, run.config.pack, micro_batches(run.config), fields)
     if "reference_logp" in objective.fields and "reference_logp" not in packed.values:
-        scores = recorder.timed("reference", _score, run.config, run.scorer, run.reference, packed)
-        arrays["reference_logp"] = scores
+        arrays["reference_logp"] = _score(run.config, recorder, run.scorer, run.reference, packed)
     num_filled = step.filled_micro_batches(packed, run.config.pack)
     return Batch(arrays, num_filled, last, _mismatch_without_replay(run, arrays, num_filled))
 
 
-def _score(config: RunSettings, scorer: Scorer, weights: decoder.Params, packed: PackedBatch) -> np.ndarray:
+def _score(
+    config: RunSettings, recorder: Recorder, scorer: Scorer, weights: decoder.Params | None, packed: PackedBatch
+) -> np.ndarray:
     """Returns the scorer's values of a packed mini-batch under `weights`, float32 [M, R, T]."""
-    arrays = step.batch_arrays(packed, config.pack, micro_batches(config), ())
-    return scorer(weights, arrays, step.filled_micro_batches(packed, config.pack), config.sampler.temperature or 1.0)
+
+    def score() -> np.ndarray:
+        arrays = step.batch_arrays(packed, config.pack, micro_batches(config), ())
+        filled = step.filled_micro_batches(packed, config.pack)
+        recorder.timer.add(reference_flops=flops.forward(scorer.network, step.work(arrays)).total)
+        return scorer(weights, arrays, filled, config.sampler.temperature or 1.0)
+
+    return recorder.timed("reference", score)
 
 
 def _mismatch_without_replay(run: RunState, arrays: dict, num_filled: int) -> dict[str, float]:

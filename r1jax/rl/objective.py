@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from r1jax.models import decoder
+from r1jax.models import decoder, flops
 from r1jax.rl import losses, schedules
 from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.rollout import Advantages, compute_advantages
 from r1jax.rl.settings import RunSettings
 from r1jax.rl.state import RunState
+from r1jax.train import step
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,10 @@ class Objective:
     def update(self, run: RunState, batch: Batch, first_update: int) -> dict[str, float]:
         """Makes one update and returns its statistics."""
         return run.update(batch.arrays, batch.num_filled, self.arguments(first_update))
+
+    def flops(self, run: RunState, batch: Batch) -> float:
+        """Returns the model's floating-point operations of an update (models/flops.py)."""
+        return flops.update(run.config.network, step.work(batch.arrays)).total
 
     def scorers(self, run: RunState) -> dict[str, tuple[Scorer, decoder.Params]]:
         """Returns the scorer and weights of each per-token value that a rollout needs before its first update."""

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from scipy.signal import lfilter
 
 from r1jax.core import tree
-from r1jax.models import decoder
+from r1jax.models import decoder, flops
 from r1jax.rl import logprobs, schedules
 from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import Scorer
@@ -55,6 +55,7 @@ class ValueArguments:
     value_clip: jax.Array | np.float32
 
 
+@jax.named_scope("loss")
 def value_loss(values, old_values, returns, value_clip) -> jax.Array:
     """Returns half the larger squared error: the value's, or that of the value clipped around its old one by value_clip.
 
@@ -130,6 +131,11 @@ class CriticObjective(Objective):
         sums = {name: float(value) for name, value in jax.device_get(sums).items()}
         skipped = max(stats[guard.SKIPPED], sums[guard.SKIPPED])
         return stats | _critic_figures(sums, max(stats["tokens"], 1.0)) | {guard.SKIPPED: skipped}
+
+    def flops(self, run: RunState, batch: Batch) -> float:
+        """Returns the operations of policy and critic."""
+        critic = flops.forward(self.critic.network, step.work(batch.arrays)) * 3.0  # its loss has no prediction module
+        return super().flops(run, batch) + critic.total
 
     def scorers(self, run: RunState) -> dict[str, tuple[Scorer, decoder.Params]]:
         return self.policy.scorers(run) | {"value": (self.value_scorer, self._copy(self.critic_state.params))}

@@ -1,15 +1,13 @@
 """What a run writes besides its weights: metrics rows, timing, warnings and its current phase."""
 
-import threading
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from r1jax.core import hosts
-from r1jax.core.metrics import MetricsLog
+from r1jax.core import hosts, observe
+from r1jax.core.metrics import MetricsLog, Timer
 from r1jax.core.say import say
+from r1jax.models import utilisation
 from r1jax.rewards.compose import PART_NAMES, RULE_PARTS
 from r1jax.rl import losses, schedules, warnings
 from r1jax.rl.journal import Rollout
@@ -21,37 +19,16 @@ from r1jax.train import guard
 ACCURACY = PART_NAMES.index("accuracy")
 
 
-class Timer:
-    """Seconds by phase, and other sums, since the last `take`; threads may share it."""
-
-    def __init__(self):
-        self._sums: dict[str, float] = {}
-        self._lock = threading.Lock()
-
-    def run(self, name: str, function: Callable, *arguments):
-        started = time.perf_counter()
-        result = function(*arguments)
-        self.add(**{f"{name}_s": time.perf_counter() - started})
-        return result
-
-    def add(self, **values: float) -> None:
-        with self._lock:
-            for name, value in values.items():
-                self._sums[name] = self._sums.get(name, 0.0) + value
-
-    def take(self) -> dict[str, float]:
-        with self._lock:
-            sums, self._sums = self._sums, {}
-        return sums
-
-
 class Recorder:
     """Writes the metrics rows and timing of a run, and prints its warnings."""
 
     def __init__(self, run: RunState, inputs: RunInputs):
         self.config, self.run, self.inputs = run.config, run, inputs
         self.log, self.timer = MetricsLog(inputs.folder), Timer()
-        self.timed = self.timer.run
+        self.timed, self.trace = self.timer.run, observe.UpdateTrace(self.config.stage, inputs.folder)
+        trainers = utilisation.peak(run.mesh)
+        self._peaks = {"reference": trainers, "update": trainers}
+        self._peaks["rollout"] = utilisation.peak(inputs.sampler_mesh or inputs.mesh)
         self.skipped = guard.SkippedUpdates(self.config.stage, self.config.optimizer.max_skipped_updates)
         self.monitor = HackingMonitor(self.config, inputs.folder, inputs.prompts, inputs.reward_models)
         self.figures: dict[str, float] = {}  # of the current rollout, in every row of its updates
@@ -73,7 +50,7 @@ class Recorder:
         self.figures |= of_models | self.inputs.describe(texts) | staleness
 
     def update(self, stats: dict[str, float]) -> None:
-        """Writes the metrics row of the last update, and its times to the timing file.
+        """Writes the metrics row of the last update, its times to the timing file, and the trace where one is due.
 
         Raises ValueError when too many updates in a row were skipped.
         """
@@ -89,11 +66,12 @@ class Recorder:
         if "rollout_s" in timing:
             timing["rollout_tokens_per_s"] = timing.pop("rollout_tokens") / timing["rollout_s"]
             timing["slot_occupancy"] = timing.pop("rollout_occupied_s") / timing["rollout_s"]
-        row = guard.recorded(row)
+        row, timing = guard.recorded(row), utilisation.with_mfu(timing, self._peaks)
         self.log.write(cursor.update, row, timing)
         self.inputs.on_update(cursor.update, row, timing)
         self.skipped.note(cursor.update, stats)
         cursor.skipped = self.skipped.in_a_row
+        self.trace.next(cursor.update + 1)
 
     def phase(self, name: str) -> None:
         """Writes the run's phase to the file `phase`, for people and scripts that watch from outside."""

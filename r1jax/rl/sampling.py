@@ -1,16 +1,18 @@
 """Draws the samples of a rollout and scores them while others are still drawn."""
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
+from r1jax.core.metrics import Timer
 from r1jax.core.runtime import ProgramSet
-from r1jax.models import decoder
+from r1jax.models import decoder, flops
 from r1jax.rewards.pool import RewardPool
 from r1jax.rl import reward_model_monitor, schedules
 from r1jax.rl import rollout as rollouts
 from r1jax.rl.journal import Rollout
-from r1jax.rl.recorder import Recorder, Timer
+from r1jax.rl.recorder import Recorder
 from r1jax.rl.settings import RunSettings
 from r1jax.rl.state import RunInputs
 from r1jax.sampler.build import build_sampler, sampling_params
@@ -82,6 +84,7 @@ class Sampling:
         recorder.timer.add(
             rollout_s=seconds,
             rollout_tokens=statistics.tokens,
+            rollout_flops=flops.forward(config.network, sampled_work(samples)).total,
             rollout_occupied_s=seconds * statistics.occupancy,
             rewards_s=graded_s,
         )
@@ -103,3 +106,12 @@ class Sampling:
         settings = self.config.sampler
         longest = schedules.max_new_tokens(settings, first_update)
         return sampling_params(settings, self.inputs.tokenizer.stop_ids, max_new_tokens=longest)
+
+
+def sampled_work(samples: Sequence[RolloutSample]) -> flops.Work:
+    """Returns the work of drawing the samples: each prompt passes once, and each sampled token is read and passes."""
+    lengths: dict[int, tuple[int, list[int]]] = {}
+    for sample in samples:
+        _, responses = lengths.setdefault(sample.request_id, (len(sample.prompt_ids), []))
+        responses.append(len(sample.token_ids))
+    return sum((flops.of_group(*one) for one in lengths.values()), flops.Work(0, 0, 0))

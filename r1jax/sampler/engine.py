@@ -89,6 +89,7 @@ def filtered(scores_SV: jax.Array, top_p_S: jax.Array, top_k_S: jax.Array) -> ja
     return jnp.where(jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1), scores_SV, -jnp.inf)
 
 
+@jax.named_scope("sample")
 def sample(logits_SV: jax.Array, slots: SlotParams, position_S: jax.Array):
     """Returns (token, raw log-prob, behaviour log-prob), each [S], by the Gumbel-max trick; greedy at temperature 0."""
     greedy = slots.temperature <= 0
@@ -127,6 +128,7 @@ def _step(params, state: DecodeState, network: Network, window: int):
     return state, StepOutput(token, active, logp, behaviour, status, experts)
 
 
+@jax.named_scope("decode")
 def _decode(params, state: DecodeState, network: Network, steps: int, window: int, record_experts: bool):
     """Returns (state, StepOutput) after up to `steps` steps; ends early when no slot is running."""
     slots = state.length.shape[0]
@@ -158,6 +160,7 @@ def _decode(params, state: DecodeState, network: Network, steps: int, window: in
     return state, out
 
 
+@jax.named_scope("prefill")
 def _prefill(params, tokens, length, network: Network, dtype, existing: Prefix | None) -> Prefix:
     """Returns the prefix of one padded prompt [Tb], continuing `existing` when given."""
     before = 0 if existing is None else existing.length
@@ -178,6 +181,7 @@ def _prefill(params, tokens, length, network: Network, dtype, existing: Prefix |
     return Prefix(cache, decoder.logits(params, last, network.compute.vocab_used), before + length, experts)
 
 
+@jax.named_scope("insert")
 def _insert(prefix: Prefix, state: DecodeState, slots, slot_params: SlotParams, mesh: Mesh, specs: Any) -> DecodeState:
     """Returns the state with the prefix copied into `slots`; numbers outside 0..S-1 are dropped.
 

@@ -38,6 +38,7 @@ class RewardLossArguments:
     per_token: jax.Array | np.float32  # 1 / tokens of the update, for the balance loss
 
 
+@jax.named_scope("loss")
 def pairwise(margins: jax.Array) -> jax.Array:
     """Returns -log sigmoid(s_chosen - s_rejected) of score margins.
 
@@ -46,6 +47,7 @@ def pairwise(margins: jax.Array) -> jax.Array:
     return jax.nn.softplus(-margins)
 
 
+@jax.named_scope("loss")
 def pointwise(scores: jax.Array, positive: jax.Array) -> jax.Array:
     """Returns the binary cross-entropy of sigmoid(score) with the label, in nats (DeepSeek-R1, B.3, pointwise)."""
     return jax.nn.softplus(jnp.where(positive, -scores, scores))
@@ -73,6 +75,7 @@ def make_loss(network: Network, kind: str) -> step.Loss:
     return loss
 
 
+@jax.named_scope("loss")
 def _margins(scores: jax.Array, unit: jax.Array, positive: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns (score of chosen - score of rejected, whether the pair exists), indexed by pair number - 1."""
     room = scores.size // 2 + 1  # a pair has at least two tokens

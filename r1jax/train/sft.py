@@ -26,7 +26,8 @@ def make_loss(network: Network, trained_chunk: int = 0) -> step.Loss:
         logp, _ = logprobs.scored_logprobs(hidden, matrix, micro["targets"], mask, trained_chunk=trained_chunk, **how)
         weights = micro["loss_mask"] * inverse_tokens
         extra, stats = step.auxiliary_loss(params, hidden, auxiliary, micro, weights, network)
-        return extra - jnp.sum(logp * micro["loss_mask"]) * inverse_tokens, stats
+        with jax.named_scope("loss"):
+            return extra - jnp.sum(logp * micro["loss_mask"]) * inverse_tokens, stats
 
     return loss
 

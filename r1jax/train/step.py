@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from r1jax.core import private_jax, sharding, tree
 from r1jax.core.sharding import use_mesh
 from r1jax.data.packing import PackedBatch
-from r1jax.models import decoder, logprobs, moe, mtp
+from r1jax.models import decoder, flops, logprobs, moe, mtp
 from r1jax.schema import Network, OptimizerConfig, PackConfig
 from r1jax.train import guard
 from r1jax.train import optimizer as optimizers
@@ -47,6 +47,16 @@ def batch_arrays(batch: PackedBatch, pack: PackConfig, micro_batches: int, field
     named = {name: getattr(batch, name) for name in ("tokens", "targets", "positions", "segments", "loss_mask")}
     named |= {name: batch.values[name] for name in fields} | batch.inputs
     return {name: np.ascontiguousarray(array.reshape(*shape, *array.shape[2:])) for name, array in named.items()}
+
+
+def work(arrays: Mapping[str, np.ndarray], read: str = "loss_mask") -> flops.Work:
+    """Returns the work of a batch's arrays [M, R, T] by true lengths; a head is read where `read` is above 0.
+
+    A shared prompt counts once in each row, and each of its samples sees it.
+    """
+    held = arrays["segments"] > 0
+    pairs = (arrays["positions"][held] + 1).sum()
+    return flops.Work(float(held.sum()), float(pairs), float((arrays[read] > 0).sum()))
 
 
 def filled_micro_batches(batch: PackedBatch, pack: PackConfig) -> int:
@@ -188,15 +198,17 @@ class Trainer:
         moments = state.optimizer
         if self.config.offload:
             moments = jax.device_put(moments, self.state_shardings(on_device=True).optimizer)
-        updates, opt_state = self.transform.update(grads, moments, weights)
-        params: Any = optax.apply_updates(weights, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = self.transform.update(grads, moments, weights)
+            params: Any = optax.apply_updates(weights, updates)
         experts_load, mtp_load = stats.pop("expert_load", None), stats.pop("mtp_expert_load", None)
         if rate := self.network.auxiliary.router_bias_update_rate:
             params = _balanced(params, experts_load, mtp_load, rate)
         # Selected element by element, which the compiler does in place where the state is donated.
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), params, state.params)
-        opt_state = optimizers.select_state(finite, opt_state, moments)
+        with jax.named_scope("optimizer"):
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), params, state.params)
+            opt_state = optimizers.select_state(finite, opt_state, moments)
         stats |= {"loss": loss, "grad_norm": norm, "learning_rate": self.rate(state.update)}
         stats[guard.SKIPPED] = 1 - finite.astype(jnp.float32)
         if experts_load is not None:
@@ -204,6 +216,7 @@ class Trainer:
         return TrainState(params, opt_state, state.update + 1), stats
 
 
+@jax.named_scope("router_bias")
 def _balanced(params: decoder.Params, load, mtp_load, rate: float) -> decoder.Params:
     """Returns the parameters with the routers' selection biases moved against the loads that are not None."""
 

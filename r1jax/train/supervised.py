@@ -1,18 +1,42 @@
 """The loop of supervised stages (pretraining, SFT): batches by update number, metrics, checkpoints, resume."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import numpy as np
 
+from r1jax.core import observe
 from r1jax.core.checkpoint import CheckpointStore
-from r1jax.core.metrics import MetricsLog
-from r1jax.models import decoder
-from r1jax.train import guard
+from r1jax.core.metrics import MetricsLog, Timer
+from r1jax.models import decoder, flops, utilisation
+from r1jax.train import guard, step
 from r1jax.train.step import Trainer, TrainState
 
 Batch = tuple[dict[str, np.ndarray], int, Any]  # arrays [M, R, T], filled micro-batches, arguments of the loss
+
+
+class _Timing(Timer):
+    """The seconds and operations of the updates, and the seconds of checkpoints, since the last row."""
+
+    def __init__(self, trainer: Trainer):
+        super().__init__()
+        self._trainer, self._peak = trainer, utilisation.peak(trainer.mesh)
+        self._compilations = trainer.compilations
+
+    @contextmanager
+    def update(self) -> Generator[None]:
+        """Surrounds an update, the making of its batch included."""
+        started = time.perf_counter()
+        yield
+        self.add(update_s=time.perf_counter() - started)
+
+    def row(self) -> dict[str, float]:
+        """Returns a row of timing; without MFU where the update was compiled meanwhile."""
+        before, self._compilations = self._compilations, self._trainer.compilations
+        return utilisation.with_mfu(self.take(), {"update": self._peak} if before == self._compilations else {})
 
 
 def fit(
@@ -26,34 +50,45 @@ def fit(
     on_update: Callable[[int, float], None] = lambda update, loss: None,
     log_every: int = 10,
     name: str = "training",
+    read: str = "loss_mask",
 ) -> tuple[decoder.Params, float]:
     """Returns (weights after the last update, its loss), continuing from the newest checkpoint in `store`.
 
     The loss is the newest finite one. Statistics are fetched, and skipped updates reported, every `log_every` updates
-    and before a checkpoint. Raises ValueError when too many updates in a row were skipped.
+    and before a checkpoint. `read` is the array of a batch that is above 0 where a head is read. Raises ValueError when
+    too many updates in a row were skipped.
     """
     state, first, loss = resume(trainer, params, store)
     in_a_row = store.record(first).get("skipped", 0) if first else 0
     skipped = guard.SkippedUpdates(name, trainer.config.max_skipped_updates, in_a_row)
     log.truncate(first)
+    timing, trace = _Timing(trainer), observe.UpdateTrace(name, log.folder)
     waiting: list[dict] = []  # statistics of the updates since the last fetch, on the device
-    for update in range(first, updates):
-        state, stats = trainer.update(state, *batch_at(update))
-        waiting.append({name: stats[name] for name in ("loss", "grad_norm", guard.SKIPPED)})
-        done, last = update + 1, update + 1 == updates
-        logged, saved = done % log_every == 0 or last, done % checkpoint_every == 0 or last
-        if logged:
-            row = {name: float(value) for name, value in jax.device_get(stats).items()}
-            log.write(done, guard.recorded(row), {})
-            on_update(done, row["loss"])
-        if logged or saved:
-            fetched, waiting = jax.device_get(waiting), []
-            for number, figures in enumerate(fetched, done - len(fetched) + 1):
-                skipped.note(number, figures)
-                loss = loss if figures[guard.SKIPPED] else float(figures["loss"])
-        if saved:
-            items = {"params": state.params, "optimizer": state.optimizer}
-            store.save(done, items, {"update": done, "loss": loss, "skipped": skipped.in_a_row})
+    with trace.running(first):
+        for update in range(first, updates):
+            done, last = update + 1, update + 1 == updates
+            logged, saved = done % log_every == 0 or last, done % checkpoint_every == 0 or last
+            with timing.update():
+                batch = batch_at(update)
+                state, stats = trainer.update(state, *batch)
+                if logged or saved:
+                    jax.block_until_ready(stats)
+            timing.add(update_flops=flops.update(trainer.network, step.work(batch[0], read)).total)
+            waiting.append({name: stats[name] for name in ("loss", "grad_norm", guard.SKIPPED)})
+            if logged:
+                row = {name: float(value) for name, value in jax.device_get(stats).items()}
+                log.write(done, guard.recorded(row), timing.row())
+                on_update(done, row["loss"])
+            if logged or saved:
+                fetched, waiting = jax.device_get(waiting), []
+                for number, figures in enumerate(fetched, done - len(fetched) + 1):
+                    skipped.note(number, figures)
+                    loss = loss if figures[guard.SKIPPED] else float(figures["loss"])
+            if saved:
+                items = {"params": state.params, "optimizer": state.optimizer}
+                record = {"update": done, "loss": loss, "skipped": skipped.in_a_row}
+                timing.run("checkpoint", store.save, done, items, record)
+            trace.next(done + 1, stats)
     return state.params, loss
 
 

@@ -88,6 +88,7 @@ class RewardModel:
         )
         self.rows, self.row_tokens, self.center = rows, row_tokens, center
 
+        @jax.named_scope("score")
         def score(params, tokens, positions, segments):
             return decoder.scalars(params, decoder.forward(params, tokens, positions, segments, network)[0])
 
