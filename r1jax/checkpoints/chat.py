@@ -92,8 +92,8 @@ def render(template: str, values: dict[str, Any]) -> str:
         with _deadline(DEADLINE_S):
             return _compiled(template).render(**values)
     except Exception as error:  # a template can raise anything: it is a program
-        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-        raise ValueError(f"{kind}{errors.one_line(error, 500)}") from None
+        describe = errors.one_line if isinstance(error, TemplateError) else errors.named
+        raise ValueError(describe(error, 500)) from None
 
 
 @contextlib.contextmanager
