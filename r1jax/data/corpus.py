@@ -34,9 +34,6 @@ class Noise:
     language: float = 0.15  # a word is in the other language
 
 
-CLEAN = Noise(0.0, 0.0, 0.0)
-
-
 class DocumentWriter:
     """Writes documents from one NumPy generator."""
 
