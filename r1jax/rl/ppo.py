@@ -19,7 +19,7 @@ from r1jax.models import decoder
 from r1jax.rl import logprobs, schedules
 from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import Scorer
-from r1jax.rl.objective import Batch, GroupObjective, Objective
+from r1jax.rl.objective import Batch, GroupObjective
 from r1jax.rl.rollout import Advantages, token_kl
 from r1jax.rl.settings import RunSettings
 from r1jax.rl.state import RunInputs, RunState
@@ -55,7 +55,7 @@ class ValueArguments:
 
 
 def value_loss(values, old_values, returns, value_clip) -> jax.Array:
-    """Returns half the larger squared error: the value's, or that of the value clipped around its old one by value_clip.
+    """Returns half the larger squared error: the value's, or that of the value clipped to old_values +- value_clip.
 
     Source: the value clipping of arXiv 2005.12729 (appendix), as in TRL, verl and Tunix.
     """
@@ -79,12 +79,12 @@ def make_value_loss(network: Network) -> step.Loss:
     return loss
 
 
-class CriticObjective(Objective):
-    """Advantages from a critic that is trained along with the policy, whose loss is that of `GroupObjective`."""
+class CriticObjective(GroupObjective):
+    """Advantages from a critic that is trained along with the policy; the policy's loss stays as it is."""
 
     def __init__(self, config: RunSettings, inputs: RunInputs):
-        self.config, self.policy = config, GroupObjective(config)
-        self.fields = (*self.policy.fields, *CRITIC_FIELDS)
+        super().__init__(config)
+        self.fields += CRITIC_FIELDS
         network = replace(config.network, scalar_head=True)
         rate = config.ppo.critic_learning_rate or config.optimizer.learning_rate
         optimizer = replace(config.optimizer, learning_rate=rate)
@@ -98,7 +98,7 @@ class CriticObjective(Objective):
 
     def advantages(self, rollout: Rollout, first_update: int) -> Advantages:
         """Returns GAE advantages, whitened over the rollout, and the returns the critic learns; rewards as in GRPO."""
-        grouped = self.policy.advantages(rollout, first_update)
+        grouped = super().advantages(rollout, first_update)
         ppo, beta = self.config.ppo, schedules.kl_coef(self.config.grpo, first_update)
         penalties = token_kl(rollout) if beta and self.config.grpo.kl_placement == "reward" else None
         advantages, returns = [], []
@@ -110,12 +110,6 @@ class CriticObjective(Objective):
         white = whitened(advantages, grouped.trained)
         return dataclasses.replace(grouped, advantages=white, values={"return": returns})
 
-    def loss(self, params: decoder.Params, micro: dict[str, jax.Array], arguments: Any):
-        return self.policy.loss(params, micro, arguments)
-
-    def arguments(self, first_update: int) -> Any:
-        return self.policy.arguments(first_update)
-
     def update(self, run: RunState, batch: Batch, first_update: int) -> dict[str, float]:
         """Makes one update of the policy and one of the critic and returns the statistics of both."""
         policy, critic = _split(batch.arrays)
@@ -126,7 +120,7 @@ class CriticObjective(Objective):
         return stats | _critic_figures(sums, max(stats["tokens"], 1.0)) | {guard.SKIPPED: skipped}
 
     def scorers(self, run: RunState) -> dict[str, tuple[Scorer, decoder.Params]]:
-        return self.policy.scorers(run) | {"value": (self.value_scorer, self._copy(self.critic_state.params))}
+        return super().scorers(run) | {"value": (self.value_scorer, self._copy(self.critic_state.params))}
 
     def warm_up(self, run: RunState, arrays: dict[str, np.ndarray]) -> None:
         policy, critic = _split(arrays)
