@@ -4,6 +4,7 @@ A new size is one entry of SIZES (docs/sizes.md).
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -345,13 +346,13 @@ def config(stage: str, preset: str, **parts) -> Config:
 
 def fitted(config: Config) -> Config:
     """Returns a stage's config with the fields in which its size differs from the recipe (Size.differs)."""
-    fields: dict[str, Any] = {}
-    parts: dict[str, dict[str, Any]] = {}
+    changed: dict[str, dict[str, Any]] = defaultdict(dict)  # part, "" for the config itself -> {field: value}
     for key, value in SIZES[config.preset].differs.get(config.stage, {}).items():
         part, _, name = key.rpartition(".")
-        changed = parts.setdefault(part, {}) if part else fields
-        changed[name] = value
-    return replace(config, **fields, **{part: replace(getattr(config, part), **v) for part, v in parts.items()})
+        changed[part][name] = value
+    fields = changed.pop("", {})
+    parts = {part: replace(getattr(config, part), **values) for part, values in changed.items()}
+    return replace(config, **fields, **parts)
 
 
 def trained_at(preset: str) -> str:
