@@ -78,7 +78,8 @@ def _compiled(template: str):
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": _strftime_now}  # ty: ignore[unsupported-operator] jinja2 types it by its own functions
+    functions: dict[str, Any] = {"raise_exception": _refuse, "strftime_now": _strftime_now}
+    environment.globals |= functions
     environment.filters["tojson"] = _json
     return environment.from_string(template)
 
