@@ -4,6 +4,7 @@ A new size is one entry of SIZES (docs/sizes.md).
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -99,9 +100,6 @@ class Size:
     # stage -> {field: value} that replace the recipe's
     differs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-
-# A reward model's update, 256 pairs of about two thousand tokens, fills some 64 rows of 8,192, not one for each device.
-_V3 = dict.fromkeys(("reward_helpful", "reward_safety"), {"pack.rows_per_micro_batch": 64})
 
 SIZES: dict[str, Size] = {
     "tiny": Size(
@@ -317,9 +315,8 @@ SIZES: dict[str, Size] = {
         ),
         student="qwen2_5_32b",  # the paper sets RL and distillation side by side at 32B (P2 Table 16)
         sampler=replace(_LONG, slots=512),  # 78,080 bytes of cache a token on a TPU: 1.4 TB in all
-        mesh=MeshConfig(data=2, fsdp=32, expert=8),
+        mesh=MeshConfig(fsdp=2, expert=8, tensor=4, context=8),  # rows of 67,584 tokens fit as well
         export_dtype="fp8",  # as DeepSeek publishes it
-        differs=_V3,
     ),
 }
 
@@ -345,13 +342,13 @@ def config(stage: str, preset: str, **parts) -> Config:
 
 def fitted(config: Config) -> Config:
     """Returns a stage's config with the fields in which its size differs from the recipe (Size.differs)."""
-    fields: dict[str, Any] = {}
-    parts: dict[str, dict[str, Any]] = {}
+    changed: dict[str, dict[str, Any]] = defaultdict(dict)  # part, "" for the config itself -> {field: value}
     for key, value in SIZES[config.preset].differs.get(config.stage, {}).items():
         part, _, name = key.rpartition(".")
-        changed = parts.setdefault(part, {}) if part else fields
-        changed[name] = value
-    return replace(config, **fields, **{part: replace(getattr(config, part), **v) for part, v in parts.items()})
+        changed[part][name] = value
+    fields = changed.pop("", {})
+    parts = {part: replace(getattr(config, part), **values) for part, values in changed.items()}
+    return replace(config, **fields, **parts)
 
 
 def trained_at(preset: str) -> str:

@@ -1,4 +1,4 @@
-"""Causal attention within the samples of packed rows as Pallas TPU kernels, forward and backward, for rows of any length.
+"""Causal attention within the samples of packed rows of any length as Pallas TPU kernels, forward and backward.
 
 A grid step takes one block of queries and one block of keys in which some query may attend to some key. The list of
 these steps is computed from the segments before the kernel starts, so blocks of other samples cost nothing. Queries
@@ -114,9 +114,9 @@ def block_schedule(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the grid steps of every row as (block of queries, block of keys, flags), int32 [B, steps] each.
 
-    `ranges` are those of the queries among `keys` keys, `query` and `key` the blocks' sizes in tokens. Steps are ordered
-    by block of queries or, with `by_key`, by block of keys. With `fill` a block that no step would compute gets one
-    step all the same, which only opens and closes it. Idle steps (flags 0) follow and name the blocks of the last
+    `ranges` are those of the queries among `keys` keys, `query` and `key` the blocks' sizes in tokens. Steps are
+    ordered by block of queries or, with `by_key`, by block of keys. With `fill` a block that no step would compute gets
+    one step all the same, which only opens and closes it. Idle steps (flags 0) follow and name the blocks of the last
     step. `position` is the first query's place among the keys, which bounds the steps; None allows all pairs.
     """
     batch, _, queries = ranges.shape
@@ -166,8 +166,9 @@ def scaled(q, scale: float):
 def forward_call(blocks: Blocks, interpret, q_BNTH, k_BKSH, v_BKSV, ranges, position: int | None = 0, dtype=None):
     """Returns (outputs [B, N, T, V], base-2 logarithm of the softmax's sum, float32 [B, N, 1, T]) of scaled queries.
 
-    `ranges` int32 [B, 2 or 4, T] are the first and last of the S keys that each query sees (`key_ranges`). Where a query
-    sees none, the logarithm is at most LOWEST / 2. `position` is as in `block_schedule`; `dtype` that of the outputs.
+    `ranges` int32 [B, 2 or 4, T] are the first and last of the S keys that each query sees (`key_ranges`). Where a
+    query sees none, the logarithm is at most LOWEST / 2. `position` is as in `block_schedule`; `dtype` that of the
+    outputs.
     """
     batch, heads, length, width = q_BNTH.shape
     groups, out_width = heads // k_BKSH.shape[1], v_BKSV.shape[-1]

@@ -142,3 +142,9 @@ def test_one_module_of_the_package_replaces_files():
 def test_an_error_is_one_line(error, line):
     assert errors.one_line(error) == line
     assert errors.one_line(error, 3) == line[:3]
+
+
+def test_the_kind_of_an_error_is_named_once():
+    assert errors.named(ValueError("two\n  lines")) == "ValueError: two lines"
+    assert errors.named(ValueError("two\n  lines"), 3) == "ValueError: two"
+    assert errors.named(MemoryError()) == "MemoryError"

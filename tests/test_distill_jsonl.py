@@ -13,7 +13,7 @@ from r1jax.core import rng, sharding
 from r1jax.core.metrics import read
 from r1jax.data import corpus, jsonl, tasks, templates
 from r1jax.models import decoder
-from r1jax.recipe import fine_tuning, parts, problems, prompts
+from r1jax.recipe import fine_tuning, parts, problems, prompts, sft_rows
 from r1jax.schema import MeshConfig, parts_of, replace
 
 SHORT = (
@@ -130,7 +130,7 @@ def spoken(folder) -> tokenizer.Tokenizer:
 def test_only_the_response_and_the_end_are_trained():
     config, own = configs.load("distill"), tokenizer.tiny()
     row = solved(tasks.Linear(7, 5, 5))
-    (item,) = fine_tuning.encode([row], config.stage, config.data, config.pack, own)
+    (item,) = sft_rows.items_of(row, config.stage, config.data, own)
     assert own.backend.decode(item.tokens.tolist()) == f"{row['prompt']} {row['response']} <eos>"
     asked = len(own.encode(row["prompt"]))
     assert item.loss_mask.tolist() == [0.0] * asked + [1.0] * (len(item.tokens) - asked)
@@ -142,9 +142,8 @@ def test_a_prefilled_think_is_prompt_and_not_trained(template):
         configs.load("distill", [("data.think_prefill", "true"), ("data.template", template)]),
         tokenizer.tiny(),
     )
-    config = replace(config, pack=replace(config.pack, row_tokens=400))
     row = solved(tasks.Linear(7, 5, 5))
-    (item,) = fine_tuning.encode([row], config.stage, config.data, config.pack, own)
+    (item,) = sft_rows.items_of(row, config.stage, config.data, own)
     trained = item.tokens[item.loss_mask > 0].tolist()
     assert own.backend.decode(trained) == f"{row['response'].removeprefix('<think> ')} <eos>"
     assert (item.tokens[item.loss_mask == 0][-1], trained.count(own.encode("<think>")[0])) == (
@@ -152,15 +151,14 @@ def test_a_prefilled_think_is_prompt_and_not_trained(template):
         0,
     )
     # Split differently, it is the same text.
-    (plain,) = fine_tuning.encode([row], config.stage, replace(config.data, think_prefill=False), config.pack, own)
+    (plain,) = sft_rows.items_of(row, config.stage, replace(config.data, think_prefill=False), own)
     np.testing.assert_array_equal(item.tokens, plain.tokens)
 
 
 def test_an_answer_without_a_thought_is_trained_after_a_prompt_that_opens_none():
     config, own = configs.load("distill", [("data.think_prefill", "true")]), tokenizer.tiny()
-    (item,) = fine_tuning.encode(
-        [{"prompt": "tell cat :", "response": "the cat is small thanks"}], config.stage, config.data, config.pack, own
-    )
+    row = {"prompt": "tell cat :", "response": "the cat is small thanks"}
+    (item,) = sft_rows.items_of(row, config.stage, config.data, own)
     assert own.backend.decode(item.tokens.tolist()) == "tell cat : the cat is small thanks <eos>"
 
 
@@ -183,10 +181,11 @@ def test_examples_longer_than_a_row_are_left_out_and_counted(capsys):
     config, own = configs.load("distill"), tokenizer.tiny()
     long = {"prompt": "tell cat :", "response": "cat " * 200}
     rows = [solved(tasks.Linear(7, 5, 5)), long]
-    assert len(fine_tuning.encode(rows, config.stage, config.data, config.pack, own)) == 1
+    items = [item for row in rows for item in sft_rows.items_of(row, config.stage, config.data, own)]
+    assert fine_tuning.fitting(items, config.pack.row_tokens) == items[:1]
     assert "1 of 2 examples exceed 96 tokens (longest 204), left out" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"all 1 examples exceed config.pack.row_tokens=96 \(longest 204\); raise it"):
-        fine_tuning.encode([long], config.stage, config.data, config.pack, own)
+        fine_tuning.fitting(items[1:], config.pack.row_tokens)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from io_cases import io_case
 
 from r1jax import config as configs
-from r1jax import launch
+from r1jax import launch, stage_table
 from r1jax.checkpoints import hf_export, tokenizer
 from r1jax.core import hosts, rng, sharding
 from r1jax.models import decoder
@@ -311,6 +311,18 @@ def test_one_question_under_many_ids_is_told_and_stands_on_one_side(world, capsy
     said = capsys.readouterr().err
     assert "1 of 50 prompts are new, 49 repeat an earlier one" in said
     assert ": 50 to train on, 0 held out" in said or ": 0 to train on, 50 held out" in said
+
+
+def test_a_missing_stage_is_made_with_the_seed_evaluation_and_problems_of_the_one_that_needs_it(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(stage_table, "function", lambda stage: lambda config, workdir: made.append(config))
+    fields = {"seed": "3", "rebuild_base": "true", "evaluation.max_problems": "5", "data.instruction": "Solve."}
+    for reader in ("stage4_all_scenarios", "reward_safety"):
+        lineage.require("stage3_rejection_sft", configs.load(f"{reader}:tiny", fields.items()), tmp_path)
+    of_problems, of_labels = made
+    assert of_problems == configs.load("stage3_rejection_sft:tiny", fields.items())
+    del fields["data.instruction"]  # those rows are labels
+    assert of_labels == configs.load("stage3_rejection_sft:tiny", fields.items())
 
 
 def test_several_processes_do_not_make_a_missing_stage_that_runs_in_one(monkeypatch, tmp_path):

@@ -14,14 +14,14 @@ from r1jax.checkpoints import chat, tokenizer
 from r1jax.core import metrics, rng
 from r1jax.data.problems import Problem
 from r1jax.models import decoder, logprobs
-from r1jax.recipe import common, fine_tuning, policy, prompts
+from r1jax.recipe import common, policy, prompts, sft_rows
 from r1jax.recipe.parts import AskingParts
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.settings import of_config
 from r1jax.sampler.engine import Engine
 from r1jax.sampler.sample import RolloutRequest, SamplingParams
 from r1jax.sampler.scheduler import RolloutSampler
-from r1jax.schema import Config, ModelConfig, PackConfig, SamplerConfig, parts_of, replace
+from r1jax.schema import Config, DataConfig, ModelConfig, SamplerConfig, parts_of, replace
 
 PROBLEMS = [Problem(f"p{n}", "math", f"{n}+{n}", str(2 * n), "en") for n in range(6)]
 END, START, TURN = 256, 257, 258  # ids of SPECIAL
@@ -313,10 +313,8 @@ def test_a_response_has_one_end_token_also_when_its_text_spells_one(tmp_path):
 @pytest.mark.parametrize(("template", "end"), [("chat", TURN), ("plain", END), ("r1_zero", END)])
 def test_fine_tuning_ends_every_example_once_as_its_template_does(tmp_path, template, end):
     words = tokenizer.from_folder(toy_checkpoint.write_tokenizer(tmp_path, chat_template=CHATML))
-    config = Config(pack=PackConfig(row_tokens=1024))
-    config = replace(config, model=ModelConfig(vocab_size=259), data=replace(config.data, template=template))
-    rows = [{"prompt": "q", "response": text} for text in ("r", "r<|im_end|>", "r<|endoftext|>\n")]
-    for item in fine_tuning.encode(rows, config.stage, config.data, config.pack, words):
+    for text in ("r", "r<|im_end|>", "r<|endoftext|>\n"):
+        (item,) = sft_rows.items_of({"prompt": "q", "response": text}, "", DataConfig(template=template), words)
         assert item.tokens[item.loss_mask > 0].tolist() == [*words.encode("r"), end]
 
 

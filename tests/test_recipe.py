@@ -14,7 +14,7 @@ from r1jax.data import files, jsonl, tasks
 from r1jax.data.problems import Problem
 from r1jax.evals.benchmarks import Response
 from r1jax.recipe import common, graph, lineage, stage3_rejection_sft, traces
-from r1jax.schema import RejectionConfig
+from r1jax.schema import ModelConfig, RejectionConfig
 
 REASONERS = ("r1_zero", "stage1_coldstart", "stage2_reasoning_rl", "stage3_rejection_sft")
 MODELS = ("reward_helpful", "reward_safety")
@@ -393,6 +393,21 @@ def test_cap_drops_repeated_texts_then_holds_to_the_number_per_prompt_and_in_all
     assert traces.capped(rows, 2) == [rows[index] for index in (0, 2, 4, 5, 6)]
     assert traces.capped(rows, 1) == [rows[index] for index in (0, 4, 5)]
     assert traces.capped(rows, 2, most=3) == [rows[index] for index in (0, 2, 4)]
+
+
+def test_a_run_of_a_version_with_other_field_names_is_refused_and_its_model_is_read(tmp_path):
+    config = configs.load("r1_zero:tiny")
+    folder = common.StageFolder(config, tmp_path)
+    folder.start({})
+    jsonl.write(folder.path / "examples.jsonl", [{}])
+    path = folder.path / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({name.replace("compute.", "model."): value for name, value in fields.items()}))
+    with pytest.raises(
+        ValueError, match=r"holds a run with another config \(compute.scan_layers: None there, False now"
+    ):
+        folder.check()
+    assert common.read_model(folder.path, ModelConfig())[0] == config.model
 
 
 def test_examples_of_a_stopped_stage_are_used_only_for_its_own_config_and_inputs(tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from r1jax.report.curves import PANELS, plot, write_csv
-from r1jax.report.table import cell, render, to_markdown
+from r1jax.report.table import cell, render
 
 ROWS = [
     {"update": update, "reward": 0.1 * update, "accuracy": 0.05 * update, "length": 14.0 + update}
@@ -63,13 +63,6 @@ def test_plot_refuses_rows_without_any_of_its_columns(tmp_path):
 )
 def test_cell_shows_four_digits_of_fractions_and_whole_numbers_in_full(value, text):
     assert cell(value) == text
-
-
-def test_to_markdown_aligns_numbers_and_escapes_bars():
-    rows = [{"model": "a|b", "accuracy": 0.25}, {"model": "c\nd"}]
-    assert to_markdown(rows, ("model", "accuracy")) == (
-        "| model | accuracy |\n|---|---:|\n| a\\|b | 0.25 |\n| c<br>d | - |\n"
-    )
 
 
 def test_render_prints_every_cell_as_it_is(capsys):

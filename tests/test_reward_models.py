@@ -173,6 +173,12 @@ def test_decoder_cut_in_two_says_what_the_whole_one_says(name, blocks, mesh):
     assert tree.digest(joined) == tree.digest(params)
 
 
+def test_cut_leaves_the_unused_rows_of_the_vocabulary_to_the_lower_part():
+    lower, upper = frozen.shapes(small.changed(LLAMA, vocab_used=30), 1)
+    assert (lower.model.vocab_size, lower.compute.vocab_used) == (32, 30)
+    assert (upper.model.vocab_size, upper.compute.vocab_used) == (1, 0)
+
+
 def replace_features(unit: Unit, features) -> Unit:
     return Unit(unit.sequences, unit.positive, features)
 

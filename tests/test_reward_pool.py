@@ -12,8 +12,9 @@ import uuid
 import pytest
 
 from r1jax.rewards import compose, worker
+from r1jax.rewards.answers import math_answer
 from r1jax.rewards.compose import RULE_PARTS
-from r1jax.rewards.pool import RewardPool
+from r1jax.rewards.pool import Grading, RewardPool
 from r1jax.rewards.score import RewardRequest, Score
 from r1jax.schema import RewardConfig
 
@@ -132,7 +133,7 @@ TROUBLE = {
     "computes in C": "grading passed the deadline of 2 s",
     "sleeps": "grading passed the deadline of 2 s",
     "is killed": "the grader's process ended with code -9",
-    "exhausts memory": "the grader raised MemoryError: ",
+    "exhausts memory": "the grader raised MemoryError",
     "raises": "the grader raised RuntimeError: two lines",
 }
 
@@ -213,6 +214,25 @@ def test_the_batch_deadline_leaves_what_had_no_turn_unscorable(stubborn_math):
         assert pool.score([math("later", "right")])[0].parts["accuracy"] == 1.0
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_grader_that_fails_in_the_trainer_leaves_its_sample_to_a_worker(monkeypatch, workers):
+    def fails(*arguments):
+        raise ValueError("of the trainer's process")
+
+    monkeypatch.setattr(math_answer, "quick", fails)
+    requests = [math("a", "\\boxed{5}"), RewardRequest("b", "mcq", "A) 1\nB) 2", "\\boxed{B}", "B")]
+    with RewardPool(RewardConfig(workers=workers)) as pool:
+        assert [score.parts["accuracy"] for score in pool.score(requests)] == [1.0, 1.0]
+        with pytest.raises(ValueError, match="'x' has task 'poetry'; known tasks: math"):
+            pool.score([RewardRequest("x", "poetry", "", "", "")])
+
+
+def test_a_score_that_is_missing_moves_no_other_sample_into_its_place():
+    scores = [Score(1.0, {}, True, ""), None, Score(0.0, {}, True, "")]
+    with RewardPool(RewardConfig()) as pool, pytest.raises(AssertionError, match="sample 'b' has no score"):
+        pool.finish([Grading([math(name, "") for name in "abc"], scores, {})])
+
+
 def test_gradings_begun_apart_are_finished_together_in_order_under_one_batch_deadline(stubborn_math):
     with RewardPool(RewardConfig(workers=1, deadline_s=60.0, batch_deadline_s=4.0)) as pool:
         started = time.monotonic()
@@ -256,13 +276,13 @@ MISBEHAVIOUR = {
     "segfaults": "the grader's process ended with code -11",
     "exits": "the grader's process ended with code 3",
     "sys.exit": "the grader raised SystemExit: 0",
-    "interrupts": "the grader raised KeyboardInterrupt: ",
+    "interrupts": "the grader raised KeyboardInterrupt",
     "raises": "the grader raised RuntimeError: two lines",
     "raises the unreadable": "the grader raised Unreadable: 12",
     "times out": "the grader raised TimeoutError: of its own",
     "returns the unreadable": "the grader raised TypeError: ",
     "returns nothing": "the grader raised AttributeError: ",
-    "exhausts memory": "the grader raised MemoryError: ",
+    "exhausts memory": "the grader raised MemoryError",
     "recurses": "the grader raised RecursionError: ",
     "hangs": "grading passed the deadline of 1 s",
     "hangs in C": "grading passed the deadline of 1 s",
@@ -279,6 +299,8 @@ def test_whatever_a_grader_does_concerns_its_own_sample_alone():
     assert failed.keys() == MISBEHAVIOUR.keys()
     for what, reason in MISBEHAVIOUR.items():
         assert failed[what].startswith(f"sample {what!r}: {reason}")
+    for what, kind in {"exhausts memory": "MemoryError", "interrupts": "KeyboardInterrupt"}.items():
+        assert failed[what] == f"sample {what!r}: the grader raised {kind}"  # without a message
 
 
 def test_workers_have_sympy_loaded_and_no_jax():

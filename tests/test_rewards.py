@@ -298,7 +298,6 @@ def test_a_language_is_known_by_its_names_and_codes(spellings, language):
         "franc\u0327ais"[: 99 * (language == "fr")] or language,
     ]:
         assert rules.canonical_language(spelling) == language, spelling
-        rules.check_language(spelling)
         text = {"en": "two words", "zh": "两个词", "fr": "deux mots"}[language]
         assert rules.language_consistency(text, spelling) == 1.0
 
@@ -307,13 +306,8 @@ def test_a_language_is_known_by_its_names_and_codes(spellings, language):
     "name", ["german", "de", "de-AT", "e", "klingon", "en fr", "english and chinese", "xx-en", "eng1", "-"]
 )
 def test_a_language_that_the_rule_does_not_know_is_refused_with_those_it_knows(name):
-    for function in (rules.canonical_language, rules.check_language):
-        with pytest.raises(ValueError, match=f"^language {name!r} is none that the language reward knows: en, zh, fr"):
-            function(name)
-
-
-def test_a_row_without_a_language_is_taken_from_its_prompt():
-    rules.check_language("")
+    with pytest.raises(ValueError, match=f"^language {name!r} is none that the language reward knows: en, zh, fr"):
+        rules.canonical_language(name)
 
 
 def test_the_reward_of_a_row_takes_its_language_as_data_sets_spell_it():

@@ -277,6 +277,7 @@ SMALL = [
 OVERWRITTEN = {
     "grade": ("reward.accuracy", "reward.format", "reward.language"),
     "evaluate": "model.checkpoint",
+    "reward_helpful": "auxiliary.mtp_loss_weight",
     "export_hf": ("model.", "compute.", "data.", "sampler.stop_ids"),
 }
 SMALL_RUN = configs.load("stage2_reasoning_rl", SMALL)

@@ -216,6 +216,21 @@ def test_a_template_that_loops_is_stopped_at_the_deadline(monkeypatch):
     assert time.monotonic() - started < 2
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no') }}", "no"),
+        ("{{ raise_exception('') }}", "TemplateError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        (f"{{{{ '%{2**62}d' % 1 }}}}", "MemoryError"),
+    ],
+)
+def test_what_a_template_raises_is_named_once(template, message):
+    with pytest.raises(ValueError) as error:
+        chat.render(template, {})
+    assert str(error.value) == message
+
+
 def test_rendering_works_in_another_thread_and_knows_loop_controls_and_plain_json():
     template = "{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}"
     found = []

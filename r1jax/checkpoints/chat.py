@@ -78,7 +78,8 @@ def _compiled(template: str):
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": _strftime_now}  # ty: ignore[unsupported-operator] jinja2 types it by its own functions
+    functions: dict[str, Any] = {"raise_exception": _refuse, "strftime_now": _strftime_now}
+    environment.globals |= functions
     environment.filters["tojson"] = _json
     return environment.from_string(template)
 
@@ -92,8 +93,8 @@ def render(template: str, values: dict[str, Any]) -> str:
         with _deadline(DEADLINE_S):
             return _compiled(template).render(**values)
     except Exception as error:  # a template can raise anything: it is a program
-        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-        raise ValueError(f"{kind}{errors.one_line(error, 500)}") from None
+        describe = errors.one_line if isinstance(error, TemplateError) else errors.named
+        raise ValueError(describe(error, 500)) from None
 
 
 @contextlib.contextmanager

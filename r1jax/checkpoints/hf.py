@@ -285,8 +285,8 @@ def _check_repeats(source: Path, files: TensorFiles, config: ModelConfig, repeat
     embedding = "model.embed_tokens.weight"
     if config.tie_word_embeddings and hf_hints.HEAD in files and not _equal(files, hf_hints.HEAD, embedding):
         raise ValueError(
-            f"{source}: {hf_hints.HEAD} differs from {embedding}, but config.json's tie_word_embeddings=true makes them "
-            f"one; set it to false to use both, or remove {hf_hints.HEAD}"
+            f"{source}: {hf_hints.HEAD} differs from {embedding}, but config.json's tie_word_embeddings=true makes "
+            f"them one; set it to false to use both, or remove {hf_hints.HEAD}"
         )
 
 

@@ -106,15 +106,15 @@ class Tokenizer:
         self.bos_id = self._special_id("bos_token")
         eos = self._special_id("eos_token")
         if eos is None:
-            eos = _token_text(self.config.get("eos_token"))
-            what = "" if eos is None else f" in the vocabulary (eos_token={eos!r})"
+            stated = _token_text(self.config.get("eos_token"))
+            what = "" if stated is None else f" in the vocabulary (eos_token={stated!r})"
             raise ValueError(
                 f"tokenizer {source}: no eos_token{what}; name the token that ends a response as eos_token in "
                 "tokenizer_config.json (pad_token may be left out: padding is then the end token)"
             )
         self.eos_id = eos
         pad = self._special_id("pad_token")
-        self.pad_id = self.eos_id if pad is None else pad
+        self.pad_id = eos if pad is None else pad
 
     def _special_id(self, name: str) -> int | None:
         text = _token_text(self.config.get(name))
@@ -147,8 +147,8 @@ class Tokenizer:
             return index
         if after:
             say(
-                f"tokenizer {self.source}: the chat template ends a turn with {after.splitlines()[0]!r}, which is no special "
-                "token: responses end at the end token alone; set --config.sampler.stop_strings to end them there too"
+                f"tokenizer {self.source}: the chat template ends a turn with {after.splitlines()[0]!r}, which is no "
+                "special token: responses end at the end token alone; set --config.sampler.stop_strings to end them there too"
             )
         return self.eos_id
 
@@ -182,8 +182,8 @@ class Tokenizer:
             if (lone := _SURROGATE.search(text)) is None:
                 raise
             raise ValueError(
-                f"tokenizer {self.source}: the text has a lone surrogate, {ascii(lone[0])} at character {lone.start()}, "
-                "which UTF-8 cannot hold; mend or leave out the row that it comes from"
+                f"tokenizer {self.source}: the text has a lone surrogate, {ascii(lone[0])} at character "
+                f"{lone.start()}, which UTF-8 cannot hold; mend or leave out the row that it comes from"
             ) from None
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -339,7 +339,8 @@ def _stated_stops(folder: Path, backend: Backend) -> list[int]:
         stated = _read_json(folder / name)
         if stated.get("stop_strings"):
             say(
-                f"tokenizer {folder}: stop_strings of {name} are not read; set --config.sampler.stop_strings to end responses there"
+                f"tokenizer {folder}: stop_strings of {name} are not read; set --config.sampler.stop_strings to end "
+                "responses there"
             )
         inner = stated.get("text_config")
         both = [part.get("eos_token_id") for part in (stated, inner) if isinstance(part, dict)]
@@ -360,9 +361,9 @@ def _stated_stops(folder: Path, backend: Backend) -> list[int]:
 
 
 def vocab_used(model: ModelConfig, tokenizer: Tokenizer) -> int:
-    """Returns config.compute.vocab_used: rows beyond the tokenizer's highest id are neither drawn nor normalised over.
+    """Returns config.compute.vocab_used: the number of the tokenizer's ids, 0 where each of the model's rows has one.
 
-    Rows beyond the tokenizer's highest id are then neither sampled nor part of the softmax. Raises ValueError where the
+    Rows beyond the tokenizer's highest id are neither sampled nor part of the softmax. Raises ValueError where the
     tokenizer has ids that the model has no rows for.
     """
     size = tokenizer.vocab_size
@@ -383,7 +384,8 @@ def _chat_template(folder: Path, stated: Any) -> str:
     if isinstance(stated, dict):
         if "default" not in stated:
             say(
-                f"tokenizer {folder}: none of the chat templates ({', '.join(map(str, stated))}) is named default: none is used"
+                f"tokenizer {folder}: none of the chat templates ({', '.join(map(str, stated))}) is named default: "
+                "none is used"
             )
         stated = stated.get("default")
     if not isinstance(stated, str | None):

@@ -11,3 +11,11 @@ def one_line(error: BaseException, limit: int = 0) -> str:
     else:
         text = " ".join(str(error).split()) or type(error).__name__
     return text[:limit] if limit else text
+
+
+def named(error: BaseException, limit: int = 0) -> str:
+    """Returns the name of an error's class and its message, as `one_line`; the name alone where there is no message."""
+    kind, text = type(error).__name__, one_line(error)
+    if text == kind:
+        return kind
+    return f"{kind}: {text[:limit] if limit else text}"

@@ -34,9 +34,6 @@ class Noise:
     language: float = 0.15  # a word is in the other language
 
 
-CLEAN = Noise(0.0, 0.0, 0.0)
-
-
 class DocumentWriter:
     """Writes documents from one NumPy generator."""
 
@@ -76,7 +73,7 @@ class DocumentWriter:
         return int(np.clip(guess, 1, (MAX_NUMBER - problem.b) // problem.a))
 
     def tries(self, problem: Linear, language: str, go_on: float) -> tuple[str, int]:
-        """Returns the checks of a document and the last guess; it goes on after a wrong one with probability `go_on`."""
+        """Returns the checks of a document and its last guess; `go_on` is the probability of more after a wrong one."""
         guess, parts = self.first_guess(problem), []
         for attempt in range(MAX_TRIES):
             text, total = self.check(problem, guess)

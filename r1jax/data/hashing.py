@@ -22,9 +22,9 @@ def splitmix64(values: np.ndarray) -> np.ndarray:
 
 
 def hash64(*parts: int | str) -> int:
-    """Returns a 64-bit unsigned hash of the parts in order (blake2b); 1 and "1" differ, ("ab", "c") and ("a", "bc") too.
+    """Returns a 64-bit unsigned hash of the parts in order (blake2b).
 
-    Raises ValueError for a part that is neither a whole number nor text.
+    1 and "1" have different hashes, and so do ("ab", "c") and ("a", "bc"). Raises ValueError for a part that is neither a whole number nor text.
     """
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:

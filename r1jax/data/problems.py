@@ -96,8 +96,8 @@ def from_row(fields: Mapping[str, Any], place: str, reference: ReadReference, ta
         labels["task"] = "countdown"
     if not labels["task"]:
         raise ValueError(
-            f"{place} ({name}): field 'task' is missing; name the grader of the row (such as math, mcq or code), or that "
-            "of all rows without one with --config.data.task=TASK"
+            f"{place} ({name}): field 'task' is missing; name the grader of the row (such as math, mcq or code), or "
+            "that of all rows without one with --config.data.task=TASK"
         )
     try:
         return Problem(

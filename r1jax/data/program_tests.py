@@ -15,8 +15,8 @@ TYPES = ("testtype", "test_type", "type")  # fields that name the way to run a t
 BY_INPUT = ("stdin", "stdio", "stdin_stdout", "stdin-stdout", "standard_input")
 BY_CALL = ("functional", "function", "function_call", "call", "call_based", "call-based")
 IGNORED = frozenset(  # fields of tests that do not change which outputs are right, or lower the limits of the sandbox
-    "id name source url split version comment comments note notes description explanation difficulty rating tags score weight "
-    "points hidden public is_public time_limit time_limit_s timeout memory_limit".split()
+    "id name source url split version comment comments note notes description explanation difficulty rating tags score "
+    "weight points hidden public is_public time_limit time_limit_s timeout memory_limit".split()
 )
 _TYPING = re.compile(r"\b(?:Any|Callable|Deque|Dict|Iterable|Iterator|List|Optional|Sequence|Set|Tuple|Union)\b")
 # Tests of a function compare plain values: tuples count as lists, and the expected value may be a list's only member.
@@ -43,7 +43,10 @@ def _tested():
         return {name}
     return solution.{name}
 """
-UNPACK = "json.dumps(json.loads(pickle.loads(zlib.decompress(base64.b64decode(TEXT))))), in a Python of your own and only for a file you trust"
+UNPACK = (
+    "json.dumps(json.loads(pickle.loads(zlib.decompress(base64.b64decode(TEXT))))), in a Python of your own and only "
+    "for a file you trust"
+)
 
 
 def read(fields: dict) -> list[str]:
@@ -85,8 +88,8 @@ def refuse_unknown(tests: Mapping, known: Iterable[str]) -> None:
         near = difflib.get_close_matches(name, known, 1, 0.5)
         remedy = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"field {name!r} is {str(value)[:60]!r}, which this grader does not read and which may change what is right; "
-            f"{remedy}Take the field away if equality is what is right, else leave the row out"
+            f"field {name!r} is {str(value)[:60]!r}, which this grader does not read and which may change what is "
+            f"right; {remedy}Take the field away if equality is what is right, else leave the row out"
         )
 
 
@@ -123,7 +126,8 @@ def as_calls(tests: object, row: Mapping) -> object:
     if len(names) != 1:
         named_functions = ", ".join(sorted(names)) or "none"
         raise ValueError(
-            f"the tests are of type functional and name the function: {named_functions}; give its name as 'fn_name', or leave the row out"
+            f"the tests are of type functional and name the function: {named_functions}; give its name as 'fn_name', or "
+            "leave the row out"
         )
     call_fields = (*FUNCTION_NAMES, *TYPES, "metadata")
     refuse_unknown(tests, ("kind", "cases", "test_cases", "inputs", "outputs", "starter_code", *call_fields))
@@ -219,7 +223,8 @@ def _live_code_bench(fields: dict) -> str:
         fields["tests"] = _calls(name, arguments, expected, "class Solution" in starter, SAME)
     else:
         raise ValueError(
-            f"test cases of testtype {', '.join(map(str, sorted(kinds))) or 'none'}: stdin, or functional with metadata.func_name, can be graded"
+            f"test cases of testtype {', '.join(map(str, sorted(kinds))) or 'none'}: stdin, or functional with "
+            "metadata.func_name, can be graded"
         )
     fields["prompt"] = _with_starter(fields.pop("question_content"), starter)
     return "LiveCodeBench's test cases read as tests, starter_code shown in the prompt, task code"
@@ -233,7 +238,8 @@ def _code_contests(fields: dict) -> str:
     files = [fields.get(name) for name in ("input_file", "output_file")]
     if any(isinstance(name, str) and name.strip() for name in files):
         raise ValueError(
-            "fields 'input_file' and 'output_file': programs that read or write files cannot be graded; leave the row out"
+            "fields 'input_file' and 'output_file': programs that read or write files cannot be graded; leave the row "
+            "out"
         )
     inputs, outputs = [], []
     for name in ("public_tests", "private_tests", "generated_tests"):

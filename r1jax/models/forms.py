@@ -118,33 +118,41 @@ def attend(q, source: Source, context: Context, network: Network, cache: kv.Cach
 
 def around_ring(q, source: Source, context: Context, network: Network, cache, layer) -> jax.Array:
     """Rows divided over the mesh's `context` axis: the source travels, keys are expanded where it arrives."""
-    return _as_queries(_ring(q, source, context, network, by_kernel=False), q)
+    return _ring(q, source, context, network, by_kernel=False)
 
 
 def around_ring_by_kernel(q, source: Source, context: Context, network: Network, cache, layer) -> jax.Array:
     """The same, with the flash attention kernels on every part that arrives."""
-    return _as_queries(_ring(q, source, context, network, by_kernel=True), q)
+    return _ring(q, source, context, network, by_kernel=True)
 
 
 def _ring(q, source: Source, context: Context, network: Network, by_kernel: bool) -> jax.Array:
-    parts = source.arrays, source.axes, source.expand, source.weights, source.weight_axes
-    return ring.attend(_grouped(q), *parts, context.segments, rope.softmax_scale(network.model), by_kernel)
+    out = ring.attend(
+        _grouped(q),
+        source.arrays,
+        source.axes,
+        source.expand,
+        source.weights,
+        source.weight_axes,
+        context.segments,
+        rope.softmax_scale(network.model),
+        by_kernel,
+    )
+    return _as_queries(out, q)
 
 
 def by_kernel(q, source: Source, context: Context, network: Network, cache, layer) -> jax.Array:
     """Whole rows by the flash attention kernels."""
-    rows = context.segments, context.prefixes
-    return _as_queries(
-        flash.attend(_grouped(q), *source.keys_and_values(), *rows, rope.softmax_scale(network.model)), q
-    )
+    k, v = source.keys_and_values()
+    out = flash.attend(_grouped(q), k, v, context.segments, context.prefixes, rope.softmax_scale(network.model))
+    return _as_queries(out, q)
 
 
 def in_blocks(q_BTKGH, source: Source, context: Context, network: Network, cache, layer) -> jax.Array:
-    """Whole rows of grouped queries in blocks of config.compute.attention_block tokens; blocks of other samples are skipped."""
-    arrays = q_BTKGH, *source.keys_and_values(), context.segments
-    return packed_attention(
-        *arrays, rope.softmax_scale(network.model), network.compute.attention_block, context.prefixes
-    )
+    """Whole rows of grouped queries, config.compute.attention_block tokens at a time, without blocks of other samples."""
+    k, v = source.keys_and_values()
+    scale, block = rope.softmax_scale(network.model), network.compute.attention_block
+    return packed_attention(q_BTKGH, k, v, context.segments, scale, block, context.prefixes)
 
 
 def decoded(q, source: Source, context: Context, network: Network, cache: kv.Cache | None, layer) -> jax.Array:

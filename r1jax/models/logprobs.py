@@ -28,12 +28,13 @@ def token_logprobs(
     """Returns (log p(target), entropy), float32 [B, T] in nats, as `fused_logprob.token_logprobs` does.
 
     Rows, tokens and the output matrix are sharded by the logical axes batch, sequence, embed and vocab on the mesh in
-    force. `implementation` is config.compute.logprob_implementation, `vocab_used` is config.compute.vocab_used. The entropy
-    has a gradient; a loss that only reports it must stop it.
+    force. `implementation` is config.compute.logprob_implementation, `vocab_used` is config.compute.vocab_used. The
+    entropy has a gradient; a loss that only reports it must stop it.
     """
-    layout = _layout(targets.shape, unembedding.shape)
-    how = chunk_tokens, chunk_vocab, layout, _kernel(implementation), vocab_used
-    return fused_logprob.token_logprobs(hidden, unembedding, targets, temperature, *how)
+    layout, kernel = _layout(targets.shape, unembedding.shape), _kernel(implementation)
+    return fused_logprob.token_logprobs(
+        hidden, unembedding, targets, temperature, chunk_tokens, chunk_vocab, layout, kernel, vocab_used
+    )
 
 
 def scored_logprobs(
@@ -52,12 +53,21 @@ def scored_logprobs(
     With trained_chunk > 0, on a mesh of one device, only the positions where mask > 0 are scored, that many at a time
     (`trained_logprob.trained_logprobs`). Otherwise all are, as in `token_logprobs`.
     """
-    layout = _layout(targets.shape, unembedding.shape)
-    if trained_chunk and layout is None:
-        how = trained_chunk, _kernel(implementation), vocab_used
+    if trained_chunk and _layout(targets.shape, unembedding.shape) is None:
+        kernel = _kernel(implementation)
         with jax.named_scope("head"):
-            return trained_logprob.trained_logprobs(hidden, unembedding, targets, mask, temperature, *how)
-    return token_logprobs(hidden, unembedding, targets, temperature, chunk_tokens, 0, implementation, vocab_used)
+            return trained_logprob.trained_logprobs(
+                hidden, unembedding, targets, mask, temperature, trained_chunk, kernel, vocab_used
+            )
+    return token_logprobs(
+        hidden,
+        unembedding,
+        targets,
+        temperature,
+        chunk_tokens,
+        implementation=implementation,
+        vocab_used=vocab_used,
+    )
 
 
 def _kernel(implementation: str) -> fused_logprob.KernelChoice | None:

@@ -66,8 +66,8 @@ def forward(
     """Returns (hidden states [B, T, D] whose logits predict token i + 2, routing).
 
     `embedding` is the main model's [V, D], `hidden` [B, T, D] its output after or before the final norm
-    (auxiliary.mtp_hidden). The last position of a document has no next token: its result is undefined, and no other position
-    attends to it.
+    (auxiliary.mtp_hidden). The last position of a document has no next token: its result is undefined, and no other
+    position attends to it.
     """
     c, following_tokens = network.model, following(tokens, segments)
     embedded = embed(embedding, following_tokens).astype(hidden.dtype)

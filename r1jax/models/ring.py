@@ -139,13 +139,14 @@ def _by_kernel(expand, scale: float, size: int, q_BTKGH, source, weights, segmen
 
 
 def _kernel_forward(expand, scale, size, q_BTKGH, source, weights, segments):
-    """Returns the outputs and what the backward pass needs; outputs of the parts are weighed by their softmax's sums."""
-    call, ranges = _kernel(q_BTKGH, segments, size)
+    """Returns the outputs and what the backward pass needs; parts are weighed by the sums of their softmax."""
+    blocks, interpret, ranges = _kernel(q_BTKGH, segments, size)
     q = scaled(_by_head(q_BTKGH, ranges.shape[2]), scale)
 
     def part(source, step, position):
         keys, values = (_by_head(array, ranges.shape[2]) for array in expand(source, weights))
-        return forward_call(*call, q, keys, values, _among(ranges, q_BTKGH.shape[1], size, step), position, jnp.float32)
+        among = _among(ranges, q_BTKGH.shape[1], size, step)
+        return forward_call(blocks, interpret, q, keys, values, among, position, jnp.float32)
 
     def visit(carry, step):
         source, out, norm = carry
@@ -165,16 +166,16 @@ def _kernel_forward(expand, scale, size, q_BTKGH, source, weights, segments):
 def _kernel_backward(expand, scale, size, saved, d_out):
     """Returns the gradients; that of the source travels with it, and takes one step more to be at home again."""
     q_BTKGH, source, weights, segments, out, norm = saved
-    call, ranges = _kernel(q_BTKGH, segments, size)
+    blocks, interpret, ranges = _kernel(q_BTKGH, segments, size)
     q, d_out = scaled(_by_head(q_BTKGH, ranges.shape[2]), scale), _by_head(d_out, ranges.shape[2]).astype(q_BTKGH.dtype)
     # The sum over keys of probability times its gradient (arXiv 2205.14135, appendix B.2).
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)[:, :, None]
 
     def part(source, step, position):
         (keys, values), pull = jax.vjp(expand, source, weights)
-        by_head = [_by_head(array, ranges.shape[2]) for array in (keys, values)]
+        k, v = (_by_head(array, ranges.shape[2]) for array in (keys, values))
         among = _among(ranges, q_BTKGH.shape[1], size, step)
-        d_q, d_k, d_v = backward_call(*call, q, *by_head, among, d_out, norm, inner, position)
+        d_q, d_k, d_v = backward_call(blocks, interpret, q, k, v, among, d_out, norm, inner, position)
         d_k, d_v = ((d, array.shape, array.dtype) for d, array in ((d_k / LOG2_E, keys), (d_v, values)))
         pulled = pull(tuple(_by_token(d, shape).astype(dtype) for d, shape, dtype in (d_k, d_v)))
         return d_q, *jax.tree.map(lambda d: d.astype(jnp.float32), pulled)
@@ -197,7 +198,7 @@ _by_kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
 def _kernel(q_BTKGH, segments, size: int):
-    """Returns (the kernels' first two arguments, ranges of this device's queries among the row's keys).
+    """Returns (the kernels' blocks, whether they are interpreted, ranges of this device's queries among the row's keys).
 
     The ranges [B, 2, T] are padded to whole blocks with queries that see no key.
     """
@@ -207,7 +208,7 @@ def _kernel(q_BTKGH, segments, size: int):
     row = key_ranges(jax.lax.all_gather(segments, RING, axis=1, tiled=True))
     own = jax.lax.dynamic_slice_in_dim(row, jax.lax.axis_index(RING) * length, length, axis=2)
     unseen = jnp.broadcast_to(jnp.array([[size * length], [-1]], jnp.int32), (*own.shape[:2], whole - length))
-    return (blocks, device.platform == "cpu"), jnp.concatenate([own, unseen], axis=2)
+    return blocks, device.platform == "cpu", jnp.concatenate([own, unseen], axis=2)
 
 
 def _among(ranges, length: int, size: int, step):

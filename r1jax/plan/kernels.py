@@ -101,12 +101,12 @@ def _attention(kind: str, make, kernel: str, shape: str):
     blocks = flash_attention.blocks_for(kind, TOKENS, width)
     sums = array(1, HEADS, 1, TOKENS, dtype=jnp.float32)
     q, k, v = array(1, HEADS, TOKENS, width), array(1, keys, TOKENS, width), array(1, keys, TOKENS, out_width)
-    reach, d_out = array(1, 2, TOKENS, dtype=jnp.int32), array(1, HEADS, TOKENS, out_width)
+    ranges, d_out = array(1, 2, TOKENS, dtype=jnp.int32), array(1, HEADS, TOKENS, out_width)
     functions: dict[str, tuple[Callable, Sequence]] = {
-        ATTENTION[0]: (lambda *a: flash_attention.forward_call(blocks, False, *a), (q, k, v, reach)),
+        ATTENTION[0]: (lambda *a: flash_attention.forward_call(blocks, False, *a), (q, k, v, ranges)),
         ATTENTION[1]: (
             lambda *a: flash_attention.backward_call(blocks, False, *a),
-            (q, k, v, reach, d_out, sums, sums),
+            (q, k, v, ranges, d_out, sums, sums),
         ),
     }
     row = [array(HEADS, TOKENS, w) for w in (width, width, out_width)] + [array(TOKENS, dtype=jnp.int32)]

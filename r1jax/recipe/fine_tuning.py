@@ -26,7 +26,7 @@ from r1jax.recipe import (
 )
 from r1jax.recipe.parts import TrainingParts
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import Config, DataConfig, PackConfig, SFTConfig, parts_of
+from r1jax.schema import Config, SFTConfig, parts_of
 from r1jax.train import epochs, sft, step
 
 EXAMPLES = common.EXAMPLES
@@ -100,11 +100,6 @@ def run(
     checkpoint.write_json(folder.path / "figures.json", figures)
     evaluate.write_report(config.stage, workdir, lineage.result_name(config.stage), figures)
     return folder.finish(figures, inputs, tree.digest(trained))
-
-
-def encode(rows: list[dict], stage: str, data: DataConfig, pack: PackConfig, tokenizer: Tokenizer) -> list[PackItem]:
-    """Returns the training examples of rows (sft_rows.items_of; most rows give one) that fit (`fitting`)."""
-    return fitting([item for row in rows for item in sft_rows.items_of(row, stage, data, tokenizer)], pack.row_tokens)
 
 
 def fitting(items: list[PackItem], limit: int) -> list[PackItem]:

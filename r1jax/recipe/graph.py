@@ -182,7 +182,7 @@ def summarize(workdir: Path, wall_s: float) -> dict:
             continue
         figures = json.loads(marker.read_text())["figures"]
         name = lineage.RESULTS[stage]
-        if stage in inherited.REWARD_MODELS:
+        if stage in lineage.REWARD_MODELS:
             models[name] = figures["held_out"]
             continue
         if name not in figures:

@@ -1,14 +1,14 @@
-"""What the stages of a graph or an ablation inherit from it: size, seed, base and problems."""
+"""What a stage inherits from the graph, the ablation or the stage that needs it: size, seed, base and problems."""
 
 import dataclasses
 from collections.abc import Sequence
 
 from r1jax import config as configs
+from r1jax import stage_table
 from r1jax.recipe import problems
 from r1jax.schema import Config, DataConfig, replace
 
 OF_STUDENT = ("distill", "student_rl")  # stages that train a student, from a base of its own
-REWARD_MODELS = ("reward_helpful", "reward_safety")  # stages whose rows are pairs and labels, not problems
 
 
 def preset(stage: str, size: str) -> str:
@@ -17,17 +17,23 @@ def preset(stage: str, size: str) -> str:
 
 
 def stage_config(config: Config, spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
-    """Returns the config NAME:PRESET of a stage with seed, evaluation, base and problems of the graph or the ablation.
+    """Returns the config NAME:PRESET of a stage with seed, evaluation, base and problems of `config`.
 
-    Stages that train the policy or start from it get the base (config.model.checkpoint), stages that read problems get
-    the changed fields of config.data. Overrides win over both.
+    `config` is that of the graph, the ablation or the stage that needs it. Stages that train the policy or start from
+    it get the base (config.model.checkpoint), stages that read problems get the changed fields of config.data, if
+    those are of problems too. Overrides win over both.
     """
     loaded = replace(configs.load(spec), seed=config.seed, evaluation=config.evaluation)
     if loaded.stage not in OF_STUDENT and not loaded.model.checkpoint:
         loaded = replace(loaded, model=replace(loaded.model, checkpoint=config.model.checkpoint))
-    if loaded.stage not in REWARD_MODELS:
+    if not (_learns_from_pairs(loaded.stage) or _learns_from_pairs(config.stage)):
         loaded = replace(loaded, data=_with_changes(loaded.data, config.data))
     return configs.override(loaded, overrides)
+
+
+def _learns_from_pairs(stage: str) -> bool:
+    """Returns whether a stage trains a reward model: its rows are pairs or labels, not problems."""
+    return stage_table.reads(stage, "reward_model")
 
 
 def _with_changes(stage_data: DataConfig, changes: DataConfig) -> DataConfig:
@@ -54,12 +60,13 @@ def require(stage_config: Config, setting: str, config: Config) -> None:
         if stage_config.stage in OF_STUDENT:
             who, base = f"{who}:{stage_config.preset}", setting.replace("FIELD", "model.checkpoint=DIR")
         raise ValueError(f"{who} has no weights to start from; give its base with {base} (a Hugging Face folder)")
-    if stage_config.stage in REWARD_MODELS and not stage_config.data.path:
-        raise ValueError(
-            f"{who} has no rows to learn from; give some with {setting.replace('FIELD', 'data.path=FILE.jsonl')} (rows with "
-            "prompt and chosen, rejected or a label)"
-        )
-    if stage_config.stage not in (*REWARD_MODELS, "distill") and not problems.has_files(stage_config.data):
+    if _learns_from_pairs(stage_config.stage):
+        if not stage_config.data.path:
+            raise ValueError(
+                f"{who} has no rows to learn from; give some with {setting.replace('FIELD', 'data.path=FILE.jsonl')} "
+                "(rows with prompt and chosen, rejected or a label)"
+            )
+    elif stage_config.stage != "distill" and not problems.has_files(stage_config.data):
         raise ValueError(
             f"{who} has no problems; give some with --config.data.path=FILE.jsonl (rows with id, task, prompt and "
             "answer)"

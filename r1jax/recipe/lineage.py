@@ -14,7 +14,7 @@ from r1jax import config as configs
 from r1jax import stage_table
 from r1jax.core import hosts, tree
 from r1jax.data import files
-from r1jax.recipe import common, parts, problems, stage0_base
+from r1jax.recipe import common, inherited, parts, problems, stage0_base
 from r1jax.rewards import plugins
 from r1jax.rewards.models.reward_model import Kind
 from r1jax.schema import Config, RewardConfig, parts_of, replace
@@ -33,10 +33,20 @@ RESULTS = {
     "reward_safety": "reward_safety",
 }
 BASE = "base"
-# task -> kind of reward model, and the field of config.scenarios that names its folder
-REWARD_MODELS: dict[str, tuple[Kind, str]] = {
-    "general": ("helpful", "helpful_model"),
-    "safety": ("safety", "safety_model"),
+
+
+@dataclass(frozen=True)
+class RewardModelUse:
+    """What a reward model is, and where stage 4 uses it."""
+
+    kind: Kind
+    task: str  # of the rows that it rewards
+    field: str  # of config.scenarios: names its folder
+
+
+REWARD_MODELS = {  # by the stage that trains it
+    "reward_helpful": RewardModelUse("helpful", "general", "helpful_model"),
+    "reward_safety": RewardModelUse("safety", "safety", "safety_model"),
 }
 
 
@@ -59,7 +69,8 @@ def base_name(input_preset: str) -> str:
 
 
 def require(stage: str, config: Config, workdir: Path) -> Path:
-    """Returns the folder of a finished stage in `workdir`; in the tiny world a missing stage is run first.
+    """Returns the folder of a finished stage in `workdir`; in the tiny world a missing stage is run first, with what it
+    inherits from `config`.
 
     Raises ValueError with the command that runs the stage at the other sizes, and where a model or problems are given.
     """
@@ -72,10 +83,8 @@ def require(stage: str, config: Config, workdir: Path) -> Path:
             f"{folder} is missing or unfinished; make it with: python -m r1jax.launch --config={stage}:{preset} "
             f"--workdir={workdir} and the same --config.data.path and --config.model.checkpoint"
         )
-    stage_config = configs.load(f"{stage}:{preset}")
-    stage_config = replace(
-        stage_config, seed=config.seed, rebuild_base=config.rebuild_base, evaluation=config.evaluation
-    )
+    stage_config = inherited.stage_config(config, f"{stage}:{preset}")
+    stage_config = replace(stage_config, rebuild_base=config.rebuild_base)
     if not stage_table.several_processes(stage):
         hosts.require_one(stage)
     stage_table.function(stage)(stage_config, workdir)
@@ -239,17 +248,21 @@ def reward_model_folders(config: Config, workdir: Path) -> dict[str, Path]:
     Raises ValueError for a folder without a finished stage.
     """
     folders = {}
-    for task, (_, field) in REWARD_MODELS.items():
-        name = getattr(config.scenarios, field)
+    for use in REWARD_MODELS.values():
+        name = getattr(config.scenarios, use.field)
         if not name or config.scenarios.from_update < 0:
             continue
-        folders[task] = require(name, config, workdir) if name in RESULTS else Path(name)
-        if not (folders[task] / common.DONE).exists():
+        folders[use.task] = require(name, config, workdir) if name in RESULTS else Path(name)
+        if not (folders[use.task] / common.DONE).exists():
             raise ValueError(f"{name} holds no finished reward model; give a folder of reward_helpful or reward_safety")
     return folders
 
 
 def reward_models(config: Config, workdir: Path) -> dict[str, str]:
     """Returns {stage or folder: digest of its result} of the reward models that config.scenarios uses."""
-    folders = reward_model_folders(config, workdir).items()
-    return {getattr(config.scenarios, REWARD_MODELS[task][1]): output_digest(folder) for task, folder in folders}
+    folders = reward_model_folders(config, workdir)
+    return {
+        getattr(config.scenarios, use.field): output_digest(folders[use.task])
+        for use in REWARD_MODELS.values()
+        if use.task in folders
+    }

@@ -21,11 +21,11 @@ from r1jax.report import curves
 from r1jax.report.phases import PHASES, mfu_by_phase, seconds_by_phase
 from r1jax.rewards import plugins
 from r1jax.rewards.models.reward_model import RewardModel
-from r1jax.rl import losses, settings
+from r1jax.rl import losses
 from r1jax.rl.assemble import Training, assemble
 from r1jax.rl.objective import Objective
 from r1jax.rl.rollout import EncodedPrompt, Mixture, PromptPhases
-from r1jax.rl.settings import RunSettings
+from r1jax.rl.settings import RunSettings, of_config
 from r1jax.rl.state import RunInputs
 from r1jax.sampler import jetstream
 from r1jax.schema import Config, MeshConfig, ModelConfig, PackConfig, parts_of
@@ -53,7 +53,7 @@ def run(config: Config, workdir: Path) -> dict:
     sampling_mesh = sampler_mesh(resolved.mode, resolved.sampler_mesh, mesh)
     with Progress(name, resolved.grpo.updates) as progress:
         training = make_training(
-            settings.of_config(resolved),
+            of_config(resolved),
             tokenizer,
             mesh,
             stage_prompts.training,
@@ -142,13 +142,13 @@ def later(settings: PromptParts, tokenizer: Tokenizer, stage_prompts: prompts.St
         return None
     scenario_problems = {"general": stage_prompts.source.general(), "safety": stage_prompts.source.safety()}
     custom_graders = plugins.parse(settings.reward.graders)
-    for task, problems in scenario_problems.items():
-        if not problems:
+    for use in lineage.REWARD_MODELS.values():
+        task, field = use.task, use.field
+        if not scenario_problems[task]:
             raise ValueError(
-                f"{settings.stage}: no row of task {task} for config.scenarios.from_update={scenarios.from_update}; give "
-                f"some in config.data.path or config.data.{task}_path, or set it to -1"
+                f"{settings.stage}: no row of task {task} for config.scenarios.from_update={scenarios.from_update}; "
+                f"give some in config.data.path or config.data.{task}_path, or set it to -1"
             )
-        field = lineage.REWARD_MODELS[task][1]
         if stage_prompts.source.inputs and not getattr(scenarios, field) and task not in custom_graders:
             raise ValueError(
                 f"{settings.stage}: nothing rewards the rows of task {task}; name a reward model with "
@@ -170,8 +170,9 @@ def load_reward_models(
 ) -> dict[str, RewardModel]:
     """Returns the reward models of {task: folder}, by task."""
     return {
-        task: reward_models.load(folder, lineage.REWARD_MODELS[task][0], tokenizer, mesh, pack, model)
-        for task, folder in folders.items()
+        use.task: reward_models.load(folders[use.task], use.kind, tokenizer, mesh, pack, model)
+        for use in lineage.REWARD_MODELS.values()
+        if use.task in folders
     }
 
 

@@ -20,7 +20,7 @@ from r1jax.core import sharding, tree
 from r1jax.models import decoder
 from r1jax.models.moe import MoE
 from r1jax.plan.compile import LoweredProgram
-from r1jax.recipe import lineage, reward_models
+from r1jax.recipe import lineage
 from r1jax.rewards.models import reward_model
 from r1jax.rl import logprobs, losses, minibatch, ppo, settings
 from r1jax.rl.logprobs import Scorer
@@ -34,7 +34,7 @@ REWARD_MODEL = "reward model"
 _STOP = (0,)  # stop ids are numbers in the decode state; which ones changes no program
 RL = ("r1_zero", "ppo_baseline", "stage2_reasoning_rl", "stage4_all_scenarios", "student_rl")
 SFT = ("stage1_coldstart", "stage3_rejection_sft", "distill")
-REWARD_MODELS = ("reward_helpful", "reward_safety")
+REWARD_MODELS = tuple(lineage.REWARD_MODELS)
 SAMPLING = ("evaluate", "preference_pairs")
 
 
@@ -192,7 +192,7 @@ def _supervised(config: Config, mesh: Mesh) -> list[Phase]:
 def _reward_model(config: Config, mesh: Mesh) -> list[Phase]:
     """Returns the phases of a reward model's stage, whose blocks are all trained."""
     network = reward_model.architecture(config.network)
-    kind = reward_models.KINDS[config.stage]
+    kind = lineage.REWARD_MODELS[config.stage].kind
     trainer = step.Trainer(network, config.optimizer, mesh, reward.make_loss(network, kind), 1)
     arguments = reward.RewardLossArguments(np.float32(1), np.float32(1))
     rows = config.reward_model.examples_per_update * (2 if kind == "helpful" else 1)
@@ -229,7 +229,7 @@ def _reinforcement(config: Config, mesh: Mesh, devices: Sequence | None) -> list
         found.append(Phase("reference", dict(always), {"reference: copy": copying}))
         always |= {} if grpo.offload_reference else {"reference": copied}
     rewarded = reward_model.architecture(network)
-    tasks = [task for task, (_, name) in lineage.REWARD_MODELS.items() if getattr(config.scenarios, name)]
+    tasks = [use.task for use in lineage.REWARD_MODELS.values() if getattr(config.scenarios, use.field)]
     for task in tasks:
         always[f"{REWARD_MODEL} ({task})"] = _copy(rewarded, _weights(rewarded, mesh, jnp.float32), mesh)[1]
     sampler_mesh = mesh

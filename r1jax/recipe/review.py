@@ -48,8 +48,8 @@ def ask(drafts: Sequence[Draft], counts: Counts, folder: StageFolder, coldstart:
     ]
     jsonl.write(path, rows)
     raise Awaited(
-        f"{folder.path.name}: {len(rows)} examples wait for review in {path}: set each row's verdict to accept, reject or "
-        "edit (the new response in 'edit') and run the same command again"
+        f"{folder.path.name}: {len(rows)} examples wait for review in {path}: set each row's verdict to accept, "
+        "reject or edit (the new response in 'edit') and run the same command again"
     )
 
 

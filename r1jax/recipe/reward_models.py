@@ -37,7 +37,6 @@ from r1jax.schema import (
 from r1jax.train import epochs, frozen, reward, step
 from r1jax.train.reward import Unit
 
-KINDS: dict[str, Kind] = {"reward_helpful": "helpful", "reward_safety": "safety"}  # stage -> kind of reward model
 WHOLE = "whole"  # folder of the whole model, if a part of it was frozen in training
 NOTHING, TOO_LONG = "with nothing to judge", "longer than pack allows"  # why an example is left out
 CENTER_UNITS = 256  # training pairs whose mean score is the center of a helpful model
@@ -59,7 +58,7 @@ def run(config: Config, workdir: Path) -> dict:
 
     Raises ValueError, before anything is written, for bad data or an impossible number of frozen blocks.
     """
-    kind = KINDS[config.stage]
+    kind = lineage.REWARD_MODELS[config.stage].kind
     folder = common.StageFolder(config, workdir)
     folder.check()
     inputs = lineage.inputs(config, workdir, compared=False)
@@ -67,16 +66,11 @@ def run(config: Config, workdir: Path) -> dict:
         show({config.stage: figures["held_out"]})
         return figures
     resolved, tokenizer, mesh = common.prepare(config, lineage.start_folder(config, workdir))
-    network, text_format = (
-        reward_model.architecture(resolved.network),
-        reading_of(kind, resolved.stage, resolved.data, resolved.reward_model, tokenizer),
-    )
-    path = folder.path / common.EXAMPLES
-    rows = (
-        []
-        if path.exists() or _generates_examples(resolved.data)
-        else file_rows(resolved.stage, resolved.preset, resolved.data, kind)
-    )
+    network = reward_model.architecture(resolved.network)
+    text_format = reading_of(kind, resolved.stage, resolved.data, resolved.reward_model, tokenizer)
+    path, rows = folder.path / common.EXAMPLES, []
+    if not path.exists() and not _generates_examples(resolved.data):
+        rows = file_rows(resolved.stage, resolved.preset, resolved.data, kind)
     if blocks := config.reward_model.frozen_blocks:
         frozen.shapes(network, blocks)
     started, params = time.monotonic(), lineage.start_weights(resolved, mesh, workdir)
@@ -84,7 +78,12 @@ def run(config: Config, workdir: Path) -> dict:
         rows = jsonl.read(path)
     else:
         rows = rows or tiny_preferences.examples(
-            *(kind, parts_of(parts.SamplingParts, resolved), resolved.reward_model, tokenizer, mesh, params),
+            kind,
+            parts_of(parts.SamplingParts, resolved),
+            resolved.reward_model,
+            tokenizer,
+            mesh,
+            params,
             lineage.base(resolved, mesh, workdir),
         )
         rows = chosen_examples(rows, kind, resolved.stage, resolved.data, resolved.reward_model)
@@ -145,23 +144,22 @@ def require_path(stage: str, preset: str, data: DataConfig) -> str:
 
 
 def reading_of(
-    kind: Kind, stage: str, data: DataConfig, reward_model: RewardModelConfig, tokenizer: Tokenizer
+    kind: Kind, stage: str, data: DataConfig, settings: RewardModelConfig, tokenizer: Tokenizer
 ) -> TextFormat:
     """Returns how the model of this run reads its texts."""
-    settings = reward_model
     template = prompts.template(stage, data, tokenizer)
     return TextFormat(kind, template, data.instruction, settings.prompt_tokens, settings.response_tokens)
 
 
 def chosen_examples(
-    rows: list[dict], kind: Kind, stage: str, data: DataConfig, reward_model: RewardModelConfig
+    rows: list[dict], kind: Kind, stage: str, data: DataConfig, settings: RewardModelConfig
 ) -> list[dict]:
     """Returns the rows that are used, in order, each with `held_out`; pairs of either side are balanced by length."""
     if data.max_rows:
         order = keyed_permutation(len(rows), hash64(stage, "rows"))
         rows = [rows[i] for i in sorted(order[: data.max_rows])]
     sides = reward_examples.split(rows, data.holdout_fraction)
-    if kind == "helpful" and reward_model.balance_lengths:
+    if kind == "helpful" and settings.balance_lengths:
         sides = tuple(map(preferences.balance_lengths, sides))
     held_out = {row["id"]: held for held, side in zip((False, True), sides, strict=True) for row in side}
     return [row | {"held_out": held_out[row["id"]]} for row in rows if row["id"] in held_out]
@@ -179,7 +177,7 @@ def _unit(row: dict, kind: Kind, text_format: TextFormat, tokenizer: Tokenizer) 
 
 def fit(
     settings: TrainingParts,
-    model: RewardModelConfig,
+    tuning: RewardModelConfig,
     mesh: Mesh,
     kind: Kind,
     units: list[Unit],
@@ -189,10 +187,10 @@ def fit(
     """Returns (weights of the whole model, last loss) after the configured epochs."""
     network, pack, stage = reward_model.architecture(settings.network), settings.pack, settings.stage
     lower = None
-    if model.frozen_blocks:
-        lower, params = frozen.cut(params, network.model, model.frozen_blocks)
-        lower_network, network = frozen.shapes(network, model.frozen_blocks)
-    chosen = epochs.examples_of_updates(len(units), model.epochs, model.examples_per_update, stage, settings.seed)
+    if tuning.frozen_blocks:
+        lower, params = frozen.cut(params, network.model, tuning.frozen_blocks)
+        lower_network, network = frozen.shapes(network, tuning.frozen_blocks)
+    chosen = epochs.examples_of_updates(len(units), tuning.epochs, tuning.examples_per_update, stage, settings.seed)
     room = max(len(reward.micro_batches([units[i] for i in some], pack)) for some in chosen)
     shards = sharding.row_shards(pack.rows_per_micro_batch, settings.mesh)
     trainer = step.Trainer(network, settings.optimizer, mesh, reward.make_loss(network, kind), len(chosen))
@@ -281,12 +279,12 @@ def make_scorer(
 
 
 def write_record(
-    folder: Path, kind: Kind, network: Network, text_format: TextFormat, reward_model: RewardModelConfig, center: float
+    folder: Path, kind: Kind, network: Network, text_format: TextFormat, settings: RewardModelConfig, center: float
 ) -> None:
     """Writes the settings that `load` reads besides the weights."""
     record: dict[str, Any] = {"kind": kind, "reading": dataclasses.asdict(text_format)}
     record |= {"model": dataclasses.asdict(network.model), "compute": dataclasses.asdict(network.compute)}
-    record |= {"weights": WHOLE if reward_model.frozen_blocks else "checkpoints", "center": center}
+    record |= {"weights": WHOLE if settings.frozen_blocks else "checkpoints", "center": center}
     checkpoint.write_json(folder / common.REWARD_MODEL, record)
 
 

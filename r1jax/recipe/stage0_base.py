@@ -55,7 +55,7 @@ def run(config: Config, workdir: Path) -> dict:
 
 def pretrain(
     settings: TrainingParts,
-    pretrain: PretrainConfig,
+    pretraining: PretrainConfig,
     tokenizer: Tokenizer,
     mesh: Mesh,
     folder: common.StageFolder,
@@ -64,14 +64,14 @@ def pretrain(
     hosts.require_one(f"pretraining {settings.stage}")
     folder.start({})
     network, seed, pack = settings.network, settings.seed, settings.pack
-    trainer = step.Trainer(network, settings.optimizer, mesh, sft.make_loss(network), total_updates=pretrain.updates)
-    rows, items = packed_corpus(seed, pretrain, pack.row_tokens, tokenizer)
-    started, total = time.monotonic(), pretrain.updates
+    trainer = step.Trainer(network, settings.optimizer, mesh, sft.make_loss(network), total_updates=pretraining.updates)
+    rows, items = packed_corpus(seed, pretraining, pack.row_tokens, tokenizer)
+    started, total = time.monotonic(), pretraining.updates
     params, loss = training.fit(
         folder,
         trainer,
-        initial_params(seed, network.model, pretrain, mesh),
-        lambda update: batch_at(update, rows, items, seed, settings.mesh, pack, pretrain),
+        initial_params(seed, network.model, pretraining, mesh),
+        lambda update: batch_at(update, rows, items, seed, settings.mesh, pack, pretraining),
         total,
         settings.stage,
         log_every=10,
@@ -101,10 +101,10 @@ def batch_at(
     seed: int,
     mesh: MeshConfig,
     pack: PackConfig,
-    pretrain: PretrainConfig,
+    pretraining: PretrainConfig,
 ):
     """Returns the batch of one update: the next rows of a keyed order that changes every epoch."""
-    size, chosen, packed = pretrain.rows_per_update, [], []
+    size, chosen, packed = pretraining.rows_per_update, [], []
     for place in range(update * size, (update + 1) * size):
         epoch, index = divmod(place, len(rows))
         row = rows[_order(seed, epoch, len(rows))[index]]
@@ -126,10 +126,10 @@ def _order(seed: int, epoch: int, size: int) -> np.ndarray:
     return _orders[key]
 
 
-def initial_params(seed: int, model: ModelConfig, pretrain: PretrainConfig, mesh: Mesh) -> decoder.Params:
+def initial_params(seed: int, model: ModelConfig, pretraining: PretrainConfig, mesh: Mesh) -> decoder.Params:
     """Returns random weights; with config.pretrain.fourier_numbers number tokens start from sines of the number."""
     params = sharding.initialize(decoder.specs(model), rng.key(seed, "stage0_base", "init"), jnp.float32, mesh)
-    if pretrain.fourier_numbers:
+    if pretraining.fourier_numbers:
         params = with_fourier_numbers(params, model)
     return params
 
@@ -152,14 +152,14 @@ def with_fourier_numbers(params: decoder.Params, model: ModelConfig) -> decoder.
 
 def base_key(
     model: ModelConfig,
-    pretrain: PretrainConfig,
+    pretraining: PretrainConfig,
     optimizer: OptimizerConfig,
     pack: PackConfig,
     auxiliary: AuxiliaryConfig,
 ) -> str:
     """Returns a hash of what a shipped base depends on: shape, corpus, optimiser, packing and auxiliary losses."""
     losses = [auxiliary] if auxiliary != AuxiliaryConfig() else []
-    return common.shape_hash(model, pretrain, optimizer, pack, *losses)
+    return common.shape_hash(model, pretraining, optimizer, pack, *losses)
 
 
 def asset_path(preset: str) -> Path:

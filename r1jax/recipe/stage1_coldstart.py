@@ -58,14 +58,14 @@ def run(config: Config, workdir: Path) -> dict:
 
 def inputs(stage: str, coldstart: ColdStartConfig, judge: JudgeConfig) -> dict[str, str]:
     """Returns {model or file: digest} of those that config.coldstart names; ValueError for a missing one."""
-    settings, digests = coldstart, {}
-    prompted = {"few_shot", "direct"} & {*settings.sources}
-    for folder, used in ((settings.teacher, TEACHER in settings.sources), (settings.prompted_model, prompted)):
+    digests = {}
+    prompted = {"few_shot", "direct"} & {*coldstart.sources}
+    for folder, used in ((coldstart.teacher, TEACHER in coldstart.sources), (coldstart.prompted_model, prompted)):
         if folder and used:
             digests[folder] = common.checkpoint_digest(folder)
-    if settings.examples:
-        digests[settings.examples] = files.digest(settings.examples)
-    return digests | judging.editor_inputs(stage, judge, settings.editor) | review.inputs(settings.review)
+    if coldstart.examples:
+        digests[coldstart.examples] = files.digest(coldstart.examples)
+    return digests | judging.editor_inputs(stage, judge, coldstart.editor) | review.inputs(coldstart.review)
 
 
 def collect(
@@ -99,20 +99,17 @@ def collect(
 
 def _make(making: Making) -> tuple[list[Draft], Counts]:
     """Returns (drafts of all sources, edited, right and capped; counts)."""
-    settings, judge, counts = making.coldstart, making.judge, {}
-    stage, seed, reward = making.sampling.stage, making.sampling.seed, making.sampling.reward
+    settings, reward, counts = making.coldstart, making.sampling.reward, {}
     by_source = []
     for source in settings.sources:
         if source == PEOPLE:
             by_source.append(people(making.sampling.data, reward, settings, counts))
         else:
             by_source.append(_sampled(source, making, counts))
-    editor = judging.load(stage, seed, judge, making.mesh) if settings.editor and any(by_source) else None
-    drafts = [
-        draft
-        for source_drafts in by_source
-        for draft in _edited(source_drafts, editor, seed, reward, settings, judge, counts)
-    ]
+    editor = None
+    if settings.editor and any(by_source):
+        editor = judging.load(making.sampling.stage, making.sampling.seed, making.judge, making.mesh)
+    drafts = [draft for source_drafts in by_source for draft in _edited(source_drafts, editor, making, counts)]
     tally(counts, "rewritten", (draft.task for draft in drafts))
     drafts = _right_again(drafts, reward, settings, counts, "right again", edited=bool(settings.editor))
     drafts = traces.capped(drafts, settings.max_examples_per_prompt, settings.max_examples, Draft.row)
@@ -164,20 +161,13 @@ def _worked(data: DataConfig, reward: RewardConfig, coldstart: ColdStartConfig) 
     return [(row.problem.text, row.text) for row in rows[: teachers.MOST_EXAMPLES]]
 
 
-def _edited(
-    drafts: list[Draft],
-    editor: Judge | None,
-    seed: int,
-    reward: RewardConfig,
-    coldstart: ColdStartConfig,
-    judge: JudgeConfig,
-    counts: Counts,
-) -> list[Draft]:
+def _edited(drafts: list[Draft], editor: Judge | None, making: Making, counts: Counts) -> list[Draft]:
     """Returns the drafts of one source after editing: by the tiny world's rules for its own problems, else by a model.
 
     The model rewrites sampled traces and adds thoughts to people's replies that nothing grades; other texts of people
     stay unchanged.
     """
+    seed, judge = making.sampling.seed, making.judge
     if not drafts or drafts[0].provenance["source"] == PEOPLE:
         replies = [draft for draft in drafts if not draft.gradable]
         others = [draft for draft in drafts if draft.gradable]
@@ -186,7 +176,8 @@ def _edited(
     others = [draft for draft in drafts if draft.problem.source != tasks.SOURCE]
     tidied = [edited for draft in tiny_world if (edited := _tidied(draft)) is not None]
     if editor and others:
-        return tidied + editing.rewrite(others, editor, seed, reward, judge, counts, coldstart.keep_unedited)
+        reward, keep_unedited = making.sampling.reward, making.coldstart.keep_unedited
+        return tidied + editing.rewrite(others, editor, seed, reward, judge, counts, keep_unedited)
     return tidied + [dataclasses.replace(draft, text=draft.text.strip()) for draft in others]
 
 

@@ -1,4 +1,4 @@
-"""Tables of results: on the terminal and as Markdown."""
+"""Tables of results on the terminal."""
 
 import math
 import sys
@@ -38,14 +38,3 @@ def render(rows: Sequence[Mapping], columns: Sequence[str], title: str) -> None:
     for row in rows:
         table.add_row(*(Text(cell(row.get(column))) for column in columns))
     Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH).print(table)
-
-
-def to_markdown(rows: Sequence[Mapping], columns: Sequence[str]) -> str:
-    """Returns the columns of the rows as a Markdown table that ends in a newline, cells as `render` prints them."""
-
-    def line(cells: Sequence[str]) -> str:
-        escaped = [text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>") for text in cells]
-        return "| " + " | ".join(escaped) + " |\n"
-
-    rule = "|" + "|".join("---:" if _numeric(rows, column) else "---" for column in columns) + "|\n"
-    return line(columns) + rule + "".join(line([cell(row.get(column)) for column in columns]) for row in rows)

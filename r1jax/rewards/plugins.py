@@ -59,8 +59,7 @@ def check(entries: Sequence[str], built_in: Mapping[str, str], override: bool) -
         try:
             function = load(target)
         except Exception as error:  # the module is the user's: it may raise anything
-            reason = errors.one_line(error)
-            raise ValueError(f"{entry} cannot be loaded ({type(error).__name__}: {reason})") from error
+            raise ValueError(f"{entry} cannot be loaded ({errors.named(error)})") from error
         try:
             inspect.signature(function).bind(None, None)
         except (TypeError, ValueError) as error:

@@ -141,7 +141,7 @@ class RewardPool:
             for request in requests:
                 compose.check_task(request, self._config)
         self._samples += len(requests)
-        scores = [self._quick(request, self._config) if self._quick else None for request in requests]
+        scores = [self._in_process(request) for request in requests]
         keys = {place: _content_key(requests[place]) for place, score in enumerate(scores) if score is None}
         for place, key in keys.items():
             if key in self._cache or key in self._running:
@@ -152,6 +152,15 @@ class RewardPool:
         owed = {place: key for place, key in keys.items() if scores[place] is None}
         return Grading(list(requests), scores, owed)
 
+    def _in_process(self, request: RewardRequest) -> Score | None:
+        """Returns the Score if this process can compute it. A grader that raises leaves it to a worker to say so."""
+        if self._quick is None:
+            return None
+        try:
+            return self._quick(request, self._config)
+        except Exception:
+            return None
+
     def finish(self, gradings: Sequence[Grading]) -> list[Score]:
         """Returns the scores of several gradings in order; one batch deadline for all of them starts with this call."""
         wanted = {key: grading.requests[place] for grading in gradings for place, key in grading.keys.items()}
@@ -161,7 +170,12 @@ class RewardPool:
                 probe = outcomes.get(probes.get(key))
                 grading.scores[place] = self._verdict(outcomes[key], probe, grading.requests[place])
         self._cache_scores({key: score for key, score in outcomes.items() if isinstance(score, Score)})
-        return [score for grading in gradings for score in grading.scores if score is not None]  # all are set by now
+        scores = []
+        for grading in gradings:
+            for request, score in zip(grading.requests, grading.scores, strict=True):
+                assert score is not None, f"sample {request.id!r} has no score"
+                scores.append(score)
+        return scores
 
     def _await_outcomes(self, wanted: Mapping[bytes, RewardRequest]) -> tuple[dict[bytes, Outcome], dict[bytes, bytes]]:
         """Returns ({key: outcome by the batch deadline}, {key of an undecided content: key of its probe})."""

@@ -119,15 +119,6 @@ def canonical_language(text: str) -> str:
     return _CODES[tag[1]]
 
 
-def check_language(name: str) -> None:
-    """Raises ValueError for a row's language that `language_consistency` does not know, listing the known ones.
-
-    An empty language is allowed: the prompt's is used.
-    """
-    if name:
-        canonical_language(name)
-
-
 def language_consistency(text: str, target: str, lexicon: Mapping[str, str] | None = None) -> float:
     """Returns the share of the chain of thought's words that are in the target language, in [0, 1].
 

@@ -116,8 +116,7 @@ def grade(
     except BaseException as error:
         if isinstance(error, MemoryError):
             _forget()
-        reason = errors.one_line(error, 200)
-        outcome = f"the grader raised {type(error).__name__}: {reason}"
+        outcome = f"the grader raised {errors.named(error, 200)}"
     if limit_s == 0.0:
         _FirstTurn.learn(outcome is not None)
     return outcome

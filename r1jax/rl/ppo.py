@@ -20,7 +20,7 @@ from r1jax.models import decoder, flops
 from r1jax.rl import logprobs, schedules
 from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import Scorer
-from r1jax.rl.objective import Batch, GroupObjective, Objective
+from r1jax.rl.objective import Batch, GroupObjective
 from r1jax.rl.rollout import Advantages, token_kl
 from r1jax.rl.settings import RunSettings
 from r1jax.rl.state import RunInputs, RunState
@@ -57,7 +57,7 @@ class ValueArguments:
 
 @jax.named_scope("loss")
 def value_loss(values, old_values, returns, value_clip) -> jax.Array:
-    """Returns half the larger squared error: the value's, or that of the value clipped around its old one by value_clip.
+    """Returns half the larger squared error: the value's, or that of the value clipped to old_values +- value_clip.
 
     Source: the value clipping of arXiv 2005.12729 (appendix), as in TRL, verl and Tunix.
     """
@@ -89,12 +89,12 @@ def critic_trainer(config: RunSettings, mesh: Mesh) -> step.Trainer:
     return step.Trainer(network, optimizer, mesh, make_value_loss(network), config.grpo.updates)
 
 
-class CriticObjective(Objective):
-    """Advantages from a critic that is trained along with the policy, whose loss is that of `GroupObjective`."""
+class CriticObjective(GroupObjective):
+    """Advantages from a critic that is trained along with the policy; the policy's loss stays as it is."""
 
     def __init__(self, config: RunSettings, inputs: RunInputs):
-        self.config, self.policy = config, GroupObjective(config)
-        self.fields = (*self.policy.fields, *CRITIC_FIELDS)
+        super().__init__(config)
+        self.fields += CRITIC_FIELDS
         self.critic, network = critic_trainer(config, inputs.mesh), config.network
         # The critic begins with the policy's weights and values every token at 0.
         head = np.zeros(network.model.hidden_size, np.float32)
@@ -105,7 +105,7 @@ class CriticObjective(Objective):
 
     def advantages(self, rollout: Rollout, first_update: int) -> Advantages:
         """Returns GAE advantages, whitened over the rollout, and the returns the critic learns; rewards as in GRPO."""
-        grouped = self.policy.advantages(rollout, first_update)
+        grouped = super().advantages(rollout, first_update)
         ppo, beta = self.config.ppo, schedules.kl_coef(self.config.grpo, first_update)
         penalties = token_kl(rollout) if beta and self.config.grpo.kl_placement == "reward" else None
         advantages, returns = [], []
@@ -116,12 +116,6 @@ class CriticObjective(Objective):
             returns.append((advantages[-1] + values).astype(np.float32))
         white = whitened(advantages, grouped.trained)
         return dataclasses.replace(grouped, advantages=white, values={"return": returns})
-
-    def loss(self, params: decoder.Params, micro: dict[str, jax.Array], arguments: Any):
-        return self.policy.loss(params, micro, arguments)
-
-    def arguments(self, first_update: int) -> Any:
-        return self.policy.arguments(first_update)
 
     def update(self, run: RunState, batch: Batch, first_update: int) -> dict[str, float]:
         """Makes one update of the policy and one of the critic and returns the statistics of both."""
@@ -138,7 +132,7 @@ class CriticObjective(Objective):
         return super().flops(run, batch) + critic.total
 
     def scorers(self, run: RunState) -> dict[str, tuple[Scorer, decoder.Params]]:
-        return self.policy.scorers(run) | {"value": (self.value_scorer, self._copy(self.critic_state.params))}
+        return super().scorers(run) | {"value": (self.value_scorer, self._copy(self.critic_state.params))}
 
     def warm_up(self, run: RunState, arrays: dict[str, np.ndarray]) -> None:
         policy, critic = split(arrays)

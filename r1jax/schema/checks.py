@@ -41,7 +41,7 @@ class Checked:
 
 
 def at_least(least: int, *fields: str) -> tuple[Check, ...]:
-    """Returns checks that fields are at least 1, or 0 or more."""
+    """Returns checks that each field is `least` or more."""
     message = "must be 0 or more" if least == 0 else f"must be at least {least}"
     return tuple(Check(name, lambda c, name=name: getattr(c, name) >= least, message) for name in fields)
 

@@ -143,5 +143,5 @@ class Config(Checked):
 
 
 def parts_of(kind: type[Parts], config: Config) -> Parts:
-    """Returns what the dataclass `kind` takes of a config: the part or field that each of its own fields is named after."""
+    """Returns what the dataclass `kind` takes of a config: each of its fields is named after a part or field there."""
     return kind(**{name: getattr(config, name) for name in kind.__dataclass_fields__})  # ty: ignore[missing-attribute]

@@ -6,6 +6,12 @@ from typing import Literal
 from r1jax.schema.checks import Check, Checked, share
 
 
+def _renames(column: str) -> bool:
+    """Returns whether a text is THEIRS=OURS, neither of them empty."""
+    theirs, equals, ours = column.partition("=")
+    return bool(theirs.strip() and equals and ours.strip())
+
+
 @dataclass(frozen=True)
 class DataConfig(Checked):
     """Where problems come from: files of rows (docs/data.md), or the tiny world where no file is given."""
@@ -27,10 +33,5 @@ class DataConfig(Checked):
 
     checks = (
         *share("must be between 0 and 1", "holdout_fraction", "max_left_out"),
-        Check("columns", lambda entry: _renames(entry), ": needs THEIRS=OURS, as in problem=prompt", each=True),
+        Check("columns", _renames, ": needs THEIRS=OURS, as in problem=prompt", each=True),
     )
-
-
-def _renames(column: str) -> bool:
-    theirs, equals, ours = column.partition("=")
-    return bool(theirs.strip() and equals and ours.strip())

@@ -20,6 +20,12 @@ LossPreset = Literal[  # their values: configs/_losses.py
 LOSS_PRESETS = get_args(LossPreset)
 
 
+def _exponent(field: str) -> Check:
+    return Check(
+        field, lambda c: getattr(c, field) <= 80, "must be at most 80: float32 cannot hold the exp of more than 88"
+    )
+
+
 @dataclass(frozen=True)
 class GRPOConfig(Checked):
     """Group-relative policy optimisation; the defaults are preset r1_paper (P2 eq. 1-3, section 3.2.1)."""
@@ -77,14 +83,8 @@ class GRPOConfig(Checked):
         *at_least(0, "rollouts_ahead", "clip_ratio_high", "ratio_cap", "log_ratio_clamp", "kl_coef", "length_divisor"),
         *at_least(0, "kl_log_ratio_clamp", "off_policy_threshold", "dynamic_sampling_rounds", "advantage_epsilon"),
         *at_least(0, "replay_check_every"),
-        *(
-            Check(
-                name,
-                lambda c, name=name: getattr(c, name) <= 80,
-                "must be at most 80: float32 cannot hold the exp of more than 88",
-            )
-            for name in ("log_ratio_clamp", "kl_log_ratio_clamp")
-        ),
+        _exponent("log_ratio_clamp"),
+        _exponent("kl_log_ratio_clamp"),
         *above(0, "clip_ratio", "mismatch_threshold"),
         Check("dual_clip", lambda c: not c.dual_clip or c.dual_clip > 1, "must be above 1, or 0 for off"),
         Check("advantage_ddof", lambda c: c.advantage_ddof in (0, 1), "must be 0 or 1"),

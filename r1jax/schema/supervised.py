@@ -8,10 +8,17 @@ from r1jax.schema.checks import Check, Checked, at_least
 COLD_START_SOURCES = ("r1_zero", "few_shot", "direct", "people")
 REASONING = "reasoning"  # the kind of rows that a rule can check
 KINDS = (  # of rows with a response (P2 B.3.3); a kind with sub-kinds includes them
-    *(REASONING, "writing", "question_answering", "self_cognition", "translation"),
-    *("software_engineering", "software_engineering/repair", "software_engineering/front_end"),
+    REASONING,
+    "writing",
+    "question_answering",
+    "self_cognition",
+    "translation",
+    "software_engineering",
+    "software_engineering/repair",
+    "software_engineering/front_end",
     "software_engineering/edit",
 )
+_MIX = f": needs KIND=WEIGHT above 0, each kind once; kinds: {', '.join(KINDS)}"
 
 
 @dataclass(frozen=True)
@@ -108,17 +115,8 @@ class RejectionConfig(Checked):
             lambda c: 0 <= c.general_fraction < 1,
             "must be in [0, 1): a set of general rows alone has no traces",
         ),
-        Check(
-            "kinds",
-            lambda entry: _weight(entry) > 0,
-            f": needs KIND=WEIGHT above 0, each kind once; kinds: {', '.join(KINDS)}",
-            each=True,
-        ),
-        Check(
-            "kinds",
-            lambda c: len(c.kind_weights()) == len(c.kinds),
-            f": needs KIND=WEIGHT above 0, each kind once; kinds: {', '.join(KINDS)}",
-        ),
+        Check("kinds", lambda entry: _weight(entry) > 0, _MIX, each=True),
+        Check("kinds", lambda c: len(c.kind_weights()) == len(c.kinds), _MIX),
     )
 
     def kind_weights(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ class BuildTestsConfig(Checked):
     max_input_characters: int = 200_000  # a longer input is left out
     workers: int = 2  # programs that run at once
 
-    checks = at_least(*(1, "generators_per_prompt", "inputs_per_kind", "min_tests", "max_input_characters", "workers"))
+    checks = at_least(1, "generators_per_prompt", "inputs_per_kind", "min_tests", "max_input_characters", "workers")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ COLUMNS = (
     "compute",
 )
 # Stages whose result is measured on held-out problems.
-COMPARED = tuple(stage for stage in lineage.RESULTS if stage not in ("stage0_base", "reward_helpful", "reward_safety"))
+COMPARED = tuple(stage for stage in lineage.RESULTS if stage not in ("stage0_base", *lineage.REWARD_MODELS))
 SEEDS_COLUMNS = (
     *("variant", "seeds", "pass@1", "pass@1_sd", "language_consistency", "language_consistency_sd"),
     *("mean_tokens", "mean_tokens_sd"),

@@ -30,7 +30,8 @@ def shapes(network: Network, blocks: int) -> tuple[Network, Network]:
     upper = replace(
         model, num_hidden_layers=layers - blocks, first_k_dense_replace=max(dense - blocks, 0), vocab_size=1
     )
-    return replace(network, model=lower, scalar_head=False), replace(network, model=upper)
+    computed = replace(network.compute, vocab_used=0)  # the upper part's one row stands for no token
+    return replace(network, model=lower, scalar_head=False), replace(network, model=upper, compute=computed)
 
 
 def cut(params: decoder.Params, model: ModelConfig, blocks: int) -> tuple[decoder.Params, decoder.Params]:

@@ -251,14 +251,14 @@ def auxiliary_loss(
     only and gives the main model, embedding and output matrix no gradient: in RL only the reward trains them.
     """
     total, stats = jnp.zeros((), jnp.float32), {}
-    experts, weight_of = network.model.n_routed_experts, network.auxiliary
+    experts, settings = network.model.n_routed_experts, network.auxiliary
     valid = micro["segments"] > 0
     if auxiliary.experts is not None:
         stats["expert_load"] = moe.load(auxiliary.experts, valid, experts)
     if auxiliary.balance is not None:
         stats["balance"] = jnp.sum(auxiliary.balance * weights)
-        total += weight_of.aux_loss_alpha * stats["balance"]
-    if not weight_of.mtp_loss_weight:
+        total += settings.aux_loss_alpha * stats["balance"]
+    if not settings.mtp_loss_weight:
         return total, stats
     if head_alone:
         kept = jax.lax.stop_gradient(dataclasses.replace(params, mtp=None))
@@ -273,9 +273,9 @@ def auxiliary_loss(
     matrix, how = decoder.unembedding(params), logprobs.settings(network.compute)
     logp, _ = logprobs.token_logprobs(further, matrix, targets, **how)
     stats["mtp"] = -jnp.sum(logp * mtp.following(weights, micro["segments"]))
-    total += weight_of.mtp_loss_weight * stats["mtp"]
+    total += settings.mtp_loss_weight * stats["mtp"]
     if routing.experts is not None:
         stats["mtp_expert_load"] = moe.load(routing.experts, valid, experts)
     if routing.balance is not None:
-        total += weight_of.aux_loss_alpha * jnp.sum(routing.balance * weights)
+        total += settings.aux_loss_alpha * jnp.sum(routing.balance * weights)
     return total, stats

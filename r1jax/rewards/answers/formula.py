@@ -51,7 +51,6 @@ _RELATIONS = {
     "perp",
     "parallel",
 }
-_CLOSERS = {"(": ")", "[": "]", "{": "}", "|": "|", "langle": "rangle"}
 _POSTFIX_STOPS = frozenset((",", ";", ")", "]", "}", r"\}", "|", "&", r"\\", "rangle", "rfloor", "rceil"))
 _INVERSES = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot", "sec": "arcsec", "csc": "arccsc", "sinh": "arsinh",
              "cosh": "arcosh", "tanh": "artanh"}  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 from functools import lru_cache
 
+from r1jax.core import errors
 from r1jax.data import reasoning_gym as families
 from r1jax.rewards.answers import extraction
 from r1jax.rewards.score import RewardRequest, Score
@@ -47,7 +48,7 @@ def _entry(question: str, reference: str) -> dict:
     try:
         credit = _dataset(name).score_answer(answer, entry=entry)
     except Exception as error:  # metadata of another form
-        raise ValueError(f"the reference of {name} cannot be graded: {type(error).__name__}: {error}") from None
+        raise ValueError(f"the reference of {name} cannot be graded: {errors.named(error)}") from None
     if credit != 1.0:
         raise ValueError(f"the reference's own answer {str(answer)[:80]!r} scores {credit} in {name}, not 1")
     return entry

@@ -105,7 +105,6 @@ _PREFIXED = frozenset("m g s N J W Pa Hz C V A F H T K mol L eV Omega bar".split
 # Abbreviations that are units even in italics; other letters with a prefix are products (kT, mV^2).
 PLAIN = frozenset(NAMES) | frozenset("kW MW kN kJ kPa MPa kHz MHz GHz keV MeV GeV mA mV kV ms us um nm".split())
 CURRENCY_SIGNS = {"$": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "¢": "cent"}
-PREFIXES = {"\\mu": "u"}
 POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 POWERED_WORDS = {"squared": 2, "cubed": 3}
 HAN_POWERS = {"平方": 2, "立方": 3}

@@ -16,7 +16,6 @@ PARTS = {word: value for value, word in enumerate(_PARTS.split(), 2)} | {
     "quarter": 4, "twentieth": 20, "hundredth": 100, "thousandth": 1000, "millionth": 10**6,
 }  # fmt: skip
 PARTS |= {f"{word}s": value for word, value in PARTS.items()} | {"halves": 2}
-ORDINALS = {word: value for word, value in PARTS.items() if word[-2:] in ("th", "rd")} | {"first": 1, "second": 2}
 GROUPS = {"dozen": 12, "dozens": 12, "score": 20, "gross": 144, "pair": 2, "pairs": 2}
 POWERS = {"squared": 2, "cubed": 3}
 MULTIPLES = {"half": Fraction(1, 2), "twice": 2, "double": 2, "triple": 3, "thrice": 3}
