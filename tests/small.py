@@ -116,13 +116,18 @@ LOOP_FIELDS = {  # of `rl_training`
 
 
 def rl_training(folder: pathlib.Path, seed: int = 0, name="r1_zero:tiny", **more) -> Training:
-    """Returns an RL run of eight small updates that is ready to start; `a__b` in `more` overrides field a.b."""
+    """Returns an RL run of eight small updates that is ready to start; `a__b` in `more` overrides field a.b.
+
+    As in a stage, start weights are drawn only where the folder has no checkpoint.
+    """
     fields = {**LOOP_FIELDS, "seed": seed, **{field.replace("__", "."): value for field, value in more.items()}}
     config = configs.load(name, [(field, str(value)) for field, value in fields.items()])
     mesh = sharding.make_mesh(config.mesh)
     words = tokenizer.tiny()
     train = prompts.encode(tasks.linear_prompts("train")[:30], parts_of(AskingParts, config), words)
-    params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
+    params = None
+    if not any((folder / "checkpoints").glob("*")):
+        params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
     return policy.make_training(of_config(config), words, mesh, train, params, folder, describe=policy.describe)
 
 

@@ -1,5 +1,7 @@
 """Claims about the RL loop: schedules by rollout, reference refresh, mini-batches, journal, one program set."""
 
+import gc
+
 import jax
 import numpy as np
 import pytest
@@ -113,12 +115,34 @@ def test_advantages_are_those_of_whole_groups_although_mini_batches_split_them(w
     assert update == 8 and split >= 5
 
 
-def test_rollout_without_a_scorable_sample_moves_nothing_and_a_program_compiled_later_is_an_error(watched, tmp_path):
+def live_bytes() -> int:
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+@pytest.fixture(scope="module")
+def warm(watched, tmp_path_factory):
+    """Returns (training whose programs are compiled, its folder, bytes of arrays that it holds)."""
+    folder, before = tmp_path_factory.mktemp("warm"), live_bytes()
+    training = build(folder)
+    training.run.restore(training.objective)
+    warm_up(training.run, training.source, training.objective, training.recorder)
+    return training, folder, live_bytes() - before
+
+
+def test_a_run_holds_its_state_its_reference_and_the_slots_and_no_start_weights(warm):
+    training, _, held = warm
+    arrays = training.run.state, training.run.reference, training.source.sampling.sampler._state
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(training.run.params))
+    print(f"{held} bytes are held, {needed} are needed; the weights are {weights}")
+    assert needed <= held < needed + weights / 20  # constants of programs
+
+
+def test_rollout_without_a_scorable_sample_moves_nothing_and_a_program_compiled_later_is_an_error(watched, warm):
     _, _, _, kept, _ = watched
-    training = build(tmp_path)
+    training, tmp_path, _ = warm
     run, objective, recorder = training.run, training.objective, training.recorder
-    run.restore(objective)
-    warm_up(run, training.source, objective, recorder)
     before = tree.digest(run.state.params)
     scored = Rollout(kept[0].samples, kept[0].reward_terms, np.zeros(len(kept[0]), bool), 2)
     advantages = objective.advantages(scored, 0)

@@ -330,7 +330,7 @@ def supervised_run(folder, broken, updates=10, limit=10):
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed):
         try:
-            _, loss = supervised.fit(trainer, params, batch_at, updates, store, log, 3, log_every=5, name="sft")
+            _, loss = supervised.fit(trainer, lambda: params, batch_at, updates, store, log, 3, log_every=5, name="sft")
         except ValueError as raised:
             error = raised
     log.close()

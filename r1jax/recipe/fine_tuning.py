@@ -1,5 +1,6 @@
 """What every SFT stage does: collect examples once, fine-tune resumably, evaluate before and after."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from r1jax.core import checkpoint, sharding, tree
 from r1jax.core.say import say
 from r1jax.data import jsonl
 from r1jax.data.packing import PackItem
+from r1jax.models import decoder
 from r1jax.recipe import (
     common,
     compute,
@@ -79,9 +81,9 @@ def run(
     rows = jsonl.read(path)
     examples = [item for row in rows for item in sft_rows.items_of(row, resolved.stage, resolved.data, tokenizer)]
     fitting_examples = fitting(examples, resolved.pack.row_tokens)
-    params = lineage.start_weights(resolved, mesh, workdir)
+    start = functools.partial(lineage.start_weights, resolved, mesh, workdir)
     trained, loss = fine_tune(
-        parts_of(parts.TrainingParts, resolved), resolved.sft, mesh, fitting_examples, params, folder
+        parts_of(parts.TrainingParts, resolved), resolved.sft, mesh, fitting_examples, start, folder
     )
     tokens = sum(len(item.tokens) for item in fitting_examples) * resolved.sft.epochs
     figures: dict[str, Any] = {
@@ -116,9 +118,17 @@ def fitting(items: list[PackItem], limit: int) -> list[PackItem]:
 
 
 def fine_tune(
-    settings: TrainingParts, tuning: SFTConfig, mesh: Mesh, items: list[PackItem], params, folder: common.StageFolder
+    settings: TrainingParts,
+    tuning: SFTConfig,
+    mesh: Mesh,
+    items: list[PackItem],
+    start: Callable[[], decoder.Params],
+    folder: common.StageFolder,
 ):
-    """Returns (weights, last loss) after the configured epochs; every epoch trains on every example."""
+    """Returns (weights, last loss) after the configured epochs, from the weights of `start` or the newest checkpoint.
+
+    Every epoch trains on every example.
+    """
     chosen = epochs.examples_of_updates(
         len(items), tuning.epochs, tuning.examples_per_update, settings.stage, settings.seed
     )
@@ -132,4 +142,4 @@ def fine_tune(
     def batch_at(update: int):
         return sft.make_batch([items[i] for i in chosen[update]], pack, micro_batches, shards=shards)
 
-    return training.fit(folder, trainer, params, batch_at, updates, lineage.result_name(settings.stage))
+    return training.fit(folder, trainer, start, batch_at, updates, lineage.result_name(settings.stage))

@@ -1,5 +1,6 @@
 """What every RL stage does: start weights, prompts by phase, the loop, curves, evaluation before and after."""
 
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,22 +49,22 @@ def run(config: Config, workdir: Path) -> dict:
     if losses.k1_in_loss(config.grpo):
         say(f"warning: {losses.K1_WARNING}")
     started, name = time.monotonic(), lineage.result_name(config.stage)
-    params = lineage.start_weights(resolved, mesh, workdir)
     folders = lineage.reward_model_folders(resolved, workdir)
     sampling_mesh = sampler_mesh(resolved.mode, resolved.sampler_mesh, mesh)
-    with Progress(name, resolved.grpo.updates) as progress:
-        training = make_training(
-            of_config(resolved),
-            tokenizer,
-            mesh,
-            stage_prompts.training,
-            params,
-            folder.path,
-            later(parts_of(parts.PromptParts, resolved), tokenizer, stage_prompts),
-            on_update=lambda update, row, timing: progress.update(update, **shown(row, timing)),
-            describe=lambda texts: describe(texts, stage_prompts.source.reflective_words),
-            reward_models=load_reward_models(folders, tokenizer, sampling_mesh, resolved.pack, resolved.model),
-        )
+    progress = Progress(name, resolved.grpo.updates)
+    training = make_training(
+        of_config(resolved),
+        tokenizer,
+        mesh,
+        stage_prompts.training,
+        None if folder.newest_checkpoint() is not None else lineage.start_weights(resolved, mesh, workdir),
+        folder.path,
+        later(parts_of(parts.PromptParts, resolved), tokenizer, stage_prompts),
+        on_update=lambda update, row, timing: progress.update(update, **shown(row, timing)),
+        describe=lambda texts: describe(texts, stage_prompts.source.reflective_words),
+        reward_models=load_reward_models(folders, tokenizer, sampling_mesh, resolved.pack, resolved.model),
+    )
+    with progress:
         folder.start(inputs)
         common.write_model(
             folder.path,
@@ -73,10 +74,13 @@ def run(config: Config, workdir: Path) -> dict:
             prompts.template(resolved.stage, resolved.data, tokenizer),
         )
         trained = training.train()
+    programs = training.run.programs.counts()
+    del training
+    gc.collect()  # its parts refer to one another; optimiser, reference and sampler would stay beside the evaluation's
     if hosts.is_writer():
         write_curves(folder.path)
     figures: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1), "updates": resolved.grpo.updates}
-    figures["programs"] = training.run.programs.counts()
+    figures["programs"] = programs
     figures["data"] = stage_prompts.counts
     figures["compute"] = hosts.decide(
         lambda: compute.of_policy_training(read(folder.path), resolved.network, resolved.grpo)
@@ -106,7 +110,7 @@ def make_training(
     tokenizer: Tokenizer,
     mesh: Mesh,
     training: Mixture | Sequence[EncodedPrompt],
-    params: decoder.Params,
+    params: decoder.Params | None,
     folder: Path,
     later: tuple | None = None,
     objective: Objective | None = None,
@@ -114,6 +118,7 @@ def make_training(
 ) -> Training:
     """Returns the parts of a run on the devices of `run.mode`; ValueError when the sampler's devices do not exist.
 
+    `params` are the start weights, which are not kept, or None where the folder has a checkpoint to go on from.
     `later` is (update, sources, weights): the mixture of prompts from that update on, in place of `training`. Without
     an `objective`, config.grpo.advantage chooses it. `more` are further fields of RunInputs.
     """

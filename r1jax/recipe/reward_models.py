@@ -1,9 +1,10 @@
 """What both reward model stages do: make examples, train a scalar head on the start's weights, evaluate; and `load`."""
 
 import dataclasses
+import functools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def run(config: Config, workdir: Path) -> dict:
         rows = file_rows(resolved.stage, resolved.preset, resolved.data, kind)
     if blocks := config.reward_model.frozen_blocks:
         frozen.shapes(network, blocks)
-    started, params = time.monotonic(), lineage.start_weights(resolved, mesh, workdir)
+    started, weights = time.monotonic(), functools.partial(lineage.start_weights, resolved, mesh, workdir)
     if path.exists():
         rows = jsonl.read(path)
     else:
@@ -83,7 +84,7 @@ def run(config: Config, workdir: Path) -> dict:
             resolved.reward_model,
             tokenizer,
             mesh,
-            params,
+            weights(),
             lineage.base(resolved, mesh, workdir),
         )
         rows = chosen_examples(rows, kind, resolved.stage, resolved.data, resolved.reward_model)
@@ -106,7 +107,7 @@ def run(config: Config, workdir: Path) -> dict:
     if not path.exists():
         jsonl.write(path, rows)
     train, held_out = ([unit for i in side if (unit := units[i]) is not None] for side in sides)
-    start = reward_model.from_decoder(params, network.model)
+    start = lambda: reward_model.from_decoder(weights(), network.model)  # noqa: E731
     trained, loss = fit(
         parts_of(parts.TrainingParts, resolved), resolved.reward_model, mesh, kind, train, start, folder
     )
@@ -181,14 +182,15 @@ def fit(
     mesh: Mesh,
     kind: Kind,
     units: list[Unit],
-    params: decoder.Params,
+    start: Callable[[], decoder.Params],
     folder: common.StageFolder,
 ) -> tuple[decoder.Params, float]:
-    """Returns (weights of the whole model, last loss) after the configured epochs."""
+    """Returns (weights of the whole model, last loss) after the configured epochs, from the weights of `start`."""
     network, pack, stage = reward_model.architecture(settings.network), settings.pack, settings.stage
     lower = None
     if tuning.frozen_blocks:
-        lower, params = frozen.cut(params, network.model, tuning.frozen_blocks)
+        lower, upper = frozen.cut(start(), network.model, tuning.frozen_blocks)
+        start = lambda: upper  # noqa: E731
         lower_network, network = frozen.shapes(network, tuning.frozen_blocks)
     chosen = epochs.examples_of_updates(len(units), tuning.epochs, tuning.examples_per_update, stage, settings.seed)
     room = max(len(reward.micro_batches([units[i] for i in some], pack)) for some in chosen)
@@ -200,7 +202,7 @@ def fit(
     def batch_at(update: int):
         return reward.make_batch([units[i] for i in chosen[update]], pack, room, shards)
 
-    trained, loss = training.fit(folder, trainer, params, batch_at, len(chosen), stage, read=reward.UNIT)
+    trained, loss = training.fit(folder, trainer, start, batch_at, len(chosen), stage, read=reward.UNIT)
     if lower is not None:
         trained = frozen.join(lower, trained)
         whole = checkpoint.CheckpointStore(folder.path / WHOLE, keep=1)

@@ -70,7 +70,7 @@ def pretrain(
     params, loss = training.fit(
         folder,
         trainer,
-        initial_params(seed, network.model, pretraining, mesh),
+        lambda: initial_params(seed, network.model, pretraining, mesh),
         lambda update: batch_at(update, rows, items, seed, settings.mesh, pack, pretraining),
         total,
         settings.stage,

@@ -13,19 +13,22 @@ from r1jax.train.step import Trainer
 def fit(
     folder: StageFolder,
     trainer: Trainer,
-    params: decoder.Params,
+    start: Callable[[], decoder.Params],
     batch_at: Callable[[int], supervised.Batch],
     updates: int,
     name: str,
     log_every: int = 1,
     read: str = "loss_mask",
 ) -> tuple[decoder.Params, float]:
-    """Returns (weights after the last update, its loss), as train.supervised.fit; `name` is the result's name, `read` as there."""
+    """Returns (weights after the last update, its loss), as train.supervised.fit from the weights of `start`.
+
+    `name` is the result's name, `read` as there.
+    """
     store, log = folder.checkpoints(), MetricsLog(folder.path)
     with Progress(name, updates) as progress:
         result = supervised.fit(
             trainer,
-            params,
+            start,
             batch_at,
             updates,
             store,

@@ -1,5 +1,6 @@
 """Assembles the four parts of a run from its config."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,7 @@ def assemble(config: RunSettings, inputs: RunInputs, objective: Objective | None
     if objective is None:
         objective = CriticObjective(config, inputs) if config.grpo.advantage == "gae" else GroupObjective(config)
     run = RunState(config, inputs, objective.loss)
+    inputs = dataclasses.replace(inputs, params=None)  # the state has its own copy: the start weights are not kept
     recorder = Recorder(run, inputs)
     sampling, journal = Sampling(config, inputs, recorder), Journal(inputs.folder / "journal")
     if inputs.sampler_mesh is None:

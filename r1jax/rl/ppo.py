@@ -97,8 +97,10 @@ class CriticObjective(GroupObjective):
         self.fields += CRITIC_FIELDS
         self.critic, network = critic_trainer(config, inputs.mesh), config.network
         # The critic begins with the policy's weights and values every token at 0.
-        head = np.zeros(network.model.hidden_size, np.float32)
-        self.critic_state = self.critic.init(dataclasses.replace(inputs.params, scalar_head=head))
+        self.critic_state = self.critic.restore_target()  # shapes alone, where a checkpoint is to be restored
+        if inputs.params is not None:
+            head = np.zeros(network.model.hidden_size, np.float32)
+            self.critic_state = self.critic.init(dataclasses.replace(inputs.params, scalar_head=head))
         self.value_scorer = Scorer(self.critic.network, inputs.mesh, read=logprobs.values)
         self._copy = tree.copier(network.compute.compute_dtype, self.critic.param_shardings)
         self._value_arguments = ValueArguments(np.float32(config.ppo.value_clip or np.inf))
@@ -138,8 +140,7 @@ class CriticObjective(GroupObjective):
         policy, critic = split(arrays)
         run.warm_up(policy, self.arguments(0), scores=True)
         self.value_scorer(self._copy(self.critic_state.params), arrays, 1, 1.0)
-        spare = jax.tree.map(jnp.copy, self.critic_state)
-        jax.block_until_ready(self.critic.update(spare, critic, 1, self._value_arguments))
+        self.critic.compile(critic, self._value_arguments)
         run.programs.add("critic", lambda: self.critic.compilations)
         run.programs.add("values", lambda: self.value_scorer.compilations)
 

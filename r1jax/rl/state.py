@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -28,7 +27,7 @@ class RunInputs:
     tokenizer: Any  # has stop_ids and decode_batch
     mesh: Mesh  # of the trainer
     prompts: PromptPhases
-    params: decoder.Params
+    params: decoder.Params | None  # start weights; None where the folder has a checkpoint to go on from
     folder: Path
     sampler_mesh: Mesh | None = None  # devices of the sampler alone; None samples on `mesh`
     reward_models: Mapping[str, RewardModel] = field(default_factory=dict)  # by the task whose samples they score
@@ -68,7 +67,10 @@ class RunState:
         placed = self.trainer.param_shardings
         self.reference_shardings = sharding.on_host(placed) if offloaded else placed
         self._copy = tree.copier(config.network.compute.compute_dtype, self.reference_shardings)
-        self.state, self.reference, self.cursor = self.trainer.init(inputs.params), None, Cursor()
+        # Until `restore` the state of a run that goes on is shapes alone.
+        begins = inputs.params is not None
+        self.state = self.trainer.init(inputs.params) if begins else self.trainer.restore_target()
+        self.reference, self.cursor = None, Cursor()
         self.store = CheckpointStore(inputs.folder / "checkpoints", config.checkpointing.keep)
         self.programs = runtime.ProgramSet()
 
@@ -86,11 +88,10 @@ class RunState:
         return self._copy(self.params)
 
     def warm_up(self, arrays: dict[str, np.ndarray], arguments: Any, scores: bool) -> None:
-        """Compiles the update, and with `scores` the scorer, on a batch that changes nothing."""
+        """Compiles the update, and with `scores` the scorer, for batches such as `arrays`."""
         if scores or self.config.grpo.uses_reference or self.config.grpo.replay_check_every:
-            self.scorer(self.frozen_policy(), arrays, 1, 1.0)
-        spare = jax.tree.map(jnp.copy, self.state)
-        jax.block_until_ready(self.trainer.update(spare, arrays, 1, arguments))
+            self.scorer(self.frozen_policy() if self.reference is None else self.reference, arrays, 1, 1.0)
+        self.trainer.compile(arrays, arguments)
         self.programs.add("update", lambda: self.trainer.compilations)
         self.programs.add("reference", lambda: self.scorer.compilations)
 
@@ -123,9 +124,14 @@ class RunState:
         self.cursor.draw += draws
 
     def restore(self, objective: OwnArrays) -> None:
-        """Loads the newest checkpoint; without one the policy becomes the reference, if there is a KL term."""
+        """Loads the newest checkpoint; without one the policy becomes the reference, if there is a KL term.
+
+        Raises ValueError where there are neither a checkpoint nor start weights.
+        """
         number = self.store.latest()
         if number is None:
+            if isinstance(self.state.update, jax.ShapeDtypeStruct):
+                raise ValueError(f"{self.store.folder}: no checkpoint to go on from, and no start weights were given")
             self.reference = self.frozen_policy() if self.config.grpo.uses_reference else None
             return
         self.cursor = Cursor(**self.store.record(number))

@@ -84,6 +84,7 @@ class Trainer:
         self.rate = optimizers.learning_rate(optimizer, total_updates)
         self._init = jax.jit(self._fresh, out_shardings=self.state_shardings())
         self._update = jax.jit(self._step, donate_argnums=0, out_shardings=(self.state_shardings(), None))
+        self._compiled: dict[tuple, Any] = {}  # programs made by `compile`, by the shapes of their batches
 
     def abstract_state(self) -> TrainState:
         """Returns the shapes of the state, without shardings."""
@@ -128,9 +129,8 @@ class Trainer:
     def lower_update(self, batch: Mapping[str, Any], arguments: Any) -> jax.stages.Lowered:
         """Returns the update lowered, without arrays, for a batch of these shapes [M, R, T] and these arguments."""
         placed = {name: tree.structs(array, self._batch_sharding(array.shape)) for name, array in batch.items()}
-        numbers = tree.structs((np.int32(0), arguments), sharding.replicated(self.mesh))
         with use_mesh(self.mesh):
-            return self._update.lower(self.restore_target(), placed, *numbers)
+            return self._update.lower(self.restore_target(), placed, np.int32(1), arguments)
 
     def restore_target(self) -> TrainState:
         """Returns shape structs with shardings, for reading a checkpoint of the state."""
@@ -145,6 +145,10 @@ class Trainer:
         count = sharding.place(np.int32(update), sharding.replicated(self.mesh))
         return jax.device_put(TrainState(params, optimizer, count), self.state_shardings())
 
+    def compile(self, batch: Mapping[str, np.ndarray], arguments: Any) -> None:
+        """Compiles the update for batches of these shapes from shapes alone: no state is copied and nothing is run."""
+        self._compiled[_shapes(batch)] = self.lower_update(batch, arguments).compile()
+
     def update(self, state: TrainState, batch: Mapping[str, np.ndarray], num_filled: int, arguments: Any):
         """Returns (new state, statistics as device scalars). The old state is donated.
 
@@ -152,13 +156,14 @@ class Trainer:
         for `update` and the schedule's count, which advance.
         """
         placed = {name: sharding.place(array, self._batch_sharding(array.shape)) for name, array in batch.items()}
+        program = self._compiled.get(_shapes(batch), self._update)
         with use_mesh(self.mesh):
-            return self._update(state, placed, np.int32(num_filled), arguments)
+            return program(state, placed, np.int32(num_filled), arguments)
 
     @property
     def compilations(self) -> int:
-        """Programs compiled for the update so far; constant after the first."""
-        return private_jax.compilations(self._update)
+        """Programs compiled for the update so far: one for each kind of batch."""
+        return len(self._compiled) + private_jax.compilations(self._update)
 
     def _batch_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
         return sharding.sharding(self.mesh, (None, "batch", "sequence"), shape)
@@ -214,6 +219,10 @@ class Trainer:
         if experts_load is not None:
             stats["max_expert_share"] = (experts_load / jnp.maximum(experts_load.sum(-1, keepdims=True), 1)).max()
         return TrainState(params, opt_state, state.update + 1), stats
+
+
+def _shapes(batch: Mapping[str, np.ndarray]) -> tuple:
+    return tuple(sorted((name, array.shape) for name, array in batch.items()))
 
 
 @jax.named_scope("router_bias")

@@ -41,7 +41,7 @@ class _Timing(Timer):
 
 def fit(
     trainer: Trainer,
-    params: decoder.Params,
+    start: Callable[[], decoder.Params],
     batch_at: Callable[[int], Batch],
     updates: int,
     store: CheckpointStore,
@@ -54,11 +54,12 @@ def fit(
 ) -> tuple[decoder.Params, float]:
     """Returns (weights after the last update, its loss), continuing from the newest checkpoint in `store`.
 
+    `start` returns the weights to begin with. It is called only without a checkpoint, and they are not kept.
     The loss is the newest finite one. Statistics are fetched, and skipped updates reported, every `log_every` updates
     and before a checkpoint. `read` is the array of a batch that is above 0 where a head is read. Raises ValueError when
     too many updates in a row were skipped.
     """
-    state, first, loss = resume(trainer, params, store)
+    state, first, loss = resume(trainer, start, store)
     in_a_row = store.record(first).get("skipped", 0) if first else 0
     skipped = guard.SkippedUpdates(name, trainer.config.max_skipped_updates, in_a_row)
     log.truncate(first)
@@ -92,11 +93,13 @@ def fit(
     return state.params, loss
 
 
-def resume(trainer: Trainer, params: decoder.Params, store: CheckpointStore) -> tuple[TrainState, int, float]:
-    """Returns (state, updates made, last loss) of the newest checkpoint, or a fresh state from `params`."""
+def resume(
+    trainer: Trainer, start: Callable[[], decoder.Params], store: CheckpointStore
+) -> tuple[TrainState, int, float]:
+    """Returns (state, updates made, last loss) of the newest checkpoint, or a fresh state from the weights of `start`."""
     number = store.latest()
     if number is None:
-        return trainer.init(params), 0, float("nan")
+        return trainer.init(start()), 0, float("nan")
     target = trainer.restore_target()
     items = store.restore(number, {"params": target.params, "optimizer": target.optimizer})
     return trainer.state(items["params"], items["optimizer"], number), number, store.record(number)["loss"]
