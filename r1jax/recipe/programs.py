@@ -146,15 +146,20 @@ def _sampling(
     others: Mapping[str, Any],
     params: decoder.Params | None = None,
     record_experts: bool = False,
+    like: Sequence[Phase] = (),
 ) -> list[Phase]:
     """Returns the phase that hands weights to a sampler, and the one that samples, beside the arrays `others`.
 
-    The weights are `params`, a part of an array of `others`, or its array "weights".
+    The weights are `params`, a part of an array of `others`, or its array "weights". Programs that are the same as in
+    the phases `like`, by their name there, are those.
     """
     engine = Engine(network, sampler, mesh, _STOP, record_experts=record_experts)
     given = others["weights"] if params is None else params
     slots, weights = engine.state_structs(), engine.param_structs(given)
+    known = {key.partition(": ")[2]: one for phase in like for key, one in phase.programs.items()}
     lowerings, kept = engine.lowerings(given), expert_weights(network, mesh, sharding.DECODE)
+    if not record_experts and all(one.mesh == mesh for one in known.values()):
+        lowerings |= {key: one.lower for key, one in known.items()}
     place = Program(mesh, lowerings.pop("place"), ("weights",) if params is None else (given,), weights, kept)
     reads = {"prefill": ("sampler weights",), "insert": ("slots",), "decode": ("sampler weights", "slots")}
     running = {
@@ -185,7 +190,7 @@ def _supervised(config: Config, mesh: Mesh) -> list[Phase]:
     sampled = [] if config.stage == "distill" else _sampling("traces", network, config.sampler, mesh, weights)
     trainer = step.Trainer(network, config.optimizer, mesh, sft.make_loss(network, config.pack.trained_chunk), 1)
     training = _training(trainer, config.pack, config.sft.examples_per_update, np.float32(1))
-    evaluated = _sampling("evaluation", network, config.sampler, mesh, weights)
+    evaluated = _sampling("evaluation", network, config.sampler, mesh, weights, like=sampled)
     return [*sampled, *training, *evaluated]
 
 
@@ -237,15 +242,17 @@ def _reinforcement(config: Config, mesh: Mesh, devices: Sequence | None) -> list
         rest = list(jax.devices() if devices is None else devices)[mesh.size :]
         sampler_mesh = sharding.make_mesh(config.sampler_mesh, rest, "sampler_mesh")
     params, replayed = always["state"].params, grpo.routing_replay
-    found += _sampling("rollout", network, run.sampler, sampler_mesh, always, params, replayed)
-    sampling = found[-1].arrays
+    rollouts = _sampling("rollout", network, run.sampler, sampler_mesh, always, params, replayed)
+    found += rollouts
+    sampling = rollouts[-1].arrays
     if tasks:  # all have the same shape, so one stands for them
         first = f"{REWARD_MODEL} ({tasks[0]})"
         others = {name: value for name, value in sampling.items() if name != first}
         found.append(_scoring(rewarded, sampler_mesh, run.pack, others, "reward models"))
-    found += _updates(run, objective, trainer, critic, {**always, "slots": sampling["slots"]}, copied)
+    kept = {"slots": sampling["slots"]} if config.mode == "disaggregated" else {}
+    found += _updates(run, objective, trainer, critic, always | kept, copied)
     trained = {"weights": _weights(network, mesh, jnp.float32)}
-    return found + _sampling("evaluation", network, run.sampler, mesh, trained)
+    return found + _sampling("evaluation", network, run.sampler, mesh, trained, like=() if replayed else rollouts)
 
 
 def _updates(

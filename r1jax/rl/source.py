@@ -27,6 +27,11 @@ class RolloutSource:
     def warm_up(self) -> None:
         """Compiles the sampler and the reward models."""
         self.sampling.warm_up(self.weights(), self.run.programs)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Frees the sampler's slots, whose memory the updates on the same devices then have."""
+        self.sampling.sampler.drop_slots()
 
     def __enter__(self) -> Self:
         self.sampling.open()
@@ -37,7 +42,9 @@ class RolloutSource:
 
     def rollout(self, first_update: int) -> Rollout:
         """Returns the rollout that starts at an update."""
-        return self.sampling.draw(first_update, self.run.cursor.draw, self.weights(), first_update)
+        rollout = self.sampling.draw(first_update, self.run.cursor.draw, self.weights(), first_update)
+        self._make_room()
+        return rollout
 
     def begin_following(self, first_update: int, rollout: Rollout) -> None:
         """Begins the rollouts that may be drawn while this one is trained on; here there are none."""
@@ -56,6 +63,9 @@ class SourceAhead(RolloutSource):
         self._holds = holds
         self._ahead: dict[int, Future] = {}  # by the update at which the rollout starts
         self._frontier: tuple[int, int] | None = None  # (update, draw) of the first rollout that was not begun
+
+    def _make_room(self) -> None:
+        """Keeps the slots: the sampler has devices of its own."""
 
     def __enter__(self) -> Self:
         super().__enter__()

@@ -93,6 +93,10 @@ class RolloutSampler:
             state, _ = engine.decode(params, engine.release(state, [0]), self.steps, window)
         self._state = state
 
+    def drop_slots(self) -> None:
+        """Frees the memory of the slots until the next call, which makes them anew."""
+        self._state = None
+
     def generate(
         self,
         requests: Sequence[RolloutRequest],
