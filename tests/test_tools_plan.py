@@ -22,7 +22,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 
 def launched(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "r1jax.launch", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
 
 
 @needs_libtpu
@@ -118,3 +118,45 @@ def test_lengths_default_to_a_third_of_the_longest_and_a_bad_law_is_one_line():
 def test_a_disaggregated_run_is_planned_on_its_own_meshes():
     config = replace(configs.load("r1_zero:tiny"), mode="disaggregated")
     assert plan._devices(config) == 2
+
+
+PLANNED = {  # name of the result: the config, the topology, the law of lengths
+    "stage2_reasoning_rl_v3_671b": ("stage2_reasoning_rl:v3_671b", "v5p:8x8x8", "8000:30000"),
+    "r1_zero_v3_671b": ("r1_zero:v3_671b", "v5p:8x8x8", "10000:60000"),
+    "r1_zero_moonlight_16b": ("r1_zero:moonlight_16b", "v5p:2x2x2", "2000:7000"),
+    "r1_zero_smollm2_135m": ("r1_zero:smollm2_135m", "v5e:1x1", "40:120"),
+    "distill_qwen2_5_1_5b": ("distill:qwen2_5_1_5b", "v5e:2x4", "5355:30000"),
+    "distill_qwen2_5_7b": ("distill:qwen2_5_7b", "v5p:2x2x1", "5355:30000"),
+    "distill_qwen2_5_14b": ("distill:qwen2_5_14b", "v5p:2x2x2", "5355:30000"),
+    "distill_qwen2_5_32b": ("distill:qwen2_5_32b", "v5p:2x2x4", "5355:30000"),
+    "distill_llama3_1_8b": ("distill:llama3_1_8b", "v5p:2x2x1", "5355:30000"),
+    "distill_llama3_3_70b": ("distill:llama3_3_70b", "v5p:2x4x4", "5355:30000"),
+    "student_rl_qwen2_5_1_5b": ("student_rl:qwen2_5_1_5b", "v5e:2x4", "8000:30000"),
+    "student_rl_qwen2_5_7b": ("student_rl:qwen2_5_7b", "v5p:2x2x2", "8000:30000"),
+    "student_rl_qwen2_5_14b": ("student_rl:qwen2_5_14b", "v5p:2x2x4", "8000:30000"),
+    "student_rl_qwen2_5_32b": ("student_rl:qwen2_5_32b", "v5p:2x4x4", "8000:30000"),
+    "student_rl_llama3_1_8b": ("student_rl:llama3_1_8b", "v5p:2x2x2", "8000:30000"),
+    "student_rl_llama3_3_70b": ("student_rl:llama3_3_70b", "v5p:4x4x4", "8000:30000"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_stage_fits_its_slice_or_the_next_one_is_named(name, results, tmp_path):
+    spec, topology, lengths = PLANNED[name]
+    found = tmp_path / "plan.json"
+    done = launched(
+        f"--config={spec}", "--plan", f"--topology={topology}", f"--response_tokens={lengths}", f"--json={found}"
+    )
+    print(done.stderr, done.stdout)
+    figures = json.loads(found.read_text())
+    results(f"plan_of_{name}", figures)
+    assert done.returncode == (0 if figures["fits"] else 2)
+    assert figures["fits"] or "nearest_topology" in figures
+
+
+@pytest.mark.slow
+def test_the_largest_model_is_refused_on_64_chips_with_the_slice_that_would_do(tmp_path):
+    done = launched("--config=stage2_reasoning_rl:v3_671b", "--plan", "--topology=v5p:4x4x4")
+    assert done.returncode == 2
+    assert "does not fit: phase" in done.stderr and "by the estimate v5p:" in done.stderr
