@@ -71,7 +71,7 @@ def _run(resolved: schema.Config, arguments: flags.Arguments) -> int:
     hosts.start(arguments.coordinator, arguments.num_processes, arguments.process_id, heartbeat_s)
     if not stage_table.several_processes(resolved.stage):
         hosts.require_one(resolved.stage)
-    observe.ask(observe.Request(arguments.profile, arguments.peak_tflops))
+    observe.ask(observe.MeasurementRequest(arguments.profile, arguments.peak_tflops))
     figures = run(resolved, arguments.workdir)
     observe.mention_missing_trace()
     if arguments.json is not None and hosts.is_writer():

@@ -117,6 +117,8 @@ def test_training_counts_three_passes_and_the_prediction_module_where_it_is_trai
     layer = small.changed(small.MIXTURE, num_hidden_layers=1, first_k_dense_replace=0)
     joined = Flops(projections=2.0 * 2 * model.hidden_size**2 * work.tokens)
     more = flops.forward(layer, work) + joined
+    with_scalar = small.changed(trained, scalar_head=True)
+    assert flops.update(with_scalar, work) == flops.forward(with_scalar, work) * 3.0
     assert flops.update(trained, work) == (flops.forward(small.MIXTURE, work) + more) * 3.0
 
 

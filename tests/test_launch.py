@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from r1jax import config, flags, launch, stage_table
+from r1jax import config, flags, launch, stage_table, sweep
+from r1jax.core import observe
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STAGES = ("r1_zero", "stage0_base", "stage1_coldstart", "evaluate", "grade")
@@ -101,6 +102,19 @@ def test_explain_takes_an_id_or_stands_alone(arguments, value):
         (["--config=grade", "--config.sed"], "Config has no field 'sed' (in config.sed); did you mean 'seed'?"),
         (["--config=grade", "--sweep_index=0"], "--sweep_index=0 needs at least one --sweep=FIELD=v1,v2"),
         (["--config=bench_grading", "--explain=a"], "--explain goes with --config=grade alone"),
+        *(
+            (
+                ["--config=r1_zero", f"--profile={text}"],
+                f"--profile={text}: needs START:STOP with 1 <= START < STOP, as --profile=3:5 for a trace of updates 3 "
+                "and 4",
+            )
+            for text in ("", "3", "3:", "0:2", "4:4", "5:4", "a:b", "1:2:3", "-1:2")
+        ),
+        (["--config=grade", "--profile=3:5"], "--profile measures updates, and grade makes none; leave it out"),
+        (
+            ["--config=evaluate", "--peak_tflops=9"],
+            "--peak_tflops measures updates, and evaluate makes none; leave it out",
+        ),
         (["--config=grade", "--json=."], "--json=. is a folder; give a file"),
         (
             ["--config=grade", "--workdir=setup.py/runs"],
@@ -154,6 +168,26 @@ def test_launch_script_equals_the_module(name, tmp_path):
         [sys.executable, str(ROOT / "launch" / f"{name}.py"), "--dry_run"], cwd=tmp_path, capture_output=True, text=True
     )
     assert (script.returncode, script.stdout) == (0, config.dump(config.load(name)))
+
+
+def test_what_is_measured_is_asked_for_before_the_stage_runs_and_is_no_part_of_its_config(
+    monkeypatch, tmp_path, capsys
+):
+    asked, configs = [], []
+    monkeypatch.setattr(observe, "ask", asked.append)
+    monkeypatch.setattr(stage_table, "function", lambda stage: lambda resolved, workdir: configs.append(resolved) or {})
+    common = ["--config=distill", f"--workdir={tmp_path}"]
+    assert launch.main([*common, "--profile=3:5", "--peak_tflops=918"]) == launch.main(common) == 0
+    assert asked == [observe.MeasurementRequest((3, 5), 918.0), observe.MeasurementRequest()]
+    assert configs[0] == configs[1]
+
+
+def test_points_of_a_sweep_measure_what_the_sweep_was_asked_to(tmp_path):
+    arguments = flags.parse(["--config=r1_zero", "--sweep=seed=0,1", "--profile=3:5", "--peak_tflops=918"])
+    (point, _) = config.sweep(config.load("r1_zero"), arguments.sweep, ())
+    command = sweep._command(point, arguments, tmp_path, tmp_path / "figures.json")
+    again = flags.parse(command[3:])
+    assert (again.profile, again.peak_tflops) == ((3, 5), 918.0)
 
 
 def test_sweep_script_needs_a_sweep(tmp_path):

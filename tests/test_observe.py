@@ -10,7 +10,7 @@ import small
 
 from r1jax.core import metrics, observe, rng, sharding, tree
 from r1jax.core.checkpoint import CheckpointStore
-from r1jax.core.observe import Request
+from r1jax.core.observe import MeasurementRequest
 from r1jax.data.packing import PackItem, pack_batch, share_prompts
 from r1jax.models import decoder, flops, utilisation
 from r1jax.rl import losses
@@ -22,7 +22,7 @@ from r1jax.train import reward, sft, step, supervised
 MESH = sharding.make_mesh(MeshConfig())
 PACK = PackConfig(row_tokens=16, rows_per_micro_batch=2)
 LENGTHS = [5, 9, 7]
-NOTHING = Request()
+NOTHING = MeasurementRequest()
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def traces(folder):
 
 def test_a_traced_run_has_the_same_bits_and_a_trace_of_the_updates_that_were_asked_for(trainer, tmp_path, capsys):
     plain = fit(trainer, tmp_path / "plain")
-    traced = fit(trainer, tmp_path / "traced", Request(profile=(3, 5)))
+    traced = fit(trainer, tmp_path / "traced", MeasurementRequest(profile=(3, 5)))
     assert tree.digest(plain) == tree.digest(traced)
     rows = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("plain", "traced")]
     assert rows[0] == rows[1]
@@ -67,22 +67,41 @@ def test_a_traced_run_has_the_same_bits_and_a_trace_of_the_updates_that_were_ask
     steps = [dict(event.stats)["step_num"] for event in events if event.name == "update"]
     assert sorted(steps) == [3, 4]
     assert f"fit: --profile=3:5: a trace is in {tmp_path / 'traced' / 'profile'}\n" in capsys.readouterr().err
-    fit(trainer, tmp_path / "plain", Request(profile=(3, 5)), updates=8)
+    fit(trainer, tmp_path / "plain", MeasurementRequest(profile=(3, 5)), updates=8)
     assert "fit: --profile=3:5: the run is at update 6 already, nothing is traced\n" in capsys.readouterr().err
     assert not (tmp_path / "plain" / "profile").exists()
 
 
 def test_a_trace_of_updates_that_are_not_made_says_so(tmp_path, capsys):
-    observe.ask(Request(profile=(5, 7)))
+    observe.ask(MeasurementRequest(profile=(5, 7)))
     trace = observe.UpdateTrace("distill", tmp_path)
     with trace.running(3):
         trace.next(5 - 1)
     assert capsys.readouterr().err == "distill: --profile=5:7: the run ended before, nothing was traced\n"
     observe.mention_missing_trace()
     assert capsys.readouterr().err == ""
-    observe.ask(Request(profile=(5, 7)))
+    observe.ask(MeasurementRequest(profile=(5, 7)))
     observe.mention_missing_trace()
     assert capsys.readouterr().err == "--profile=5:7: no update was made, so there is no trace\n"
+
+
+def test_a_trace_through_another_libtpu_than_jaxs_own_is_refused(monkeypatch):
+    installed = {"libtpu": "0.0.52", "jax": "0.10.2"}
+    monkeypatch.setattr(observe.metadata, "version", installed.__getitem__)
+    monkeypatch.setattr(observe.metadata, "requires", lambda name: ["numpy>=2", 'libtpu==0.0.42.*; extra == "tpu"'])
+    observe.ask(MeasurementRequest(profile=(3, 5)))  # tests run with JAX_PLATFORMS=cpu
+    for platforms in ("", "tpu,cpu"):
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+        with pytest.raises(ValueError) as refused:
+            observe.ask(MeasurementRequest(profile=(3, 5)))
+        assert str(refused.value) == (
+            "--profile=3:5: libtpu 0.0.52 crashes when JAX 0.10.2 traces through it; on a TPU install libtpu==0.0.42.*, "
+            "elsewhere set JAX_PLATFORMS=cpu"
+        )
+        observe.ask(MeasurementRequest(peak_tflops=1.0))
+    for version in ("0.0.42", "0.0.42.1"):
+        installed["libtpu"] = version
+        observe.ask(MeasurementRequest(profile=(3, 5)))
 
 
 def test_supervised_rows_have_the_flops_of_true_lengths_and_an_mfu_where_the_peak_is_known(trainer, tmp_path):
@@ -91,13 +110,13 @@ def test_supervised_rows_have_the_flops_of_true_lengths_and_an_mfu_where_the_pea
     work = flops.of_samples(LENGTHS, read=sum(size - 2 for size in LENGTHS))
     assert [row["update_flops"] for row in unknown] == [2 * flops.update(small.MIXTURE, work).total] * 3
     assert not any("update_mfu" in row for row in unknown)
-    fit(trainer, tmp_path / "known", Request(peak_tflops=0.5))
+    fit(trainer, tmp_path / "known", MeasurementRequest(peak_tflops=0.5))
     rows = metrics.read_timing(tmp_path / "known")
     assert [row["update_mfu"] for row in rows] == [row["update_flops"] / (row["update_s"] * 0.5e12) for row in rows]
 
 
 def test_a_row_whose_updates_were_compiled_has_no_mfu():
-    observe.ask(Request(peak_tflops=2.0))
+    observe.ask(MeasurementRequest(peak_tflops=2.0))
     trainer, rows = SimpleNamespace(mesh=MESH, compilations=0), []
     timing = supervised._Timing(trainer)
     for trainer.compilations in (1, 1):
@@ -123,7 +142,7 @@ def test_work_of_a_batch_counts_true_lengths_shared_prompts_once_and_the_ends_th
 
 def test_the_peak_is_the_chips_divided_by_its_devices_and_a_cpu_has_none():
     assert utilisation.peak(MESH) is None
-    observe.ask(Request(peak_tflops=0.25))
+    observe.ask(MeasurementRequest(peak_tflops=0.25))
     assert utilisation.peak(MESH) == 0.25e12
     alone = [SimpleNamespace(coords=[x, 0, 0], core_on_chip=0) for x in range(4)]
     pairs = [SimpleNamespace(coords=[x, 0, 0], core_on_chip=core) for x in range(4) for core in range(2)]

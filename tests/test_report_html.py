@@ -66,7 +66,11 @@ def workdir(tmp_path_factory):
     ]
     write_lines(zero / "metrics.jsonl", rows)
     write_lines(
-        zero / "timing.jsonl", [{"update": 1, "rollout_s": 4.0, "update_s": 1.0}, {"update": 2, "rollout_s": 2.0}]
+        zero / "timing.jsonl",
+        [
+            {"update": 1, "rollout_s": 4.0, "rollout_mfu": 0.02, "update_s": 1.0, "update_mfu": 0.332},
+            {"update": 2, "rollout_s": 2.0, "rollout_mfu": 0.05},
+        ],
     )
     write_lines(zero / "samples.jsonl", [sample(text, float(text == GOOD)) for text in TEXTS])
     (zero / "config.json").write_text(json.dumps({"preset": "tiny", "seed": 17}))
@@ -131,6 +135,7 @@ def test_table_and_curves_are_there_without_any_script(page):
     body = page.read_text().split("<script")[0]
     assert body.count("<polyline") == len(html.MEASURES)
     assert "<td>85.7%</td>" in body and "<td>14.3%</td>" in body  # 6 s of rollout and 1 s of update
+    assert "<p>Model FLOPs utilisation of r1_zero: rollout 3.0%, update 33.2%.</p>" in body
     assert cells(body, "r1_zero")[0] == ["r1_zero", "tiny", "17", "100", "–", "215"]
     assert "583 problems" not in body  # the checkpoints do not all say so
 

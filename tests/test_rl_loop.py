@@ -196,12 +196,12 @@ def tokens_of(sample: RolloutSample) -> int:
 
 def test_a_traced_run_has_the_same_rows_and_mfu_of_a_peak_that_is_given(finished, tmp_path):
     training, folder, _ = finished
-    observe.ask(observe.Request(profile=(4, 6), peak_tflops=0.1))
+    observe.ask(observe.MeasurementRequest(profile=(4, 6), peak_tflops=0.1))
     try:
         traced = build(tmp_path)
         traced.train()
     finally:
-        observe.ask(observe.Request())
+        observe.ask(observe.MeasurementRequest())
     assert tree.digest(traced.run.state) == tree.digest(training.run.state)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
     assert len(list(tmp_path.glob("profile/**/*.xplane.pb"))) == 1

@@ -154,6 +154,13 @@ def test_stages_that_several_processes_run_together_are_these():
     ]
 
 
+def test_stages_that_make_updates_are_those_that_train_and_those_that_run_them():
+    makes_none = [name for name, stage in stage_table.STAGES.items() if not stage.updates]
+    assert [name for name in makes_none if not name.startswith("bench_")] == [
+        *("evaluate", "export_hf", "grade", "build_tests", "preference_pairs"),
+    ]
+
+
 def names_read(path: pathlib.Path) -> set[str]:
     """Returns the attributes that a source reads, and its texts, by which some are read."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))

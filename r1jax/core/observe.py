@@ -3,9 +3,12 @@
 The launcher asks, once a process. Nothing here is part of a config, since no result depends on it.
 """
 
+import os
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +19,22 @@ FOLDER = "profile"  # in a stage's folder
 
 
 @dataclass(frozen=True)
-class Request:
+class MeasurementRequest:
     """The flags --profile and --peak_tflops."""
 
     profile: tuple[int, int] | None = None  # the first update to trace and the first after it, numbered from 1
     peak_tflops: float | None = None  # of one device, in place of the peak of its kind
 
 
-_request, _mentioned = Request(), False
+_request, _mentioned = MeasurementRequest(), False
+_PINNED = re.compile(r"libtpu==([\d.]*\d)")  # in the requirements of JAX
 
 
-def ask(request: Request) -> None:
-    """Sets what the runs of this process measure."""
+def ask(request: MeasurementRequest) -> None:
+    """Sets what the runs of this process measure. Raises ValueError where a trace would end the process."""
     global _request, _mentioned
+    if request.profile:
+        _require_matching_libtpu(*request.profile)
     _request, _mentioned = request, False
 
 
@@ -111,6 +117,26 @@ class UpdateTrace:
         window = window or self._window
         assert window is not None
         say(f"{self._run}: {_flag(*window)}: {text}")
+
+
+def _require_matching_libtpu(first: int, end: int) -> None:
+    """Raises ValueError when JAX would trace through a libtpu of another version than it is built for: that crashes.
+
+    Such a libtpu is installed with the extras plan and test, and JAX loads it on a machine without a TPU too.
+    """
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and "tpu" not in platforms.split(","):
+        return
+    try:
+        installed = metadata.version("libtpu")
+    except metadata.PackageNotFoundError:
+        return
+    for needed in (match[1] for entry in metadata.requires("jax") or () if (match := _PINNED.match(entry))):
+        if not f"{installed}.".startswith(f"{needed}."):
+            raise ValueError(
+                f"{_flag(first, end)}: libtpu {installed} crashes when JAX {metadata.version('jax')} traces through it; "
+                f"on a TPU install libtpu=={needed}.*, elsewhere set JAX_PLATFORMS=cpu"
+            )
 
 
 def _flag(first: int, end: int) -> str:

@@ -97,10 +97,10 @@ def prediction(network: Network, work: Work) -> Flops:
 def update(network: Network, work: Work) -> Flops:
     """Returns the operations of training on the work: three forward passes' (arXiv 2001.08361, section 2.1).
 
-    The prediction module is included where its loss has a weight.
+    The prediction module is included where its loss has a weight; reward models and critics train none.
     """
     flops = forward(network, work)
-    if network.model.num_nextn_predict_layers and network.auxiliary.mtp_loss_weight:
+    if not network.scalar_head and network.auxiliary.mtp_loss_weight:
         flops += prediction(network, work)
     return flops * 3.0
 

@@ -130,8 +130,7 @@ class CriticObjective(GroupObjective):
 
     def flops(self, run: RunState, batch: Batch) -> float:
         """Returns the operations of policy and critic."""
-        critic = flops.forward(self.critic.network, step.work(batch.arrays)) * 3.0  # its loss has no prediction module
-        return super().flops(run, batch) + critic.total
+        return super().flops(run, batch) + flops.update(self.critic.network, step.work(batch.arrays)).total
 
     def scorers(self, run: RunState) -> dict[str, tuple[Scorer, decoder.Params]]:
         return super().scorers(run) | {"value": (self.value_scorer, self._copy(self.critic_state.params))}
