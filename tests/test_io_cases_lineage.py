@@ -13,7 +13,7 @@ from r1jax.checkpoints import hf_export, tokenizer
 from r1jax.core import hosts, rng, sharding
 from r1jax.models import decoder
 from r1jax.recipe import common, lineage
-from r1jax.schema import MeshConfig, ModelConfig
+from r1jax.schema import MeshConfig, ModelConfig, replace
 
 # A model of one's own, of another shape than any preset.
 SHAPE = ModelConfig(
@@ -320,9 +320,10 @@ def test_a_missing_stage_is_made_with_the_seed_evaluation_and_problems_of_the_on
     for reader in ("stage4_all_scenarios", "reward_safety"):
         lineage.require("stage3_rejection_sft", configs.load(f"{reader}:tiny", fields.items()), tmp_path)
     of_problems, of_labels = made
-    assert of_problems == configs.load("stage3_rejection_sft:tiny", fields.items())
-    del fields["data.instruction"]  # those rows are labels
-    assert of_labels == configs.load("stage3_rejection_sft:tiny", fields.items())
+    expected = configs.load("stage3_rejection_sft:tiny", fields.items())
+    assert of_problems == expected
+    assert (of_labels.seed, of_labels.rebuild_base, of_labels.evaluation.max_problems) == (3, True, 5)
+    assert of_labels.data == replace(expected.data, instruction="")  # the rows of the one that needs it are labels
 
 
 def test_several_processes_do_not_make_a_missing_stage_that_runs_in_one(monkeypatch, tmp_path):
