@@ -34,12 +34,7 @@ LARGE = mesh(data=2, fsdp=32, expert=8)
 SIZES = {  # preset, slices, topology, mesh, rows and tokens of a micro-batch
     "moonlight_16b": ("moonlight_16b", 1, "v5p:4x4x4", mesh(fsdp=8, expert=8), 64, 8192),
     "v3_671b": ("v3_671b", 1, "v5p:8x8x8", LARGE, 512, 4096),
-    "v3_671b_context": ("v3_671b", 1, "v5p:8x8x8", mesh(fsdp=32, expert=8, context=2), 256, 8192),
     "v3_671b_slices": ("v3_671b", 2, "v5p:8x8x8", LARGE | {"mesh__slice": 2}, 1024, 4096),
-}
-LONG_ROWS = {  # tokens: topology, rows of a micro-batch, mesh
-    32768: ("v5p:8x8x16", 128, mesh(fsdp=16, expert=8, tensor=2, context=4)),
-    65536: ("v5p:8x16x16", 64, mesh(fsdp=8, expert=8, tensor=4, context=8)),
 }
 
 
@@ -214,20 +209,6 @@ def test_an_insert_of_the_largest_model_makes_no_second_cache(bucket, results):
     print(f"insert of {bucket} tokens: {found.memory.temporaries / GIB:.3f} GiB of temporaries")
     assert found.collectives == ()
     assert found.memory.temporaries < GIB / 16
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tokens", LONG_ROWS)
-def test_an_update_of_long_rows_fits_its_chips(tokens, results):
-    topology, rows, mesh = LONG_ROWS[tokens]
-    shape = dict(pack__row_tokens=tokens, pack__rows_per_micro_batch=rows)
-    found = plan("stage", topology, spec="r1_zero:v3_671b", name=UPDATE, **shape, **mesh, deadline_s=600)
-    results(f"plan_v3_671b_rows_{tokens}", {"rows": rows, "row_tokens": tokens, "update": found.figures()})
-    print(f"{tokens}: {found.memory.total / GIB:.1f} GiB of {found.available / GIB:.1f}")
-    assert set(found.kernels) == {"logprob_forward", "flash_attention_forward", "flash_attention_backward"}
-    found.require_fit()
-    assert found.rematerialized == ()
-    assert found.gathered == ()
 
 
 def test_muon_orthogonalises_expert_matrices_where_they_lie():

@@ -77,17 +77,14 @@ def meshes(model: ModelConfig, devices: int, row_tokens: int) -> Iterator[MeshCo
 
 
 def _divided(model: ModelConfig, rest: int, tensor: int, context: int) -> Iterator[MeshConfig]:
-    """Yields the ways to divide `rest` devices over data, fsdp and expert."""
+    """Yields the way to divide `rest` devices over data, fsdp and expert: as few copies of the weights as can be."""
     if not model.n_routed_experts:
         yield MeshConfig(fsdp=rest, tensor=tensor, context=context)
         return
-    group = math.gcd(rest, model.n_routed_experts)
+    group = math.gcd(rest, model.n_routed_experts)  # devices that hold different experts
     expert = min(group, 8)
-    for data in _powers(rest):
-        if rest % data == 0 and rest // data <= group and (rest // data) % min(expert, rest // data) == 0:
-            own = min(expert, rest // data)
-            yield MeshConfig(data=data, fsdp=rest // data // own, expert=own, tensor=tensor, context=context)
-            return
+    if rest % group == 0 and group % expert == 0:
+        yield MeshConfig(data=rest // group, fsdp=group // expert, expert=expert, tensor=tensor, context=context)
 
 
 def _powers(most: int) -> Iterator[int]:

@@ -39,7 +39,7 @@ SAMPLING = ("evaluate", "preference_pairs")
 
 
 @dataclass(frozen=True, eq=False)
-class Program:
+class StageProgram:
     """One program: `lower` lowers it for a mesh. `reads` are its arguments among its phase's arrays, by name or themselves."""
 
     mesh: Mesh
@@ -55,7 +55,7 @@ class Phase:
 
     name: str
     arrays: Mapping[str, Any]
-    programs: Mapping[str, Program]
+    programs: Mapping[str, StageProgram]
 
     @property
     def resident(self) -> dict[str, int]:
@@ -63,7 +63,7 @@ class Phase:
         return {name: tree.bytes_per_device(one) for name, one in self.arrays.items()}
 
 
-def programs(config: Config, devices: Sequence | None = None) -> dict[str, Program]:
+def programs(config: Config, devices: Sequence | None = None) -> dict[str, StageProgram]:
     """Returns the programs of a stage by name, in the order in which a run compiles them. See `phases`."""
     return {name: program for phase in phases(config, devices) for name, program in phase.programs.items()}
 
@@ -134,7 +134,7 @@ def _copy(network: Network, params: decoder.Params, mesh: Mesh) -> tuple[Any, de
 def _start(trainer: step.Trainer, others: Mapping[str, Any], name: str = "start") -> Phase:
     """Returns the phase in which the state is made of the start weights."""
     weights = sharding.abstract(trainer.specs, jnp.float32, trainer.mesh)
-    init = Program(trainer.mesh, lambda: trainer.lower_init(weights), ("start weights",), trainer.restore_target())
+    init = StageProgram(trainer.mesh, lambda: trainer.lower_init(weights), ("start weights",), trainer.restore_target())
     return Phase(name, {"start weights": weights, **others}, {f"{name}: state": init})
 
 
@@ -154,16 +154,17 @@ def _sampling(
     the phases `like`, by their name there, are those.
     """
     engine = Engine(network, sampler, mesh, _STOP, record_experts=record_experts)
-    given = others["weights"] if params is None else params
-    slots, weights = engine.state_structs(), engine.param_structs(given)
+    source = others["weights"] if params is None else params
+    slots, weights = engine.state_structs(), engine.param_structs(source)
     known = {key.partition(": ")[2]: one for phase in like for key, one in phase.programs.items()}
-    lowerings, kept = engine.lowerings(given), expert_weights(network, mesh, sharding.DECODE)
+    lowerings, kept = engine.lowerings(source), expert_weights(network, mesh, sharding.DECODE)
     if not record_experts and all(one.mesh == mesh for one in known.values()):
         lowerings |= {key: one.lower for key, one in known.items()}
-    place = Program(mesh, lowerings.pop("place"), ("weights",) if params is None else (given,), weights, kept)
+    place = StageProgram(mesh, lowerings.pop("place"), ("weights",) if params is None else (source,), weights, kept)
     reads = {"prefill": ("sampler weights",), "insert": ("slots",), "decode": ("sampler weights", "slots")}
     running = {
-        f"{name}: {key}": Program(mesh, lower, reads[key.split()[0]], kept=kept) for key, lower in lowerings.items()
+        f"{name}: {key}": StageProgram(mesh, lower, reads[key.split()[0]], kept=kept)
+        for key, lower in lowerings.items()
     }
     return [
         Phase(f"{name}: weights", {**others, "slots": slots}, {f"{name}: place": place}),
@@ -179,7 +180,7 @@ def _training(
     dtypes = dict.fromkeys(("tokens", "targets", "positions", "segments"), np.int32) | {"loss_mask": np.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in {**dtypes, **(inputs or {})}.items()}
     kept = expert_weights(trainer.network, trainer.mesh, sharding.TRAIN)
-    update = Program(trainer.mesh, lambda: trainer.lower_update(batch, arguments), ("state",), kept=kept)
+    update = StageProgram(trainer.mesh, lambda: trainer.lower_update(batch, arguments), ("state",), kept=kept)
     return [_start(trainer, {}), Phase("update", {"state": trainer.restore_target()}, {"update": update})]
 
 
@@ -212,7 +213,7 @@ def _scoring(network: Network, mesh: Mesh, pack: PackConfig, others: Mapping[str
     copied = _copy(network, _weights(network, mesh, jnp.float32), mesh)[1]
     text_format, rows = reward_model.TextFormat("helpful", "plain"), pack.rows_per_micro_batch
     model = reward_model.RewardModel(copied, network, mesh, text_format, None, rows, pack.row_tokens)
-    score = Program(mesh, model.lower, (REWARD_MODEL,), kept=expert_weights(network, mesh, sharding.TRAIN))
+    score = StageProgram(mesh, model.lower, (REWARD_MODEL,), kept=expert_weights(network, mesh, sharding.TRAIN))
     return Phase(name, {**others, REWARD_MODEL: copied}, {f"{name}: score": score})
 
 
@@ -222,16 +223,16 @@ def _reinforcement(config: Config, mesh: Mesh, devices: Sequence | None) -> list
     trainer = step.Trainer(network, run.optimizer, mesh, objective.loss, grpo.updates)
     critic = ppo.critic_trainer(run, mesh) if grpo.advantage == "gae" else None
     always: dict[str, Any] = {"critic": critic.restore_target()} if critic else {}
-    found = [_start(trainer, {})]
+    phase_list = [_start(trainer, {})]
     if critic:
-        found.append(_start(critic, {"state": trainer.restore_target()}, "critic"))
+        phase_list.append(_start(critic, {"state": trainer.restore_target()}, "critic"))
     always["state"] = trainer.restore_target()
     copy, copied = _copy(network, always["state"].params, mesh)
     if grpo.uses_reference:
-        copying = Program(
+        copying = StageProgram(
             mesh, lambda: copy.lower(trainer.restore_target().params), (trainer.restore_target().params,), copied
         )
-        found.append(Phase("reference", dict(always), {"reference: copy": copying}))
+        phase_list.append(Phase("reference", dict(always), {"reference: copy": copying}))
         always |= {} if grpo.offload_reference else {"reference": copied}
     rewarded = reward_model.architecture(network)
     tasks = [use.task for use in lineage.REWARD_MODELS.values() if getattr(config.scenarios, use.field)]
@@ -243,16 +244,16 @@ def _reinforcement(config: Config, mesh: Mesh, devices: Sequence | None) -> list
         sampler_mesh = sharding.make_mesh(config.sampler_mesh, rest, "sampler_mesh")
     params, replayed = always["state"].params, grpo.routing_replay
     rollouts = _sampling("rollout", network, run.sampler, sampler_mesh, always, params, replayed)
-    found += rollouts
+    phase_list += rollouts
     sampling = rollouts[-1].arrays
     if tasks:  # all have the same shape, so one stands for them
         first = f"{REWARD_MODEL} ({tasks[0]})"
         others = {name: value for name, value in sampling.items() if name != first}
-        found.append(_scoring(rewarded, sampler_mesh, run.pack, others, "reward models"))
+        phase_list.append(_scoring(rewarded, sampler_mesh, run.pack, others, "reward models"))
     kept = {"slots": sampling["slots"]} if config.mode == "disaggregated" else {}
-    found += _updates(run, objective, trainer, critic, always | kept, copied)
+    phase_list += _updates(run, objective, trainer, critic, always | kept, copied)
     trained = {"weights": _weights(network, mesh, jnp.float32)}
-    return found + _sampling("evaluation", network, run.sampler, mesh, trained, like=() if replayed else rollouts)
+    return phase_list + _sampling("evaluation", network, run.sampler, mesh, trained, like=() if replayed else rollouts)
 
 
 def _updates(
@@ -264,30 +265,32 @@ def _updates(
     copied: decoder.Params,
 ) -> list[Phase]:
     """Returns the phases that score a rollout under the policy before its updates, and that update."""
-    mesh, network, grpo, found = trainer.mesh, run.network, run.grpo, []
+    mesh, network, grpo, phase_list = trainer.mesh, run.network, run.grpo, []
     fields = (*objective.fields, *(ppo.CRITIC_FIELDS if critic else ()))
     batch = minibatch.batch_shapes(run, fields)
     kept, scorer = expert_weights(network, mesh, sharding.TRAIN), Scorer(network, mesh, grpo.offload_reference)
     frozen = tree.structs(copied, sharding.on_host(_places(copied))) if grpo.offload_reference else copied
-    score = Program(mesh, lambda: scorer.lower(frozen, batch), ("old policy",), kept=kept)
+    score = StageProgram(mesh, lambda: scorer.lower(frozen, batch), ("old policy",), kept=kept)
     if grpo.old_logp == "recomputed" or (grpo.uses_reference and grpo.kl_placement == "reward"):
-        found.append(Phase("scoring", {**arrays, "old policy": frozen}, {"scoring: log-probabilities": score}))
-    updating: dict[str, Program] = {}
+        phase_list.append(Phase("scoring", {**arrays, "old policy": frozen}, {"scoring: log-probabilities": score}))
+    updating: dict[str, StageProgram] = {}
     if "reference_logp" in objective.fields:
         updating["update: reference"] = dataclasses.replace(score, reads=("reference",))
     if critic:
         values = Scorer(critic.network, mesh, read=logprobs.values)
         critic_copy = _copy(critic.network, critic.restore_target().params, mesh)[1]
-        score = Program(mesh, lambda: values.lower(critic_copy, batch), ("frozen critic",))
-        found.append(Phase("values", {**arrays, "frozen critic": critic_copy}, {"values: score": score}))
+        score = StageProgram(mesh, lambda: values.lower(critic_copy, batch), ("frozen critic",))
+        phase_list.append(Phase("values", {**arrays, "frozen critic": critic_copy}, {"values: score": score}))
         policy_batch, critic_batch = ppo.split(batch)
         clip = ppo.ValueArguments(np.float32(0))
-        updating["update: critic"] = Program(mesh, lambda: critic.lower_update(critic_batch, clip), ("critic",))
+        updating["update: critic"] = StageProgram(mesh, lambda: critic.lower_update(critic_batch, clip), ("critic",))
     else:
         policy_batch = batch
     arguments = losses.arguments(grpo, 0.0, run.sampler.temperature)
-    updating["update"] = Program(mesh, lambda: trainer.lower_update(policy_batch, arguments), ("state",), kept=kept)
-    return [*found, Phase("update", arrays, updating)]
+    updating["update"] = StageProgram(
+        mesh, lambda: trainer.lower_update(policy_batch, arguments), ("state",), kept=kept
+    )
+    return [*phase_list, Phase("update", arrays, updating)]
 
 
 def _places(structs: Any) -> Any:

@@ -24,7 +24,7 @@ from r1jax.plan.roofline import EFFICIENCY, Placed
 from r1jax.plan.slices import Slice
 from r1jax.plan.stage_time import StageTime
 from r1jax.recipe import programs
-from r1jax.recipe.programs import Phase, Program
+from r1jax.recipe.programs import Phase, StageProgram
 from r1jax.report import table
 from r1jax.rewards.models import reward_model
 from r1jax.schema import Config, MeshConfig, replace
@@ -171,8 +171,8 @@ def compiled(where: Where, spec: str, overrides: Sequence[tuple[str, str]], phas
         return plan
 
     with ThreadPoolExecutor(COMPILERS) as pool:
-        found = dict(zip(first.values(), pool.map(one, first.values()), strict=True))
-    return {name: found[first[program.lower]] for name, program in every.items()}
+        plans = dict(zip(first.values(), pool.map(one, first.values()), strict=True))
+    return {name: plans[first[program.lower]] for name, program in every.items()}
 
 
 def placed(config: Config, mesh: MeshConfig) -> Config:
@@ -187,13 +187,13 @@ def placed(config: Config, mesh: MeshConfig) -> Config:
 
 def candidates(config: Config, where: Where) -> list[tuple[float, Config]]:
     """Returns (bound of a step's seconds, config) of each mesh that fits a device by an estimate, quickest first."""
-    found = []
+    fitting = []
     rows = config.pack.row_tokens
     for mesh in tpu_slices.meshes(config.model, len(where.devices) // where.slices, rows):
         one = placed(config, replace(mesh, slice=where.slices))
         if max(estimate(phase, one) for phase in programs.phases(one, where.devices)) <= where.room:
-            found.append((times(one, where, Assumed()).round_s(), one))
-    return sorted(found, key=lambda pair: pair[0])
+            fitting.append((times(one, where, Assumed()).round_s(), one))
+    return sorted(fitting, key=lambda pair: pair[0])
 
 
 def estimate(phase: Phase, config: Config) -> int:
@@ -248,10 +248,10 @@ def _devices(config: Config) -> int:
     return sum(math.prod(mesh.shape) for mesh in meshes)
 
 
-def _changes(config: Config, given: Config) -> list[tuple[str, str]]:
-    """Returns the overrides (field, text) that turn the config `given` into `config`."""
-    before, after = configs.flatten(given), configs.flatten(config)
-    return [(name, str(value)) for name, value in after.items() if value != before[name]]
+def _changes(config: Config, before: Config) -> list[tuple[str, str]]:
+    """Returns the overrides (field, text) that turn the config `before` into `config`."""
+    old = configs.flatten(before)
+    return [(name, str(value)) for name, value in configs.flatten(config).items() if value != old[name]]
 
 
 def _peak(phase: Phase, plans: Mapping[str, Plan]) -> Peak:
@@ -264,7 +264,7 @@ def _peak(phase: Phase, plans: Mapping[str, Plan]) -> Peak:
     return worst or Peak(phase.name, resident, "", 0)
 
 
-def _shares(array: Any, program: Program) -> bool:
+def _shares(array: Any, program: StageProgram) -> bool:
     """Returns whether an array is on devices of the program."""
     return bool(tree.first(array).sharding.device_set & set(program.mesh.devices.flat))
 
@@ -325,20 +325,20 @@ def _refused(config: Config, spec: str, where: Where) -> dict[str, Any]:
 
 def nearest(config: Config, where: Where) -> dict[str, Any]:
     """Returns what would fit by the estimate: `nearest_topology`, and `nearest_max_new_tokens` on this slice; or {}."""
-    found: dict[str, Any] = {}
+    advice: dict[str, Any] = {}
     for whole in tpu_slices.larger(where.whole):
         other = Where(whole, where.slices, compiler.devices(whole.topology, where.slices))
         if candidates(config, other):
-            found["nearest_topology"] = other.name
+            advice["nearest_topology"] = other.name
             break
     shorter = config.sampler.max_new_tokens // 2
     while config.stage in programs.RL and shorter >= 256:
         sampler = replace(config.sampler, max_new_tokens=shorter, max_new_tokens_schedule=())
         rows = replace(config.pack, row_tokens=config.sampler.max_prompt_tokens + shorter)
         if candidates(replace(config, sampler=sampler, pack=rows), where):
-            return found | {"nearest_max_new_tokens": shorter}
+            return advice | {"nearest_max_new_tokens": shorter}
         shorter //= 2
-    return found
+    return advice
 
 
 def _search(
