@@ -323,7 +323,12 @@ class Editor:
 
 
 def edited(given: list[Draft], editor: Editor | None, config: Config, counts: dict) -> list[Draft]:
-    return stage1_coldstart._edited(given, editor, config.seed, config.reward, config.coldstart, config.judge, counts)
+    sampling, base = parts_of(parts.SamplingParts, config), lineage.Base("base", dict)
+    mesh = sharding.make_mesh(config.mesh)
+    making = stage1_coldstart.Making(
+        sampling, config.coldstart, config.judge, tokenizer.tiny(), mesh, train=[], teacher=None, base=base
+    )
+    return stage1_coldstart._edited(given, editor, making, counts)
 
 
 def trace(name: str, answer: str = "7") -> Draft:
