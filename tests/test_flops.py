@@ -98,14 +98,10 @@ def test_without_scores_each_used_weight_counts_twice():
 
 def test_v3_counts_as_published():
     """36.6 billion weights multiply a token (of 37 billion active, with the embedding). MaxText's 152.4 TFLOP/s at 542
-    tokens/s a chip are 281 GFLOP a token of 4,096, with scores of whole squares; the causal half gives 250."""
+    tokens/s a chip, in rows of 8,192 tokens, are 281 GFLOP a token."""
     assert flops.per_token(V3, 0).total == pytest.approx(2 * 36.6e9, rel=1e-3)
-    square = flops.update(V3, Work(1, 4096, 1)).total
-    assert square == pytest.approx(152.4e12 / 542, rel=1e-3)
-    causal = flops.update(V3, flops.of_samples([4096])).total / 4096
-    assert causal == pytest.approx(250.5e9, rel=1e-3)
-    whole, half = flops.per_token(V3, 4096), flops.per_token(V3, 4097 / 2)
-    assert 3 * (whole.scores - half.scores) == pytest.approx(square - causal)
+    assert flops.update(V3, flops.of_samples([8192])).total / 8192 == pytest.approx(152.4e12 / 542, rel=1e-3)
+    assert flops.update(V3, flops.of_samples([4096])).total / 4096 == pytest.approx(250.5e9, rel=1e-3)
 
 
 def test_training_counts_three_passes_and_the_prediction_module_where_it_is_trained():
