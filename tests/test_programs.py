@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from r1jax import config as configs
+from r1jax.configs import _presets
 from r1jax.recipe import programs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -95,3 +96,22 @@ def test_the_arrays_of_a_plan_are_the_bytes_that_a_run_of_135m_weights_holds(tmp
     phases = live(tmp_path, "r1_zero:smollm2_135m", *SHORT, "sampler.windows=()", "sampler.max_new_tokens=32")
     results("plan_live_bytes_smollm2_135m", phases)
     check(phases)
+
+
+STAGES = (*programs.RL, *programs.SFT, *programs.REWARD_MODELS, *programs.SAMPLING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", _presets.SIZES)
+def test_every_program_of_every_stage_is_lowered_at_every_size(size, results):
+    """For TPU devices of the size's own mesh, in a process of its own."""
+    known = {entry.name: entry.presets for entry in configs.entries()}
+    stages = [stage for stage in STAGES if size in known[stage]]
+    command = [sys.executable, str(ROOT / "tests" / "lowering_driver.py"), size, *stages]
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    results(f"programs_{size}", figures)
+    assert set(figures["programs"]) == set(stages)
+    assert all(count >= 2 for count in figures["programs"].values())
