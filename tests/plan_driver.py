@@ -72,12 +72,12 @@ def decode(devices, preset: str, mesh: dict, model: dict | None = None, **sample
     mesh, network = sharding.make_mesh(MeshConfig(**mesh), devices), _network(preset, model or {})
     settings = replace(presets.SIZES[preset].sampler, **sampler)
     engine = Engine(network, settings, mesh, stop_ids=(1,))
-    with sharding.use_mesh(mesh, sharding.DECODE):
+    with sharding.use_mesh(mesh, engine.rules):
         shapes = sharding.abstract(decoder.specs(network.model), jnp.dtype(network.compute.compute_dtype))
-        params = _placed(shapes, sharding.spec_shardings(decoder.specs(network.model), mesh, sharding.DECODE))
+        params = _placed(shapes, engine.param_shardings)
         state = _placed(jax.eval_shape(engine._empty_state), engine._state_shardings())
         lowered = engine._decode.lower(params, state, settings.steps_per_dispatch, engine.rows)
-    return LoweredProgram(lowered, mesh, expert_weights(network, mesh, sharding.DECODE))
+    return LoweredProgram(lowered, mesh, expert_weights(network, mesh, engine.rules))
 
 
 def insert(devices, preset: str, mesh: dict, bucket: int, model: dict | None = None, **sampler):
@@ -85,7 +85,7 @@ def insert(devices, preset: str, mesh: dict, bucket: int, model: dict | None = N
     mesh, network = sharding.make_mesh(MeshConfig(**mesh), devices), _network(preset, model or {})
     engine = Engine(network, replace(presets.SIZES[preset].sampler, **sampler), mesh, stop_ids=(1,))
     slots = engine.sampler.slots
-    with sharding.use_mesh(mesh, sharding.DECODE):
+    with sharding.use_mesh(mesh, engine.rules):
         specs = sharding.abstract(decoder.specs(network.model), jnp.dtype(network.compute.compute_dtype))
         prompt = jax.ShapeDtypeStruct((bucket,), "int32"), jax.ShapeDtypeStruct((), "int32")
         prefix = jax.eval_shape(lambda params, *prompt: engine._prefill(params, *prompt, None), specs, *prompt)
