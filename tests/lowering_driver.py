@@ -30,7 +30,7 @@ def main(size: str, *stages: str) -> None:
             parts = (sampler,) if sampling(name) else (config.pack, config.optimizer.kind, config.grpo, kind(stage))
             key = (shared, config.network, config.mesh, *parts)
             if key not in lowered:
-                lowered[key] = len(program.lower().as_text())
+                lowered[key] = len(program.lowered().as_text())
             assert lowered[key] > 0
             counts[stage] += 1
     print(json.dumps({"programs": counts, "lowered": len(lowered)}))

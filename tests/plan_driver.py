@@ -19,7 +19,7 @@ def stage(devices, spec: str, name: str, rules: dict | None = None, **fields):
     overrides = [(key.replace("__", "."), str(value)) for key, value in fields.items()]
     program = programs.programs(configs.load(spec, overrides), devices)[name]
     sharding.TRAIN.update({axis: tuple(names) for axis, names in (rules or {}).items()})
-    return LoweredProgram(program.lower(), program.mesh, program.kept)
+    return LoweredProgram(program.lowered(), program.mesh, program.kept)
 
 
 def product(devices, rows: int, inner: int, columns: int, gather: bool = False):

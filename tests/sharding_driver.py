@@ -38,6 +38,7 @@ MESHES = {
     "slice2_expert2_context2": MeshConfig(slice=2, expert=2, context=2),
 }
 ROUTED = ("fsdp8", "data2_expert4", "fsdp2_expert2_tensor2", "expert2_context4")  # also with tokens sent to experts
+DIVIDED = ("fsdp8", "fsdp2_expert2_tensor2", "expert2_context4")  # also with dense weights divided in decoding
 PACK = PackConfig(row_tokens=48, rows_per_micro_batch=8)
 WORDS = tokenizer.tiny()
 
@@ -69,8 +70,16 @@ def run(network, mesh_config):
     arguments = losses.arguments(GRPOConfig(), 0.01, 1.0)
     state, stats = trainer.update(trainer.init(params), arrays, filled, arguments)
     figures = {name: np.asarray(value).tolist() for name, value in jax.device_get(stats).items()}
+    tokens = rollout(network, mesh, params)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(state.params))]
+    start = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(params))]
+    return figures, tokens, [a - b for a, b in zip(leaves, start, strict=True)], tree.count(params)
+
+
+def rollout(network, mesh, params):
+    """Returns the token ids of the 24 samples of four prompts."""
     sampler = SamplerConfig(slots=8, steps_per_dispatch=4, max_prompt_tokens=16, max_new_tokens=12)
-    rollout = RolloutSampler(Engine(network, sampler, mesh, (WORDS.eos_id,), WORDS))
+    sampled = RolloutSampler(Engine(network, sampler, mesh, (WORDS.eos_id,), WORDS))
     sampling = SamplingParams(max_new_tokens=12, stop_ids=(WORDS.eos_id,))
     requests = [
         RolloutRequest(
@@ -81,11 +90,25 @@ def run(network, mesh_config):
         )
         for draw, prompt in enumerate(tasks.linear_prompts("train")[:4])
     ]
-    placed = rollout.engine.load_params(params)
-    tokens = [sample.token_ids.tolist() for sample in rollout.generate(requests, placed)]
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(state.params))]
-    start = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(params))]
-    return figures, tokens, [a - b for a, b in zip(leaves, start, strict=True)], tree.count(params)
+    placed = sampled.engine.load_params(params)
+    return [sample.token_ids.tolist() for sample in sampled.generate(requests, placed)]
+
+
+def divided_dense(network, config):
+    """Returns (token ids, share of the dense weights that one device holds) of a rollout with dense weights divided."""
+    mesh, specs = sharding.make_mesh(config), decoder.specs(network.model)
+    params = sharding.initialize(specs, rng.key(0, "mesh", "init"), "float32", mesh)
+    with mock.patch.object(sharding, "WHOLE_DENSE_BYTES", 0):
+        places = sharding.spec_shardings(specs, mesh, sharding.decode_rules(specs, mesh, "float32"))
+        tokens = rollout(network, mesh, params)
+    dense = [(leaf, place) for leaf, place in ((params.embedding, places.embedding), (params.dense, places.dense))]
+    whole = sum(array.size for leaf, _ in dense for array in jax.tree.leaves(leaf))
+    held = sum(
+        np.prod(place.shard_shape(array.shape))
+        for leaf, places in dense
+        for array, place in zip(jax.tree.leaves(leaf), jax.tree.leaves(places), strict=True)
+    )
+    return tokens, float(held / whole)
 
 
 CONTEXT_TOKENS = 4096
@@ -178,6 +201,10 @@ def main():
                 "largest_move": largest,
                 "difference": difference,
             }
+        for mesh_name in DIVIDED:
+            tokens, held = divided_dense(network, MESHES[mesh_name])
+            same = sum(a == b for a, b in zip(tokens, single[1], strict=True))
+            report[f"{name}/{mesh_name}/divided"] = {"same_tokens": same, "held": held}
         report[f"{name}/context"] = context_parallel(small.changed(network, num_hidden_layers=2))
     report["digests"] = digests()
     report["vocabulary_shapes"] = vocabulary_shapes()

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from r1jax.core.sharding import constrain, normal, param, zeros
+from r1jax.core.sharding import constrain, gathered_rows, normal, own_rows, param, zeros
 from r1jax.models import forms, rope
 from r1jax.models.layers import norm_spec, rms_norm
 from r1jax.schema import ModelConfig, Network
@@ -100,16 +100,18 @@ def latent_attention(p: LatentAttention, x_BTD, context: forms.Context, network:
     latent = _latent(p, x_BTD, context, c)
     if cache is not None and x_BTD.shape[1] <= ABSORBED_MAX_QUERIES:
         w_k, w_v = p.kv_b[..., : c.qk_nope_head_dim], p.kv_b[..., c.qk_nope_head_dim :]
-        q = jnp.concatenate([jnp.einsum("BTNH,RNH->BTNR", q_nope, w_k), q_rope], axis=-1)
+        q = own_rows(jnp.concatenate([jnp.einsum("BTNH,RNH->BTNR", q_nope, w_k), q_rope], axis=-1), *HEADS[1:])
         source = forms.Source((latent,), (ROWS,), functools.partial(_latent_itself, c=c), "N", "")
         o_BTNR, cache = forms.attend(q, source, context, network, cache, layer)
-        o_BTNV = jnp.einsum("BTNR,RNV->BTNV", o_BTNR.astype(x_BTD.dtype), w_v)
+        o_BTNR = gathered_rows(o_BTNR.astype(x_BTD.dtype), *HEADS[1:])
+        o_BTNV = jnp.einsum("BTNR,RNV->BTNV", o_BTNR, w_v)
     else:
-        q = jnp.concatenate([q_nope, q_rope], axis=-1)
+        q = own_rows(jnp.concatenate([q_nope, q_rope], axis=-1), *HEADS[1:])
         expand, kv_b_axes = functools.partial(_expanded, c=c), (None, "heads", None)
         source = forms.Source((latent,), (ROWS,), expand, "N", "N", p.kv_b, kv_b_axes)
         o_BTNV, cache = forms.attend(q, source, context, network, cache, layer)
-    return jnp.einsum("BTNV,NVD->BTD", o_BTNV.astype(x_BTD.dtype), p.out), cache
+    o_BTNV = gathered_rows(o_BTNV.astype(x_BTD.dtype), *HEADS[1:])
+    return own_rows(jnp.einsum("BTNV,NVD->BTD", o_BTNV, p.out)), cache
 
 
 def _latent_queries(p: LatentAttention, x_BTD, context: forms.Context, c: ModelConfig) -> tuple[jax.Array, jax.Array]:
@@ -119,9 +121,10 @@ def _latent_queries(p: LatentAttention, x_BTD, context: forms.Context, c: ModelC
         x_q = rms_norm(jnp.einsum("BTD,DR->BTR", x_BTD, p.q_a), p.q_a_norm, LATENT_NORM_EPS)
     else:
         x_q = x_BTD
-    q_BTNH = constrain(jnp.einsum("BTR,RNH->BTNH", x_q, p.q_b), "batch", "sequence", "heads", None)
+    q_BTNH = jnp.einsum("BTR,RNH->BTNH", gathered_rows(x_q), p.q_b)
+    q_BTNH = constrain(q_BTNH, "weight_rows", "sequence", "heads", None)
     q_nope, q_rope = q_BTNH[..., : c.qk_nope_head_dim], q_BTNH[..., c.qk_nope_head_dim :]
-    return q_nope, rope.rotate(q_rope, context.cos, context.sin)
+    return q_nope, rope.rotate(q_rope, *context.query_angles)
 
 
 def _latent(p: LatentAttention, x_BTD, context: forms.Context, c: ModelConfig) -> jax.Array:
@@ -151,9 +154,11 @@ def _expanded(arrays, kv_b: jax.Array, c: ModelConfig) -> tuple[jax.Array, jax.A
 def grouped_attention(p: GroupedAttention, x_BTD, context: forms.Context, network: Network, cache, layer):
     """Returns (output [B, T, D], cache) of grouped-query attention."""
     c = network.model
+    x_BTD = gathered_rows(x_BTD)
     q = jnp.einsum("BTD,DNH->BTNH", x_BTD, p.query)
     k = jnp.einsum("BTD,DKH->BTKH", x_BTD, p.key)
     v = jnp.einsum("BTD,DKH->BTKH", x_BTD, p.value)
+    q, k, v = (gathered_rows(array, *HEADS[1:]) for array in (q, k, v))
     if p.query_bias is not None:
         assert p.key_bias is not None and p.value_bias is not None
         q, k, v = q + p.query_bias, k + p.key_bias, v + p.value_bias
@@ -162,8 +167,10 @@ def grouped_attention(p: GroupedAttention, x_BTD, context: forms.Context, networ
         q, k = rms_norm(q, p.query_norm, c.rms_norm_eps), rms_norm(k, p.key_norm, c.rms_norm_eps)
     q = rope.rotate(constrain(q, "batch", "sequence", "heads", None), context.cos, context.sin)
     k = rope.rotate(constrain(k, "batch", "sequence", "heads", None), context.cos, context.sin)
-    source = forms.Source((k, v), (HEADS, HEADS), lambda arrays, _: arrays, "KG", "K")
+    source = forms.Source((k, own_rows(v, *HEADS[1:])), (HEADS, HEADS), lambda arrays, _: arrays, "KG", "K")
     groups = c.num_attention_heads // c.num_key_value_heads
     q_BTKGH = q.reshape(*q.shape[:2], c.num_key_value_heads, groups, c.head_dim)
     o, cache = forms.attend(q_BTKGH, source, context, network, cache, layer)
-    return jnp.einsum("BTNH,NHD->BTD", o.reshape(q.shape).astype(x_BTD.dtype), p.out), cache
+    o_BTNH = own_rows(o.reshape(q.shape).astype(x_BTD.dtype), *HEADS[1:])
+    o_BTNH = gathered_rows(o_BTNH, *HEADS[1:])
+    return own_rows(jnp.einsum("BTNH,NHD->BTD", o_BTNH, p.out)), cache

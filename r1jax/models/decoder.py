@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from r1jax.core.sharding import constrain, normal, param
+from r1jax.core.sharding import constrain, gathered_rows, normal, own_rows, param
 from r1jax.models import block, cache, forms, mtp
 from r1jax.models.block import Block
 from r1jax.models.layers import embed, norm_spec, rms_norm
@@ -62,7 +62,11 @@ def logits(params: Params, hidden: jax.Array, vocab_used: int = 0) -> jax.Array:
     With vocab_used > 0, logits of the ids from vocab_used on are -inf.
     """
     matrix = constrain(unembedding(params), None, "vocab")  # D is whole, so that devices need not sum logits
-    out = jnp.einsum("...D,DV->...V", hidden, matrix, preferred_element_type=jnp.float32)
+    if hidden.ndim == 2:
+        out = jnp.einsum("...D,DV->...V", gathered_rows(hidden), matrix, preferred_element_type=jnp.float32)
+        out = own_rows(gathered_rows(out, "vocab"), "vocab")
+    else:
+        out = jnp.einsum("...D,DV->...V", hidden, matrix, preferred_element_type=jnp.float32)
     out = out.astype(jnp.float32)
     return jnp.where(jnp.arange(out.shape[-1]) < vocab_used, out, -jnp.inf) if vocab_used else out
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from r1jax.core.sharding import constrain
+from r1jax.core.sharding import constrain, gathered_rows
 from r1jax.kernels.packed_attention import packed_attention
 from r1jax.kernels.tpu import LOWEST
 from r1jax.models import cache as kv
@@ -52,6 +52,7 @@ class Context:
 
     cos: jax.Array  # [B, T, rope / 2]
     sin: jax.Array
+    query_angles: tuple[jax.Array, jax.Array]  # the same for queries that have not left the rows of their weights
     mask: jax.Array  # [B, T, S] bool: query may see key
     write_positions: jax.Array | None  # [B, T] cache row of each new token, the scratch row for padding
     segments: jax.Array  # [B, T] document of each token, 0 is padding
@@ -78,17 +79,18 @@ def build_context(
     Without one, a token may also see the segment that `prefixes` [B, T] names for it, where that is not 0.
     """
     cos, sin = rope.angles(positions, network.model)
+    query_angles = gathered_rows(cos), gathered_rows(sin)
     form = choose(network, positions.shape[1], cache is not None)
     if cache is None:
         causal = jnp.arange(positions.shape[1])[:, None] >= jnp.arange(positions.shape[1])
         same = segments[:, :, None] == segments[:, None, :]
         if prefixes is not None:
             same |= (prefixes[:, :, None] == segments[:, None, :]) & (prefixes > 0)[:, :, None]
-        return Context(cos, sin, causal & same, None, segments, prefixes=prefixes, form=form)
+        return Context(cos, sin, query_angles, causal & same, None, segments, prefixes=prefixes, form=form)
     mask = jnp.arange(window)[None, None, :] <= positions[:, :, None]
     lengths = jnp.where(segments[:, -1] > 0, positions[:, -1] + 1, 0)
     write_positions = jnp.where(segments > 0, positions, cache.rows)
-    return Context(cos, sin, mask, write_positions, segments, lengths, window=window, form=form)
+    return Context(cos, sin, query_angles, mask, write_positions, segments, lengths, window=window, form=form)
 
 
 def choose(network: Network, tokens: int, cached: bool) -> Form:

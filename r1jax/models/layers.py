@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from r1jax.core.sharding import constrain, normal, ones, param
+from r1jax.core.sharding import constrain, gathered_rows, normal, ones, own_rows, param
 from r1jax.schema import ModelConfig
 
 
@@ -28,7 +28,7 @@ def embed(table_VD: jax.Array, tokens: jax.Array) -> jax.Array:
     D of the table is gathered first: where the axes that divide it also divide the batch, rows cannot be looked up in
     place.
     """
-    return constrain(constrain(table_VD, "vocab", None)[tokens], "batch", "sequence", None)
+    return constrain(constrain(table_VD, "vocab", None)[gathered_rows(tokens)], "batch", "sequence", None)
 
 
 def norm_spec(width: int, layers: int | None = None) -> Any:
@@ -58,7 +58,8 @@ def swiglu_specs(config: ModelConfig, width: int, layers: int) -> SwiGLU:
 
 def swiglu(params: SwiGLU, x_BTD: jax.Array) -> jax.Array:
     """Returns the feed-forward output, [B, T, D]."""
+    x_BTD = gathered_rows(x_BTD)
     gate = jnp.einsum("BTD,DF->BTF", x_BTD, params.gate)
     up = jnp.einsum("BTD,DF->BTF", x_BTD, params.up)
-    hidden = constrain(jax.nn.silu(gate) * up, "batch", "sequence", "ffw")
-    return jnp.einsum("BTF,FD->BTD", hidden, params.down)
+    hidden = constrain(jax.nn.silu(gate) * up, "weight_rows", "sequence", "ffw")
+    return own_rows(jnp.einsum("BTF,FD->BTD", hidden, params.down))

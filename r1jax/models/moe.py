@@ -46,9 +46,9 @@ def moe_specs(c: ModelConfig, layers: int) -> MoE:
     return MoE(
         router=param((layers, d, e), (None, None, None), init),
         bias=param((layers, e), (None, None), zeros, jnp.float32),
-        gate=param((layers, e, d, f), (None, "experts", None, "ffw"), init),
-        up=param((layers, e, d, f), (None, "experts", None, "ffw"), init),
-        down=param((layers, e, f, d), (None, "experts", "ffw", None), init),
+        gate=param((layers, e, d, f), (None, "experts", None, "expert_ffw"), init),
+        up=param((layers, e, d, f), (None, "experts", None, "expert_ffw"), init),
+        down=param((layers, e, f, d), (None, "experts", "expert_ffw", None), init),
         shared=swiglu_specs(c, f * c.n_shared_experts, layers) if c.n_shared_experts else None,
     )
 
@@ -260,8 +260,8 @@ def moe(
         out = _gathered(x_BTD, experts, weights, p.gate, p.up, p.down, kind=kind, axes=axes)
     else:
         tokens = sharding.partition(("batch", "sequence", None), x_BTD.shape, mesh)
-        wide = sharding.partition(("experts", None, "ffw"), p.gate.shape, mesh)
-        deep = sharding.partition(("experts", "ffw", None), p.down.shape, mesh)
+        wide = sharding.partition(("experts", None, "expert_ffw"), p.gate.shape, mesh)
+        deep = sharding.partition(("experts", "expert_ffw", None), p.down.shape, mesh)
         apart = (*sharding.mesh_axes(tokens[0]), *sharding.mesh_axes(tokens[1]))
         parts = sharding.mesh_axes(wide[0])
         shared = tuple(name for name in parts if name in apart)

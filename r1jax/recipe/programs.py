@@ -48,6 +48,13 @@ class StageProgram:
     gives: Any = None  # structs of a result that stays on the devices
     kept: Mapping[str, tuple] = field(default_factory=dict)  # expert weights, which no collective should gather
 
+    def lowered(self) -> jax.stages.Lowered:
+        """Returns the program lowered; on one device too, where kernels learn the kind of chip from a mesh in force."""
+        if self.mesh.size > 1:
+            return self.lower()
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return self.lower()
+
 
 @dataclass(frozen=True, eq=False)
 class Phase:
@@ -98,7 +105,7 @@ def phases(config: Config, devices: Sequence | None = None) -> list[Phase]:
 def build(devices: Sequence, spec: str, overrides: Sequence[Sequence[str]], name: str) -> LoweredProgram:
     """Returns the program `name` of the config `spec` with `overrides`, lowered: a builder of `plan.compile`."""
     program = programs(configs.load(spec, [(key, value) for key, value in overrides]), devices)[name]
-    return LoweredProgram(program.lower(), program.mesh, program.kept)
+    return LoweredProgram(program.lowered(), program.mesh, program.kept)
 
 
 def expert_weights(network: Network, mesh: Mesh, rules: sharding.Rules) -> dict[str, tuple]:
@@ -157,7 +164,7 @@ def _sampling(
     source = others["weights"] if params is None else params
     slots, weights = engine.state_structs(), engine.param_structs(source)
     known = {key.partition(": ")[2]: one for phase in like for key, one in phase.programs.items()}
-    lowerings, kept = engine.lowerings(source), expert_weights(network, mesh, sharding.DECODE)
+    lowerings, kept = engine.lowerings(source), expert_weights(network, mesh, engine.rules)
     if not record_experts and all(one.mesh == mesh for one in known.values()):
         lowerings |= {key: one.lower for key, one in known.items()}
     place = StageProgram(mesh, lowerings.pop("place"), ("weights",) if params is None else (source,), weights, kept)

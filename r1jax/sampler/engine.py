@@ -258,6 +258,7 @@ class Engine(jetstream.Engine):  # ty: ignore[unsupported-base] JetStream's or, 
         self.buckets = tuple(
             sorted({b for b in sampler.prefill_buckets if b < sampler.max_prompt_tokens} | {sampler.max_prompt_tokens})
         )
+        self.rules = sharding.decode_rules(decoder.specs(network.model), mesh, network.compute.compute_dtype)
         self._forks = sampler.slots  # width of an insert: one program for any set of slots
         self._compile()
 
@@ -289,10 +290,10 @@ class Engine(jetstream.Engine):  # ty: ignore[unsupported-base] JetStream's or, 
 
         # Every program returns the same shardings, so that one compilation serves every order of calls.
         everywhere = sharding.replicated(self._mesh)
-        with use_mesh(self._mesh, sharding.DECODE):
+        with use_mesh(self._mesh, self.rules):
             placed = self._state_shardings()
         specs = jax.tree.map(lambda place: place.spec, placed)
-        self.param_shardings = sharding.spec_shardings(decoder.specs(network.model), self._mesh, sharding.DECODE)
+        self.param_shardings = sharding.spec_shardings(decoder.specs(network.model), self._mesh, self.rules)
         self._place = tree.copier(network.compute.compute_dtype, self.param_shardings)
         self._decode = jax.jit(decode, static_argnums=(2, 3), donate_argnums=1, out_shardings=(placed, everywhere))
         self._prefill = jax.jit(prefill, out_shardings=everywhere)
@@ -308,7 +309,7 @@ class Engine(jetstream.Engine):  # ty: ignore[unsupported-base] JetStream's or, 
 
     def decode(self, params: Any, state: DecodeState, steps: int, window: int | None = None):
         """Returns (state, StepOutput) of `steps` steps in one dispatch, reading `window` cache rows (default all)."""
-        with use_mesh(self._mesh, sharding.DECODE):
+        with use_mesh(self._mesh, self.rules):
             return self._decode(params, state, steps, window or self.rows)
 
     def window_for(self, rows: int) -> int:
@@ -332,7 +333,7 @@ class Engine(jetstream.Engine):  # ty: ignore[unsupported-base] JetStream's or, 
         slot_params = jax.tree.map(
             lambda x: np.concatenate([x, np.zeros((padding, *x.shape[1:]), x.dtype)]), slot_params
         )
-        with use_mesh(self._mesh, sharding.DECODE):
+        with use_mesh(self._mesh, self.rules):
             return self._insert(prefix, state, wide, slot_params)
 
     def default_slot_params(self, count: int) -> SlotParams:
@@ -361,7 +362,7 @@ class Engine(jetstream.Engine):  # ty: ignore[unsupported-base] JetStream's or, 
 
     def state_structs(self) -> DecodeState:
         """Returns the shapes of the decode state with their shardings."""
-        with use_mesh(self._mesh, sharding.DECODE):
+        with use_mesh(self._mesh, self.rules):
             return tree.structs(jax.eval_shape(self._empty_state), self._state_shardings())
 
     def param_structs(self, params: Any) -> Any:
@@ -380,7 +381,7 @@ class Engine(jetstream.Engine):  # ty: ignore[unsupported-base] JetStream's or, 
             return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
         def traced(program, *arguments):
-            with use_mesh(self._mesh, sharding.DECODE):
+            with use_mesh(self._mesh, self.rules):
                 return program(*arguments)
 
         def prompt(bucket):
@@ -419,7 +420,7 @@ class Engine(jetstream.Engine):  # ty: ignore[unsupported-base] JetStream's or, 
             raise ValueError(
                 f"Engine.prefill: {before} + {true_length} prompt tokens fill the {self.rows} cache rows of a slot"
             )
-        with use_mesh(self._mesh, sharding.DECODE):
+        with use_mesh(self._mesh, self.rules):
             return self._prefill(params, tokens, np.int32(true_length), existing_prefix)
 
     def insert(self, prefix, decode_state, slot, request_id=None, *, slot_params=None) -> DecodeState:
@@ -437,7 +438,7 @@ class Engine(jetstream.Engine):  # ty: ignore[unsupported-base] JetStream's or, 
 
     def init_decode_state(self) -> DecodeState:
         """Returns a state whose slots are all idle."""
-        with use_mesh(self._mesh, sharding.DECODE):
+        with use_mesh(self._mesh, self.rules):
             return self._init()
 
     def _empty_state(self) -> DecodeState:
@@ -456,7 +457,7 @@ class Engine(jetstream.Engine):  # ty: ignore[unsupported-base] JetStream's or, 
 
         def place(leaf):
             axes = spec.axes if leaf.shape == spec.shape else ("slots", *([None] * (leaf.ndim - 1)))
-            return sharding.sharding(self._mesh, axes, leaf.shape, sharding.DECODE)
+            return sharding.sharding(self._mesh, axes, leaf.shape, self.rules)
 
         return jax.tree.map(place, jax.eval_shape(self._empty_state))
 
