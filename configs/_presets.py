@@ -100,9 +100,6 @@ class Size:
     differs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-# A reward model's update, 256 pairs of about two thousand tokens, fills some 64 rows of 8,192, not one for each device.
-_V3 = dict.fromkeys(("reward_helpful", "reward_safety"), {"pack.rows_per_micro_batch": 64})
-
 SIZES: dict[str, Size] = {
     "tiny": Size(
         model=ModelConfig(
@@ -251,6 +248,7 @@ SIZES: dict[str, Size] = {
             **_LLAMA, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
         ),
         student="llama3_1_8b",
+        sampler=replace(_LONG, slots=32),
         mesh=MeshConfig(fsdp=32),
         distill_rate=2e-5,
     ),
@@ -319,7 +317,6 @@ SIZES: dict[str, Size] = {
         sampler=replace(_LONG, slots=512),  # 78,080 bytes of cache a token on a TPU: 1.4 TB in all
         mesh=MeshConfig(data=2, fsdp=32, expert=8),
         export_dtype="fp8",  # as DeepSeek publishes it
-        differs=_V3,
     ),
 }
 

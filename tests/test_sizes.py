@@ -172,12 +172,13 @@ def test_rows_hold_a_prompt_with_its_response_and_rows_and_slots_divide_over_the
         assert max(own.sampler.windows) < own.pack.row_tokens
     if stage_table.reads(own.stage, "sft"):
         assert own.pack.row_tokens <= own.model.max_position_embeddings
-    if stage_table.reads(own.stage, "pack") and (stage, size) not in TWO_ROWS_A_GROUP:
+    if stage_table.reads(own.stage, "pack"):
         assert sharding.row_shards(own.pack.rows_per_micro_batch, own.mesh) == devices
 
 
-# 64 rows of 8,192 tokens hold an update of 256 pairs; v3_671b has 512 devices.
-TWO_ROWS_A_GROUP = [("reward_helpful", "v3_671b"), ("reward_safety", "v3_671b")]
+@pytest.mark.parametrize(("stage", "size"), PAIRS)
+def test_rows_and_slots_that_a_stage_reads_divide_over_its_mesh(stage, size):
+    stage_table.check(configs.load(f"{stage}:{size}"), [])  # it refuses those that do not
 
 
 def test_changes_between_rollouts_take_effect_at_the_first_rollout_at_or_after_them():
