@@ -249,6 +249,7 @@ SIZES: dict[str, Size] = {
             **_LLAMA, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
         ),
         student="llama3_1_8b",
+        sampler=replace(_LONG, slots=32),
         mesh=MeshConfig(fsdp=32),
         distill_rate=2e-5,
     ),
@@ -368,13 +369,18 @@ def rollouts(preset: str, max_new_tokens: int, schedule: tuple = ()) -> SamplerC
         settings = replace(settings, max_new_tokens=max_new_tokens, max_new_tokens_schedule=schedule)
     whole = settings.max_prompt_tokens + settings.max_new_tokens
     windows = tuple(window for window in sorted({*settings.windows, *lengths}) if window < whole)
-    return replace(settings, slots=max(settings.slots, devices_of_rows(preset)), windows=windows)
+    return replace(settings, slots=max(settings.slots, devices_of_slots(preset)), windows=windows)
 
 
 def devices_of_rows(preset: str) -> int:
-    """Returns the number of devices over which the mesh of `preset` divides rows and slots."""
+    """Returns the number of devices over which the mesh of `preset` divides rows."""
     axes = SIZES[preset].mesh
     return math.prod((axes.slice, axes.data, axes.fsdp, axes.expert))
+
+
+def devices_of_slots(preset: str) -> int:
+    """Returns the number of devices over which the mesh of `preset` divides slots: those of rows and of `context`."""
+    return devices_of_rows(preset) * SIZES[preset].mesh.context
 
 
 def pack(preset: str, row_tokens: int) -> PackConfig:

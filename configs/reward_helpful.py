@@ -21,11 +21,12 @@ def config(preset: str) -> Config:
 def recipe(stage: str, preset: str) -> Config:
     """Returns the run of the paper: batch 256, rate 6e-6, one epoch, at most 8,192 tokens (P2 appendix B.3)."""
     rows = max(2, _presets.devices_of_rows(preset))  # a pair of the longest texts fills two
+    slots = max(64, _presets.devices_of_slots(preset))
     return _presets.config(
         stage,
         preset,
         optimizer=OptimizerConfig(learning_rate=6e-6),
-        sampler=_presets.SIZES[preset].sampler if preset in _presets.TINY else SamplerConfig(),
+        sampler=_presets.SIZES[preset].sampler if preset in _presets.TINY else SamplerConfig(slots=slots),
         pack=PackConfig(row_tokens=8192, rows_per_micro_batch=rows),
         reward_model=RewardModelConfig(epochs=1, examples_per_update=256),
         checkpointing=CheckpointConfig(every_updates=50),

@@ -7,6 +7,8 @@ a preset are its author's and are not checked.
 """
 
 import importlib
+import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,7 +217,8 @@ def several_processes(stage: str) -> bool:
 def check(config: Config, keys: Iterable[str], also: tuple[str, ...] = ()) -> None:
     """Raises ValueError, in one line, for the first overridden key that config.stage does not read.
 
-    `also` are parts that whoever runs the stage reads. A stage that is not in the table is not checked.
+    Rows, tokens of a row and slots that do not divide over the mesh are refused as well, whoever set them. `also` are
+    parts that whoever runs the stage reads. A stage that is not in the table is not checked.
     """
     for key in keys:
         if config.stage not in STAGES or _covers(also, key):
@@ -227,6 +230,30 @@ def check(config: Config, keys: Iterable[str], also: tuple[str, ...] = ()) -> No
         for needed, met in _conditions(config.stage, key):
             if not met(config):
                 raise ValueError(f"config.{key} is read with config.{needed} alone; set that, or leave it out")
+    if config.stage in STAGES:
+        _check_division(config)
+
+
+def _check_division(config: Config) -> None:
+    """Raises ValueError where devices of a mesh would compute copies: for what does not divide over it."""
+    stage, apart = config.stage, config.mode == "disaggregated"
+    if not reads(stage, "mesh"):
+        return
+    slots_mesh, slots_field = (config.sampler_mesh, "sampler_mesh") if apart else (config.mesh, "mesh")
+    of_rows, of_tokens = ("slice", "data", "fsdp", "expert"), ("context",)
+    for field_, mesh, mesh_field, axes in (
+        ("pack.rows_per_micro_batch", config.mesh, "mesh", of_rows),
+        ("pack.row_tokens", config.mesh, "mesh", of_tokens),
+        ("sampler.slots", slots_mesh, slots_field, (*of_rows, *of_tokens)),
+    ):
+        devices = math.prod(getattr(mesh, axis) for axis in axes)
+        value = operator.attrgetter(field_)(config)
+        if reads(stage, field_) and value % devices:
+            shape = ", ".join(f"{axis}={getattr(mesh, axis)}" for axis in axes if getattr(mesh, axis) > 1)
+            raise ValueError(
+                f"config.{field_}={value} does not divide over the {devices} devices of config.{mesh_field} ({shape}), "
+                f"some would compute copies; give a multiple of {devices}, or make config.{mesh_field} smaller"
+            )
 
 
 def _conditions(stage: str, key: str) -> list[tuple[str, Callable[[Config], bool]]]:

@@ -176,6 +176,11 @@ def test_rows_hold_a_prompt_with_its_response_and_rows_and_slots_divide_over_the
         assert sharding.row_shards(own.pack.rows_per_micro_batch, own.mesh) == devices
 
 
+@pytest.mark.parametrize(("stage", "size"), PAIRS)
+def test_rows_and_slots_that_a_stage_reads_divide_over_its_mesh(stage, size):
+    stage_table.check(configs.load(f"{stage}:{size}"), [])  # it refuses those that do not
+
+
 def test_changes_between_rollouts_take_effect_at_the_first_rollout_at_or_after_them():
     zero, last = configs.load("r1_zero:v3_671b"), configs.load("stage4_all_scenarios:v3_671b")
     updates = zero.grpo.updates_per_rollout

@@ -35,6 +35,19 @@ CASES = {
     "no checkpoint given": (["--config=evaluate"], "--config.checkpoint=DIR"),
     "row too short": (["--config=r1_zero", "--config.sampler.max_new_tokens=100"], "config.pack.row_tokens=96"),
     "too few devices": (["--config=r1_zero", "--config.mesh.data=64"], "make config.mesh smaller"),
+    "rows that do not divide": (
+        ["--config=r1_zero", "--config.mesh.fsdp=3", "--config.mesh.context=2"],
+        "config.pack.rows_per_micro_batch=32 does not divide over the 3 devices of config.mesh (fsdp=3), some would "
+        "compute copies; give a multiple of 3, or make config.mesh smaller",
+    ),
+    "slots that do not divide": (
+        ["--config=evaluate", "--config.mesh.expert=2", "--config.mesh.context=3"],
+        "config.sampler.slots=128 does not divide over the 6 devices of config.mesh (expert=2, context=3)",
+    ),
+    "slots of a mesh of their own": (
+        ["--config=r1_zero", "--config.mode=disaggregated", "--config.sampler_mesh.data=3"],
+        "config.sampler.slots=128 does not divide over the 3 devices of config.sampler_mesh (data=3)",
+    ),
     "no base of its own": (
         ["--config=r1_zero:smollm2_135m", "--config.data.path={tmp}/rows.jsonl"],
         "--config.model.checkpoint=DIR",
