@@ -88,7 +88,7 @@ def check(phases: dict) -> None:
 
 
 def test_the_arrays_of_a_plan_are_the_bytes_that_a_run_of_the_tiny_world_holds(tmp_path):
-    check(live(tmp_path, "r1_zero:tiny", *SHORT, "sampler.windows=()", "model.num_hidden_layers=2"))
+    check(live(tmp_path, "r1_zero:tiny", *SHORT, "grpo.updates=1", "sampler.windows=()", "model.num_hidden_layers=2"))
 
 
 @pytest.mark.slow
