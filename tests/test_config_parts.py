@@ -7,10 +7,10 @@ from r1jax import stage_table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # What makes, checks and keeps whole configs: the command line, the loader, the graph with what a stage inherits from it
-# and descends from.
+# and descends from. And what derives a whole run from its config: its programs, and the plan of it.
 WHOLE = {
     *("config", "flags", "sweep", "stage_table", "launch", "tools.ablation"),
-    *("recipe.graph", "recipe.inherited", "recipe.lineage"),
+    *("recipe.graph", "recipe.inherited", "recipe.lineage", "recipe.programs", "tools.plan"),
 }
 KEEPERS = {
     *("recipe.common:StageFolder.__init__", "recipe.common:json_fields", "recipe.common:prepare"),
