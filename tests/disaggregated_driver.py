@@ -69,7 +69,7 @@ def run(folder: pathlib.Path, **more) -> dict:
     watch(training.objective, "update")
     training.train()
     first = min(begun for _, _, begun, _ in events)
-    cache = training.source.sampling.sampler._state.cache.keys
+    cache = training.source.sampling.sampler.engine.init_decode_state().cache.keys
     return {
         "rows": metrics.read(folder),
         "timing": metrics.read_timing(folder),

@@ -44,7 +44,9 @@ def fit(trainer, folder, request=NOTHING, updates=6):
     items = [sft.example(*np.split(generator.integers(0, 32, size), [2])) for size in LENGTHS]
     store, log = CheckpointStore(folder / "checkpoints"), metrics.MetricsLog(folder)
     batch = sft.make_batch(items, PACK, 1)
-    weights, _ = supervised.fit(trainer, params, lambda update: batch, updates, store, log, 4, log_every=2, name="fit")
+    weights, _ = supervised.fit(
+        trainer, lambda: params, lambda update: batch, updates, store, log, 4, log_every=2, name="fit"
+    )
     store.close()
     log.close()
     return weights

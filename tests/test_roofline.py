@@ -190,14 +190,15 @@ def test_a_group_of_64_is_three_links_away_on_average():
 
 def test_tensor_sums_activations_and_context_passes_keys_around():
     """Two layers have two sums each; each of two devices sends its half of a sum twice. Keys and values go once, and
-    come back as gradients in float32."""
+    come back as gradients in float32; weights that `context` divides are gathered as those that `fsdp` does."""
     c = GROUPED.model
     whole = count(GROUPED, {"heads", "ffw", "vocab"}, False)
     summed = 2 * c.num_hidden_layers * 32 * c.hidden_size * 2  # one pass
     assert update(GROUPED, tensor=2).ici_bytes == pytest.approx(2 * summed + 4 * whole)
     source = c.num_hidden_layers * 16 * 2 * c.num_key_value_heads * c.head_dim
     ring = source * (2 * 2 + 4)
-    assert update(GROUPED, context=2).ici_bytes == pytest.approx(ring + 4 * held(GROUPED))
+    gathered, summed = (count(GROUPED, {"embed"}, has) for has in (True, False))
+    assert update(GROUPED, context=2).ici_bytes == pytest.approx(ring + 3 * gathered + 4 * summed)
 
 
 def test_weights_are_divided_as_the_trainer_and_the_sampler_divide_them():

@@ -115,7 +115,11 @@ def test_decoding_holds_dense_weights_whole_and_gives_the_context_axis_slots():
     rules = sharding.DECODE
     assert sharding.partition(("embed", "heads"), (8, 8), mesh, rules) == PartitionSpec(None, None)
     assert sharding.partition(("slots",), (8,), mesh, rules) == PartitionSpec(("fsdp", "expert", "context"))
-    assert sharding.partition(("experts",), (8,), mesh, rules) == PartitionSpec(("fsdp", "expert"))
+    for rules in (sharding.DECODE, sharding.TRAIN):
+        assert sharding.partition(("experts",), (8,), mesh, rules) == PartitionSpec(("context", "fsdp", "expert"))
+        assert sharding.partition(("experts",), (4,), mesh, rules) == PartitionSpec(
+            ("fsdp", "expert")
+        )  # too few for all
 
 
 @pytest.mark.parametrize(
