@@ -39,14 +39,9 @@ def summed(figures: dict) -> dict:
     }
 
 
-# A test run compiles for v5p, and attention for v5e; the others are slow.
+# A test run compiles for v5p; the other generations are slow.
 CASES = [
-    pytest.param(
-        *(topology, shape, kernel),
-        marks=[pytest.mark.slow]
-        if topology == "v6e:1x1" or (topology == "v5e:1x1" and kernel in kernels.LOGPROB)
-        else [],
-    )
+    pytest.param(topology, shape, kernel, marks=[] if topology == TOPOLOGIES[0] else [pytest.mark.slow])
     for topology in TOPOLOGIES
     for kernel, shapes in kernels.OURS.items()
     for shape in shapes
