@@ -3,7 +3,6 @@
 A new size is one entry of SIZES (docs/sizes.md).
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -369,23 +368,13 @@ def rollouts(preset: str, max_new_tokens: int, schedule: tuple = ()) -> SamplerC
         settings = replace(settings, max_new_tokens=max_new_tokens, max_new_tokens_schedule=schedule)
     whole = settings.max_prompt_tokens + settings.max_new_tokens
     windows = tuple(window for window in sorted({*settings.windows, *lengths}) if window < whole)
-    return replace(settings, slots=max(settings.slots, devices_of_slots(preset)), windows=windows)
-
-
-def devices_of_rows(preset: str) -> int:
-    """Returns the number of devices over which the mesh of `preset` divides rows."""
-    axes = SIZES[preset].mesh
-    return math.prod((axes.slice, axes.data, axes.fsdp, axes.expert))
-
-
-def devices_of_slots(preset: str) -> int:
-    """Returns the number of devices over which the mesh of `preset` divides slots: those of rows and of `context`."""
-    return devices_of_rows(preset) * SIZES[preset].mesh.context
+    return replace(settings, slots=max(settings.slots, SIZES[preset].mesh.slot_devices), windows=windows)
 
 
 def pack(preset: str, row_tokens: int) -> PackConfig:
     """Returns the packed rows of a stage at `preset`: of `row_tokens`, one for each device, or the size's own."""
-    return SIZES[preset].pack or PackConfig(row_tokens=row_tokens, rows_per_micro_batch=devices_of_rows(preset))
+    size = SIZES[preset]
+    return size.pack or PackConfig(row_tokens=row_tokens, rows_per_micro_batch=size.mesh.row_devices)
 
 
 def rl_pack(preset: str, sampler: SamplerConfig) -> PackConfig:

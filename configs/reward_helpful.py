@@ -20,8 +20,9 @@ def config(preset: str) -> Config:
 
 def recipe(stage: str, preset: str) -> Config:
     """Returns the run of the paper: batch 256, rate 6e-6, one epoch, at most 8,192 tokens (P2 appendix B.3)."""
-    rows = max(2, _presets.devices_of_rows(preset))  # a pair of the longest texts fills two
-    slots = max(64, _presets.devices_of_slots(preset))
+    mesh = _presets.SIZES[preset].mesh
+    rows = max(2, mesh.row_devices)  # a pair of the longest texts fills two
+    slots = max(64, mesh.slot_devices)
     return _presets.config(
         stage,
         preset,

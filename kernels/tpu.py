@@ -18,7 +18,7 @@ class Chip:
 
 
 CHIPS = {  # by JAX's device kind: v4, v5p, v5e, v6e, Ironwood
-    "TPU v4": Chip(275e12, 1200e9),
+    "TPU v4": Chip(275e12, 1228e9),  # its page rounds to 1,200 GB/s; from the announcement of v5p
     "TPU v5": Chip(459e12, 2765e9),
     "TPU v5 lite": Chip(197e12, 819e9),
     "TPU v6 lite": Chip(918e12, 1640e9),

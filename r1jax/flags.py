@@ -99,8 +99,9 @@ def _check_plan(values: absl_flags.FlagValues) -> None:
         raise ValueError(f"--plan={values.plan} is unknown; give --plan, or --plan=search to find a slice")
     if values.topology is None:
         raise ValueError("--plan needs --topology=GENERATION:SHAPE, such as v5p:4x4x8, and --plan=search v5p alone")
-    if values.sweep:
-        raise ValueError("--plan takes one config; give it without --sweep")
+    for name in ("sweep", "coordinator", "profile", "peak_tflops"):
+        if values[name].value:
+            raise ValueError(f"--plan runs nothing and takes one config; give it without --{name}")
 
 
 def _define() -> absl_flags.FlagValues:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from r1jax.schema import Config
+from r1jax.schema import ROW_AXES, Config
 
 # Read by every stage that starts from the results of other stages and evaluates its own.
 _PLACE = ("seed", "start", "inputs", "input_preset", "rebuild_base", "checkpointing", "evaluation")
@@ -240,11 +240,10 @@ def _check_division(config: Config) -> None:
     if not reads(stage, "mesh"):
         return
     slots_mesh, slots_field = (config.sampler_mesh, "sampler_mesh") if apart else (config.mesh, "mesh")
-    of_rows, of_tokens = ("slice", "data", "fsdp", "expert"), ("context",)
     for field_, mesh, mesh_field, axes in (
-        ("pack.rows_per_micro_batch", config.mesh, "mesh", of_rows),
-        ("pack.row_tokens", config.mesh, "mesh", of_tokens),
-        ("sampler.slots", slots_mesh, slots_field, (*of_rows, *of_tokens)),
+        ("pack.rows_per_micro_batch", config.mesh, "mesh", ROW_AXES),
+        ("pack.row_tokens", config.mesh, "mesh", ("context",)),
+        ("sampler.slots", slots_mesh, slots_field, (*ROW_AXES, "context")),
     ):
         devices = math.prod(getattr(mesh, axis) for axis in axes)
         value = operator.attrgetter(field_)(config)

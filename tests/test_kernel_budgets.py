@@ -22,7 +22,7 @@ if importlib.util.find_spec("libtpu") is None:
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DRIVER = ROOT / "tests" / "plan_driver.py"
 BUDGETS = ROOT / "tests" / "kernel_budgets.json"
-DIVIDED_OVER = ["v5p:2x2x1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v5e:2x2", "v6e:2x2"))]
+DIVIDED_OVER = ["v5p:2x2x1", "v5e:2x2", "v6e:2x2"]
 DIVIDED = dict(model__num_hidden_layers=2, mesh__fsdp=2, mesh__tensor=2)
 BEST = {"bundles": min, "spill_stores": min, "vmem_bytes": min, "mxu_share": max}
 TOPOLOGIES = ("v5p:1x1x1", "v5e:1x1", "v6e:1x1")
@@ -39,9 +39,8 @@ def summed(figures: dict) -> dict:
     }
 
 
-# A test run compiles for v5p; the other generations are slow.
 CASES = [
-    pytest.param(topology, shape, kernel, marks=[] if topology == TOPOLOGIES[0] else [pytest.mark.slow])
+    (topology, shape, kernel)
     for topology in TOPOLOGIES
     for kernel, shapes in kernels.OURS.items()
     for shape in shapes

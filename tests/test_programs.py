@@ -33,7 +33,7 @@ EXPECTED = {
     ],
     "ppo_baseline:tiny": [
         *("start: state", "critic: state", "reference: copy", *sampling("rollout")),
-        *("scoring: log-probabilities", "values: score", "update: reference", "update: critic", "update"),
+        *("scoring: log-probabilities", "values: score", "update: reference", "update", "update: critic"),
         *sampling("evaluation"),
     ],
     "stage1_coldstart:tiny": [*sampling("traces"), *UPDATES, *sampling("evaluation")],

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from r1jax import config as configs
 from r1jax import flags
+from r1jax.core import sharding
 from r1jax.plan import slices
 from r1jax.schema import MeshConfig, replace
 from r1jax.tools import plan
@@ -66,7 +68,8 @@ def test_a_slice_that_is_too_small_is_refused_with_the_nearest_that_would_do(tmp
         (["--price=3"], "--price=3.0 goes with --plan alone"),
         (["--response_tokens=5:9"], "--response_tokens=5:9 goes with --plan alone"),
         (["--topology=v5p:2x2x1"], "--topology=v5p:2x2x1 goes with --plan and --config=bench_kernels alone"),
-        (["--plan", "--topology=v5p:2x2x1", "--sweep=seed=1,2"], "--plan takes one config"),
+        (["--plan", "--topology=v5p:2x2x1", "--sweep=seed=1,2"], "--plan runs nothing and takes one config; give it "),
+        (["--plan", "--topology=v5p:2x2x1", "--profile=1:3"], "give it without --profile"),
     ],
 )
 def test_flags_of_a_plan_that_do_not_go_together_are_one_line(arguments, message):
@@ -93,10 +96,7 @@ def test_meshes_fill_the_devices_and_divide_the_model(preset, devices):
     assert found and len(found) == len(set(found))
     for mesh in found:
         sizes = [getattr(mesh, name) for name in ("data", "fsdp", "expert", "tensor", "context")]
-        product = 1
-        for size in sizes:
-            product *= size
-        assert product == devices
+        assert math.prod(sizes) == devices
         assert model.num_attention_heads % mesh.tensor == 0
         assert not model.n_routed_experts or model.n_routed_experts % (mesh.fsdp * mesh.expert) == 0
 
@@ -115,9 +115,18 @@ def test_lengths_default_to_a_third_of_the_longest_and_a_bad_law_is_one_line():
         plan.Assumed("long").law(900)
 
 
-def test_a_disaggregated_run_is_planned_on_its_own_meshes():
+def test_a_disaggregated_run_is_planned_on_its_own_meshes_and_not_searched_for():
     config = replace(configs.load("r1_zero:tiny"), mode="disaggregated")
     assert plan._devices(config) == 2
+    with pytest.raises(ValueError, match="--plan=search chooses one mesh"):
+        plan.run(config, "r1_zero:tiny", [], "v5p", search=True)
+
+
+def test_rows_and_slots_are_divided_over_the_axes_of_the_sharding_rules():
+    mesh = MeshConfig(slice=2, data=3, fsdp=5, expert=7, tensor=11, context=13)
+    sizes = dict(zip(sharding.AXES, mesh.shape, strict=True))
+    assert mesh.row_devices == math.prod(sizes[name] for name in sharding.TRAIN["batch"]) == 210
+    assert mesh.slot_devices == math.prod(sizes[name] for name in sharding.DECODE["slots"]) == 210 * 13
 
 
 PLANNED = {  # name of the result: the config, the topology, the law of lengths

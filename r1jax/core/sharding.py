@@ -19,18 +19,17 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from r1jax.core import hosts
-from r1jax.schema import MeshConfig
+from r1jax.schema import ROW_AXES, MeshConfig
 
 AXES = ("slice", "data", "fsdp", "expert", "tensor", "context")
-BATCH_AXES = ("slice", "data", "fsdp", "expert")  # divide rows; `context` divides the tokens of a row
 
 Rules = dict[str, tuple[str, ...]]  # logical axis -> mesh axes; a logical axis that is absent is replicated
 
 # Experts are divided over context, fsdp and expert together, so that tokens travel to experts and expert weights never
 # move. `context` comes first because leading axes are dropped where experts are too few for all.
 TRAIN: Rules = {
-    "batch": BATCH_AXES,
-    "slots": BATCH_AXES,
+    "batch": ROW_AXES,
+    "slots": ROW_AXES,
     "sequence": ("context",),
     "embed": ("context", "fsdp"),
     "vocab": ("tensor",),
@@ -45,8 +44,8 @@ TRAIN: Rules = {
 # which leaves nothing to divide along a row, so `context` divides slots too.
 DECODE: Rules = {
     **TRAIN,
-    "batch": (*BATCH_AXES, "context"),
-    "slots": (*BATCH_AXES, "context"),
+    "batch": (*ROW_AXES, "context"),
+    "slots": (*ROW_AXES, "context"),
     "sequence": (),
     "embed": (),
 }

@@ -60,11 +60,6 @@ def bytes_per_device(tree: Any) -> int:
     )
 
 
-def first(tree: Any) -> Any:
-    """Returns the first leaf of a tree."""
-    return jax.tree.leaves(tree)[0]
-
-
 def digest(tree: Any) -> str:
     """Returns a SHA-256 over names, shapes, dtypes and values of all leaves, the same on every mesh.
 

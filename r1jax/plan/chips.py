@@ -3,12 +3,13 @@
 Source: Google's pages on each generation (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x). They give the
 links between chips (ICI) as bytes a second in both directions together, of which half is one direction, and the
 data-centre network (DCN) as bits a second of a chip (v5p, v6e, tpu7x) or of a host's cards (v5e, v6e). v4's page has
-neither, and rounds its HBM rate: 1,228 GB/s and 2,400 Gbps of ICI are from Google's announcement of v5p, which compares
-the two; its DCN is taken to be v5p's.
+neither: its 2,400 Gbps of ICI are from Google's announcement of v5p, which compares the two, and its DCN is taken to be
+v5p's. Operations and HBM bytes per second are those of the kernels' table.
 """
 
 from dataclasses import dataclass
 
+from r1jax.kernels.tpu import CHIPS
 from r1jax.plan.compile import HBM_GIB
 
 
@@ -17,14 +18,23 @@ class Generation:
     """A chip's peak rates and how chips are joined. All rates are of a chip unless they say otherwise."""
 
     name: str
-    flops: float  # dense bfloat16 operations per second
-    hbm: float  # bytes per second
+    kind: str  # JAX's device kind, by which the kernels' table has its rates
     hbm_gib: int  # capacity
     ici: float  # bytes per second that a chip sends over all its links together, and receives at the same time
     links: int  # to neighbours: 4 in a two-dimensional torus, 6 in a three-dimensional one
     dcn: float  # bytes per second that a host sends to other slices, and receives at the same time
     chips_per_host: int
     devices_per_chip: int  # JAX devices in a topology, each with an equal part of the chip's rates and memory
+
+    @property
+    def flops(self) -> float:
+        """Dense bfloat16 operations per second."""
+        return CHIPS[self.kind].operations
+
+    @property
+    def hbm(self) -> float:
+        """Bytes of HBM per second."""
+        return CHIPS[self.kind].hbm
 
     @property
     def dimensions(self) -> int:
@@ -44,11 +54,11 @@ class Generation:
 GENERATIONS = {
     chip.name: chip
     for chip in (
-        Generation("v4", 275e12, 1228e9, 32, 300e9, 6, 25e9, 4, 2),
-        Generation("v5e", 197e12, 819e9, 16, 200e9, 4, 25e9, 8, 1),
-        Generation("v5p", 459e12, 2765e9, 95, 600e9, 6, 25e9, 4, 1),
-        Generation("v6e", 918e12, 1640e9, 32, 400e9, 4, 100e9, 8, 1),
-        Generation("tpu7x", 2307e12, 7380e9, 192, 600e9, 6, 50e9, 4, 2),
+        Generation("v4", "TPU v4", 32, 300e9, 6, 25e9, 4, 2),
+        Generation("v5e", "TPU v5 lite", 16, 200e9, 4, 25e9, 8, 1),
+        Generation("v5p", "TPU v5", 95, 600e9, 6, 25e9, 4, 1),
+        Generation("v6e", "TPU v6 lite", 32, 400e9, 4, 100e9, 8, 1),
+        Generation("tpu7x", "TPU7x", 192, 600e9, 6, 50e9, 4, 2),
     )
 }
 

@@ -5,7 +5,7 @@ whole stage is a sum: the arrays of a phase, and what its largest program needs 
 """
 
 import dataclasses
-import math
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from r1jax import config as configs
+from r1jax import stage_table
 from r1jax.core import sharding, tree
 from r1jax.models import decoder
 from r1jax.models.moe import MoE
@@ -27,13 +28,13 @@ from r1jax.rl.logprobs import Scorer
 from r1jax.rl.objective import GroupObjective
 from r1jax.rl.settings import RunSettings
 from r1jax.sampler.engine import Engine
-from r1jax.schema import Config, MeshConfig, Network, PackConfig, SamplerConfig
+from r1jax.schema import Config, Network, PackConfig, SamplerConfig
 from r1jax.train import reward, sft, step
 
 REWARD_MODEL = "reward model"
 _STOP = (0,)  # stop ids are numbers in the decode state; which ones changes no program
-RL = ("r1_zero", "ppo_baseline", "stage2_reasoning_rl", "stage4_all_scenarios", "student_rl")
-SFT = ("stage1_coldstart", "stage3_rejection_sft", "distill")
+RL = tuple(name for name, stage in stage_table.STAGES.items() if stage.function == "recipe.policy:run")
+SFT = tuple(name for name in stage_table.STAGES if stage_table.reads(name, "sft"))
 REWARD_MODELS = tuple(lineage.REWARD_MODELS)
 SAMPLING = ("evaluate", "preference_pairs")
 
@@ -64,7 +65,7 @@ class Phase:
     arrays: Mapping[str, Any]
     programs: Mapping[str, StageProgram]
 
-    @property
+    @functools.cached_property
     def resident(self) -> dict[str, int]:
         """The bytes of each array on a device."""
         return {name: tree.bytes_per_device(one) for name, one in self.arrays.items()}
@@ -119,12 +120,6 @@ def expert_weights(network: Network, mesh: Mesh, rules: sharding.Rules) -> dict[
     return weights
 
 
-def row_devices(mesh: MeshConfig) -> int:
-    """Returns over how many devices a mesh divides rows."""
-    sizes = dict(zip(sharding.AXES, mesh.shape, strict=True))
-    return math.prod(sizes[name] for name in sharding.TRAIN["batch"])
-
-
 def _weights(network: Network, mesh: Mesh, dtype) -> decoder.Params:
     """Returns structs of a network's weights, placed as in training."""
     specs = decoder.specs(network.model, network.scalar_head)
@@ -165,7 +160,7 @@ def _sampling(
     slots, weights = engine.state_structs(), engine.param_structs(source)
     known = {key.partition(": ")[2]: one for phase in like for key, one in phase.programs.items()}
     lowerings, kept = engine.lowerings(source), expert_weights(network, mesh, engine.rules)
-    if not record_experts and all(one.mesh == mesh for one in known.values()):
+    if all(one.mesh == mesh for one in known.values()):
         lowerings |= {key: one.lower for key, one in known.items()}
     place = StageProgram(mesh, lowerings.pop("place"), ("weights",) if params is None else (source,), weights, kept)
     reads = {"prefill": ("sampler weights",), "insert": ("slots",), "decode": ("sampler weights", "slots")}
@@ -180,12 +175,11 @@ def _sampling(
 
 
 def _training(
-    trainer: step.Trainer, pack: PackConfig, rows: int, arguments: Any, inputs: Mapping[str, Any] | None = None
+    trainer: step.Trainer, pack: PackConfig, rows: int, arguments: Any, inputs: Sequence[str] = ()
 ) -> list[Phase]:
-    """Returns the phases of supervised training on `rows` rows an update; `inputs` are {array: dtype} of a loss's own."""
-    shape = (-(-rows // pack.rows_per_micro_batch), pack.rows_per_micro_batch, pack.row_tokens)
-    dtypes = dict.fromkeys(("tokens", "targets", "positions", "segments"), np.int32) | {"loss_mask": np.float32}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in {**dtypes, **(inputs or {})}.items()}
+    """Returns the phases of supervised training on `rows` rows an update; `inputs` are int32 arrays of a loss's own."""
+    batch = step.batch_shapes(pack, -(-rows // pack.rows_per_micro_batch), ())
+    batch |= dict.fromkeys(inputs, batch["tokens"])
     kept = expert_weights(trainer.network, trainer.mesh, sharding.TRAIN)
     update = StageProgram(trainer.mesh, lambda: trainer.lower_update(batch, arguments), ("state",), kept=kept)
     return [_start(trainer, {}), Phase("update", {"state": trainer.restore_target()}, {"update": update})]
@@ -209,14 +203,13 @@ def _reward_model(config: Config, mesh: Mesh) -> list[Phase]:
     trainer = step.Trainer(network, config.optimizer, mesh, reward.make_loss(network, kind), 1)
     arguments = reward.RewardLossArguments(np.float32(1), np.float32(1))
     rows = config.reward_model.examples_per_update * (2 if kind == "helpful" else 1)
-    inputs = {reward.UNIT: np.int32, reward.POSITIVE: np.int32}
-    training = _training(trainer, config.pack, rows, arguments, inputs)
+    training = _training(trainer, config.pack, rows, arguments, (reward.UNIT, reward.POSITIVE))
     weights = _weights(network, mesh, jnp.float32)
     return [*training, _scoring(network, mesh, config.pack, {"weights": weights}, "evaluation")]
 
 
 def _scoring(network: Network, mesh: Mesh, pack: PackConfig, others: Mapping[str, Any], name: str) -> Phase:
-    """Returns the phase in which a reward model, of the array "reward model" or in it, scores texts."""
+    """Returns the phase in which a reward model, the array REWARD_MODEL, scores texts beside the arrays `others`."""
     copied = _copy(network, _weights(network, mesh, jnp.float32), mesh)[1]
     text_format, rows = reward_model.TextFormat("helpful", "plain"), pack.rows_per_micro_batch
     model = reward_model.RewardModel(copied, network, mesh, text_format, None, rows, pack.row_tokens)
@@ -276,29 +269,23 @@ def _updates(
     fields = (*objective.fields, *(ppo.CRITIC_FIELDS if critic else ()))
     batch = minibatch.batch_shapes(run, fields)
     kept, scorer = expert_weights(network, mesh, sharding.TRAIN), Scorer(network, mesh, grpo.offload_reference)
-    frozen = tree.structs(copied, sharding.on_host(_places(copied))) if grpo.offload_reference else copied
+    frozen = tree.structs(copied, sharding.on_host(trainer.param_shardings)) if grpo.offload_reference else copied
     score = StageProgram(mesh, lambda: scorer.lower(frozen, batch), ("old policy",), kept=kept)
     if grpo.old_logp == "recomputed" or (grpo.uses_reference and grpo.kl_placement == "reward"):
         phase_list.append(Phase("scoring", {**arrays, "old policy": frozen}, {"scoring: log-probabilities": score}))
+    policy_batch, critic_batch = ppo.split(batch) if critic else (batch, {})
+    arguments = losses.arguments(grpo, 0.0, run.sampler.temperature)
     updating: dict[str, StageProgram] = {}
     if "reference_logp" in objective.fields:
         updating["update: reference"] = dataclasses.replace(score, reads=("reference",))
+    updating["update"] = StageProgram(
+        mesh, lambda: trainer.lower_update(policy_batch, arguments), ("state",), kept=kept
+    )
     if critic:
         values = Scorer(critic.network, mesh, read=logprobs.values)
         critic_copy = _copy(critic.network, critic.restore_target().params, mesh)[1]
         score = StageProgram(mesh, lambda: values.lower(critic_copy, batch), ("frozen critic",))
         phase_list.append(Phase("values", {**arrays, "frozen critic": critic_copy}, {"values: score": score}))
-        policy_batch, critic_batch = ppo.split(batch)
         clip = ppo.ValueArguments(np.float32(0))
         updating["update: critic"] = StageProgram(mesh, lambda: critic.lower_update(critic_batch, clip), ("critic",))
-    else:
-        policy_batch = batch
-    arguments = losses.arguments(grpo, 0.0, run.sampler.temperature)
-    updating["update"] = StageProgram(
-        mesh, lambda: trainer.lower_update(policy_batch, arguments), ("state",), kept=kept
-    )
     return [*phase_list, Phase("update", arrays, updating)]
-
-
-def _places(structs: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, structs)

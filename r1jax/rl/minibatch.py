@@ -22,15 +22,12 @@ from r1jax.train import step
 
 def batch_shapes(config: RunSettings, fields: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shape [M, R, T] and dtype of each array of every batch; `fields` are an objective's."""
-    pack, model = config.pack, config.network.model
-    shape = (micro_batches(config), pack.rows_per_micro_batch, pack.row_tokens)
-    whole, real = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, np.float32)
-    shapes = dict.fromkeys(("tokens", "targets", "positions", "segments"), whole)
-    shapes |= dict.fromkeys(("loss_mask", *fields), real)
-    if pack.shared_prompts:
-        shapes[PREFIXES] = whole
+    model, shapes = config.network.model, step.batch_shapes(config.pack, micro_batches(config), fields)
+    tokens = shapes["tokens"]
+    if config.pack.shared_prompts:
+        shapes[PREFIXES] = tokens
     if config.grpo.routing_replay:
-        replayed = (*shape, model.num_moe_layers, model.num_experts_per_tok)
+        replayed = (*tokens.shape, model.num_moe_layers, model.num_experts_per_tok)
         shapes[ROUTED] = jax.ShapeDtypeStruct(replayed, np.int16)
     return shapes
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from r1jax.schema.bench import BenchConfig
 from r1jax.schema.checks import Schedule
-from r1jax.schema.compute import ComputeConfig, MeshConfig, Network, PackConfig
+from r1jax.schema.compute import ROW_AXES, ComputeConfig, MeshConfig, Network, PackConfig
 from r1jax.schema.config import Config, parts_of
 from r1jax.schema.data import DataConfig
 from r1jax.schema.evaluation import EvalConfig, GateConfig
@@ -49,6 +49,7 @@ __all__ = [
     "LOSS_PRESETS",
     "Limits",
     "MeshConfig",
+    "ROW_AXES",
     "ModelConfig",
     "Network",
     "OptimizerConfig",

@@ -1,11 +1,14 @@
 """How a model is run: devices, precision, kernels and the shapes of rows."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from r1jax.schema.checks import Check, Checked, above, at_least
 from r1jax.schema.model import ModelConfig
 from r1jax.schema.optim import AuxiliaryConfig
+
+ROW_AXES = ("slice", "data", "fsdp", "expert")  # axes of a mesh that divide rows; `context` divides slots as well
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,16 @@ class MeshConfig(Checked):
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.slice, self.data, self.fsdp, self.expert, self.tensor, self.context)
+
+    @property
+    def row_devices(self) -> int:
+        """Devices over which rows are divided."""
+        return math.prod(getattr(self, axis) for axis in ROW_AXES)
+
+    @property
+    def slot_devices(self) -> int:
+        """Devices over which the sampler's slots are divided."""
+        return self.row_devices * self.context
 
 
 @dataclass(frozen=True)

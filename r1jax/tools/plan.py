@@ -12,13 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 from r1jax import config as configs
 from r1jax.core import sharding, tree
 from r1jax.core.say import say
 from r1jax.plan import chips, stage_time
 from r1jax.plan import compile as compiler
 from r1jax.plan import slices as tpu_slices
-from r1jax.plan.compile import GIB, HBM_GIB, Plan
+from r1jax.plan.compile import GIB, Plan
 from r1jax.plan.lengths import LengthLaw
 from r1jax.plan.roofline import EFFICIENCY, Placed
 from r1jax.plan.slices import Slice
@@ -36,6 +38,7 @@ EXAMPLES = {"stage1_coldstart": 5_000, "stage3_rejection_sft": 804_745, "distill
     "reward_helpful": 66_000,
     "reward_safety": 106_000,
 }
+SHORTEST = 256  # tokens of an output below which no length is proposed
 TRIED = 2  # meshes of a slice that a search compiles, best first
 # Activations of one block in an update, in hidden vectors a token, and those of each expert that it is sent to: fitted
 # to compiled updates of DeepSeek-V3 (docs/plan.md). They choose a mesh; a plan's own figures are compiled.
@@ -61,7 +64,7 @@ class Where:
     @property
     def room(self) -> int:
         """Bytes of HBM on a device that are left to programs."""
-        return int(HBM_GIB[self.whole.generation] * GIB)
+        return int(chips.GENERATIONS[self.whole.generation].device_gib * GIB)
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,13 @@ def run(
     """
     assumed = Assumed(response_tokens, price)
     assumed.law(config.sampler.max_new_tokens)
+    if search and config.mode == "disaggregated":
+        raise ValueError(
+            "--plan=search chooses one mesh; plan config.mode=disaggregated with --plan and both meshes set"
+        )
     if search:
         return _search(config, spec, overrides, topology, slices, assumed)
-    whole = tpu_slices.parse(topology)
-    where = Where(whole, slices, compiler.devices(topology, slices))
+    where = _where(tpu_slices.parse(topology), slices)
     if _devices(config) == len(where.devices):
         return _show(_planned(config, spec, overrides, where, assumed))
     if config.mode == "disaggregated":
@@ -138,9 +144,10 @@ def run(
             f"--plan: config.mesh and config.sampler_mesh use {_devices(config)} devices, {where.name} has "
             f"{len(where.devices)}; set both to use all"
         )
-    if not (fitting := candidates(config, where)):
-        return _show(_refused(config, spec, where))
-    return _show(_planned(fitting[0][1], spec, overrides, where, assumed))
+    every = options(config, where)
+    if not (fitting := quickest(every, where, assumed)):
+        return _show(_refused(config, spec, where, every))
+    return _show(_planned(fitting[0], spec, overrides, where, assumed))
 
 
 def peaks(phases: Sequence[Phase], plans: Mapping[str, Plan]) -> list[Peak]:
@@ -177,23 +184,35 @@ def compiled(where: Where, spec: str, overrides: Sequence[tuple[str, str]], phas
 
 def placed(config: Config, mesh: MeshConfig) -> Config:
     """Returns the config on another mesh, with rows and slots that it divides: as many as before, or a few more."""
-    sizes = dict(zip(sharding.AXES, mesh.shape, strict=True))
-    slot_devices = math.prod(sizes[name] for name in sharding.DECODE["slots"])
-    per_device = max(config.pack.rows_per_micro_batch // programs.row_devices(config.mesh), 1)
-    pack = replace(config.pack, rows_per_micro_batch=per_device * programs.row_devices(mesh))
-    slots = -(-config.sampler.slots // slot_devices) * slot_devices
+    per_device = max(config.pack.rows_per_micro_batch // config.mesh.row_devices, 1)
+    pack = replace(config.pack, rows_per_micro_batch=per_device * mesh.row_devices)
+    slots = -(-config.sampler.slots // mesh.slot_devices) * mesh.slot_devices
     return replace(config, mesh=mesh, pack=pack, sampler=replace(config.sampler, slots=slots))
 
 
-def candidates(config: Config, where: Where) -> list[tuple[float, Config]]:
-    """Returns (bound of a step's seconds, config) of each mesh that fits a device by an estimate, quickest first."""
-    fitting = []
-    rows = config.pack.row_tokens
-    for mesh in tpu_slices.meshes(config.model, len(where.devices) // where.slices, rows):
+@dataclass(frozen=True)
+class Option:
+    """A config on one mesh of the slices, with what it needs on a device by the estimate."""
+
+    config: Config
+    phase: str  # that needs most
+    size: int  # bytes
+
+
+def options(config: Config, where: Where) -> list[Option]:
+    """Returns the config on each mesh of the slices that divides its model."""
+    every = []
+    for mesh in tpu_slices.meshes(config.model, len(where.devices) // where.slices, config.pack.row_tokens):
         one = placed(config, replace(mesh, slice=where.slices))
-        if max(estimate(phase, one) for phase in programs.phases(one, where.devices)) <= where.room:
-            fitting.append((times(one, where, Assumed()).round_s(), one))
-    return sorted(fitting, key=lambda pair: pair[0])
+        size, phase = max((estimate(phase, one), phase.name) for phase in programs.phases(one, where.devices))
+        every.append(Option(one, phase, size))
+    return every
+
+
+def quickest(every: Sequence[Option], where: Where, assumed: Assumed) -> list[Config]:
+    """Returns the options that fit a device by the estimate, the one with the shortest bound of a round first."""
+    fitting = [one.config for one in every if one.size <= where.room]
+    return sorted(fitting, key=lambda config: times(config, where, assumed).round_s())
 
 
 def estimate(phase: Phase, config: Config) -> int:
@@ -208,7 +227,7 @@ def estimate(phase: Phase, config: Config) -> int:
         return arrays + max(results, default=0)
     model, pack = config.model, config.pack
     weights = tree.bytes_per_device(phase.arrays["state"].params)
-    tokens = pack.rows_per_micro_batch * pack.row_tokens // (programs.row_devices(config.mesh) * config.mesh.context)
+    tokens = pack.rows_per_micro_batch * pack.row_tokens // config.mesh.slot_devices
     layers = model.num_hidden_layers * (1 if config.compute.remat else 8)
     widths = BLOCK_WIDTHS + ROUTED_WIDTHS * model.num_experts_per_tok * bool(model.n_routed_experts)
     return arrays + 2 * weights + 2 * tokens * model.hidden_size * (layers + widths)
@@ -242,6 +261,10 @@ def _prompt_tokens(config: Config) -> int:
     return max(config.sampler.max_prompt_tokens // 8, 1)
 
 
+def _where(whole: Slice, slices: int) -> Where:
+    return Where(whole, slices, compiler.devices(whole.topology, slices))
+
+
 def _devices(config: Config) -> int:
     """Returns how many devices a config's run uses."""
     meshes = [config.mesh, *([config.sampler_mesh] if config.mode == "disaggregated" else [])]
@@ -266,7 +289,7 @@ def _peak(phase: Phase, plans: Mapping[str, Plan]) -> Peak:
 
 def _shares(array: Any, program: StageProgram) -> bool:
     """Returns whether an array is on devices of the program."""
-    return bool(tree.first(array).sharding.device_set & set(program.mesh.devices.flat))
+    return bool(jax.tree.leaves(array)[0].sharding.device_set & set(program.mesh.devices.flat))
 
 
 def _planned(
@@ -275,7 +298,7 @@ def _planned(
     """Returns the plan of a config whose mesh fills the slice."""
     phases = programs.phases(config, where.devices)
     if max(sum(phase.resident.values()) for phase in phases) > where.room:
-        return _refused(config, spec, where)
+        return _refused(config, spec, where, options(config, where))
     changes = _changes(config, configs.load(spec, overrides))
     plans = compiled(where, spec, [*overrides, *changes], phases)
     every = peaks(phases, plans)
@@ -302,24 +325,24 @@ def _mesh(mesh: MeshConfig) -> dict[str, int]:
     return {name: size for name, size in zip(sharding.AXES, mesh.shape, strict=True) if size > 1}
 
 
-def _refused(config: Config, spec: str, where: Where) -> dict[str, Any]:
-    """Returns the outcome for a slice on which no mesh fits, by the arrays alone or by the estimate."""
-    held = {}
-    for mesh in tpu_slices.meshes(config.model, len(where.devices) // where.slices, config.pack.row_tokens):
-        one = placed(config, replace(mesh, slice=where.slices))
-        sizes = [(estimate(phase, one), phase.name) for phase in programs.phases(one, where.devices)]
-        held[max(sizes)] = one
-    (size, phase), best = min(held.items(), key=lambda item: item[0][0])
+def _refused(config: Config, spec: str, where: Where, every: Sequence[Option]) -> dict[str, Any]:
+    """Returns the outcome for a slice on which none of the options fits. Raises ValueError where there is none."""
+    if not every:
+        raise ValueError(
+            f"--plan: no mesh of {len(where.devices)} devices divides the model of {spec}; take another slice"
+        )
+    best = min(every, key=lambda one: one.size)
+    needed = f"phase {best.phase} needs about {best.size / GIB:.0f} GiB a device (an estimate)"
     return {
         "config": spec,
         "topology": where.name,
         "chips": where.chips,
         "devices": len(where.devices),
-        "mesh": _mesh(best.mesh),
+        "mesh": _mesh(best.config.mesh),
         "available_bytes": where.room,
-        "peak_bytes": size,
+        "peak_bytes": best.size,
         "fits": False,
-        "reason": f"phase {phase} needs about {size / GIB:.0f} GiB a device (an estimate), {where.room / GIB:.1f} are there",
+        "reason": f"{needed}, {where.room / GIB:.1f} are there",
     } | nearest(config, where)
 
 
@@ -327,18 +350,26 @@ def nearest(config: Config, where: Where) -> dict[str, Any]:
     """Returns what would fit by the estimate: `nearest_topology`, and `nearest_max_new_tokens` on this slice; or {}."""
     advice: dict[str, Any] = {}
     for whole in tpu_slices.larger(where.whole):
-        other = Where(whole, where.slices, compiler.devices(whole.topology, where.slices))
-        if candidates(config, other):
+        if _fits(config, other := _where(whole, where.slices)):
             advice["nearest_topology"] = other.name
             break
-    shorter = config.sampler.max_new_tokens // 2
-    while config.stage in programs.RL and shorter >= 256:
-        sampler = replace(config.sampler, max_new_tokens=shorter, max_new_tokens_schedule=())
-        rows = replace(config.pack, row_tokens=config.sampler.max_prompt_tokens + shorter)
-        if candidates(replace(config, sampler=sampler, pack=rows), where):
-            return advice | {"nearest_max_new_tokens": shorter}
-        shorter //= 2
+    if config.stage in programs.RL and _fits(_shorter(config, SHORTEST), where):
+        length = config.sampler.max_new_tokens // 2
+        while not _fits(_shorter(config, length), where):
+            length //= 2
+        advice["nearest_max_new_tokens"] = length
     return advice
+
+
+def _fits(config: Config, where: Where) -> bool:
+    return any(one.size <= where.room for one in options(config, where))
+
+
+def _shorter(config: Config, length: int) -> Config:
+    """Returns the config of an RL stage with outputs, and rows, of at most so many tokens."""
+    sampler = replace(config.sampler, max_new_tokens=length, max_new_tokens_schedule=())
+    pack = replace(config.pack, row_tokens=config.sampler.max_prompt_tokens + length)
+    return replace(config, sampler=sampler, pack=pack)
 
 
 def _search(
@@ -348,8 +379,8 @@ def _search(
     generation, _, shape = topology.partition(":")
     first = tpu_slices.parse(f"{generation}:{shape or tpu_slices.smallest(generation)}")
     for whole in (first, *tpu_slices.larger(first)):
-        where = Where(whole, slices, compiler.devices(whole.topology, slices))
-        for _, one in candidates(config, where)[:TRIED]:
+        where = _where(whole, slices)
+        for one in quickest(options(config, where), where, assumed)[:TRIED]:
             say(f"{where.name}: compiling for mesh {_mesh(one.mesh)}")
             figures = _planned(one, spec, overrides, where, assumed)
             if figures["fits"]:

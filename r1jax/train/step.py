@@ -59,6 +59,14 @@ def work(arrays: Mapping[str, np.ndarray], read: str = "loss_mask") -> flops.Wor
     return flops.Work(float(held.sum()), float(pairs), float((arrays[read] > 0).sum()))
 
 
+def batch_shapes(pack: PackConfig, micro_batches: int, fields: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes and dtypes of `batch_arrays`, without a loss's own inputs."""
+    shape = (micro_batches, pack.rows_per_micro_batch, pack.row_tokens)
+    whole, real = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, np.float32)
+    shapes = dict.fromkeys(("tokens", "targets", "positions", "segments"), whole)
+    return shapes | dict.fromkeys(("loss_mask", *fields), real)
+
+
 def filled_micro_batches(batch: PackedBatch, pack: PackConfig) -> int:
     """Returns how many leading micro-batches hold at least one token (at least 1)."""
     rows = np.flatnonzero(batch.segments.any(axis=1))
