@@ -129,6 +129,7 @@ def test_rows_and_slots_are_divided_over_the_axes_of_the_sharding_rules():
     assert mesh.slot_devices == math.prod(sizes[name] for name in sharding.DECODE["slots"]) == 210 * 13
 
 
+KERNELS = {"logprob_forward", "flash_attention_forward", "flash_attention_backward"}
 PLANNED = {  # name of the result: the config, the topology, the law of lengths
     "stage2_reasoning_rl_v3_671b": ("stage2_reasoning_rl:v3_671b", "v5p:8x8x8", "8000:30000"),
     "r1_zero_v3_671b": ("r1_zero:v3_671b", "v5p:8x8x8", "10000:60000"),
@@ -162,6 +163,11 @@ def test_a_stage_fits_its_slice_or_the_next_one_is_named(name, results, tmp_path
     results(f"plan_of_{name}", figures)
     assert done.returncode == (0 if figures["fits"] else 2)
     assert figures["fits"] or "nearest_topology" in figures
+    assert set(figures["programs"]["update"]["kernels"]) == KERNELS
+    for program in figures["programs"].values():
+        assert program["involuntary_rematerializations"] == program["weight_gathers"] == 0
+    if "v3_671b" in name:
+        assert figures["chips"] == 512 and figures["peak_bytes"] < 95 * 2**30
 
 
 @pytest.mark.slow
