@@ -2,7 +2,8 @@
 
 `install(folder)` makes folder/bin/gcloud. A worker's home is folder/NODE-wI; what ssh is asked to run there is really
 run, by bash. folder/script.json says what goes wrong: {"create": gcloud's error text, "states": states on the way to
-ACTIVE, "breaks": how many follow connections break after two lines, "refuse_scp": how often scp is refused}.
+ACTIVE, "breaks": how many follow connections break after two lines, "refuse_scp": how often scp is refused,
+"workers": how many a node has}.
 """
 
 import json
@@ -14,7 +15,7 @@ import stat
 import subprocess
 import sys
 
-WORKERS = 2  # of a node
+WORKERS = 2  # of a node, unless the script says another number
 MARK = "FAKE_TPU_WORKER"  # in the environment of whatever runs on a worker
 
 PYTHON = """#!/bin/bash
@@ -66,7 +67,7 @@ class Cloud:
         return left > 0
 
     def homes(self, node: str) -> list[pathlib.Path]:
-        return [self.folder / f"{node}-w{index}" for index in range(WORKERS)]
+        return [self.folder / f"{node}-w{index}" for index in range(self.script.get("workers", WORKERS))]
 
     def preempt(self) -> None:
         """Takes every TPU back: what runs on the workers is killed, and their disks are gone."""
@@ -149,7 +150,7 @@ def tpu_vm(cloud: Cloud, verb: str, words: list[str]) -> int:
     if one is None or one["state"] == "SUSPENDED":
         return fail(f"ERROR: (gcloud.compute.tpus.tpu-vm.{verb}) NOT_FOUND: Resource '{node}' was not found")
     if verb == "describe":
-        ends = [{"ipAddress": f"10.0.0.{index}"} for index in range(WORKERS)]
+        ends = [{"ipAddress": f"10.0.0.{index}"} for index in range(len(cloud.homes(node)))]
         print(json.dumps({"state": "READY", "acceleratorType": one["type"], "networkEndpoints": ends}))
         return 0
     homes = cloud.homes(node)
@@ -179,6 +180,7 @@ def scp(cloud: Cloud, plain: list[str], homes: list[pathlib.Path]) -> int:
 def ssh(cloud: Cloud, home: pathlib.Path, command: str) -> int:
     print("Using ssh batch size of 1.", file=sys.stderr)
     environment = {"HOME": str(home), MARK: str(home), "FAKE_GCLOUD": str(cloud.folder)}
+    environment |= {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
     environment["PATH"] = f"{cloud.folder / 'worker_bin'}:/usr/bin:/bin"
     broken = " follow " in command and cloud.takes("breaks")
     process = subprocess.Popen(["bash", "-c", command], cwd=home, env=environment, stdout=subprocess.PIPE, text=True)

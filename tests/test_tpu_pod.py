@@ -10,6 +10,8 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import fake_gcloud
 import pytest
@@ -429,6 +431,36 @@ def test_script_runs_from_any_folder_and_needs_no_gcloud_for_a_dry_run(tmp_path)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env={"PATH": "/nowhere"})
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == commands.script(parsed(*POD, "--", *RUN, "--workdir=/mnt/runs")) + "\n"
+
+
+@pytest.mark.slow
+def test_real_run_on_a_pod_that_is_preempted_ends_in_the_bits_of_one_that_is_not(tmp_path, cloud, capfd):
+    fields = {"grpo.updates": 8, "grpo.updates_per_rollout": 2, "grpo.prompts_per_update": 4, "grpo.group_size": 4}
+    fields |= {"sampler.slots": 16, "sampler.max_new_tokens": 16, "pack.rows_per_micro_batch": 8}
+    fields |= {"checkpointing.every_updates": 1, "evaluation.max_problems": 1}
+    arguments = ["--config=r1_zero", *(f"--config.{name}={value}" for name, value in fields.items())]
+    alone = [sys.executable, "-m", "r1jax.launch", *arguments, f"--workdir={tmp_path / 'alone'}"]
+    subprocess.run(alone, cwd=ROOT, check=True, capture_output=True, timeout=600)
+    folder, metrics, seen = cloud(workers=1), tmp_path / "pod" / "r1_zero" / "metrics.jsonl", []
+
+    def preempt() -> None:
+        limit = time.monotonic() + 600
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < limit:
+            time.sleep(0.02)
+        fake_gcloud.Cloud(folder).preempt()
+        seen.append(metrics.read_text().count("\n"))
+
+    thread = threading.Thread(target=preempt)
+    thread.start()
+    one_host = ["--name=r1", "--zone=us-east5-a", "--topology=v5p:2x2x1", "--spot", f"--fetch={tmp_path / 'here'}"]
+    code = launcher.main([*one_host, "--", *arguments, f"--workdir={tmp_path / 'pod'}"], FAST)
+    thread.join()
+    error = capfd.readouterr().err
+    assert code == 0, error
+    assert 3 <= seen[0] < 8 and "restart 1 of 20 at most" in error
+    for name in ("metrics.jsonl", "samples.jsonl", "DONE"):
+        expected = (tmp_path / "alone" / "r1_zero" / name).read_bytes()
+        assert (tmp_path / "here" / "pod" / "r1_zero" / name).read_bytes() == expected, name
 
 
 if __name__ == "__main__":
