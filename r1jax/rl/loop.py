@@ -16,6 +16,8 @@ def train(run: RunState, source: JournalledSource, objective: Objective, recorde
     with source, recorder.trace.running(run.cursor.update):
         while not run.finished:
             first_update = run.begin_rollout()
+            if run.compiled != run.settings:
+                compile_updates(run, objective, recorder)
             rollout = source.rollout(first_update)
             rollout = source.store(first_update, with_values(run, objective, recorder, rollout))
             advantages = objective.advantages(rollout, first_update)
@@ -39,8 +41,14 @@ def train(run: RunState, source: JournalledSource, objective: Objective, recorde
 
 
 def warm_up(run: RunState, source: JournalledSource, objective: Objective, recorder: Recorder) -> None:
-    """Compiles every program once, on data that changes nothing; a later compilation is then an error."""
-    recorder.phase("warm_up")
-    objective.warm_up(run, blank_arrays(run.config, objective.fields))
+    """Compiles every program of the rollout that is next, on data that changes nothing."""
+    compile_updates(run, objective, recorder)
     source.warm_up()
+
+
+def compile_updates(run: RunState, objective: Objective, recorder: Recorder) -> None:
+    """Compiles every program of the updates for rows of the current rollout; a later compilation is then an error."""
+    recorder.phase("warm_up")
+    objective.warm_up(run, blank_arrays(run.settings, objective.fields))
+    run.compiled = run.settings
     run.programs.freeze()

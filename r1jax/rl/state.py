@@ -16,7 +16,7 @@ from r1jax.rewards.models.reward_model import RewardModel
 from r1jax.rl import schedules
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.rollout import PromptPhases
-from r1jax.rl.settings import RunSettings
+from r1jax.rl.settings import RunSettings, at_update
 from r1jax.train import step
 
 
@@ -73,6 +73,12 @@ class RunState:
         self.reference, self.cursor = None, Cursor()
         self.store = CheckpointStore(inputs.folder / "checkpoints", config.checkpointing.keep)
         self.programs = runtime.ProgramSet()
+        self.compiled: RunSettings | None = None  # for which the programs of the updates are compiled
+
+    @property
+    def settings(self) -> RunSettings:
+        """The settings of the current rollout, whose responses and rows may be shorter than those of a later one."""
+        return at_update(self.config, self.cursor.rollout_start)
 
     @property
     def params(self) -> decoder.Params:
