@@ -24,7 +24,19 @@ BELOW = order("| folder or module | owns | may import |")  # part of r1jax; itse
 ROOMS = order("| room of `rewards` | owns | may import of `rewards` |")
 MODEL_REWARDS = {"rewards/models/reward_model.py", "rewards/models/judge.py"}  # these two run a model
 GROUND = {"core.files", "core.errors"}  # modules without JAX that every part may import, as the page says too
-WITHOUT_JAX = {"schema", "configs", "config", "flags", "sweep", "stage_table", "launch", "data", "report", "rewards"}
+WITHOUT_JAX = {
+    "schema",
+    "configs",
+    "config",
+    "flags",
+    "sweep",
+    "stage_table",
+    "launch",
+    "pod",
+    "data",
+    "report",
+    "rewards",
+}
 JAX_FAMILY = {"jax", "jaxlib", "flax", "optax", "orbax", "jetstream"}
 
 

@@ -1,0 +1,462 @@
+"""A run on a TPU pod from one command: create or reuse, copy, install, run, follow, restart, fetch, delete.
+
+`launch/tpu_pod.py` is its script, docs/pod.md its page. Every wait has a deadline and says how long it has been.
+"""
+
+import contextlib
+import json
+import pathlib
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+from r1jax.core import errors
+from r1jax.pod import answers, archive, commands, gke, remedies, shell
+from r1jax.pod import request as requests
+from r1jax.pod.remedies import PodError
+from r1jax.pod.request import PodRequest
+from r1jax.pod.shell import say
+from r1jax.pod.worker import RESTART_EXITS
+
+
+class Preempted(Exception):
+    """Raised when the pod is gone or going: its text says at which step."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long the launcher waits for what, in seconds."""
+
+    poll: float = 20.0  # between two looks at the pod's state
+    answer: float = 300.0  # for one command of gcloud
+    ready: float = 1800.0  # from ACTIVE to the last worker READY
+    connect: float = 600.0  # until the workers of a new pod take connections
+    install: float = 3600.0
+    silence: float = 90.0  # of worker 0, after which the connection is taken to be dead; it speaks every 15
+    reconnect: float = 1800.0  # without any connection to worker 0, and without a word that the pod is lost
+    wind_down: float = 300.0  # from the end of worker 0's process to that of the last one
+    delete: float = 1800.0
+    short: float = 600.0  # a run that ends sooner than this made no progress worth a restart
+
+
+_SHORT_RUNS = 3  # so many short runs in a row end the restarts
+
+
+class Launch:
+    """One call of the launcher: the request, and what it learnt of the pod."""
+
+    def __init__(self, request: PodRequest, pace: Pace):
+        self.request, self.pace = request, pace
+        self.workers = 0  # of all slices
+        self.is_queued, self.is_ours = True, True  # a queued resource, or a TPU VM by itself; created by the launcher
+        self.touched = False  # whether something may exist by our doing
+
+    # What exists
+
+    def describe(self) -> answers.QueuedPod | None:
+        done = shell.run(commands.describe(self.request), self.pace.answer)
+        if done.code == 0:
+            return answers.queued(json.loads(done.out))
+        if remedies.is_missing(done.text):
+            return None
+        raise PodError(remedies.explain(done.text, self.request))
+
+    def describe_node(self, node: str) -> answers.PodNode | None:
+        done = shell.run(commands.describe_node(self.request, node), self.pace.answer)
+        if done.code == 0:
+            return answers.node(json.loads(done.out))
+        if remedies.is_missing(done.text):
+            return None
+        raise PodError(remedies.explain(done.text, self.request))
+
+    def state(self) -> str:
+        """Returns the pod's state in gcloud's words, "unknown" where gcloud does not say, "" where there is none."""
+        with contextlib.suppress(PodError, ValueError):
+            queued = self.describe() if self.is_queued else None
+            if queued is not None and queued.state != "ACTIVE":
+                return queued.state
+            states = [node.state for name in self.request.nodes if (node := self.describe_node(name)) is not None]
+            lost = [state for state in states if state in answers.LOST_NODES]
+            return (lost or states or [queued.state if queued else ""])[0]
+        return "unknown"
+
+    def is_lost(self) -> bool:
+        state = self.state()
+        return state in (*answers.LOST_STATES, *answers.LOST_NODES, "FAILED", "")
+
+    # Create and delete
+
+    def ensure(self) -> None:
+        """Creates the pod or reuses the one of this name, and returns when all its workers are ready."""
+        queued = self.describe()
+        if queued is None:
+            if self._adopts_node():
+                return
+            self._create()
+        else:
+            self._refuse_other(queued.accelerator, queued.count)
+            self.touched, self.is_ours, self.is_queued = True, queued.is_ours, True
+            if queued.state in (*answers.LOST_STATES, "FAILED"):
+                say(f"{self.request.name} is {queued.state}: it is deleted and created again")
+                self.delete()
+                self._create()
+            else:
+                say(f"{self.request.name} exists: reusing it")
+        self._await_active()
+        self.await_ready()
+
+    def _adopts_node(self) -> bool:
+        """Returns whether a TPU VM of this name, which no queued resource holds, can be used; deletes a dead one."""
+        node = self.describe_node(self.request.nodes[0])
+        if node is None:
+            return False
+        self._refuse_other(node.accelerator, 1)
+        self.is_queued, self.is_ours, self.touched = False, False, True
+        if node.state in answers.LOST_NODES:
+            say(f"the TPU VM {self.request.name} is {node.state}: it is deleted and created again")
+            self.delete()
+            return False
+        say(f"the TPU VM {self.request.name} exists: reusing it")
+        self.await_ready()
+        return True
+
+    def _refuse_other(self, accelerator: str, count: int) -> None:
+        difference = answers.differences(self.request, accelerator, count)
+        if difference:
+            raise PodError(
+                f"--name={self.request.name} is taken in {self.request.zone}: it has {difference}; give another --name, "
+                "or delete it first with --only=delete"
+            )
+
+    def _create(self) -> None:
+        say(f"creating {self.request.name}: {self.request.slices} x {self.request.slice.accelerator_type}")
+        self.touched = self.is_queued = self.is_ours = True
+        done = shell.run(commands.create(self.request), self.pace.answer)
+        if done.code:
+            raise PodError(remedies.explain(done.text, self.request))
+
+    def _await_active(self) -> None:
+        """Waits in the queue. Raises PodError for a request that fails, which is deleted, and Preempted."""
+        started, limit_s, last = time.monotonic(), self.request.queue_hours * 3600, ("", 0.0)
+        while True:
+            queued, waited = self.describe(), time.monotonic() - started
+            if queued is None:
+                raise PodError(f"{self.request.name} was deleted by someone else while it was in the queue")
+            if queued.state == "ACTIVE":
+                return
+            if queued.state in answers.LOST_STATES or remedies.is_preemption(queued.error):
+                raise Preempted("the pod was preempted while it was being created")
+            if queued.state == "FAILED":
+                self.delete()
+                reason = remedies.explain(queued.error or "the request failed without a reason", self.request)
+                raise PodError(f"{reason}; the failed request was deleted")
+            if waited > limit_s:
+                raise PodError(f"no TPUs within --queue_hours={self.request.queue_hours:g} (state {queued.state})")
+            if queued.state != last[0] or waited - last[1] >= shell.SAY_S * 5:
+                say(f"{queued.state} for {waited / 60:.0f} min, of {limit_s / 60:.0f} at most")
+                last = (queued.state, waited)
+            time.sleep(self.pace.poll)
+
+    def await_ready(self) -> None:
+        """Waits until every TPU VM is ready, and counts the workers. Raises Preempted, or PodError after a deadline."""
+        limit, last = time.monotonic() + self.pace.ready, ""
+        while True:
+            nodes = [self.describe_node(name) for name in self.request.nodes]
+            states = ", ".join(sorted({"missing" if node is None else node.state for node in nodes}))
+            if any(node is not None and node.state in answers.LOST_NODES for node in nodes):
+                raise Preempted(f"a TPU VM is {states}")
+            if states == "READY":
+                break
+            if time.monotonic() > limit:
+                raise PodError(f"the TPU VMs are {states} and not READY {self.pace.ready / 60:.0f} min after they came")
+            if states != last:
+                say(f"TPU VMs: {states}")
+                last = states
+            time.sleep(self.pace.poll)
+        self.workers = sum(node.workers for node in nodes if node is not None)
+        say(f"{self.request.name} is ready with {self.workers} workers; it costs money until it is deleted")
+
+    def delete(self) -> None:
+        """Deletes the pod, and returns when it is gone."""
+        command = (
+            commands.delete(self.request)
+            if self.is_queued
+            else commands.delete_node(self.request, self.request.nodes[0])
+        )
+        done = shell.run(command, self.pace.delete, f"deleting {self.request.name}")
+        if done.code and not remedies.is_missing(done.text):
+            raise PodError(f"{self.request.name} could not be deleted: {remedies.explain(done.text, self.request)}")
+        limit = time.monotonic() + self.pace.delete
+        while (self.describe() if self.is_queued else self.describe_node(self.request.nodes[0])) is not None:
+            if time.monotonic() > limit:
+                raise PodError(f"{self.request.name} still exists {self.pace.delete / 60:.0f} min after its deletion")
+            time.sleep(self.pace.poll)
+        self.touched = False
+        say(f"{self.request.name} is deleted")
+
+    # On the workers
+
+    def everywhere(self, command: str, mark: str, what: str, timeout_s: float) -> str:
+        """Runs a shell command on every worker, and returns what they print.
+
+        Each has to print a line that begins with `mark`: gcloud's own exit code does not say how many did. Raises
+        PodError with the last words of those that did not, and Preempted if the pod is lost.
+        """
+        several = [commands.ssh(self.request, node, "all", command) for node in self.request.nodes]
+        output = self._all(several, what, timeout_s)
+        count = sum(line.startswith(mark) for line in output.splitlines())
+        if count < self.workers:
+            if self.is_lost():
+                raise Preempted(f"the pod was preempted during: {what}")
+            raise PodError(f"{what}: {self.workers - count} of {self.workers} workers failed: {_last_words(output)}")
+        return output
+
+    def _all(self, several: list[list[str]], what: str, timeout_s: float) -> str:
+        return "\n".join(done.text for done in shell.run_all(several, timeout_s, what))
+
+    def copy(self) -> None:
+        """Copies the checkout to every worker and installs it; waits for a new pod to take connections."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / commands.ARCHIVE
+            count = archive.write(path, self.request.with_files)
+            say(f"copying {count} files ({path.stat().st_size / 2**20:.1f} MiB) to {self.workers} workers")
+            several = [commands.copy(self.request, node, str(path)) for node in self.request.nodes]
+            limit = time.monotonic() + self.pace.connect
+            while True:
+                results = shell.run_all(several, self.pace.answer)
+                if not any(done.code for done in results):
+                    break
+                text = next(done.text for done in results if done.code)
+                if self.is_lost():
+                    raise Preempted("the pod was preempted while the checkout was copied")
+                if time.monotonic() > limit:
+                    raise PodError(f"the workers take no files: {remedies.explain(text, self.request)}")
+                say(f"the workers take no files yet ({remedies.last_error(text)}); trying again")
+                time.sleep(self.pace.poll)
+        self.everywhere(commands.unpack(), f"{commands.MARK} unpacked", "unpacking", self.pace.answer)
+        mark = f"{commands.MARK} installed"
+        self.everywhere(commands.install(self.request), mark, "installing", self.pace.install)
+        say("installed")
+
+    def states(self) -> list[str]:
+        """Returns what each worker that answers says of the run; none does on a pod without an installation."""
+        several = [commands.ssh(self.request, node, "all", commands.worker("status")) for node in self.request.nodes]
+        return answers.of_workers(self._all(several, "asking the workers", self.pace.answer))
+
+    def attempt(self) -> int | None:
+        """Runs the command, or follows it where it is running; returns its exit code, None if it is to be resumed."""
+        mine, states = f"running {self.request.run_id}", self.states()
+        if other := next((state for state in states if state.startswith("running") and state != mine), ""):
+            raise PodError(
+                f"another command runs on {self.request.name} ({other.split()[1]}, and this one is "
+                f"{self.request.run_id}); wait for its end, or stop it with --only=stop"
+            )
+        if mine in states:
+            say("the run is under way: following it")
+            return self.follow(-50)
+        self.copy()
+        started = commands.start(self.request, self.workers)
+        self.everywhere(started, f"{commands.MARK} ", "starting the run", self.pace.answer)
+        say("the run has begun; it goes on if this launcher ends")
+        return self.follow(1)
+
+    def follow(self, line: int) -> int | None:
+        """Prints worker 0's log from a line on until the run ends, over as many connections as it takes.
+
+        Returns as `attempt`. Raises Preempted when the pod is lost, PodError after a deadline.
+        """
+        limit = time.monotonic() + self.request.run_hours * 3600
+        heard, end = time.monotonic(), ""
+        while not end:
+            command = commands.ssh(self.request, self.request.nodes[0], "0", commands.worker("follow", str(line)))
+            for text in shell.stream(command, self.pace.silence):
+                if text.startswith("|"):
+                    print(text[1:], flush=True)
+                    line += 1
+                elif text.startswith(f"{commands.MARK} alive "):
+                    line = int(text.split()[2])
+                elif text.startswith(f"{commands.MARK} "):
+                    end = text.removeprefix(f"{commands.MARK} ")
+                heard = time.monotonic()
+                if heard > limit:
+                    raise PodError(f"followed for --run_hours={self.request.run_hours:g}; the run goes on")
+            if end:
+                break
+            state, silent = self.state(), time.monotonic() - heard
+            if state in (*answers.LOST_STATES, *answers.LOST_NODES, "FAILED", ""):
+                raise Preempted(f"the pod is {state or 'gone'}")
+            if silent > self.pace.reconnect:
+                raise PodError(
+                    f"no connection to worker 0 for {silent / 60:.0f} min (state {state}); the run may go on"
+                )
+            say(f"the connection to worker 0 broke (state {state}); connecting again")
+            time.sleep(self.pace.poll)
+        return self._verdict(end)
+
+    def _verdict(self, end: str) -> int | None:
+        """Returns the exit code of the whole run, None if the same command is to be given again."""
+        say(f"worker 0: {end}")
+        limit, states = time.monotonic() + self.pace.wind_down, self.states()
+        while any(state.startswith("running") for state in states) and time.monotonic() < limit:
+            time.sleep(self.pace.poll)
+            states = self.states()
+        if any(state.startswith("running") for state in states):
+            say("some workers do not end: stopping them")
+            several = [commands.ssh(self.request, node, "all", commands.worker("stop")) for node in self.request.nodes]
+            states = answers.of_workers(self._all(several, "stopping", self.pace.answer))
+        codes = [int(state.split()[1]) for state in [end, *states] if state.startswith("ended")]
+        failed = [code for code in codes if code not in (0, *RESTART_EXITS)]
+        if failed:
+            self._show_failure()
+            return failed[0]
+        is_done = len(codes) == self.workers + 1 and not any(codes)
+        return 0 if is_done else None
+
+    def _show_failure(self) -> None:
+        """Prints the last lines of the workers that failed."""
+        several = [
+            commands.ssh(self.request, node, "all", commands.worker("failure", "5")) for node in self.request.nodes
+        ]
+        for text in self._all(several, "reading the logs", self.pace.answer).splitlines():
+            if text.startswith("|"):
+                say(text[1:])
+
+    # The whole
+
+    def complete(self) -> int:
+        """Creates, runs to the end over all preemptions, fetches, deletes; returns the run's exit code."""
+        code = self._run_through()
+        if code:
+            say(
+                f"the run failed with exit code {code}; the pod is kept, so that the same command goes on without waiting"
+            )
+            return code
+        if self.request.only == "run":
+            return 0
+        if self.request.fetch:
+            self.fetch()
+        if self.request.keep:
+            say("--keep: the pod is kept")
+        elif not self.is_ours:
+            say("the pod was not created by this launcher, and is kept")
+        else:
+            self.delete()
+        return 0
+
+    def _run_through(self) -> int:
+        restarts, short = 0, 0
+        while True:
+            started = time.monotonic()
+            try:
+                if self.request.only == "run":
+                    self._require()
+                else:
+                    self.ensure()
+                started = time.monotonic()
+                code = self.attempt()
+                if code is not None:
+                    return code
+                reason = "the run is to be resumed: a worker was lost or asked to end"
+                short = short + 1 if time.monotonic() - started < self.pace.short else 0
+            except Preempted as error:
+                reason, short = str(error), 0
+            lost = self.is_lost()
+            if short and not lost and short >= _SHORT_RUNS:
+                raise PodError(
+                    f"the run ended {short} times in a row within {self.pace.short / 60:.0f} min, and the pod is healthy; "
+                    "read its log above, or give the same command again"
+                )
+            if restarts >= self.request.restarts:
+                raise PodError(f"{reason}; --restarts={self.request.restarts} are used up: give the same command again")
+            restarts += 1
+            say(f"restart {restarts} of {self.request.restarts} at most: {reason}")
+            if lost and self.request.only != "run":
+                self.delete()
+
+    def fetch(self) -> None:
+        """Copies the results here. Raises PodError, and leaves the pod, where that fails."""
+        target = pathlib.Path(self.request.fetch)
+        target.mkdir(parents=True, exist_ok=True)
+        say(f"fetching {self.request.workdir} to {target}")
+        done = shell.run(commands.fetch(self.request), self.pace.install, "fetching")
+        if done.code:
+            raise PodError(f"the results could not be fetched: {remedies.explain(done.text, self.request)}")
+
+    def _require(self) -> None:
+        """Finds an existing pod for a single step; raises PodError without one."""
+        queued = self.describe()
+        if queued is None:
+            if not self._adopts_node():
+                raise PodError(
+                    f"{self.request.name} does not exist in {self.request.zone}; leave out --only to create it"
+                )
+            return
+        self._refuse_other(queued.accelerator, queued.count)
+        self.touched, self.is_ours, self.is_queued = True, queued.is_ours, True
+        if queued.state != "ACTIVE":
+            raise PodError(f"{self.request.name} is {queued.state}; leave out --only to wait for it or create it again")
+        self.await_ready()
+
+    def step(self) -> int:
+        """Does the one step that --only names."""
+        if self.request.only == "run":
+            return self.complete()
+        if self.request.only == "delete":
+            self.is_queued = self.describe() is not None
+            if not self.is_queued and self.describe_node(self.request.nodes[0]) is None:
+                raise PodError(f"{self.request.name} does not exist in {self.request.zone}: there is nothing to delete")
+            self.delete()
+            return 0
+        if self.request.only == "create":
+            self.ensure()
+            return 0
+        if self.request.only == "fetch" and "://" in self.request.workdir:
+            self.fetch()
+            return 0
+        self._require()
+        if self.request.only == "stop":
+            self.everywhere(commands.worker("stop"), f"{commands.MARK} ", "stopping the run", self.pace.answer)
+        else:
+            {"copy": self.copy, "fetch": self.fetch}[self.request.only]()
+        return 0
+
+    def remainder(self) -> str:
+        """Returns what exists now and how to delete it, "" if nothing does."""
+        state = self.state() if self.touched else ""
+        return remedies.leftovers(self.request, state) if state else ""
+
+
+def _last_words(output: str) -> str:
+    """Returns the last line of the workers' output that is neither empty nor an answer."""
+    lines = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith(commands.MARK)]
+    errors_ = [line for line in lines if "rror" in line] or lines or ["they printed nothing"]
+    return errors_[-1][:200]
+
+
+def main(argv: list[str], pace: Pace | None = None) -> int:
+    """Does what the command line says, and returns the run's exit code; 2 for what the user can mend, 130 for Ctrl-C."""
+    try:
+        request = requests.parse(argv)
+        if request is None:
+            print(requests.help_text())
+            return 0
+        if request.gke or request.dry_run:
+            print(gke.manifest(request) if request.gke else commands.script(request))
+            return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {errors.one_line(error)}", file=sys.stderr)
+        return 2
+    if warning := requests.unused_chips(request):
+        say(warning)
+    launch, code = Launch(request, pace or Pace()), 2
+    try:
+        code = launch.step() if request.only else launch.complete()
+    except (PodError, Preempted, OSError) as error:
+        print(f"error: {errors.one_line(error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        say("interrupted; a run that has begun goes on")
+        code = 130
+    if remainder := launch.remainder():
+        print(remainder, file=sys.stderr)
+    return code

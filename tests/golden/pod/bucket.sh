@@ -1,0 +1,2 @@
+# fetch the results
+gcloud storage rsync --recursive gs://b/runs here

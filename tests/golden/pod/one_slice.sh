@@ -1,0 +1,20 @@
+# create the queued resource, and wait until it is ACTIVE and every worker READY
+gcloud compute tpus queued-resources create r1 --node-id=r1 --accelerator-type=v5p-16 --zone=us-east5-a --quiet --runtime-version=v2-alpha-tpuv5 --labels=made-by=r1jax --async
+gcloud compute tpus queued-resources describe r1 --zone=us-east5-a --quiet --format=json
+gcloud compute tpus tpu-vm describe r1 --zone=us-east5-a --quiet --format=json
+
+# copy the tracked files of this checkout to every worker, and install them
+gcloud compute tpus tpu-vm scp r1jax_checkout.tar.gz r1:r1jax_checkout.tar.gz --worker=all --zone=us-east5-a --quiet
+gcloud compute tpus tpu-vm ssh r1 --worker=all --zone=us-east5-a --quiet '--command=mkdir -p r1jax && cd r1jax && touch .pod_files && xargs -d '"'"'\n'"'"' rm -f -- < .pod_files && tar -xzf ../r1jax_checkout.tar.gz && tar -tzf ../r1jax_checkout.tar.gz > .pod_files && echo R1JAX unpacked'
+gcloud compute tpus tpu-vm ssh r1 --worker=all --zone=us-east5-a --quiet '--command=cd r1jax && bash launch/tpu_worker.sh'
+
+# start the run on every worker, and follow worker 0's log until it ends
+gcloud compute tpus tpu-vm ssh r1 --worker=all --zone=us-east5-a --quiet '--command=cd r1jax && .venv/bin/python -m r1jax.pod.worker start d8477f2aa130 -- --config=r1_zero --config.mesh.fsdp=8 --workdir=/mnt/runs '"'"'--config.data.instruction=It'"'"'"'"'"'"'"'"'s "so": $HOME `ls` \ *'"'"' --coordinator=auto'
+gcloud compute tpus tpu-vm ssh r1 --worker=0 --zone=us-east5-a --quiet '--command=cd r1jax && .venv/bin/python -m r1jax.pod.worker follow 1'
+gcloud compute tpus tpu-vm ssh r1 --worker=all --zone=us-east5-a --quiet '--command=cd r1jax && .venv/bin/python -m r1jax.pod.worker status'
+
+# fetch the results
+gcloud compute tpus tpu-vm scp --recurse r1:/mnt/runs r1_results --worker=0 --zone=us-east5-a --quiet
+
+# delete the pod
+gcloud compute tpus queued-resources delete r1 --zone=us-east5-a --quiet --force

@@ -1,0 +1,438 @@
+"""A pod from one command, against a fake gcloud whose workers are folders: nothing here reaches Google Cloud.
+
+Golden files are written anew by PYTHONPATH=. python tests/test_tpu_pod.py
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import fake_gcloud
+import pytest
+
+from r1jax import flags
+from r1jax.core import watch
+from r1jax.plan import slices
+from r1jax.pod import archive, commands, gke, hardware, launcher, request, shell, worker
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "pod"
+FAST = launcher.Pace(poll=0.05, connect=10, silence=20, reconnect=5, wind_down=10, short=0)
+POD = ("--name=r1", "--zone=us-east5-a", "--topology=v5p:2x2x2")
+RUN = ("--config=r1_zero", "--config.mesh.fsdp=8")
+TEXT = 'It\'s "so": $HOME `ls` \\ *'  # an argument that every shell on the way would like to change
+
+
+def parsed(*arguments: str) -> request.PodRequest:
+    result = request.parse(list(arguments))
+    assert result is not None
+    return result
+
+
+def cases() -> dict[str, request.PodRequest]:
+    """Returns the requests of the golden files."""
+    run = ("--", "--config=r1_zero", "--config.mesh.fsdp=8", "--workdir=/mnt/runs", f"--config.data.instruction={TEXT}")
+    many = ("--", "--config=r1_zero:v3_671b", "--config.mesh.fsdp=1", "--config.mesh.expert=8", "--workdir=/mnt/runs")
+    return {
+        "one_slice": parsed(*POD, *run),
+        "spot": parsed(*POD, "--spot", "--project=my-project", "--setup=sudo mount -t nfs 10.0.0.2:/r1 /mnt", *run),
+        "two_slices": parsed(*POD, "--slices=2", "--keep", "--ssh_flag=--tunnel-through-iap", *many),
+        "shape": parsed(*POD, "--topology=v5p:4x4x12", "--reserved", "--gcloud_flag=--network=r1", "--only=create"),
+        "one_host": parsed(*POD, "--topology=v6e:2x4", "--fetch=here", "--", *RUN),
+        "bucket": dataclasses.replace(
+            parsed(*POD, "--fetch=here", "--only=fetch", *run), arguments=("--config=r1_zero", "--workdir=gs://b/runs")
+        ),
+    }
+
+
+def manifests() -> dict[str, request.PodRequest]:
+    run = (
+        "--gke",
+        "--image=registry/r1jax:1",
+        "--claim=shared:/mnt",
+        "--",
+        *RUN,
+        "--workdir=/mnt/runs",
+        f"--config.data.instruction={TEXT}",
+    )
+    return {
+        "gke_one_slice": parsed(*POD, *run),
+        "gke_spot_slices": parsed(*POD, "--topology=v6e:4x4", "--slices=2", "--spot", "--restarts=5", *run),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+def test_commands_equal_their_golden_file(name):
+    assert commands.script(cases()[name]) + "\n" == (GOLDEN / f"{name}.sh").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", manifests())
+def test_manifest_equals_its_golden_file(name):
+    assert gke.manifest(manifests()[name]) == (GOLDEN / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> pathlib.Path:
+    """Returns a small checkout: what runs on workers as it is here, with a stand-in for r1jax/launch.py."""
+    root = tmp_path / "checkout"
+    for name in ("launch/tpu_worker.sh", "launch/venv.sh", "setup.py", "pyproject.toml", "r1jax/pod/worker.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    shutil.copy(ROOT / "tests" / "pod_trainer.py", root / "r1jax" / "launch.py")
+    for command in (["git", "init", "-q"], ["git", "add", "."]):
+        subprocess.run(command, cwd=root, check=True)
+    monkeypatch.setattr(archive, "write", lambda path, extra: WRITE(path, extra, root))
+    return root
+
+
+WRITE = archive.write
+
+
+@pytest.fixture
+def cloud(tmp_path, monkeypatch):
+    """Returns a function that puts a fake gcloud on PATH, with what goes wrong in it, and returns its folder."""
+    folder = tmp_path / "cloud"
+
+    def make(**script) -> pathlib.Path:
+        monkeypatch.setenv("PATH", f"{fake_gcloud.install(folder, **script)}:{os.environ['PATH']}")
+        return folder
+
+    yield make
+    if (folder / "state.json").exists():
+        fake_gcloud.Cloud(folder).preempt()
+
+
+def called(folder: pathlib.Path) -> list[str]:
+    """Returns the verbs that gcloud was asked for, without the questions, each only once in a row."""
+    words = [json.loads(line) for line in (folder / "calls.jsonl").read_text().splitlines()]
+    verbs = [" ".join([line[3], *(word for word in ("follow", "start") if f" {word} " in line[-1])]) for line in words]
+    verbs = [verb for verb in verbs if verb != "describe"]
+    return [verb for verb, before in zip(verbs, ["", *verbs], strict=False) if verb != before]
+
+
+def test_whole_life_of_a_spot_pod_that_is_preempted_in_the_middle(tmp_path, cloud, checkout, capfd):
+    folder, shared = cloud(breaks=1, refuse_scp=1), tmp_path / "shared runs"
+    (folder / "preempt").write_text("3")
+    arguments = [f"--workdir={shared}", *RUN, f"--config.data.instruction={TEXT}"]
+    code = launcher.main([*POD, "--spot", f"--fetch={tmp_path / 'here'}", "--", *arguments], FAST)
+    out, error = capfd.readouterr()
+    assert code == 0, error
+    # Every worker got every argument as it was typed, and one that lets JAX find the other workers.
+    assert f"arguments {json.dumps([*arguments, '--coordinator=auto'])}" in out.splitlines()
+    # The run went on where it was: no update is missing, none was made twice, none was printed twice.
+    assert (shared / "metrics").read_text().split() == ["1", "2", "3", "4", "5", "6"]
+    assert [line for line in out.splitlines() if line.startswith("update")] == [f"update {n}" for n in range(1, 7)]
+    assert (tmp_path / "here" / "shared runs" / "metrics").read_text() == (shared / "metrics").read_text()
+    assert "the connection to worker 0 broke" in error and "the workers take no files yet" in error
+    assert "restart 1 of 20 at most: the pod is SUSPENDED" in error
+    life = ["create", "ssh", "scp", "ssh", "ssh start", "ssh follow"]
+    assert called(folder) == [*life, "delete", *life, "ssh", "scp", "delete"]
+    assert json.loads((folder / "state.json").read_text()) == {} and "exists in" not in error
+
+
+@pytest.mark.slow
+def test_files_on_the_workers_are_those_of_the_checkout_and_only_they_are_removed(tmp_path, cloud, checkout, capfd):
+    folder = cloud()
+    (checkout / "old.py").write_text("")
+    (checkout / "rows.jsonl").write_text("{}")
+    subprocess.run(["git", "add", "old.py"], cwd=checkout, check=True)
+    again = [*POD, "--only=copy", f"--with_file={checkout / 'rows.jsonl'}"]
+    assert launcher.main([*POD, "--only=create"], FAST) == launcher.main(again, FAST) == 0
+    homes = [folder / f"r1-w{index}" / "r1jax" for index in range(fake_gcloud.WORKERS)]
+    assert all((home / "old.py").exists() and (home / "rows.jsonl").read_text() == "{}" for home in homes)
+    for home in homes:
+        (home / "runs").mkdir()
+        assert len((home.parent / "pip.log").read_text().splitlines()) == 2
+    (checkout / "old.py").unlink()
+    assert launcher.main(again, FAST) == 0
+    assert all(not (home / "old.py").exists() and (home / "runs").exists() for home in homes)
+    assert all(len((home.parent / "pip.log").read_text().splitlines()) == 2 for home in homes)  # installed once
+
+
+@pytest.fixture
+def shared(tmp_path) -> list[str]:
+    """Returns the run's arguments, with a working folder that outlives the workers."""
+    return ["--", *RUN, f"--workdir={tmp_path / 'shared'}"]
+
+
+def at_line(monkeypatch, text: str, action) -> None:
+    """Calls a function once, when a line of the log that begins so has come."""
+    whole = shell.stream
+
+    def stream(words, silence_s):
+        for line in whole(words, silence_s):
+            yield line
+            if line.startswith(f"|{text}"):
+                monkeypatch.setattr(shell, "stream", whole)
+                action()
+
+    monkeypatch.setattr(shell, "stream", stream)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_run_outlives_its_launcher_and_the_same_command_follows_it(
+    tmp_path, cloud, checkout, shared, monkeypatch, capfd
+):
+    folder = cloud()
+    (folder / "hold").touch()
+    at_line(monkeypatch, "update 2", interrupt)
+    assert launcher.main([*POD, "--fetch=", *shared], FAST) == 130
+    error = capfd.readouterr().err
+    assert "a run that has begun goes on" in error and "r1 exists in us-east5-a (READY): it costs money" in error
+    assert "--name=r1 --zone=us-east5-a --topology=v5p:2x2x2 --only=delete" in error
+    other = [*POD, *shared, "--config.seed=1"]
+    assert launcher.main(other, FAST) == 2
+    assert "another command runs on r1" in capfd.readouterr().err
+    at_line(monkeypatch, "update 1", (folder / "hold").unlink)
+    assert launcher.main([*POD, "--fetch=", *shared], FAST) == 0
+    out, error = capfd.readouterr()
+    assert "the run is under way: following it" in error and out.splitlines()[-1] == "update 6"
+    assert (tmp_path / "shared" / "metrics").read_text().split() == ["1", "2", "3", "4", "5", "6"]
+    verbs = called(folder)
+    assert [verbs.count(verb) for verb in ("create", "scp", "ssh start", "delete")] == [1, 1, 1, 1]
+
+
+@pytest.mark.slow
+def test_stopped_run_ends_on_every_worker(cloud, checkout, shared, monkeypatch, capfd):
+    folder = cloud()
+    (folder / "hold").touch()
+    at_line(monkeypatch, "update 2", interrupt)
+    assert launcher.main([*POD, *shared], FAST) == 130
+    assert launcher.main([*POD, "--only=stop"], FAST) == 0
+    homes = [folder / f"r1-w{index}" / "r1jax_run" for index in range(fake_gcloud.WORKERS)]
+    assert [(home / "exit").read_text() for home in homes] == ["143", "143"]
+    assert launcher.main([*POD, "--only=delete"], FAST) == 0
+    assert launcher.main([*POD, "--only=delete"], FAST) == 2
+    assert "there is nothing to delete" in capfd.readouterr().err
+
+
+def test_failure_of_one_worker_is_the_runs_and_keeps_the_pod(cloud, checkout, shared, capfd):
+    folder = cloud()
+    (folder / "exit").write_text("[3, 2]")  # worker 1 has an error, worker 0 ends since another one was lost
+    assert launcher.main([*POD, *shared], FAST) == 2
+    error = capfd.readouterr().err
+    assert ": error: worker 1 ends with 2" in error and ": error: worker 0" not in error
+    assert "the run failed with exit code 2; the pod is kept" in error and "r1 exists in us-east5-a (READY)" in error
+    assert "delete" not in called(folder)
+
+
+@pytest.mark.slow
+def test_run_that_ends_again_and_again_without_a_preemption_is_not_started_for_ever(cloud, checkout, shared, capfd):
+    folder = cloud()
+    (folder / "exit").write_text("[3, 3]")
+    assert launcher.main([*POD, *shared], dataclasses.replace(FAST, short=600)) == 2
+    error = capfd.readouterr().err
+    assert "error: the run ended 3 times in a row within 10 min, and the pod is healthy" in error
+    assert called(folder).count("ssh start") == 3 and called(folder).count("create") == 1
+
+
+@pytest.mark.slow
+def test_several_slices_start_every_worker_of_each_and_are_one_request(tmp_path, cloud, checkout, shared, capfd):
+    folder = cloud()
+    (folder / "state.json").write_text("{}")
+    many = ["--config.mesh.slice=2" if text == "--config.mesh.fsdp=8" else text for text in shared]
+    assert launcher.main([*POD, "--slices=2", "--keep", "--fetch=", *many], FAST) == 0
+    assert "is ready with 4 workers" in capfd.readouterr().err
+    for node in ("r1-0", "r1-1"):
+        for index in range(fake_gcloud.WORKERS):
+            log = (folder / f"{node}-w{index}" / "r1jax_run" / "log").read_text().splitlines()
+            assert json.loads(log[0].removeprefix("arguments "))[-1] == "--coordinator=auto" and log[-1] == "update 6"
+
+
+QUOTA = (
+    "ERROR: (gcloud.compute.tpus.queued-resources.create) RESOURCE_EXHAUSTED: Quota limit 'TPUV5PPerProject' exceeded"
+)
+ZONE = (
+    "ERROR: (gcloud.compute.tpus.queued-resources.create) PERMISSION_DENIED: Permission denied on 'locations/us-east5-a' "
+    "(or it may not exist)."
+)
+TYPE = (
+    "ERROR: (gcloud.compute.tpus.queued-resources.create) INVALID_ARGUMENT: Cloud TPU received a bad request. the "
+    "accelerator v5p-16 was not found in zone us-east5-a [EID: 0x945e]"
+)
+IMAGE = "ERROR: (gcloud) INVALID_ARGUMENT: runtime version 'v2-alpha-tpuv5' was not found"
+LOGIN = (
+    "ERROR: (gcloud.compute.tpus.queued-resources.describe) You do not currently have an active account selected.\n"
+    "Please run:\n\n  $ gcloud auth login\n\nto obtain new credentials."
+)
+API = "ERROR: Cloud TPU API has not been used in project 1 before or it is disabled. reason: SERVICE_DISABLED"
+PROJECT = "ERROR: The required property [project] is not currently set."
+ROLE = "ERROR: (gcloud) PERMISSION_DENIED: Permission 'tpu.nodes.create' denied on resource"
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ({"create": QUOTA}, "the project's quota is too small for a v5p-16 in us-east5-a: ask for more on the page"),
+        (
+            {"create": ZONE},
+            "no zone us-east5-a with TPUs, or the project may not use it: see the zones: gcloud compute",
+        ),
+        (
+            {"create": TYPE},
+            "us-east5-a has no v5p-16: see what the zone has: gcloud compute tpus accelerator-types list",
+        ),
+        ({"create": IMAGE}, "the image v2-alpha-tpuv5 does not exist in us-east5-a: give --runtime=VERSION"),
+        ({"create": ROLE}, "this account may not do that in the project: ask for the roles TPU Admin"),
+        ({"create": "ERROR: something new"}, "gcloud failed: something new"),
+        ({"logged_out": LOGIN}, "gcloud is not logged in: run: gcloud auth login"),
+        (
+            {"logged_out": API},
+            "the Cloud TPU API is off in this project: run: gcloud services enable tpu.googleapis.com",
+        ),
+        ({"logged_out": PROJECT}, "gcloud has no project: give --project=ID"),
+    ],
+    ids=["quota", "zone", "type", "image", "role", "unknown", "login", "api", "project"],
+)
+def test_error_of_gcloud_is_one_line_with_its_remedy_and_leaves_nothing(cloud, capfd, script, expected):
+    folder = cloud(**script)
+    assert launcher.main([*POD, "--only=create"], FAST) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("[")]
+    assert line.startswith("error: ") and expected in line
+    assert not (folder / "state.json").exists()
+
+
+def test_failed_request_is_deleted_and_says_why(cloud, capfd):
+    message = 'There is no more capacity in the zone "us-east5-a"; you can try in another zone'
+    folder = cloud(states=["WAITING_FOR_RESOURCES", "FAILED"], error={"code": 8, "message": message})
+    assert launcher.main([*POD, "--only=create"], FAST) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("[")]
+    assert line.startswith("error: there is no room for a v5p-16 in us-east5-a: try later, in another --zone")
+    assert line.endswith("the failed request was deleted") and json.loads((folder / "state.json").read_text()) == {}
+
+
+def test_preemption_while_the_pod_is_created_is_a_restart_and_an_error_when_they_are_used_up(cloud, shared, capfd):
+    folder = cloud(states=["PROVISIONING", "SUSPENDED"])
+    assert launcher.main([*POD, "--restarts=1", *shared], FAST) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("[")]
+    assert lines[0].startswith("error: the pod was preempted while it was being created; --restarts=1 are used up")
+    assert lines[1] == "r1 exists in us-east5-a (SUSPENDED): it costs nothing, but counts towards the quota"
+    assert called(folder) == ["create", "delete", "create"]
+
+
+def test_wait_in_the_queue_has_a_deadline_and_says_what_is_left(cloud, capfd):
+    cloud(states=["WAITING_FOR_RESOURCES"])
+    assert launcher.main([*POD, "--only=create", "--queue_hours=0"], FAST) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("[")]
+    assert lines[0] == "error: no TPUs within --queue_hours=0 (state WAITING_FOR_RESOURCES)"
+    assert lines[1].startswith(
+        "r1 exists in us-east5-a (WAITING_FOR_RESOURCES): it waits in the queue and costs nothing"
+    )
+    assert lines[3].endswith("--only=delete")
+
+
+def test_name_of_another_pod_is_refused_with_both_types(cloud, capfd):
+    folder = cloud()
+    assert launcher.main([*POD, "--only=create"], FAST) == 0
+    capfd.readouterr()
+    assert launcher.main([*POD, "--topology=v5p:2x2x1", "--only=create"], FAST) == 2
+    error = capfd.readouterr().err
+    assert "error: --name=r1 is taken in us-east5-a: it has 1 x v5p-16, and 1 x v5p-8 is asked for" in error
+    assert called(folder) == ["create"]
+
+
+def test_missing_gcloud_is_one_line(monkeypatch, capfd):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert launcher.main([*POD, "--only=create"], FAST) == 2
+    assert capfd.readouterr().err.startswith("error: gcloud is not installed, or not on PATH: see https://")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--zone=z", "--topology=v5p:2x2x1"], "--name is missing; usage: python launch/tpu_pod.py"),
+        ([*POD, "--topology=v5p:4x4"], "--topology=v5p:4x4: a slice of v5p has a shape such as 8x16x16"),
+        ([*POD, "--topology=v6e:3x3"], "--topology=v6e:3x3 is not sold; v6e has 1x1, 2x2"),
+        ([*POD, "--topology=tpu7x:2x2x1"], "tpu7x is rented by GKE alone; give --gke"),
+        ([*POD, "--spt"], "unknown flag --spt; did you mean '--spot'?"),
+        ([*POD, "--spot", "--reserved"], "--spot and --reserved exclude each other"),
+        ([*POD, "--name=R1"], "--name=R1: use 1 to 40 lower-case letters"),
+        ([*POD], "the run's command is missing; usage"),
+        ([*POD, "r1"], "unexpected argument 'r1'; flags of the run come after --"),
+        ([*POD, "--", "--config=r1_zer"], "no config named 'r1_zer'; did you mean 'r1_zero'?"),
+        ([*POD, "--", "--config=r1_zero", "--config.grpo.update=1"], "GRPOConfig has no field 'update'"),
+        ([*POD, "--", "--config=r1_zero", "--process_id=1"], "--process_id is set by the launcher on each worker"),
+        ([*POD, "--", *RUN], "--workdir=runs is on each worker's disk, and the 2 workers of a run share one folder"),
+        ([*POD, "--topology=v5p:2x2x1", "--spot", "--", *RUN], "a preemption of --spot deletes it"),
+        ([*POD, "--", *RUN, "--workdir=gs://b/runs"], "--workdir=gs://b/runs: r1jax writes to paths, not to URLs"),
+        ([*POD, "--gke", "--", *RUN, "--workdir=/mnt"], "--gke needs --image=IMAGE"),
+        ([*POD, "--gke", "--image=i", "--", *RUN, "--workdir=/mnt"], "needs --claim=NAME:/PATH"),
+    ],
+)
+def test_mistake_is_one_line_before_anything_is_asked_of_gcloud(cloud, capfd, arguments, expected):
+    folder = cloud()
+    assert launcher.main(arguments, FAST) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ") and expected in line and not (folder / "calls.jsonl").exists()
+
+
+def test_run_on_a_bucket_is_accepted_once_r1jax_keeps_urls(monkeypatch):
+    whole = flags.parse
+
+    def keeping(argv):
+        workdir = next((text.partition("=")[2] for text in argv if text.startswith("--workdir=")), "runs")
+        return dataclasses.replace(whole(argv), workdir=workdir)
+
+    monkeypatch.setattr(flags, "parse", keeping)
+    result = parsed(*POD, "--spot", "--", *RUN, "--workdir=gs://b/runs")
+    assert result.is_kept_elsewhere and result.fetch == ""
+
+
+def test_mesh_that_leaves_chips_idle_is_warned_of():
+    assert request.unused_chips(parsed(*POD, "--", *RUN, "--workdir=/mnt/runs")) == ""
+    one = parsed(*POD, "--", "--config=r1_zero", "--workdir=/mnt/runs")
+    assert request.unused_chips(one) == "warning: config.mesh uses 1 devices, and the pod has 8 chips"
+
+
+def test_shapes_and_hosts_are_those_of_the_plan():
+    assert {name: series.shapes for name, series in hardware.SERIES.items()} == slices.SHAPES
+    known = {"v5p:2x2x1": ("v5p-8", 1, 4), "v5p:4x4x8": ("v5p-256", 32, 4), "v6e:2x4": ("v6e-8", 1, 8)}
+    known |= {"v5e:4x4": ("v5litepod-16", 4, 4), "v4:2x2x2": ("v4-16", 2, 4), "v6e:1x1": ("v6e-1", 1, 1)}
+    for text, expected in known.items():
+        one = hardware.parse(text)
+        assert (one.accelerator_type, one.hosts, one.chips_per_host) == expected
+
+
+def test_manifest_is_yaml_with_every_argument_as_it_was_typed():
+    yaml = pytest.importorskip("yaml")
+    one = manifests()["gke_spot_slices"]
+    (job,) = yaml.safe_load(gke.manifest(one))["spec"]["replicatedJobs"]
+    pods = job["template"]["spec"]
+    container = pods["template"]["spec"]["containers"][0]
+    assert (job["replicas"], pods["completions"], pods["parallelism"]) == (2, 4, 4)
+    assert container["args"] == list(one.arguments) and TEXT in container["args"][-1]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["volumeMounts"][0]["mountPath"] == "/mnt"
+
+
+def test_lost_process_is_one_of_the_exit_codes_that_restart():
+    assert watch.LOST_EXIT in worker.RESTART_EXITS and not {0, 1, 2, 130} & set(worker.RESTART_EXITS)
+
+
+def test_script_runs_from_any_folder_and_needs_no_gcloud_for_a_dry_run(tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "tpu_pod.py"),
+        *POD,
+        "--dry_run",
+        "--",
+        *RUN,
+        "--workdir=/mnt/runs",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env={"PATH": "/nowhere"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == commands.script(parsed(*POD, "--", *RUN, "--workdir=/mnt/runs")) + "\n"
+
+
+if __name__ == "__main__":
+    for name, one in cases().items():
+        (GOLDEN / f"{name}.sh").write_text(commands.script(one) + "\n", encoding="utf-8")
+    for name, one in manifests().items():
+        (GOLDEN / f"{name}.yaml").write_text(gke.manifest(one), encoding="utf-8")
