@@ -142,6 +142,9 @@ STAGES: dict[str, Stage] = {
         ),
     ),
     "bench_rewards": Stage("bench.rewards:run", ("bench.samples", "reward")),
+    "bench_saving": Stage(
+        "bench.saving:run", ("seed", "model", "compute", "mesh", "optimizer", "pack", "bench.repeats"), _NO_RL
+    ),
     "bench_update": Stage(
         "bench.update:run",
         (

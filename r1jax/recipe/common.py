@@ -129,7 +129,8 @@ class StageFolder:
         return hosts.decide(lambda: json.loads((self.path / DONE).read_text())["figures"], name=f"{self.path}/{DONE}")
 
     def checkpoints(self) -> checkpoint.CheckpointStore:
-        return checkpoint.CheckpointStore(self.path / "checkpoints", self.config.checkpointing.keep)
+        kept = self.config.checkpointing
+        return checkpoint.CheckpointStore(self.path / "checkpoints", kept.keep, kept.keep_every)
 
     def newest_checkpoint(self) -> int | None:
         """Returns the number of the newest complete checkpoint, None without one."""

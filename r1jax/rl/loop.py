@@ -32,10 +32,10 @@ def train(run: RunState, source: JournalledSource, objective: Objective, recorde
                     run.finish_rollout(rollout.draws)
                 if run.checkpoint_due():
                     recorder.phase("checkpoint")
-                    recorder.timed("checkpoint", run.save, objective)
-                    source.prune(run.cursor.rollout_start)
-    recorder.phase("done")
+                    source.prune(recorder.timed("checkpoint", run.save, objective))
     run.store.close()
+    source.prune(run.cursor.rollout_start)
+    recorder.phase("done")
     recorder.close()
     return run.params
 

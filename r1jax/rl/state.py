@@ -71,7 +71,9 @@ class RunState:
         begins = inputs.params is not None
         self.state = self.trainer.init(inputs.params) if begins else self.trainer.restore_target()
         self.reference, self.cursor = None, Cursor()
-        self.store = CheckpointStore(inputs.folder / "checkpoints", config.checkpointing.keep)
+        kept = config.checkpointing
+        self.store = CheckpointStore(inputs.folder / "checkpoints", kept.keep, kept.keep_every)
+        self._saved_start = 0  # update at which the rollout of the newest checkpoint started
         self.programs = runtime.ProgramSet()
         self.compiled: RunSettings | None = None  # for which the programs of the updates are compiled
 
@@ -141,6 +143,7 @@ class RunState:
             self.reference = self.frozen_policy() if self.config.grpo.uses_reference else None
             return
         self.cursor = Cursor(**self.store.record(number))
+        self._saved_start = self.cursor.rollout_start
         items = self.store.restore(number, self._targets() | objective.restore_targets())
         self.reference = items.get("reference")
         self.state = self.trainer.state(items["params"], items["optimizer"], self.cursor.update)
@@ -149,11 +152,17 @@ class RunState:
     def checkpoint_due(self) -> bool:
         return self.finished or not self.cursor.update % self.config.checkpointing.every_updates
 
-    def save(self, objective: OwnArrays) -> None:
-        """Writes a checkpoint of weights, optimiser, reference, cursor and the objective's own arrays."""
+    def save(self, objective: OwnArrays) -> int:
+        """Begins to write a checkpoint of weights, optimiser, reference, cursor and the objective's own arrays.
+
+        Returns the update at which the rollout of the newest checkpoint on disk started: until this one is there too,
+        a run that is stopped goes on with that one's rollout.
+        """
         reference = {"reference": self.reference} if self.config.grpo.uses_reference else {}
         items = {"params": self.params, "optimizer": self.state.optimizer} | reference
-        self.store.save(self.cursor.update, items | objective.checkpoint_items(), vars(self.cursor))
+        self.store.save(self.cursor.update, items | objective.checkpoint_items(), dict(vars(self.cursor)))
+        start, self._saved_start = self._saved_start, self.cursor.rollout_start
+        return start
 
     def _targets(self) -> dict[str, Any]:
         """Returns the shapes and shardings of the arrays that `save` writes, without the objective's."""
