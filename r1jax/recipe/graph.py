@@ -230,12 +230,26 @@ def _refuse_unready(chosen: list[str], stages: dict[str, Config], workdir: Path,
             raise ValueError(
                 f"{reader} needs {name}, which is not done in {workdir}; run with --config.only={name} first"
             )
+    for name in () if again or len(chosen) == 1 else chosen:
+        _refuse_longer(name, stages, workdir)
     kept = needed if again else needed | set(chosen)
     for name in (name for name in GRAPH if name in kept):
         if (_own_state if name in chosen else state)(name, stages, workdir) == "stale":
             raise ValueError(
                 f"{workdir / name} is stale: its config or an input has changed; run again with --config.from={name}"
             )
+
+
+def _refuse_longer(name: str, stages: dict[str, Config], workdir: Path) -> None:
+    """Raises ValueError for a finished stage that would become longer while other finished ones were made from it."""
+    if not (workdir / name / common.DONE).exists() or _own_state(name, stages, workdir) != "stopped":
+        return
+    readers = [other for other in GRAPH if name in GRAPH[other] and (workdir / other / common.DONE).exists()]
+    if readers:
+        raise ValueError(
+            f"{workdir / name} is finished and would become longer, and {readers[0]} was made from its result; run it "
+            f"alone with --config.only={name}, then the others again with --config.from={readers[0]}"
+        )
 
 
 def _known() -> str:
