@@ -152,3 +152,9 @@ def test_the_graph_makes_a_finished_stage_longer_alone_or_where_nothing_was_made
     graph._refuse_unready(["r1_zero"], stages, tmp_path, again=False)
     assert graph.state("r1_zero", stages, tmp_path) == "stopped"
     assert graph.state("stage1_coldstart", stages, tmp_path) == "stale"
+
+
+def test_the_digest_of_a_run_does_not_depend_on_free_fields():
+    base = common.StageFolder(configs.load("r1_zero:tiny"), pathlib.Path("."))
+    free = [("sampler.slots", "7"), ("mesh.tensor", "2"), ("gate.pass_at_1", "0.5")]
+    assert again(pathlib.Path("."), *free).hash == base.hash != again(pathlib.Path("."), ("seed", "3")).hash

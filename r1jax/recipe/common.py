@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from r1jax.checkpoints import tokenizer as tokenizers
-from r1jax.config import config_hash, flatten
+from r1jax.config import flatten
 from r1jax.core import checkpoint, files, hosts, runtime, sharding
 from r1jax.core.say import say
 from r1jax.models import decoder
@@ -46,6 +46,7 @@ class StageFolder:
     def __init__(self, config: Config, workdir: Path, name: str | None = None):
         self.path = Path(workdir) / (name or config.stage)
         self.config = config
+        self.hash = identity.digest(json_fields(config), json_fields(Config()))
 
     def state(self, inputs: dict[str, str]) -> str:
         """Returns missing, stopped, done, or stale (finished with another config or from other inputs).
@@ -161,7 +162,7 @@ class StageFolder:
 
     def finish(self, figures: dict, inputs: dict[str, str], output: str) -> dict:
         """Writes the DONE marker, with the digests of inputs and output, and returns the figures read back from it."""
-        record = {"config_hash": config_hash(self.config), "inputs": inputs, "output": output, "figures": figures}
+        record = {"config_hash": self.hash, "inputs": inputs, "output": output, "figures": figures}
         checkpoint.write_json(self.path / DONE, record)
         return hosts.decide(lambda: json.loads((self.path / DONE).read_text())["figures"], name=f"{self.path}/{DONE}")
 

@@ -4,6 +4,8 @@ A field may change when a run goes on if it changes none of the run's bits, or o
 Every other field belongs to the run's identity. docs/resume.md has the same table for readers.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,9 +80,16 @@ class Reached:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Difference]:
-    """Returns the fields whose values differ; one that `before` lacks, since it is newer, has its default there."""
-    pairs = ((name, before.get(name, defaults[name]), value) for name, value in after.items())
-    return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
+    """Returns the fields whose values differ; one that `before` lacks, since it is newer, counts as its default."""
+    changed = [name for name, value in after.items() if before.get(name, defaults[name]) != value]
+    return [Difference(name, before.get(name), after[name]) for name in changed]
+
+
+def digest(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Returns the sha256 (hex) of the fields of a run's identity that are not at their defaults."""
+    kept = {name: value for name, value in fields.items() if value != defaults[name]}
+    kept = {name: value for name, value in kept.items() if not is_free(name, fields["stage"])}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def is_free(name: str, stage: str) -> bool:
