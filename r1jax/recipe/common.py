@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from r1jax.checkpoints import tokenizer as tokenizers
 from r1jax.config import flatten
-from r1jax.core import checkpoint, files, hosts, runtime, sharding
+from r1jax.core import checkpoint, files, hosts, lock, runtime, sharding
 from r1jax.core.say import say
 from r1jax.models import decoder
 from r1jax.recipe import identity
@@ -46,6 +46,9 @@ class StageFolder:
     def __init__(self, config: Config, workdir: Path, name: str | None = None):
         self.path = Path(workdir) / (name or config.stage)
         self.config = config
+        self._lock = self.path.with_name(
+            f".{self.path.name}.lock"
+        )  # beside the folder, which may be removed and made anew
         self.hash = identity.digest(json_fields(config), json_fields(Config()))
 
     def state(self, inputs: dict[str, str]) -> str:
@@ -126,11 +129,19 @@ class StageFolder:
         """Returns what changed when the run went on: {update, name, before, after} of each field, in order."""
         return files.read_jsonl(self.path / CHANGES)
 
+    def hold(self) -> None:
+        """Keeps other runs out of this folder until `finish` or the end of the process; process 0 does it for all.
+
+        To be called before anything is written. Raises ValueError, naming the process, if another run is at work there.
+        """
+        hosts.decide(lock.hold, self._lock, name=f"the lock of {self.path}")
+
     def start(self, inputs: dict[str, str]) -> None:
         """Makes the folder and writes config.json, with the newest values, and the digests of the inputs.
 
-        Raises ValueError as in `check`, and when one of several processes does not see the files of process 0.
+        Raises ValueError as in `hold` and `check`, and when one of several processes does not see the files of process 0.
         """
+        self.hold()
         self.check()
         if hosts.is_writer():
             files.remove_unfinished(self.path)
@@ -164,6 +175,7 @@ class StageFolder:
         """Writes the DONE marker, with the digests of inputs and output, and returns the figures read back from it."""
         record = {"config_hash": self.hash, "inputs": inputs, "output": output, "figures": figures}
         checkpoint.write_json(self.path / DONE, record)
+        lock.release(self._lock)
         return hosts.decide(lambda: json.loads((self.path / DONE).read_text())["figures"], name=f"{self.path}/{DONE}")
 
     def checkpoints(self) -> checkpoint.CheckpointStore:
