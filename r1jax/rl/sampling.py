@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from r1jax.core import hosts
 from r1jax.core.metrics import Timer
 from r1jax.core.runtime import ProgramSet
 from r1jax.models import decoder, flops
@@ -28,6 +29,8 @@ class Sampling:
         mesh = inputs.sampler_mesh or inputs.mesh
         record_experts = config.grpo.routing_replay  # nothing else reads the experts of a rollout
         self.sampler = build_sampler(config.network, config.sampler, mesh, inputs.tokenizer, record_experts)
+        if inputs.sampler_mesh is None:
+            self.sampler.between_dispatches = hosts.between_dispatches()
 
     def open(self) -> None:
         self.pool = RewardPool(self.config.reward)
@@ -90,6 +93,8 @@ class Sampling:
         )
         recorder.phase("grading")
         reward_terms, scorable = recorder.timed("rewards", grader.scores, samples)
+        if self.inputs.sampler_mesh is None:  # the notice may have ended workers, and their scores do not count then
+            hosts.raise_if_preempted("the scores of a rollout")
         if self.inputs.reward_models:
             reward_terms = recorder.timed("rewards", self._with_model_rewards, reward_terms, samples, by_number)
         usage = self.pool.take_usage()

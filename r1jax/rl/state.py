@@ -1,6 +1,7 @@
 """The state of one RL run: weights, optimiser, reference and cursor, with the programs that move and score them."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.core import runtime, sharding, tree
+from r1jax.core import preempt, runtime, sharding, tree
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.models import decoder
 from r1jax.rewards.models.reward_model import RewardModel
@@ -72,6 +73,7 @@ class RunState:
         self.state = self.trainer.init(inputs.params) if begins else self.trainer.restore_target()
         self.reference, self.cursor = None, Cursor()
         self.store = CheckpointStore(inputs.folder / "checkpoints", config.checkpointing.keep)
+        self._saved = 0  # updates of the newest checkpoint
         self.programs = runtime.ProgramSet()
 
     @property
@@ -134,6 +136,7 @@ class RunState:
                 raise ValueError(f"{self.store.folder}: no checkpoint to go on from, and no start weights were given")
             self.reference = self.frozen_policy() if self.config.grpo.uses_reference else None
             return
+        self._saved = number
         self.cursor = Cursor(**self.store.record(number))
         items = self.store.restore(number, self._targets() | objective.restore_targets())
         self.reference = items.get("reference")
@@ -148,6 +151,18 @@ class RunState:
         reference = {"reference": self.reference} if self.config.grpo.uses_reference else {}
         items = {"params": self.params, "optimizer": self.state.optimizer} | reference
         self.store.save(self.cursor.update, items | objective.checkpoint_items(), vars(self.cursor))
+        self._saved = self.cursor.update
+
+    @contextlib.contextmanager
+    def saved_when_preempted(self, objective: OwnArrays) -> Generator[None]:
+        """Surrounds the updates: where one raises Preempted, those that no checkpoint has are saved first."""
+        try:
+            yield
+        except preempt.Preempted:
+            if self.cursor.update != self._saved:
+                self.save(objective)
+            self.store.close()
+            raise
 
     def _targets(self) -> dict[str, Any]:
         """Returns the shapes and shardings of the arrays that `save` writes, without the objective's."""
