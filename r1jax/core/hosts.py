@@ -7,6 +7,8 @@ once.
 """
 
 import base64
+import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from r1jax.core import preempt
 from r1jax.core.errors import one_line
 from r1jax.core.watch import LOST_EXIT, PeerLost, PeerWatch, named, print_error
 
@@ -25,6 +28,7 @@ START_DEADLINE_S = 300.0  # within which all processes must have been started
 DEADLINE_S = 1800.0  # the longest that a process waits for another one at a named place
 _SLICE_S = 1.0  # waits are cut into slices, so that Ctrl-C is heard
 _GRACE_S = 5.0
+_DISPATCHES = 16  # between two questions, while several processes sample, whether one was asked to end
 
 
 def start(
@@ -74,6 +78,46 @@ def fail(error: BaseException, code: int) -> None:
     """Ends this process with exit code `code`, and the others with the reason; returns if it is the only process."""
     if _connection is not None:
         _connection.watch.fail(error, code)
+
+
+def leave(code: int) -> None:
+    """Ends this process with exit code `code`, as it was asked to, and the others too; returns if it is the only one."""
+    if _connection is not None:
+        _connection.watch.leave(code)
+
+
+def in_step() -> contextlib.AbstractContextManager[None]:
+    """Surrounds work that all processes do together: a notice ends it at a common `raise_if_preempted` alone."""
+    return contextlib.nullcontext() if _connection is None else preempt.deferred()
+
+
+def preempted(name: str, update: int | None = None) -> bool:
+    """Returns, in every process the same, whether one of them was asked to end; to be called by all of them together.
+
+    `update` is the number of updates made; with it what JAX itself reports of a machine's end counts too.
+    """
+    if _connection is None:
+        return preempt.requested()
+    asked = preempt.requested() or (update is not None and _connection.reported(update))
+    answers = gather(asked, name)
+    return broadcast(answers is not None and any(answers), name)
+
+
+def raise_if_preempted(name: str, update: int | None = None) -> None:
+    """Raises Preempted in every process if one of them was asked to end; to be called by all of them together."""
+    if preempted(name, update):
+        raise preempt.Preempted
+
+
+def between_dispatches() -> Callable[[], None]:
+    """Returns what a sampler that all processes run together calls before each dispatch, to end where one is asked to.
+
+    It asks the others at every 16th call.
+    """
+    if _connection is None:
+        return preempt.raise_if_requested
+    calls = itertools.count()
+    return lambda: None if next(calls) % _DISPATCHES else raise_if_preempted("a dispatch of the sampler")
 
 
 def process_index() -> int:
@@ -194,6 +238,13 @@ class _Connection:
         if self._service is not None:
             self._service.kill()
         os._exit(LOST_EXIT)
+
+    def reported(self, update: int) -> bool:
+        """Returns whether JAX reports the end of a machine; all processes get to know at the same update."""
+        import jax
+        from jax.experimental import multihost_utils
+
+        return jax.config.jax_enable_preemption_service and multihost_utils.reached_preemption_sync_point(update)
 
     def broadcast(self, value: Any, name: str, deadline_s: float) -> Any:
         self._calls += 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from r1jax import config as configs
 from r1jax import stage_table
-from r1jax.core import checkpoint
+from r1jax.core import checkpoint, lock
 from r1jax.core.say import say
 from r1jax.recipe import common, evaluate, export_hf, inherited, lineage, reward_models
 from r1jax.report import html, table
@@ -26,6 +26,7 @@ GRAPH: dict[str, tuple[str, ...]] = {
     "student_rl": (),
 }
 EXPORTED = ("stage4_all_scenarios", "distill")  # R1 and the student are exported as Hugging Face folders
+LOCK = ".graph.lock"
 COLUMNS = (
     *("checkpoint", "problems", "pass@1", "pass@1_se", "greedy", "mean_tokens", "truncated", "unscorable"),
     "reflective_per_response",
@@ -46,15 +47,25 @@ def run(config: Config, workdir: Path) -> dict:
 
     Raises ValueError for an unknown stage, a stale one, a missing input of `only`, or a result below its gate.
     """
-    workdir, started = Path(workdir), time.monotonic()
-    stages = stage_configs(config)
+    workdir, stages = Path(workdir), stage_configs(config)
     if config.list:
         return listing(stages, workdir)
+    lock.hold(workdir / LOCK)
+    try:
+        return _run(config, stages, workdir)
+    finally:
+        lock.release(workdir / LOCK)
+
+
+def _run(config: Config, stages: dict[str, Config], workdir: Path) -> dict:
+    started = time.monotonic()
     chosen = chosen_stages(config)
     for stage in chosen:
         inherited.require(stages[stage], f"--config.set={stage}.FIELD", config)
     _refuse_unready(chosen, stages, workdir, bool(config.from_stage))
     if config.from_stage:
+        for stage in chosen:
+            common.StageFolder(stages[stage], workdir).hold()
         for stage in chosen:
             shutil.rmtree(workdir / stage, ignore_errors=True)
     for stage in chosen:
@@ -230,12 +241,26 @@ def _refuse_unready(chosen: list[str], stages: dict[str, Config], workdir: Path,
             raise ValueError(
                 f"{reader} needs {name}, which is not done in {workdir}; run with --config.only={name} first"
             )
+    for name in () if again or len(chosen) == 1 else chosen:
+        _refuse_longer(name, stages, workdir)
     kept = needed if again else needed | set(chosen)
     for name in (name for name in GRAPH if name in kept):
         if (_own_state if name in chosen else state)(name, stages, workdir) == "stale":
             raise ValueError(
                 f"{workdir / name} is stale: its config or an input has changed; run again with --config.from={name}"
             )
+
+
+def _refuse_longer(name: str, stages: dict[str, Config], workdir: Path) -> None:
+    """Raises ValueError for a finished stage that would become longer while other finished ones were made from it."""
+    if not (workdir / name / common.DONE).exists() or _own_state(name, stages, workdir) != "stopped":
+        return
+    readers = [other for other in GRAPH if name in GRAPH[other] and (workdir / other / common.DONE).exists()]
+    if readers:
+        raise ValueError(
+            f"{workdir / name} is finished and would become longer, and {readers[0]} was made from its result; run it "
+            f"alone with --config.only={name}, then the others again with --config.from={readers[0]}"
+        )
 
 
 def _known() -> str:

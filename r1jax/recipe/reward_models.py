@@ -206,7 +206,7 @@ def fit(
     if lower is not None:
         trained = frozen.join(lower, trained)
         whole = checkpoint.CheckpointStore(folder.path / WHOLE, keep=1)
-        if whole.latest() is None:
+        if whole.latest() != len(chosen):
             whole.save(len(chosen), {"params": trained}, {})
         whole.close()
     return trained, loss

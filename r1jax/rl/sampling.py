@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from r1jax.core import hosts
 from r1jax.core.metrics import Timer
 from r1jax.models import decoder, flops
 from r1jax.rewards.pool import RewardPool
@@ -37,7 +38,10 @@ class Sampling:
     def _build(self, settings: RunSettings) -> RolloutSampler:
         mesh, tokenizer = self.inputs.sampler_mesh or self.inputs.mesh, self.inputs.tokenizer
         record_experts = settings.grpo.routing_replay  # nothing else reads the experts of a rollout
-        return build_sampler(settings.network, settings.sampler, mesh, tokenizer, record_experts)
+        sampler = build_sampler(settings.network, settings.sampler, mesh, tokenizer, record_experts)
+        if self.inputs.sampler_mesh is None:
+            sampler.between_dispatches = hosts.between_dispatches()
+        return sampler
 
     def warm_up(self, first_update: int, weights: Callable[[], decoder.Params]) -> None:
         """Compiles the sampler of the rollout that starts at an update, and the reward models; `weights` as in `fit`."""
@@ -111,6 +115,8 @@ class Sampling:
         )
         recorder.phase("grading")
         reward_terms, scorable = recorder.timed("rewards", grader.scores, samples)
+        if self.inputs.sampler_mesh is None:  # the notice may have ended workers, and their scores do not count then
+            hosts.raise_if_preempted("the scores of a rollout")
         if self.inputs.reward_models:
             reward_terms = recorder.timed("rewards", self._with_model_rewards, reward_terms, samples, by_number)
         usage = self.pool.take_usage()

@@ -1,6 +1,7 @@
 """The state of one RL run: weights, optimiser, reference and cursor, with the programs that move and score them."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.core import runtime, sharding, tree
+from r1jax.core import preempt, runtime, sharding, tree
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.models import decoder
 from r1jax.rewards.models.reward_model import RewardModel
@@ -74,6 +75,7 @@ class RunState:
         kept = config.checkpointing
         self.store = CheckpointStore(inputs.folder / "checkpoints", kept.keep, kept.keep_every)
         self._saved_start = 0  # update at which the rollout of the newest checkpoint started
+        self._saved = 0  # updates of the newest checkpoint
         self.programs = runtime.ProgramSet()
         self.compiled: RunSettings | None = None  # for which the programs of the updates are compiled
 
@@ -142,6 +144,7 @@ class RunState:
                 raise ValueError(f"{self.store.folder}: no checkpoint to go on from, and no start weights were given")
             self.reference = self.frozen_policy() if self.config.grpo.uses_reference else None
             return
+        self._saved = number
         self.cursor = Cursor(**self.store.record(number))
         self._saved_start = self.cursor.rollout_start
         items = self.store.restore(number, self._targets() | objective.restore_targets())
@@ -162,7 +165,19 @@ class RunState:
         items = {"params": self.params, "optimizer": self.state.optimizer} | reference
         self.store.save(self.cursor.update, items | objective.checkpoint_items(), dict(vars(self.cursor)))
         start, self._saved_start = self._saved_start, self.cursor.rollout_start
+        self._saved = self.cursor.update
         return start
+
+    @contextlib.contextmanager
+    def saved_when_preempted(self, objective: OwnArrays) -> Generator[None]:
+        """Surrounds the updates: where one raises Preempted, those that no checkpoint has are saved first."""
+        try:
+            yield
+        except preempt.Preempted:
+            if self.cursor.update != self._saved:
+                self.save(objective)
+            self.store.close()
+            raise
 
     def _targets(self) -> dict[str, Any]:
         """Returns the shapes and shardings of the arrays that `save` writes, without the objective's."""
