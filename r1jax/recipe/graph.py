@@ -3,11 +3,12 @@
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from r1jax import config as configs
 from r1jax import stage_table
-from r1jax.core import checkpoint
+from r1jax.core import checkpoint, files, hosts
 from r1jax.core.say import say
 from r1jax.recipe import common, evaluate, export_hf, inherited, lineage, reward_models
 from r1jax.report import html, table
@@ -49,23 +50,26 @@ def run(config: Config, workdir: Path) -> dict:
     workdir, started = Path(workdir), time.monotonic()
     stages = stage_configs(config)
     if config.list:
-        return listing(stages, workdir)
+        return hosts.decide(listing, stages, workdir, name="the states of the stages")
     chosen = chosen_stages(config)
     for stage in chosen:
         inherited.require(stages[stage], f"--config.set={stage}.FIELD", config)
-    _refuse_unready(chosen, stages, workdir, bool(config.from_stage))
-    if config.from_stage:
-        for stage in chosen:
-            shutil.rmtree(workdir / stage, ignore_errors=True)
+    hosts.decide(_make_ready, chosen, stages, workdir, bool(config.from_stage), name="the states of the stages")
     for stage in chosen:
         say(f"== {stage}")
         figures = stage_table.function(stage)(stages[stage], workdir)
         if awaited := figures.get("awaits"):
             raise ValueError(f"{stage} waits for the verdicts in {awaited}; run again when they are complete")
-        hold_gate(stage, stages[stage].gate, workdir)
-    if not set(EXPORTED) - {stage for stage in GRAPH if (workdir / stage / common.DONE).exists()}:
-        export(stages, workdir)
-    summary = summarize(workdir, round(time.monotonic() - started, 1))
+        hosts.decide(hold_gate, stage, stages[stage].gate, workdir, name=f"the gate of {stage}")
+    export(hosts.decide(_to_export, workdir, name="what is exported"), stages, workdir)
+    summary = hosts.decide(summarize, workdir, round(time.monotonic() - started, 1), name="the summary")
+    if hosts.is_writer():
+        _show(summary, workdir)
+    return summary
+
+
+def _show(summary: dict, workdir: Path) -> None:
+    """Writes summary.json and report.html, and prints the table and where the results are."""
     checkpoint.write_json(workdir / "summary.json", summary)
     write_report(summary, workdir)
     table.render(rows(summary), evaluate.columns(rows(summary), COLUMNS), "the recipe on held-out problems")
@@ -74,7 +78,6 @@ def run(config: Config, workdir: Path) -> dict:
     reward_models.show(summary["reward_models"])
     for name in ("report.html", "summary.json", *(f"export/{lineage.RESULTS[stage]}" for stage in EXPORTED)):
         say(f"  {workdir / name}")
-    return summary
 
 
 def stage_configs(config: Config) -> dict[str, Config]:
@@ -193,21 +196,40 @@ def summarize(workdir: Path, wall_s: float) -> dict:
     return {"checkpoints": checkpoints, "reward_models": models, "wall_s": wall_s}
 
 
-def export(stages: dict[str, Config], workdir: Path) -> None:
-    """Writes R1 and the student to `workdir/export/` as Hugging Face folders, again if the stage was run again.
+def _to_export(workdir: Path) -> list[str]:
+    """Returns the stages whose result is to be exported: once both are done, those that were made since the last time.
 
-    Each is exported on the mesh and in the dtype of its size (configs/export_hf.py).
+    What was exported of them before is removed.
     """
+    if any(not (workdir / stage / common.DONE).exists() for stage in EXPORTED):
+        return []
+    stale = []
     for stage in EXPORTED:
-        target = workdir / "export" / lineage.RESULTS[stage]
-        stamp = workdir / "export" / f"{lineage.RESULTS[stage]}.digest"
+        target, stamp = _exported(stage, workdir)
+        if not (target.exists() and stamp.exists() and stamp.read_text() == lineage.output_digest(workdir / stage)):
+            shutil.rmtree(target, ignore_errors=True)
+            stale.append(stage)
+    return stale
+
+
+def _exported(stage: str, workdir: Path) -> tuple[Path, Path]:
+    """Returns (the folder that a stage's result is exported to, the file with the digest of that result)."""
+    name = lineage.RESULTS[stage]
+    return workdir / "export" / name, workdir / "export" / f"{name}.digest"
+
+
+def export(chosen: Sequence[str], stages: dict[str, Config], workdir: Path) -> None:
+    """Writes the results of stages to `workdir/export/` as Hugging Face folders.
+
+    Each is exported on the mesh of its stage and in the dtype of its size (configs/export_hf.py).
+    """
+    for stage in chosen:
+        target, stamp = _exported(stage, workdir)
+        changes = dict(mesh=stages[stage].mesh, checkpoint=str(workdir / stage), output=str(target))
+        export_hf.run(replace(configs.load(f"export_hf:{stages[stage].preset}"), **changes), workdir)
         digest = lineage.output_digest(workdir / stage)
-        if target.exists() and stamp.exists() and stamp.read_text() == digest:
-            continue
-        shutil.rmtree(target, ignore_errors=True)
-        export_config = configs.load(f"export_hf:{stages[stage].preset}")
-        export_hf.run(replace(export_config, checkpoint=str(workdir / stage), output=str(target)), workdir)
-        stamp.write_text(digest)
+        if hosts.is_writer():
+            files.write_text(stamp, digest)
 
 
 def write_report(summary: dict, workdir: Path) -> None:
@@ -219,6 +241,13 @@ def write_report(summary: dict, workdir: Path) -> None:
 def rows(summary: dict) -> list[dict]:
     """Returns the summary as table rows."""
     return [{"checkpoint": name, **figures} for name, figures in summary["checkpoints"].items()]
+
+
+def _make_ready(chosen: list[str], stages: dict[str, Config], workdir: Path, again: bool) -> None:
+    """Removes the folders of stages that are to be made `again`. Raises ValueError as `_refuse_unready`."""
+    _refuse_unready(chosen, stages, workdir, again)
+    for stage in chosen if again else ():
+        shutil.rmtree(workdir / stage, ignore_errors=True)
 
 
 def _refuse_unready(chosen: list[str], stages: dict[str, Config], workdir: Path, again: bool) -> None:
