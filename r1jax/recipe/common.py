@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -445,9 +444,11 @@ def _named(tree) -> dict[str, jax.Array]:
 
 
 def save_asset(path: Path, params: decoder.Params, metadata: dict[str, str]) -> None:
-    """Writes parameters as one safetensors file, atomically."""
-    with files.replacing(path) as temporary:
-        save_file({name: np.asarray(leaf) for name, leaf in _named(params).items()}, temporary, metadata=metadata)
+    """Writes parameters as one safetensors file, atomically; of several processes process 0 writes it."""
+    leaves = {name: sharding.to_host(leaf) for name, leaf in _named(params).items()}
+    if hosts.is_writer():
+        with files.replacing(path) as temporary:
+            save_file(leaves, temporary, metadata=metadata)
 
 
 def load_asset(path: Path, model: ModelConfig, mesh: Mesh) -> decoder.Params:

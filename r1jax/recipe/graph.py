@@ -3,11 +3,12 @@
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from r1jax import config as configs
 from r1jax import stage_table
-from r1jax.core import checkpoint, lock
+from r1jax.core import checkpoint, files, hosts, lock
 from r1jax.core.say import say
 from r1jax.recipe import common, evaluate, export_hf, inherited, lineage, reward_models
 from r1jax.report import html, table
@@ -49,8 +50,8 @@ def run(config: Config, workdir: Path) -> dict:
     """
     workdir, stages = Path(workdir), stage_configs(config)
     if config.list:
-        return listing(stages, workdir)
-    lock.hold(workdir / LOCK)
+        return hosts.decide(listing, stages, workdir, name="the states of the stages")
+    hosts.decide(lock.hold, workdir / LOCK, name="the lock of the graph")
     try:
         return _run(config, stages, workdir)
     finally:
@@ -58,25 +59,30 @@ def run(config: Config, workdir: Path) -> dict:
 
 
 def _run(config: Config, stages: dict[str, Config], workdir: Path) -> dict:
-    started = time.monotonic()
-    chosen = chosen_stages(config)
+    started, chosen = time.monotonic(), chosen_stages(config)
     for stage in chosen:
         inherited.require(stages[stage], f"--config.set={stage}.FIELD", config)
-    _refuse_unready(chosen, stages, workdir, bool(config.from_stage))
-    if config.from_stage:
-        for stage in chosen:
-            common.StageFolder(stages[stage], workdir).hold()
-        for stage in chosen:
-            shutil.rmtree(workdir / stage, ignore_errors=True)
+    again = bool(config.from_stage)
+    hosts.decide(_refuse_unready, chosen, stages, workdir, again, name="the states of the stages")
+    for stage in chosen if again else ():
+        common.StageFolder(stages[stage], workdir).hold()
+    if again:
+        hosts.decide(_remove, chosen, workdir, name="the removal of older results")
     for stage in chosen:
         say(f"== {stage}")
         figures = stage_table.function(stage)(stages[stage], workdir)
         if awaited := figures.get("awaits"):
             raise ValueError(f"{stage} waits for the verdicts in {awaited}; run again when they are complete")
-        hold_gate(stage, stages[stage].gate, workdir)
-    if not set(EXPORTED) - {stage for stage in GRAPH if (workdir / stage / common.DONE).exists()}:
-        export(stages, workdir)
-    summary = summarize(workdir, round(time.monotonic() - started, 1))
+        hosts.decide(hold_gate, stage, stages[stage].gate, workdir, name=f"the gate of {stage}")
+    export(hosts.decide(_to_export, workdir, name="what is exported"), stages, workdir)
+    summary = hosts.decide(summarize, workdir, round(time.monotonic() - started, 1), name="the summary")
+    if hosts.is_writer():
+        _show(summary, workdir)
+    return summary
+
+
+def _show(summary: dict, workdir: Path) -> None:
+    """Writes summary.json and report.html, and prints the table and where the results are."""
     checkpoint.write_json(workdir / "summary.json", summary)
     write_report(summary, workdir)
     table.render(rows(summary), evaluate.columns(rows(summary), COLUMNS), "the recipe on held-out problems")
@@ -85,7 +91,6 @@ def _run(config: Config, stages: dict[str, Config], workdir: Path) -> dict:
     reward_models.show(summary["reward_models"])
     for name in ("report.html", "summary.json", *(f"export/{lineage.RESULTS[stage]}" for stage in EXPORTED)):
         say(f"  {workdir / name}")
-    return summary
 
 
 def stage_configs(config: Config) -> dict[str, Config]:
@@ -204,21 +209,40 @@ def summarize(workdir: Path, wall_s: float) -> dict:
     return {"checkpoints": checkpoints, "reward_models": models, "wall_s": wall_s}
 
 
-def export(stages: dict[str, Config], workdir: Path) -> None:
-    """Writes R1 and the student to `workdir/export/` as Hugging Face folders, again if the stage was run again.
+def _to_export(workdir: Path) -> list[str]:
+    """Returns the stages whose result is to be exported: once both are done, those that were made since the last time.
 
-    Each is exported on the mesh and in the dtype of its size (configs/export_hf.py).
+    What was exported of them before is removed.
     """
+    if any(not (workdir / stage / common.DONE).exists() for stage in EXPORTED):
+        return []
+    stale = []
     for stage in EXPORTED:
-        target = workdir / "export" / lineage.RESULTS[stage]
-        stamp = workdir / "export" / f"{lineage.RESULTS[stage]}.digest"
+        target, stamp = _exported(stage, workdir)
+        if not (target.exists() and stamp.exists() and stamp.read_text() == lineage.output_digest(workdir / stage)):
+            shutil.rmtree(target, ignore_errors=True)
+            stale.append(stage)
+    return stale
+
+
+def _exported(stage: str, workdir: Path) -> tuple[Path, Path]:
+    """Returns (the folder that a stage's result is exported to, the file with the digest of that result)."""
+    name = lineage.RESULTS[stage]
+    return workdir / "export" / name, workdir / "export" / f"{name}.digest"
+
+
+def export(chosen: Sequence[str], stages: dict[str, Config], workdir: Path) -> None:
+    """Writes the results of stages to `workdir/export/` as Hugging Face folders.
+
+    Each is exported on the mesh of its stage and in the dtype of its size (configs/export_hf.py).
+    """
+    for stage in chosen:
+        target, stamp = _exported(stage, workdir)
+        changes = dict(mesh=stages[stage].mesh, checkpoint=str(workdir / stage), output=str(target))
+        export_hf.run(replace(configs.load(f"export_hf:{stages[stage].preset}"), **changes), workdir)
         digest = lineage.output_digest(workdir / stage)
-        if target.exists() and stamp.exists() and stamp.read_text() == digest:
-            continue
-        shutil.rmtree(target, ignore_errors=True)
-        export_config = configs.load(f"export_hf:{stages[stage].preset}")
-        export_hf.run(replace(export_config, checkpoint=str(workdir / stage), output=str(target)), workdir)
-        stamp.write_text(digest)
+        if hosts.is_writer():
+            files.write_text(stamp, digest)
 
 
 def write_report(summary: dict, workdir: Path) -> None:
@@ -230,6 +254,12 @@ def write_report(summary: dict, workdir: Path) -> None:
 def rows(summary: dict) -> list[dict]:
     """Returns the summary as table rows."""
     return [{"checkpoint": name, **figures} for name, figures in summary["checkpoints"].items()]
+
+
+def _remove(chosen: list[str], workdir: Path) -> None:
+    """Removes the folders of stages that are to be made again."""
+    for stage in chosen:
+        shutil.rmtree(workdir / stage, ignore_errors=True)
 
 
 def _refuse_unready(chosen: list[str], stages: dict[str, Config], workdir: Path, again: bool) -> None:
