@@ -279,7 +279,8 @@ class _Connection:
         import jax
         from jax.experimental import multihost_utils
 
-        return jax.config.read("jax_enable_preemption_service") and multihost_utils.reached_preemption_sync_point(update)
+        listens = jax.config.values.get("jax_enable_preemption_service")
+        return bool(listens) and multihost_utils.reached_preemption_sync_point(update)
 
     def broadcast(self, value: Any, name: str, deadline_s: float) -> Any:
         self._calls += 1
