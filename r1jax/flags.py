@@ -26,6 +26,7 @@ class Arguments:
     num_processes: int | None
     process_id: int | None
     heartbeat_s: float | None
+    grace_s: float | None
     plan: str | None  # "" plans the run on `topology`, "search" finds a slice
     topology: str  # a TPU slice such as v5p:4x4x8
     slices: int
@@ -73,6 +74,7 @@ def parse(argv: list[str]) -> Arguments:
         num_processes=values.num_processes,
         process_id=values.process_id,
         heartbeat_s=values.heartbeat_s,
+        grace_s=values.grace_s,
         plan=values.plan,
         topology=values.topology or "",
         slices=values.slices or 1,
@@ -155,6 +157,13 @@ def _define() -> absl_flags.FlagValues:
         "heartbeat_s",
         None,
         "A process silent for so many seconds is lost (default 30).",
+        lower_bound=1,
+        flag_values=values,
+    )
+    absl_flags.DEFINE_float(
+        "grace_s",
+        None,
+        "After SIGTERM the run saves and ends within so many seconds (default 30).",
         lower_bound=1,
         flag_values=values,
     )

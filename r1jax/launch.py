@@ -1,7 +1,7 @@
 """Run one config, or a sweep over it: `python -m r1jax.launch --config=NAME[:PRESET] [--config.FIELD=VALUE ...]`.
 
 Exit codes: 0 done, 1 an unexpected failure or a failed point of a sweep, 2 something the user can mend, 3 another
-process of the run was lost, 130 interrupted.
+process of the run was lost, 75 asked to end by SIGTERM (the same command goes on), 130 interrupted.
 """
 
 import io
@@ -10,7 +10,7 @@ import sys
 import traceback
 
 from r1jax import config, flags, schema, stage_table, sweep
-from r1jax.core import errors
+from r1jax.core import errors, preempt
 
 _USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
@@ -66,9 +66,12 @@ def _run(resolved: schema.Config, arguments: flags.Arguments) -> int:
     """Runs the stage, together with the other processes when there are any, and returns the exit code."""
     from r1jax.core import hosts, observe  # bring numpy, which the command line does without
 
+    grace_s = preempt.GRACE_S if arguments.grace_s is None else arguments.grace_s
+    preempt.listen(grace_s)
     run = stage_table.function(resolved.stage)
     heartbeat_s = hosts.HEARTBEAT_S if arguments.heartbeat_s is None else arguments.heartbeat_s
     hosts.start(arguments.coordinator, arguments.num_processes, arguments.process_id, heartbeat_s)
+    preempt.listen(grace_s)  # joining the others gives the signal to JAX
     if not stage_table.several_processes(resolved.stage):
         hosts.require_one(resolved.stage)
     observe.ask(observe.MeasurementRequest(arguments.profile, arguments.peak_tflops))
@@ -93,6 +96,8 @@ def main(argv: list[str]) -> int:
         return _failed(error, 2, f"error: {errors.one_line(error)}", debug)
     except KeyboardInterrupt as error:
         return _failed(error, 130, "interrupted", debug=False)
+    except preempt.Preempted:
+        return _preempted()
     except Exception as error:
         from r1jax.core import watch
 
@@ -100,6 +105,15 @@ def main(argv: list[str]) -> int:
             return _failed(error, watch.LOST_EXIT, f"error: {errors.one_line(error)}", debug)
         _failed(error, 1, "", debug=False)
         raise
+
+
+def _preempted() -> int:
+    """Prints that the run ends because of a notice and returns the exit code, as `_failed` does."""
+    from r1jax.core import hosts
+
+    print("ended as asked; the same command again goes on from here", file=sys.stderr)
+    hosts.leave(preempt.PREEMPTED_EXIT)
+    return preempt.PREEMPTED_EXIT
 
 
 def _failed(error: BaseException, code: int, message: str, debug: bool) -> int:
@@ -110,6 +124,9 @@ def _failed(error: BaseException, code: int, message: str, debug: bool) -> int:
     """
     from r1jax.core import hosts
 
+    if preempt.requested():  # the notice may have ended what failed: another process of the run, or workers
+        print(f"error: {errors.one_line(error)}", file=sys.stderr)
+        return _preempted()
     hosts.await_verdict(error)
     if debug or (not message and hosts.process_count() > 1):
         traceback.print_exception(error)

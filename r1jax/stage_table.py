@@ -61,13 +61,14 @@ _REWARD_MODEL = Stage(
     | _NO_RL
     | dict.fromkeys(("pack.trained_chunk", "auxiliary.mtp_loss_weight", "auxiliary.mtp_hidden"), "")
     | dict.fromkeys(("data.weights", "data.columns", "data.task"), ""),
+    several_processes=True,
     updates=True,
 )
-_RECIPE = Stage("recipe.graph:run", _GRAPH, updates=True)
+_RECIPE = Stage("recipe.graph:run", _GRAPH, several_processes=True, updates=True)
 
 STAGES: dict[str, Stage] = {
     "r1_zero": _RL_STAGE,
-    "ppo_baseline": Stage("recipe.policy:run", _RL, updates=True),
+    "ppo_baseline": _RL_STAGE,
     "stage2_reasoning_rl": _RL_STAGE,
     "stage4_all_scenarios": _RL_STAGE,
     "student_rl": _RL_STAGE,
@@ -75,15 +76,19 @@ STAGES: dict[str, Stage] = {
         "recipe.stage1_coldstart:run",
         (*_SFT, "coldstart", "judge"),
         _EVALUATION | _NO_RL | _JUDGE,
+        several_processes=True,
         updates=True,
     ),
     "stage3_rejection_sft": Stage(
         "recipe.stage3_rejection_sft:run",
         (*_SFT, "rejection", "judge"),
         _EVALUATION | _NO_RL | _JUDGE | {"sampler.temperature": "rejection.temperature"},
+        several_processes=True,
         updates=True,
     ),
-    "distill": Stage("recipe.distill:run", (*_SFT, "distill"), _EVALUATION | _NO_RL, updates=True),
+    "distill": Stage(
+        "recipe.distill:run", (*_SFT, "distill"), _EVALUATION | _NO_RL, several_processes=True, updates=True
+    ),
     "reward_helpful": _REWARD_MODEL,
     "reward_safety": _REWARD_MODEL,
     "stage0_base": Stage(
@@ -93,6 +98,7 @@ STAGES: dict[str, Stage] = {
             *("output", "sampler.stop_ids"),
         ),
         _NO_RL | {"pack.trained_chunk": "", "model.max_position_embeddings": ""},
+        several_processes=True,
         updates=True,
     ),
     "evaluate": Stage(
@@ -101,7 +107,11 @@ STAGES: dict[str, Stage] = {
         _EVALUATION | _SAMPLES_ALONE | {"model.checkpoint": "checkpoint"},
         several_processes=True,
     ),
-    "export_hf": Stage("recipe.export_hf:run", ("model.checkpoint", "mesh", "checkpoint", "output", "export")),
+    "export_hf": Stage(
+        "recipe.export_hf:run",
+        ("model.checkpoint", "mesh", "checkpoint", "output", "export"),
+        several_processes=True,
+    ),
     "grade": Stage(
         "tools.grade:run",
         ("data.path", "data.max_rows", "output", "explain", "reward"),
@@ -114,6 +124,7 @@ STAGES: dict[str, Stage] = {
             *("reward.deadline_s", "reward.sandbox"),
         ),
         _JUDGE,
+        several_processes=True,
     ),
     "preference_pairs": Stage(
         "tools.preference_pairs:run",
@@ -122,6 +133,7 @@ STAGES: dict[str, Stage] = {
         | _SAMPLES_ALONE
         | {"sampler.max_new_tokens_schedule": "sampler.max_new_tokens"}
         | dict.fromkeys(("data.holdout_fraction", "data.weights", "data.task"), ""),
+        several_processes=True,
     ),
     "quickstart": _RECIPE,
     "r1": _RECIPE,
@@ -142,6 +154,9 @@ STAGES: dict[str, Stage] = {
         ),
     ),
     "bench_rewards": Stage("bench.rewards:run", ("bench.samples", "reward")),
+    "bench_saving": Stage(
+        "bench.saving:run", ("seed", "model", "compute", "mesh", "optimizer", "pack", "bench.repeats"), _NO_RL
+    ),
     "bench_update": Stage(
         "bench.update:run",
         (

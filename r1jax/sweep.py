@@ -8,6 +8,7 @@ the table as rows.
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import rich.table
 
 import r1jax
 from r1jax import config, flags, schema, stage_table
+from r1jax.core import preempt
 
 _TABLE_FIGURES = 8  # columns of figures in the printed table; table.json has them all
 _LOG_WIDTH = 160  # characters, where the output is not a terminal
@@ -40,7 +42,7 @@ class PointResult:
 def run(arguments: flags.Arguments, base: schema.Config) -> int:
     """Runs the points that are not finished, prints one table and returns 0, or 1 when a point failed.
 
-    With `sweep_index` only that point runs, and table.json is not written, since other jobs may be running other
+    SIGTERM goes to the point that runs; when that has ended because of it, so does the sweep, with the same code. With `sweep_index` only that point runs, and table.json is not written, since other jobs may be running other
     points.
     """
     points = config.sweep(base, arguments.sweep, arguments.overrides)
@@ -58,6 +60,8 @@ def run(arguments: flags.Arguments, base: schema.Config) -> int:
     for number, point in enumerate(points):
         if index in (None, number):
             rows.append(_run_point(point, arguments, folder / point.slug, f"[{number + 1}/{len(points)}]"))
+            if rows[-1].exit_code == preempt.PREEMPTED_EXIT:
+                return preempt.PREEMPTED_EXIT
     _print_table(rows)
     for path in [arguments.json, folder / "table.json" if index is None else None]:
         if path is not None:
@@ -95,6 +99,8 @@ def _command(point: config.Point, arguments: flags.Arguments, folder: pathlib.Pa
         more.append("--profile={}:{}".format(*arguments.profile))
     if arguments.peak_tflops is not None:
         more.append(f"--peak_tflops={arguments.peak_tflops}")
+    if arguments.grace_s is not None:
+        more.append(f"--grace_s={arguments.grace_s}")
     if arguments.debug:
         more.append("--debug")
     return [sys.executable, "-m", "r1jax.launch", f"--config={arguments.spec}", *overrides, *more]
@@ -105,9 +111,16 @@ def _call(command: list[str], log: pathlib.Path) -> int:
     root = str(pathlib.Path(r1jax.__file__).resolve().parents[1])
     search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with log.open("w", encoding="utf-8") as file:
-        return subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env={**os.environ, "PYTHONPATH": search}
-        ).returncode
+        environment = {**os.environ, "PYTHONPATH": search}
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    try:
+        return process.wait()
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _read(path: pathlib.Path) -> dict:

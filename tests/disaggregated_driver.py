@@ -112,11 +112,13 @@ def main() -> None:
         "ahead_2": run(folder / "ahead_2", mode="disaggregated", grpo__rollouts_ahead=2),
     }
     ppo = dict(name="ppo_baseline:tiny", grpo__kl_coef=0.1)
+    longer = "((0, 8), (4, 16))"  # while older rollouts are trained on the next ones have longer slots
+    ahead = dict(mode="disaggregated", grpo__rollouts_ahead=1, sampler__max_new_tokens_schedule=longer)
     report |= {
         "ppo_colocated": run(folder / "ppo_colocated", **ppo, grpo__updates=2),
         "ppo_in_step": run(folder / "ppo_in_step", **ppo, grpo__updates=2, mode="disaggregated"),
-        "ppo_ahead_1": run(folder / "ppo_ahead", **ppo, mode="disaggregated", grpo__rollouts_ahead=1),
-        "ppo_ahead_1_again": run(folder / "ppo_again", **ppo, mode="disaggregated", grpo__rollouts_ahead=1),
+        "ppo_ahead_1": run(folder / "ppo_ahead", **ppo, **ahead),
+        "ppo_ahead_1_again": run(folder / "ppo_again", **ppo, **ahead),
     }
     report["failed"] = fail(folder / "failed")
     json.dump(report, sys.stdout)

@@ -14,7 +14,7 @@ import small
 
 from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
-from r1jax.core import checkpoint, rng, runtime, sharding, tree
+from r1jax.core import rng, runtime, sharding, tree
 from r1jax.data import tasks
 from r1jax.models import decoder
 from r1jax.recipe import policy, prompts
@@ -50,13 +50,17 @@ def delayed(function, seconds: float):
     return slower
 
 
-def marked(function, marker: pathlib.Path):
+def marked(function, folder: pathlib.Path, marker: pathlib.Path):
+    """Returns the rename `function`, slower inside `folder`, where `marker` exists meanwhile."""
+
     def marking(source, target, *arguments, **keywords):
+        if folder not in pathlib.Path(target).parents:
+            return function(source, target, *arguments, **keywords)
         marker.write_text(f"{pathlib.Path(target).name}\n")
         try:
-            return function(source, target, *arguments, **keywords)
+            return delayed(function, 0.04)(source, target, *arguments, **keywords)
         finally:
-            marker.unlink()
+            marker.unlink(missing_ok=True)
 
     return marking
 
@@ -64,17 +68,8 @@ def marked(function, marker: pathlib.Path):
 def slow_down(folder: pathlib.Path) -> None:
     RewardPool.finish = delayed(RewardPool.finish, 0.05)
     Trainer.update = delayed(Trainer.update, 0.02)
-    save = checkpoint.CheckpointStore.save
-
-    def save_slowly(*arguments):
-        rename, replace = os.rename, os.replace
-        os.rename, os.replace = (marked(delayed(f, 0.04), folder / "renaming") for f in (rename, replace))
-        try:
-            save(*arguments)
-        finally:
-            os.rename, os.replace = rename, replace
-
-    checkpoint.CheckpointStore.save = save_slowly
+    checkpoints = (folder / "checkpoints").resolve()
+    os.rename, os.replace = (marked(function, checkpoints, folder / "renaming") for function in (os.rename, os.replace))
 
 
 def main(folder: pathlib.Path) -> None:

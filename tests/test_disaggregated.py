@@ -69,7 +69,7 @@ def test_ppo_runs_ahead_and_its_critic_learns_from_rollouts_of_older_weights(rep
     assert all(row["critic_grad_norm"] > 0 and row["grad_norm"] > 0 for row in rows)
     assert rows[0]["importance_ratio"] == pytest.approx(1, abs=1e-4)
     assert all(abs(row["importance_ratio"] - 1) > 1e-4 for row in rows[2:])
-    assert report["ppo_ahead_1"]["programs"]["critic"] == 1
+    assert max(row["length"] for row in rows[:4]) <= 8 < max(row["length"] for row in rows[4:])  # the schedule's
 
 
 def test_the_next_rollout_is_drawn_while_this_one_is_trained_on(report):
@@ -95,6 +95,9 @@ def test_no_program_is_compiled_twice(report):
         if name == "failed":
             continue
         counts = run["programs"]
+        if name.startswith("ppo_ahead"):  # rows of two lengths; the last sampler alone is counted
+            by_rows = {name: counts.pop(name) for name in ("update", "critic", "values", "reference")}
+            assert set(by_rows.values()) == {2}, by_rows
         placed = counts.pop("place")  # the colocated engine's own move of the weights; else a copy between devices
         assert placed in (0, 1) and set(counts.values()) == {1}, counts
 

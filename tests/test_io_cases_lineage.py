@@ -10,7 +10,7 @@ from io_cases import io_case
 from r1jax import config as configs
 from r1jax import launch, stage_table
 from r1jax.checkpoints import hf_export, tokenizer
-from r1jax.core import hosts, rng, sharding
+from r1jax.core import rng, sharding
 from r1jax.models import decoder
 from r1jax.recipe import common, lineage
 from r1jax.schema import MeshConfig, ModelConfig, replace
@@ -324,11 +324,3 @@ def test_a_missing_stage_is_made_with_the_seed_evaluation_and_problems_of_the_on
     assert of_problems == expected
     assert (of_labels.seed, of_labels.rebuild_base, of_labels.evaluation.max_problems) == (3, True, 5)
     assert of_labels.data == replace(expected.data, instruction="")  # the rows of the one that needs it are labels
-
-
-def test_several_processes_do_not_make_a_missing_stage_that_runs_in_one(monkeypatch, tmp_path):
-    monkeypatch.setattr(hosts, "_connection", object())
-    monkeypatch.setattr(hosts, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="^stage3_rejection_sft runs in one process, here are 2"):
-        lineage.require("stage3_rejection_sft", configs.load("stage4_all_scenarios"), tmp_path)
-    assert list(tmp_path.iterdir()) == []

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import small
 
+from r1jax import launch
 from r1jax.core import hosts, watch
 from r1jax.core.metrics import read
 
@@ -229,6 +231,9 @@ d.start(address, 3, index, 8)
 assert d.broadcast({"of": index}) == {"of": 0}
 assert d.gather(index * 10) == ([0, 10, 20] if index == 0 else None)
 assert d.broadcast(np.arange(index + 2)).tolist() == [0, 1]
+assert d.join_shares([10 * number for number in d.share(range(7))], "tens") == list(range(0, 70, 10))
+assert d.decide(lambda: [d.process_count(), d.gather(5), d.decide(len, "four"), d.share("ab")]) == [1, [5], 4, "ab"]
+assert d.process_count() == 3
 try:
     d.decide(int, "seven" if index == 0 else "7")
 except ValueError as error:
@@ -303,8 +308,19 @@ def test_one_process_starts_nothing_and_every_function_returns_its_own_value():
     assert hosts.broadcast(value) is value
     assert hosts.gather(value) == [value]
     assert hosts.decide(len, [1, 2]) == 2
+    assert hosts.join_shares([2 * number for number in hosts.share([3, 4])], "doubles") == [6, 8]
     hosts.barrier("nobody")
     hosts.stop()
+
+
+def test_a_process_of_a_pod_that_was_started_alone_refuses_in_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    flags = ["--config=stage0_base", f"--workdir={tmp_path}"]
+    assert launch.main(flags) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: this process was started alone, and JAX counts 4 processes on these devices; start one on each host "
+        "with --coordinator=HOST:PORT --num_processes=N --process_id=I (or --coordinator=auto)"
+    ]
 
 
 def test_values_come_out_of_their_message_as_they_went_in():

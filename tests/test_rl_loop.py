@@ -19,6 +19,7 @@ from r1jax.rl import minibatch, schedules
 from r1jax.rl import rollout as rollouts
 from r1jax.rl.journal import Journal, Rollout
 from r1jax.rl.loop import warm_up
+from r1jax.rl.settings import length_phases
 from r1jax.sampler.sample import RolloutSample
 from r1jax.schema import ScenarioConfig, parts_of, replace
 
@@ -88,11 +89,23 @@ def test_first_update_of_a_rollout_has_ratio_one_and_later_ones_do_not(finished)
     assert max(row["max_policy_shift"] for row in rows if "max_policy_shift" in row) > 1e-3
 
 
-def test_every_program_is_compiled_once(finished):
+def test_every_program_is_compiled_once_and_those_of_the_updates_once_for_each_length_of_rows(finished):
     training, _, _ = finished
     counts = training.run.programs.counts()
     assert set(counts) >= {"update", "reference", "prefill", "insert", "decode"}
-    assert set(counts.values()) == {1}
+    assert {name: count for name, count in counts.items() if count != 1} == {"update": 2, "reference": 2}
+
+
+def test_rows_and_slots_are_as_long_as_the_lengths_of_the_schedule_need(watched):
+    training, _, _, _, batches = watched
+    config = training.run.config
+    before, after = (settings for _, settings in length_phases(config))
+    assert [start for start, _ in length_phases(config)] == [0, 3]
+    assert (before.sampler.max_new_tokens, after) == (10, config)
+    assert before.pack.row_tokens == config.pack.row_tokens - 10
+    lengths = [arrays["tokens"].shape[-1] for arrays in batches]
+    assert lengths == [config.pack.row_tokens - 10] * 3 + [config.pack.row_tokens] * 5
+    assert training.source.sampling.sampler.engine.rows == config.sampler.max_prompt_tokens + 20
 
 
 def test_advantages_are_those_of_whole_groups_although_mini_batches_split_them(watched):

@@ -1,5 +1,8 @@
 """Claims about the update: packing and micro-batching change nothing, the router bias balances, schedules and decay."""
 
+import os
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,11 +166,49 @@ def test_an_unfinished_checkpoint_is_not_seen(tmp_path, params):
     assert again.latest() == 1
 
 
+def test_a_checkpoint_holds_the_arrays_of_its_moment_although_they_are_donated_while_it_is_written(tmp_path, mesh):
+    target = {"a": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
+    add = jax.jit(lambda x: jax.tree.map(lambda a: a + 1, x), donate_argnums=0)
+    store = checkpoint.CheckpointStore(tmp_path / "c", keep=1, keep_every=4)
+    state = {"a": jnp.zeros((512, 512))}
+    for number in range(1, 10):
+        state = add(state)
+        store.save(number, {"state": state}, {"update": number})
+    state = add(state)
+    assert {name: float(store.restore(name, {"state": target})["state"]["a"].max()) for name in (4, 8, 9)} == {
+        4: 4.0,
+        8: 8.0,
+        9: 9.0,
+    }
+    store.close()
+    assert sorted(path.name for path in (tmp_path / "c").iterdir() if path.name.isdigit()) == ["4", "8", "9"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_reported_by_the_next_call(tmp_path, params, monkeypatch):
+    store = checkpoint.CheckpointStore(tmp_path / "c")
+    store.save(1, {"params": params}, {"update": 1})
+    store.wait()
+    rename = pathlib.Path.rename
+
+    def full(path, target):
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(os, "rename", full)
+    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(pathlib.Path, "rename", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.save(2, {"params": params}, {"update": 2})
+        store.wait()
+    monkeypatch.undo()
+    assert pathlib.Path.rename is rename and checkpoint.CheckpointStore(tmp_path / "c").latest() == 1
+
+
 def test_a_save_that_fails_leaves_the_older_checkpoint_and_the_store_usable(tmp_path, params, mesh):
     store = checkpoint.CheckpointStore(tmp_path / "c")
     store.save(1, {"params": params}, {"update": 1})
     with pytest.raises(TypeError, match="not JSON serializable"):
         store.save(2, {"params": params}, {"update": object()})
+    store.close()
     again = checkpoint.CheckpointStore(tmp_path / "c")
     assert again.latest() == 1
     target = sharding.abstract(decoder.specs(MODEL.model), jnp.float32, mesh)

@@ -1,12 +1,13 @@
 """Hugging Face folders from our parameters: the importer's name table the other way, streamed tensor by tensor.
 
 Which tensor goes to which file follows from the model's specs, so every file is written in one pass under its final
-name, and the host holds one tensor at a time, or 64 MiB of small ones.
+name, and the host holds one tensor at a time, or 64 MiB of small ones. Of several processes each writes its own files.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from r1jax.checkpoints import fp8, hf, hf_names
 from r1jax.checkpoints.hf import Tensor
 from r1jax.checkpoints.tensor_file import TensorWriter
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import files
+from r1jax.core import files, hosts, sharding
 from r1jax.models import decoder
 from r1jax.schema import ModelConfig
 
@@ -35,7 +36,7 @@ _PIECE_BYTES = 1 << 26  # of a leaf, fetched from the devices at once; a larger 
 
 def save(
     folder: Path,
-    params: decoder.Params,
+    params: "decoder.Params | Leaves",
     c: ModelConfig,
     tokenizer: Tokenizer,
     dtype: str = "bfloat16",
@@ -49,29 +50,48 @@ def save(
     """Writes weights, config.json, generation_config.json, tokenizer and README.md; all appear at once, or none.
 
     `card` is the text of README.md. A file holds at most `shard_bytes` of weights (a larger tensor gets a file to
-    itself); with several files there is an index. `check` is called with the temporary folder before it gets its name;
-    when it, or anything else, raises, nothing is left. `block` is that of FP8. `end_ids` end a response beside the
-    tokenizer's eos_id, and `pad_id` pads (None: the tokenizer's). Raises ValueError when the folder exists or the
-    family cannot hold the model.
+    itself); with several files there is an index. `check` is called with the temporary folder before it gets its name,
+    and may drop the leaves that it was given; when it, or anything else, raises, nothing is left. `block` is that of
+    FP8. `end_ids` end a response beside the tokenizer's eos_id, and `pad_id` pads (None: the tokenizer's). Raises
+    ValueError when the folder exists or the family cannot hold the model. All processes of a run call this; the folder
+    must be one that all see.
     """
-    folder = Path(folder)
+    folder, leaves = Path(folder), params if isinstance(params, Leaves) else Leaves(params)
     refuse_existing(folder)
-    _check(params, c, tokenizer, dtype)
-    files.remove_unfinished(folder.parent, folder.name)
-    with files.replacing(folder) as temporary:
-        temporary.mkdir()
-        write_weights(temporary, tensors(c, dtype, block), Leaves(params).value, shard_bytes, block)
+    _check(leaves, c, tokenizer, dtype)
+    with _appearing(folder) as temporary:
+        write_weights(temporary, tensors(c, dtype, block), leaves.value, shard_bytes, block)
         ids = _token_ids(tokenizer, end_ids, pad_id)
-        _write_json(temporary / "config.json", config_fields(c, tokenizer, dtype, block) | ids)
-        _write_json(temporary / "generation_config.json", ids | EVALUATION_SAMPLING)
-        tokenizer.save(temporary)
-        (temporary / "README.md").write_text(card or f"# {folder.name}\n\nTrained with r1jax.\n", encoding="utf-8")
+        if hosts.is_writer():
+            _write_json(temporary / "config.json", config_fields(c, tokenizer, dtype, block) | ids)
+            _write_json(temporary / "generation_config.json", ids | EVALUATION_SAMPLING)
+            tokenizer.save(temporary)
+            text = card or f"# {folder.name}\n\nTrained with r1jax.\n"
+            (temporary / "README.md").write_text(text, encoding="utf-8")
+        hosts.barrier(f"the files of {folder}")
         check(temporary)
+
+
+@contextlib.contextmanager
+def _appearing(folder: Path) -> Generator[Path]:
+    """Yields a new temporary folder, the same in every process; it becomes `folder` once all come to the block's end."""
+    name = f"the new folder {folder}"
+    if hosts.is_writer():
+        files.remove_unfinished(folder.parent, folder.name)
+        with files.replacing(folder) as temporary:
+            temporary.mkdir()
+            hosts.broadcast(str(temporary), name)
+            yield temporary
+            hosts.barrier(name)
+    else:
+        yield Path(hosts.broadcast(None, name))
+        hosts.barrier(name)
+    hosts.barrier(f"the end of {name}")
 
 
 def refuse_existing(folder: Path) -> None:
     """Raises ValueError when there is something at `folder` already."""
-    if Path(folder).exists():
+    if hosts.decide(Path(folder).exists, name=f"whether {folder} exists"):
         raise ValueError(f"{folder} exists already; name another --config.output or remove it")
 
 
@@ -83,12 +103,10 @@ def check_dtype(c: ModelConfig, dtype: str) -> None:
         raise ValueError(f"export: fp8 is a layout of deepseek_v3, not of {c.family}; choose float32 or bfloat16")
 
 
-def _check(params: decoder.Params, c: ModelConfig, tokenizer: Tokenizer, dtype: str) -> None:
+def _check(leaves: "Leaves", c: ModelConfig, tokenizer: Tokenizer, dtype: str) -> None:
     """Raises ValueError for what the format or the family's published code cannot express."""
     check_dtype(c, dtype)
-    if jax.process_count() > 1:
-        raise ValueError(f"export: one process is needed, not {jax.process_count()}; run export_hf on a single host")
-    if params.scalar_head is not None:
+    if "scalar_head" in leaves.by_path:
         raise ValueError("export: a scalar head has no place in these formats; export the policy instead")
     only: dict[str, Any] = {"attention_bias": c.family == "qwen2", "qk_norm": c.family == "qwen3"}
     if c.is_mla:
@@ -105,10 +123,10 @@ def _check(params: decoder.Params, c: ModelConfig, tokenizer: Tokenizer, dtype: 
     if tokenizer.vocab_size > c.vocab_size:
         raise ValueError(f"export: the tokenizer has {tokenizer.vocab_size} tokens, the model {c.vocab_size}")
     stored = {entry.path for entry in hf_names.name_table(c)}
-    for (path, spec), leaf in zip(hf.leaf_specs(c).items(), jax.tree.leaves(params), strict=True):
+    for (path, spec), leaf in zip(hf.leaf_specs(c).items(), leaves.by_path.values(), strict=True):
         if tuple(leaf.shape) != tuple(spec.shape):
             raise ValueError(f"export: {path} is {tuple(leaf.shape)}, but the config says {tuple(spec.shape)}")
-        if path not in stored and np.any(jax.device_get(leaf)):
+        if path not in stored and np.any(sharding.to_host(leaf)):
             raise ValueError(f"export: {path} is not zero, and {c.family} has no tensor for it")
 
 
@@ -196,20 +214,27 @@ class Leaves:
     """Tensors of parameters on the host. Small ones are fetched many at a time: a transfer costs more than they do."""
 
     def __init__(self, params: decoder.Params):
-        self._leaves = {hf_names.leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+        self.by_path = {hf_names.leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
         self._key: tuple = ()
         self._piece = np.zeros(0)
 
+    def drop(self) -> None:
+        """Gives up the parameters, whose memory is free where nothing else holds them."""
+        self.by_path, self._key, self._piece = {}, (), np.zeros(0)
+
     def value(self, tensor: Tensor) -> np.ndarray:
-        """Returns a tensor in the layout of the folder and in the type of its leaf; for factors, their matrix."""
-        leaf, stacked = self._leaves[tensor.entry.path], tensor.entry.stacked
+        """Returns a tensor in the layout of the folder and in the type of its leaf; for factors, their matrix.
+
+        Where the parameters are divided between processes, all must ask for the same tensor.
+        """
+        leaf, stacked = self.by_path[tensor.entry.path], tensor.entry.stacked
         depth = 0  # leading dimensions that choose a piece
         while depth < stacked and math.prod(leaf.shape[depth:]) * leaf.dtype.itemsize > _PIECE_BYTES:
             depth += 1
         key = (tensor.entry.path, *tensor.place[:depth])
         if key != self._key:
             self._piece, self._key = np.zeros(0), key
-            self._piece = np.asarray(jax.device_get(leaf[tensor.place[:depth]] if depth else leaf))
+            self._piece = sharding.to_host(leaf, tensor.place[:depth])
         return tensor.entry.transform.to_hf(self._piece[tensor.place[depth:]])
 
 
@@ -226,11 +251,10 @@ def stored(tensor: Tensor, value: np.ndarray, block: tuple[int, int] = fp8.BLOCK
     return {tensor.name: values, tensor.name + fp8.SCALE: scales}
 
 
-def read_back(tensor: Tensor, value: np.ndarray, block: tuple[int, int] = fp8.BLOCK) -> np.ndarray:
-    """Returns the float32 values that an importer must read where `value` was written."""
-    parts = stored(tensor, value, block)
+def decoded(tensor: Tensor, parts: dict[str, np.ndarray], block: tuple[int, int] = fp8.BLOCK) -> np.ndarray:
+    """Returns the float32 values that an importer must read where `parts`, as `stored` returns them, were written."""
     if tensor.dtype == fp8.TYPE:
-        return fp8.dequantise(*parts.values(), block)
+        return fp8.dequantise(parts[tensor.name], parts[tensor.name + fp8.SCALE], block)
     return parts[tensor.name].astype(np.float32)
 
 
@@ -241,18 +265,26 @@ def write_weights(
     shard_bytes: int,
     block: tuple[int, int] = fp8.BLOCK,
 ) -> None:
-    """Writes the tensors, whose values `value` returns, to files of at most `shard_bytes`, with an index if several."""
+    """Writes the tensors, whose values `value` returns, to files of at most `shard_bytes`, with an index if several.
+
+    Of several processes each writes the files whose number modulo the processes is its own, and process 0 the index; all
+    ask for every value, in order.
+    """
     shards = _shards(all_tensors, shard_bytes)
     count, weight_map = len(shards), {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else hf.SINGLE_FILE
         weight_map |= {tensor.name: file for tensor in shard}
+        matrices = [tensor for tensor in shard if not tensor.is_scale]
+        if (number - 1) % hosts.process_count() != hosts.process_index():
+            for tensor in matrices:
+                value(tensor)
+            continue
         with TensorWriter(folder / file, [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]) as writer:
-            for tensor in shard:
-                if not tensor.is_scale:
-                    for name, array in stored(tensor, value(tensor), block).items():
-                        writer.put(name, array)
-    if count > 1:
+            for tensor in matrices:
+                for name, array in stored(tensor, value(tensor), block).items():
+                    writer.put(name, array)
+    if count > 1 and hosts.is_writer():
         total = sum(tensor.nbytes for tensor in all_tensors)
         _write_json(folder / hf.INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, saved with orbax: named trees of arrays and one JSON record, complete or absent."""
+"""Checkpoints of a run, written by orbax beside the work: named trees of arrays and one JSON record, whole or absent."""
 
 import json
 import logging
@@ -14,26 +14,39 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save, and 
 
 
 class CheckpointStore:
-    """Numbered checkpoints in one folder, of which the newest `keep` are kept."""
+    """Numbered checkpoints in one folder: the newest `keep` are kept, and for good the multiples of `keep_every`."""
 
-    def __init__(self, folder: Path, keep: int = 2):
+    def __init__(self, folder: Path, keep: int = 2, keep_every: int = 0):
         self.folder = Path(folder).resolve()
+        policies = ocp.checkpoint_managers
+        kept: list[Any] = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            create=True,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
         """Returns the number of the newest complete checkpoint that process 0 sees, or None."""
+        self.wait()
         return hosts.decide(self._manager.latest_step, name="the newest checkpoint")
 
     def save(self, number: int, items: dict[str, Any], record: dict[str, Any]) -> None:
-        """Writes the items (pytrees of arrays) and the record; returns when they are on disk.
+        """Begins to write the items (pytrees of arrays) and the record; the arrays may be changed or donated after it.
 
-        Every process writes its part of the arrays that are divided between them.
+        A checkpoint begun before is on disk when this returns: one is written at a time. A thread writes this one, and
+        what goes wrong there is raised by the next call of `save`, `wait` or `close`. Every process writes its part of
+        the arrays that are divided between them. Raises TypeError for a record that is no JSON.
         """
+        json.dumps(record)  # raises here, not in the thread
+        self.wait()
         arrays = {name: ocp.args.StandardSave(value) for name, value in items.items()}
         self._manager.save(number, args=ocp.args.Composite(**arrays, record=ocp.args.JsonSave(record)))
+
+    def wait(self) -> None:
+        """Returns when the checkpoint that is being written is on disk."""
         self._manager.wait_until_finished()
 
     def restore(self, number: int, targets: dict[str, Any]) -> dict[str, Any]:
@@ -41,6 +54,7 @@ class CheckpointStore:
 
         Raises ValueError when an array there has another shape or name than its target.
         """
+        self.wait()
         result = {}
         for name, target in targets.items():
             self._check(number, name, target)
@@ -50,9 +64,12 @@ class CheckpointStore:
 
     def record(self, number: int) -> dict[str, Any]:
         """Returns the JSON record of a checkpoint."""
+        self.wait()
         return self._manager.restore(number, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
 
     def close(self) -> None:
+        """Waits for the checkpoint that is being written and ends the threads."""
+        self.wait()
         self._manager.close()
 
     def _check(self, number: int, name: str, target: Any) -> None:

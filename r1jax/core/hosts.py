@@ -7,16 +7,19 @@ once.
 """
 
 import base64
+import contextlib
+import itertools
 import json
 import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from r1jax.core import preempt
 from r1jax.core.errors import one_line
 from r1jax.core.watch import LOST_EXIT, PeerLost, PeerWatch, named, print_error
 
@@ -25,6 +28,7 @@ START_DEADLINE_S = 300.0  # within which all processes must have been started
 DEADLINE_S = 1800.0  # the longest that a process waits for another one at a named place
 _SLICE_S = 1.0  # waits are cut into slices, so that Ctrl-C is heard
 _GRACE_S = 5.0
+_DISPATCHES = 16  # between two questions, while several processes sample, whether one was asked to end
 
 
 def start(
@@ -76,12 +80,54 @@ def fail(error: BaseException, code: int) -> None:
         _connection.watch.fail(error, code)
 
 
+def leave(code: int) -> None:
+    """Ends this process with exit code `code`, as it was asked to, and the others too; returns if it is the only one."""
+    if _connection is not None:
+        _connection.watch.leave(code)
+
+
+def in_step() -> contextlib.AbstractContextManager[None]:
+    """Surrounds work that all processes do together: a notice ends it at a common `raise_if_preempted` alone."""
+    return contextlib.nullcontext() if _connection is None else preempt.deferred()
+
+
+def preempted(name: str, update: int | None = None) -> bool:
+    """Returns, in every process the same, whether one of them was asked to end; to be called by all of them together.
+
+    `update` is the number of updates made; with it what JAX itself reports of a machine's end counts too.
+    """
+    if _connection is None:
+        return preempt.requested()
+    asked = preempt.requested() or (update is not None and _connection.reported(update))
+    answers = gather(asked, name)
+    return broadcast(answers is not None and any(answers), name)
+
+
+def raise_if_preempted(name: str, update: int | None = None) -> None:
+    """Raises Preempted in every process if one of them was asked to end; to be called by all of them together."""
+    if preempted(name, update):
+        raise preempt.Preempted
+
+
+def between_dispatches() -> Callable[[], None]:
+    """Returns what a sampler that all processes run together calls before each dispatch, to end where one is asked to.
+
+    It asks the others at every 16th call.
+    """
+    if _connection is None:
+        return preempt.raise_if_requested
+    calls = itertools.count()
+    return lambda: None if next(calls) % _DISPATCHES else raise_if_preempted("a dispatch of the sampler")
+
+
 def process_index() -> int:
     return 0 if _connection is None else _connection.index
 
 
 def process_count() -> int:
-    return 1 if _connection is None else _connection.count
+    """Returns the number of processes that act together: within a decision (`decide`) process 0 acts alone."""
+    connection = _together()
+    return 1 if connection is None else connection.count
 
 
 def is_writer() -> bool:
@@ -94,17 +140,19 @@ def broadcast(value: Any, name: str = "a value", deadline_s: float = DEADLINE_S)
 
     Raises PeerLost, naming what was waited for, when process 0 does not send it in time.
     """
-    return value if _connection is None else _connection.broadcast(value, name, deadline_s)
+    connection = _together()
+    return value if connection is None else connection.broadcast(value, name, deadline_s)
 
 
 def gather(value: Any, name: str = "values", deadline_s: float = DEADLINE_S) -> list | None:
     """Returns every process's value by process on process 0, None elsewhere; values and errors as in `broadcast`."""
-    return [value] if _connection is None else _connection.gather(value, name, deadline_s)
+    connection = _together()
+    return [value] if connection is None else connection.gather(value, name, deadline_s)
 
 
 def barrier(name: str, deadline_s: float = DEADLINE_S) -> None:
     """Returns when every process is here. Raises PeerLost with the name and, on process 0, who is missing."""
-    if _connection is not None:
+    if _together() is not None:
         gather(None, name, deadline_s)
         broadcast(None, name, deadline_s)
 
@@ -112,9 +160,10 @@ def barrier(name: str, deadline_s: float = DEADLINE_S) -> None:
 def decide(function: Callable, *arguments: Any, name: str = "", deadline_s: float = DEADLINE_S) -> Any:
     """Returns in every process what `function(*arguments)` returns in process 0, where alone it runs.
 
-    An error there is raised in every process: a ValueError as such, any other as RuntimeError.
+    An error there is raised in every process: a ValueError as such, any other as RuntimeError. What `function` decides,
+    sends or gathers in turn stays in process 0.
     """
-    if _connection is None:
+    if _together() is None:
         return function(*arguments)
     name = name or f"process 0's {getattr(function, '__qualname__', 'decision')}"
     if not is_writer():
@@ -123,11 +172,41 @@ def decide(function: Callable, *arguments: Any, name: str = "", deadline_s: floa
             raise (ValueError if outcome["by_user"] else RuntimeError)(outcome["error"])
         return outcome["value"]
     try:
-        value = function(*arguments)
+        value = _alone(function, *arguments)
     except Exception as error:
         broadcast({"error": one_line(error), "by_user": isinstance(error, ValueError)}, name, deadline_s)
         raise
     return broadcast({"error": None, "value": value}, name, deadline_s)["value"]
+
+
+def share(items: Sequence[Any]) -> Sequence[Any]:
+    """Returns this process's share of work that is divided: the items whose number modulo the processes is its own."""
+    return items[process_index() :: process_count()]
+
+
+def join_shares(results: list, name: str, deadline_s: float = DEADLINE_S) -> list:
+    """Returns in every process the results of all, in the order of the items that `share` divided; one result an item."""
+    shares = gather(results, name, deadline_s)
+    if shares is not None:
+        joined = [None] * sum(map(len, shares))
+        for index, one in enumerate(shares):
+            joined[index :: len(shares)] = one
+        results = joined
+    return broadcast(results, name, deadline_s)
+
+
+def refuse_unconnected() -> None:
+    """Raises ValueError where JAX counts several processes and this one was started as if it were alone.
+
+    Sets up JAX's devices: on a TPU pod each process then sees the other hosts, whether flags named them or not.
+    """
+    import jax
+
+    if _connection is None and jax.process_count() > 1:
+        raise ValueError(
+            f"this process was started alone, and JAX counts {jax.process_count()} processes on these devices; start "
+            "one on each host with --coordinator=HOST:PORT --num_processes=N --process_id=I (or --coordinator=auto)"
+        )
 
 
 def require_one(what: str) -> None:
@@ -195,6 +274,14 @@ class _Connection:
             self._service.kill()
         os._exit(LOST_EXIT)
 
+    def reported(self, update: int) -> bool:
+        """Returns whether JAX reports the end of a machine; all processes get to know at the same update."""
+        import jax
+        from jax.experimental import multihost_utils
+
+        listens = jax.config.values.get("jax_enable_preemption_service")
+        return bool(listens) and multihost_utils.reached_preemption_sync_point(update)
+
     def broadcast(self, value: Any, name: str, deadline_s: float) -> Any:
         self._calls += 1
         key = f"r1jax/broadcast/{self._calls}"
@@ -253,6 +340,20 @@ class _Connection:
 
 
 _connection: _Connection | None = None
+_deciding = threading.local()  # `now`: whether this thread is within a decision
+
+
+def _together() -> _Connection | None:
+    """Returns the connection to the others; None where there are none, and within a decision."""
+    return None if getattr(_deciding, "now", False) else _connection
+
+
+def _alone(function: Callable, *arguments: Any) -> Any:
+    _deciding.now = True
+    try:
+        return function(*arguments)
+    finally:
+        _deciding.now = False
 
 
 def _on_tpu_pod() -> bool:

@@ -1,6 +1,7 @@
 """Process-wide set-up of JAX (the persistent compilation cache), and the count of compiled programs."""
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,28 +25,36 @@ WITHOUT_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_
 
 
 class ProgramSet:
-    """The jitted programs of a run by name: all are compiled at warm-up, and none may be compiled again."""
+    """The jitted programs of a run by name: all are compiled at warm-up, and none may be compiled again.
+
+    Threads may add programs while others check.
+    """
 
     def __init__(self):
         self._counters: dict[str, Callable[[], int]] = {}
         self._frozen: dict[str, int] | None = None
+        self._lock = threading.Lock()
 
     def add(self, name: str, counter: Callable[[], int]) -> None:
-        """Adds a program; `counter` returns how many times it has been compiled."""
-        self._counters[name] = counter
+        """Adds a compiled program, or replaces one; `counter` returns how many times it has been compiled."""
+        with self._lock:
+            self._counters[name] = counter
+            if self._frozen is not None:
+                self._frozen[name] = counter()
 
     def counts(self) -> dict[str, int]:
         return {name: counter() for name, counter in self._counters.items()}
 
     def freeze(self) -> dict[str, int]:
         """Declares the warm-up over and returns the counts, which `check` then holds constant."""
-        self._frozen = self.counts()
-        return self._frozen
+        with self._lock:
+            self._frozen = self.counts()
+            return dict(self._frozen)
 
     def check(self) -> None:
         """Raises RuntimeError when a program was compiled after the warm-up."""
-        if self._frozen is None:
-            return
-        changed = {name: (self._frozen[name], now) for name, now in self.counts().items() if now != self._frozen[name]}
+        with self._lock:
+            frozen, counts = self._frozen, self.counts()
+            changed = {} if frozen is None else {n: (frozen[n], now) for n, now in counts.items() if now != frozen[n]}
         if changed:
             raise RuntimeError(f"programs were compiled again after warm-up (before, now): {changed}")

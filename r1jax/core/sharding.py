@@ -97,11 +97,14 @@ def map_specs(function: Callable[[ParamSpec], Any], specs: Any) -> Any:
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None, field: str = "mesh") -> Mesh:
-    """Returns a mesh over the first devices. Raises ValueError when there are too few.
+    """Returns a mesh over the first devices. Raises ValueError when there are too few, and in a process of a pod that
+    was started as if it were alone.
 
     On TPUs neighbours on a mesh axis are neighbours in the machine, and only the `slice` axis crosses between slices.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        hosts.refuse_unconnected()
+        devices = jax.devices()
     needed = math.prod(config.shape)
     if needed > len(devices):
         raise ValueError(
@@ -220,16 +223,19 @@ def place(value: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def to_host(array: Any) -> np.ndarray:
-    """Returns a whole array in the memory of every process; where it is divided between them, all must call this."""
+def to_host(array: Any, place: tuple[int, ...] = ()) -> np.ndarray:
+    """Returns a whole array, or its part at these leading indices, in the memory of every process.
+
+    Where the array is divided between processes, all must call this.
+    """
     if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(jax.device_get(array))
-    return np.asarray(_replicate(array.sharding.mesh)(array))
+        return np.asarray(jax.device_get(array[place] if place else array))
+    return np.asarray(_replicate(array.sharding.mesh)(array, *map(np.int32, place)))
 
 
 @functools.cache
-def _replicate(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda x: x, out_shardings=replicated(mesh))
+def _replicate(mesh: Mesh) -> Callable[..., jax.Array]:
+    return jax.jit(lambda x, *place: x[place] if place else x, out_shardings=replicated(mesh))
 
 
 def on_host(shardings: Any) -> Any:

@@ -7,6 +7,7 @@ import threading
 import time
 from typing import Any
 
+from r1jax.core import preempt
 from r1jax.core.errors import one_line
 
 LOST_EXIT = 3  # exit code of a process that ends because another one was lost
@@ -70,11 +71,30 @@ class PeerWatch:
         time.sleep(3 * self._interval_s)  # the others read it before the coordinator may go
         os._exit(code)
 
+    def leave(self, code: int) -> None:
+        """Ends this process with exit code `code` after the others have had the time to hear of its notice."""
+        self._last_word.acquire()
+        self._ending.set()
+        self._pass_on()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(3 * self._interval_s)
+        os._exit(code)
+
+    def _pass_on(self) -> None:
+        """Tries to let the others know of a notice to end that this process has, and takes one from them."""
+        with contextlib.suppress(Exception):
+            if preempt.requested():
+                self._client.key_value_set(f"r1jax/preempted/{self._index}", "", allow_overwrite=True)
+            elif noticed := self._client.key_value_dir_get("r1jax/preempted/"):
+                preempt.request(f"{named([int(key.rsplit('/', 1)[1]) for key, _ in noticed])} was asked to end")
+
     def _run(self) -> None:
         counts, heard = {}, dict.fromkeys(self._watched, time.monotonic())
         while not self._ending.wait(self._interval_s):
             try:
                 self._show_alive()
+                self._pass_on()
                 if failures := self._client.key_value_dir_get("r1jax/failed/"):
                     self._end(failures[0][1])
                 alive = dict(self._client.key_value_dir_get("r1jax/alive/"))
@@ -107,7 +127,7 @@ class PeerWatch:
         print_error(f"process {self._index} stops: {reason}")
         if self._index == 0:
             time.sleep(3 * self._interval_s)  # the others read the reason while process 0's coordinator still runs
-        os._exit(LOST_EXIT)
+        os._exit(preempt.PREEMPTED_EXIT if preempt.requested() else LOST_EXIT)
 
 
 def named(peers: list[int]) -> str:

@@ -43,6 +43,8 @@ class StageTime:
     sampler: Placed | None = None  # None: on the trainer's devices
     overlap: bool = False  # whether the sampler's devices draw the next rollout while this one is trained on
     rollout: Mapping[str, float] = field(default_factory=dict)  # how the slots are used
+    longest: int = 0  # tokens of a response at most; 0: nothing is sampled
+    before: tuple["StageTime", ...] = ()  # the parts of a run with shorter outputs, which come first
 
     @property
     def chips(self) -> int:
@@ -56,9 +58,13 @@ class StageTime:
         return max(sides) if self.overlap and self.sampler else sum(sides)
 
     def column(self, efficiency: float = 1.0, price: float = 0.0) -> dict[str, Any]:
-        """Returns the sums at an efficiency, where a chip costs `price` an hour; seconds by program are of a round."""
+        """Returns the sums at an efficiency, where a chip costs `price` an hour.
+
+        Hours and cost are of the whole stage, `before` included; everything else is of a round, the longest one.
+        """
         seconds = self.round_s(efficiency)
-        hours, needed = seconds * self.rounds / 3600, sum(run.round.model_flops for run in self.runs.values())
+        hours = sum(one.round_s(efficiency) * one.rounds for one in (*self.before, self)) / 3600
+        needed = sum(run.round.model_flops for run in self.runs.values())
         peak = self.trainer.peak + (self.sampler.peak if self.sampler else 0.0)
         return {
             "seconds": {name: run.round.bound_s / efficiency for name, run in self.runs.items()},
@@ -83,7 +89,15 @@ class StageTime:
             "generation": self.trainer.generation.name,
             "chips": self.chips,
             "mesh": {name: {k: v for k, v in one.sizes.items() if v > 1} for name, one in placed.items()},
-            "rounds": self.rounds,
+            "rounds": self.rounds + sum(one.rounds for one in self.before),
+            "phases": [
+                {
+                    "max_new_tokens": one.longest,
+                    "rounds": one.rounds,
+                    "round_s": {"bound": one.round_s(), "expected": one.round_s(efficiency)},
+                }
+                for one in (*self.before, self)
+            ],
             "updates_per_round": self.updates_per_round,
             "tokens_per_round": self.tokens,
             "rollout": dict(self.rollout),
@@ -132,7 +146,8 @@ def sampled(
 ) -> StageTime:
     """Returns the time of a stage that only samples, such as an evaluation; ValueError as `sampling`."""
     runs, summary = sampling(placed, settings, law, prompt_tokens, prompts, samples)
-    return StageTime(runs, placed, 1, 0, summary["samples"] * summary["mean_tokens"], rollout=summary)
+    tokens = summary["samples"] * summary["mean_tokens"]
+    return StageTime(runs, placed, 1, 0, tokens, rollout=summary, longest=law.longest)
 
 
 def fine_tuned(
@@ -162,8 +177,7 @@ def reinforced(
 ) -> StageTime:
     """Returns the time of an RL stage whose responses have this law, with a critic for grpo.advantage=gae.
 
-    `sampler` is the mesh of its own devices where the stage is disaggregated. A stage whose lengths change on a
-    schedule is the sum of its phases. Raises ValueError for rows or prompts that are too short.
+    `sampler` is the mesh of its own devices where the stage is disaggregated. Raises ValueError for rows or prompts that are too short.
     """
     updates, samples = grpo.updates_per_rollout, grpo.prompts_per_update * grpo.group_size
     runs, summary = sampling(
@@ -193,6 +207,7 @@ def reinforced(
         sampler,
         overlap=grpo.rollouts_ahead > 0,
         rollout=summary,
+        longest=law.longest,
     )
 
 

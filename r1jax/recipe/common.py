@@ -10,21 +10,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from r1jax.checkpoints import tokenizer as tokenizers
-from r1jax.config import config_hash, flatten
-from r1jax.core import checkpoint, files, hosts, runtime, sharding
+from r1jax.config import flatten
+from r1jax.core import checkpoint, files, hosts, lock, runtime, sharding
 from r1jax.core.say import say
 from r1jax.models import decoder
-from r1jax.schema import ComputeConfig, Config, DataConfig, GateConfig, ModelConfig, RopeScaling, replace
+from r1jax.recipe import identity
+from r1jax.rl.journal import Journal
+from r1jax.schema import ComputeConfig, Config, DataConfig, ModelConfig, RopeScaling, replace
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 DONE = "DONE"
 INPUTS = "inputs.json"
+CHANGES = "config_changes.jsonl"
 DIGEST_THREADS = 8
 SLOW_DIGEST_BYTES = 8 << 30  # size of a checkpoint above which the run prints that its digest takes a while
 TOKENIZER_FILES = (
@@ -43,15 +45,22 @@ class StageFolder:
     def __init__(self, config: Config, workdir: Path, name: str | None = None):
         self.path = Path(workdir) / (name or config.stage)
         self.config = config
-        self.hash = config_hash(replace(config, gate=GateConfig()))  # a gate does not change the result
+        self._lock = self.path.with_name(
+            f".{self.path.name}.lock"
+        )  # beside the folder, which may be removed and made anew
+        self.hash = identity.digest(json_fields(config), json_fields(Config()))
 
     def state(self, inputs: dict[str, str]) -> str:
-        """Returns missing, stopped, done, or stale (finished with another config or from other inputs)."""
+        """Returns missing, stopped, done, or stale (finished with another config or from other inputs).
+
+        A finished run that the config makes longer is stopped.
+        """
         marker = self.path / DONE
         if not marker.exists():
             return "stopped" if self._holds_work() else "missing"
-        record = json.loads(marker.read_text())
-        return "done" if (record["config_hash"], record["inputs"]) == (self.hash, inputs) else "stale"
+        if json.loads(marker.read_text())["inputs"] != inputs or self._refusal():
+            return "stale"
+        return "stopped" if self._lengthened() else "done"
 
     def finished(self, inputs: dict[str, str]) -> dict | None:
         """Returns the figures if the stage is finished with this config and these inputs, else None.
@@ -71,32 +80,71 @@ class StageFolder:
                 f"{self.path} is stale: its input {changed[0]} has changed since; remove that folder, or run the graph "
                 f"again with --config.from={self.config.stage}"
             )
-        return record["figures"] if record.get("config_hash") == self.hash else None
+        return record["figures"] if marker.name == DONE and not (self._refusal() or self._lengthened()) else None
 
     def check(self) -> None:
-        """Raises ValueError when this folder holds a run with another config."""
+        """Raises ValueError when this folder holds a run with another config, whose fields `identity` compares."""
         hosts.decide(self._check, name=f"what is in {self.path}")
 
     def _check(self) -> None:
+        if self._holds_work() and (refusal := self._refusal()):
+            raise ValueError(
+                f"{self.path} holds a run with another config ({refusal}); give the value there, choose another "
+                "--workdir or remove that folder"
+            )
+
+    def _changed(self) -> list[identity.Difference]:
+        """Returns the fields of the run in this folder that have other values now; [] without a run."""
         path = self.path / "config.json"
-        if not path.exists() or not self._holds_work():
+        before = json.loads(path.read_text()) if path.exists() else {}
+        return identity.differences(before, self._fields(), json_fields(Config())) if before else []
+
+    def _refusal(self) -> str:
+        return identity.refusal(self._changed(), self._fields(), self._reached())
+
+    def _lengthened(self) -> list[identity.Difference]:
+        return list(filter(identity.lengthens, self._changed()))
+
+    def _reached(self) -> identity.Reached:
+        """Returns how far the run in this folder has come, by its files alone."""
+        numbers = [int(path.name) for path in self.path.glob("checkpoints/[0-9]*") if path.name.isdigit()]
+        path = self.path / "figures.json"
+        figures = json.loads(path.read_text()) if path.exists() else {}
+        return identity.Reached(max(numbers, default=0), figures.get("examples"))
+
+    def _note_changes(self) -> None:
+        """Appends the changed fields of a run that goes on to CHANGES; a longer one is no longer finished."""
+        changed = self._changed() if self._holds_work() else []
+        if not changed:
             return
-        old, fields, defaults = json.loads(path.read_text()), self._fields(), json_fields(Config())
-        for name in (name for name in fields if not name.startswith("gate.")):
-            if old.get(name, defaults[name]) != fields[name]:  # a field newer than the run counts as its default
-                raise ValueError(
-                    f"{self.path} holds a run with another config ({name}: {old.get(name)!r} there, {fields[name]!r} "
-                    "now); choose another --workdir or remove that folder"
-                )
+        rows = [{"update": self._reached().update, **dataclasses.asdict(difference)} for difference in changed]
+        files.write_text(self.path / CHANGES, "".join(f"{json.dumps(row)}\n" for row in [*self.changes(), *rows]))
+        for length in self._lengthened():
+            if length.name == "grpo.updates":  # a short last rollout that was not trained on is drawn anew, whole
+                Journal(self.path / "journal").drop(identity.last_rollout(length.before, self._fields()))
+            (self.path / DONE).unlink(missing_ok=True)
+
+    def changes(self) -> list[dict]:
+        """Returns what changed when the run went on: {update, name, before, after} of each field, in order."""
+        return files.read_jsonl(self.path / CHANGES)
+
+    def hold(self) -> None:
+        """Keeps other runs out of this folder until `finish` or the end of the process; process 0 does it for all.
+
+        To be called before anything is written. Raises ValueError, naming the process, if another run is at work there.
+        """
+        hosts.decide(lock.hold, self._lock, name=f"the lock of {self.path}")
 
     def start(self, inputs: dict[str, str]) -> None:
-        """Makes the folder and writes config.json and the digests of the inputs.
+        """Makes the folder and writes config.json, with the newest values, and the digests of the inputs.
 
-        Raises ValueError as in `check`, and when one of several processes does not see the files of process 0.
+        Raises ValueError as in `hold` and `check`, and when one of several processes does not see the files of process 0.
         """
+        self.hold()
         self.check()
         if hosts.is_writer():
             files.remove_unfinished(self.path)
+            self._note_changes()
         checkpoint.write_json(self.path / "config.json", self._fields())
         checkpoint.write_json(self.path / INPUTS, {"inputs": inputs})
         hosts.barrier(f"{self.path}/{INPUTS}")
@@ -126,10 +174,12 @@ class StageFolder:
         """Writes the DONE marker, with the digests of inputs and output, and returns the figures read back from it."""
         record = {"config_hash": self.hash, "inputs": inputs, "output": output, "figures": figures}
         checkpoint.write_json(self.path / DONE, record)
+        lock.release(self._lock)
         return hosts.decide(lambda: json.loads((self.path / DONE).read_text())["figures"], name=f"{self.path}/{DONE}")
 
     def checkpoints(self) -> checkpoint.CheckpointStore:
-        return checkpoint.CheckpointStore(self.path / "checkpoints", self.config.checkpointing.keep)
+        kept = self.config.checkpointing
+        return checkpoint.CheckpointStore(self.path / "checkpoints", kept.keep, kept.keep_every)
 
     def newest_checkpoint(self) -> int | None:
         """Returns the number of the newest complete checkpoint, None without one."""
@@ -394,9 +444,11 @@ def _named(tree) -> dict[str, jax.Array]:
 
 
 def save_asset(path: Path, params: decoder.Params, metadata: dict[str, str]) -> None:
-    """Writes parameters as one safetensors file, atomically."""
-    with files.replacing(path) as temporary:
-        save_file({name: np.asarray(leaf) for name, leaf in _named(params).items()}, temporary, metadata=metadata)
+    """Writes parameters as one safetensors file, atomically; of several processes process 0 writes it."""
+    leaves = {name: sharding.to_host(leaf) for name, leaf in _named(params).items()}
+    if hosts.is_writer():
+        with files.replacing(path) as temporary:
+            save_file(leaves, temporary, metadata=metadata)
 
 
 def load_asset(path: Path, model: ModelConfig, mesh: Mesh) -> decoder.Params:

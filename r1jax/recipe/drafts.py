@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from r1jax.core import hosts
 from r1jax.data.problems import Problem, read_prompt
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest, Score
@@ -87,6 +88,14 @@ def grade(drafts: Sequence[Draft], reward: RewardConfig) -> list[Score | None]:
     chosen = [draft for draft in drafts if draft.gradable]
     if not chosen:
         return [None] * len(drafts)
-    with RewardPool(reward) as pool:
-        scores = iter(pool.score([draft.request() for draft in chosen]))
+    scores = iter(scores_of([draft.request() for draft in chosen], reward))
     return [next(scores) if draft.gradable else None for draft in drafts]
+
+
+def scores_of(requests: Sequence[RewardRequest], reward: RewardConfig) -> list[Score]:
+    """Returns the score of each request, in order; of several processes each grades its share."""
+    with RewardPool(reward) as pool:
+        scores = pool.score(hosts.share(requests))
+        deadline_s = pool.batch_deadline_s + hosts.DEADLINE_S
+    records = hosts.join_shares([asdict(score) for score in scores], "the scores of examples", deadline_s)
+    return [Score(**record) for record in records]

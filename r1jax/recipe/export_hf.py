@@ -1,6 +1,8 @@
 """Export a stage's result to a Hugging Face folder and check that the folder reads back as the trained model."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -8,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.checkpoints import hf, hf_config, hf_export
+from r1jax.checkpoints import fp8, hf, hf_config, hf_export
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.config import flatten, override
-from r1jax.core import tree
+from r1jax.core import hosts, tree
 from r1jax.core.say import say
-from r1jax.core.sharding import use_mesh
+from r1jax.core.sharding import replicated, use_mesh
 from r1jax.data import templates
 from r1jax.models import decoder
 from r1jax.recipe import common, lineage, prompts
-from r1jax.schema import ComputeConfig, Config, DataConfig, ModelConfig, Network, replace
+from r1jax.schema import Config, DataConfig, ModelConfig, Network, replace
 
 # Fields of the run's config.json that an export takes over.
 RUN_FIELDS = ("model.", "compute.", "data.", "sampler.stop_ids")
@@ -59,19 +61,21 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     tokenizer = Tokenizer(
         tokenizer.backend, tokenizer.config, chat_template(resolved.stage, resolved.data, tokenizer), tokenizer.source
     )
-    params = common.load_weights(resolved.model, mesh, str(source))
+    params, kind = common.load_weights(resolved.model, mesh, str(source)), config.export.dtype
     figures: dict[str, float] = {"parameters": tree.count(params)}
-    kind = config.export.dtype
+    logits = _logits(params, resolved.network, mesh) if config.export.verify else np.zeros(0)
+    leaves = hf_export.Leaves(params)
+    del params  # the leaves alone hold it, until they are dropped to read the folder back
 
     def check(folder: Path) -> None:
         with hf.TensorFiles(folder) as files:
             figures["tensors"] = len(list(files))
         figures["files"] = len(list(folder.glob("*.safetensors")))
         if config.export.verify:
-            figures["logit_difference"] = verify(folder, params, resolved.network, mesh, kind)
+            figures["logit_difference"] = verify(folder, leaves, logits, resolved.network, mesh, kind)
 
     card_text = card(source, fields, target.name)
-    hf_export.save(target, params, resolved.model, tokenizer, kind, card_text, check=check, end_ids=ends, pad_id=pad)
+    hf_export.save(target, leaves, resolved.model, tokenizer, kind, card_text, check=check, end_ids=ends, pad_id=pad)
     checked = "not read back"
     if config.export.verify:
         moved = figures["logit_difference"]
@@ -126,40 +130,70 @@ def chat_template(stage: str, data: DataConfig, tokenizer: Tokenizer) -> str:
     return f"{before_turns}{before}{FLAT}{after}"
 
 
-def verify(folder: Path, params: decoder.Params, network: Network, mesh: Mesh, dtype: str) -> float:
+def verify(
+    folder: Path, leaves: hf_export.Leaves, logits: np.ndarray, network: Network, mesh: Mesh, dtype: str
+) -> float:
     """Returns max |logit before - after| on random tokens, as a fraction of the largest logit; 0 for float32.
 
-    Reads the folder back, which needs a second copy of the weights on the devices. Raises ValueError when a weight is
-    not bit-equal to ours rounded to `dtype` (`fp8`: quantised and multiplied out again), or when the model of
-    config.json computes other logits.
+    `leaves` are the weights that were written, `logits` what they compute. They are compared with the folder and then
+    dropped, before the folder is read back as any other: the devices never hold the weights twice. Of several processes
+    each compares its share of the tensors. Raises ValueError when a weight is not bit-equal to ours rounded to `dtype`
+    (`fp8`: quantised and multiplied out again), or when the model of config.json computes other logits.
     """
-    model, compute = network.model, replace(network.compute, compute_dtype="float32")
-    shape = hf_config.model_config(folder)
-    back = hf.load(folder, shape, mesh, jnp.float32)
-    before, after = hf_export.Leaves(params), hf_export.Leaves(back)
-    for tensor in hf_export.tensors(model, dtype):
-        if tensor.is_scale:
-            continue
-        kept = hf_export.read_back(tensor, before.value(tensor))
-        if not np.array_equal(kept.view(np.uint32), after.value(tensor).view(np.uint32)):
-            raise ValueError(f"export_hf: {tensor.name} reads back differently; nothing was kept")
-    reread, same_weights, original = (
-        _logits(*pair, compute, mesh) for pair in ((back, shape), (back, model), (params, model))
-    )
+    model, shape = network.model, hf_config.model_config(folder)
+    with hf.TensorFiles(folder) as files:
+        _refuse_different(leaves, model, dtype, lambda tensor, value: _is_stored(files, tensor, value))
+        leaves.drop()
+        back = hf.load(folder, shape, mesh, jnp.float32)
+        _refuse_different(hf_export.Leaves(back), model, dtype, lambda tensor, value: _is_read(files, tensor, value))
+    reread, same_weights = (_logits(back, replace(network, model=one), mesh) for one in (shape, model))
     if not np.array_equal(reread, same_weights):
         raise ValueError("export_hf: config.json, read back, computes other logits; nothing was kept")
-    return float(np.abs(reread - original).max() / np.abs(original).max())
+    return float(np.abs(reread - logits).max() / np.abs(logits).max())
 
 
-def _logits(params: decoder.Params, model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> np.ndarray:
-    """Returns the logits [2, 24, V] of two rows of random tokens."""
-    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, 24)).astype(np.int32)
+def _refuse_different(
+    leaves: hf_export.Leaves, model: ModelConfig, dtype: str, equal: Callable[[hf.Tensor, np.ndarray], bool]
+) -> None:
+    """Raises ValueError in every process when `equal(tensor, value)` is false for a tensor in the share of one."""
+    matrices = [tensor for tensor in hf_export.tensors(model, dtype) if not tensor.is_scale]
+    compared, different = set(hosts.share(range(len(matrices)))), []
+    for number, tensor in enumerate(matrices):
+        value = leaves.value(tensor)
+        if number in compared and not equal(tensor, value):
+            different.append(tensor.name)
+    name = "the tensors that were compared"
+    for names in hosts.broadcast(hosts.gather(different, name), name):
+        if names:
+            raise ValueError(f"export_hf: {names[0]} reads back differently; nothing was kept")
+
+
+def _is_stored(files: hf.TensorFiles, tensor: hf.Tensor, value: np.ndarray) -> bool:
+    """Returns whether the files hold the bits that a value is stored as."""
+    parts = hf_export.stored(tensor, value)
+    return all(_same_bits(files.read(name), array) for name, array in parts.items())
+
+
+def _is_read(files: hf.TensorFiles, tensor: hf.Tensor, value: np.ndarray) -> bool:
+    """Returns whether a value that an importer read is, in float32, what the files hold."""
+    names = [tensor.name, *([tensor.name + fp8.SCALE] if tensor.dtype == fp8.TYPE else [])]
+    return _same_bits(hf_export.decoded(tensor, {name: files.read(name) for name in names}), value)
+
+
+def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and one.tobytes() == other.tobytes()
+
+
+def _logits(params: decoder.Params, network: Network, mesh: Mesh) -> np.ndarray:
+    """Returns the logits [2, 24, V] of two rows of random tokens, computed in float32."""
+    tokens = np.random.default_rng(0).integers(0, network.model.vocab_size, (2, 24)).astype(np.int32)
     places = np.tile(np.arange(24, dtype=np.int32), (2, 1))
+    network = replace(network, compute=replace(network.compute, compute_dtype="float32"))
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def run(params: decoder.Params) -> jax.Array:
         rows = jnp.asarray(tokens), jnp.asarray(places), jnp.ones_like(tokens)
-        hidden, _, _ = decoder.forward(params, *rows, Network(model, compute))
+        hidden, _, _ = decoder.forward(params, *rows, network)
         return decoder.logits(params, hidden)
 
     with use_mesh(mesh):

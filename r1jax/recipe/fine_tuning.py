@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import checkpoint, sharding, tree
+from r1jax.core import checkpoint, hosts, sharding, tree
 from r1jax.core.say import say
 from r1jax.data import jsonl
 from r1jax.data.packing import PackItem
@@ -69,7 +69,7 @@ def run(
         tokenizer,
         prompts.template(resolved.stage, resolved.data, tokenizer),
     )
-    if not path.exists():
+    if not hosts.decide(path.exists, name=str(path)):
         rows, counts = collect(resolved, tokenizer, mesh, train, Path(workdir))
         if not rows:
             raise ValueError(
@@ -77,7 +77,7 @@ def run(
                 "easier problems, or rows written by people (coldstart.sources)"
             )
         checkpoint.write_json(folder.path / COUNTS, counts)
-        jsonl.write(path, rows)
+        hosts.decide(jsonl.write, path, rows, name=str(path))
     rows = jsonl.read(path)
     examples = [item for row in rows for item in sft_rows.items_of(row, resolved.stage, resolved.data, tokenizer)]
     fitting_examples = fitting(examples, resolved.pack.row_tokens)

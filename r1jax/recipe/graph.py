@@ -3,11 +3,12 @@
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from r1jax import config as configs
 from r1jax import stage_table
-from r1jax.core import checkpoint
+from r1jax.core import checkpoint, files, hosts, lock
 from r1jax.core.say import say
 from r1jax.recipe import common, evaluate, export_hf, inherited, lineage, reward_models
 from r1jax.report import html, table
@@ -26,6 +27,7 @@ GRAPH: dict[str, tuple[str, ...]] = {
     "student_rl": (),
 }
 EXPORTED = ("stage4_all_scenarios", "distill")  # R1 and the student are exported as Hugging Face folders
+LOCK = ".graph.lock"
 COLUMNS = (
     *("checkpoint", "problems", "pass@1", "pass@1_se", "greedy", "mean_tokens", "truncated", "unscorable"),
     "reflective_per_response",
@@ -46,26 +48,41 @@ def run(config: Config, workdir: Path) -> dict:
 
     Raises ValueError for an unknown stage, a stale one, a missing input of `only`, or a result below its gate.
     """
-    workdir, started = Path(workdir), time.monotonic()
-    stages = stage_configs(config)
+    workdir, stages = Path(workdir), stage_configs(config)
     if config.list:
-        return listing(stages, workdir)
-    chosen = chosen_stages(config)
+        return hosts.decide(listing, stages, workdir, name="the states of the stages")
+    hosts.decide(lock.hold, workdir / LOCK, name="the lock of the graph")
+    try:
+        return _run(config, stages, workdir)
+    finally:
+        lock.release(workdir / LOCK)
+
+
+def _run(config: Config, stages: dict[str, Config], workdir: Path) -> dict:
+    started, chosen = time.monotonic(), chosen_stages(config)
     for stage in chosen:
         inherited.require(stages[stage], f"--config.set={stage}.FIELD", config)
-    _refuse_unready(chosen, stages, workdir, bool(config.from_stage))
-    if config.from_stage:
-        for stage in chosen:
-            shutil.rmtree(workdir / stage, ignore_errors=True)
+    again = bool(config.from_stage)
+    hosts.decide(_refuse_unready, chosen, stages, workdir, again, name="the states of the stages")
+    for stage in chosen if again else ():
+        common.StageFolder(stages[stage], workdir).hold()
+    if again:
+        hosts.decide(_remove, chosen, workdir, name="the removal of older results")
     for stage in chosen:
         say(f"== {stage}")
         figures = stage_table.function(stage)(stages[stage], workdir)
         if awaited := figures.get("awaits"):
             raise ValueError(f"{stage} waits for the verdicts in {awaited}; run again when they are complete")
-        hold_gate(stage, stages[stage].gate, workdir)
-    if not set(EXPORTED) - {stage for stage in GRAPH if (workdir / stage / common.DONE).exists()}:
-        export(stages, workdir)
-    summary = summarize(workdir, round(time.monotonic() - started, 1))
+        hosts.decide(hold_gate, stage, stages[stage].gate, workdir, name=f"the gate of {stage}")
+    export(hosts.decide(_to_export, workdir, name="what is exported"), stages, workdir)
+    summary = hosts.decide(summarize, workdir, round(time.monotonic() - started, 1), name="the summary")
+    if hosts.is_writer():
+        _show(summary, workdir)
+    return summary
+
+
+def _show(summary: dict, workdir: Path) -> None:
+    """Writes summary.json and report.html, and prints the table and where the results are."""
     checkpoint.write_json(workdir / "summary.json", summary)
     write_report(summary, workdir)
     table.render(rows(summary), evaluate.columns(rows(summary), COLUMNS), "the recipe on held-out problems")
@@ -74,7 +91,6 @@ def run(config: Config, workdir: Path) -> dict:
     reward_models.show(summary["reward_models"])
     for name in ("report.html", "summary.json", *(f"export/{lineage.RESULTS[stage]}" for stage in EXPORTED)):
         say(f"  {workdir / name}")
-    return summary
 
 
 def stage_configs(config: Config) -> dict[str, Config]:
@@ -193,21 +209,40 @@ def summarize(workdir: Path, wall_s: float) -> dict:
     return {"checkpoints": checkpoints, "reward_models": models, "wall_s": wall_s}
 
 
-def export(stages: dict[str, Config], workdir: Path) -> None:
-    """Writes R1 and the student to `workdir/export/` as Hugging Face folders, again if the stage was run again.
+def _to_export(workdir: Path) -> list[str]:
+    """Returns the stages whose result is to be exported: once both are done, those that were made since the last time.
 
-    Each is exported on the mesh and in the dtype of its size (configs/export_hf.py).
+    What was exported of them before is removed.
     """
+    if any(not (workdir / stage / common.DONE).exists() for stage in EXPORTED):
+        return []
+    stale = []
     for stage in EXPORTED:
-        target = workdir / "export" / lineage.RESULTS[stage]
-        stamp = workdir / "export" / f"{lineage.RESULTS[stage]}.digest"
+        target, stamp = _exported(stage, workdir)
+        if not (target.exists() and stamp.exists() and stamp.read_text() == lineage.output_digest(workdir / stage)):
+            shutil.rmtree(target, ignore_errors=True)
+            stale.append(stage)
+    return stale
+
+
+def _exported(stage: str, workdir: Path) -> tuple[Path, Path]:
+    """Returns (the folder that a stage's result is exported to, the file with the digest of that result)."""
+    name = lineage.RESULTS[stage]
+    return workdir / "export" / name, workdir / "export" / f"{name}.digest"
+
+
+def export(chosen: Sequence[str], stages: dict[str, Config], workdir: Path) -> None:
+    """Writes the results of stages to `workdir/export/` as Hugging Face folders.
+
+    Each is exported on the mesh of its stage and in the dtype of its size (configs/export_hf.py).
+    """
+    for stage in chosen:
+        target, stamp = _exported(stage, workdir)
+        changes = dict(mesh=stages[stage].mesh, checkpoint=str(workdir / stage), output=str(target))
+        export_hf.run(replace(configs.load(f"export_hf:{stages[stage].preset}"), **changes), workdir)
         digest = lineage.output_digest(workdir / stage)
-        if target.exists() and stamp.exists() and stamp.read_text() == digest:
-            continue
-        shutil.rmtree(target, ignore_errors=True)
-        export_config = configs.load(f"export_hf:{stages[stage].preset}")
-        export_hf.run(replace(export_config, checkpoint=str(workdir / stage), output=str(target)), workdir)
-        stamp.write_text(digest)
+        if hosts.is_writer():
+            files.write_text(stamp, digest)
 
 
 def write_report(summary: dict, workdir: Path) -> None:
@@ -221,6 +256,12 @@ def rows(summary: dict) -> list[dict]:
     return [{"checkpoint": name, **figures} for name, figures in summary["checkpoints"].items()]
 
 
+def _remove(chosen: list[str], workdir: Path) -> None:
+    """Removes the folders of stages that are to be made again."""
+    for stage in chosen:
+        shutil.rmtree(workdir / stage, ignore_errors=True)
+
+
 def _refuse_unready(chosen: list[str], stages: dict[str, Config], workdir: Path, again: bool) -> None:
     """Raises ValueError for a stage that is missing or stale; with `again` the chosen stages may be stale."""
     needed = {name for stage in chosen for name in GRAPH[stage]} - set(chosen)
@@ -230,12 +271,26 @@ def _refuse_unready(chosen: list[str], stages: dict[str, Config], workdir: Path,
             raise ValueError(
                 f"{reader} needs {name}, which is not done in {workdir}; run with --config.only={name} first"
             )
+    for name in () if again or len(chosen) == 1 else chosen:
+        _refuse_longer(name, stages, workdir)
     kept = needed if again else needed | set(chosen)
     for name in (name for name in GRAPH if name in kept):
         if (_own_state if name in chosen else state)(name, stages, workdir) == "stale":
             raise ValueError(
                 f"{workdir / name} is stale: its config or an input has changed; run again with --config.from={name}"
             )
+
+
+def _refuse_longer(name: str, stages: dict[str, Config], workdir: Path) -> None:
+    """Raises ValueError for a finished stage that would become longer while other finished ones were made from it."""
+    if not (workdir / name / common.DONE).exists() or _own_state(name, stages, workdir) != "stopped":
+        return
+    readers = [other for other in GRAPH if name in GRAPH[other] and (workdir / other / common.DONE).exists()]
+    if readers:
+        raise ValueError(
+            f"{workdir / name} is finished and would become longer, and {readers[0]} was made from its result; run it "
+            f"alone with --config.only={name}, then the others again with --config.from={readers[0]}"
+        )
 
 
 def _known() -> str:

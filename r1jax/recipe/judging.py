@@ -56,6 +56,8 @@ def load(stage: str, seed: int, judge: JudgeConfig, mesh: Mesh) -> Judge:
 class JudgePool:
     """A RewardPool's `score` whose accuracy part is a judge's verdict; the judge is loaded when first asked."""
 
+    together = True  # the judge runs on the devices of all processes
+
     def __init__(self, stage: str, seed: int, judge: JudgeConfig, reward: RewardConfig, mesh: Mesh):
         self._reward = reward
         self._load = functools.partial(load, stage, seed, judge, mesh)
@@ -106,7 +108,7 @@ def in_parts(
     """Returns the results of `work` on the rows, `size` (or ROWS_PER_PART) at a time, one result a row, in order.
 
     Each part is a file in `folder` until `finish_parts`; a part of an earlier run with the same `key` is read instead
-    of made again.
+    of made again. Of several processes all do the work together and process 0 writes.
     """
     parts_folder = folder / f"parts-{key}"
     results: list[dict] = []
@@ -114,8 +116,8 @@ def in_parts(
     with Progress(title, len(rows)) as progress:
         for number, start in enumerate(range(0, len(rows), size)):
             path = parts_folder / f"{number:06d}.jsonl"
-            if not path.exists():
-                jsonl.write(path, work(list(rows[start : start + size])))
+            if not hosts.decide(path.exists, name=str(path)):
+                hosts.decide(jsonl.write, path, work(list(rows[start : start + size])), name=str(path))
             results += jsonl.read(path)
             progress.update(len(results))
     return results
@@ -123,13 +125,12 @@ def in_parts(
 
 def finish_parts(folder: Path) -> None:
     """Removes the parts of all keys, whose content is then in the stage's output."""
-    for parts_folder in folder.glob("parts-*"):
+    for parts_folder in folder.glob("parts-*") if hosts.is_writer() else ():
         shutil.rmtree(parts_folder)
 
 
 def require_paths(stage: str, data: DataConfig, output: str) -> None:
-    """Raises ValueError if config.data.path or config.output is empty, and in a run of several processes."""
-    hosts.require_one(stage)
+    """Raises ValueError if config.data.path or config.output is empty."""
     for name, value in (("data.path", data.path), ("output", output)):
         if not value:
             raise ValueError(

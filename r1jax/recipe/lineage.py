@@ -76,7 +76,7 @@ def require(stage: str, config: Config, workdir: Path) -> Path:
     """
     workdir = Path(config.inputs or workdir)
     folder, preset = workdir / stage, config.input_preset or config.preset
-    if (folder / common.DONE).exists():
+    if hosts.decide((folder / common.DONE).exists, name=f"what is in {folder}"):
         return folder
     if problems.has_files(config.data) or config.model.checkpoint or config.data.world != "tiny":
         raise ValueError(
@@ -85,14 +85,16 @@ def require(stage: str, config: Config, workdir: Path) -> Path:
         )
     stage_config = inherited.stage_config(config, f"{stage}:{preset}")
     stage_config = replace(stage_config, rebuild_base=config.rebuild_base)
-    if not stage_table.several_processes(stage):
-        hosts.require_one(stage)
     stage_table.function(stage)(stage_config, workdir)
     return folder
 
 
 def output_digest(folder: Path) -> str:
     """Returns the digest of a finished stage's result, from its DONE marker."""
+    return hosts.decide(_output_digest, folder, name=f"the digest of {folder}")
+
+
+def _output_digest(folder: Path) -> str:
     return json.loads((folder / common.DONE).read_text())["output"]
 
 
@@ -209,7 +211,7 @@ def _own_base(config: Config, base: Config, mesh, workdir: Path) -> Any:
             return common.load_asset(path, config.model, mesh)
     folder = common.StageFolder(base, Path(workdir) / f"base_{config.preset}")  # teacher and student have their own
     if folder.finished({}) is None:
-        resolved, tokenizer, base_mesh = common.prepare(base)
+        resolved, tokenizer, base_mesh = common.prepare(replace(base, mesh=config.mesh))
         stage0_base.pretrain(parts_of(parts.TrainingParts, resolved), resolved.pretrain, tokenizer, base_mesh, folder)
     return common.load_weights(config.model, mesh, str(folder.path))
 
@@ -253,7 +255,7 @@ def reward_model_folders(config: Config, workdir: Path) -> dict[str, Path]:
         if not name or config.scenarios.from_update < 0:
             continue
         folders[use.task] = require(name, config, workdir) if name in RESULTS else Path(name)
-        if not (folders[use.task] / common.DONE).exists():
+        if not hosts.decide((folders[use.task] / common.DONE).exists, name=f"what is in {folders[use.task]}"):
             raise ValueError(f"{name} holds no finished reward model; give a folder of reward_helpful or reward_safety")
     return folders
 

@@ -52,6 +52,7 @@ def run(config: Config, workdir: Path) -> dict:
     folders = lineage.reward_model_folders(resolved, workdir)
     sampling_mesh = sampler_mesh(resolved.mode, resolved.sampler_mesh, mesh)
     progress = Progress(name, resolved.grpo.updates)
+    folder.hold()
     training = make_training(
         of_config(resolved),
         tokenizer,

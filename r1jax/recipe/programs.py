@@ -153,12 +153,14 @@ def _sampling(
     """Returns the phase that hands weights to a sampler, and the one that samples, beside the arrays `others`.
 
     The weights are `params`, a part of an array of `others`, or its array "weights". Programs that are the same as in
-    the phases `like`, by their name there, are those.
+    the phases `like`, by their name there, are those: all, or where the slots there have another length the prefills.
     """
     engine = Engine(network, sampler, mesh, _STOP, record_experts=record_experts)
     source = others["weights"] if params is None else params
     slots, weights = engine.state_structs(), engine.param_structs(source)
     known = {key.partition(": ")[2]: one for phase in like for key, one in phase.programs.items()}
+    if like and like[-1].arrays["slots"] != slots:
+        known = {key: one for key, one in known.items() if key.startswith("prefill")}
     lowerings, kept = engine.lowerings(source), expert_weights(network, mesh, engine.rules)
     if all(one.mesh == mesh for one in known.values()):
         lowerings |= {key: one.lower for key, one in known.items()}
@@ -242,16 +244,21 @@ def _reinforcement(config: Config, mesh: Mesh, devices: Sequence | None) -> list
     if config.mode == "disaggregated":
         rest = list(jax.devices() if devices is None else devices)[mesh.size :]
         sampler_mesh = sharding.make_mesh(config.sampler_mesh, rest, "sampler_mesh")
-    params, replayed = always["state"].params, grpo.routing_replay
-    rollouts = _sampling("rollout", network, run.sampler, sampler_mesh, always, params, replayed)
-    phase_list += rollouts
-    sampling = rollouts[-1].arrays
-    if tasks:  # all have the same shape, so one stands for them
-        first = f"{REWARD_MODEL} ({tasks[0]})"
-        others = {name: value for name, value in sampling.items() if name != first}
-        phase_list.append(_scoring(rewarded, sampler_mesh, run.pack, others, "reward models"))
-    kept = {"slots": sampling["slots"]} if config.mode == "disaggregated" else {}
-    phase_list += _updates(run, objective, trainer, critic, always | kept, copied)
+    params, replayed, rollouts = always["state"].params, grpo.routing_replay, []
+    lengths = [one for _, one in settings.length_phases(run)]
+    for one in lengths:
+        note = "" if one is lengths[-1] else f" ({one.sampler.max_new_tokens} tokens)"
+        rollouts = _sampling(
+            f"rollout{note}", network, one.sampler, sampler_mesh, always, params, replayed, like=rollouts
+        )
+        phase_list += rollouts
+        sampling = rollouts[-1].arrays
+        if tasks:  # all have the same shape, so one stands for them
+            first = f"{REWARD_MODEL} ({tasks[0]})"
+            others = {name: value for name, value in sampling.items() if name != first}
+            phase_list.append(_scoring(rewarded, sampler_mesh, run.pack, others, f"reward models{note}"))
+        kept = {"slots": sampling["slots"]} if config.mode == "disaggregated" else {}
+        phase_list += _updates(one, objective, trainer, critic, always | kept, copied, note)
     trained = {"weights": _weights(network, mesh, jnp.float32)}
     return phase_list + _sampling("evaluation", network, run.sampler, mesh, trained, like=() if replayed else rollouts)
 
@@ -263,8 +270,12 @@ def _updates(
     critic: step.Trainer | None,
     arrays: Mapping[str, Any],
     copied: decoder.Params,
+    note: str,
 ) -> list[Phase]:
-    """Returns the phases that score a rollout under the policy before its updates, and that update."""
+    """Returns the phases that score a rollout under the policy before its updates, and that update.
+
+    `note` ends the names of phases and of their programs' steps.
+    """
     mesh, network, grpo, phase_list = trainer.mesh, run.network, run.grpo, []
     fields = (*objective.fields, *(ppo.CRITIC_FIELDS if critic else ()))
     batch = minibatch.batch_shapes(run, fields)
@@ -272,20 +283,23 @@ def _updates(
     frozen = tree.structs(copied, sharding.on_host(trainer.param_shardings)) if grpo.offload_reference else copied
     score = StageProgram(mesh, lambda: scorer.lower(frozen, batch), ("old policy",), kept=kept)
     if grpo.old_logp == "recomputed" or (grpo.uses_reference and grpo.kl_placement == "reward"):
-        phase_list.append(Phase("scoring", {**arrays, "old policy": frozen}, {"scoring: log-probabilities": score}))
+        scoring = {f"scoring{note}: log-probabilities": score}
+        phase_list.append(Phase(f"scoring{note}", {**arrays, "old policy": frozen}, scoring))
     policy_batch, critic_batch = ppo.split(batch) if critic else (batch, {})
     arguments = losses.arguments(grpo, 0.0, run.sampler.temperature)
     updating: dict[str, StageProgram] = {}
     if "reference_logp" in objective.fields:
-        updating["update: reference"] = dataclasses.replace(score, reads=("reference",))
-    updating["update"] = StageProgram(
+        updating[f"update{note}: reference"] = dataclasses.replace(score, reads=("reference",))
+    updating[f"update{note}"] = StageProgram(
         mesh, lambda: trainer.lower_update(policy_batch, arguments), ("state",), kept=kept
     )
     if critic:
         values = Scorer(critic.network, mesh, read=logprobs.values)
         critic_copy = _copy(critic.network, critic.restore_target().params, mesh)[1]
         score = StageProgram(mesh, lambda: values.lower(critic_copy, batch), ("frozen critic",))
-        phase_list.append(Phase("values", {**arrays, "frozen critic": critic_copy}, {"values: score": score}))
+        scoring = {f"values{note}: score": score}
+        phase_list.append(Phase(f"values{note}", {**arrays, "frozen critic": critic_copy}, scoring))
         clip = ppo.ValueArguments(np.float32(0))
-        updating["update: critic"] = StageProgram(mesh, lambda: critic.lower_update(critic_batch, clip), ("critic",))
-    return [*phase_list, Phase("update", arrays, updating)]
+        lower = lambda: critic.lower_update(critic_batch, clip)  # noqa: E731
+        updating[f"update{note}: critic"] = StageProgram(mesh, lower, ("critic",))
+    return [*phase_list, Phase(f"update{note}", arrays, updating)]

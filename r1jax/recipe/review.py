@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from r1jax.core import checkpoint
+from r1jax.core import checkpoint, hosts
 from r1jax.data import files, jsonl
 from r1jax.recipe import common
 from r1jax.recipe.common import StageFolder
@@ -23,30 +23,37 @@ class Awaited(Exception):
 
 def inputs(path: str) -> dict[str, str]:
     """Returns {path: digest of the verdicts}, "" if the file does not exist yet; {} without a review."""
-    return {path: files.digest(path) if Path(path).exists() else ""} if path else {}
+    return {path: hosts.decide(_digest, path, name=path)} if path else {}
+
+
+def _digest(path: str) -> str:
+    return files.digest(path) if Path(path).exists() else ""
 
 
 def kept(folder: StageFolder, coldstart: ColdStartConfig) -> tuple[list[Draft], Counts] | None:
     """Returns (drafts, counts) that an earlier run with the same config and inputs wrote for review, or None."""
+    record = hosts.decide(_record, folder, coldstart, name=f"what is in {folder.path}")
+    return record and ([from_record(draft) for draft in record["drafts"]], record["counts"])
+
+
+def _record(folder: StageFolder, coldstart: ColdStartConfig) -> dict | None:
     path = folder.path / DRAFTS
     if not path.exists():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    if record["key"] != _key(folder, coldstart):
-        return None
-    return [from_record(draft) for draft in record["drafts"]], record["counts"]
+    return record if record["key"] == _key(folder, coldstart) else None
 
 
 def ask(drafts: Sequence[Draft], counts: Counts, folder: StageFolder, coldstart: ColdStartConfig) -> None:
     """Writes the drafts for people to review and keeps them for the next run. Raises Awaited."""
     path = coldstart.review
     record = {"key": _key(folder, coldstart), "counts": counts, "drafts": [draft.record() for draft in drafts]}
-    checkpoint.write_json(folder.path / DRAFTS, record)
+    hosts.decide(checkpoint.write_json, folder.path / DRAFTS, record, name=f"what is in {folder.path}")
     rows = [
         {"id": name, "prompt": draft.row()["prompt"], "response": draft.text, "verdict": "", "edit": ""}
         for name, draft in _named(drafts)
     ]
-    jsonl.write(path, rows)
+    hosts.decide(jsonl.write, path, rows, name=path)
     raise Awaited(
         f"{folder.path.name}: {len(rows)} examples wait for review in {path}: set each row's verdict to accept, "
         "reject or edit (the new response in 'edit') and run the same command again"

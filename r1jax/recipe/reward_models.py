@@ -70,12 +70,13 @@ def run(config: Config, workdir: Path) -> dict:
     network = reward_model.architecture(resolved.network)
     text_format = reading_of(kind, resolved.stage, resolved.data, resolved.reward_model, tokenizer)
     path, rows = folder.path / common.EXAMPLES, []
-    if not path.exists() and not _generates_examples(resolved.data):
+    exists = hosts.decide(path.exists, name=str(path))
+    if not exists and not _generates_examples(resolved.data):
         rows = file_rows(resolved.stage, resolved.preset, resolved.data, kind)
     if blocks := config.reward_model.frozen_blocks:
         frozen.shapes(network, blocks)
     started, weights = time.monotonic(), functools.partial(lineage.start_weights, resolved, mesh, workdir)
-    if path.exists():
+    if exists:
         rows = jsonl.read(path)
     else:
         rows = rows or tiny_preferences.examples(
@@ -104,8 +105,8 @@ def run(config: Config, workdir: Path) -> dict:
         say(f"{config.stage}: of {len(rows)} examples left out: {listed}")
     folder.start(inputs)
     common.write_model(folder.path, resolved.model, resolved.data, tokenizer, text_format.template)
-    if not path.exists():
-        jsonl.write(path, rows)
+    if not exists:
+        hosts.decide(jsonl.write, path, rows, name=str(path))
     train, held_out = ([unit for i in side if (unit := units[i]) is not None] for side in sides)
     start = lambda: reward_model.from_decoder(weights(), network.model)  # noqa: E731
     trained, loss = fit(
@@ -206,7 +207,7 @@ def fit(
     if lower is not None:
         trained = frozen.join(lower, trained)
         whole = checkpoint.CheckpointStore(folder.path / WHOLE, keep=1)
-        if whole.latest() is None:
+        if whole.latest() != len(chosen):
             whole.save(len(chosen), {"params": trained}, {})
         whole.close()
     return trained, loss
@@ -255,12 +256,12 @@ def _center(scorer: RewardModel, units: list[Unit]) -> float:
 
 
 def show(models: Mapping[str, dict]) -> None:
-    """Prints the held-out figures of reward models by name."""
+    """Prints the held-out figures of reward models by name (process 0 only)."""
     rows = [
         {"model": name, "examples": figures.get("pairs", figures.get("responses")), **figures}
         for name, figures in models.items()
     ]
-    if rows:
+    if rows and hosts.is_writer():
         table.render(rows, COLUMNS, "reward models on held-out prompts")
 
 

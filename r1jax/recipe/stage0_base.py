@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import hosts, rng, sharding, tree
+from r1jax.core import rng, sharding, tree
 from r1jax.data import corpus, tasks
 from r1jax.data.hashing import hash64
 from r1jax.data.packing import PackItem, pack
@@ -61,7 +61,6 @@ def pretrain(
     folder: common.StageFolder,
 ) -> dict:
     """Trains the base in its folder, from the newest checkpoint there, and returns the figures."""
-    hosts.require_one(f"pretraining {settings.stage}")
     folder.start({})
     network, seed, pack = settings.network, settings.seed, settings.pack
     trainer = step.Trainer(network, settings.optimizer, mesh, sft.make_loss(network), total_updates=pretraining.updates)

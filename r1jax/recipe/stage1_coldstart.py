@@ -6,6 +6,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
+from r1jax.core import hosts
 from r1jax.core.say import say
 from r1jax.data import files, rewrite, tasks
 from r1jax.recipe import common, editing, example_files, fine_tuning, judging, lineage, parts, review, teachers, traces
@@ -84,7 +85,7 @@ def collect(
         sampling, base = parts_of(parts.SamplingParts, config), lineage.base(config, mesh, workdir)
         drafts, counts = _make(Making(sampling, settings, config.judge, tokenizer, mesh, train, teacher, base))
     if settings.review and drafts:
-        if not Path(settings.review).exists():
+        if not hosts.decide(Path(settings.review).exists, name=settings.review):
             review.ask(drafts, counts, folder, settings)
         drafts = _right_again(
             review.apply(drafts, config.stage, config.coldstart, counts),

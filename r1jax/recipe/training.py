@@ -1,5 +1,6 @@
 """Supervised training in the folder of a stage: resumed from its checkpoints, with metrics and live progress."""
 
+import contextlib
 from collections.abc import Callable
 
 from r1jax.core.metrics import MetricsLog
@@ -25,8 +26,8 @@ def fit(
     `name` is the result's name, `read` as there.
     """
     store, log = folder.checkpoints(), MetricsLog(folder.path)
-    with Progress(name, updates) as progress:
-        result = supervised.fit(
+    with contextlib.closing(store), contextlib.closing(log), Progress(name, updates) as progress:
+        return supervised.fit(
             trainer,
             start,
             batch_at,
@@ -39,6 +40,3 @@ def fit(
             name=name,
             read=read,
         )
-    store.close()
-    log.close()
-    return result

@@ -87,6 +87,8 @@ class RewardPool:
     use by several threads.
     """
 
+    together = False  # of several processes of a run each grades its own share of the samples
+
     def __init__(self, config: RewardConfig, score_function: ScoreFunction | None = None):
         """Raises ValueError when a grader of config.graders cannot be used."""
         compose.check(config)

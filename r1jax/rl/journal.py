@@ -121,6 +121,11 @@ class Journal:
             if int(path.stem.split("_")[1]) < before:
                 path.unlink()
 
+    def drop(self, first_update: int) -> None:
+        """Removes the rollout that starts at an update, if it is stored."""
+        if hosts.is_writer():
+            self._path(first_update).unlink(missing_ok=True)
+
 
 def _by_name(terms: np.ndarray, names: list[str]) -> np.ndarray:
     """Returns the columns, named `names`, in the order of PART_NAMES; 0 for terms that the file does not have."""

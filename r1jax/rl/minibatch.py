@@ -9,7 +9,6 @@ import numpy as np
 
 from r1jax.data.packing import PREFIXES, PackedBatch, unpack
 from r1jax.models import decoder, flops
-from r1jax.rl import schedules
 from r1jax.rl.journal import Rollout
 from r1jax.rl.logprobs import ROUTED, Scorer
 from r1jax.rl.objective import Batch, Objective
@@ -46,14 +45,15 @@ def with_values(run: RunState, objective: Objective, recorder: Recorder, rollout
     scorers, first_update = objective.scorers(run), run.cursor.rollout_start
     if set(scorers) <= set(rollout.values):
         return rollout
-    longest = schedules.max_new_tokens(run.config.sampler, first_update)
+    config = run.settings
+    longest = config.sampler.max_new_tokens
     zeros, included = np.zeros(len(rollout), np.float32), np.ones(len(rollout), bool)
     blank = Advantages(zeros, zeros, included, included, included)
     values = {name: [np.empty(0)] * len(rollout) for name in scorers}
-    for chosen in mini_batches(rollout, first_update, run.config):
-        packed = pack_mini_batch(rollout, chosen, blank, run.config, longest)
+    for chosen in mini_batches(rollout, first_update, config):
+        packed = pack_mini_batch(rollout, chosen, blank, config, longest)
         for name, (scorer, weights) in scorers.items():
-            scores = _score(run.config, recorder, scorer, weights, packed)
+            scores = _score(config, recorder, scorer, weights, packed)
             rows = unpack(scores.reshape(packed.tokens.shape), packed)[: len(chosen)]  # prefixes come last
             for index, row in zip(chosen, rows, strict=True):
                 values[name][index] = row[-len(rollout.samples[index].token_ids) :]
@@ -67,8 +67,8 @@ def batches(
 
     The next one is packed in a thread while the device updates on this one.
     """
-    config, first_update = run.config, run.cursor.rollout_start
-    longest = schedules.max_new_tokens(config.sampler, first_update)
+    config, first_update = run.settings, run.cursor.rollout_start
+    longest = config.sampler.max_new_tokens
     chosen = mini_batches(rollout, first_update, config)[run.cursor.update - first_update :]
     pack = lambda number: pack_mini_batch(rollout, chosen[number], advantages, config, longest)  # noqa: E731
     with ThreadPoolExecutor(1, thread_name_prefix="pack") as worker:
@@ -82,11 +82,12 @@ def batches(
 
 def _scored(run: RunState, objective: Objective, recorder: Recorder, packed: PackedBatch, last: bool) -> Batch:
     recorder.phase("pack")
+    config = run.settings
     fields = tuple(name for name in objective.fields if name in packed.values)
-    arrays = step.batch_arrays(packed, run.config.pack, micro_batches(run.config), fields)
+    arrays = step.batch_arrays(packed, config.pack, micro_batches(config), fields)
     if "reference_logp" in objective.fields and "reference_logp" not in packed.values:
-        arrays["reference_logp"] = _score(run.config, recorder, run.scorer, run.reference, packed)
-    num_filled = step.filled_micro_batches(packed, run.config.pack)
+        arrays["reference_logp"] = _score(config, recorder, run.scorer, run.reference, packed)
+    num_filled = step.filled_micro_batches(packed, config.pack)
     return Batch(arrays, num_filled, last, _mismatch_without_replay(run, arrays, num_filled))
 
 

@@ -141,7 +141,12 @@ class Grader:
 
 
 class Graders(Protocol):
-    """What scores responses: a pool of graders (rewards.pool.RewardPool), or a judge in place of one."""
+    """What scores responses: a pool of graders (rewards.pool.RewardPool), or a judge in place of one.
+
+    `together` is whether all processes of a run score every response together, as a model over their devices does.
+    """
+
+    together: bool
 
     @property
     def batch_deadline_s(self) -> float: ...
@@ -154,9 +159,10 @@ def grade(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (reward terms float32 [N, P] in the order of PART_NAMES, scorable bool [N]) of samples and their prompts.
 
-    With several processes each grades the prompts with index % processes = its own number, and all get all scores.
+    With several processes each grades the prompts with index % processes = its own number, or where the pool scores
+    `together` every prompt, and all get all scores.
     """
-    processes, process = hosts.process_count(), hosts.process_index()
+    processes, process = (1, 0) if pool.together else (hosts.process_count(), hosts.process_index())
     own_indices = [i for i, sample in enumerate(samples) if sample.request_id % processes == process]
     scores = pool.score([_request(samples[i], texts[i], prompts[i]) for i in own_indices])
     return gather_scores(own_indices, scores, len(samples), pool)

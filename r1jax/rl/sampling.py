@@ -1,22 +1,23 @@
 """Draws the samples of a rollout and scores them while others are still drawn."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from r1jax.core import hosts
 from r1jax.core.metrics import Timer
-from r1jax.core.runtime import ProgramSet
 from r1jax.models import decoder, flops
 from r1jax.rewards.pool import RewardPool
 from r1jax.rl import reward_model_monitor, schedules
 from r1jax.rl import rollout as rollouts
 from r1jax.rl.journal import Rollout
 from r1jax.rl.recorder import Recorder
-from r1jax.rl.settings import RunSettings
+from r1jax.rl.settings import RunSettings, at_update
 from r1jax.rl.state import RunInputs
 from r1jax.sampler.build import build_sampler, sampling_params
 from r1jax.sampler.sample import RolloutSample, SamplingParams
+from r1jax.sampler.scheduler import RolloutSampler
 
 
 class Sampling:
@@ -25,9 +26,7 @@ class Sampling:
     def __init__(self, config: RunSettings, inputs: RunInputs, recorder: Recorder):
         self.config, self.inputs, self.recorder = config, inputs, recorder
         self.pool: RewardPool | None = None  # between `open` and `close`
-        mesh = inputs.sampler_mesh or inputs.mesh
-        record_experts = config.grpo.routing_replay  # nothing else reads the experts of a rollout
-        self.sampler = build_sampler(config.network, config.sampler, mesh, inputs.tokenizer, record_experts)
+        self.sampler = self._build(at_update(config, 0))
 
     def open(self) -> None:
         self.pool = RewardPool(self.config.reward)
@@ -36,15 +35,41 @@ class Sampling:
         assert self.pool is not None
         self.pool.close()
 
-    def warm_up(self, weights: decoder.Params, programs: ProgramSet) -> None:
-        """Compiles the sampler and the reward models and adds their programs."""
-        self.sampler.warm_up(weights)
+    def _build(self, settings: RunSettings) -> RolloutSampler:
+        mesh, tokenizer = self.inputs.sampler_mesh or self.inputs.mesh, self.inputs.tokenizer
+        record_experts = settings.grpo.routing_replay  # nothing else reads the experts of a rollout
+        sampler = build_sampler(settings.network, settings.sampler, mesh, tokenizer, record_experts)
+        if self.inputs.sampler_mesh is None:
+            sampler.between_dispatches = hosts.between_dispatches()
+        return sampler
+
+    def warm_up(self, first_update: int, weights: Callable[[], decoder.Params]) -> None:
+        """Compiles the sampler of the rollout that starts at an update, and the reward models; `weights` as in `fit`."""
+        if not self.fit(first_update, weights):
+            self._warm_up_sampler(weights)
         for task, model in self.inputs.reward_models.items():
             model.warm_up()
-            programs.add(f"reward_model_{task}", lambda model=model: model.compilations)
+            self.recorder.run.programs.add(f"reward_model_{task}", lambda model=model: model.compilations)
+
+    def fit(self, first_update: int, weights: Callable[[], decoder.Params]) -> bool:
+        """Returns whether the rollout that starts at an update needs another sampler, which is then made and compiled.
+
+        It does where its responses have another limit, and the slots another length, than before. `weights` returns
+        those that the sampler compiles with.
+        """
+        settings = at_update(self.config, first_update)
+        if settings.sampler.max_new_tokens == self.sampler.engine.sampler.max_new_tokens:
+            return False
+        cancelled, self.sampler = self.sampler.cancelled, self._build(settings)  # the old slots go
+        self.sampler.cancelled = cancelled
+        self._warm_up_sampler(weights)
+        return True
+
+    def _warm_up_sampler(self, weights: Callable[[], decoder.Params]) -> None:
+        self.sampler.warm_up(weights())
         engine = self.sampler.engine
         for name in engine.compilations():
-            programs.add(name, lambda name=name: engine.compilations()[name])
+            self.recorder.run.programs.add(name, lambda name=name: engine.compilations()[name])
 
     def draw(self, first_update: int, first: int, weights: decoder.Params, version: int) -> Rollout:
         """Returns the scored samples of the rollout that starts at an update, its first prompt being number `first`.
@@ -90,6 +115,8 @@ class Sampling:
         )
         recorder.phase("grading")
         reward_terms, scorable = recorder.timed("rewards", grader.scores, samples)
+        if self.inputs.sampler_mesh is None:  # the notice may have ended workers, and their scores do not count then
+            hosts.raise_if_preempted("the scores of a rollout")
         if self.inputs.reward_models:
             reward_terms = recorder.timed("rewards", self._with_model_rewards, reward_terms, samples, by_number)
         usage = self.pool.take_usage()

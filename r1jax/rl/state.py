@@ -1,6 +1,7 @@
 """The state of one RL run: weights, optimiser, reference and cursor, with the programs that move and score them."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,14 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from r1jax.core import runtime, sharding, tree
+from r1jax.core import preempt, runtime, sharding, tree
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.models import decoder
 from r1jax.rewards.models.reward_model import RewardModel
 from r1jax.rl import schedules
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.rollout import PromptPhases
-from r1jax.rl.settings import RunSettings
+from r1jax.rl.settings import RunSettings, at_update
 from r1jax.train import step
 
 
@@ -71,8 +72,17 @@ class RunState:
         begins = inputs.params is not None
         self.state = self.trainer.init(inputs.params) if begins else self.trainer.restore_target()
         self.reference, self.cursor = None, Cursor()
-        self.store = CheckpointStore(inputs.folder / "checkpoints", config.checkpointing.keep)
+        kept = config.checkpointing
+        self.store = CheckpointStore(inputs.folder / "checkpoints", kept.keep, kept.keep_every)
+        self._saved_start = 0  # update at which the rollout of the newest checkpoint started
+        self._saved = 0  # updates of the newest checkpoint
         self.programs = runtime.ProgramSet()
+        self.compiled: RunSettings | None = None  # for which the programs of the updates are compiled
+
+    @property
+    def settings(self) -> RunSettings:
+        """The settings of the current rollout, whose responses and rows may be shorter than those of a later one."""
+        return at_update(self.config, self.cursor.rollout_start)
 
     @property
     def params(self) -> decoder.Params:
@@ -134,7 +144,9 @@ class RunState:
                 raise ValueError(f"{self.store.folder}: no checkpoint to go on from, and no start weights were given")
             self.reference = self.frozen_policy() if self.config.grpo.uses_reference else None
             return
+        self._saved = number
         self.cursor = Cursor(**self.store.record(number))
+        self._saved_start = self.cursor.rollout_start
         items = self.store.restore(number, self._targets() | objective.restore_targets())
         self.reference = items.get("reference")
         self.state = self.trainer.state(items["params"], items["optimizer"], self.cursor.update)
@@ -143,11 +155,29 @@ class RunState:
     def checkpoint_due(self) -> bool:
         return self.finished or not self.cursor.update % self.config.checkpointing.every_updates
 
-    def save(self, objective: OwnArrays) -> None:
-        """Writes a checkpoint of weights, optimiser, reference, cursor and the objective's own arrays."""
+    def save(self, objective: OwnArrays) -> int:
+        """Begins to write a checkpoint of weights, optimiser, reference, cursor and the objective's own arrays.
+
+        Returns the update at which the rollout of the newest checkpoint on disk started: until this one is there too,
+        a run that is stopped goes on with that one's rollout.
+        """
         reference = {"reference": self.reference} if self.config.grpo.uses_reference else {}
         items = {"params": self.params, "optimizer": self.state.optimizer} | reference
-        self.store.save(self.cursor.update, items | objective.checkpoint_items(), vars(self.cursor))
+        self.store.save(self.cursor.update, items | objective.checkpoint_items(), dict(vars(self.cursor)))
+        start, self._saved_start = self._saved_start, self.cursor.rollout_start
+        self._saved = self.cursor.update
+        return start
+
+    @contextlib.contextmanager
+    def saved_when_preempted(self, objective: OwnArrays) -> Generator[None]:
+        """Surrounds the updates: where one raises Preempted, those that no checkpoint has are saved first."""
+        try:
+            yield
+        except preempt.Preempted:
+            if self.cursor.update != self._saved:
+                self.save(objective)
+            self.store.close()
+            raise
 
     def _targets(self) -> dict[str, Any]:
         """Returns the shapes and shardings of the arrays that `save` writes, without the objective's."""

@@ -78,6 +78,7 @@ class RolloutSampler:
         self.steps = steps_per_dispatch or engine.sampler.steps_per_dispatch
         self.deadline_s = engine.sampler.stall_deadline_s
         self.cancelled = threading.Event()  # set from another thread: the run ends before its next dispatch
+        self.between_dispatches: Callable[[], None] = lambda: None  # may raise, which ends the run there
         self._stalled = stalled or (lambda waited_s: waited_s > self.deadline_s)
         self.statistics = Statistics()
         self._state = None
@@ -137,6 +138,7 @@ class RolloutSampler:
         while queue or group or running:
             if self.cancelled.is_set():
                 raise RuntimeError("the rollout was cancelled")
+            self.between_dispatches()
             while free and (group or queue):
                 if group is None:
                     group = self._prefill(queue.popleft(), params)

@@ -47,6 +47,15 @@ class AuxiliaryConfig:
 @dataclass(frozen=True)
 class CheckpointConfig(Checked):
     every_updates: int = 20
-    keep: int = 2
+    keep: int = 2  # of the newest
+    keep_every: int = 0  # checkpoints at multiples of so many updates are kept for good; 0: none
 
-    checks = at_least(1, "every_updates", "keep")
+    checks = (
+        *at_least(1, "every_updates", "keep"),
+        *at_least(0, "keep_every"),
+        Check(
+            "keep_every",
+            lambda c: c.keep_every % c.every_updates == 0,
+            "needs a multiple of every_updates={c.every_updates}: only then is there a checkpoint to keep",
+        ),
+    )

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from r1jax.core import sharding
+from r1jax.core import hosts, sharding
 from r1jax.core.say import say
 from r1jax.data import jsonl
 from r1jax.data.hashing import hash64
@@ -37,15 +37,9 @@ def run(config: Config, workdir: Path) -> dict:
     key = judging.work_key(config, config.judge.checkpoint if writer else "")
 
     def work(part: list[dict]) -> list[dict]:
-        return [
-            built_row(
-                with_generators(problems[row["id"]], writer, config.seed, config.build_tests),
-                config.seed,
-                config.reward,
-                config.build_tests,
-            )
-            for row in part
-        ]
+        ready = [with_generators(problems[row["id"]], writer, config.seed, config.build_tests) for row in part]
+        built = [built_row(problem, config.seed, config.reward, config.build_tests) for problem in hosts.share(ready)]
+        return hosts.join_shares(built, "the tests that were built")
 
     built = judging.in_parts(folder, key, [{"id": name} for name in problems], work, "problems", ROWS_PER_PART)
     rows = [row for row in built if row["tests"]["cases"]]
@@ -53,7 +47,7 @@ def run(config: Config, workdir: Path) -> dict:
     say(json.dumps(figures))
     if not rows:
         raise ValueError(f"{config.stage}: no row of {config.data.path} gets a test; see 'built' of {folder}/parts-*")
-    jsonl.write(config.output, rows)
+    hosts.decide(jsonl.write, config.output, rows, name=config.output)
     judging.finish_parts(folder)
     return figures
 

@@ -29,6 +29,7 @@ from r1jax.recipe import programs
 from r1jax.recipe.programs import Phase, StageProgram
 from r1jax.report import table
 from r1jax.rewards.models import reward_model
+from r1jax.rl import settings
 from r1jax.schema import Config, MeshConfig, replace
 
 COMPILERS = 2  # processes that compile at a time
@@ -240,10 +241,7 @@ def times(config: Config, where: Where, assumed: Assumed) -> StageTime:
     prompt = _prompt_tokens(config)
     if config.stage in programs.RL:
         apart = dataclasses.replace(on, mesh=config.sampler_mesh) if config.mode == "disaggregated" else None
-        law = assumed.law(tokens)
-        return stage_time.reinforced(
-            on, sampler, config.grpo, config.pack, config.optimizer, law, prompt, sampler=apart
-        )
+        return _reinforced(config, on, assumed, prompt, apart)
     if config.stage in programs.SAMPLING:
         return stage_time.sampled(on, sampler, assumed.law(tokens), prompt, 1000, config.evaluation.samples_per_problem)
     law, size, epochs = assumed.law(config.pack.row_tokens), config.sft.examples_per_update, config.sft.epochs
@@ -254,6 +252,16 @@ def times(config: Config, where: Where, assumed: Assumed) -> StageTime:
         responses = 2 if config.stage == "reward_helpful" else 1
     updates = -(-EXAMPLES.get(config.stage, size) * epochs // size)
     return stage_time.fine_tuned(on, config.pack, config.optimizer, law, responses * size, updates)
+
+
+def _reinforced(config: Config, on: Placed, assumed: Assumed, prompt: float, sampler: Placed | None) -> StageTime:
+    """Returns the time of an RL stage: of its last part, after those with other lengths of a schedule."""
+    parts, phases = [], settings.length_phases(settings.of_config(config))
+    ends = [*(start for start, _ in phases[1:]), config.grpo.updates]
+    for (start, one), end in zip(phases, ends, strict=True):
+        grpo, law = replace(one.grpo, updates=end - start), assumed.law(one.sampler.max_new_tokens)
+        parts.append(stage_time.reinforced(on, one.sampler, grpo, one.pack, one.optimizer, law, prompt, sampler))
+    return dataclasses.replace(parts[-1], before=tuple(parts[:-1]))
 
 
 def _prompt_tokens(config: Config) -> int:
@@ -433,6 +441,13 @@ def _show_time(figures: Mapping[str, Any]) -> None:
     table.render(
         rows, ("program", "runs", "limit", "bound s", "expected s"), "seconds of a round, from datasheet figures"
     )
+    if len(figures["phases"]) > 1:
+        rows = [
+            {"outputs": one["max_new_tokens"], "rounds": one["rounds"]}
+            | {f"{kind} s": seconds for kind, seconds in one["round_s"].items()}
+            for one in figures["phases"]
+        ]
+        table.render(rows, ("outputs", "rounds", "bound s", "expected s"), "seconds of a round by longest output")
     keys = ("round_s", "update_s", "tokens_per_s", "tokens_per_s_chip", "mfu", "hours", "chip_hours", "cost")
     sums = [{"time": kind, **{key: figures[kind][key] for key in keys}} for kind in ("bound", "expected")]
     table.render(sums, ("time", *keys), f"the stage: {figures['rounds']:.0f} rounds; nothing was measured")

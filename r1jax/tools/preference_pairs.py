@@ -9,7 +9,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import sharding
+from r1jax.core import hosts, sharding
 from r1jax.core.say import say
 from r1jax.data import files, jsonl, preferences
 from r1jax.data.hashing import hash64
@@ -63,7 +63,7 @@ def run(config: Config, workdir: Path) -> dict:
             f"{config.stage}: no pair is left of {len(judged)} ({len(kept)} before lengths were balanced, parse rate "
             f"{figures['parse_rate']:.3f}); give more rows, a better judge or a smaller config.preferences.min_margin"
         )
-    jsonl.write(config.output, balanced)
+    hosts.decide(jsonl.write, config.output, balanced, name=config.output)
     judging.finish_parts(folder)
     return figures
 

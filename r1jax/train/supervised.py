@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from r1jax.core import observe
+from r1jax.core import hosts, observe, preempt
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.core.metrics import MetricsLog, Timer
 from r1jax.models import decoder, flops, utilisation
@@ -57,7 +57,7 @@ def fit(
     `start` returns the weights to begin with. It is called only without a checkpoint, and they are not kept.
     The loss is the newest finite one. Statistics are fetched, and skipped updates reported, every `log_every` updates
     and before a checkpoint. `read` is the array of a batch that is above 0 where a head is read. Raises ValueError when
-    too many updates in a row were skipped.
+    too many updates in a row were skipped, and Preempted, after a checkpoint, when the process was asked to end.
     """
     state, first, loss = resume(trainer, start, store)
     in_a_row = store.record(first).get("skipped", 0) if first else 0
@@ -65,13 +65,14 @@ def fit(
     log.truncate(first)
     timing, trace = _Timing(trainer), observe.UpdateTrace(name, log.folder)
     waiting: list[dict] = []  # statistics of the updates since the last fetch, on the device
-    with trace.running(first):
+    with trace.running(first), preempt.deferred():
         for update in range(first, updates):
             done, last = update + 1, update + 1 == updates
             logged, saved = done % log_every == 0 or last, done % checkpoint_every == 0 or last
             with timing.update():
                 batch = batch_at(update)
                 state, stats = trainer.update(state, *batch)
+                saved |= (ending := hosts.preempted("the end of an update", done))
                 if logged or saved:
                     jax.block_until_ready(stats)
             timing.add(update_flops=flops.update(trainer.network, step.work(batch[0], read)).total)
@@ -89,6 +90,8 @@ def fit(
                 items = {"params": state.params, "optimizer": state.optimizer}
                 record = {"update": done, "loss": loss, "skipped": skipped.in_a_row}
                 timing.run("checkpoint", store.save, done, items, record)
+            if ending and not last:
+                raise preempt.Preempted
             trace.next(done + 1, stats)
     return state.params, loss
 
