@@ -17,7 +17,7 @@ import fake_gcloud
 import pytest
 
 from r1jax import flags
-from r1jax.core import watch
+from r1jax.core import preempt, watch
 from r1jax.plan import slices
 from r1jax.pod import archive, commands, gke, hardware, launcher, request, shell, worker
 
@@ -363,6 +363,7 @@ def test_missing_gcloud_is_one_line(monkeypatch, capfd):
         ([*POD, "--", "--config=r1_zero", "--process_id=1"], "--process_id is set by the launcher on each worker"),
         ([*POD, "--", *RUN], "--workdir=runs is on each worker's disk, and the 2 workers of a run share one folder"),
         ([*POD, "--topology=v5p:2x2x1", "--spot", "--", *RUN], "a preemption of --spot deletes it"),
+        ([*POD, "--", "--config=grade"], "grade runs in one process, and this pod has 2 hosts"),
         ([*POD, "--", *RUN, "--workdir=gs://b/runs"], "--workdir=gs://b/runs: r1jax writes to paths, not to URLs"),
         ([*POD, "--gke", "--", *RUN, "--workdir=/mnt"], "--gke needs --image=IMAGE"),
         ([*POD, "--gke", "--image=i", "--", *RUN, "--workdir=/mnt"], "needs --claim=NAME:/PATH"),
@@ -414,8 +415,9 @@ def test_manifest_is_yaml_with_every_argument_as_it_was_typed():
     assert container["volumeMounts"][0]["mountPath"] == "/mnt"
 
 
-def test_lost_process_is_one_of_the_exit_codes_that_restart():
-    assert watch.LOST_EXIT in worker.RESTART_EXITS and not {0, 1, 2, 130} & set(worker.RESTART_EXITS)
+def test_lost_and_preempted_processes_end_with_exit_codes_that_restart():
+    assert {watch.LOST_EXIT, preempt.PREEMPTED_EXIT} < set(worker.RESTART_EXITS)
+    assert not {0, 1, 2, 130} & set(worker.RESTART_EXITS)
 
 
 def test_script_runs_from_any_folder_and_needs_no_gcloud_for_a_dry_run(tmp_path):

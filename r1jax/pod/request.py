@@ -172,6 +172,10 @@ def _check_run(request: PodRequest) -> None:
             f"--workdir={request.workdir}: r1jax writes to paths, not to URLs; mount the bucket on every worker with "
             "--setup='gcsfuse ...' and give the mount's path"
         )
+    if request.hosts > 1 and not stage_table.several_processes(resolved.stage):
+        raise ValueError(
+            f"{resolved.stage} runs in one process, and this pod has {request.hosts} hosts; give a --topology of one"
+        )
     reason = _needs_shared_folder(request)
     if reason and not request.is_kept_elsewhere:
         raise ValueError(
