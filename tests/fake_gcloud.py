@@ -3,7 +3,7 @@
 `install(folder)` makes folder/bin/gcloud. A worker's home is folder/NODE-wI; what ssh is asked to run there is really
 run, by bash. folder/script.json says what goes wrong: {"create": gcloud's error text, "states": states on the way to
 ACTIVE, "breaks": how many follow connections break after two lines, "refuse_scp": how often scp is refused,
-"workers": how many a node has}.
+"workers": how many a node has}. folder/state.json may begin with a TPU VM that no queued resource holds.
 """
 
 import json
@@ -101,6 +101,8 @@ def fail(text: str, code: int = 1) -> int:
 
 def queued_resources(cloud: Cloud, verb: str, name: str, words: list[str]) -> int:
     one = cloud.queued.get(name)
+    if one is not None and one.get("plain"):
+        one = None
     if verb == "create":
         if "create" in cloud.script:
             return fail(cloud.script["create"])
@@ -149,9 +151,18 @@ def tpu_vm(cloud: Cloud, verb: str, words: list[str]) -> int:
     one = holder(cloud, node)
     if one is None or one["state"] == "SUSPENDED":
         return fail(f"ERROR: (gcloud.compute.tpus.tpu-vm.{verb}) NOT_FOUND: Resource '{node}' was not found")
+    if verb == "delete":
+        cloud.clear(node)
+        del cloud.queued[node]
+        cloud.save()
+        return 0
     if verb == "describe":
         ends = [{"ipAddress": f"10.0.0.{index}"} for index in range(len(cloud.homes(node)))]
-        print(json.dumps({"state": "READY", "acceleratorType": one["type"], "networkEndpoints": ends}))
+        print(
+            json.dumps(
+                {"state": one.get("node_state", "READY"), "acceleratorType": one["type"], "networkEndpoints": ends}
+            )
+        )
         return 0
     homes = cloud.homes(node)
     chosen = homes if flag(words, "worker") == "all" else [homes[int(flag(words, "worker", "0"))]]

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -248,6 +249,44 @@ def test_several_slices_start_every_worker_of_each_and_are_one_request(tmp_path,
             assert json.loads(log[0].removeprefix("arguments "))[-1] == "--coordinator=auto" and log[-1] == "update 6"
 
 
+def put_vm(folder: pathlib.Path, state: str) -> None:
+    """Makes a TPU VM r1 that no queued resource holds."""
+    node = {"state": "ACTIVE", "node_state": state, "nodes": ["r1"], "type": "v5p-16", "plain": True}
+    (folder / "state.json").write_text(json.dumps({"r1": node}))
+
+
+@pytest.mark.parametrize(("state", "expected"), [("READY", []), ("PREEMPTED", ["delete", "create"])])
+def test_tpu_vm_made_by_hand_is_reused_and_a_dead_one_is_replaced(cloud, capfd, state, expected):
+    folder = cloud()
+    put_vm(folder, state)
+    assert launcher.main([*POD, "--only=create"], FAST) == 0
+    assert called(folder) == expected and "r1 is ready with 2 workers" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_tpu_vm_made_by_hand_is_kept_after_the_run(cloud, checkout, shared, capfd):
+    folder = cloud()
+    put_vm(folder, "READY")
+    assert launcher.main([*POD, "--fetch=", *shared], FAST) == 0
+    assert "the pod was not created by this launcher, and is kept" in capfd.readouterr().err
+    assert "delete" not in called(folder)
+    assert launcher.main([*POD, "--only=delete"], FAST) == 0
+    assert json.loads((folder / "state.json").read_text()) == {}
+
+
+def test_interrupt_ends_every_command_at_once():
+    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        shell.run_all([["sleep", "60"], ["bash", "-c", "sleep 60 & wait"]], 60)
+    assert time.monotonic() - started < 20
+
+
+def test_command_that_does_not_answer_is_ended():
+    assert shell.run(["sleep", "60"], 0.2) == shell.Finished(shell.TIMED_OUT, "", "no answer within 0.2 s")
+    assert list(shell.stream(["bash", "-c", "echo a; sleep 60"], 2)) == ["a"]
+
+
 QUOTA = (
     "ERROR: (gcloud.compute.tpus.queued-resources.create) RESOURCE_EXHAUSTED: Quota limit 'TPUV5PPerProject' exceeded"
 )
@@ -460,9 +499,11 @@ def test_real_run_on_a_pod_that_is_preempted_ends_in_the_bits_of_one_that_is_not
     error = capfd.readouterr().err
     assert code == 0, error
     assert 3 <= seen[0] < 8 and "restart 1 of 20 at most" in error
-    for name in ("metrics.jsonl", "samples.jsonl", "DONE"):
-        expected = (tmp_path / "alone" / "r1_zero" / name).read_bytes()
-        assert (tmp_path / "here" / "pod" / "r1_zero" / name).read_bytes() == expected, name
+    whole, resumed = tmp_path / "alone" / "r1_zero", tmp_path / "here" / "pod" / "r1_zero"
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
+    weights = [json.loads((place / "DONE").read_text())["output"] for place in (whole, resumed)]  # their digest
+    assert weights[0] == weights[1]
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class Pace:
     short: float = 600.0  # a run that ends sooner than this made no progress worth a restart
 
 
+_QUIET_S = 600.0  # without a line of the log, after which the launcher says that the run is alive
 _SHORT_RUNS = 3  # so many short runs in a row end the restarts
 
 
@@ -55,30 +56,38 @@ class Launch:
     # What exists
 
     def describe(self) -> answers.QueuedPod | None:
-        done = shell.run(commands.describe(self.request), self.pace.answer)
-        if done.code == 0:
-            return answers.queued(json.loads(done.out))
-        if remedies.is_missing(done.text):
-            return None
-        raise PodError(remedies.explain(done.text, self.request))
+        answer = self._ask(commands.describe(self.request))
+        return None if answer is None else answers.queued(answer)
 
     def describe_node(self, node: str) -> answers.PodNode | None:
-        done = shell.run(commands.describe_node(self.request, node), self.pace.answer)
+        answer = self._ask(commands.describe_node(self.request, node))
+        return None if answer is None else answers.node(answer)
+
+    def _ask(self, command: list[str]) -> dict | None:
+        """Returns gcloud's answer, None where there is nothing of that name; raises PodError for any other error."""
+        done = shell.run(command, self.pace.answer)
         if done.code == 0:
-            return answers.node(json.loads(done.out))
+            try:
+                return json.loads(done.out)
+            except ValueError:
+                raise PodError(f"gcloud's answer is no JSON: {done.out[:100]!r}") from None
         if remedies.is_missing(done.text):
             return None
         raise PodError(remedies.explain(done.text, self.request))
 
     def state(self) -> str:
         """Returns the pod's state in gcloud's words, "unknown" where gcloud does not say, "" where there is none."""
-        with contextlib.suppress(PodError, ValueError):
+        with contextlib.suppress(PodError):
             queued = self.describe() if self.is_queued else None
+            if queued is None and self.is_queued:
+                return ""
             if queued is not None and queued.state != "ACTIVE":
                 return queued.state
-            states = [node.state for name in self.request.nodes if (node := self.describe_node(name)) is not None]
-            lost = [state for state in states if state in answers.LOST_NODES]
-            return (lost or states or [queued.state if queued else ""])[0]
+            nodes = [self.describe_node(name) for name in self.request.nodes]
+            if not self.is_queued and nodes == [None]:
+                return ""
+            states = ["TERMINATED" if node is None else node.state for node in nodes]
+            return next((state for state in states if state in answers.LOST_NODES), states[0])
         return "unknown"
 
     def is_lost(self) -> bool:
@@ -267,15 +276,18 @@ class Launch:
         Returns as `attempt`. Raises Preempted when the pod is lost, PodError after a deadline.
         """
         limit = time.monotonic() + self.request.run_hours * 3600
-        heard, end = time.monotonic(), ""
+        heard, printed, end = time.monotonic(), time.monotonic(), ""
         while not end:
             command = commands.ssh(self.request, self.request.nodes[0], "0", commands.worker("follow", str(line)))
             for text in shell.stream(command, self.pace.silence):
                 if text.startswith("|"):
                     print(text[1:], flush=True)
-                    line += 1
+                    line, printed = line + 1, time.monotonic()
                 elif text.startswith(f"{commands.MARK} alive "):
                     line = int(text.split()[2])
+                    if time.monotonic() - printed > _QUIET_S:
+                        say(f"no new line for {_QUIET_S / 60:.0f} min; the run is alive")
+                        printed = time.monotonic()
                 elif text.startswith(f"{commands.MARK} "):
                     end = text.removeprefix(f"{commands.MARK} ")
                 heard = time.monotonic()

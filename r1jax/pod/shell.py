@@ -38,26 +38,39 @@ def say(text: str) -> None:
 
 def run(words: Sequence[str], timeout_s: float, what: str = "") -> Finished:
     """Returns the finished command; its code is TIMED_OUT after `timeout_s`. `what` names it in signs of life."""
-    process, started = _popen(words), time.monotonic()
-    try:
-        while True:
-            left = timeout_s - (time.monotonic() - started)
-            try:
-                out, err = process.communicate(timeout=max(0.0, min(left, SAY_S)))
-                return Finished(process.returncode, out, err)
-            except subprocess.TimeoutExpired:
-                if left <= SAY_S:
-                    return Finished(TIMED_OUT, "", f"no answer within {timeout_s:g} s")
-                if what:
-                    say(f"{what}: {(time.monotonic() - started) / 60:.0f} min, of {timeout_s / 60:.0f} at most")
-    finally:
-        _end(process)
+    (done,) = run_all([words], timeout_s, what)
+    return done
 
 
 def run_all(several: Sequence[Sequence[str]], timeout_s: float, what: str = "") -> list[Finished]:
-    """Returns the finished commands, which run at the same time."""
-    with concurrent.futures.ThreadPoolExecutor(max_workers=len(several)) as pool:
-        return list(pool.map(lambda words: run(words, timeout_s, what), several))
+    """Returns the finished commands, which run at the same time; ends them all when this one is interrupted."""
+    processes: list[subprocess.Popen[str]] = []
+    started = time.monotonic()
+    try:
+        processes += [_popen(words) for words in several]
+        with concurrent.futures.ThreadPoolExecutor(max_workers=len(processes)) as pool:
+            try:
+                results = [pool.submit(_finish, process, timeout_s) for process in processes]
+                while concurrent.futures.wait(results, timeout=SAY_S).not_done:
+                    if what:
+                        say(f"{what}: {(time.monotonic() - started) / 60:.0f} min, of {timeout_s / 60:.0f} at most")
+                return [result.result() for result in results]
+            except BaseException:
+                for process in processes:  # before the pool waits for the threads that read their output
+                    _end(process)
+                raise
+    finally:
+        for process in processes:
+            _end(process)
+
+
+def _finish(process: subprocess.Popen[str], timeout_s: float) -> Finished:
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+        return Finished(process.returncode, out, err)
+    except subprocess.TimeoutExpired:
+        _end(process)
+        return Finished(TIMED_OUT, "", f"no answer within {timeout_s:g} s")
 
 
 def stream(words: Sequence[str], silence_s: float) -> Iterator[str]:
