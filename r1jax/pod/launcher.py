@@ -20,7 +20,7 @@ from r1jax.pod.shell import say
 from r1jax.pod.worker import RESTART_EXITS
 
 
-class Preempted(Exception):
+class PodLost(Exception):
     """Raised when the pod is gone or going: its text says at which step."""
 
 
@@ -146,7 +146,7 @@ class Launch:
             raise PodError(remedies.explain(done.text, self.request))
 
     def _await_active(self) -> None:
-        """Waits in the queue. Raises PodError for a request that fails, which is deleted, and Preempted."""
+        """Waits in the queue. Raises PodError for a request that fails, which is deleted, and PodLost."""
         started, limit_s, last = time.monotonic(), self.request.queue_hours * 3600, ("", 0.0)
         while True:
             queued, waited = self.describe(), time.monotonic() - started
@@ -155,7 +155,7 @@ class Launch:
             if queued.state == "ACTIVE":
                 return
             if queued.state in answers.LOST_STATES or remedies.is_preemption(queued.error):
-                raise Preempted("the pod was preempted while it was being created")
+                raise PodLost("the pod was preempted while it was being created")
             if queued.state == "FAILED":
                 self.delete()
                 reason = remedies.explain(queued.error or "the request failed without a reason", self.request)
@@ -168,13 +168,13 @@ class Launch:
             time.sleep(self.pace.poll)
 
     def await_ready(self) -> None:
-        """Waits until every TPU VM is ready, and counts the workers. Raises Preempted, or PodError after a deadline."""
+        """Waits until every TPU VM is ready, and counts the workers. Raises PodLost, or PodError after a deadline."""
         limit, last = time.monotonic() + self.pace.ready, ""
         while True:
             nodes = [self.describe_node(name) for name in self.request.nodes]
             states = ", ".join(sorted({"missing" if node is None else node.state for node in nodes}))
             if any(node is not None and node.state in answers.LOST_NODES for node in nodes):
-                raise Preempted(f"a TPU VM is {states}")
+                raise PodLost(f"a TPU VM is {states}")
             if states == "READY":
                 break
             if time.monotonic() > limit:
@@ -210,14 +210,14 @@ class Launch:
         """Runs a shell command on every worker, and returns what they print.
 
         Each has to print a line that begins with `mark`: gcloud's own exit code does not say how many did. Raises
-        PodError with the last words of those that did not, and Preempted if the pod is lost.
+        PodError with the last words of those that did not, and PodLost if the pod is lost.
         """
         several = [commands.ssh(self.request, node, "all", command) for node in self.request.nodes]
         output = self._all(several, what, timeout_s)
         count = sum(line.startswith(mark) for line in output.splitlines())
         if count < self.workers:
             if self.is_lost():
-                raise Preempted(f"the pod was preempted during: {what}")
+                raise PodLost(f"the pod was preempted during: {what}")
             raise PodError(f"{what}: {self.workers - count} of {self.workers} workers failed: {_last_words(output)}")
         return output
 
@@ -238,7 +238,7 @@ class Launch:
                     break
                 text = next(done.text for done in results if done.code)
                 if self.is_lost():
-                    raise Preempted("the pod was preempted while the checkout was copied")
+                    raise PodLost("the pod was preempted while the checkout was copied")
                 if time.monotonic() > limit:
                     raise PodError(f"the workers take no files: {remedies.explain(text, self.request)}")
                 say(f"the workers take no files yet ({remedies.last_error(text)}); trying again")
@@ -273,7 +273,7 @@ class Launch:
     def follow(self, line: int) -> int | None:
         """Prints worker 0's log from a line on until the run ends, over as many connections as it takes.
 
-        Returns as `attempt`. Raises Preempted when the pod is lost, PodError after a deadline.
+        Returns as `attempt`. Raises PodLost when the pod is lost, PodError after a deadline.
         """
         limit = time.monotonic() + self.request.run_hours * 3600
         heard, printed, end = time.monotonic(), time.monotonic(), ""
@@ -297,7 +297,7 @@ class Launch:
                 break
             state, silent = self.state(), time.monotonic() - heard
             if state in (*answers.LOST_STATES, *answers.LOST_NODES, "FAILED", ""):
-                raise Preempted(f"the pod is {state or 'gone'}")
+                raise PodLost(f"the pod is {state or 'gone'}")
             if silent > self.pace.reconnect:
                 raise PodError(
                     f"no connection to worker 0 for {silent / 60:.0f} min (state {state}); the run may go on"
@@ -371,7 +371,7 @@ class Launch:
                     return code
                 reason = "the run is to be resumed: a worker was lost or asked to end"
                 short = short + 1 if time.monotonic() - started < self.pace.short else 0
-            except Preempted as error:
+            except PodLost as error:
                 reason, short = str(error), 0
             lost = self.is_lost()
             if short and not lost and short >= _SHORT_RUNS:
@@ -464,7 +464,7 @@ def main(argv: list[str], pace: Pace | None = None) -> int:
     launch, code = Launch(request, pace or Pace()), 2
     try:
         code = launch.step() if request.only else launch.complete()
-    except (PodError, Preempted, OSError) as error:
+    except (PodError, PodLost, OSError) as error:
         print(f"error: {errors.one_line(error)}", file=sys.stderr)
     except KeyboardInterrupt:
         say("interrupted; a run that has begun goes on")
