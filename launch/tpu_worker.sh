@@ -7,7 +7,7 @@ usable() { "$1" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))'
 
 PYTHON=${PYTHON:-python3}
 if [ ! -x .venv/bin/python ] && ! usable "$PYTHON"; then # the images of TPU VMs come with Python 3.10
-  python3 -m pip install --quiet --user uv
+  PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
   python3 -m uv python install --quiet 3.12
   PYTHON=$(python3 -m uv python find 3.12)
 fi

@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and test.sh, from the root of a checkout: makes the virtual environment and installs into it.
+# Sourced by quickstart.sh, test.sh and tpu_worker.sh, from the root of a checkout: makes the virtual environment and installs into it.
 #
 # VENV (default .venv) is its folder; PYTHON (default python3, 3.11 or newer) makes it.
 # install NAME EXTRAS   installs the checkout with EXTRAS and JetStream without tensorflow, once per state of setup.py; with

@@ -16,6 +16,7 @@ import time
 
 import fake_gcloud
 import pytest
+import yaml
 
 from r1jax import flags
 from r1jax.core import preempt, watch
@@ -24,7 +25,7 @@ from r1jax.pod import archive, commands, gke, hardware, launcher, request, shell
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "pod"
-FAST = launcher.Pace(poll=0.05, connect=10, silence=20, reconnect=5, wind_down=10, short=0)
+FAST = launcher.Pace(poll=0.05, connect=60, silence=30, reconnect=60, wind_down=60, short=0)
 POD = ("--name=r1", "--zone=us-east5-a", "--topology=v5p:2x2x2")
 RUN = ("--config=r1_zero", "--config.mesh.fsdp=8")
 TEXT = 'It\'s "so": $HOME `ls` \\ *'  # an argument that every shell on the way would like to change
@@ -443,7 +444,6 @@ def test_shapes_and_hosts_are_those_of_the_plan():
 
 
 def test_manifest_is_yaml_with_every_argument_as_it_was_typed():
-    yaml = pytest.importorskip("yaml")
     one = manifests()["gke_spot_slices"]
     (job,) = yaml.safe_load(gke.manifest(one))["spec"]["replicatedJobs"]
     pods = job["template"]["spec"]
@@ -472,6 +472,62 @@ def test_script_runs_from_any_folder_and_needs_no_gcloud_for_a_dry_run(tmp_path)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env={"PATH": "/nowhere"})
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == commands.script(parsed(*POD, "--", *RUN, "--workdir=/mnt/runs")) + "\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("--run_hours=0", "error: followed for --run_hours=0; the run goes on"),
+        ("--keep", "error: no connection to worker 0 for 0 min (state READY); the run may go on"),
+    ],
+)
+def test_following_has_a_deadline_and_the_run_goes_on(cloud, checkout, shared, capfd, limit, expected):
+    cloud(breaks=1)
+    assert launcher.main([*POD, limit, *shared], dataclasses.replace(FAST, reconnect=0)) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("[")]
+    assert lines[0] == expected and lines[1].startswith("r1 exists in us-east5-a (READY): it costs money")
+
+
+def test_results_that_cannot_be_fetched_leave_the_pod(tmp_path, cloud, capfd):
+    cloud()
+    fetch = [*POD, "--only=fetch", f"--fetch={tmp_path / 'here'}", "--", *RUN, "--workdir=/nowhere/runs"]
+    assert launcher.main(fetch, FAST) == 2
+    assert "r1 does not exist in us-east5-a; leave out --only to create it" in capfd.readouterr().err
+    assert launcher.main([*POD, "--only=create"], FAST) == 0
+    capfd.readouterr()
+    assert launcher.main(fetch, FAST) == 2
+    error = capfd.readouterr().err
+    assert "error: the results could not be fetched" in error and "r1 exists in us-east5-a (READY)" in error
+
+
+OLD_PYTHON = """#!/bin/bash
+# A python3 that is too old, with pip, and with uv once that is installed.
+case "$*" in
+"-c "*) exit 1 ;;
+"-m uv python find 3.12") echo "$HOME/new" ;;
+*) echo "$@" >>"$HOME/calls" ;;
+esac
+"""
+
+
+def test_worker_with_an_old_python_gets_a_newer_one(tmp_path, checkout):
+    home = tmp_path / "home"
+    home.mkdir()
+    new = fake_gcloud.PYTHON.replace("REAL", sys.executable)
+    for name, text in {"python3": OLD_PYTHON, "new": new}.items():
+        (home / name).write_text(text)
+        (home / name).chmod(0o755)
+    environment = {"HOME": str(home), "PATH": f"{home}:/usr/bin:/bin"}
+    command = ["bash", str(checkout / "launch" / "tpu_worker.sh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=home)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "R1JAX installed"), done.stderr
+    assert (home / "calls").read_text().splitlines() == [
+        "-m pip install --quiet --user uv",
+        "-m uv python install --quiet 3.12",
+    ]
+    assert "--editable .[tpu,data,jetstream-light]" in (home / "pip.log").read_text()
+    assert (checkout / ".venv" / "bin" / "python").exists()
 
 
 @pytest.mark.slow
