@@ -103,7 +103,9 @@ def main(argv: list[str]) -> int:
 
         if isinstance(error, watch.PeerLost):
             return _failed(error, watch.LOST_EXIT, f"error: {errors.one_line(error)}", debug)
-        _failed(error, 1, "", debug=False)
+        code = _failed(error, 1, "", debug=False)
+        if code == preempt.PREEMPTED_EXIT:
+            return code
         raise
 
 

@@ -1,6 +1,7 @@
 """One process of a very small RL run that several share: multihost_driver.py SETTINGS, a JSON object.
 
-{folder, preset, fields, processes, index, port, mesh {axis: size}, updates, checkpoint_every, heartbeat_s, delays, slow_s, weights}. With
+{folder, preset, fields, processes, index, port, mesh {axis: size}, updates, checkpoint_every, heartbeat_s, grace_s, listens, delays, slow_s, weights}.
+SIGTERM is a notice to this package, or, unless it `listens`, to JAX alone. With
 `delays`, a list of (call number, seconds), this process sleeps at those of its calls into rollout, grading, journal,
 packing, update and checkpoint. With `slow_s` every update takes so much longer. Prints what the run left, as JSON;
 process 0 also writes the weights to the file `weights`.
@@ -13,7 +14,7 @@ import time
 
 import numpy as np
 
-from r1jax.core import hosts, sharding
+from r1jax.core import hosts, preempt, sharding
 
 
 def interrupted(function, pause):
@@ -118,12 +119,18 @@ def tree_leaves(params) -> list[np.ndarray]:
 
 def main(settings: dict) -> None:
     started = time.monotonic()
+    preempt.listen(settings["grace_s"])
     if settings["processes"] > 1:
         address = f"127.0.0.1:{settings['port']}"
         hosts.start(address, settings["processes"], settings["index"], settings["heartbeat_s"])
+        if settings["listens"]:
+            preempt.listen(settings["grace_s"])
     try:
         found = run(settings)
         hosts.stop()
+    except preempt.Preempted:
+        hosts.leave(preempt.PREEMPTED_EXIT)
+        sys.exit(preempt.PREEMPTED_EXIT)
     except Exception as error:
         hosts.await_verdict(error)
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,6 @@
-"""Runs a very small RL stage to its end and prints the digests of what it leaves: resume_driver.py FOLDER.
+"""Runs a very small RL stage to its end and prints the digests of what it leaves: resume_driver.py FOLDER [FIELDS].
+
+FIELDS is a JSON object of fields with other values. SIGTERM ends it as it ends a run of the launcher.
 
 With SLOW=1 in the environment, grading, updates and the renames of a checkpoint take longer, so that a SIGKILL from
 outside can land inside them, and FOLDER/renaming exists during a rename; what runs is the same code.
@@ -14,14 +16,14 @@ import small
 
 from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
-from r1jax.core import rng, runtime, sharding, tree
+from r1jax.core import preempt, rng, runtime, sharding, tree
 from r1jax.data import tasks
 from r1jax.models import decoder
 from r1jax.recipe import policy, prompts
 from r1jax.recipe.parts import AskingParts
 from r1jax.rewards.pool import RewardPool
 from r1jax.rl.settings import of_config
-from r1jax.schema import MeshConfig, parts_of
+from r1jax.schema import parts_of
 from r1jax.train.step import Trainer
 
 UPDATES, PER_ROLLOUT, CHECKPOINT_EVERY, REFRESH = 24, 3, 2, 4
@@ -72,10 +74,10 @@ def slow_down(folder: pathlib.Path) -> None:
     os.rename, os.replace = (marked(function, checkpoints, folder / "renaming") for function in (os.rename, os.replace))
 
 
-def main(folder: pathlib.Path) -> None:
+def main(folder: pathlib.Path, fields: dict) -> None:
     runtime.setup()
-    config = configs.load("r1_zero:tiny", [(name, str(value)) for name, value in FIELDS.items()])
-    words, mesh = tokenizer.tiny(), sharding.make_mesh(MeshConfig())
+    config = configs.load("r1_zero:tiny", [(name, str(value)) for name, value in {**FIELDS, **fields}.items()])
+    words, mesh = tokenizer.tiny(), sharding.make_mesh(config.mesh)
     train = prompts.encode(tasks.linear_prompts("train")[:60], parts_of(AskingParts, config), words)
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "resume", "init"), "float32", mesh)
     if os.environ.get("SLOW"):
@@ -94,4 +96,8 @@ def main(folder: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    preempt.listen(float(os.environ.get("GRACE_S", preempt.GRACE_S)))
+    try:
+        main(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]) if len(sys.argv) > 2 else {})
+    except preempt.Preempted:
+        sys.exit(preempt.PREEMPTED_EXIT)

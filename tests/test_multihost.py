@@ -17,12 +17,13 @@ import pytest
 import small
 
 from r1jax import launch
-from r1jax.core import hosts, watch
+from r1jax.core import hosts, preempt, watch
 from r1jax.core.metrics import read
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEADLINE_S = 600.0
 HEARTBEAT_S = 8.0
+GRACE_S = 60.0
 STOP_WITHIN_S = HEARTBEAT_S + 22.0  # a busy machine is slow to hear and to say it
 FIELDS = {
     **small.RL_FIELDS,
@@ -45,7 +46,7 @@ STATE = ("params", "optimizer", "reference", "cursor")
 class Group:
     """Processes of one run; `folder` is the run's, their output lies beside it."""
 
-    def __init__(self, folder, processes, *, updates=6, checkpoint_every=2, slow_s=0.0, delays=(), **run):
+    def __init__(self, folder, processes, *, updates=6, checkpoint_every=2, slow_s=0.0, delays=(), listens=True, **run):
         devices = int(np.prod(list(run["mesh"].values())))
         self.folder, self.outputs = pathlib.Path(folder), []
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -61,6 +62,7 @@ class Group:
             settings = run | {"folder": str(folder), "processes": processes, "index": index, "port": port}
             settings |= {"updates": updates, "checkpoint_every": checkpoint_every, "heartbeat_s": HEARTBEAT_S}
             settings |= {"delays": delays if index == processes - 1 else [], "slow_s": slow_s}
+            settings |= {"grace_s": GRACE_S, "listens": listens}
             settings |= {"weights": str(self._beside("npz", 0))}
             self.outputs.append(tuple(self._beside(f"{processes}.{kind}", index) for kind in ("out", "err")))
             out, error = (path.open("w") for path in self.outputs[-1])
@@ -82,16 +84,20 @@ class Group:
             self.end()
         return [json.loads(out.read_text().splitlines()[-1]) for out, _ in self.outputs]
 
-    def kill_at(self, victim, update):
-        """SIGKILLs one process once `update` updates are made; returns (exit codes of the others, seconds they took)."""
+    def kill_at(self, victim, update, number=signal.SIGKILL):
+        """Signals one process once `update` updates are made; returns (exit codes of the others, seconds they took)."""
+        return self.signal_at(victim, update, number, [i for i in range(len(self.processes)) if i != victim])
+
+    def signal_at(self, victim, update, number, awaited):
+        """Signals one process once `update` updates are made; returns (exit codes of those awaited, seconds taken)."""
         try:
             limit = time.monotonic() + DEADLINE_S
             while self.update() < update:
                 assert time.monotonic() < limit and all(p.poll() is None for p in self.processes), self.error(0)[-3000:]
                 time.sleep(0.01)
-            self.processes[victim].send_signal(signal.SIGKILL)
+            self.processes[victim].send_signal(number)
             started = time.monotonic()
-            codes = [p.wait(120) for index, p in enumerate(self.processes) if index != victim]
+            codes = [self.processes[index].wait(120) for index in awaited]
             return codes, time.monotonic() - started
         finally:
             self.end()
@@ -164,6 +170,37 @@ def test_a_killed_process_stops_the_others_with_one_line_and_the_run_resumes_in_
         found = Group(copy, processes, **SMALL).finish()
         assert state(found[0]) == state(expected)
         assert rows(copy) == rows(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_hangs_is_named_within_the_heartbeat(tmp_path, victim):
+    group = Group(tmp_path / "hung", 2, slow_s=0.3, **SMALL)
+    codes, seconds = group.kill_at(victim, update=2, number=signal.SIGSTOP)
+    print(f"process {victim} stopped: the other ended with {codes} after {seconds:.1f} s")
+    assert codes == [watch.LOST_EXIT] and seconds < STOP_WITHIN_S
+    (line,) = lines_of_error(group.error(1 - victim))
+    assert f"process {victim} has not been heard of for 8 s" in line
+
+
+@pytest.mark.parametrize(
+    ("victim", "listens"),
+    [(1, True), pytest.param(0, True, marks=pytest.mark.slow), pytest.param(1, False, marks=pytest.mark.slow)],
+)
+def test_processes_of_which_one_is_asked_to_end_save_the_same_update_together_and_resume_bit_equal(
+    one, tmp_path, victim, listens
+):
+    expected, folder = one
+    group = Group(tmp_path / "asked", 2, checkpoint_every=100, slow_s=0.3, listens=listens, **SMALL)
+    codes, seconds = group.signal_at(victim, 3, signal.SIGTERM, [0, 1])
+    saved = [int(path.name) for path in (tmp_path / "asked" / "checkpoints").iterdir()]
+    print(f"process {victim} asked: {codes} after {seconds:.1f} s, saved {saved}")
+    assert codes == [preempt.PREEMPTED_EXIT] * 2, group.error(0)[-2000:] + group.error(1)[-2000:]
+    assert seconds < GRACE_S
+    assert len(saved) == 1 and 3 <= saved[0] < 6  # nothing that was made is lost
+    found = Group(tmp_path / "asked", 1, **SMALL).finish()
+    assert state(found[0]) == state(expected)
+    assert rows(tmp_path / "asked") == rows(folder)
 
 
 @pytest.mark.slow

@@ -14,19 +14,32 @@ import time
 
 import pytest
 
+from r1jax.core import preempt
 from r1jax.core.metrics import read
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DRIVER = ROOT / "tests" / "resume_driver.py"
-UPDATES, PER_ROLLOUT = (runpy.run_path(str(DRIVER))[name] for name in ("UPDATES", "PER_ROLLOUT"))
+NAMES = ("UPDATES", "PER_ROLLOUT", "CHECKPOINT_EVERY")
+UPDATES, PER_ROLLOUT, CHECKPOINT_EVERY = (runpy.run_path(str(DRIVER))[name] for name in NAMES)
+OTHER = {  # none of it changes a bit on this machine
+    "reward.workers": 1,
+    "reward.deadline_s": 20.0,
+    "sampler.slots": 8,
+    "sampler.steps_per_dispatch": 5,
+    "checkpointing.every_updates": 7,
+    "checkpointing.keep": 1,
+    "optimizer.offload": True,
+    "grpo.offload_reference": True,
+    "optimizer.max_skipped_updates": 3,
+}
 KINDS = ("rollout", "grading", "update", "rename")
 LONGEST_DELAY_S = {"rollout": 0.08, "grading": 0.08, "update": 0.03, "rename": 0.3}
 DEADLINE_S = 240.0
 
 
-def start(folder, slow):
+def start(folder, slow, fields=None):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"SLOW": "1"} if slow else {})}
-    command = [sys.executable, str(DRIVER), str(folder)]
+    command = [sys.executable, str(DRIVER), str(folder), json.dumps(fields or {})]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -53,8 +66,8 @@ def unfinished_checkpoints(folder):
     return [path.name for path in folder.glob("checkpoints/*") if not path.name.isdigit()]
 
 
-def kill_in(folder, wanted, least_update, rng):
-    """SIGKILLs a run in one place, at a random moment, and returns where it was and what it left behind.
+def end_in(folder, wanted, least_update, rng, number=signal.SIGKILL, code=-signal.SIGKILL):
+    """Sends a run a signal in one place, at a random moment, and returns where it was and what it left behind.
 
     That is {"place", "update", "checkpoint" (the newest whole one), "torn" (half-written ones)}.
     """
@@ -72,9 +85,9 @@ def kill_in(folder, wanted, least_update, rng):
             if time.monotonic() >= chosen:
                 break
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, f"the run ended before it was in {wanted} at {least_update}"
+    process.send_signal(number)
+    _, error = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == code, f"the run ended before it was in {wanted} at {least_update}: {error[-2000:]}"
     place, update = place_of(folder)
     torn = len(unfinished_checkpoints(folder))
     return {"place": place, "update": update, "checkpoint": newest_checkpoint(folder), "torn": torn}
@@ -95,7 +108,7 @@ def test_run_killed_in_every_place_ends_bit_equal(undisturbed, tmp_path, results
         for _ in range(
             3
         ):  # a busy machine may leave the place before the signal arrives: that kill counts, as where it landed
-            kills.append(kill_in(tmp_path, KINDS[number % 4], number * UPDATES // (count + 4), rng))
+            kills.append(end_in(tmp_path, KINDS[number % 4], number * UPDATES // (count + 4), rng))
             if kills[-1]["place"] == KINDS[number % 4]:
                 break
     found = finish(start(tmp_path, slow=False))
@@ -112,6 +125,36 @@ def test_run_killed_in_every_place_ends_bit_equal(undisturbed, tmp_path, results
     if count >= 10:
         digest = hashlib.sha256(rows).hexdigest()
         results("resume", {"kills_by_place": dict(landed), "kills": kills, "bit_equal": {**found, "metrics": digest}})
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(12, marks=pytest.mark.slow)])
+def test_run_asked_to_end_saves_the_update_in_hand_and_ends_bit_equal(undisturbed, tmp_path, count):
+    expected, reference_folder = undisturbed
+    rng, notices = random.Random(20250121), []
+    for number in range(count):
+        place, least = KINDS[number % 3], 1 + number * UPDATES // (count + 2)
+        notices.append(end_in(tmp_path, place, least, rng, signal.SIGTERM, preempt.PREEMPTED_EXIT))
+    print(notices)
+    # What was made is saved: no checkpoint falls short of the update that the run was at.
+    assert all(notice["checkpoint"] >= notice["update"] for notice in notices)
+    assert any(notice["checkpoint"] % CHECKPOINT_EVERY for notice in notices)  # more than the usual checkpoints
+    found = finish(start(tmp_path, slow=False))
+    del found["programs"]
+    assert found == {name: value for name, value in expected.items() if name != "programs"}
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (reference_folder / "metrics.jsonl").read_bytes()
+
+
+def test_run_goes_on_with_other_workers_dispatches_offload_and_checkpoints_and_longer_in_the_same_bits(
+    undisturbed, tmp_path
+):
+    expected, reference_folder = undisturbed
+    short = {"grpo.updates": UPDATES // 2}
+    finish(start(tmp_path, slow=False, fields=short))
+    assert newest_checkpoint(tmp_path) == UPDATES // 2
+    found = finish(start(tmp_path, slow=False, fields=OTHER))
+    del found["programs"]
+    assert found == {name: value for name, value in expected.items() if name != "programs"}
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (reference_folder / "metrics.jsonl").read_bytes()
 
 
 def test_undisturbed_run_moves_refreshes_its_reference_and_counts_its_draws(undisturbed):

@@ -15,6 +15,7 @@ from collections.abc import Generator
 
 PREEMPTED_EXIT = 75  # exit code: try again (EX_TEMPFAIL of sysexits.h)
 GRACE_S = 30.0
+_SIGNAL = "asked to end (SIGTERM)"
 _KEPT_BACK = 0.1  # share of the grace period that is left to the machine
 
 
@@ -27,7 +28,7 @@ class _Notice:
 
     def __init__(self):
         self.grace_s = GRACE_S
-        self.asked = False
+        self.asked = self.mentioned = False
         self.deferrals = 0
         self.raised = False
         self.timer: threading.Timer | None = None  # ends the process
@@ -62,7 +63,7 @@ def request(reason: str) -> None:
     _notice.asked = True
     _notice.timer.daemon = True
     _notice.timer.start()
-    _write(f"{reason}: this run ends within {_notice.grace_s:g} s")
+    _mention(reason)
     _thread.interrupt_main(signal.SIGTERM)
 
 
@@ -92,6 +93,7 @@ def deferred() -> Generator[None]:
 def _handle(number: int, frame: object) -> None:
     """Raises Preempted in the main thread, once. Python calls it when that thread runs Python code again."""
     _notice.asked = True
+    _mention(_SIGNAL)
     if not _notice.raised:
         raise_if_requested()
 
@@ -100,7 +102,14 @@ def _read(reader: socket.socket) -> None:
     """Gives the notice as soon as the signal arrives, also while the main thread is in C code."""
     while numbers := reader.recv(64):
         if signal.SIGTERM in numbers:
-            request("asked to end (SIGTERM)")
+            request(_SIGNAL)
+
+
+def _mention(reason: str) -> None:
+    """Prints, once, that the process ends and why."""
+    if not _notice.mentioned:
+        _notice.mentioned = True
+        _write(f"{reason}: this run ends within {_notice.grace_s:g} s")
 
 
 def _end() -> None:
