@@ -1,6 +1,6 @@
 """Export a stage's result to a Hugging Face folder that transformers loads.
 
-Hardware: any that holds the weights, twice while they are read back; the host holds one tensor at a time.
+Hardware: any that holds the weights; the host holds one tensor at a time.
 Command: python -m r1jax.launch --config=export_hf --config.checkpoint=RUN/distill --config.output=DIR
 """
 

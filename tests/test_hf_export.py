@@ -4,6 +4,7 @@ import json
 import pathlib
 import tracemalloc
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -299,6 +300,25 @@ def test_stage_keeps_nothing_when_a_weight_reads_back_differently(student, tmp_p
         export(student, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     assert export(student, tmp_path / "out", ("export.verify", "false")).keys() == {"parameters", "tensors", "files"}
+
+
+def test_the_devices_hold_no_trained_weights_any_more_when_the_folder_is_read_back(student, tmp_path, monkeypatch):
+    held_bytes, weight_bytes = {}, 4 * tree.count(student[2])
+    held = lambda: sum(array.nbytes for array in jax.live_arrays())  # noqa: E731
+    put, load, before = TensorWriter.put, hf.load, held()
+
+    def noting_put(*given) -> None:
+        held_bytes["written"] = held() - before
+        put(*given)
+
+    def noting_load(*given):
+        held_bytes["read back"] = held() - before
+        return load(*given)
+
+    monkeypatch.setattr(TensorWriter, "put", noting_put)
+    monkeypatch.setattr(hf, "load", noting_load)
+    export(student, tmp_path / "out")
+    assert held_bytes["written"] >= weight_bytes > 10 * held_bytes["read back"]
 
 
 OTHER_THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 9000.0}}

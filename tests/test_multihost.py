@@ -271,6 +271,9 @@ assert d.broadcast(np.arange(index + 2)).tolist() == [0, 1]
 assert d.join_shares([10 * number for number in d.share(range(7))], "tens") == list(range(0, 70, 10))
 assert d.decide(lambda: [d.process_count(), d.gather(5), d.decide(len, "four"), d.share("ab")]) == [1, [5], 4, "ab"]
 assert d.process_count() == 3
+long = "a" * (3 << 20)  # in several pieces
+assert d.broadcast(long + str(index)) == long + "0"
+assert d.gather(str(index) + long) == ([place + long for place in "012"] if index == 0 else None)
 try:
     d.decide(int, "seven" if index == 0 else "7")
 except ValueError as error:

@@ -29,6 +29,7 @@ DEADLINE_S = 1800.0  # the longest that a process waits for another one at a nam
 _SLICE_S = 1.0  # waits are cut into slices, so that Ctrl-C is heard
 _GRACE_S = 5.0
 _DISPATCHES = 16  # between two questions, while several processes sample, whether one was asked to end
+_PIECE_BYTES = 1 << 20  # of a message at once: the coordination service stalls on values of tens of MB
 
 
 def start(
@@ -227,7 +228,7 @@ class _Connection:
         self._service: subprocess.Popen | None = None
         self._join(coordinator, count, index, heartbeat_s, deadline_s)
         self._client = private_jax.coordination_client()
-        self._calls, self._sent = 0, []
+        self._calls, self._sent, self._gathered = 0, [], []  # keys that are set, and those that this process gathered
         self.watch = PeerWatch(self._client, self.index, self.count, heartbeat_s)
 
     def _join(self, coordinator: str, count: int | None, index: int | None, heartbeat_s: float, deadline_s: float):
@@ -286,8 +287,7 @@ class _Connection:
         self._calls += 1
         key = f"r1jax/broadcast/{self._calls}"
         if self.index == 0:
-            self._client.key_value_set_bytes(key, _encode([name, value]))
-            self._sent.append(key)
+            self._sent += self._send(key, _encode([name, value]))
             return _decode(_encode(value))  # the value as the others receive it, so that all continue with the same one
         # Process 0, when it waits too long itself, knows for whom: it has the time to publish that first.
         limit = time.monotonic() + deadline_s + _GRACE_S
@@ -297,22 +297,38 @@ class _Connection:
         self._calls += 1
         key = f"r1jax/gather/{self._calls}"
         if self.index:
-            self._client.key_value_set_bytes(f"{key}/{self.index}", _encode([name, value]))
+            self._send(f"{key}/{self.index}", _encode([name, value]))
             return None
         limit, values = time.monotonic() + deadline_s, [_decode(_encode(value))]
         values += [self._receive(f"{key}/{peer}", name, peer, limit, deadline_s, key) for peer in range(1, self.count)]
         # All have come here, so all have read what was sent before.
-        for old in [*self._sent, *(f"{key}/{peer}" for peer in range(1, self.count))]:
+        for old in (*self._sent, *self._gathered):
             self._client.key_value_delete(old)
-        self._sent = []
+        self._sent, self._gathered = [], []
         return values
+
+    def _send(self, key: str, data: bytes) -> list[str]:
+        """Sets a message in pieces and returns their keys; the first piece, which says how many they are, comes last."""
+        pieces = [data[start : start + _PIECE_BYTES] for start in range(0, len(data), _PIECE_BYTES)]
+        keys = _piece_keys(key, len(pieces))
+        for one, piece in reversed(list(zip(keys, pieces, strict=True))):
+            head = len(pieces).to_bytes(4, "big") if one == key else b""
+            self._client.key_value_set_bytes(one, head + piece)
+        return keys
+
+    def _read(self, key: str, wait_ms: int) -> tuple[bytes, list[str]]:
+        """Returns (a message, the keys of its pieces). Raises JAX's error when it is not there in time."""
+        first = self._client.blocking_key_value_get_bytes(key, wait_ms)
+        keys = _piece_keys(key, int.from_bytes(first[:4], "big"))
+        rest = [self._client.blocking_key_value_get_bytes(one, int(1000 * DEADLINE_S)) for one in keys[1:]]
+        return b"".join([first[4:], *rest]), keys
 
     def _receive(self, key: str, name: str, peer: int, limit: float, deadline_s: float, prefix: str = "") -> Any:
         while True:
             left = limit - time.monotonic()
             try:
                 wait_ms = int(1000 * max(0.01, min(_SLICE_S, left)))
-                peer_name, value = _decode(self._client.blocking_key_value_get_bytes(key, wait_ms))
+                data, keys = self._read(key, wait_ms)
                 break
             except Exception as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
@@ -324,6 +340,8 @@ class _Connection:
                     here = {int(arrived_key.rsplit("/", 1)[1]) for arrived_key, _ in arrived}
                     missing = [other for other in range(1, self.count) if other >= peer and other not in here]
                 raise PeerLost(f"waited {deadline_s:g} s at '{name}' for {named(missing)}")
+        peer_name, value = _decode(data)
+        self._gathered += keys if prefix else []
         if peer_name != name:
             raise RuntimeError(f"process {peer} is at '{peer_name}', process {self.index} at '{name}'")
         return value
@@ -341,6 +359,11 @@ class _Connection:
 
 _connection: _Connection | None = None
 _deciding = threading.local()  # `now`: whether this thread is within a decision
+
+
+def _piece_keys(key: str, count: int) -> list[str]:
+    """Returns the keys of a message's pieces; those behind the first lie elsewhere, since the first are listed."""
+    return [key, *(f"{key.replace('r1jax/', 'r1jax/more/', 1)}/{number}" for number in range(1, count))]
 
 
 def _together() -> _Connection | None:

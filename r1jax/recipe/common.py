@@ -394,10 +394,11 @@ def _checkpoint_digest(source: Path) -> str:
         marker = source / DONE
         if marker.exists():
             return json.loads(marker.read_text())["output"]
-        newest = checkpoint.CheckpointStore(source / "checkpoints").latest()
-        if newest is None:
+        # A store would wait for the other processes, which do not come here.
+        numbers = [int(folder.name) for folder in (source / "checkpoints").glob("[0-9]*") if folder.name.isdigit()]
+        if not numbers:
             raise ValueError(f"{source} holds no finished checkpoint; run that stage to its end first")
-        files = sorted(path for path in (source / "checkpoints" / str(newest)).rglob("*") if path.is_file())
+        files = sorted(path for path in (source / "checkpoints" / str(max(numbers))).rglob("*") if path.is_file())
     else:
         folder = source.parent if source.is_file() else source
         names = ("config.json", "generation_config.json", *TOKENIZER_FILES)

@@ -33,7 +33,7 @@ def _digest(path: str) -> str:
 def kept(folder: StageFolder, coldstart: ColdStartConfig) -> tuple[list[Draft], Counts] | None:
     """Returns (drafts, counts) that an earlier run with the same config and inputs wrote for review, or None."""
     record = hosts.decide(_record, folder, coldstart, name=f"what is in {folder.path}")
-    return record and ([from_record(draft) for draft in record["drafts"]], record["counts"])
+    return None if record is None else ([from_record(draft) for draft in record["drafts"]], record["counts"])
 
 
 def _record(folder: StageFolder, coldstart: ColdStartConfig) -> dict | None:

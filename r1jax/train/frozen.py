@@ -87,7 +87,7 @@ def features(
     for members, batch in batches(sequences, size.row_tokens, size.rows_per_micro_batch):
         arrays = [sharding.place(array, place) for array in (batch.tokens, batch.positions, batch.segments)]
         with use_mesh(mesh):
-            hidden = np.asarray(run(params, *arrays))
+            hidden = sharding.to_host(run(params, *arrays))
         for index, (row, start, length) in zip(members, batch.slots, strict=True):
             outputs[index] = hidden[row, start : start + length].copy()
         done += len(members)
