@@ -142,6 +142,7 @@ STAGES: dict[str, Stage] = {
         ),
     ),
     "bench_rewards": Stage("bench.rewards:run", ("bench.samples", "reward")),
+    "bench_tokens": Stage("bench.tokens:run", ("model.checkpoint", "bench.samples", "bench.threads", "bench.repeats")),
     "bench_update": Stage(
         "bench.update:run",
         (

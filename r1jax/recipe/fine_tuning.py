@@ -30,7 +30,7 @@ from r1jax.recipe import (
 from r1jax.recipe.parts import TrainingParts
 from r1jax.recipe.token_cache import TokenCache
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import Config, SFTConfig, parts_of
+from r1jax.schema import Config, PackConfig, SFTConfig, parts_of
 from r1jax.train import epochs, sft, step
 
 EXAMPLES = common.EXAMPLES
@@ -133,18 +133,21 @@ def fine_tune(
 
     Every epoch trains on every example.
     """
-    chosen = epochs.examples_of_updates(
-        len(examples), tuning.epochs, tuning.examples_per_update, settings.stage, settings.seed
-    )
-    updates, pack = len(chosen), settings.pack
-    loss = sft.make_loss(settings.network, pack.trained_chunk)
-    trainer = step.Trainer(settings.network, settings.optimizer, mesh, loss, updates)
-    lengths = examples.lengths.tolist()
-    most_rows = max(rows_needed([lengths[i] for i in some], pack.row_tokens) for some in chosen)
-    micro_batches = -(-most_rows // pack.rows_per_micro_batch)
+    pack, loss = settings.pack, sft.make_loss(settings.network, settings.pack.trained_chunk)
+    chosen, micro_batches = plan_updates(examples.lengths, tuning, pack, settings.stage, settings.seed)
+    trainer = step.Trainer(settings.network, settings.optimizer, mesh, loss, len(chosen))
     shards = sharding.row_shards(pack.rows_per_micro_batch, settings.mesh)
 
     def batch_at(update: int):
         return sft.make_batch([examples[i] for i in chosen[update]], pack, micro_batches, shards=shards)
 
-    return training.fit(folder, trainer, start, batch_at, updates, lineage.result_name(settings.stage))
+    return training.fit(folder, trainer, start, batch_at, len(chosen), lineage.result_name(settings.stage))
+
+
+def plan_updates(
+    lengths: np.ndarray, tuning: SFTConfig, pack: PackConfig, stage: str, seed: int
+) -> tuple[list[np.ndarray], int]:
+    """Returns (places of the examples of each update, micro-batches of the fullest update) by lengths alone."""
+    chosen = epochs.examples_of_updates(len(lengths), tuning.epochs, tuning.examples_per_update, stage, seed)
+    most_rows = max(rows_needed(lengths[places].tolist(), pack.row_tokens) for places in chosen)
+    return chosen, -(-most_rows // pack.rows_per_micro_batch)

@@ -115,6 +115,11 @@ def remove(path: Path) -> None:
         shutil.rmtree(_beside(path), ignore_errors=True)
 
 
+def finished_blocks(path: Path) -> int:
+    """Returns how many blocks of the cache beside a file of rows are whole."""
+    return len(list(_beside(path).glob(f"*/[0-9]*.{_LENGTHS}")))
+
+
 def _beside(path: Path) -> Path:
     return path.with_suffix(".tokens")
 
