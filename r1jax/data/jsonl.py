@@ -58,7 +58,12 @@ def read(path: str | os.PathLike, required: Sequence[str] = ()) -> list[dict]:
 
 
 def read_numbered(path: str | os.PathLike, required: Sequence[str] = (), limit: int = 0) -> list[tuple[int, dict]]:
-    """Returns (line number from 1, row) of each row, as `read`; of the first `limit` rows alone if it is not 0.
+    """Returns what `numbered` yields."""
+    return list(numbered(path, required, limit))
+
+
+def numbered(path: str | os.PathLike, required: Sequence[str] = (), limit: int = 0) -> Generator[tuple[int, dict]]:
+    """Yields (line number from 1, row) of each row, as `read`; of the first `limit` rows alone if it is not 0.
 
     A byte order mark (also further down, where files were joined), CRLF and a compressed file under any name are read;
     a number that no float holds exactly keeps its digits as text (`str`). Refused, with the line: a field given twice,
@@ -68,20 +73,20 @@ def read_numbered(path: str | os.PathLike, required: Sequence[str] = (), limit: 
     path = pathlib.Path(path)
     if not path.exists():
         raise ValueError(f"no such file: {path}")
-    rows = []
+    count = 0
     try:
         with _opened(path) as file:
             for number, line in enumerate(file, start=1):
                 row = _row(line.removeprefix(codecs.BOM_UTF8), required, f"{path}, line {number}")
                 if row is not None:
-                    rows.append((number, row))
-                if limit and len(rows) == limit:
+                    count += 1
+                    yield number, row
+                if limit and count == limit:
                     break
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
-    if not rows:
+    if not count:
         raise ValueError(f"{path}: no rows; at least one JSON object per line is needed")
-    return rows
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def parts(path: str | os.PathLike, least_bytes: int) -> tuple[str, list[LineRang
 
 
 def read_part(path: str | os.PathLike, part: LineRange) -> list[dict]:
-    """Returns the rows of a part of a file; blank lines are skipped. Raises ValueError, with file and line, as `read`."""
+    """Returns the rows of some lines of a file; blank ones are skipped. ValueError, with file and line, as in `read`."""
     with open(path, "rb") as file:
         file.seek(part.start)
         lines = file.read(part.end - part.start).split(b"\n")

@@ -84,9 +84,13 @@ def counts_line(stage: str, counts: Counts) -> str:
 
 def grade(drafts: Sequence[Draft], reward: RewardConfig) -> list[Score | None]:
     """Returns the score of each draft by its own task's grader, None for drafts that are not gradable."""
-    chosen = [draft for draft in drafts if draft.gradable]
-    if not chosen:
+    if not any(draft.gradable for draft in drafts):
         return [None] * len(drafts)
     with RewardPool(reward) as pool:
-        scores = iter(pool.score([draft.request() for draft in chosen]))
+        return grade_in(pool, drafts)
+
+
+def grade_in(pool: RewardPool, drafts: Sequence[Draft]) -> list[Score | None]:
+    """Returns the same as `grade`, from a pool that is used for several blocks of drafts."""
+    scores = iter(pool.score([draft.request() for draft in drafts if draft.gradable]))
     return [next(scores) if draft.gradable else None for draft in drafts]

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ EXAMPLES = common.EXAMPLES
 COUNTS = "examples_counts.json"
 TOO_LONG = "longer than pack.row_tokens"  # why an example is left out
 
-# (config, tokenizer, mesh, training prompts, workdir) -> (rows {id, prompt, response, provenance}, counts by check)
-Collect = Callable[[Config, Tokenizer, Mesh, list[EncodedPrompt], Path], tuple[list[dict], dict[str, float]]]
+# (config, tokenizer, mesh, training prompts, workdir) -> (rows {id, prompt, response, provenance}, counts by check, which
+# are complete once the rows have been read)
+Collect = Callable[[Config, Tokenizer, Mesh, list[EncodedPrompt], Path], tuple[Iterable[dict], dict[str, Any]]]
 
 
 def run(
@@ -72,14 +73,7 @@ def run(
         prompts.template(resolved.stage, resolved.data, tokenizer),
     )
     if not path.exists():
-        rows, counts = collect(resolved, tokenizer, mesh, train, Path(workdir))
-        if not rows:
-            raise ValueError(
-                f"{config.stage}: no example passed the checks ({dict(counts)}); train the stage before longer, give "
-                "easier problems, or rows written by people (coldstart.sources)"
-            )
-        checkpoint.write_json(folder.path / COUNTS, counts)
-        jsonl.write(path, rows)
+        write_examples(path, *collect(resolved, tokenizer, mesh, train, Path(workdir)), config.stage)
     examples = token_cache.load(token_cache.RowReading(path, resolved.stage, resolved.data, tokenizer))
     fitting_examples = examples.only(fitting(examples.lengths, resolved.pack.row_tokens))
     start = functools.partial(lineage.start_weights, resolved, mesh, workdir)
@@ -105,6 +99,24 @@ def run(
     figures = folder.finish(figures, inputs, tree.digest(trained))
     token_cache.remove(path)
     return figures
+
+
+def write_examples(path: Path, rows: Iterable[dict], counts: Mapping[str, Any], stage: str) -> None:
+    """Writes the rows as they come, and the counts beside them. Raises ValueError, and writes nothing, without a row."""
+
+    def counted() -> Iterator[dict]:
+        empty = True
+        for row in rows:
+            empty = False
+            yield row
+        if empty:
+            raise ValueError(
+                f"{stage}: no example passed the checks ({dict(counts)}); train the stage before longer, give easier "
+                "problems, or rows written by people (coldstart.sources)"
+            )
+        checkpoint.write_json(path.with_name(COUNTS), counts)  # now complete, and there before the file has its name
+
+    jsonl.write(path, counted())
 
 
 def fitting(lengths: np.ndarray, limit: int) -> np.ndarray:
