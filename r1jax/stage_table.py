@@ -157,6 +157,7 @@ STAGES: dict[str, Stage] = {
     "bench_saving": Stage(
         "bench.saving:run", ("seed", "model", "compute", "mesh", "optimizer", "pack", "bench.repeats"), _NO_RL
     ),
+    "bench_tokens": Stage("bench.tokens:run", ("model.checkpoint", "bench.samples", "bench.threads", "bench.repeats")),
     "bench_update": Stage(
         "bench.update:run",
         (

@@ -528,13 +528,13 @@ def test_planted_wrong_answers_are_lost_exactly_and_counted_by_task(tmp_path, ca
     ]
     jsonl.write(tmp_path / "rows.jsonl", rows)
     given, _ = example_files.read(str(tmp_path / "rows.jsonl"), DataConfig(), RewardConfig())
-    found, counts = distill.of_file(given, "distill", RewardConfig(), DistillConfig())
+    found, counts = distill.of_file(given, len(given), "distill", RewardConfig(), DistillConfig())
     assert [row["id"] for row in found] == [row["id"] for row in rows if not row["id"].endswith("-1")]
     assert counts["wrong"] == dict.fromkeys(kinds, 1)
     assert counts["not graded"] == {"general": 1, "no task": 1, "riddle": 1}
     assert "distill: examples: rows 15" in capsys.readouterr().err
-    kept, counts = distill.of_file(given, "distill", RewardConfig(), DistillConfig(grade=False))
-    assert len(kept) == 15 and "wrong" not in counts
+    kept, counts = distill.of_file(given, len(given), "distill", RewardConfig(), DistillConfig(grade=False))
+    assert len(list(kept)) == 15 and "wrong" not in counts
 
 
 def test_a_task_for_rows_without_one_grades_them(tmp_path):
@@ -542,7 +542,8 @@ def test_a_task_for_rows_without_one_grades_them(tmp_path):
     jsonl.write(tmp_path / "rows.jsonl", rows)
     config = configs.load("distill", [("data.task", "math"), ("distill.examples", f"{tmp_path}/rows.jsonl")])
     found, counts = distill.of_file(
-        example_files.read(f"{tmp_path}/rows.jsonl", config.data, config.reward)[0],
+        example_files.ExampleFile(f"{tmp_path}/rows.jsonl", config.data, config.reward),
+        2,
         config.stage,
         config.reward,
         config.distill,

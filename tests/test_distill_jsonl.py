@@ -11,10 +11,10 @@ from r1jax import launch
 from r1jax.checkpoints import hf_config, hf_export, tokenizer
 from r1jax.core import rng, sharding
 from r1jax.core.metrics import read
-from r1jax.data import corpus, jsonl, tasks, templates
+from r1jax.data import corpus, files, jsonl, tasks, templates
 from r1jax.models import decoder
-from r1jax.recipe import fine_tuning, parts, problems, prompts, sft_rows
-from r1jax.schema import MeshConfig, parts_of, replace
+from r1jax.recipe import distill, example_files, fine_tuning, parts, problems, prompts, sft_rows
+from r1jax.schema import DataConfig, DistillConfig, MeshConfig, RewardConfig, parts_of, replace
 
 SHORT = (
     "sft.epochs=1",
@@ -182,10 +182,11 @@ def test_examples_longer_than_a_row_are_left_out_and_counted(capsys):
     long = {"prompt": "tell cat :", "response": "cat " * 200}
     rows = [solved(tasks.Linear(7, 5, 5)), long]
     items = [item for row in rows for item in sft_rows.items_of(row, config.stage, config.data, own)]
-    assert fine_tuning.fitting(items, config.pack.row_tokens) == items[:1]
+    lengths = np.asarray([len(item.tokens) for item in items])
+    assert fine_tuning.fitting(lengths, config.pack.row_tokens).tolist() == [0]
     assert "1 of 2 examples exceed 96 tokens (longest 204), left out" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"all 1 examples exceed config.pack.row_tokens=96 \(longest 204\); raise it"):
-        fine_tuning.fitting(items[1:], config.pack.row_tokens)
+        fine_tuning.fitting(lengths[1:], config.pack.row_tokens)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +205,74 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(content, expected, tmp_path, 
     line = refused(arguments(tmp_path / "runs", f"distill.examples={path}"), capsys)
     assert str(path) in line and expected in line
     assert not (tmp_path / "runs").exists()
+
+
+def mixed(path, bad: bool = False) -> str:
+    """Writes rows of three tasks and of none, some wrong, without ids, and returns the path; `bad` adds two that fail."""
+    rows = [
+        {"problem": f"{n}+1?", "answer": n + 1, "response": f"<think>x</think> \\boxed{{{n + 1 + (n % 4 == 1)}}}"}
+        | ({"task": "math"} if n % 3 else {})
+        | {"uuid": f"u{n}"}
+        for n in range(20)
+    ]
+    rows[7] = {"prompt": "A poem?", "task": "general", "response": "Roses.", "uuid": "u7"}
+    if bad:
+        rows[11]["response"], rows[13]["task"] = " ", 3
+    jsonl.write(path, rows)
+    return str(path)
+
+
+def test_a_file_read_row_by_row_is_what_reading_it_whole_is(tmp_path):
+    path, (data, reward) = mixed(tmp_path / "rows.jsonl"), (DataConfig(), RewardConfig())
+    rows = example_files.ExampleFile(path, data, reward)
+    drafts, notes = example_files.read(path, data, reward)
+    assert list(rows) == list(rows) == drafts and rows.count == 20
+    assert rows.remarks == example_files.remarks(path, drafts, notes)
+    assert drafts[7].problem.id == "u7" and any("uuid read as id" in line for line in rows.remarks)
+
+
+def test_a_bad_row_is_named_alike_whether_the_file_is_read_whole_or_row_by_row(tmp_path):
+    path, lines = mixed(tmp_path / "rows.jsonl", bad=True), []
+    for reader in (example_files.read, example_files.ExampleFile):
+        for task in (3, ""):  # a row that cannot be read comes first, then one that can be no draft
+            rows = jsonl.read(path)
+            rows[13]["task"] = task
+            jsonl.write(path, rows)
+            with pytest.raises(ValueError) as error:
+                reader(path, DataConfig(), RewardConfig())
+            lines.append(str(error.value))
+    assert lines[:2] == lines[2:] and "line 14" in lines[0] and "line 12: field 'response' is empty" in lines[1]
+
+
+def test_examples_graded_in_blocks_are_those_graded_at_once(tmp_path, monkeypatch, capsys):
+    path, reward = mixed(tmp_path / "rows.jsonl"), RewardConfig()
+    rows = example_files.ExampleFile(path, DataConfig(), reward)
+
+    def examples_in_blocks(size: int) -> tuple:
+        monkeypatch.setattr(distill, "BLOCK_ROWS", size)
+        kept, counts = distill.of_file(rows, rows.count, "distill", reward, DistillConfig())
+        capsys.readouterr()
+        return list(kept), list(counts.items()), capsys.readouterr().err.splitlines()[-1]
+
+    whole, in_blocks = examples_in_blocks(64), examples_in_blocks(3)
+    assert whole == in_blocks
+    assert dict(whole[1])["wrong"] == {"math": 4} and len(whole[0]) == 16
+
+
+def test_rows_are_read_as_they_are_asked_for(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "p", "response": "r"}\nnothing\n')
+    rows = iter(files.FileRows(str(path)))
+    assert next(rows).fields == {"id": "row-1", "prompt": "p", "response": "r"}
+    with pytest.raises(ValueError, match="line 2: malformed JSON"):
+        next(rows)
+
+
+def test_examples_that_fail_on_the_way_leave_no_file(tmp_path):
+    path = tmp_path / "examples.jsonl"
+    with pytest.raises(ValueError, match="distill: no example passed the checks"):
+        fine_tuning.write_examples(path, iter(()), {"kept": {}}, "distill")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_real_student_without_weights_names_the_field(tmp_path, capsys):

@@ -123,6 +123,6 @@ def test_an_end_that_a_response_spells_out_is_trained_once():
 def test_examples_that_do_not_fit_are_counted_by_example_not_by_row(capsys):
     own = words(WITHOUT_THOUGHTS)
     items = sft_rows.items_of(row(), CHAT.stage, CHAT.data, own)
-    lengths = sorted(len(item.tokens) for item in items)
-    assert len(fine_tuning.fitting(items, lengths[0])) == 1
+    lengths = np.sort([len(item.tokens) for item in items])
+    assert len(fine_tuning.fitting(lengths, lengths[0])) == 1
     assert f"1 of 2 examples exceed {lengths[0]} tokens (longest {lengths[1]}), left out" in capsys.readouterr().err

@@ -81,16 +81,28 @@ def mapping(columns: Sequence[str]) -> dict[str, str]:
     return ours_by_theirs
 
 
-def check_mapping(names: Mapping[str, str], rows: Sequence[Mapping], path: str) -> None:
-    """Raises ValueError when no row has a field that is mapped."""
-    for theirs, ours in names.items():
-        if all(_at(row, theirs) is None for row in rows):
-            near = difflib.get_close_matches(theirs, {name for row in rows for name in row}, 1)
-            meant = (
-                f"; did you mean {near[0]!r}?"
-                if near
-                else f"; the first row has {', '.join(map(repr, rows[0])) or 'no fields'}"
-            )
+class MappedColumns:
+    """What is seen of the fields that a mapping names, row by row."""
+
+    def __init__(self, names: Mapping[str, str]):
+        self._missing = dict(names)  # those that no row has had
+        self._columns: dict[str, None] = {}  # of all rows, in order
+        self._first: list[str] | None = None  # columns of the first row
+
+    def see(self, row: Mapping) -> None:
+        """Takes note of a row."""
+        if self._first is None:
+            self._first = list(row)
+        if self._missing:
+            self._columns |= dict.fromkeys(row)
+            self._missing = {theirs: ours for theirs, ours in self._missing.items() if _at(row, theirs) is None}
+
+    def check(self, path: str) -> None:
+        """Raises ValueError when no row had a field that is mapped."""
+        for theirs, ours in self._missing.items():
+            near = difflib.get_close_matches(theirs, self._columns, 1)
+            listed = ", ".join(map(repr, self._first or ())) or "no fields"
+            meant = f"; did you mean {near[0]!r}?" if near else f"; the first row has {listed}"
             raise ValueError(f"{path}: no row has the field {theirs!r} of {COLUMNS}={theirs}={ours}{meant}")
 
 

@@ -54,21 +54,76 @@ def read(path: str, columns: Sequence[str] = (), limit: int = 0) -> Table:
     (text or a list of messages). Raises ValueError, in one line with file and line or row, for data that cannot be
     read.
     """
-    mapping = dialects.mapping(columns)
-    raw, notes = _raw(path, limit)
-    counts: Counter = Counter()
-    rows = []
-    for place, raw_row in raw:
-        fields, remarks = dialects.canonical(raw_row, mapping, place)
-        counts.update(remarks)
+    table = FileRows(path, columns, limit)
+    rows = list(table.survey())
+    for number, row in enumerate(rows, 1):
+        table.name(row, number)
+    return Table(rows, table.notes)
+
+
+class FileRows:
+    """The rows that `read` returns, read from the path at each iteration and one at a time, so that none is held.
+
+    `survey` comes first: it counts the rows, and what they are called and how they were read depends on all of them.
+    """
+
+    def __init__(self, path: str, columns: Sequence[str] = (), limit: int = 0):
+        self._path, self._limit = path, limit
+        self._mapping = dialects.mapping(columns)
+        self._id_field = ""  # whose values are the ids, "" for none
+        self.count = 0
+        self.notes: list[str] = []
+
+    def survey(self) -> Iterator[FileRow]:
+        """Yields the rows, an id only where it is in the file; `count` and `notes` are set at the end.
+
+        Raises ValueError, as `read` does, for data that cannot be read.
+        """
+        mapped, without = dialects.MappedColumns(self._mapping), 0
+        counts: Counter = Counter()
+        values: dict[str, set[str]] = {name: set() for name in dialects.ID_FIELDS}  # that may be ids, all different
+        raw, notes = _raw(self._path, self._limit)
+        for number, (place, raw_row) in enumerate(raw, 1):
+            mapped.see(raw_row)
+            row, remarks = self._row(place, raw_row)
+            counts.update(remarks)
+            without += "id" not in row.fields
+            for name in list(values):
+                if without < number or not _is_new_id(row.fields.get(name), values[name]):
+                    del values[name]
+            self.count = number
+            yield row
+        if not self.count:
+            raise ValueError(f"{self._path}: no rows, at least one is needed")
+        mapped.check(self._path)
+        notes += [f"{remark} ({count} of {self.count} rows)" for remark, count in counts.items()]
+        self._id_field = next(iter(values), "")
+        if self._id_field:
+            notes.append(f"{self._id_field} read as id")
+        elif without:
+            notes.append(
+                f"{without} of {self.count} rows have no id; they are called row-1, row-2, ... by their number"
+            )
+        self.notes = notes
+
+    def __iter__(self) -> Iterator[FileRow]:
+        raw, _ = _raw(self._path, self._limit)
+        for number, (place, raw_row) in enumerate(raw, 1):
+            row, _ = self._row(place, raw_row)
+            self.name(row, number)
+            yield row
+
+    def name(self, row: FileRow, number: int) -> None:
+        """Gives a row without an id one, in place."""
+        if "id" not in row.fields:
+            row.fields["id"] = str(row.fields[self._id_field]) if self._id_field else f"row-{number}"
+
+    def _row(self, place: str, raw_row: dict) -> tuple[FileRow, list[str]]:
+        """Returns (the row of a file under our names, remarks)."""
+        fields, remarks = dialects.canonical(raw_row, self._mapping, place)
         if "meta" in fields:
             fields["meta"] = _without_nan(fields["meta"])
-        rows.append(FileRow(fields, place))
-    if not rows:
-        raise ValueError(f"{path}: no rows, at least one is needed")
-    dialects.check_mapping(mapping, [raw_row for _, raw_row in raw], path)
-    notes += [f"{remark} ({count} of {len(rows)} rows)" for remark, count in counts.items()]
-    return Table(rows, notes + _name_rows(rows))
+        return FileRow(fields, place), remarks
 
 
 def digest(path: str) -> str:
@@ -90,44 +145,27 @@ def digest(path: str) -> str:
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def _name_rows(rows: list[FileRow]) -> list[str]:
-    """Gives rows without an id one, in place, and returns the remarks on it."""
-    without = [(number, row) for number, row in enumerate(rows, 1) if "id" not in row.fields]
-    if not without:
-        return []
-    for name in dialects.ID_FIELDS:
-        ids = [row.fields.get(name) for row in rows]
-        if len(without) == len(rows) and _are_ids(ids):
-            for row, value in zip(rows, ids, strict=True):
-                row.fields["id"] = str(value)
-            return [f"{name} read as id"]
-    for number, row in without:
-        row.fields["id"] = f"row-{number}"
-    return [f"{len(without)} of {len(rows)} rows have no id; they are called row-1, row-2, ... by their number"]
+def _is_new_id(value: object, seen: set[str]) -> bool:
+    """Returns whether a value can be an id and is not among those seen, to which it is added."""
+    if not isinstance(value, str | int) or isinstance(value, bool) or value == "" or str(value) in seen:
+        return False
+    seen.add(str(value))
+    return True
 
 
-def _are_ids(values: list) -> bool:
-    kinds = all(isinstance(value, str | int) and not isinstance(value, bool) and value != "" for value in values)
-    return kinds and len(set(map(str, values))) == len(values)
-
-
-def _raw(path: str, limit: int) -> tuple[list[tuple[str, dict]], list[str]]:
-    """Returns ([(place, row as the file has it)], remarks)."""
+def _raw(path: str, limit: int) -> tuple[Iterator[tuple[str, dict]], list[str]]:
+    """Returns (iterator of (place, row as the file has it), remarks)."""
     local, split = _local(path)
     if local is None:
-        return list(_saved_rows(_from_hub(path), path, limit)), []
+        return _saved_rows(_from_hub(path), path, limit), []
     if local.is_file():
-        return list(_file_rows(local, limit)), []
+        return _file_rows(local, limit), []
     if _is_saved(local):
         dataset, notes = _saved(local, split)
-        return list(_saved_rows(dataset, path, limit)), notes
+        return _saved_rows(dataset, path, limit), notes
     files, notes = _files_of(local, split)
-    rows: list[tuple[str, dict]] = []
-    for file in files:
-        rows += _file_rows(file, limit and limit - len(rows))
-        if limit and len(rows) >= limit:
-            break
-    return rows, notes
+    rows = (row for file in files for row in _file_rows(file, limit))
+    return islice(rows, limit or None), notes
 
 
 def _local(path: str) -> tuple[Path | None, str]:
@@ -151,7 +189,7 @@ def _file_rows(path: Path, limit: int) -> Iterator[tuple[str, dict]]:
         return _parquet_rows(path, limit)
     if path.suffix == ".parquet":
         raise ValueError(f"{path}: not a Parquet file; it does not begin with PAR1")
-    return ((f"{path}, line {line}", row) for line, row in jsonl.read_numbered(path, limit=limit))
+    return ((f"{path}, line {line}", row) for line, row in jsonl.numbered(path, limit=limit))
 
 
 def _starts_as_parquet(path: Path) -> bool:

@@ -3,6 +3,7 @@
 import codecs
 import decimal
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import sys
 import zlib
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from r1jax.core import files
 
@@ -32,6 +34,7 @@ FREE = ("meta",)  # may hold NaN, as remarks of public sets do
 _JSON_NAMES: dict[type, str] = {str: "a string", int: "an integer", float: "a number"}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _GZIP = b"\x1f\x8b"
+_CHUNK_BYTES = 1 << 20
 _OTHER_FORMATS = {  # first bytes of a file -> the format, for the error
     b"PAR1": "a Parquet file; name it .parquet",
     b"ARROW1": "an Arrow file; give the folder of the saved data set",
@@ -55,7 +58,12 @@ def read(path: str | os.PathLike, required: Sequence[str] = ()) -> list[dict]:
 
 
 def read_numbered(path: str | os.PathLike, required: Sequence[str] = (), limit: int = 0) -> list[tuple[int, dict]]:
-    """Returns (line number from 1, row) of each row, as `read`; of the first `limit` rows alone if it is not 0.
+    """Returns what `numbered` yields."""
+    return list(numbered(path, required, limit))
+
+
+def numbered(path: str | os.PathLike, required: Sequence[str] = (), limit: int = 0) -> Generator[tuple[int, dict]]:
+    """Yields (line number from 1, row) of each row, as `read`; of the first `limit` rows alone if it is not 0.
 
     A byte order mark (also further down, where files were joined), CRLF and a compressed file under any name are read;
     a number that no float holds exactly keeps its digits as text (`str`). Refused, with the line: a field given twice,
@@ -65,20 +73,60 @@ def read_numbered(path: str | os.PathLike, required: Sequence[str] = (), limit: 
     path = pathlib.Path(path)
     if not path.exists():
         raise ValueError(f"no such file: {path}")
-    rows = []
+    count = 0
     try:
         with _opened(path) as file:
             for number, line in enumerate(file, start=1):
                 row = _row(line.removeprefix(codecs.BOM_UTF8), required, f"{path}, line {number}")
                 if row is not None:
-                    rows.append((number, row))
-                if limit and len(rows) == limit:
+                    count += 1
+                    yield number, row
+                if limit and count == limit:
                     break
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
-    if not rows:
+    if not count:
         raise ValueError(f"{path}: no rows; at least one JSON object per line is needed")
-    return rows
+
+
+@dataclass(frozen=True)
+class LineRange:
+    """Some neighbouring whole lines of a file that is not compressed."""
+
+    start: int  # byte of the file
+    end: int  # the byte after the last one
+    line: int  # number of the first line, from 1
+    lines: int
+
+
+def parts(path: str | os.PathLike, least_bytes: int) -> tuple[str, list[LineRange]]:
+    """Returns (sha256 of a file, its lines as parts of at least `least_bytes`, but for the last), reading it once."""
+    sha, result = hashlib.sha256(), []
+    start, first, line, position = 0, 1, 1, 0  # of the part, of the next byte
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            sha.update(chunk)
+            counted = 0  # bytes of the chunk whose line ends are in `line`
+            while (place := chunk.find(b"\n", max(start + least_bytes - 1 - position, 0))) >= 0:
+                line += chunk.count(b"\n", counted, place + 1)
+                counted = place + 1
+                result.append(LineRange(start, position + counted, first, line - first))
+                start, first = position + counted, line
+            line += chunk.count(b"\n", counted)
+            position += len(chunk)
+            last = chunk[-1:]
+    if position > start:
+        result.append(LineRange(start, position, first, line - first + (last != b"\n")))
+    return sha.hexdigest(), result
+
+
+def read_part(path: str | os.PathLike, part: LineRange) -> list[dict]:
+    """Returns the rows of some lines of a file; blank ones are skipped. ValueError, with file and line, as in `read`."""
+    with open(path, "rb") as file:
+        file.seek(part.start)
+        lines = file.read(part.end - part.start).split(b"\n")
+    rows = (_row(line, (), f"{path}, line {number}") for number, line in enumerate(lines, part.line))
+    return [row for row in rows if row is not None]
 
 
 def write(path: str | os.PathLike, rows: Iterable[Mapping]) -> int:

@@ -85,17 +85,26 @@ def counts_line(stage: str, counts: Counts) -> str:
 
 def grade(drafts: Sequence[Draft], reward: RewardConfig) -> list[Score | None]:
     """Returns the score of each draft by its own task's grader, None for drafts that are not gradable."""
-    chosen = [draft for draft in drafts if draft.gradable]
-    if not chosen:
+    if not any(draft.gradable for draft in drafts):
         return [None] * len(drafts)
-    scores = iter(scores_of([draft.request() for draft in chosen], reward))
+    with RewardPool(reward) as pool:
+        return grade_in(pool, drafts)
+
+
+def grade_in(pool: RewardPool, drafts: Sequence[Draft]) -> list[Score | None]:
+    """Returns the same as `grade`, from a pool that is used for several blocks of drafts."""
+    scores = iter(_scores_in(pool, [draft.request() for draft in drafts if draft.gradable]))
     return [next(scores) if draft.gradable else None for draft in drafts]
 
 
 def scores_of(requests: Sequence[RewardRequest], reward: RewardConfig) -> list[Score]:
     """Returns the score of each request, in order; of several processes each grades its share."""
     with RewardPool(reward) as pool:
-        scores = pool.score(hosts.share(requests))
-        deadline_s = pool.batch_deadline_s + hosts.DEADLINE_S
+        return _scores_in(pool, requests)
+
+
+def _scores_in(pool: RewardPool, requests: Sequence[RewardRequest]) -> list[Score]:
+    scores = pool.score(hosts.share(requests))
+    deadline_s = pool.batch_deadline_s + hosts.DEADLINE_S
     records = hosts.join_shares([asdict(score) for score in scores], "the scores of examples", deadline_s)
     return [Score(**record) for record in records]

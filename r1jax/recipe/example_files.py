@@ -1,12 +1,15 @@
 """Files of finished responses: read row by row, graded if the row's task can be, with remarks on what is missing."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from r1jax.data import files, turns
 from r1jax.data.problems import SCENARIOS, Problem, is_countdown, read_prompt
-from r1jax.recipe.drafts import NO_TASK, Counts, Draft, grade, tally
+from r1jax.recipe.drafts import NO_TASK, Counts, Draft, grade, grade_in, tally
 from r1jax.rewards import compose, plugins, references, rules
+from r1jax.rewards.pool import RewardPool
+from r1jax.rewards.score import Score
 from r1jax.schema import KINDS, DataConfig, RewardConfig
 
 UNGRADED, WRONG, UNSCORABLE = "not graded", "wrong", "no verdict"
@@ -20,6 +23,41 @@ def read(path: str, data: DataConfig, reward: RewardConfig) -> tuple[list[Draft]
     """
     table = files.read(path, data.columns)
     return [draft(row, path, reward, data.task) for row in table.rows], table.notes
+
+
+class ExampleFile:
+    """The drafts that `read` returns, read from the file at each iteration and one at a time, so that none is held."""
+
+    def __init__(self, path: str, data: DataConfig, reward: RewardConfig):
+        """Reads the file once. Raises ValueError, with file and line, for a bad file or row."""
+        self._rows = files.FileRows(path, data.columns)
+        self._draft = functools.partial(draft, path=path, reward=reward, task=data.task)
+        self._without_task, self._bad = 0, False
+        faults = turns.thoughts(self._texts())
+        if self._bad:
+            for _ in self:  # the id that the error names may depend on all rows
+                pass
+        self.remarks = _remarks(path, self.count, self._rows.notes, faults, self._without_task)
+
+    @property
+    def count(self) -> int:
+        """The number of rows."""
+        return self._rows.count
+
+    def __iter__(self) -> Iterator[Draft]:
+        return map(self._draft, self._rows)
+
+    def _texts(self) -> Iterator[str]:
+        """Yields the responses of the rows that can be drafts."""
+        for row in self._rows.survey():
+            row.fields.setdefault("id", "")
+            try:
+                read_draft = self._draft(row)
+            except ValueError:
+                self._bad = True
+                continue
+            self._without_task += not read_draft.task
+            yield read_draft.text
 
 
 def draft(row: files.FileRow, path: str, reward: RewardConfig, task: str = "") -> Draft:
@@ -77,7 +115,15 @@ def _conversation(fields: dict, problem: Problem) -> tuple[dict, ...]:
 
 def right(drafts: Sequence[Draft], reward: RewardConfig, counts: Counts) -> list[Draft]:
     """Returns the drafts that their task's grader does not find wrong; the verdicts are counted by task."""
-    scores = grade(drafts, reward)
+    return _not_wrong(drafts, grade(drafts, reward), counts)
+
+
+def right_in(pool: RewardPool, drafts: Sequence[Draft], counts: Counts) -> list[Draft]:
+    """Returns the same as `right`, from a pool that is used for several blocks of drafts."""
+    return _not_wrong(drafts, grade_in(pool, drafts), counts)
+
+
+def _not_wrong(drafts: Sequence[Draft], scores: Sequence[Score | None], counts: Counts) -> list[Draft]:
     verdicts = [
         UNGRADED
         if score is None
@@ -95,16 +141,20 @@ def right(drafts: Sequence[Draft], reward: RewardConfig, counts: Counts) -> list
 
 def remarks(path: str, drafts: Sequence[Draft], notes: Sequence[str]) -> list[str]:
     """Returns lines on how a file was read, thoughts that are missing or not closed, and rows that nothing grades."""
+    faults = turns.thoughts(draft.text for draft in drafts)
+    return _remarks(path, len(drafts), notes, faults, sum(not draft.task for draft in drafts))
+
+
+def _remarks(path: str, count: int, notes: Sequence[str], faults: Mapping[str, int], without_task: int) -> list[str]:
     lines = [f"{path}: {note}" for note in notes]
-    if faults := turns.thoughts(draft.text for draft in drafts):
-        listed = ", ".join(f"{cause}: {count}" for cause, count in faults.items())
+    if faults:
+        listed = ", ".join(f"{cause}: {number}" for cause, number in faults.items())
         lines.append(
-            f"{path}: {sum(faults.values())} of {len(drafts)} responses lack exactly one closed <think>...</think> "
-            f"({listed})"
+            f"{path}: {sum(faults.values())} of {count} responses lack exactly one closed <think>...</think> ({listed})"
         )
-    if without := sum(not draft.task for draft in drafts):
+    if without_task:
         lines.append(
-            f"{path}: {without} of {len(drafts)} rows have {NO_TASK}: their responses are taken as they are; "
+            f"{path}: {without_task} of {count} rows have {NO_TASK}: their responses are taken as they are; "
             "--config.data.task=TASK grades those with an answer"
         )
     return lines

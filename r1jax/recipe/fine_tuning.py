@@ -1,18 +1,20 @@
 """What every SFT stage does: collect examples once, fine-tune resumably, evaluate before and after."""
 
+import collections
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import checkpoint, hosts, sharding, tree
 from r1jax.core.say import say
 from r1jax.data import jsonl
-from r1jax.data.packing import PackItem
+from r1jax.data.packing import rows_needed
 from r1jax.models import decoder
 from r1jax.recipe import (
     common,
@@ -22,21 +24,23 @@ from r1jax.recipe import (
     parts,
     problems,
     prompts,
-    sft_rows,
     template_check,
+    token_cache,
     training,
 )
 from r1jax.recipe.parts import TrainingParts
+from r1jax.recipe.token_cache import TokenCache
 from r1jax.rl.rollout import EncodedPrompt
-from r1jax.schema import Config, SFTConfig, parts_of
+from r1jax.schema import Config, PackConfig, SFTConfig, parts_of
 from r1jax.train import epochs, sft, step
 
 EXAMPLES = common.EXAMPLES
 COUNTS = "examples_counts.json"
 TOO_LONG = "longer than pack.row_tokens"  # why an example is left out
 
-# (config, tokenizer, mesh, training prompts, workdir) -> (rows {id, prompt, response, provenance}, counts by check)
-Collect = Callable[[Config, Tokenizer, Mesh, list[EncodedPrompt], Path], tuple[list[dict], dict[str, float]]]
+# (config, tokenizer, mesh, training prompts, workdir) -> (rows {id, prompt, response, provenance}, counts by check, which
+# are complete once the rows have been read)
+Collect = Callable[[Config, Tokenizer, Mesh, list[EncodedPrompt], Path], tuple[Iterable[dict], dict[str, Any]]]
 
 
 def run(
@@ -70,22 +74,14 @@ def run(
         prompts.template(resolved.stage, resolved.data, tokenizer),
     )
     if not hosts.decide(path.exists, name=str(path)):
-        rows, counts = collect(resolved, tokenizer, mesh, train, Path(workdir))
-        if not rows:
-            raise ValueError(
-                f"{config.stage}: no example passed the checks ({dict(counts)}); train the stage before longer, give "
-                "easier problems, or rows written by people (coldstart.sources)"
-            )
-        checkpoint.write_json(folder.path / COUNTS, counts)
-        hosts.decide(jsonl.write, path, rows, name=str(path))
-    rows = jsonl.read(path)
-    examples = [item for row in rows for item in sft_rows.items_of(row, resolved.stage, resolved.data, tokenizer)]
-    fitting_examples = fitting(examples, resolved.pack.row_tokens)
+        write_examples(path, *collect(resolved, tokenizer, mesh, train, Path(workdir)), config.stage)
+    examples = token_cache.load(token_cache.RowReading(path, resolved.stage, resolved.data, tokenizer))
+    fitting_examples = examples.only(fitting(examples.lengths, resolved.pack.row_tokens))
     start = functools.partial(lineage.start_weights, resolved, mesh, workdir)
     trained, loss = fine_tune(
         parts_of(parts.TrainingParts, resolved), resolved.sft, mesh, fitting_examples, start, folder
     )
-    tokens = sum(len(item.tokens) for item in fitting_examples) * resolved.sft.epochs
+    tokens = int(fitting_examples.lengths.sum(dtype=np.int64)) * resolved.sft.epochs
     figures: dict[str, Any] = {
         "seconds": round(time.monotonic() - started, 1),
         "examples": len(fitting_examples),
@@ -101,19 +97,47 @@ def run(
         )
     checkpoint.write_json(folder.path / "figures.json", figures)
     evaluate.write_report(config.stage, workdir, lineage.result_name(config.stage), figures)
-    return folder.finish(figures, inputs, tree.digest(trained))
+    figures = folder.finish(figures, inputs, tree.digest(trained))
+    token_cache.remove(path)
+    return figures
 
 
-def fitting(items: list[PackItem], limit: int) -> list[PackItem]:
-    """Returns the examples of at most `limit` tokens and prints how many are left out; ValueError when none is left."""
-    kept = [item for item in items if len(item.tokens) <= limit]
-    longest = max((len(item.tokens) for item in items), default=0)
-    if not kept:
-        raise ValueError(
-            f"all {len(items)} examples exceed config.pack.row_tokens={limit} (longest {longest}); raise it"
-        )
-    if len(kept) < len(items):
-        say(f"{len(items) - len(kept)} of {len(items)} examples exceed {limit} tokens (longest {longest}), left out")
+def write_examples(path: Path, rows: Iterable[dict], counts: Mapping[str, Any], stage: str) -> None:
+    """Writes the rows as they come, and the counts beside them. Raises ValueError, and writes nothing, without a row.
+
+    Of several processes, which may make the rows together, process 0 writes.
+    """
+
+    def counted() -> Iterator[dict]:
+        empty = True
+        for row in rows:
+            empty = False
+            yield row
+        if empty:
+            raise ValueError(
+                f"{stage}: no example passed the checks ({dict(counts)}); train the stage before longer, give easier "
+                "problems, or rows written by people (coldstart.sources)"
+            )
+        checkpoint.write_json(path.with_name(COUNTS), counts)  # now complete, and there before the file has its name
+
+    if hosts.is_writer():
+        jsonl.write(path, counted())
+    else:
+        collections.deque(counted(), maxlen=0)
+    hosts.barrier(str(path))
+
+
+def fitting(lengths: np.ndarray, limit: int) -> np.ndarray:
+    """Returns the places of the examples of at most `limit` tokens and prints how many are left out.
+
+    Raises ValueError when none is left.
+    """
+    kept = np.flatnonzero(lengths <= limit)
+    count, longest = len(lengths), lengths.max(initial=0)
+    if not len(kept):
+        raise ValueError(f"all {count} examples exceed config.pack.row_tokens={limit} (longest {longest}); raise it")
+    if len(kept) < count:
+        say(f"{count - len(kept)} of {count} examples exceed {limit} tokens (longest {longest}), left out")
     return kept
 
 
@@ -121,7 +145,7 @@ def fine_tune(
     settings: TrainingParts,
     tuning: SFTConfig,
     mesh: Mesh,
-    items: list[PackItem],
+    examples: TokenCache,
     start: Callable[[], decoder.Params],
     folder: common.StageFolder,
 ):
@@ -129,17 +153,21 @@ def fine_tune(
 
     Every epoch trains on every example.
     """
-    chosen = epochs.examples_of_updates(
-        len(items), tuning.epochs, tuning.examples_per_update, settings.stage, settings.seed
-    )
-    updates, pack = len(chosen), settings.pack
-    loss = sft.make_loss(settings.network, pack.trained_chunk)
-    trainer = step.Trainer(settings.network, settings.optimizer, mesh, loss, updates)
-    most_rows = max(sft.rows_of([items[i] for i in some], pack) for some in chosen)
-    micro_batches = -(-most_rows // pack.rows_per_micro_batch)
+    pack, loss = settings.pack, sft.make_loss(settings.network, settings.pack.trained_chunk)
+    chosen, micro_batches = plan_updates(examples.lengths, tuning, pack, settings.stage, settings.seed)
+    trainer = step.Trainer(settings.network, settings.optimizer, mesh, loss, len(chosen))
     shards = sharding.row_shards(pack.rows_per_micro_batch, settings.mesh)
 
     def batch_at(update: int):
-        return sft.make_batch([items[i] for i in chosen[update]], pack, micro_batches, shards=shards)
+        return sft.make_batch([examples[i] for i in chosen[update]], pack, micro_batches, shards=shards)
 
-    return training.fit(folder, trainer, start, batch_at, updates, lineage.result_name(settings.stage))
+    return training.fit(folder, trainer, start, batch_at, len(chosen), lineage.result_name(settings.stage))
+
+
+def plan_updates(
+    lengths: np.ndarray, tuning: SFTConfig, pack: PackConfig, stage: str, seed: int
+) -> tuple[list[np.ndarray], int]:
+    """Returns (places of the examples of each update, micro-batches of the fullest update) by lengths alone."""
+    chosen = epochs.examples_of_updates(len(lengths), tuning.epochs, tuning.examples_per_update, stage, seed)
+    most_rows = max(rows_needed(lengths[places].tolist(), pack.row_tokens) for places in chosen)
+    return chosen, -(-most_rows // pack.rows_per_micro_batch)

@@ -28,7 +28,7 @@ _main_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _main_module_hidden() -> Generator[None]:
+def main_module_hidden() -> Generator[None]:
     """Keeps a new worker from importing the user's __main__, which it does not need and which may import jax."""
     main = sys.modules["__main__"]
     with _main_lock:
@@ -42,7 +42,7 @@ def _main_module_hidden() -> Generator[None]:
 
 class _WorkerProcess(multiprocessing.context.ForkServerProcess):
     def start(self) -> None:
-        with _main_module_hidden():
+        with main_module_hidden():
             super().start()
 
 

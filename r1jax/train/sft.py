@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax.data.packing import PackItem, pack, pack_batch, rows_needed, spread
+from r1jax.data.packing import PackItem, pack, pack_batch, spread
 from r1jax.models import decoder, logprobs
 from r1jax.schema import Network, PackConfig
 from r1jax.train import step
@@ -38,11 +38,6 @@ def example(prompt_ids: Sequence[int] | np.ndarray, response_ids: Sequence[int] 
     mask = np.zeros(len(tokens), np.float32)
     mask[len(prompt_ids) :] = 1.0
     return PackItem(tokens, mask)
-
-
-def rows_of(items: Sequence[PackItem], pack: PackConfig) -> int:
-    """Returns how many rows the examples fill."""
-    return rows_needed([len(item.tokens) for item in items], pack.row_tokens)
 
 
 def make_batch(
