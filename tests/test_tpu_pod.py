@@ -403,6 +403,7 @@ def test_missing_gcloud_is_one_line(monkeypatch, capfd):
         ([*POD, "--", "--config=r1_zero", "--process_id=1"], "--process_id is set by the launcher on each worker"),
         ([*POD, "--", *RUN], "--workdir=runs is on each worker's disk, and the 2 workers of a run share one folder"),
         ([*POD, "--topology=v5p:2x2x1", "--spot", "--", *RUN], "a preemption of --spot deletes it"),
+        ([*POD, "--", *RUN, "--config.mode=disaggregated"], "config.mode=disaggregated runs in one process"),
         ([*POD, "--", "--config=grade"], "grade runs in one process, and this pod has 2 hosts"),
         ([*POD, "--", *RUN, "--workdir=gs://b/runs"], "--workdir=gs://b/runs: r1jax writes to paths, not to URLs"),
         ([*POD, "--gke", "--", *RUN, "--workdir=/mnt"], "--gke needs --image=IMAGE"),

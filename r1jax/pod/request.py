@@ -172,9 +172,12 @@ def _check_run(request: PodRequest) -> None:
             f"--workdir={request.workdir}: r1jax writes to paths, not to URLs; mount the bucket on every worker with "
             "--setup='gcsfuse ...' and give the mount's path"
         )
-    if request.hosts > 1 and not stage_table.several_processes(resolved.stage):
+    alone = "" if stage_table.several_processes(resolved.stage) else resolved.stage
+    if resolved.mode == "disaggregated":
+        alone = "config.mode=disaggregated"
+    if request.hosts > 1 and alone:
         raise ValueError(
-            f"{resolved.stage} runs in one process, and this pod has {request.hosts} hosts; give a --topology of one"
+            f"{alone} runs in one process, and this pod has {request.hosts} hosts; give a --topology of one"
         )
     reason = _needs_shared_folder(request)
     if reason and not request.is_kept_elsewhere:
