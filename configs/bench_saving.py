@@ -1,4 +1,4 @@
-"""Measure how long updates stand still for checkpoints, written beside the work or waited for; SmolLM2-135M's shape.
+"""Measure how long updates wait for checkpoints, written beside the work or waited for whole; SmolLM2-135M's shape.
 
 Hardware: 8 GB of memory and 4 GB of disk below --workdir; two CPU cores, about 5 minutes.
 Command: python -m r1jax.launch --config=bench_saving --json=FIGURES.json

@@ -1,4 +1,4 @@
-"""Measure how long updates stand still for checkpoints: written beside the work, and waited for."""
+"""Measure how long updates wait for checkpoints: written beside the work, and waited for whole."""
 
 import math
 import shutil
@@ -24,7 +24,7 @@ UPDATES = 3  # after a save, before the next one
 def run(config: Config, workdir: Path) -> dict:
     """Returns by way of saving the seconds of pauses, of the updates after them, and until a checkpoint is on disk.
 
-    A pause is what lies between two updates because of a save. `waited_for` waits until the checkpoint is on disk,
+    A pause is the time between two updates that a save takes. `waited_for` waits until the checkpoint is on disk,
     `beside` goes on while it is written. The ways take turns, config.bench.repeats times, with config.model of random
     weights, its moments and SFT updates on random tokens. `ratio` is the longest pause of the second way over the
     longest of the first. The checkpoints are written below `workdir` and removed.
@@ -65,7 +65,7 @@ def run(config: Config, workdir: Path) -> dict:
                 if turn:  # the first turn opens files and threads
                     for name, values in (("pause", [pause]), ("update", updates), ("on_disk", [on_disk])):
                         seconds[way][name] += values
-                    say(f"turn {turn}, {way}: stood still {pause:.2f} s, updates {statistics.median(updates):.2f} s")
+                    say(f"turn {turn}, {way}: waited {pause:.2f} s, updates {statistics.median(updates):.2f} s")
         store.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
