@@ -244,7 +244,8 @@ class _Connection:
         import jax
         from jax.experimental import multihost_utils
 
-        return jax.config.jax_enable_preemption_service and multihost_utils.reached_preemption_sync_point(update)
+        reports = jax.config.values["jax_enable_preemption_service"]
+        return reports and multihost_utils.reached_preemption_sync_point(update)
 
     def broadcast(self, value: Any, name: str, deadline_s: float) -> Any:
         self._calls += 1
