@@ -37,8 +37,10 @@ LONGEST_DELAY_S = {"rollout": 0.08, "grading": 0.08, "update": 0.03, "rename": 0
 DEADLINE_S = 240.0
 
 
-def start(folder, slow, fields=None):
+def start(folder, slow, fields=None, devices=1):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"SLOW": "1"} if slow else {})}
+    if devices > 1:
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     command = [sys.executable, str(DRIVER), str(folder), json.dumps(fields or {})]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -155,6 +157,23 @@ def test_run_goes_on_with_other_workers_dispatches_offload_and_checkpoints_and_l
     del found["programs"]
     assert found == {name: value for name, value in expected.items() if name != "programs"}
     assert (tmp_path / "metrics.jsonl").read_bytes() == (reference_folder / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_run_goes_on_with_other_devices_and_micro_batches_up_to_rounding(undisturbed, tmp_path):
+    expected, reference_folder = undisturbed
+    half = UPDATES // 2
+    finish(start(tmp_path, slow=False, fields={"grpo.updates": half}))
+    fields = {"mesh.fsdp": 2, "pack.rows_per_micro_batch": 4}
+    found = finish(start(tmp_path, slow=False, fields=fields, devices=2))
+    rows, before = read(tmp_path), read(reference_folder)
+    assert rows[:half] == before[:half] and found["cursor"] == expected["cursor"]
+    first, same = rows[half], before[half]  # the first update on two devices: the same samples, other sums
+    assert [first[name] for name in ("reward", "length", "tokens")] == [
+        same[name] for name in ("reward", "length", "tokens")
+    ]
+    assert first["grad_norm"] == pytest.approx(same["grad_norm"], rel=1e-3)
+    assert found["params"] != expected["params"]
 
 
 def test_undisturbed_run_moves_refreshes_its_reference_and_counts_its_draws(undisturbed):

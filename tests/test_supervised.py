@@ -1,12 +1,22 @@
-"""Claims about which examples an epoch trains on: all of them, in updates that the lengths of epochs do not cut."""
+"""Claims about which examples an epoch trains on, and that training which was asked to end goes on in the same bits."""
+
+import contextlib
 
 import numpy as np
 import pytest
+import small
 
+from r1jax.core import preempt, rng, sharding, tree
+from r1jax.core.checkpoint import CheckpointStore
+from r1jax.core.metrics import MetricsLog
 from r1jax.data.hashing import hash64
 from r1jax.data.prompts import keyed_permutation
-from r1jax.schema import SFTConfig
+from r1jax.models import decoder
+from r1jax.schema import MeshConfig, OptimizerConfig, PackConfig, SFTConfig
+from r1jax.train import sft, step, supervised
 from r1jax.train.epochs import examples_of_updates
+
+ONE_LAYER = small.changed(small.GROUPED, num_hidden_layers=1)
 
 
 @pytest.mark.parametrize(
@@ -38,3 +48,32 @@ def test_updates_that_divide_an_epoch_are_those_of_each_epochs_own_order():
 def test_no_epoch_and_no_example_an_update_are_refused(field):
     with pytest.raises(ValueError, match=f"SFTConfig.{field}=0 must be at least 1"):
         SFTConfig(**{field: 0})
+
+
+def fit(trainer, params, folder, asked_in=None):
+    """Returns (digest of the weights, loss, metrics) of six updates; in the batch of one the process is asked to end."""
+    batches = [sft.make_batch([sft.example([1], [2 + n, 3, 4])], PackConfig(8, 2), 1) for n in range(6)]
+
+    def batch_at(update):
+        if update + 1 == asked_in:
+            preempt._handle(15, None)
+        return batches[update]
+
+    with contextlib.closing(CheckpointStore(folder / "c")) as store, contextlib.closing(MetricsLog(folder)) as log:
+        weights, loss = supervised.fit(trainer, lambda: params, batch_at, 6, store, log, 100, log_every=5)
+    return tree.digest(weights), loss, (folder / "metrics.jsonl").read_bytes()
+
+
+def test_training_asked_to_end_saves_the_update_in_hand_and_goes_on_in_the_same_bits(tmp_path, monkeypatch):
+    mesh = sharding.make_mesh(MeshConfig())
+    trainer = step.Trainer(ONE_LAYER, OptimizerConfig(learning_rate=1e-2), mesh, sft.make_loss(ONE_LAYER), 6)
+    params = sharding.initialize(decoder.specs(ONE_LAYER.model), rng.key(0, "supervised", "init"), "float32", mesh)
+    expected = fit(trainer, params, tmp_path / "whole")
+    for asked_in in (3, 5):
+        monkeypatch.setattr(preempt, "_notice", preempt._Notice())
+        with pytest.raises(preempt.Preempted):
+            fit(trainer, params, tmp_path / "asked", asked_in)
+        with contextlib.closing(CheckpointStore(tmp_path / "asked" / "c")) as store:
+            assert store.latest() == asked_in
+    monkeypatch.setattr(preempt, "_notice", preempt._Notice())
+    assert fit(trainer, params, tmp_path / "asked") == expected

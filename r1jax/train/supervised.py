@@ -1,8 +1,8 @@
 """The loop of supervised stages (pretraining, SFT): batches by update number, metrics, checkpoints, resume."""
 
+import contextlib
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ class _Timing(Timer):
         self._trainer, self._peak = trainer, utilisation.peak(trainer.mesh)
         self._compilations = trainer.compilations
 
-    @contextmanager
+    @contextlib.contextmanager
     def update(self) -> Generator[None]:
         """Surrounds an update, the making of its batch included."""
         started = time.perf_counter()
@@ -65,13 +65,15 @@ def fit(
     log.truncate(first)
     timing, trace = _Timing(trainer), observe.UpdateTrace(name, log.folder)
     waiting: list[dict] = []  # statistics of the updates since the last fetch, on the device
-    with trace.running(first), preempt.deferred():
+    with trace.running(first), hosts.in_step(), contextlib.ExitStack() as unsaved:
         for update in range(first, updates):
             done, last = update + 1, update + 1 == updates
             logged, saved = done % log_every == 0 or last, done % checkpoint_every == 0 or last
             with timing.update():
                 batch = batch_at(update)
                 state, stats = trainer.update(state, *batch)
+                if update == first:  # until then, while the update is compiled, nothing would be lost
+                    unsaved.enter_context(preempt.deferred())
                 saved |= (ending := hosts.preempted("the end of an update", done))
                 if logged or saved:
                     jax.block_until_ready(stats)
