@@ -310,7 +310,7 @@ _deciding = threading.local()  # `now`: whether this thread is within a decision
 
 
 def _piece_keys(key: str, count: int) -> list[str]:
-    """Returns the keys of a message's pieces; those behind the first have a folder of their own, since `gather` lists the first."""
+    """Returns the keys of a message's pieces; those behind the first are not beside it, where `gather` looks."""
     return [key, *(f"{key.replace('r1jax/', 'r1jax/more/', 1)}/{number}" for number in range(1, count))]
 
 
