@@ -142,7 +142,7 @@ def share(items: Sequence[Any]) -> Sequence[Any]:
 
 
 def join_shares(results: list, name: str, deadline_s: float = DEADLINE_S) -> list:
-    """Returns in every process the results of all, in the order of the items that `share` divided; one result an item."""
+    """Returns in every process the results of all, one an item, in the order of the items that `share` divided."""
     shares = gather(results, name, deadline_s)
     if shares is not None:
         joined = [None] * sum(map(len, shares))
@@ -256,7 +256,7 @@ class _Connection:
         return values
 
     def _send(self, key: str, data: bytes) -> list[str]:
-        """Sets a message in pieces and returns their keys; the first piece, which says how many they are, comes last."""
+        """Sets a message in pieces and returns their keys; the first, which says how many there are, is set last."""
         pieces = [data[start : start + _PIECE_BYTES] for start in range(0, len(data), _PIECE_BYTES)]
         keys = _piece_keys(key, len(pieces))
         for one, piece in reversed(list(zip(keys, pieces, strict=True))):
