@@ -17,7 +17,7 @@ from r1jax.core.errors import one_line
 from r1jax.rewards.pool import RewardPool
 
 HEARTBEAT_S = 20.0
-SHARD_BYTES = 40_000
+SHARD_BYTES = 20_000
 
 
 def run(settings: dict) -> dict:

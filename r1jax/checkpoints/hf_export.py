@@ -74,7 +74,7 @@ def save(
 
 @contextlib.contextmanager
 def _appearing(folder: Path) -> Generator[Path]:
-    """Yields a new temporary folder, the same in every process; it becomes `folder` once all come to the block's end."""
+    """Yields a new temporary folder, the same in every process; it becomes `folder` once all come to its end."""
     name = f"the new folder {folder}"
     if hosts.is_writer():
         files.remove_unfinished(folder.parent, folder.name)
@@ -267,8 +267,8 @@ def write_weights(
 ) -> None:
     """Writes the tensors, whose values `value` returns, to files of at most `shard_bytes`, with an index if several.
 
-    Of several processes each writes the files whose number modulo the processes is its own, and process 0 the index; all
-    ask for every value, in order.
+    Of several processes each writes the files whose number modulo the processes is its own, and process 0 the index.
+    All ask for every value, in order.
     """
     shards = _shards(all_tensors, shard_bytes)
     count, weight_map = len(shards), {}

@@ -186,7 +186,7 @@ def share(items: Sequence[Any]) -> Sequence[Any]:
 
 
 def join_shares(results: list, name: str, deadline_s: float = DEADLINE_S) -> list:
-    """Returns in every process the results of all, in the order of the items that `share` divided; one result an item."""
+    """Returns in every process the results of all, one an item, in the order of the items that `share` divided."""
     shares = gather(results, name, deadline_s)
     if shares is not None:
         joined = [None] * sum(map(len, shares))
@@ -308,7 +308,7 @@ class _Connection:
         return values
 
     def _send(self, key: str, data: bytes) -> list[str]:
-        """Sets a message in pieces and returns their keys; the first piece, which says how many they are, comes last."""
+        """Sets a message in pieces and returns their keys; the first, which says how many there are, is set last."""
         pieces = [data[start : start + _PIECE_BYTES] for start in range(0, len(data), _PIECE_BYTES)]
         keys = _piece_keys(key, len(pieces))
         for one, piece in reversed(list(zip(keys, pieces, strict=True))):
@@ -362,7 +362,7 @@ _deciding = threading.local()  # `now`: whether this thread is within a decision
 
 
 def _piece_keys(key: str, count: int) -> list[str]:
-    """Returns the keys of a message's pieces; those behind the first are elsewhere, since the first are listed."""
+    """Returns the keys of a message's pieces; those behind the first are not beside it, where `gather` looks."""
     return [key, *(f"{key.replace('r1jax/', 'r1jax/more/', 1)}/{number}" for number in range(1, count))]
 
 
