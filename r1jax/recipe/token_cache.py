@@ -1,9 +1,10 @@
 """The tokens of a stage's examples on disk: made once by several processes, in blocks, and mapped into memory.
 
 `STAGE/examples.tokens/KEY/` holds two .npy files a block: `N.tokens.npy`, the tokens of its examples one after another
-(int32; a trained token is stored as ~id, which is negative), and `N.lengths.npy`, how many each example has. The
-lengths are written last, so a block with lengths is whole. `blocks.npy` and `lengths.npy`, over all blocks, follow when
-every block is there. KEY is a digest of everything that the tokens depend on.
+(int32; a trained token is stored as ~id, which is negative), and `N.lengths.npy`, how many each example has and how
+many of them are trained. The lengths are written last, so a block with lengths is whole. `blocks.npy` and
+`lengths.npy`, over all blocks, follow when every block is there. KEY is a digest of everything that the tokens depend
+on.
 """
 
 import contextlib
@@ -50,7 +51,7 @@ class TokenCache:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._lengths = np.load(folder / _LENGTHS)  # [examples] int32
+        self._lengths, self._trained = np.load(folder / _LENGTHS).T  # [examples] int32 each
         self._firsts = np.load(folder / _BLOCKS)  # [blocks + 1] the first example of each block, then their number
         self._ends = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])  # tokens before each example
         self._chosen = np.arange(len(self._lengths))
@@ -78,6 +79,13 @@ class TokenCache:
         stored = self._block(block)[self._ends[number] - before : self._ends[number + 1] - before]
         trained = stored < 0
         return PackItem(np.where(trained, ~stored, stored), trained.astype(np.float32))
+
+    def outline(self, place: int) -> PackItem:
+        """Returns an example of zeros with as many tokens and trained ones as that at `place`; no block is read."""
+        number = self._chosen[place]
+        length = self._lengths[number]
+        mask = np.arange(length) >= length - self._trained[number]
+        return PackItem(np.zeros(length, np.int32), mask.astype(np.float32))
 
     def _open(self, block: int) -> np.ndarray:
         return np.load(_file(self._folder, block, _TOKENS), mmap_mode="r")
@@ -154,7 +162,7 @@ def _plan(reading: RowReading, block_bytes: int) -> dict:
 
 
 def _key(reading: RowReading, digest: str, block_bytes: int) -> str:
-    """Returns the digest of what the tokens of rows depend on: the rows, the tokenizer, and how a prompt is rendered."""
+    """Returns the digest of what tokens depend on: the rows, the tokenizer, and how a prompt is rendered."""
     data, words = reading.data, reading.tokenizer
     template = prompts.template(reading.stage, data, words)
     parts = [FORMAT, digest, tokenizer_digest(words), template, data.instruction, data.think_prefill, block_bytes]
@@ -227,9 +235,9 @@ def _make_block(reading: RowReading, folder: Path, number: int, part: jsonl.Line
     for row in jsonl.read_part(reading.path, part):
         for item in sft_rows.items_of(row, reading.stage, reading.data, reading.tokenizer):
             stored.append(np.where(item.loss_mask > 0, ~item.tokens, item.tokens))
-            lengths.append(len(item.tokens))
+            lengths.append((len(item.tokens), np.count_nonzero(item.loss_mask[1:])))  # nothing predicts the first token
     _save(_file(folder, number, _TOKENS), np.concatenate(stored))
-    _save(_file(folder, number, _LENGTHS), np.asarray(lengths, np.int32))
+    _save(_file(folder, number, _LENGTHS), np.asarray(lengths, np.int32).reshape(-1, 2))
     return part.lines
 
 
