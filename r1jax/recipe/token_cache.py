@@ -39,7 +39,7 @@ from r1jax.recipe.progress import Progress
 from r1jax.rewards.worker import main_module_hidden
 from r1jax.schema import DataConfig
 
-BLOCK_BYTES = 8 << 20  # of rows, whose tokens make one block
+BLOCK_BYTES = 4 << 20  # of rows, whose tokens make one block
 FORMAT = 1  # of the files and of how rows become tokens: another number makes every cache anew
 OPEN_BLOCKS = 32  # that a process keeps mapped
 BUILD_DEADLINE_S = 48 * 3600.0  # within which the slowest process must have made its blocks
