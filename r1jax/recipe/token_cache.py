@@ -21,7 +21,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -111,10 +111,24 @@ def load(reading: RowReading, workers: int = 0, block_bytes: int = BLOCK_BYTES) 
     plan = hosts.decide(_plan, reading, block_bytes, name=f"the blocks of {reading.path}")
     folder, missing = Path(plan["folder"]), [(number, jsonl.LineRange(*part)) for number, part in plan["missing"]]
     if not plan["finished"]:
-        _make(reading, folder, missing[hosts.process_index() :: hosts.process_count()], plan["rows"], workers)
-        hosts.barrier(f"the tokens of {reading.path}", BUILD_DEADLINE_S)
-        hosts.decide(_finish, folder, plan["blocks"], name=f"{folder}/{_LENGTHS}")
+        with _full_disk_in_one_line(reading.path, folder):
+            _make(reading, folder, missing[hosts.process_index() :: hosts.process_count()], plan["rows"], workers)
+            hosts.barrier(f"the tokens of {reading.path}", BUILD_DEADLINE_S)
+            hosts.decide(_finish, folder, plan["blocks"], name=f"{folder}/{_LENGTHS}")
     return TokenCache(folder)
+
+
+@contextlib.contextmanager
+def _full_disk_in_one_line(path: Path, folder: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"{folder}: the disk is full; the tokens need about as much room as {path.name}, "
+            f"{path.stat().st_size / 1e9:.1f} GB; finished blocks are kept, and the same command makes the others"
+        ) from None
 
 
 def remove(path: Path) -> None:
@@ -184,7 +198,7 @@ def _make(
 ) -> None:
     """Makes this process's blocks; with more than one it shows rows, rows a second and the minutes left."""
     rows, done = sum(part.lines for _, part in missing), 0
-    workers = min(workers or len(os.sched_getaffinity(0)), len(missing))
+    workers = min(workers or _processors(), len(missing))
     if rows < all_rows and hosts.process_count() == 1:
         say(f"{reading.path.name}: the tokens of {all_rows - rows} of {all_rows} rows are there already")
     started = time.monotonic()
@@ -203,14 +217,11 @@ def _make(
             f"{folder}: a process that makes tokens was killed, perhaps for lack of memory; finished blocks are kept, "
             "and the same command makes the others"
         ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        left = (rows - done) / max(all_rows, 1) * reading.path.stat().st_size
-        raise ValueError(
-            f"{folder}: the disk is full; about {left / 1e9:.1f} GB more are needed; finished blocks are kept, and the "
-            "same command makes the others"
-        ) from None
+
+
+def _processors() -> int:
+    """Returns how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _blocks(
