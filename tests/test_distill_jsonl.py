@@ -208,7 +208,7 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(content, expected, tmp_path, 
 
 
 def mixed(path, bad: bool = False) -> str:
-    """Writes rows of three tasks and of none, some wrong, without ids, and returns the path; `bad` adds two that fail."""
+    """Writes rows with and without a task, some wrong, and returns the path; `bad` makes two of them unreadable."""
     rows = [
         {"problem": f"{n}+1?", "answer": n + 1, "response": f"<think>x</think> \\boxed{{{n + 1 + (n % 4 == 1)}}}"}
         | ({"task": "math"} if n % 3 else {})

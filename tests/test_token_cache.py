@@ -1,4 +1,4 @@
-"""Claims about the tokens of examples on disk: the same as made directly, once, whatever stops or changes in between."""
+"""Claims about the tokens of examples on disk: those made directly, once, whatever stops or changes in between."""
 
 import errno
 import os
@@ -13,12 +13,12 @@ import pytest
 import tokenizers
 
 from r1jax.checkpoints.tokenizer import JsonBackend, Tokenizer
-from r1jax.core import hosts
+from r1jax.core import hosts, sharding
 from r1jax.data import jsonl
-from r1jax.recipe import sft_rows, token_cache
-from r1jax.recipe.token_cache import RowReading, load
-from r1jax.schema import DataConfig, PackConfig
-from r1jax.train import sft
+from r1jax.recipe import fine_tuning, sft_rows, token_cache
+from r1jax.recipe.token_cache import RowReading, TokenCache, load
+from r1jax.schema import DataConfig, MeshConfig, PackConfig
+from r1jax.train import sft, step
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TEMPLATE = (  # without the thoughts of earlier turns: each assistant turn of a conversation is an example
@@ -105,21 +105,22 @@ def test_batches_from_the_cache_are_those_of_the_rows_bit_for_bit(tmp_path):
         assert mapped[name].tobytes() == array.tobytes() and mapped[name].dtype == array.dtype
 
 
-def test_a_killed_build_goes_on_with_the_blocks_it_has_finished(tmp_path):
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_build_goes_on_with_the_blocks_it_has_finished(tmp_path, workers):
     source = reading(tmp_path)
     code = (
         "import pathlib, test_token_cache as t\n"
-        f"t.load(t.reading(pathlib.Path({str(tmp_path)!r})), workers=2, block_bytes={ROW_BYTES})"
+        f"t.load(t.reading(pathlib.Path({str(tmp_path)!r})), {workers}, {ROW_BYTES})"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    folder, deadline = source.path.with_suffix(".tokens"), time.monotonic() + 60
+    folder, deadline = source.path.with_suffix(".tokens"), time.monotonic() + 240
     while len(list(folder.glob("*/[0-9]*.lengths.npy"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.002)
-    workers = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGKILL)
     process.wait()
-    while any(pathlib.Path(f"/proc/{worker}/stat").exists() for worker in workers) and time.monotonic() < deadline:
+    while any(pathlib.Path(f"/proc/{child}/stat").exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.01)
     before = blocks(source)
     total = len(jsonl.parts(source.path, ROW_BYTES)[1])
@@ -199,7 +200,7 @@ def test_a_full_disk_is_one_line_and_the_finished_blocks_stay(tmp_path, monkeypa
         save(path, array)
 
     monkeypatch.setattr(token_cache, "_save", saved)
-    with pytest.raises(ValueError, match=r"the disk is full; about 0.0 GB more are needed; finished blocks are kept"):
+    with pytest.raises(ValueError, match=r"the disk is full; .* as examples.jsonl, 0.0 GB; finished blocks are kept"):
         load(source, 1, 1000)
     assert len(blocks(source)) == 2
     monkeypatch.undo()
@@ -230,3 +231,24 @@ def test_parts_hold_every_line_once_with_its_number(tmp_path, end, monkeypatch):
         assert sum(part.lines for part in parts) == len(lines) and parts[-1].end == path.stat().st_size
         assert all(part.end - part.start >= least for part in parts[:-1])
         assert [row["n"] for part in parts for row in jsonl.read_part(path, part)] == list(range(50))
+
+
+def test_a_process_reads_the_examples_of_its_rows_alone_and_knows_the_others_by_their_lengths(tmp_path, monkeypatch):
+    cache, size = load(reading(tmp_path, 40), 1, 1000), PackConfig(row_tokens=256, rows_per_micro_batch=4)
+    chosen = cache.only(np.asarray([17, 3, 29, 11, 5, 30, 44, 9, 21, 2]))
+    whole, filled, inverse = fine_tuning.read_batch(chosen, size, 2, 2, np.ones(4, bool))
+    direct_arrays, *rest = sft.make_batch([chosen[place] for place in range(10)], size, 2, shards=2)
+    assert [filled, inverse] == rest and all(np.array_equal(whole[name], direct_arrays[name]) for name in whole)
+    read, get = set(), TokenCache.__getitem__
+    monkeypatch.setattr(TokenCache, "__getitem__", lambda self, place: (read.add(place), get(self, place))[1])
+    for local in (np.asarray([True, True, False, False]), np.asarray([False, False, True, True])):
+        part, *others = fine_tuning.read_batch(chosen, size, 2, 2, local)
+        assert others == [filled, inverse] and step.work(part) == step.work(whole)
+        for name, array in whole.items():
+            np.testing.assert_array_equal(part[name][:, local], array[:, local])
+        assert not part["tokens"][:, ~local].any() and 0 < len(read) < 10
+        read.clear()
+
+
+def test_one_process_has_devices_for_every_row():
+    assert sharding.local_rows(4, sharding.make_mesh(MeshConfig())).tolist() == [True] * 4

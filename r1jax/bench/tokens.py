@@ -23,7 +23,6 @@ from r1jax.data import files, jsonl
 from r1jax.recipe import fine_tuning, sft_rows, token_cache
 from r1jax.report import table
 from r1jax.schema import Config, DataConfig, PackConfig, SFTConfig
-from r1jax.train import sft
 
 MODULE = "r1jax.bench.tokens"
 PART = 8  # the rates by workers are those of one row in so many
@@ -91,7 +90,7 @@ def _file(workdir: Path, count: int) -> Path:
 
 
 def synthetic_rows(count: int) -> Iterator[dict]:
-    """Yields rows of about 5.5 kB: a numbered problem, and a thought of random sentences with numbers, always the same."""
+    """Yields rows of about 5.5 kB, always the same: a numbered problem, and a thought of random sentences."""
     draw = random.Random(0)
     sentences = [
         " ".join(draw.choice(_WORDS) for _ in range(draw.randint(6, 14)))
@@ -140,7 +139,7 @@ def build(reading: token_cache.RowReading, workers: int) -> dict:
 
 
 def start(reading: token_cache.RowReading) -> dict:
-    """Returns the seconds of a second start up to its first batch, its peak memory, and the digest of the rows' numbers.
+    """Returns the seconds of a second start up to its first batch, its peak memory, and a digest of the rows' numbers.
 
     The seconds include the digest of the rows, which a stage takes of its input. Raises ValueError for an example whose
     tokens are not those of its row.
@@ -150,7 +149,8 @@ def start(reading: token_cache.RowReading) -> dict:
     cache = token_cache.load(reading)
     fitting = cache.only(fine_tuning.fitting(cache.lengths, PACK.row_tokens))
     chosen, micro_batches = fine_tuning.plan_updates(fitting.lengths, SFTConfig(), PACK, reading.stage, 0)
-    sft.make_batch([fitting[i] for i in chosen[0]], PACK, micro_batches)
+    every_row = np.ones(PACK.rows_per_micro_batch, bool)
+    fine_tuning.read_batch(fitting.only(chosen[0]), PACK, micro_batches, 1, every_row)
     result = {"seconds": time.monotonic() - started, "updates": len(chosen), "peak_bytes": measure.peak()}
     started, numbers = time.monotonic(), []
     for place in range(len(cache)):

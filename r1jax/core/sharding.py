@@ -186,6 +186,15 @@ def row_shards(rows: int, mesh: MeshConfig) -> int:
     return math.prod(axes[name] for name in _dividing(TRAIN["batch"], rows, axes))
 
 
+def local_rows(rows: int, mesh: Mesh) -> np.ndarray:
+    """Returns which rows of a training micro-batch have a device of this process, [rows] bool."""
+    local = np.zeros(rows, bool)
+    for index in sharding(mesh, ("batch",), (rows,)).addressable_devices_indices_map((rows,)).values():
+        assert index is not None  # every device of the mesh has a part
+        local[index] = True
+    return local
+
+
 def dividing_axes(
     axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: MeshConfig, rules: Rules = TRAIN
 ) -> tuple[tuple[str, ...], ...]:

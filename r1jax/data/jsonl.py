@@ -121,7 +121,7 @@ def parts(path: str | os.PathLike, least_bytes: int) -> tuple[str, list[LineRang
 
 
 def read_part(path: str | os.PathLike, part: LineRange) -> list[dict]:
-    """Returns the rows of some lines of a file; blank ones are skipped. ValueError, with file and line, as in `read`."""
+    """Returns the rows of some lines of a file; blank ones are skipped. Raises ValueError as `read` does."""
     with open(path, "rb") as file:
         file.seek(part.start)
         lines = file.read(part.end - part.start).split(b"\n")

@@ -14,7 +14,8 @@ from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import checkpoint, hosts, sharding, tree
 from r1jax.core.say import say
 from r1jax.data import jsonl
-from r1jax.data.packing import rows_needed
+from r1jax.data.packing import pack as pack_rows
+from r1jax.data.packing import rows_needed, spread
 from r1jax.models import decoder
 from r1jax.recipe import (
     common,
@@ -38,8 +39,8 @@ EXAMPLES = common.EXAMPLES
 COUNTS = "examples_counts.json"
 TOO_LONG = "longer than pack.row_tokens"  # why an example is left out
 
-# (config, tokenizer, mesh, training prompts, workdir) -> (rows {id, prompt, response, provenance}, counts by check, which
-# are complete once the rows have been read)
+# (config, tokenizer, mesh, training prompts, workdir) -> (rows {id, prompt, response, provenance}, counts by check). The
+# counts are complete once the rows have been read.
 Collect = Callable[[Config, Tokenizer, Mesh, list[EncodedPrompt], Path], tuple[Iterable[dict], dict[str, Any]]]
 
 
@@ -157,9 +158,10 @@ def fine_tune(
     chosen, micro_batches = plan_updates(examples.lengths, tuning, pack, settings.stage, settings.seed)
     trainer = step.Trainer(settings.network, settings.optimizer, mesh, loss, len(chosen))
     shards = sharding.row_shards(pack.rows_per_micro_batch, settings.mesh)
+    local = sharding.local_rows(pack.rows_per_micro_batch, mesh)
 
     def batch_at(update: int):
-        return sft.make_batch([examples[i] for i in chosen[update]], pack, micro_batches, shards=shards)
+        return read_batch(examples.only(chosen[update]), pack, micro_batches, shards, local)
 
     return training.fit(folder, trainer, start, batch_at, len(chosen), lineage.result_name(settings.stage))
 
@@ -171,3 +173,17 @@ def plan_updates(
     chosen = epochs.examples_of_updates(len(lengths), tuning.epochs, tuning.examples_per_update, stage, seed)
     most_rows = max(rows_needed(lengths[places].tolist(), pack.row_tokens) for places in chosen)
     return chosen, -(-most_rows // pack.rows_per_micro_batch)
+
+
+def read_batch(
+    examples: TokenCache, pack: PackConfig, micro_batches: int, shards: int, local: np.ndarray
+) -> tuple[dict, int, np.float32]:
+    """Returns the result of `sft.make_batch`, reading the examples of local rows alone; the others' tokens are 0.
+
+    `local` says which rows of a micro-batch this process needs, [rows_per_micro_batch] bool.
+    """
+    lengths = examples.lengths.tolist()
+    rows = spread(pack_rows(lengths, pack.row_tokens), lengths, pack.rows_per_micro_batch, shards)
+    needed = {place for number, row in enumerate(rows) if local[number % len(local)] for place in row}
+    items = [examples[place] if place in needed else examples.outline(place) for place in range(len(examples))]
+    return sft.make_batch(items, pack, micro_batches, rows)

@@ -1,9 +1,10 @@
 """The tokens of a stage's examples on disk: made once by several processes, in blocks, and mapped into memory.
 
 `STAGE/examples.tokens/KEY/` holds two .npy files a block: `N.tokens.npy`, the tokens of its examples one after another
-(int32; a trained token is stored as ~id, which is negative), and `N.lengths.npy`, how many each example has. The
-lengths are written last, so a block with lengths is whole. `blocks.npy` and `lengths.npy`, over all blocks, follow when
-every block is there. KEY is a digest of everything that the tokens depend on.
+(int32; a trained token is stored as ~id, which is negative), and `N.lengths.npy`, how many each example has and how
+many of them are trained. The lengths are written last, so a block with lengths is whole. `blocks.npy` and
+`lengths.npy`, over all blocks, follow when every block is there. KEY is a digest of everything that the tokens depend
+on.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from r1jax.recipe.progress import Progress
 from r1jax.rewards.worker import main_module_hidden
 from r1jax.schema import DataConfig
 
-BLOCK_BYTES = 8 << 20  # of rows, whose tokens make one block
+BLOCK_BYTES = 4 << 20  # of rows, whose tokens make one block
 FORMAT = 1  # of the files and of how rows become tokens: another number makes every cache anew
 OPEN_BLOCKS = 32  # that a process keeps mapped
 BUILD_DEADLINE_S = 48 * 3600.0  # within which the slowest process must have made its blocks
@@ -50,7 +51,7 @@ class TokenCache:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._lengths = np.load(folder / _LENGTHS)  # [examples] int32
+        self._lengths, self._trained = np.load(folder / _LENGTHS).T  # [examples] int32 each
         self._firsts = np.load(folder / _BLOCKS)  # [blocks + 1] the first example of each block, then their number
         self._ends = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])  # tokens before each example
         self._chosen = np.arange(len(self._lengths))
@@ -79,6 +80,13 @@ class TokenCache:
         trained = stored < 0
         return PackItem(np.where(trained, ~stored, stored), trained.astype(np.float32))
 
+    def outline(self, place: int) -> PackItem:
+        """Returns an example of zeros with as many tokens and trained ones as that at `place`; no block is read."""
+        number = self._chosen[place]
+        length = self._lengths[number]
+        mask = np.arange(length) >= length - self._trained[number]
+        return PackItem(np.zeros(length, np.int32), mask.astype(np.float32))
+
     def _open(self, block: int) -> np.ndarray:
         return np.load(_file(self._folder, block, _TOKENS), mmap_mode="r")
 
@@ -103,10 +111,24 @@ def load(reading: RowReading, workers: int = 0, block_bytes: int = BLOCK_BYTES) 
     plan = hosts.decide(_plan, reading, block_bytes, name=f"the blocks of {reading.path}")
     folder, missing = Path(plan["folder"]), [(number, jsonl.LineRange(*part)) for number, part in plan["missing"]]
     if not plan["finished"]:
-        _make(reading, folder, missing[hosts.process_index() :: hosts.process_count()], plan["rows"], workers)
-        hosts.barrier(f"the tokens of {reading.path}", BUILD_DEADLINE_S)
-        hosts.decide(_finish, folder, plan["blocks"], name=f"{folder}/{_LENGTHS}")
+        with _full_disk_in_one_line(reading.path, folder):
+            _make(reading, folder, missing[hosts.process_index() :: hosts.process_count()], plan["rows"], workers)
+            hosts.barrier(f"the tokens of {reading.path}", BUILD_DEADLINE_S)
+            hosts.decide(_finish, folder, plan["blocks"], name=f"{folder}/{_LENGTHS}")
     return TokenCache(folder)
+
+
+@contextlib.contextmanager
+def _full_disk_in_one_line(path: Path, folder: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"{folder}: the disk is full; the tokens need about as much room as {path.name}, "
+            f"{path.stat().st_size / 1e9:.1f} GB; finished blocks are kept, and the same command makes the others"
+        ) from None
 
 
 def remove(path: Path) -> None:
@@ -154,7 +176,7 @@ def _plan(reading: RowReading, block_bytes: int) -> dict:
 
 
 def _key(reading: RowReading, digest: str, block_bytes: int) -> str:
-    """Returns the digest of what the tokens of rows depend on: the rows, the tokenizer, and how a prompt is rendered."""
+    """Returns the digest of what tokens depend on: the rows, the tokenizer, and how a prompt is rendered."""
     data, words = reading.data, reading.tokenizer
     template = prompts.template(reading.stage, data, words)
     parts = [FORMAT, digest, tokenizer_digest(words), template, data.instruction, data.think_prefill, block_bytes]
@@ -176,7 +198,7 @@ def _make(
 ) -> None:
     """Makes this process's blocks; with more than one it shows rows, rows a second and the minutes left."""
     rows, done = sum(part.lines for _, part in missing), 0
-    workers = min(workers or len(os.sched_getaffinity(0)), len(missing))
+    workers = min(workers or _processors(), len(missing))
     if rows < all_rows and hosts.process_count() == 1:
         say(f"{reading.path.name}: the tokens of {all_rows - rows} of {all_rows} rows are there already")
     started = time.monotonic()
@@ -195,14 +217,11 @@ def _make(
             f"{folder}: a process that makes tokens was killed, perhaps for lack of memory; finished blocks are kept, "
             "and the same command makes the others"
         ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        left = (rows - done) / max(all_rows, 1) * reading.path.stat().st_size
-        raise ValueError(
-            f"{folder}: the disk is full; about {left / 1e9:.1f} GB more are needed; finished blocks are kept, and the "
-            "same command makes the others"
-        ) from None
+
+
+def _processors() -> int:
+    """Returns how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _blocks(
@@ -227,9 +246,9 @@ def _make_block(reading: RowReading, folder: Path, number: int, part: jsonl.Line
     for row in jsonl.read_part(reading.path, part):
         for item in sft_rows.items_of(row, reading.stage, reading.data, reading.tokenizer):
             stored.append(np.where(item.loss_mask > 0, ~item.tokens, item.tokens))
-            lengths.append(len(item.tokens))
+            lengths.append((len(item.tokens), np.count_nonzero(item.loss_mask[1:])))  # nothing predicts the first token
     _save(_file(folder, number, _TOKENS), np.concatenate(stored))
-    _save(_file(folder, number, _LENGTHS), np.asarray(lengths, np.int32))
+    _save(_file(folder, number, _LENGTHS), np.asarray(lengths, np.int32).reshape(-1, 2))
     return part.lines
 
 
