@@ -107,7 +107,7 @@ def artefacts(workdir: pathlib.Path) -> dict[str, str]:
         folder = marker.parent
         kept[f"{folder.name} weights"] = json.loads(marker.read_text())["output"]
         for path in (folder / name for name in COMPARED):
-            text = path.read_bytes().replace(str(workdir).encode(), b"") if path.exists() else b""
+            text = path.read_bytes().replace(f"{workdir}/".encode(), b"") if path.exists() else b""
             kept[f"{folder.name} {path.name}"] = hashlib.sha256(text).hexdigest()
     return kept
 
@@ -185,8 +185,8 @@ def main() -> None:
     ends = time.monotonic() + options.most_s
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
-        write_data(folder)
-        jobs = [Job(name, folder, folder) for name in options.jobs.split(",")]
+        write_data(folder / "data")
+        jobs = [Job(name, folder, folder / "data") for name in options.jobs.split(",")]
         sent: list[dict] = []
         for number in [signal.SIGTERM] * options.term + [signal.SIGKILL] * options.kill:
             if time.monotonic() > ends:
