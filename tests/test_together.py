@@ -32,8 +32,8 @@ from r1jax.schema import MeshConfig
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEADLINE_S = 900.0
 TIMES = ("seconds", "split", "mfu", "wall_s")  # figures that no two runs share
-# Of the processes of a CPU run only the first has a compilation cache, so compiling is made cheap for all. A device that
-# waits for another one on a busy machine may do so for longer than XLA's 40 s.
+# Of the processes of a CPU run only the first has a compilation cache, so compiling is made cheap for all. On a
+# busy machine a device may wait for another one for longer than XLA's 40 s.
 CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 CHEAP += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 
