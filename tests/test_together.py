@@ -32,8 +32,10 @@ from r1jax.schema import MeshConfig
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEADLINE_S = 900.0
 TIMES = ("seconds", "split", "mfu", "wall_s")  # figures that no two runs share
-# Of the processes of a CPU run only the first has a compilation cache, so compiling is made cheap for all.
+# Of the processes of a CPU run only the first has a compilation cache, so compiling is made cheap for all. On a
+# busy machine a device may wait for another one for longer than XLA's 40 s.
 CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+CHEAP += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 
 MODEL = {"model.hidden_size": 32, "model.intermediate_size": 32, "model.num_hidden_layers": 2}
 MODEL |= {"model.num_attention_heads": 2, "model.num_key_value_heads": 2, "mesh.fsdp": 2}

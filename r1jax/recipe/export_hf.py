@@ -188,12 +188,12 @@ def _logits(params: decoder.Params, network: Network, mesh: Mesh) -> np.ndarray:
     """Returns the logits [2, 24, V] of two rows of random tokens, computed in float32."""
     tokens = np.random.default_rng(0).integers(0, network.model.vocab_size, (2, 24)).astype(np.int32)
     places = np.tile(np.arange(24, dtype=np.int32), (2, 1))
-    network = replace(network, compute=replace(network.compute, compute_dtype="float32"))
+    computed = Network(network.model, replace(network.compute, compute_dtype="float32"))
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def run(params: decoder.Params) -> jax.Array:
         rows = jnp.asarray(tokens), jnp.asarray(places), jnp.ones_like(tokens)
-        hidden, _, _ = decoder.forward(params, *rows, network)
+        hidden, _, _ = decoder.forward(params, *rows, computed)
         return decoder.logits(params, hidden)
 
     with use_mesh(mesh):
