@@ -10,7 +10,7 @@ import sys
 import traceback
 
 from r1jax import config, flags, schema, stage_table, sweep
-from r1jax.core import errors, preempt
+from r1jax.core import errors, lock, preempt
 
 _USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
@@ -113,6 +113,7 @@ def _preempted() -> int:
     """Prints that the run ends because of a notice and returns the exit code, as `_failed` does."""
     from r1jax.core import hosts
 
+    lock.release_all()
     print("ended as asked; the same command again goes on from here", file=sys.stderr)
     hosts.leave(preempt.PREEMPTED_EXIT)
     return preempt.PREEMPTED_EXIT
@@ -126,6 +127,7 @@ def _failed(error: BaseException, code: int, message: str, debug: bool) -> int:
     """
     from r1jax.core import hosts
 
+    lock.release_all()
     if preempt.requested():  # the notice may have ended what failed: another process of the run, or workers
         print(f"error: {errors.one_line(error)}", file=sys.stderr)
         return _preempted()

@@ -155,7 +155,11 @@ STAGES: dict[str, Stage] = {
     ),
     "bench_rewards": Stage("bench.rewards:run", ("bench.samples", "reward")),
     "bench_saving": Stage(
-        "bench.saving:run", ("seed", "model", "compute", "mesh", "optimizer", "pack", "bench.repeats"), _NO_RL
+        "bench.saving:run",
+        ("seed", "model", "compute", "mesh", "optimizer", "pack", "bench.repeats"),
+        _NO_RL
+        | dict.fromkeys(("model.max_position_embeddings", "model.checkpoint"), "")
+        | dict.fromkeys(("optimizer.max_skipped_updates", "pack.trained_chunk"), ""),
     ),
     "bench_tokens": Stage("bench.tokens:run", ("model.checkpoint", "bench.samples", "bench.threads", "bench.repeats")),
     "bench_update": Stage(

@@ -117,7 +117,7 @@ def renames(source: str) -> bool:
     return False
 
 
-def test_one_module_of_the_package_replaces_files():
+def test_one_module_of_the_package_replaces_files_and_the_script_of_a_pods_workers():
     assert (
         renames("os.replace(a, b)")
         and renames("from os import replace")
@@ -127,7 +127,8 @@ def test_one_module_of_the_package_replaces_files():
     folders = [ROOT / "r1jax", ROOT / "configs", ROOT / "kernels"]
     paths = [path for folder in folders for path in folder.rglob("*.py")]
     found = [path.relative_to(ROOT).as_posix() for path in paths if renames(path.read_text(encoding="utf-8"))]
-    assert found == ["r1jax/core/files.py"]
+    # A pod's worker runs its file before the package is installed there.
+    assert sorted(found) == ["r1jax/core/files.py", "r1jax/pod/worker.py"]
 
 
 @pytest.mark.parametrize(

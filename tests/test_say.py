@@ -14,6 +14,8 @@ OTHERS = {  # processes of their own, and the last line of one that ends
     "data/arithmetic.py",
     "launch.py",
     "plan/compile.py",
+    "pod/launcher.py",  # runs on a laptop, without JAX and without processes that write for others
+    "pod/shell.py",
 }
 
 

@@ -151,7 +151,7 @@ def test_every_part_in_the_table_is_one_of_the_config_and_each_exception_lies_in
 def test_all_stages_but_these_run_in_several_processes_together():
     assert [name for name in stage_table.STAGES if not stage_table.several_processes(name)] == [
         *("grade", "ablation", "bench_code", "bench_grading", "bench_import", "bench_kernels", "bench_loss"),
-        *("bench_rewards", "bench_update"),
+        *("bench_rewards", "bench_saving", "bench_tokens", "bench_update"),
     ]
 
 

@@ -14,7 +14,7 @@ from r1jax.core.checkpoint import CheckpointStore
 from r1jax.core.say import say
 from r1jax.models import decoder
 from r1jax.report import table
-from r1jax.schema import Config
+from r1jax.schema import Config, PackConfig
 from r1jax.train import sft, step
 
 WAYS = ("waited_for", "beside")
@@ -36,7 +36,7 @@ def run(config: Config, workdir: Path) -> dict:
     trainer = step.Trainer(network, config.optimizer, mesh, sft.make_loss(network), 1000)
     key = rng.key(config.seed, config.stage, "init")
     state = trainer.init(sharding.initialize(decoder.specs(config.model), key, "float32", mesh))
-    batch = _batch(config, pack.rows_per_micro_batch, pack.row_tokens)
+    batch = _batch(config.seed, config.model.vocab_size, pack)
     inverse = np.float32(1 / batch["tokens"].size)
     store, number = CheckpointStore(folder, keep=1), 0
     seconds: dict[str, dict[str, list[float]]] = {way: {"pause": [], "update": [], "on_disk": []} for way in WAYS}
@@ -73,11 +73,11 @@ def run(config: Config, workdir: Path) -> dict:
     return _report(size, alone, seconds)
 
 
-def _batch(config: Config, rows: int, tokens: int) -> dict[str, np.ndarray]:
+def _batch(seed: int, vocab_size: int, pack: PackConfig) -> dict[str, np.ndarray]:
     """Returns one micro-batch of random tokens, every one of which is trained."""
-    shape = (1, rows, tokens)
-    ids = np.random.default_rng(config.seed).integers(0, config.model.vocab_size, shape, np.int32)
-    positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), shape)
+    shape = (1, pack.rows_per_micro_batch, pack.row_tokens)
+    ids = np.random.default_rng(seed).integers(0, vocab_size, shape, np.int32)
+    positions = np.broadcast_to(np.arange(pack.row_tokens, dtype=np.int32), shape)
     arrays = {"tokens": ids, "targets": np.roll(ids, -1, -1), "positions": positions}
     return arrays | {"segments": np.ones(shape, np.int32), "loss_mask": np.ones(shape, np.float32)}
 

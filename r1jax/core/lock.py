@@ -101,7 +101,8 @@ _held: dict[Path, _Lock] = {}
 
 
 @atexit.register
-def _release_all() -> None:
+def release_all() -> None:
+    """Gives up every lock of this process and removes their files."""
     for path in list(_held):
         release(path)
 

@@ -51,19 +51,19 @@ def run(config: Config, workdir: Path) -> dict:
     workdir, stages = Path(workdir), stage_configs(config)
     if config.list:
         return hosts.decide(listing, stages, workdir, name="the states of the stages")
+    chosen, again = chosen_stages(config), bool(config.from_stage)
+    for stage in chosen:
+        inherited.require(stages[stage], f"--config.set={stage}.FIELD", config)
+    hosts.decide(_refuse_unready, chosen, stages, workdir, again, name="the states of the stages")
     hosts.decide(lock.hold, workdir / LOCK, name="the lock of the graph")
     try:
-        return _run(config, stages, workdir)
+        return _run(chosen, again, stages, workdir)
     finally:
         lock.release(workdir / LOCK)
 
 
-def _run(config: Config, stages: dict[str, Config], workdir: Path) -> dict:
-    started, chosen = time.monotonic(), chosen_stages(config)
-    for stage in chosen:
-        inherited.require(stages[stage], f"--config.set={stage}.FIELD", config)
-    again = bool(config.from_stage)
-    hosts.decide(_refuse_unready, chosen, stages, workdir, again, name="the states of the stages")
+def _run(chosen: list[str], again: bool, stages: dict[str, Config], workdir: Path) -> dict:
+    started = time.monotonic()
     for stage in chosen if again else ():
         common.StageFolder(stages[stage], workdir).hold()
     if again:
