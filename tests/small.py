@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterable, Mapping
 
 import pytest
+import tokenizers
 
 from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
+from r1jax.checkpoints.tokenizer import JsonBackend, Tokenizer
 from r1jax.core import rng, sharding
 from r1jax.data import tasks
 from r1jax.data.problems import Problem, from_row
@@ -97,6 +99,16 @@ def finished_stage(config: Config, workdir: pathlib.Path, params: decoder.Params
     store.close()
     folder.finish(figures, {}, "")
     return folder.path
+
+
+def byte_tokenizer(template: str) -> Tokenizer:
+    """Returns a tokenizer of single bytes and two marks of turns."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return Tokenizer(JsonBackend(inner), {"eos_token": "<|im_end|>"}, template, "bytes")
 
 
 LOOP_FIELDS = {  # of `rl_training`

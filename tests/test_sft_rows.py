@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import tokenizers
+from small import byte_tokenizer as words
 
-from r1jax.checkpoints.tokenizer import JsonBackend, Tokenizer
+from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.recipe import fine_tuning, sft_rows
 from r1jax.schema import Config, DataConfig
 
@@ -26,16 +26,6 @@ TURNS = [
     {"role": "user", "content": "and one more?"},
     {"role": "assistant", "content": "<think>four and one</think>5"},
 ]
-
-
-def words(template: str) -> Tokenizer:
-    """Returns a tokenizer of single bytes and two marks of turns."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return Tokenizer(JsonBackend(inner), {"eos_token": "<|im_end|>"}, template, "bytes")
 
 
 def row(turns: list[dict] = TURNS) -> dict:

@@ -10,9 +10,9 @@ import time
 
 import numpy as np
 import pytest
-import tokenizers
+from small import byte_tokenizer
 
-from r1jax.checkpoints.tokenizer import JsonBackend, Tokenizer
+from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import hosts, sharding
 from r1jax.data import jsonl
 from r1jax.recipe import fine_tuning, sft_rows, token_cache
@@ -30,13 +30,7 @@ ROWS, ROW_BYTES = 300, 200
 
 
 def words(template: str = TEMPLATE) -> Tokenizer:
-    """Returns a tokenizer of single bytes and two marks of turns."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return Tokenizer(JsonBackend(inner), {"eos_token": "<|im_end|>"}, template, "bytes")
+    return byte_tokenizer(template)
 
 
 def row(number: int) -> dict:

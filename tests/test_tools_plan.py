@@ -11,8 +11,8 @@ import pytest
 
 from r1jax import config as configs
 from r1jax import flags
-from r1jax.core import sharding
-from r1jax.plan import slices
+from r1jax.core import sharding, slices
+from r1jax.plan import chips, meshes
 from r1jax.schema import MeshConfig, replace
 from r1jax.tools import plan
 
@@ -80,8 +80,9 @@ def test_flags_of_a_plan_that_do_not_go_together_are_one_line(arguments, message
 
 def test_a_slice_is_read_from_its_name():
     one = slices.parse("v5p:8x8x16")
-    assert (one.chips, one.devices) == (1024, 1024)
-    assert slices.parse("v4:4x4x4").devices == 128  # a chip is two devices
+    devices = {name: generation.devices_per_chip for name, generation in chips.GENERATIONS.items()}
+    assert (one.chips, one.chips * devices[one.generation]) == (1024, 1024)
+    assert slices.parse("v4:4x4x4").chips * devices["v4"] == 128  # a chip is two devices
     assert [other.topology for other in slices.larger(slices.parse("v5e:8x8"))] == ["v5e:8x16", "v5e:16x16"]
     for text in ("v7:2x2", "v5p", "v5p:2xx", "v5p:0x2"):
         with pytest.raises(ValueError, match="is no slice; give a generation"):
@@ -92,7 +93,7 @@ def test_a_slice_is_read_from_its_name():
 def test_meshes_fill_the_devices_and_divide_the_model(preset, devices):
     stage = "distill" if preset.startswith("qwen") else "r1_zero"
     model = configs.load(f"{stage}:{preset}").model
-    found = list(slices.meshes(model, devices, 32768))
+    found = list(meshes.divisions(model, devices, 32768))
     assert found and len(found) == len(set(found))
     for mesh in found:
         sizes = [getattr(mesh, name) for name in ("data", "fsdp", "expert", "tensor", "context")]

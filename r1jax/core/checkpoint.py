@@ -1,4 +1,4 @@
-"""Checkpoints of a run, written by orbax beside the work: named trees of arrays and one JSON record, whole or absent."""
+"""Checkpoints of a run, written by orbax beside the work: named trees of arrays and one JSON record, whole or not."""
 
 import json
 import logging

@@ -177,7 +177,8 @@ def reinforced(
 ) -> StageTime:
     """Returns the time of an RL stage whose responses have this law, with a critic for grpo.advantage=gae.
 
-    `sampler` is the mesh of its own devices where the stage is disaggregated. Raises ValueError for rows or prompts that are too short.
+    `sampler` is the mesh of its own devices where the stage is disaggregated. Raises ValueError for rows
+    or prompts that are too short.
     """
     updates, samples = grpo.updates_per_rollout, grpo.prompts_per_update * grpo.group_size
     runs, summary = sampling(

@@ -101,7 +101,7 @@ def leftovers(request: PodRequest, state: str) -> str:
         cost = "waits in the queue and costs nothing until it is ACTIVE"
     elif state in ("FAILED", "SUSPENDED"):
         cost = "costs nothing, but counts towards the quota"
-    topology = f"{request.slice.series.name}:{request.slice.shape}"
+    topology = request.slice.topology
     count = f" --slices={request.slices}" if request.slices > 1 else ""
     return (
         f"{request.name} exists in {request.zone} ({state}): it {cost}\n"

@@ -143,9 +143,7 @@ def _check(request: PodRequest, values: absl_flags.FlagValues) -> None:
     if request.spot and request.reserved:
         raise ValueError("--spot and --reserved exclude each other")
     if not request.gke and not request.runtime:
-        raise ValueError(
-            f"--topology={values.topology}: {request.slice.series.name} is rented by GKE alone; give --gke"
-        )
+        raise ValueError(f"--topology={values.topology}: {request.slice.generation} is rented by GKE alone; give --gke")
     if request.gke and not request.image:
         raise ValueError("--gke needs --image=IMAGE, a container image with r1jax; docs/pod.md says how to build one")
     if request.only in ("create", "copy", "stop", "delete") and not request.gke:
@@ -204,7 +202,7 @@ def unused_chips(request: PodRequest) -> str:
 
     A chip of v4 or tpu7x is one device or two, as its image decides; these are not compared.
     """
-    if not request.arguments or request.slice.series.name in ("v4", "tpu7x"):
+    if not request.arguments or request.slice.generation in ("v4", "tpu7x"):
         return ""
     parsed = flags.parse(_without_places(request.arguments))
     resolved: schema.Config = config.load(parsed.spec, parsed.overrides)

@@ -16,7 +16,7 @@ from r1jax.rl.recorder import Recorder
 from r1jax.rl.settings import RunSettings, at_update
 from r1jax.rl.state import RunInputs
 from r1jax.sampler.build import build_sampler, sampling_params
-from r1jax.sampler.sample import RolloutSample, SamplingParams
+from r1jax.sampler.sample import RolloutSample
 from r1jax.sampler.scheduler import RolloutSampler
 
 
@@ -44,18 +44,17 @@ class Sampling:
         return sampler
 
     def warm_up(self, first_update: int, weights: Callable[[], decoder.Params]) -> None:
-        """Compiles the sampler of the rollout that starts at an update, and the reward models; `weights` as in `fit`."""
-        if not self.fit(first_update, weights):
+        """Compiles the sampler of the rollout that starts at an update, with `weights`, and the reward models."""
+        if not self._fit(first_update, weights):
             self._warm_up_sampler(weights)
         for task, model in self.inputs.reward_models.items():
             model.warm_up()
             self.recorder.run.programs.add(f"reward_model_{task}", lambda model=model: model.compilations)
 
-    def fit(self, first_update: int, weights: Callable[[], decoder.Params]) -> bool:
+    def _fit(self, first_update: int, weights: Callable[[], decoder.Params]) -> bool:
         """Returns whether the rollout that starts at an update needs another sampler, which is then made and compiled.
 
-        It does where its responses have another limit, and the slots another length, than before. `weights` returns
-        those that the sampler compiles with.
+        It does where its responses have another limit, and the slots another length, than before.
         """
         settings = at_update(self.config, first_update)
         if settings.sampler.max_new_tokens == self.sampler.engine.sampler.max_new_tokens:
@@ -71,14 +70,15 @@ class Sampling:
         for name in engine.compilations():
             self.recorder.run.programs.add(name, lambda name=name: engine.compilations()[name])
 
-    def draw(self, first_update: int, first: int, weights: decoder.Params, version: int) -> Rollout:
+    def draw(self, first_update: int, first: int, weights: Callable[[], decoder.Params], version: int) -> Rollout:
         """Returns the scored samples of the rollout that starts at an update, its first prompt being number `first`.
 
-        `version` is the number of updates made to `weights`. With dynamic sampling, prompts whose rewards tie are
-        replaced by further ones, in a bounded number of rounds; if groups are still missing after these, tied ones
-        fill up.
+        `weights` returns those to draw with, to which `version` updates were made. With dynamic sampling, prompts whose
+        rewards tie are replaced by further ones, in a bounded number of rounds; if groups are still missing after
+        these, tied ones fill up.
         """
-        grpo = self.config.grpo
+        self._fit(first_update, weights)
+        placed, grpo = weights(), self.config.grpo
         updates = schedules.updates_in_rollout(first_update, grpo.updates, grpo.updates_per_rollout)
         wanted, drawn, rounds = updates * grpo.prompts_per_update, 0, []
         for _ in range(1 + grpo.dynamic_sampling_rounds):
@@ -86,7 +86,7 @@ class Sampling:
             if missing <= 0:
                 break
             numbers = range(first + drawn, first + drawn + missing)
-            rounds.append(self.sample_and_grade(numbers, first_update, weights, version))
+            rounds.append(self.sample_and_grade(numbers, first_update, placed, version))
             drawn += missing
         return rounds[0] if len(rounds) == 1 else rollouts.keep_groups(rounds, wanted, self.config)
 
@@ -98,7 +98,7 @@ class Sampling:
         by_number = dict(zip(numbers, prompts, strict=True))
         grader, grading = rollouts.Grader(by_number, self.pool, self.inputs.tokenizer.decode_batch), Timer()
         group = config.grpo.group_size
-        sampling = self._sampling_params(first_update)
+        sampling = sampling_params(self.sampler.engine.sampler, self.inputs.tokenizer.stop_ids)
         requests = rollouts.requests_for(prompts, numbers, group, sampling, config.seed, config.stage, "sample")
         recorder.phase("rollout")
         begun = time.perf_counter()
@@ -128,11 +128,6 @@ class Sampling:
     ) -> np.ndarray:
         decode, models = self.inputs.tokenizer.decode_batch, self.inputs.reward_models
         return reward_model_monitor.with_model_rewards(reward_terms, samples, decode, by_number, models)
-
-    def _sampling_params(self, first_update: int) -> SamplingParams:
-        settings = self.config.sampler
-        longest = schedules.max_new_tokens(settings, first_update)
-        return sampling_params(settings, self.inputs.tokenizer.stop_ids, max_new_tokens=longest)
 
 
 def sampled_work(samples: Sequence[RolloutSample]) -> flops.Work:

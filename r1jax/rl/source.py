@@ -42,8 +42,7 @@ class RolloutSource:
 
     def rollout(self, first_update: int) -> Rollout:
         """Returns the rollout that starts at an update."""
-        self.sampling.fit(first_update, self.weights)
-        rollout = self.sampling.draw(first_update, self.run.cursor.draw, self.weights(), first_update)
+        rollout = self.sampling.draw(first_update, self.run.cursor.draw, self.weights, first_update)
         self._make_room()
         return rollout
 
@@ -100,13 +99,10 @@ class SourceAhead(RolloutSource):
         while (first := self._frontier[0]) <= limit and first < grpo.updates:
             updates = schedules.updates_in_rollout(first, grpo.updates, grpo.updates_per_rollout)
             if not self._holds(first):
-                arguments = (first, self._frontier[1], self.weights(), cursor.update)
-                self._ahead[first] = self._worker.submit(self._draw, *arguments)
+                of_now = self.weights()
+                arguments = (first, self._frontier[1], lambda of_now=of_now: of_now, cursor.update)
+                self._ahead[first] = self._worker.submit(self.sampling.draw, *arguments)
             self._frontier = first + updates, self._frontier[1] + updates * grpo.prompts_per_update
-
-    def _draw(self, first_update: int, first: int, weights: decoder.Params, version: int) -> Rollout:
-        self.sampling.fit(first_update, lambda: weights)
-        return self.sampling.draw(first_update, first, weights, version)
 
     def staleness(self, first_update: int, rollout: Rollout) -> dict[str, float]:
         """Returns the updates between the weights that drew the rollout and its first update.

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,8 +74,7 @@ class RunState:
         self.reference, self.cursor = None, Cursor()
         kept = config.checkpointing
         self.store = CheckpointStore(inputs.folder / "checkpoints", kept.keep, kept.keep_every)
-        self._saved_start = 0  # update at which the rollout of the newest checkpoint started
-        self._saved = 0  # updates of the newest checkpoint
+        self._saved = Cursor()  # of the newest checkpoint
         self.programs = runtime.ProgramSet()
         self.compiled: RunSettings | None = None  # for which the programs of the updates are compiled
 
@@ -144,9 +143,8 @@ class RunState:
                 raise ValueError(f"{self.store.folder}: no checkpoint to go on from, and no start weights were given")
             self.reference = self.frozen_policy() if self.config.grpo.uses_reference else None
             return
-        self._saved = number
         self.cursor = Cursor(**self.store.record(number))
-        self._saved_start = self.cursor.rollout_start
+        self._saved = replace(self.cursor)
         items = self.store.restore(number, self._targets() | objective.restore_targets())
         self.reference = items.get("reference")
         self.state = self.trainer.state(items["params"], items["optimizer"], self.cursor.update)
@@ -163,10 +161,9 @@ class RunState:
         """
         reference = {"reference": self.reference} if self.config.grpo.uses_reference else {}
         items = {"params": self.params, "optimizer": self.state.optimizer} | reference
-        self.store.save(self.cursor.update, items | objective.checkpoint_items(), dict(vars(self.cursor)))
-        start, self._saved_start = self._saved_start, self.cursor.rollout_start
-        self._saved = self.cursor.update
-        return start
+        before, self._saved = self._saved, replace(self.cursor)
+        self.store.save(self.cursor.update, items | objective.checkpoint_items(), vars(self._saved))
+        return before.rollout_start
 
     @contextlib.contextmanager
     def saved_when_preempted(self, objective: OwnArrays) -> Generator[None]:
@@ -174,7 +171,7 @@ class RunState:
         try:
             yield
         except preempt.Preempted:
-            if self.cursor.update != self._saved:
+            if self.cursor.update != self._saved.update:
                 self.save(objective)
             self.store.close()
             raise

@@ -21,9 +21,6 @@ def build_sampler(
     return RolloutSampler(engine)
 
 
-def sampling_params(
-    settings: SamplerConfig, stop_ids: tuple[int, ...], max_new_tokens: int | None = None
-) -> SamplingParams:
-    """Returns the parameters that config.sampler asks for; `max_new_tokens` replaces its own if given."""
-    longest = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
-    return SamplingParams(settings.temperature, settings.top_p, settings.top_k, longest, stop_ids)
+def sampling_params(settings: SamplerConfig, stop_ids: tuple[int, ...]) -> SamplingParams:
+    """Returns the parameters that config.sampler asks for."""
+    return SamplingParams(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens, stop_ids)

@@ -16,14 +16,14 @@ import jax
 
 from r1jax import config as configs
 from r1jax.core import sharding, tree
+from r1jax.core import slices as tpu_slices
 from r1jax.core.say import say
-from r1jax.plan import chips, stage_time
+from r1jax.core.slices import Slice
+from r1jax.plan import chips, meshes, stage_time
 from r1jax.plan import compile as compiler
-from r1jax.plan import slices as tpu_slices
 from r1jax.plan.compile import GIB, Plan
 from r1jax.plan.lengths import LengthLaw
 from r1jax.plan.roofline import EFFICIENCY, Placed
-from r1jax.plan.slices import Slice
 from r1jax.plan.stage_time import StageTime
 from r1jax.recipe import programs
 from r1jax.recipe.programs import Phase, StageProgram
@@ -203,7 +203,7 @@ class Option:
 def options(config: Config, where: Where) -> list[Option]:
     """Returns the config on each mesh of the slices that divides its model."""
     every = []
-    for mesh in tpu_slices.meshes(config.model, len(where.devices) // where.slices, config.pack.row_tokens):
+    for mesh in meshes.divisions(config.model, len(where.devices) // where.slices, config.pack.row_tokens):
         one = placed(config, replace(mesh, slice=where.slices))
         size, phase = max((estimate(phase, one), phase.name) for phase in programs.phases(one, where.devices))
         every.append(Option(one, phase, size))
