@@ -113,8 +113,8 @@ def _preempted() -> int:
     """Prints that the run ends because of a notice and returns the exit code, as `_failed` does."""
     from r1jax.core import hosts
 
-    lock.release_all()
     print("ended as asked; the same command again goes on from here", file=sys.stderr)
+    lock.release_all()
     hosts.leave(preempt.PREEMPTED_EXIT)
     return preempt.PREEMPTED_EXIT
 
@@ -127,7 +127,6 @@ def _failed(error: BaseException, code: int, message: str, debug: bool) -> int:
     """
     from r1jax.core import hosts
 
-    lock.release_all()
     if preempt.requested():  # the notice may have ended what failed: another process of the run, or workers
         print(f"error: {errors.one_line(error)}", file=sys.stderr)
         return _preempted()
@@ -136,6 +135,7 @@ def _failed(error: BaseException, code: int, message: str, debug: bool) -> int:
         traceback.print_exception(error)
     if message:
         print(message, file=sys.stderr)
+    lock.release_all()
     hosts.fail(error, code)
     return code
 

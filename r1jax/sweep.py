@@ -42,8 +42,8 @@ class PointResult:
 def run(arguments: flags.Arguments, base: schema.Config) -> int:
     """Runs the points that are not finished, prints one table and returns 0, or 1 when a point failed.
 
-    SIGTERM goes to the point that runs; when that has ended because of it, so does the sweep, with the same code. With `sweep_index` only that point runs, and table.json is not written, since other jobs may be running other
-    points.
+    SIGTERM goes to the point that runs; when that has ended because of it, so does the sweep, with the same code. With
+    `sweep_index` only that point runs, and table.json is not written, since other jobs may be running other points.
     """
     points = config.sweep(base, arguments.sweep, arguments.overrides)
     for point in points:
@@ -110,14 +110,24 @@ def _call(command: list[str], log: pathlib.Path) -> int:
     """Runs `command` with this same package on its path and its output in `log`; returns its exit code."""
     root = str(pathlib.Path(r1jax.__file__).resolve().parents[1])
     search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    with log.open("w", encoding="utf-8") as file:
-        environment = {**os.environ, "PYTHONPATH": search}
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
-    before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    environment, asked, process = {**os.environ, "PYTHONPATH": search}, [], None
+
+    def end(number: int, frame: object) -> None:
+        asked.append(number)
+        if process is not None:
+            process.terminate()
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
+        with log.open("w", encoding="utf-8") as file:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
+        if asked:  # while the process was started
+            process.terminate()
         return process.wait()
     except BaseException:
-        process.kill()
+        if process is not None:
+            process.kill()
+            process.wait()
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

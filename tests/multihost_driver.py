@@ -1,6 +1,7 @@
 """One process of a very small RL run that several share: multihost_driver.py SETTINGS, a JSON object.
 
-{folder, preset, fields, processes, index, port, mesh {axis: size}, updates, checkpoint_every, heartbeat_s, grace_s, listens, delays, slow_s, weights}.
+{folder, preset, fields, processes, index, port, mesh {axis: size}, updates, checkpoint_every, heartbeat_s, grace_s,
+listens, delays, slow_s, weights}.
 SIGTERM is a notice to this package, or, unless it `listens`, to JAX alone. With
 `delays`, a list of (call number, seconds), this process sleeps at those of its calls into rollout, grading, journal,
 packing, update and checkpoint. With `slow_s` every update takes so much longer. Prints what the run left, as JSON;

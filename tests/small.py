@@ -159,7 +159,6 @@ def run_until(training: Training, updates: int) -> None:
     training.objective.update = stopping
     with pytest.raises(Stopped):
         training.train()
-    training.run.store.close()  # this process lives on, and writes the last checkpoint to its end
 
 
 def driver_report(name: str, *arguments: str, timeout: float = 300) -> dict:

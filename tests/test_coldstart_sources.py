@@ -527,7 +527,7 @@ def test_planted_wrong_answers_are_lost_exactly_and_counted_by_task(tmp_path, ca
         {"id": "own", "task": "riddle", "prompt": "?", "response": "!"},
     ]
     jsonl.write(tmp_path / "rows.jsonl", rows)
-    given, _ = example_files.read(str(tmp_path / "rows.jsonl"), DataConfig(), RewardConfig())
+    given = list(example_files.ExampleFile(str(tmp_path / "rows.jsonl"), DataConfig(), RewardConfig()))
     found, counts = distill.of_file(given, len(given), "distill", RewardConfig(), DistillConfig())
     assert [row["id"] for row in found] == [row["id"] for row in rows if not row["id"].endswith("-1")]
     assert counts["wrong"] == dict.fromkeys(kinds, 1)
@@ -555,7 +555,7 @@ def test_a_conversation_keeps_all_its_turns_for_training(tmp_path):
     talk = [("user", "2+2?"), ("assistant", "4"), ("user", "and 1?"), ("assistant", "5")]
     messages = [{"role": role, "content": content} for role, content in talk]
     jsonl.write(tmp_path / "rows.jsonl", [{"messages": messages}, {"messages": messages[:2]}])
-    (many, one), _ = example_files.read(f"{tmp_path}/rows.jsonl", DataConfig(), RewardConfig())
+    many, one = example_files.ExampleFile(f"{tmp_path}/rows.jsonl", DataConfig(), RewardConfig())
     assert many.row()["messages"] == messages and many.row()["prompt"] == messages[:-1]
     assert "messages" not in one.row() and one.row()["prompt"] == "2+2?"
     assert drafts.from_record(json.loads(json.dumps(many.record()))) == many

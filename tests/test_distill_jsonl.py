@@ -11,7 +11,7 @@ from r1jax import launch
 from r1jax.checkpoints import hf_config, hf_export, tokenizer
 from r1jax.core import rng, sharding
 from r1jax.core.metrics import read
-from r1jax.data import corpus, files, jsonl, tasks, templates
+from r1jax.data import corpus, files, jsonl, tasks, templates, turns
 from r1jax.models import decoder
 from r1jax.recipe import distill, example_files, fine_tuning, parts, problems, prompts, sft_rows
 from r1jax.schema import DataConfig, DistillConfig, MeshConfig, RewardConfig, parts_of, replace
@@ -222,18 +222,30 @@ def mixed(path, bad: bool = False) -> str:
     return str(path)
 
 
+def read_whole(path: str, data: DataConfig, reward: RewardConfig) -> tuple[list, list[str]]:
+    """Returns (drafts, notes) of a file whose rows are all read before the first becomes a draft."""
+    table = files.read(path, data.columns)
+    return [example_files.draft(row, path, reward, data.task) for row in table.rows], table.notes
+
+
 def test_a_file_read_row_by_row_is_what_reading_it_whole_is(tmp_path):
     path, (data, reward) = mixed(tmp_path / "rows.jsonl"), (DataConfig(), RewardConfig())
     rows = example_files.ExampleFile(path, data, reward)
-    drafts, notes = example_files.read(path, data, reward)
+    drafts, notes = read_whole(path, data, reward)
     assert list(rows) == list(rows) == drafts and rows.count == 20
-    assert rows.remarks == example_files.remarks(path, drafts, notes)
+    (cause,) = turns.thoughts(draft.text for draft in drafts)
+    assert rows.remarks == [
+        *(f"{path}: {note}" for note in notes),
+        f"{path}: 1 of 20 responses lack exactly one closed <think>...</think> ({cause}: 1)",
+        f"{path}: 7 of 20 rows have no task: their responses are taken as they are; --config.data.task=TASK grades "
+        "those with an answer",
+    ]
     assert drafts[7].problem.id == "u7" and any("uuid read as id" in line for line in rows.remarks)
 
 
 def test_a_bad_row_is_named_alike_whether_the_file_is_read_whole_or_row_by_row(tmp_path):
     path, lines = mixed(tmp_path / "rows.jsonl", bad=True), []
-    for reader in (example_files.read, example_files.ExampleFile):
+    for reader in (read_whole, example_files.ExampleFile):
         for task in (3, ""):  # a row that cannot be read comes first, then one that can be no draft
             rows = jsonl.read(path)
             rows[13]["task"] = task

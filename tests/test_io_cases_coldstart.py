@@ -201,8 +201,8 @@ def read(tmp_path, case: str) -> tuple[list, list[str]]:
     given = io_case(case)["input"]
     path = tmp_path / "rows.jsonl"
     jsonl.write(path, given["rows"] if "rows" in given else [given["row"]])
-    drafts, notes = example_files.read(str(path), DataConfig(), RewardConfig())
-    return drafts, example_files.remarks(str(path), drafts, notes)
+    rows = example_files.ExampleFile(str(path), DataConfig(), RewardConfig())
+    return list(rows), rows.remarks
 
 
 def test_messages_are_read_for_distillation(tmp_path):

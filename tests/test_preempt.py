@@ -39,6 +39,28 @@ WHOLE = """
         print("whole", flush=True)
     print("never")
 """
+SAVING = """
+    import os, tempfile, threading
+    import numpy as np
+    from r1jax.core.checkpoint import CheckpointStore, numbers
+    renaming = threading.Event()
+    def slower(function):
+        def slowly(*arguments, **keywords):
+            renaming.set()
+            time.sleep(0.5)
+            return function(*arguments, **keywords)
+        return slowly
+    folder = tempfile.mkdtemp()
+    store = CheckpointStore(folder)
+    os.rename, os.replace = slower(os.rename), slower(os.replace)
+    store.save(1, {"params": {"a": np.ones(4)}}, {})
+    renaming.wait()
+    print("ready", flush=True)
+    try:
+        store.close()
+    finally:
+        print(numbers(folder), flush=True)
+"""
 STUCK = """
     print("ready", flush=True)
     ctypes.CDLL(None).system(b"exec sleep 20 >/dev/null 2>&1")
@@ -47,7 +69,12 @@ STUCK = """
 
 @pytest.mark.parametrize(
     ("body", "grace_s", "prints", "least_s", "most_s"),
-    [(AT_ONCE, 60, "raised\n", 0, 20), (WHOLE, 60, "whole\nraised\n", 0.5, 20), (STUCK, 2, "", 1.7, 2.0)],
+    [
+        (AT_ONCE, 60, "raised\n", 0, 20),
+        (WHOLE, 60, "whole\nraised\n", 0.5, 20),
+        (SAVING, 60, "[1]\nraised\n", 0.1, 20),
+        (STUCK, 2, "", 1.7, 2.0),
+    ],
 )
 def test_sigterm_ends_a_process_at_once_after_what_is_whole_or_when_the_grace_period_is_over(
     body, grace_s, prints, least_s, most_s

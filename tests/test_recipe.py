@@ -8,7 +8,7 @@ import pytest
 
 from r1jax import config as configs
 from r1jax import launch
-from r1jax.core import tree
+from r1jax.core import preempt, tree
 from r1jax.core.metrics import read
 from r1jax.data import files, jsonl, tasks
 from r1jax.data.problems import Problem
@@ -115,7 +115,7 @@ def test_stage_4_tells_what_the_reward_models_say_beside_what_is_verified(workdi
 def test_every_stage_is_done_with_config_metrics_and_samples(workdir):
     for stage in STAGES:
         record = marker(workdir, stage)
-        assert set(record) == {"config_hash", "inputs", "output", "figures"}
+        assert set(record) == {"inputs", "output", "figures"}
         assert json.loads((workdir / stage / "config.json").read_text())["stage"] == stage
         assert len(read(workdir / stage)) > 0
         if stage in MODELS:
@@ -284,6 +284,49 @@ def test_mistake_about_the_graph_is_one_line_and_leaves_nothing(tmp_path, capsys
     output = capsys.readouterr()
     assert output.err.count("\n") == 1 and expected.format(workdir=workdir) in output.err
     assert not workdir.exists()
+
+
+def test_a_stopped_run_from_a_stage_on_goes_on_and_a_finished_or_refused_one_starts_over(tmp_path, monkeypatch):
+    config, ends, runs = configs.load("quickstart", [("from", "stage4_all_scenarios")]), [preempt.Preempted], []
+    stages = graph.stage_configs(config)
+    chosen = graph.chosen_stages(config)
+
+    def stage_function(stage):
+        def run(stage_config, workdir):
+            runs.append(stage)
+            (workdir / stage).mkdir(exist_ok=True)
+            (workdir / stage / "work").touch()
+            if stage == chosen[1] and ends[-1]:
+                raise ends[-1]
+            return {}
+
+        return run
+
+    monkeypatch.setattr(graph.stage_table, "function", stage_function)
+    monkeypatch.setattr(graph, "_refuse_unready", lambda *arguments: None)
+    for name in ("hold_gate", "export", "_show", "_to_export"):
+        monkeypatch.setattr(graph, name, lambda *arguments: None)
+    monkeypatch.setattr(graph, "summarize", lambda *arguments: {})
+    monkeypatch.setattr(graph.inherited, "require", lambda *arguments: None)
+    kept = tmp_path / chosen[0] / "kept"
+    kept.parent.mkdir()
+    kept.touch()
+    with pytest.raises(preempt.Preempted):
+        graph.run(config, tmp_path)
+    assert not kept.exists()  # the first run of the command removes the stages
+    kept.touch()
+    for end, stays in ((preempt.Preempted, True), (ValueError, True), (preempt.Preempted, False)):
+        ends.append(end)
+        with pytest.raises(end):
+            graph.run(config, tmp_path)
+        assert kept.exists() == stays
+        kept.touch()
+    ends.append(None)
+    graph.run(config, tmp_path)
+    assert kept.exists()
+    graph.run(config, tmp_path)
+    assert not kept.exists() and stages.keys() >= set(chosen)
+    assert [stage for stage in runs if stage == chosen[0]] == [chosen[0]] * 6
 
 
 def test_gate_stops_the_graph_with_the_reason_and_keeps_the_stage(workdir, tmp_path, capsys):

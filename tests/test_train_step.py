@@ -188,7 +188,6 @@ def test_a_checkpoint_that_cannot_be_written_is_reported_by_the_next_call(tmp_pa
     store = checkpoint.CheckpointStore(tmp_path / "c")
     store.save(1, {"params": params}, {"update": 1})
     store.wait()
-    rename = pathlib.Path.rename
 
     def full(path, target):
         raise OSError(28, "No space left on device", str(target))
@@ -196,11 +195,25 @@ def test_a_checkpoint_that_cannot_be_written_is_reported_by_the_next_call(tmp_pa
     monkeypatch.setattr(os, "rename", full)
     monkeypatch.setattr(os, "replace", full)
     monkeypatch.setattr(pathlib.Path, "rename", full)
+    store.save(2, {"params": params}, {"update": 2})
     with pytest.raises(OSError, match="No space left"):
-        store.save(2, {"params": params}, {"update": 2})
-        store.wait()
+        store.save(3, {"params": params}, {"update": 3})
     monkeypatch.undo()
-    assert pathlib.Path.rename is rename and checkpoint.CheckpointStore(tmp_path / "c").latest() == 1
+    assert checkpoint.CheckpointStore(tmp_path / "c").latest() == 1
+
+
+def test_reading_a_folder_leaves_the_checkpoint_that_a_run_is_writing_there(tmp_path, params, mesh):
+    store = checkpoint.CheckpointStore(tmp_path / "stage" / "c")
+    store.save(1, {"params": params}, {})
+    store.close()
+    half = tmp_path / "stage" / "c" / "2.orbax-checkpoint-tmp-1"
+    half.mkdir()
+    target = sharding.abstract(decoder.specs(MODEL.model), jnp.float32, mesh)
+    assert tree.digest(checkpoint.load(tmp_path / "stage" / "c", "params", target)) == tree.digest(params)
+    assert half.exists() and checkpoint.numbers(tmp_path / "stage" / "c") == [1]
+    with pytest.raises(ValueError, match="empty holds no finished checkpoint; run that stage to its end first"):
+        checkpoint.load(tmp_path / "empty" / "c", "params", target)
+    assert not (tmp_path / "empty").exists()
 
 
 def test_a_save_that_fails_leaves_the_older_checkpoint_and_the_store_usable(tmp_path, params, mesh):

@@ -1,5 +1,6 @@
 """Checkpoints of a run, written by orbax beside the work: named trees of arrays and one JSON record, whole or not."""
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from r1jax.core import files, hosts
+from r1jax.core import files, hosts, preempt
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save, and warns of items that are not asked for
 
@@ -16,15 +17,17 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save, and 
 class CheckpointStore:
     """Numbered checkpoints in one folder: the newest `keep` are kept, and for good the multiples of `keep_every`."""
 
-    def __init__(self, folder: Path, keep: int = 2, keep_every: int = 0):
+    def __init__(self, folder: Path, keep: int = 2, keep_every: int = 0, read_only: bool = False):
+        """With `read_only` nothing there is changed: a run may be writing. Otherwise half-written ones are removed."""
         self.folder = Path(folder).resolve()
         policies = ocp.checkpoint_managers
         kept: list[Any] = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
-            create=True,
-            enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
+            create=not read_only,
+            read_only=read_only,
+            enable_async_checkpointing=not read_only,
+            cleanup_tmp_directories=not read_only,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -43,7 +46,8 @@ class CheckpointStore:
         json.dumps(record)  # raises here, not in the thread
         self.wait()
         arrays = {name: ocp.args.StandardSave(value) for name, value in items.items()}
-        self._manager.save(number, args=ocp.args.Composite(**arrays, record=ocp.args.JsonSave(record)))
+        if not self._manager.save(number, args=ocp.args.Composite(**arrays, record=ocp.args.JsonSave(record))):
+            raise RuntimeError(f"checkpoint {self.folder}/{number}: was not written; a newer one is there")
 
     def wait(self) -> None:
         """Returns when the checkpoint that is being written is on disk."""
@@ -68,9 +72,9 @@ class CheckpointStore:
         return self._manager.restore(number, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
 
     def close(self) -> None:
-        """Waits for the checkpoint that is being written and ends the threads."""
-        self.wait()
-        self._manager.close()
+        """Waits for the checkpoint that is being written, also where the process was asked to end, and ends the threads."""
+        with preempt.deferred():
+            self._manager.close()
 
     def _check(self, number: int, name: str, target: Any) -> None:
         item = self.folder / str(number) / name
@@ -82,6 +86,24 @@ class CheckpointStore:
         wanted = {_key(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
         if problems := shape_problems(stored, wanted):
             raise ValueError(f"checkpoint {self.folder}/{number}: does not fit the model: {problems}")
+
+
+def numbers(folder: Path) -> list[int]:
+    """Returns the numbers of the complete checkpoints of a folder, rising; [] where there is none."""
+    return sorted(int(path.name) for path in Path(folder).glob("[0-9]*") if path.name.isdigit())
+
+
+def load(folder: Path, item: str, target: Any) -> Any:
+    """Returns one item of the newest checkpoint of a folder that a run may be writing to; `target` as in `restore`.
+
+    Raises ValueError, naming the folder above, where there is no checkpoint, and for one that does not fit.
+    """
+    if not hosts.decide(numbers, folder, name=f"the checkpoints of {folder}"):
+        raise ValueError(f"{Path(folder).parent} holds no finished checkpoint; run that stage to its end first")
+    with contextlib.closing(CheckpointStore(folder, read_only=True)) as store:
+        number = store.latest()
+        assert number is not None
+        return store.restore(number, {item: target})[item]
 
 
 def _key(path) -> str:

@@ -48,11 +48,17 @@ class _Lock:
         self._descriptor = self._open()
         self._record = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         self._beats, self._ending = 0, threading.Event()
-        self._beat()
-        threading.Thread(target=self._run, name="lock", daemon=True).start()
+        try:
+            self._beat()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        self._thread = threading.Thread(target=self._run, name="lock", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         self._ending.set()
+        self._thread.join()  # or it could write to whatever file has the descriptor's number next
         if _is_file(self._descriptor, self._path):
             self._path.unlink()
         os.close(self._descriptor)
@@ -87,7 +93,7 @@ class _Lock:
         while not self._ending.wait(BEAT_S):
             try:
                 self._beat()
-            except OSError:  # closed meanwhile, or a full disk, which the run itself will report
+            except OSError:  # a full disk, which the run itself will report
                 continue
 
     def _beat(self) -> None:

@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from r1jax.core import preempt
@@ -63,22 +64,19 @@ class PeerWatch:
 
     def fail(self, error: BaseException, code: int) -> None:
         """Ends this process with exit code `code`, after publishing why for the others."""
-        self._last_word.acquire()
-        self._ending.set()
-        self._publish(f"process {self._index} failed: {one_line(error)}")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        time.sleep(3 * self._interval_s)  # the others read it before the coordinator may go
-        os._exit(code)
+        self._exit(code, lambda: self._publish(f"process {self._index} failed: {one_line(error)}"))
 
     def leave(self, code: int) -> None:
         """Ends this process with exit code `code` after the others have had the time to hear of its notice."""
+        self._exit(code, self._pass_on)
+
+    def _exit(self, code: int, last_word: Callable[[], None]) -> None:
         self._last_word.acquire()
         self._ending.set()
-        self._pass_on()
+        last_word()
         sys.stdout.flush()
         sys.stderr.flush()
-        time.sleep(3 * self._interval_s)
+        time.sleep(3 * self._interval_s)  # the others read it before the coordinator may go
         os._exit(code)
 
     def _pass_on(self) -> None:

@@ -33,7 +33,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "chat_template.jinja",
 )
-EXAMPLES = "examples.jsonl"
+EXAMPLES, CHECKPOINTS = "examples.jsonl", "checkpoints"
 REWARD_MODEL = "reward_model.json"  # the settings that a reward model is used with
 # In a stage's folder: the folder with shape and tokenizer, and two of its files.
 MODEL, SHAPE, GENERATION = "model", "shape.json", "generation_config.json"
@@ -45,10 +45,13 @@ class StageFolder:
     def __init__(self, config: Config, workdir: Path, name: str | None = None):
         self.path = Path(workdir) / (name or config.stage)
         self.config = config
-        self._lock = self.path.with_name(
-            f".{self.path.name}.lock"
-        )  # beside the folder, which may be removed and made anew
-        self.hash = identity.digest(json_fields(config), json_fields(Config()))
+        # Beside the folder, which may be removed and made anew.
+        self._lock = self.path.with_name(f".{self.path.name}.lock")
+
+    @property
+    def hash(self) -> str:
+        """The digest of the identity of a run of this config."""
+        return identity.digest(self._fields(), json_fields(Config()))
 
     def state(self, inputs: dict[str, str]) -> str:
         """Returns missing, stopped, done, or stale (finished with another config or from other inputs).
@@ -107,7 +110,7 @@ class StageFolder:
 
     def _reached(self) -> identity.Reached:
         """Returns how far the run in this folder has come, by its files alone."""
-        numbers = [int(path.name) for path in self.path.glob("checkpoints/[0-9]*") if path.name.isdigit()]
+        numbers = checkpoint.numbers(self.path / CHECKPOINTS)
         path = self.path / "figures.json"
         figures = json.loads(path.read_text()) if path.exists() else {}
         return identity.Reached(max(numbers, default=0), figures.get("examples"))
@@ -118,7 +121,9 @@ class StageFolder:
         if not changed:
             return
         rows = [{"update": self._reached().update, **dataclasses.asdict(difference)} for difference in changed]
-        files.write_text(self.path / CHANGES, "".join(f"{json.dumps(row)}\n" for row in [*self.changes(), *rows]))
+        noted = self.changes()
+        if noted[-len(rows) :] != rows:  # else a run was stopped before it wrote config.json
+            files.write_text(self.path / CHANGES, "".join(f"{json.dumps(row)}\n" for row in [*noted, *rows]))
         for length in self._lengthened():
             if length.name == "grpo.updates":  # a short last rollout that was not trained on is drawn anew, whole
                 Journal(self.path / "journal").drop(identity.last_rollout(length.before, self._fields()))
@@ -162,31 +167,26 @@ class StageFolder:
         return json_fields(self.config)
 
     def _holds_work(self) -> bool:
-        signs = (
-            self.path / DONE,
-            self.path / EXAMPLES,
-            *self.path.glob("checkpoints/[0-9]*"),
-            *self.path.glob("journal/*.npz"),
-        )
-        return any(path.exists() for path in signs)
+        signs = (self.path / DONE, self.path / EXAMPLES, *self.path.glob("journal/*.npz"))
+        return bool(checkpoint.numbers(self.path / CHECKPOINTS)) or any(path.exists() for path in signs)
 
     def finish(self, figures: dict, inputs: dict[str, str], output: str) -> dict:
         """Writes the DONE marker, with the digests of inputs and output, and returns the figures read back from it."""
-        record = {"config_hash": self.hash, "inputs": inputs, "output": output, "figures": figures}
-        checkpoint.write_json(self.path / DONE, record)
+        checkpoint.write_json(self.path / DONE, {"inputs": inputs, "output": output, "figures": figures})
+        done = hosts.decide(lambda: json.loads((self.path / DONE).read_text())["figures"], name=f"{self.path}/{DONE}")
         lock.release(self._lock)
-        return hosts.decide(lambda: json.loads((self.path / DONE).read_text())["figures"], name=f"{self.path}/{DONE}")
+        return done
 
     def checkpoints(self) -> checkpoint.CheckpointStore:
         kept = self.config.checkpointing
-        return checkpoint.CheckpointStore(self.path / "checkpoints", kept.keep, kept.keep_every)
+        return checkpoint.CheckpointStore(self.path / CHECKPOINTS, kept.keep, kept.keep_every)
 
     def newest_checkpoint(self) -> int | None:
         """Returns the number of the newest complete checkpoint, None without one."""
-        store = self.checkpoints()
-        newest = store.latest()
-        store.close()
-        return newest
+        return hosts.decide(self._newest, name=f"the checkpoints of {self.path}")
+
+    def _newest(self) -> int | None:
+        return max(checkpoint.numbers(self.path / CHECKPOINTS), default=None)
 
 
 def json_fields(config: Config) -> dict:
@@ -362,14 +362,8 @@ def load_weights(model: ModelConfig, mesh: Mesh, source: str) -> decoder.Params:
         raise ValueError(
             f"{source} holds a reward model, which gives scores and no text; give the folder of another stage"
         )
-    store = checkpoint.CheckpointStore(Path(source) / "checkpoints")
-    number = store.latest()
-    if number is None:
-        raise ValueError(f"{source} holds no finished checkpoint; run that stage to its end first")
     target = sharding.abstract(decoder.specs(model), jnp.float32, mesh)
-    params = store.restore(number, {"params": target})["params"]
-    store.close()
-    return params
+    return checkpoint.load(Path(source) / CHECKPOINTS, "params", target)
 
 
 def file_digest(path: str) -> str:
@@ -394,11 +388,9 @@ def _checkpoint_digest(source: Path) -> str:
         marker = source / DONE
         if marker.exists():
             return json.loads(marker.read_text())["output"]
-        # A store would wait for the other processes, which do not come here.
-        numbers = [int(folder.name) for folder in (source / "checkpoints").glob("[0-9]*") if folder.name.isdigit()]
-        if not numbers:
+        if not (numbers := checkpoint.numbers(source / CHECKPOINTS)):
             raise ValueError(f"{source} holds no finished checkpoint; run that stage to its end first")
-        files = sorted(path for path in (source / "checkpoints" / str(max(numbers))).rglob("*") if path.is_file())
+        files = sorted(path for path in (source / CHECKPOINTS / str(numbers[-1])).rglob("*") if path.is_file())
     else:
         folder = source.parent if source.is_file() else source
         names = ("config.json", "generation_config.json", *TOKENIZER_FILES)

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import hosts
 from r1jax.core.say import say
-from r1jax.data import files, jsonl
-from r1jax.recipe import common, example_files, fine_tuning, lineage
+from r1jax.data import jsonl
+from r1jax.recipe import common, example_files, fine_tuning, lineage, problems
 from r1jax.recipe.drafts import Counts, Draft, counts_line, tally
 from r1jax.recipe.progress import Progress
 from r1jax.rewards.pool import RewardPool
@@ -40,11 +40,11 @@ def run(config: Config, workdir: Path) -> dict:
         source = example_files.ExampleFile(path, config.data, config.reward)
 
     def graded(*arguments) -> tuple[Iterator[dict], Counts]:
-        assert source is not None  # or there are examples
-        say(*source.remarks)
-        return of_file(source, source.count, config.stage, config.reward, config.distill)
+        rows = source or example_files.ExampleFile(path, config.data, config.reward)
+        say(*rows.remarks)
+        return of_file(rows, rows.count, config.stage, config.reward, config.distill)
 
-    return fine_tuning.run(config, workdir, (), graded, {path: files.digest(path)})
+    return fine_tuning.run(config, workdir, (), graded, problems.file_digests([path]))
 
 
 def _has_examples(folder: Path) -> bool:
@@ -83,7 +83,7 @@ def of_file(
                 done += len(block)
                 tally(counts, "rows", (draft.task for draft in block))
                 if pool is not None:
-                    block = example_files.right_in(pool, block, counts)
+                    block = example_files.right(block, pool, counts)
                 tally(counts, "kept", (draft.task for draft in block))
                 yield from (draft.row() for draft in block)
                 if progress is not None:

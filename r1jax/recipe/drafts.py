@@ -9,7 +9,7 @@ from r1jax.core import hosts
 from r1jax.data.problems import Problem, read_prompt
 from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import RewardRequest, Score
-from r1jax.schema import REASONING, RewardConfig
+from r1jax.schema import REASONING
 
 Counts = dict[str, Any]  # check -> {task: how many passed}, or a figure of its own
 NO_TASK = "no task"
@@ -83,27 +83,14 @@ def counts_line(stage: str, counts: Counts) -> str:
     return f"{stage}: examples: {'; '.join(entries)}"
 
 
-def grade(drafts: Sequence[Draft], reward: RewardConfig) -> list[Score | None]:
+def grade(drafts: Sequence[Draft], pool: RewardPool) -> list[Score | None]:
     """Returns the score of each draft by its own task's grader, None for drafts that are not gradable."""
-    if not any(draft.gradable for draft in drafts):
-        return [None] * len(drafts)
-    with RewardPool(reward) as pool:
-        return grade_in(pool, drafts)
-
-
-def grade_in(pool: RewardPool, drafts: Sequence[Draft]) -> list[Score | None]:
-    """Returns the same as `grade`, from a pool that is used for several blocks of drafts."""
-    scores = iter(_scores_in(pool, [draft.request() for draft in drafts if draft.gradable]))
+    scores = iter(scored([draft.request() for draft in drafts if draft.gradable], pool))
     return [next(scores) if draft.gradable else None for draft in drafts]
 
 
-def scores_of(requests: Sequence[RewardRequest], reward: RewardConfig) -> list[Score]:
+def scored(requests: Sequence[RewardRequest], pool: RewardPool) -> list[Score]:
     """Returns the score of each request, in order; of several processes each grades its share."""
-    with RewardPool(reward) as pool:
-        return _scores_in(pool, requests)
-
-
-def _scores_in(pool: RewardPool, requests: Sequence[RewardRequest]) -> list[Score]:
     scores = pool.score(hosts.share(requests))
     deadline_s = pool.batch_deadline_s + hosts.DEADLINE_S
     records = hosts.join_shares([asdict(score) for score in scores], "the scores of examples", deadline_s)

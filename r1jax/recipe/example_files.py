@@ -6,27 +6,21 @@ from typing import Any
 
 from r1jax.data import files, turns
 from r1jax.data.problems import SCENARIOS, Problem, is_countdown, read_prompt
-from r1jax.recipe.drafts import NO_TASK, Counts, Draft, grade, grade_in, tally
+from r1jax.recipe.drafts import NO_TASK, Counts, Draft, grade, tally
 from r1jax.rewards import compose, plugins, references, rules
 from r1jax.rewards.pool import RewardPool
-from r1jax.rewards.score import Score
 from r1jax.schema import KINDS, DataConfig, RewardConfig
 
 UNGRADED, WRONG, UNSCORABLE = "not graded", "wrong", "no verdict"
 
 
-def read(path: str, data: DataConfig, reward: RewardConfig) -> tuple[list[Draft], list[str]]:
-    """Returns (drafts of the rows of a file, remarks on how they were read).
+class ExampleFile:
+    """The drafts of the rows of a file, read at each iteration and one at a time, so that none is held.
 
     A row has prompt and response, or messages that end in an assistant turn, and may have id, task, kind, language and
-    the fields that its task's grader needs. Raises ValueError, with file and line, for a bad file or row.
+    the fields that its task's grader needs. `remarks` are lines on how the file was read, thoughts that are missing or
+    not closed, and rows that nothing grades.
     """
-    table = files.read(path, data.columns)
-    return [draft(row, path, reward, data.task) for row in table.rows], table.notes
-
-
-class ExampleFile:
-    """The drafts that `read` returns, read from the file at each iteration and one at a time, so that none is held."""
 
     def __init__(self, path: str, data: DataConfig, reward: RewardConfig):
         """Reads the file once. Raises ValueError, with file and line, for a bad file or row."""
@@ -113,17 +107,9 @@ def _conversation(fields: dict, problem: Problem) -> tuple[dict, ...]:
     return tuple(spoken) if earlier and same and spoken[-1]["content"] == fields["response"] else ()
 
 
-def right(drafts: Sequence[Draft], reward: RewardConfig, counts: Counts) -> list[Draft]:
+def right(drafts: Sequence[Draft], pool: RewardPool, counts: Counts) -> list[Draft]:
     """Returns the drafts that their task's grader does not find wrong; the verdicts are counted by task."""
-    return _not_wrong(drafts, grade(drafts, reward), counts)
-
-
-def right_in(pool: RewardPool, drafts: Sequence[Draft], counts: Counts) -> list[Draft]:
-    """Returns the same as `right`, from a pool that is used for several blocks of drafts."""
-    return _not_wrong(drafts, grade_in(pool, drafts), counts)
-
-
-def _not_wrong(drafts: Sequence[Draft], scores: Sequence[Score | None], counts: Counts) -> list[Draft]:
+    scores = grade(drafts, pool)
     verdicts = [
         UNGRADED
         if score is None
@@ -137,12 +123,6 @@ def _not_wrong(drafts: Sequence[Draft], scores: Sequence[Score | None], counts: 
     for name in (WRONG, UNGRADED, UNSCORABLE):
         tally(counts, name, (draft.task for draft, verdict in zip(drafts, verdicts, strict=True) if verdict == name))
     return [draft for draft, verdict in zip(drafts, verdicts, strict=True) if verdict != WRONG]
-
-
-def remarks(path: str, drafts: Sequence[Draft], notes: Sequence[str]) -> list[str]:
-    """Returns lines on how a file was read, thoughts that are missing or not closed, and rows that nothing grades."""
-    faults = turns.thoughts(draft.text for draft in drafts)
-    return _remarks(path, len(drafts), notes, faults, sum(not draft.task for draft in drafts))
 
 
 def _remarks(path: str, count: int, notes: Sequence[str], faults: Mapping[str, int], without_task: int) -> list[str]:

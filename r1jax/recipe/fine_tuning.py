@@ -98,9 +98,8 @@ def run(
         )
     checkpoint.write_json(folder.path / "figures.json", figures)
     evaluate.write_report(config.stage, workdir, lineage.result_name(config.stage), figures)
-    figures = folder.finish(figures, inputs, tree.digest(trained))
     token_cache.remove(path)
-    return figures
+    return folder.finish(figures, inputs, tree.digest(trained))
 
 
 def write_examples(path: Path, rows: Iterable[dict], counts: Mapping[str, Any], stage: str) -> None:

@@ -19,8 +19,8 @@ GENERAL, NO_KIND = "general", "no kind"
 
 def inputs(stage: str, rejection: RejectionConfig, judge: JudgeConfig) -> dict[str, str]:
     """Returns {path: digest} of config.rejection.general_path and the editor; ValueError for a missing one."""
-    paths = problems.paths(rejection.general_path)
-    return {path: files.digest(path) for path in paths} | judging.editor_inputs(stage, judge, rejection.editor)
+    digests = problems.file_digests(problems.paths(rejection.general_path))
+    return digests | judging.editor_inputs(stage, judge, rejection.editor)
 
 
 def chosen(

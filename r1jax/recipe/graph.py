@@ -28,6 +28,7 @@ GRAPH: dict[str, tuple[str, ...]] = {
 }
 EXPORTED = ("stage4_all_scenarios", "distill")  # R1 and the student are exported as Hugging Face folders
 LOCK = ".graph.lock"
+REMADE = ".graph_from.json"  # what a stopped run with --config.from has removed
 COLUMNS = (
     *("checkpoint", "problems", "pass@1", "pass@1_se", "greedy", "mean_tokens", "truncated", "unscorable"),
     "reflective_per_response",
@@ -57,17 +58,22 @@ def run(config: Config, workdir: Path) -> dict:
     hosts.decide(_refuse_unready, chosen, stages, workdir, again, name="the states of the stages")
     hosts.decide(lock.hold, workdir / LOCK, name="the lock of the graph")
     try:
-        return _run(chosen, again, stages, workdir)
+        return _run(config, chosen, stages, workdir)
+    except ValueError:  # something to mend: the same command then makes the stages again
+        hosts.decide((workdir / REMADE).unlink, True, name=f"{workdir}/{REMADE}")
+        raise
     finally:
         lock.release(workdir / LOCK)
 
 
-def _run(chosen: list[str], again: bool, stages: dict[str, Config], workdir: Path) -> dict:
-    started = time.monotonic()
-    for stage in chosen if again else ():
-        common.StageFolder(stages[stage], workdir).hold()
-    if again:
+def _run(config: Config, chosen: list[str], stages: dict[str, Config], workdir: Path) -> dict:
+    started, mark = time.monotonic(), workdir / REMADE
+    remade = {"config": configs.config_hash(config), "stages": list(chosen)}
+    if config.from_stage and not hosts.decide(_holds, mark, remade, name=str(mark)):
+        for stage in chosen:
+            common.StageFolder(stages[stage], workdir).hold()
         hosts.decide(_remove, chosen, workdir, name="the removal of older results")
+        checkpoint.write_json(mark, remade)
     for stage in chosen:
         say(f"== {stage}")
         figures = stage_table.function(stage)(stages[stage], workdir)
@@ -78,6 +84,7 @@ def _run(chosen: list[str], again: bool, stages: dict[str, Config], workdir: Pat
     summary = hosts.decide(summarize, workdir, round(time.monotonic() - started, 1), name="the summary")
     if hosts.is_writer():
         _show(summary, workdir)
+        mark.unlink(missing_ok=True)
     return summary
 
 
@@ -254,6 +261,11 @@ def write_report(summary: dict, workdir: Path) -> None:
 def rows(summary: dict) -> list[dict]:
     """Returns the summary as table rows."""
     return [{"checkpoint": name, **figures} for name, figures in summary["checkpoints"].items()]
+
+
+def _holds(mark: Path, remade: dict) -> bool:
+    """Returns whether the same command has removed the stages before and was stopped since: it then goes on."""
+    return mark.exists() and json.loads(mark.read_text()) == remade
 
 
 def _remove(chosen: list[str], workdir: Path) -> None:

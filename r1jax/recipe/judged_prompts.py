@@ -5,7 +5,7 @@ from jax.sharding import Mesh
 from r1jax.data import files
 from r1jax.data.problems import as_text, from_row
 from r1jax.evals.benchmarks import Response
-from r1jax.recipe import common, judging, prompts, traces
+from r1jax.recipe import common, judging, problems, prompts, traces
 from r1jax.recipe.drafts import Counts
 from r1jax.recipe.teachers import Teacher
 from r1jax.schema import JudgeConfig, RejectionConfig, replace
@@ -17,7 +17,7 @@ def inputs(stage: str, rejection: RejectionConfig, judge: JudgeConfig) -> dict[s
     if not path:
         return {}
     judging.require_judge(stage, judge)
-    return {path: files.digest(path), judge.checkpoint: common.checkpoint_digest(judge.checkpoint)}
+    return problems.file_digests([path]) | {judge.checkpoint: common.checkpoint_digest(judge.checkpoint)}
 
 
 def sample(

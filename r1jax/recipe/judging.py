@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from r1jax.checkpoints import hf
 from r1jax.config import config_hash
-from r1jax.core import hosts
+from r1jax.core import hosts, lock
 from r1jax.data import jsonl
 from r1jax.recipe import common
 from r1jax.recipe.progress import Progress
@@ -108,8 +108,10 @@ def in_parts(
     """Returns the results of `work` on the rows, `size` (or ROWS_PER_PART) at a time, one result a row, in order.
 
     Each part is a file in `folder` until `finish_parts`; a part of an earlier run with the same `key` is read instead
-    of made again. Of several processes all do the work together and process 0 writes.
+    of made again. Of several processes all do the work together and process 0 writes. Until `finish_parts` no other run
+    can work there: it raises ValueError, naming the process that does.
     """
+    hosts.decide(lock.hold, _lock(folder), name=f"the lock of {folder}")
     parts_folder = folder / f"parts-{key}"
     results: list[dict] = []
     size = size or ROWS_PER_PART
@@ -127,6 +129,11 @@ def finish_parts(folder: Path) -> None:
     """Removes the parts of all keys, whose content is then in the stage's output."""
     for parts_folder in folder.glob("parts-*") if hosts.is_writer() else ():
         shutil.rmtree(parts_folder)
+    lock.release(_lock(folder))
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def require_paths(stage: str, data: DataConfig, output: str) -> None:

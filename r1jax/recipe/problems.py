@@ -47,8 +47,12 @@ def has_problems(data: DataConfig) -> bool:
 
 def digests(data: DataConfig) -> dict[str, str]:
     """Returns {file: digest of its content} of every file of problems. Raises ValueError for a missing one."""
-    listed = [path for name in FIELDS for path in paths(getattr(data, name))]
-    return hosts.decide(lambda: {path: files.digest(path) for path in listed}, name="the digests of the data")
+    return file_digests([path for name in FIELDS for path in paths(getattr(data, name))])
+
+
+def file_digests(listed: Sequence[str]) -> dict[str, str]:
+    """Returns {file: digest of its content}; one process reads them. Raises ValueError for a missing one."""
+    return hosts.decide(lambda: {path: files.digest(path) for path in listed}, name="the digests of files")
 
 
 def source(settings: PromptParts) -> ProblemSource:

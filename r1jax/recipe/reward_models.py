@@ -1,5 +1,6 @@
 """What both reward model stages do: make examples, train a scalar head on the start's weights, evaluate; and `load`."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -79,15 +80,17 @@ def run(config: Config, workdir: Path) -> dict:
     if exists:
         rows = jsonl.read(path)
     else:
-        rows = rows or tiny_preferences.examples(
-            kind,
-            parts_of(parts.SamplingParts, resolved),
-            resolved.reward_model,
-            tokenizer,
-            mesh,
-            weights(),
-            lineage.base(resolved, mesh, workdir),
-        )
+        if not rows:
+            folder.hold()
+            rows = tiny_preferences.examples(
+                kind,
+                parts_of(parts.SamplingParts, resolved),
+                resolved.reward_model,
+                tokenizer,
+                mesh,
+                weights(),
+                lineage.base(resolved, mesh, workdir),
+            )
         rows = chosen_examples(rows, kind, resolved.stage, resolved.data, resolved.reward_model)
     units = [_unit(row, kind, text_format, tokenizer) for row in rows]
     fitting = [unit is not None and reward.fits(unit, config.pack) for unit in units]
@@ -206,10 +209,9 @@ def fit(
     trained, loss = training.fit(folder, trainer, start, batch_at, len(chosen), stage, read=reward.UNIT)
     if lower is not None:
         trained = frozen.join(lower, trained)
-        whole = checkpoint.CheckpointStore(folder.path / WHOLE, keep=1)
-        if whole.latest() != len(chosen):
-            whole.save(len(chosen), {"params": trained}, {})
-        whole.close()
+        with contextlib.closing(checkpoint.CheckpointStore(folder.path / WHOLE, keep=1)) as whole:
+            if whole.latest() != len(chosen):
+                whole.save(len(chosen), {"params": trained}, {})
     return trained, loss
 
 
@@ -313,13 +315,8 @@ def load(
             f"{folder}: id {token} is another token to this reward model than to the policy; train it from a "
             "checkpoint with the policy's tokenizer"
         )
-    store = checkpoint.CheckpointStore(Path(folder) / record["weights"])
     target = sharding.abstract(decoder.specs(model, scalar_head=True), jnp.float32, mesh)
-    number = store.latest()
-    if number is None:
-        raise ValueError(f"{folder} holds no finished checkpoint; run that stage to its end first")
-    params = store.restore(number, {"params": target})["params"]
-    store.close()
+    params = checkpoint.load(Path(folder) / record["weights"], "params", target)
     network = Network(model, compute, scalar_head=True)
     return make_scorer(params, network, mesh, TextFormat(**record["reading"]), tokenizer, size, record["center"])
 

@@ -1,6 +1,7 @@
 """Stage 1, cold start: SFT of the base on good traces that were edited and checked again, for readable reasoning."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -8,11 +9,24 @@ from jax.sharding import Mesh
 from r1jax.checkpoints.tokenizer import Tokenizer
 from r1jax.core import hosts
 from r1jax.core.say import say
-from r1jax.data import files, rewrite, tasks
-from r1jax.recipe import common, editing, example_files, fine_tuning, judging, lineage, parts, review, teachers, traces
+from r1jax.data import rewrite, tasks
+from r1jax.recipe import (
+    common,
+    editing,
+    example_files,
+    fine_tuning,
+    judging,
+    lineage,
+    parts,
+    problems,
+    review,
+    teachers,
+    traces,
+)
 from r1jax.recipe.drafts import Counts, Draft, counts_line, grade, tally
 from r1jax.recipe.parts import SamplingParts
 from r1jax.rewards.models.judge import Judge
+from r1jax.rewards.pool import RewardPool
 from r1jax.rewards.score import Score
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import ColdStartConfig, Config, DataConfig, JudgeConfig, RewardConfig, parts_of
@@ -65,7 +79,7 @@ def inputs(stage: str, coldstart: ColdStartConfig, judge: JudgeConfig) -> dict[s
         if folder and used:
             digests[folder] = common.checkpoint_digest(folder)
     if coldstart.examples:
-        digests[coldstart.examples] = files.digest(coldstart.examples)
+        digests |= problems.file_digests([coldstart.examples])
     return digests | judging.editor_inputs(stage, judge, coldstart.editor) | review.inputs(coldstart.review)
 
 
@@ -120,13 +134,15 @@ def _make(making: Making) -> tuple[list[Draft], Counts]:
 
 def people(data: DataConfig, reward: RewardConfig, coldstart: ColdStartConfig, counts: Counts) -> list[Draft]:
     """Returns the rows of config.coldstart.examples, without those that their task's grader finds wrong."""
-    path = coldstart.examples
-    rows, notes = example_files.read(path, data, reward)
-    say(*example_files.remarks(path, rows, notes))
-    tally(counts, "rows of people", (row.task for row in rows))
+    rows = example_files.ExampleFile(coldstart.examples, data, reward)
+    say(*rows.remarks)
+    drafts = list(rows)
+    tally(counts, "rows of people", (draft.task for draft in drafts))
+    with RewardPool(reward) as pool:
+        kept = example_files.right(drafts, pool, counts)
     return [
         dataclasses.replace(draft, provenance={"source": PEOPLE} | draft.provenance | {"edited": False})
-        for draft in example_files.right(rows, reward, counts)
+        for draft in kept
     ]
 
 
@@ -158,8 +174,8 @@ def _worked(data: DataConfig, reward: RewardConfig, coldstart: ColdStartConfig) 
     """Returns (question, whole turn) of the examples for few-shot prompting: the file's, else the built-in ones."""
     if not coldstart.examples:
         return teachers.worked_examples(reward.extraction)
-    rows, _ = example_files.read(coldstart.examples, data, reward)
-    return [(row.problem.text, row.text) for row in rows[: teachers.MOST_EXAMPLES]]
+    rows = example_files.ExampleFile(coldstart.examples, data, reward)
+    return [(row.problem.text, row.text) for row in itertools.islice(rows, teachers.MOST_EXAMPLES)]
 
 
 def _edited(drafts: list[Draft], editor: Judge | None, making: Making, counts: Counts) -> list[Draft]:
@@ -206,8 +222,8 @@ def _right_again(
     a trace must also be of one language, and answers that the edit changed are counted. `counts[name]` is set to the
     number of drafts returned.
     """
-    scores = grade(drafts, reward)
-    pairs = list(zip(drafts, scores, strict=True))
+    with RewardPool(reward) as pool:
+        pairs = list(zip(drafts, grade(drafts, pool), strict=True))
     if edited:
         written = [(draft, score) for draft, score in pairs if score and draft.provenance["edited"]]
         tally(counts, CHANGED, (draft.task for draft, score in written if score.parts["accuracy"] != 1.0))

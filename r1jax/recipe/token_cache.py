@@ -41,7 +41,7 @@ from r1jax.schema import DataConfig
 
 BLOCK_BYTES = 4 << 20  # of rows, whose tokens make one block
 FORMAT = 1  # of the files and of how rows become tokens: another number makes every cache anew
-OPEN_BLOCKS = 32  # that a process keeps mapped
+OPEN_BLOCKS = 4096  # that a process keeps mapped: a map costs addresses, neither memory nor a file descriptor
 BUILD_DEADLINE_S = 48 * 3600.0  # within which the slowest process must have made its blocks
 _TOKENS, _LENGTHS, _BLOCKS = "tokens.npy", "lengths.npy", "blocks.npy"
 
@@ -112,7 +112,7 @@ def load(reading: RowReading, workers: int = 0, block_bytes: int = BLOCK_BYTES) 
     folder, missing = Path(plan["folder"]), [(number, jsonl.LineRange(*part)) for number, part in plan["missing"]]
     if not plan["finished"]:
         with _full_disk_in_one_line(reading.path, folder):
-            _make(reading, folder, missing[hosts.process_index() :: hosts.process_count()], plan["rows"], workers)
+            _make(reading, folder, list(hosts.share(missing)), plan["rows"], workers)
             hosts.barrier(f"the tokens of {reading.path}", BUILD_DEADLINE_S)
             hosts.decide(_finish, folder, plan["blocks"], name=f"{folder}/{_LENGTHS}")
     return TokenCache(folder)

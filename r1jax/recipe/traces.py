@@ -15,7 +15,7 @@ from r1jax.data.prompts import keyed_permutation
 from r1jax.evals.behaviour import repetition_rate
 from r1jax.evals.benchmarks import Response
 from r1jax.recipe import evaluate
-from r1jax.recipe.drafts import Counts, scores_of, tally
+from r1jax.recipe.drafts import Counts, scored, tally
 from r1jax.recipe.judging import JudgePool
 from r1jax.recipe.parts import SamplingParts
 from r1jax.rewards.pool import RewardPool
@@ -78,7 +78,8 @@ def passing(responses: list[Response], checks: list[Check], counts: Counts) -> l
 
 def regrade(rows: list[tuple[Response, str]], reward: RewardConfig) -> list[Score]:
     """Returns the scores of rewritten texts of responses, each by its own task's grader."""
-    return scores_of([response.request(text) for response, text in rows], reward)
+    with RewardPool(reward) as pool:
+        return scored([response.request(text) for response, text in rows], pool)
 
 
 def capped(

@@ -1,5 +1,7 @@
 """The RL loop over four parts: a source of rollouts, an objective, the state of the run and a recorder."""
 
+import contextlib
+
 from r1jax.core import hosts, preempt
 from r1jax.models import decoder
 from r1jax.rl.journal import Rollout
@@ -19,7 +21,8 @@ def train(run: RunState, source: JournalledSource, objective: Objective, recorde
     run.restore(objective)
     recorder.begin()
     warm_up(run, source, objective, recorder)
-    with hosts.in_step(), source, recorder.trace.running(run.cursor.update), run.saved_when_preempted(objective):
+    trace = recorder.trace.running(run.cursor.update)
+    with contextlib.closing(run.store), hosts.in_step(), source, trace, run.saved_when_preempted(objective):
         while not run.finished:
             with preempt.deferred():
                 first_update = run.begin_rollout()
@@ -33,7 +36,6 @@ def train(run: RunState, source: JournalledSource, objective: Objective, recorde
                 with preempt.deferred():
                     update(run, source, objective, recorder, rollout, batch)
                 hosts.raise_if_preempted("the end of an update", run.cursor.update)
-    run.store.close()
     source.prune(run.cursor.rollout_start)
     recorder.phase("done")
     recorder.close()

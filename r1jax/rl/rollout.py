@@ -189,7 +189,7 @@ def gather_scores(
     reward_terms = np.asarray([[score.parts.get(name, 0.0) for name in PART_NAMES] for score in scores], np.float32)
     reward_terms = reward_terms.reshape(len(scores), len(PART_NAMES))
     scorable = np.asarray([score.scorable for score in scores], bool)
-    if hosts.process_count() == 1:
+    if hosts.process_count() == 1 or pool.together:
         return reward_terms, scorable
     name, deadline_s = "the scores of a rollout", pool.batch_deadline_s + hosts.DEADLINE_S
     gathered = hosts.gather([own_indices, reward_terms, scorable], name, deadline_s)

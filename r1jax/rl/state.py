@@ -173,7 +173,6 @@ class RunState:
         except preempt.Preempted:
             if self.cursor.update != self._saved.update:
                 self.save(objective)
-            self.store.close()
             raise
 
     def _targets(self) -> dict[str, Any]:
