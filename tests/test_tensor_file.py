@@ -41,6 +41,16 @@ def test_a_written_file_is_what_the_safetensors_library_reads(tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
+def test_metadata_is_kept_in_its_order_so_that_equal_runs_write_equal_bytes(tmp_path):
+    metadata = {f"field {number}": f"é {number}" for number in range(20)}
+    for name in ("a", "b"):
+        with TensorWriter(tmp_path / name, [("one", TENSORS["one"].dtype, ())], metadata) as writer:
+            writer.put("one", TENSORS["one"])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with safe_open(tmp_path / "a", framework="numpy") as file:
+        assert file.metadata() == metadata
+
+
 def test_a_file_of_the_safetensors_library_is_read_bit_for_bit(tmp_path):
     theirs = {name: value for name, value in TENSORS.items() if name != "small"}
     save_file(theirs, tmp_path / "a")

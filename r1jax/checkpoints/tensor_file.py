@@ -8,7 +8,7 @@ so its resident memory does not grow with the checkpoint. Format: the README of 
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -136,11 +136,17 @@ class TensorFile:
 class TensorWriter:
     """One file being written: the header at once, then every tensor at its place, in any order.
 
-    `tensors` are (name, type, shape). Wide types come first in the file, so that every tensor is aligned.
+    `tensors` are (name, type, shape). Wide types come first in the file, so that every tensor is aligned. `metadata`
+    goes into the header. The same arguments always give the same bytes.
     """
 
-    def __init__(self, path: str | Path, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    def __init__(
+        self,
+        path: str | Path,
+        tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ):
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
         self._places: dict[str, tuple[np.dtype, tuple[int, ...], int]] = {}
         end = 0
         for name, kind, shape in sorted(tensors, key=lambda tensor: -tensor[1].itemsize):

@@ -28,7 +28,7 @@ START_DEADLINE_S = 300.0  # within which all processes must have been started
 DEADLINE_S = 1800.0  # the longest that a process waits for another one at a named place
 _SLICE_S = 1.0  # waits are cut into slices, so that Ctrl-C is heard
 _GRACE_S = 5.0
-_MEETING = 64  # questions whether one was asked to end, after which all processes wait for one another
+_MEETING = 64  # of the questions between dispatches whether one was asked to end, one in so many is put to all
 _DISPATCHES = 16  # between two questions, while several processes sample, whether one was asked to end
 _PIECE_BYTES = 1 << 20  # of a message at once: the coordination service stalls on values of tens of MB
 
@@ -100,11 +100,13 @@ def preempted(name: str, update: int | None = None) -> bool:
     """
     if _connection is None:
         return preempt.requested()
-    # A notice of any process is passed on to process 0 by the watch. Now and then all meet, and old messages go.
-    if next(_questions) % _MEETING == 0:
-        barrier(name)
-    reported = update is not None and _connection.reported(update)  # in all processes at the same update
-    return broadcast(preempt.requested(), name) or reported
+    asked = preempt.requested() or (update is not None and _connection.reported(update))
+    # After an update, and now and then between dispatches, all processes are asked, and old messages go. Otherwise
+    # process 0 answers for all: the watch passes on to it the notice of any.
+    if update is not None or next(_questions) % _MEETING == 0:
+        answers = gather(asked, name)
+        asked = answers is not None and any(answers)
+    return broadcast(asked, name)
 
 
 def raise_if_preempted(name: str, update: int | None = None) -> None:

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from r1jax.checkpoints import tokenizer as tokenizers
+from r1jax.checkpoints.tensor_file import TensorWriter
 from r1jax.config import flatten
 from r1jax.core import checkpoint, files, hosts, lock, runtime, sharding
 from r1jax.core.say import say
@@ -440,8 +440,10 @@ def save_asset(path: Path, params: decoder.Params, metadata: dict[str, str]) -> 
     """Writes parameters as one safetensors file, atomically; of several processes process 0 writes it."""
     leaves = {name: sharding.to_host(leaf) for name, leaf in _named(params).items()}
     if hosts.is_writer():
-        with files.replacing(path) as temporary:
-            save_file(leaves, temporary, metadata=metadata)
+        tensors = [(name, leaf.dtype, leaf.shape) for name, leaf in leaves.items()]
+        with files.replacing(path) as temporary, TensorWriter(temporary, tensors, metadata) as writer:
+            for name, leaf in leaves.items():
+                writer.put(name, leaf)
 
 
 def load_asset(path: Path, model: ModelConfig, mesh: Mesh) -> decoder.Params:
