@@ -203,12 +203,13 @@ def scp(cloud: Cloud, plain: list[str], homes: list[pathlib.Path]) -> int:
 def ssh(cloud: Cloud, home: pathlib.Path, command: str) -> int:
     """Runs a command on a worker, and gives the same command again where the connection breaks, as gcloud does."""
     is_refused, is_follow = cloud.takes("refuse_ssh"), " follow " in command
-    has_outage = is_follow and cloud.takes("outages")
-    for attempt in range(CONNECTIONS):
+    has_outage = False
+    for _ in range(CONNECTIONS):
         print(f"SSH: Attempting to connect to worker {home.name.rpartition('-w')[2]}...", file=sys.stderr)
-        breaks = has_outage or (is_follow and cloud.takes("breaks"))
-        if not (is_refused or (has_outage and attempt) or not home.exists()):
-            code = connect(cloud, home, command, breaks)
+        if home.exists() and not is_refused and not has_outage:
+            breaks = is_follow and cloud.takes("breaks")
+            has_outage = is_follow and not breaks and cloud.takes("outages")
+            code = connect(cloud, home, command, breaks or has_outage)
             if code != 255:
                 return code
         print("Retrying: SSH command error: [/usr/bin/ssh] exited with return code [255].", file=sys.stderr)

@@ -335,9 +335,7 @@ class Launch:
                 elif text.startswith(f"{commands.MARK} alive "):
                     at = int(text.split()[2])
                     line = at if line < 0 else line
-                    if (
-                        at > line
-                    ):  # gcloud connected again, and its last lines are later ones: those between are missing
+                    if at > line:  # gcloud connected again by itself, later in the log: lines between are missing
                         break
                     if time.monotonic() - printed > _QUIET_S:
                         say(f"no new line for {_QUIET_S / 60:.0f} min; the run is alive")
