@@ -287,7 +287,7 @@ def test_mistake_about_the_graph_is_one_line_and_leaves_nothing(tmp_path, capsys
 
 
 def test_a_stopped_run_from_a_stage_on_goes_on_and_a_finished_or_refused_one_starts_over(tmp_path, monkeypatch):
-    config, ends, runs = configs.load("quickstart", [("from", "stage4_all_scenarios")]), [preempt.Preempted], []
+    config, ends, runs = configs.load("quickstart", [("from", "stage3_rejection_sft")]), [preempt.Preempted], []
     stages = graph.stage_configs(config)
     chosen = graph.chosen_stages(config)
 
