@@ -13,4 +13,4 @@ if [ ! -x .venv/bin/python ] && ! usable "$PYTHON"; then # the images of TPU VMs
 fi
 . launch/venv.sh
 install tpu tpu,data,jetstream-light
-echo "R1JAX installed"
+echo "R1JAX $(hostname) installed"

@@ -39,21 +39,16 @@ class Arguments:
     help: bool
 
 
-def parse(argv: list[str]) -> Arguments:
-    """Returns the arguments in `argv` (without the program's name); raises ValueError with one line for a bad one."""
+def parse(argv: list[str], is_here: bool = True) -> Arguments:
+    """Returns the arguments in `argv` (without the program's name); raises ValueError with one line for a bad one.
+
+    With `is_here` false they are those of a run on a pod: its folders are not looked for on this machine.
+    """
     values = _define()
     overrides, rest = _take_overrides(argv)
     rest = _with_value("--plan", _with_value("--explain", rest))
-    try:
-        positional = values(["r1jax", *rest])[1:]
-    except absl_flags.UnrecognizedFlagError as error:
-        known = [f"--{name}" for name in _names(values)]
-        near = config.hint(f"--{error.flagname}", known) or f"known: {', '.join(known)}, --config.FIELD"
-        raise ValueError(f"unknown flag --{error.flagname}; {near.rstrip('; ')}") from None
-    except absl_flags.Error as error:
-        raise ValueError(str(error)) from None
-    if positional:
-        raise ValueError(f"unexpected argument '{positional[0]}'; every argument is a --flag=value")
+    known = f"known: {', '.join(_names(values))}, --config.FIELD"
+    read(values, rest, known, "every argument is a --flag=value")
     if values.sweep_index is not None and not values.sweep:
         raise ValueError(f"--sweep_index={values.sweep_index} needs at least one --sweep=FIELD=v1,v2")
     _check_plan(values)
@@ -66,8 +61,8 @@ def parse(argv: list[str]) -> Arguments:
     return Arguments(
         spec=values.config,
         overrides=tuple(overrides),
-        workdir=_path("workdir", values.workdir),
-        json=_path("json", values.json) if values.json is not None else None,
+        workdir=_path("workdir", values.workdir, is_here),
+        json=_path("json", values.json, is_here) if values.json is not None else None,
         sweep=tuple(values.sweep),
         sweep_index=values.sweep_index,
         coordinator=values.coordinator,
@@ -86,6 +81,22 @@ def parse(argv: list[str]) -> Arguments:
         debug=values.debug,
         help=values.help or values.h or values.helpfull or values.helpshort,
     )
+
+
+def read(values: absl_flags.FlagValues, argv: list[str], unknown: str, positional: str) -> None:
+    """Reads `argv` (without the program's name) into `values`; raises ValueError with one line for what it cannot read.
+
+    The line ends with `unknown` for a flag that is like no other one, with `positional` for an argument that is no flag.
+    """
+    try:
+        rest = values(["r1jax", *argv])[1:]
+    except absl_flags.UnrecognizedFlagError as error:
+        near = config.hint(f"--{error.flagname}", _names(values)).rstrip("; ")
+        raise ValueError(f"unknown flag --{error.flagname}; {near or unknown}") from None
+    except absl_flags.Error as error:
+        raise ValueError(str(error)) from None
+    if rest:
+        raise ValueError(f"unexpected argument '{rest[0]}'; {positional}")
 
 
 def _check_plan(values: absl_flags.FlagValues) -> None:
@@ -189,13 +200,17 @@ def _define() -> absl_flags.FlagValues:
 
 
 def _names(values: absl_flags.FlagValues) -> list[str]:
-    return [name for name in values if name not in ("h", "helpfull", "helpshort")]
+    return [f"--{name}" for name in values if name not in ("h", "helpfull", "helpshort")]
 
 
-def _path(flag: str, text: str) -> pathlib.Path:
+def _path(flag: str, text: str, is_here: bool) -> pathlib.Path:
     """Returns the path, or raises ValueError now when nothing could be written there at the end of a long run."""
     if not text:
         raise ValueError(f"--{flag}= is empty; give a path")
+    if not is_here:
+        if "://" in text:
+            raise ValueError(f"--{flag}={text}: r1jax writes to paths, not to URLs, on a pod; mount the bucket there")
+        return pathlib.Path(text)
     path = pathlib.Path(text).expanduser()
     if flag == "json" and path.is_dir():
         raise ValueError(f"--json={text} is a folder; give a file")
@@ -254,14 +269,17 @@ def _following_value(key: str, pending: list[str]) -> str:
     return "true"
 
 
+def flag_lines(values: absl_flags.FlagValues, more: dict[str, str]) -> list[str]:
+    """Returns one line a flag, and one for each of `more`, by name."""
+    texts = {name: (values[name[2:]].help or "").partition("\n")[0].rstrip(";") for name in _names(values)} | more
+    width = max(len(name) for name in texts)
+    return ["flags:", *(f"  {name:{width}}  {texts[name]}" for name in sorted(texts))]
+
+
 def help_text() -> str:
     """Returns the usage, the flags, and one line a config with the presets it takes."""
-    values = _define()
-    flags = {f"--{name}": values[name].help.partition("\n")[0].rstrip(";") for name in _names(values)}
-    flags["--config.FIELD=VALUE"] = "Set one field, by its dotted name; --dry_run lists them all."
-    width = max(len(name) for name in flags)
-    lines = ["usage: python -m r1jax.launch --config=NAME[:PRESET] [flags]", "", "flags:"]
-    lines += [f"  {name:{width}}  {flags[name]}" for name in sorted(flags)]
+    field = {"--config.FIELD=VALUE": "Set one field, by its dotted name; --dry_run lists them all."}
+    lines = ["usage: python -m r1jax.launch --config=NAME[:PRESET] [flags]", "", *flag_lines(_define(), field)]
     entries = config.entries()
     width = max((len(entry.name) for entry in entries), default=0)
     lines += ["", "configs:"]

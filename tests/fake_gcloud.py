@@ -2,8 +2,10 @@
 
 `install(folder)` makes folder/bin/gcloud. A worker's home is folder/NODE-wI; what ssh is asked to run there is really
 run, by bash. folder/script.json says what goes wrong: {"create": gcloud's error text, "states": states on the way to
-ACTIVE, "breaks": how many follow connections break after two lines, "refuse_scp": how often scp is refused,
-"workers": how many a node has}. folder/state.json may begin with a TPU VM that no queued resource holds.
+ACTIVE, "breaks": how many connections of follow break within the third line, after which gcloud connects again by itself,
+"outages": how many break so for good, "refuse_ssh": how many workers' commands get no connection, "refuse_scp": how
+often scp is refused, "no_key": the text with which scp is refused for good, "flaky": how many questions and deletions
+get no answer, "workers": how many a node has}. folder/state.json may begin with a TPU VM that no queued resource holds.
 """
 
 import json
@@ -11,12 +13,15 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import time
 
 WORKERS = 2  # of a node, unless the script says another number
 MARK = "FAKE_TPU_WORKER"  # in the environment of whatever runs on a worker
+CONNECTIONS, PAUSE_S = 3, 0.2  # which gcloud tries for one command, and between two of them; Google's tries 10, of 5 s
 
 PYTHON = """#!/bin/bash
 # A worker's python3: makes environments at once, and installs nothing.
@@ -99,6 +104,11 @@ def fail(text: str, code: int = 1) -> int:
     return code
 
 
+def missing(group: str, verb: str, kind: str, name: str, words: list[str]) -> int:
+    resource = f"projects/my-project/locations/{flag(words, 'zone')}/{kind}/{name}"
+    return fail(f"ERROR: (gcloud.compute.tpus.{group}.{verb}) NOT_FOUND: Resource '{resource}' was not found")
+
+
 def queued_resources(cloud: Cloud, verb: str, name: str, words: list[str]) -> int:
     one = cloud.queued.get(name)
     if one is not None and one.get("plain"):
@@ -122,7 +132,7 @@ def queued_resources(cloud: Cloud, verb: str, name: str, words: list[str]) -> in
         cloud.save()
         return 0
     if one is None:
-        return fail(f"ERROR: (gcloud.compute.tpus.queued-resources.{verb}) NOT_FOUND: Resource '{name}' was not found")
+        return missing("queued-resources", verb, "queuedResources", name, words)
     if verb == "delete":
         for node in one["nodes"]:
             cloud.clear(node)
@@ -150,7 +160,7 @@ def tpu_vm(cloud: Cloud, verb: str, words: list[str]) -> int:
     node = next(word.split(":")[0] for word in plain if not word.startswith("/") or verb != "scp")
     one = holder(cloud, node)
     if one is None or one["state"] == "SUSPENDED":
-        return fail(f"ERROR: (gcloud.compute.tpus.tpu-vm.{verb}) NOT_FOUND: Resource '{node}' was not found")
+        return missing("tpu-vm", verb, "nodes", node, words)
     if verb == "delete":
         cloud.clear(node)
         del cloud.queued[node]
@@ -178,6 +188,8 @@ def tpu_vm(cloud: Cloud, verb: str, words: list[str]) -> int:
 def scp(cloud: Cloud, plain: list[str], homes: list[pathlib.Path]) -> int:
     if cloud.takes("refuse_scp"):
         return fail("ERROR: (gcloud.compute.tpus.tpu-vm.scp) Could not SSH: port 22: Connection refused", 255)
+    if "no_key" in cloud.script:
+        return fail(cloud.script["no_key"])
     source, target = plain
     for home in homes:
         if ":" in target:
@@ -189,19 +201,44 @@ def scp(cloud: Cloud, plain: list[str], homes: list[pathlib.Path]) -> int:
 
 
 def ssh(cloud: Cloud, home: pathlib.Path, command: str) -> int:
-    print("Using ssh batch size of 1.", file=sys.stderr)
+    """Runs a command on a worker, and gives the same command again where the connection breaks, as gcloud does."""
+    is_refused, is_follow = cloud.takes("refuse_ssh"), " follow " in command
+    has_outage = False
+    for _ in range(CONNECTIONS):
+        print(f"SSH: Attempting to connect to worker {home.name.rpartition('-w')[2]}...", file=sys.stderr)
+        if home.exists() and not is_refused and not has_outage:
+            breaks = is_follow and cloud.takes("breaks")
+            has_outage = is_follow and not breaks and cloud.takes("outages")
+            code = connect(cloud, home, command, breaks or has_outage)
+            if code != 255:
+                return code
+        print("Retrying: SSH command error: [/usr/bin/ssh] exited with return code [255].", file=sys.stderr)
+        time.sleep(PAUSE_S)
+    return fail("ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [255].", 255)
+
+
+def connect(cloud: Cloud, home: pathlib.Path, command: str, breaks: bool) -> int:
+    """Runs a command on a worker over one connection; returns its exit code, 255 where the connection breaks."""
     environment = {"HOME": str(home), MARK: str(home), "FAKE_GCLOUD": str(cloud.folder)}
     environment |= {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
     environment["PATH"] = f"{cloud.folder / 'worker_bin'}:/usr/bin:/bin"
-    broken = " follow " in command and cloud.takes("breaks")
     process = subprocess.Popen(["bash", "-c", command], cwd=home, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for number, line in enumerate(process.stdout):
-        print(line, end="", flush=True)
-        if broken and number == 2:
+        if breaks and number == 4:
+            print(line[: len(line) // 2], end="", flush=True)
             process.kill()
             return fail("client_loop: send disconnect: Broken pipe", 255)
-    return process.wait()
+        print(of_worker(line, home), end="", flush=True)
+    code = process.wait()
+    return code if code >= 0 else 255
+
+
+def of_worker(line: str, home: pathlib.Path) -> str:
+    """Returns a line with the name of the worker, where it begins with that of this machine."""
+    host = socket.gethostname()
+    is_named = line.startswith((f"R1JAX {host} ", f"|{host}: "))
+    return line.replace(host, home.name, 1) if is_named else line
 
 
 def main() -> int:
@@ -215,6 +252,8 @@ def main() -> int:
     if "logged_out" in cloud.script:
         return fail(cloud.script["logged_out"])
     group, verb, rest = words[2], words[3], words[4:]
+    if verb in ("describe", "delete") and cloud.takes("flaky"):
+        return fail(f"ERROR: (gcloud.compute.tpus.{group}.{verb}) UNAVAILABLE: The service is currently unavailable.")
     assert f"--zone={flag(rest, 'zone')}" in rest and "--quiet" in rest
     if group == "queued-resources":
         return queued_resources(cloud, verb, rest[0], rest)

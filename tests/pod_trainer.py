@@ -2,12 +2,13 @@
 
 It resumes from --workdir. At the update in its file `preempt` of the fake's folder the pod is preempted, once; with
 `exit` there, worker I ends with exit code `exit`[I] at update 3 or a later one; while
-`hold` is there, no worker makes update 3.
+`hold` is there, no worker makes update 3. It has a grader, a process of its own, and says at SIGTERM whether that lives.
 """
 
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,16 @@ index = int(home.name.rpartition("-w")[2])
 first = home.name in ("r1-w0", "r1-0-w0")
 update = int((workdir / "update").read_text()) if (workdir / "update").exists() else 0
 print(f"arguments {json.dumps(sys.argv[1:])}", flush=True)
+grader = subprocess.Popen(["sleep", "600"])
+
+
+def end(*_) -> None:
+    time.sleep(0.2)
+    print(f"grader {grader.pid} ended with {grader.poll()}", flush=True)
+    sys.exit(143)
+
+
+signal.signal(signal.SIGTERM, end)
 while update < 6:
     time.sleep(0.2)
     while (cloud / "hold").exists() and update == 2:

@@ -3,12 +3,15 @@
 Golden files are written anew by PYTHONPATH=. python tests/test_tpu_pod.py
 """
 
+import collections
 import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,16 +21,16 @@ import fake_gcloud
 import pytest
 import yaml
 
-from r1jax import flags
 from r1jax.core import preempt, slices, watch
-from r1jax.pod import archive, commands, gke, hardware, launcher, request, shell, worker
+from r1jax.pod import answers, archive, commands, gke, hardware, launcher, remedies, request, shell, worker
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "pod"
 FAST = launcher.Pace(poll=0.05, connect=60, silence=30, reconnect=60, wind_down=60, short=0)
 POD = ("--name=r1", "--zone=us-east5-a", "--topology=v5p:2x2x2")
+ONE_HOST = (*POD, "--topology=v5p:2x2x1")
 RUN = ("--config=r1_zero", "--config.mesh.fsdp=8")
-TEXT = 'It\'s "so": $HOME `ls` \\ *'  # an argument that every shell on the way would like to change
+TEXT = 'It\'s "so": $HOME $$ $(HOME) `ls` \\ * \U0001f600'  # what shells and Kubernetes would like to change
 
 
 def parsed(*arguments: str) -> request.PodRequest:
@@ -46,9 +49,7 @@ def cases() -> dict[str, request.PodRequest]:
         "two_slices": parsed(*POD, "--slices=2", "--keep", "--ssh_flag=--tunnel-through-iap", *many),
         "shape": parsed(*POD, "--topology=v5p:4x4x12", "--reserved", "--gcloud_flag=--network=r1", "--only=create"),
         "one_host": parsed(*POD, "--topology=v6e:2x4", "--fetch=here", "--", *RUN),
-        "bucket": dataclasses.replace(
-            parsed(*POD, "--fetch=here", "--only=fetch", *run), arguments=("--config=r1_zero", "--workdir=gs://b/runs")
-        ),
+        "fetch": parsed(*ONE_HOST, "--fetch=here", "--only=fetch", "--", *RUN, "--workdir=~/my runs"),
     }
 
 
@@ -82,7 +83,8 @@ def test_manifest_equals_its_golden_file(name):
 def checkout(tmp_path, monkeypatch) -> pathlib.Path:
     """Returns a small checkout: what runs on workers as it is here, with a stand-in for r1jax/launch.py."""
     root = tmp_path / "checkout"
-    for name in ("launch/tpu_worker.sh", "launch/venv.sh", "setup.py", "pyproject.toml", "r1jax/pod/worker.py"):
+    modules = [f"r1jax/{name}.py" for name in ("pod/worker", "core/files", "core/preempt", "core/watch", "core/errors")]
+    for name in ("launch/tpu_worker.sh", "launch/venv.sh", "setup.py", "pyproject.toml", *modules):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     shutil.copy(ROOT / "tests" / "pod_trainer.py", root / "r1jax" / "launch.py")
@@ -118,7 +120,7 @@ def called(folder: pathlib.Path) -> list[str]:
 
 
 def test_whole_life_of_a_spot_pod_that_is_preempted_in_the_middle(tmp_path, cloud, checkout, capfd):
-    folder, shared = cloud(breaks=1, refuse_scp=1), tmp_path / "shared runs"
+    folder, shared = cloud(breaks=1, outages=1, refuse_scp=1), tmp_path / "shared runs"
     (folder / "preempt").write_text("3")
     arguments = [f"--workdir={shared}", *RUN, f"--config.data.instruction={TEXT}"]
     code = launcher.main([*POD, "--spot", f"--fetch={tmp_path / 'here'}", "--", *arguments], FAST)
@@ -130,7 +132,7 @@ def test_whole_life_of_a_spot_pod_that_is_preempted_in_the_middle(tmp_path, clou
     assert (shared / "metrics").read_text().split() == ["1", "2", "3", "4", "5", "6"]
     assert [line for line in out.splitlines() if line.startswith("update")] == [f"update {n}" for n in range(1, 7)]
     assert (tmp_path / "here" / "shared runs" / "metrics").read_text() == (shared / "metrics").read_text()
-    assert "the connection to worker 0 broke" in error and "the workers take no files yet" in error
+    assert error.count("the connection to worker 0 broke") == 1 and "the workers take no files yet" in error
     assert "restart 1 of 20 at most: the pod is SUSPENDED" in error
     life = ["create", "ssh", "scp", "ssh", "ssh start", "ssh follow"]
     assert called(folder) == [*life, "delete", *life, "ssh", "scp", "delete"]
@@ -166,8 +168,8 @@ def at_line(monkeypatch, text: str, action) -> None:
     """Calls a function once, when a line of the log that begins so has come."""
     whole = shell.stream
 
-    def stream(words, silence_s):
-        for line in whole(words, silence_s):
+    def stream(words, silence_s, errors):
+        for line in whole(words, silence_s, errors):
             yield line
             if line.startswith(f"|{text}"):
                 monkeypatch.setattr(shell, "stream", whole)
@@ -194,23 +196,36 @@ def test_run_outlives_its_launcher_and_the_same_command_follows_it(
     assert launcher.main(other, FAST) == 2
     assert "another command runs on r1" in capfd.readouterr().err
     at_line(monkeypatch, "update 1", (folder / "hold").unlink)
+    (folder / "script.json").write_text(json.dumps({"refuse_ssh": 2}))  # no worker answers the first question
     assert launcher.main([*POD, "--fetch=", *shared], FAST) == 0
     out, error = capfd.readouterr()
+    assert "asking the workers: 2 of 2 workers do not answer yet" in error
     assert "the run is under way: following it" in error and out.splitlines()[-1] == "update 6"
     assert (tmp_path / "shared" / "metrics").read_text().split() == ["1", "2", "3", "4", "5", "6"]
     verbs = called(folder)
     assert [verbs.count(verb) for verb in ("create", "scp", "ssh start", "delete")] == [1, 1, 1, 1]
 
 
-@pytest.mark.slow
-def test_stopped_run_ends_on_every_worker(cloud, checkout, shared, monkeypatch, capfd):
-    folder = cloud()
+def is_running(pid: int) -> bool:
+    """Returns whether a process runs; one that ended and that nobody waited for does not."""
+    stat = pathlib.Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_stopped_run_ends_on_every_worker_and_is_not_started_again(cloud, checkout, shared, monkeypatch, capfd):
+    folder, codes = cloud(), []
     (folder / "hold").touch()
-    at_line(monkeypatch, "update 2", interrupt)
-    assert launcher.main([*POD, *shared], FAST) == 130
-    assert launcher.main([*POD, "--only=stop"], FAST) == 0
-    homes = [folder / f"r1-w{index}" / "r1jax_run" for index in range(fake_gcloud.WORKERS)]
-    assert [(home / "exit").read_text() for home in homes] == ["143", "143"]
+    at_line(monkeypatch, "update 2", lambda: codes.append(launcher.main([*POD, "--only=stop"], FAST)))
+    assert launcher.main([*POD, "--restarts=0", *shared], FAST) == 2 and codes == [0]
+    error = capfd.readouterr().err
+    assert "error: the run was stopped by --only=stop; the same command again resumes it" in error
+    assert called(folder).count("ssh start") == 1
+    for index in range(fake_gcloud.WORKERS):
+        home = folder / f"r1-w{index}" / "r1jax_run"
+        last = (home / "log").read_text().splitlines()[-1].split()
+        # The run alone was asked to end; its grader, which it ends itself, lived until it had.
+        assert (home / "exit").read_text() == "143" and last[0] == "grader" and last[2:] == ["ended", "with", "None"]
+        assert not is_running(int(last[1]))
     assert launcher.main([*POD, "--only=delete"], FAST) == 0
     assert launcher.main([*POD, "--only=delete"], FAST) == 2
     assert "there is nothing to delete" in capfd.readouterr().err
@@ -256,11 +271,36 @@ def put_vm(folder: pathlib.Path, state: str) -> None:
 
 
 @pytest.mark.parametrize(("state", "expected"), [("READY", []), ("PREEMPTED", ["delete", "create"])])
-def test_tpu_vm_made_by_hand_is_reused_and_a_dead_one_is_replaced(cloud, capfd, state, expected):
-    folder = cloud()
+def test_tpu_vm_made_by_hand_is_reused_and_a_preempted_one_is_replaced(cloud, capfd, state, expected):
+    folder = cloud(flaky=2)  # an error of gcloud that goes away ends nothing
     put_vm(folder, state)
     assert launcher.main([*POD, "--only=create"], FAST) == 0
-    assert called(folder) == expected and "r1 is ready with 2 workers" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert called(folder) == expected and "r1 is ready with 2 workers" in error
+    assert error.count("UNAVAILABLE: The service is currently unavailable.); trying again") == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "state", "expected"),
+    [
+        (
+            ["--only=create"],
+            "STOPPED",
+            "and was not created by this launcher: start it again, or delete it with --only=",
+        ),
+        (["--only=stop"], "STOPPED", "leave out --only to wait for it or create it again"),
+        (["--only=copy"], "PREEMPTED", "leave out --only to wait for it or create it again"),
+        (["--only=fetch", "--", *RUN, "--workdir=/mnt"], "STOPPED", "leave out --only to wait for it"),
+        (["--only=run", "--", *RUN, "--workdir=/mnt"], "TERMINATED", "leave out --only to wait for it"),
+    ],
+)
+def test_tpu_vm_that_its_owner_stopped_is_never_deleted(cloud, capfd, step, state, expected):
+    folder = cloud()
+    put_vm(folder, state)
+    assert launcher.main([*POD, *step], FAST) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("[")]
+    assert lines[0].startswith(f"error: r1 is {state}") and expected in lines[0]
+    assert called(folder) == [] and "r1" in json.loads((folder / "state.json").read_text())
 
 
 @pytest.mark.slow
@@ -274,17 +314,86 @@ def test_tpu_vm_made_by_hand_is_kept_after_the_run(cloud, checkout, shared, capf
     assert json.loads((folder / "state.json").read_text()) == {}
 
 
-def test_interrupt_ends_every_command_at_once():
+def test_interrupt_ends_every_command_at_once(tmp_path):
     threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        shell.run_all([["sleep", "60"], ["bash", "-c", "sleep 60 & wait"]], 60)
+        shell.run_all([["sleep", "60"], ["bash", "-c", f"sleep 60 & echo $! > {tmp_path / 'pid'}; wait"]], 60)
     assert time.monotonic() - started < 20
+    assert not is_running(int((tmp_path / "pid").read_text()))
 
 
 def test_command_that_does_not_answer_is_ended():
     assert shell.run(["sleep", "60"], 0.2) == shell.Finished(shell.TIMED_OUT, "", "no answer within 0.2 s")
-    assert list(shell.stream(["bash", "-c", "echo a; sleep 60"], 2)) == ["a"]
+    errors = collections.deque[str](maxlen=2)
+    assert list(shell.stream(["bash", "-c", "echo a; seq 3 >&2; sleep 60"], 2, errors)) == ["a"]
+    assert list(errors) == ["2\n", "3\n"]
+
+
+@pytest.mark.parametrize(
+    ("started", "expected"),
+    [
+        (
+            {"w0": "running MINE", "w1": "ended 3"},
+            "the run did not start on 1 of 2 workers (w1: ended 3): give --only=stop",
+        ),
+        ({"w0": "running MINE", "w1": "running abc"}, "another command runs on r1 (abc, and this one is MINE)"),
+    ],
+)
+def test_run_that_did_not_start_everywhere_is_not_followed(monkeypatch, shared, started, expected):
+    launch = launcher.Launch(parsed(*POD, *shared), FAST)
+    launch.workers, mine = 2, launch.request.run_id
+    monkeypatch.setattr(launch, "states", lambda: {"w0": "none", "w1": "ended 3"})
+    monkeypatch.setattr(launch, "copy", lambda: None)
+    monkeypatch.setattr(launch, "follow", lambda line: None)
+    texts = {host: state.replace("MINE", mine) for host, state in started.items()}
+    monkeypatch.setattr(launch, "everywhere", lambda *_: texts)
+    with pytest.raises(remedies.PodError) as caught:
+        launch.attempt()
+    assert str(caught.value).startswith(expected.replace("MINE", mine))
+
+
+def test_worker_that_answers_twice_is_one():
+    output = "R1JAX w0 none\nnoise\nR1JAX w0 running abc\nR1JAX w1 ended 3\n"
+    assert answers.of_workers(output) == {"w0": "running abc", "w1": "ended 3"}
+
+
+def test_log_is_printed_whole_when_gcloud_connects_again_by_itself(monkeypatch, shared, capsys):
+    log = [f"|line {number}|" for number in range(1, 10)]
+    # gcloud gives `follow -2` again, which begins two lines before the end of the log as it is then.
+    parts = {"-2": ["R1JAX alive 3", *log[2:4], "|li", "R1JAX alive 8", *log[7:]], "5": ["R1JAX alive 5", *log[4:]]}
+    asked = []
+
+    def stream(words, silence_s, errors):
+        asked.append(words[-1].split()[-1])
+        yield from parts[asked[-1]]
+        yield "R1JAX ended 0"
+
+    monkeypatch.setattr(shell, "stream", stream)
+    launch = launcher.Launch(parsed(*POD, *shared), FAST)
+    monkeypatch.setattr(launch, "state", lambda: "READY")
+    monkeypatch.setattr(launch, "_verdict", lambda end: end)
+    assert launch.follow(-2) == "ended 0" and asked == ["-2", "5"]
+    assert capsys.readouterr().out.splitlines() == [f"line {number}" for number in range(3, 10)]
+
+
+def test_whatever_ends_the_launcher_it_says_what_costs_money(cloud, monkeypatch, capfd):
+    cloud()
+
+    def fail(self):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(launcher.Launch, "await_ready", fail)
+    with pytest.raises(ZeroDivisionError):
+        launcher.main([*POD, "--only=create"], FAST)
+    assert "r1 exists in us-east5-a (READY): it costs money" in capfd.readouterr().err
+
+
+def test_error_of_gcloud_that_lasts_ends_the_wait(cloud, capfd):
+    cloud(flaky=1000)
+    assert launcher.main([*POD, "--only=create"], dataclasses.replace(FAST, connect=0.3)) == 2
+    error = capfd.readouterr().err
+    assert "error: gcloud failed: (gcloud.compute.tpus.queued-resources.describe) UNAVAILABLE" in error
 
 
 QUOTA = (
@@ -306,6 +415,11 @@ LOGIN = (
 API = "ERROR: Cloud TPU API has not been used in project 1 before or it is disabled. reason: SERVICE_DISABLED"
 PROJECT = "ERROR: The required property [project] is not currently set."
 ROLE = "ERROR: (gcloud) PERMISSION_DENIED: Permission 'tpu.nodes.create' denied on resource"
+ROOM = "ERROR: (gcloud) RESOURCE_EXHAUSTED: There is no more capacity in the zone"
+KEY = (
+    'ERROR: (gcloud.compute.tpus.tpu-vm.scp) SSH Key is not present in the SSH agent. Please run "ssh-add '
+    '/home/me/.ssh/google_compute_engine" to add it, and try again.'
+)
 
 
 @pytest.mark.parametrize(
@@ -322,6 +436,7 @@ ROLE = "ERROR: (gcloud) PERMISSION_DENIED: Permission 'tpu.nodes.create' denied 
         ),
         ({"create": IMAGE}, "the image v2-alpha-tpuv5 does not exist in us-east5-a: give --runtime=VERSION"),
         ({"create": ROLE}, "this account may not do that in the project: ask for the roles TPU Admin"),
+        ({"create": ROOM}, "there is no room for a v5p-16 in us-east5-a: try later, in another --zone, or with --spot"),
         ({"create": "ERROR: something new"}, "gcloud failed: something new"),
         ({"logged_out": LOGIN}, "gcloud is not logged in: run: gcloud auth login"),
         (
@@ -330,7 +445,7 @@ ROLE = "ERROR: (gcloud) PERMISSION_DENIED: Permission 'tpu.nodes.create' denied 
         ),
         ({"logged_out": PROJECT}, "gcloud has no project: give --project=ID"),
     ],
-    ids=["quota", "zone", "type", "image", "role", "unknown", "login", "api", "project"],
+    ids=["quota", "zone", "type", "image", "role", "room", "unknown", "login", "api", "project"],
 )
 def test_error_of_gcloud_is_one_line_with_its_remedy_and_leaves_nothing(cloud, capfd, script, expected):
     folder = cloud(**script)
@@ -338,6 +453,15 @@ def test_error_of_gcloud_is_one_line_with_its_remedy_and_leaves_nothing(cloud, c
     (line,) = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("[")]
     assert line.startswith("error: ") and expected in line
     assert not (folder / "state.json").exists()
+
+
+def test_missing_key_of_ssh_is_said_at_once(cloud, checkout, capfd):
+    folder = cloud(no_key=KEY)
+    assert launcher.main([*POD, "--only=create"], FAST) == 0
+    assert launcher.main([*POD, "--only=copy"], FAST) == 2
+    error = capfd.readouterr().err
+    assert "does not hold gcloud's key: run: ssh-add ~/.ssh/google_compute_engine (gcloud: " in error
+    assert called(folder) == ["create", "scp"] and "trying again" not in error
 
 
 def test_failed_request_is_deleted_and_says_why(cloud, capfd):
@@ -391,6 +515,11 @@ def test_missing_gcloud_is_one_line(monkeypatch, capfd):
         (["--zone=z", "--topology=v5p:2x2x1"], "--name is missing; usage: python launch/tpu_pod.py"),
         ([*POD, "--topology=v5p:4x4"], "--topology=v5p:4x4: a slice of v5p has a shape such as 8x16x16"),
         ([*POD, "--topology=v6e:3x3"], "--topology=v6e:3x3 is not sold; v6e has 1x1, 2x2"),
+        ([*POD, "--topology=v5p:1x1x1"], "--topology=v5p:1x1x1 is not sold; v5p has 2x2x1, 2x2x2"),
+        ([*POD, "--topology=v5p:2x2x8"], "16x16x24, and others of up to 6144 chips whose sides are multiples of 4"),
+        ([*POD, "--topology=v5p:16x20x24"], "--topology=v5p:16x20x24 is not sold"),
+        ([*POD, "--topology=v5p:8x4x4"], "--topology=v5p:8x4x4 is not sold"),
+        ([*POD, "--topology=v4:16x16x24"], "16x16x16, and others of up to 4096 chips"),
         ([*POD, "--topology=tpu7x:2x2x1"], "tpu7x is rented by GKE alone; give --gke"),
         ([*POD, "--spt"], "unknown flag --spt; did you mean '--spot'?"),
         ([*POD, "--spot", "--reserved"], "--spot and --reserved exclude each other"),
@@ -400,6 +529,11 @@ def test_missing_gcloud_is_one_line(monkeypatch, capfd):
         ([*POD, "--", "--config=r1_zer"], "no config named 'r1_zer'; did you mean 'r1_zero'?"),
         ([*POD, "--", "--config=r1_zero", "--config.grpo.update=1"], "GRPOConfig has no field 'update'"),
         ([*POD, "--", "--config=r1_zero", "--process_id=1"], "--process_id is set by the launcher on each worker"),
+        ([*POD, "--", *RUN, "--coordinator=auto"], "--coordinator is set by the launcher on each worker"),
+        ([*POD, "--", *RUN, "--dry_run"], "--dry_run runs nothing and needs no pod: give it to python -m r1jax.launch"),
+        ([*POD, "--", "--help"], "--help runs nothing and needs no pod"),
+        ([*POD, "--", *RUN, "--plan", "--topology=v5p:2x2x2"], "--plan runs nothing and needs no pod"),
+        ([*POD, "--", *RUN, "--workdir=/mnt", "--sweep=seed=1,2"], "--sweep runs its points on one machine"),
         ([*POD, "--", *RUN], "--workdir=runs is on each worker's disk, and the 2 workers of a run share one folder"),
         ([*POD, "--topology=v5p:2x2x1", "--spot", "--", *RUN], "a preemption of --spot deletes it"),
         ([*POD, "--", *RUN, "--config.mode=disaggregated"], "config.mode=disaggregated runs in one process"),
@@ -407,6 +541,7 @@ def test_missing_gcloud_is_one_line(monkeypatch, capfd):
         ([*POD, "--", *RUN, "--workdir=gs://b/runs"], "--workdir=gs://b/runs: r1jax writes to paths, not to URLs"),
         ([*POD, "--gke", "--", *RUN, "--workdir=/mnt"], "--gke needs --image=IMAGE"),
         ([*POD, "--gke", "--image=i", "--", *RUN, "--workdir=/mnt"], "needs --claim=NAME:/PATH"),
+        ([*POD, "--gke", "--image=i", "--claim=c:/data", "--", *RUN, "--workdir=/mnt"], "needs --claim=NAME:/PATH"),
     ],
 )
 def test_mistake_is_one_line_before_anything_is_asked_of_gcloud(cloud, capfd, arguments, expected):
@@ -416,22 +551,19 @@ def test_mistake_is_one_line_before_anything_is_asked_of_gcloud(cloud, capfd, ar
     assert line.startswith("error: ") and expected in line and not (folder / "calls.jsonl").exists()
 
 
-def test_run_on_a_bucket_is_accepted_once_r1jax_keeps_urls(monkeypatch):
-    whole = flags.parse
-
-    def keeping(argv):
-        workdir = next((text.partition("=")[2] for text in argv if text.startswith("--workdir=")), "runs")
-        return dataclasses.replace(whole(argv), workdir=workdir)
-
-    monkeypatch.setattr(flags, "parse", keeping)
-    result = parsed(*POD, "--spot", "--", *RUN, "--workdir=gs://b/runs")
-    assert result.is_kept_elsewhere and result.fetch == ""
+def test_work_folder_is_read_as_the_run_reads_it_and_not_looked_for_here(tmp_path):
+    (tmp_path / "file").touch()  # no run on this machine could write below it
+    for words in (["--workdir=PATH"], ["-workdir=PATH"], ["--workdir", "PATH"], ["--workdir=a", "--workdir=PATH"]):
+        words = [word.replace("PATH", f"{tmp_path}/file/runs") for word in words]
+        assert parsed(*POD, "--", *RUN, *words).workdir == f"{tmp_path}/file/runs"
 
 
 def test_mesh_that_leaves_chips_idle_is_warned_of():
     assert request.unused_chips(parsed(*POD, "--", *RUN, "--workdir=/mnt/runs")) == ""
     one = parsed(*POD, "--", "--config=r1_zero", "--workdir=/mnt/runs")
     assert request.unused_chips(one) == "warning: config.mesh uses 1 devices, and the pod has 8 chips"
+    one = parsed(*POD, "--slices=2", "--", *RUN, "--workdir=/mnt/runs")
+    assert request.unused_chips(one) == "warning: config.mesh.slice is 1, and --slices of the pod is 2"
 
 
 def test_shapes_and_hosts_are_those_of_the_plan():
@@ -441,17 +573,44 @@ def test_shapes_and_hosts_are_those_of_the_plan():
     for text, expected in known.items():
         one = hardware.parse(text)
         assert (one.accelerator_type, one.hosts, one.chips_per_host) == expected
+    assert hardware.parse("v5p:16x16x24").accelerator_type == "v5p-12288"
+
+
+def expanded(text: str) -> str:
+    """Returns what Kubernetes makes of an argument: $ of $$, and the value of a variable of $(NAME)."""
+    return re.sub(r"\$(\$|\((\w+)\))", lambda found: "$" if found[1] == "$" else f"value of {found[2]}", text)
 
 
 def test_manifest_is_yaml_with_every_argument_as_it_was_typed():
+    assert expanded("$(HOME) $$(HOME) $$$$ $a") == "value of HOME $(HOME) $$ $a"
     one = manifests()["gke_spot_slices"]
     (job,) = yaml.safe_load(gke.manifest(one))["spec"]["replicatedJobs"]
     pods = job["template"]["spec"]
     container = pods["template"]["spec"]["containers"][0]
     assert (job["replicas"], pods["completions"], pods["parallelism"]) == (2, 4, 4)
-    assert container["args"] == list(one.arguments) and TEXT in container["args"][-1]
+    assert [expanded(text) for text in container["args"]] == [*one.arguments, "--grace_s=15"]
+    assert one.arguments[-1].endswith(TEXT) and pods["template"]["spec"]["terminationGracePeriodSeconds"] == 15
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert container["volumeMounts"][0]["mountPath"] == "/mnt"
+
+
+@pytest.mark.parametrize(("more", "expected"), [([], 60), (["--grace_s=100.5"], 131)])
+def test_pod_of_kubernetes_has_the_time_of_the_runs_grace_period(more, expected):
+    one = manifests()["gke_one_slice"]
+    one = parsed(*POD, "--gke", "--image=i", "--claim=shared:/mnt", "--", *one.arguments, *more)
+    (job,) = yaml.safe_load(gke.manifest(one))["spec"]["replicatedJobs"]
+    assert job["template"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == expected
+    assert one.stop_s > one.grace_s
+
+
+def test_run_that_cannot_begin_says_why_in_its_log(tmp_path):
+    code = (
+        "import sys; sys.executable = '/nowhere/python'; from r1jax.pod import worker; "
+        "worker.start('abc', 1.0, []); lines = list(worker.follow(1)); print(lines[-1], lines[-2])"
+    )
+    environment = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("R1JAX ended 127 |FileNotFoundError: "), done.stderr
 
 
 def test_lost_and_preempted_processes_end_with_exit_codes_that_restart():
@@ -483,7 +642,7 @@ def test_script_runs_from_any_folder_and_needs_no_gcloud_for_a_dry_run(tmp_path)
     ],
 )
 def test_following_has_a_deadline_and_the_run_goes_on(cloud, checkout, shared, capfd, limit, expected):
-    cloud(breaks=1)
+    cloud(outages=1)
     assert launcher.main([*POD, limit, *shared], dataclasses.replace(FAST, reconnect=0)) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("[")]
     assert lines[0] == expected and lines[1].startswith("r1 exists in us-east5-a (READY): it costs money")
@@ -521,7 +680,9 @@ def test_worker_with_an_old_python_gets_a_newer_one(tmp_path, checkout):
     environment = {"HOME": str(home), "PATH": f"{home}:/usr/bin:/bin"}
     command = ["bash", str(checkout / "launch" / "tpu_worker.sh")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=home)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "R1JAX installed"), done.stderr
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, f"R1JAX {socket.gethostname()} installed"), (
+        done.stderr
+    )
     assert (home / "calls").read_text().splitlines() == [
         "-m pip install --quiet --user uv",
         "-m uv python install --quiet 3.12",

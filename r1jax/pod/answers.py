@@ -6,8 +6,8 @@ from typing import Any
 from r1jax.pod import commands
 from r1jax.pod.request import PodRequest
 
-LOST_STATES = ("SUSPENDING", "SUSPENDED", "DELETING")  # of a queued resource whose TPUs were taken back
-LOST_NODES = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "DELETING", "HIDING", "HIDDEN")  # of a TPU VM
+TAKEN_BACK = ("SUSPENDING", "SUSPENDED", "FAILED", "PREEMPTED")  # Google has the TPUs: a deletion loses nothing
+_LOST = (*TAKEN_BACK, "TERMINATED", "STOPPED", "STOPPING", "DELETING", "HIDING", "HIDDEN", "")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ def node(answer: dict[str, Any]) -> PodNode:
     )
 
 
+def is_lost(state: str) -> bool:
+    """Returns whether no run can be on a pod in this state, of its queued resource or of a TPU VM; "" is that of none."""
+    return state in _LOST
+
+
 def _accelerator(node: dict[str, Any]) -> str:
     """Returns `v5p 4x4x8` where the shape is stated, otherwise the accelerator type, such as v5p-256."""
     shape = node.get("acceleratorConfig", {})
@@ -73,7 +78,7 @@ def differences(request: PodRequest, accelerator: str, count: int) -> str:
     return f"{count} x {accelerator}, and {request.slices} x {wanted[0]} is asked for"
 
 
-def of_workers(output: str) -> list[str]:
-    """Returns the states among the workers' answers, one a worker that answered: `R1JAX HOST STATE`."""
+def of_workers(output: str) -> dict[str, str]:
+    """Returns {host: answer} of the lines `R1JAX HOST ANSWER`, the last one of each host."""
     words = [line.split(maxsplit=2) for line in output.splitlines() if line.startswith(f"{commands.MARK} ")]
-    return [parts[2] for parts in words if len(parts) == 3]
+    return {parts[1]: parts[2] for parts in words if len(parts) == 3}

@@ -1,5 +1,6 @@
 """The checkout as an archive: the files that git tracks, as they are now, and those that the run needs besides."""
 
+import os
 import pathlib
 import subprocess
 import tarfile
@@ -13,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 def write(path: pathlib.Path, extra: Iterable[str], root: pathlib.Path = ROOT) -> int:
     """Writes the archive, and returns how many files it has; raises PodError where git does not know the checkout.
 
-    Files of `extra` outside the checkout, and links, keep neither owner nor place: they are put beside setup.py.
+    A link stays a link. What `extra` names outside the checkout is put beside setup.py.
     """
     try:
         listed = subprocess.run(
@@ -23,7 +24,7 @@ def write(path: pathlib.Path, extra: Iterable[str], root: pathlib.Path = ROOT) -
         raise PodError(f"{root} is no checkout of git: run launch/tpu_pod.py from one, made by git clone") from None
     names = {name: root / name for name in listed.split("\0") if name}
     for text in extra:
-        names |= _named(pathlib.Path(text).expanduser().absolute(), root)
+        names |= _named(pathlib.Path(os.path.abspath(pathlib.Path(text).expanduser())), root)
     present = {name: source for name, source in names.items() if source.is_symlink() or source.is_file()}
     with tarfile.open(path, "w:gz") as archive:
         for name, source in sorted(present.items()):

@@ -10,7 +10,7 @@ from r1jax.pod.request import PodRequest
 
 ARCHIVE = "r1jax_checkout.tar.gz"  # in the home folder of each worker, like the two folders
 CHECKOUT = "r1jax"
-RUN = "r1jax_run"  # log, lock and exit code of the run
+RUN = "r1jax_run"  # log, lock and exit code of the run, as r1jax.pod.worker keeps them
 LABEL = "made-by"  # marks what the launcher created, and so may delete when the run is done
 LABEL_VALUE = "r1jax"
 MARK = "R1JAX"  # begins the lines by which a worker answers
@@ -83,9 +83,10 @@ def copy(request: PodRequest, node: str, archive: str) -> list[str]:
 
 def fetch(request: PodRequest) -> list[str]:
     """Returns the command that copies the run's working folder to this machine."""
-    if "://" in request.workdir:
-        return ["gcloud", "storage", "rsync", "--recursive", request.workdir, request.fetch]
-    folder = request.workdir if request.workdir.startswith("/") else f"{CHECKOUT}/{request.workdir}"
+    in_home = request.workdir.startswith("~/")  # from where scp's paths start
+    folder = request.workdir.removeprefix("~/")
+    if not in_home and not folder.startswith("/"):
+        folder = f"{CHECKOUT}/{folder}"
     words = ("tpu-vm", "scp", "--recurse", f"{request.nodes[0]}:{folder}", request.fetch, "--worker=0")
     return [*_gcloud(request, *words), *request.ssh_flags]
 
@@ -97,7 +98,7 @@ def unpack() -> str:
     """
     return (
         f"mkdir -p {CHECKOUT} && cd {CHECKOUT} && touch .pod_files && xargs -d '\\n' rm -f -- < .pod_files && "
-        f"tar -xzf ../{ARCHIVE} && tar -tzf ../{ARCHIVE} > .pod_files && echo {MARK} unpacked"
+        f"tar -xvzf ../{ARCHIVE} > .pod_files && echo {MARK} $(hostname) unpacked"
     )
 
 
@@ -112,9 +113,18 @@ def worker(*words: str) -> str:
     return f"cd {CHECKOUT} && .venv/bin/python -m r1jax.pod.worker {shlex.join(words)}"
 
 
+def status() -> str:
+    """Returns the worker's command that says how the run is.
+
+    Where r1jax cannot be asked, as on a new pod, the answer is "none" if no run holds its lock.
+    """
+    nothing = f"mkdir -p {RUN} && flock -n -s {RUN}/lock echo {MARK} $(hostname) none"
+    return f"({worker('status')}) || ({nothing})"
+
+
 def start(request: PodRequest, workers: int) -> str:
     """Returns the worker's command that starts the run, in its background."""
-    return worker("start", request.run_id, "--", *request.worker_arguments(workers))
+    return worker("start", request.run_id, f"{request.stop_s:g}", "--", *request.worker_arguments(workers))
 
 
 def script(request: PodRequest) -> str:
@@ -133,7 +143,7 @@ def script(request: PodRequest) -> str:
         "run": [
             *(ssh(request, node, "all", start(request, request.hosts)) for node in request.nodes),
             ssh(request, request.nodes[0], "0", worker("follow", "1")),
-            *(ssh(request, node, "all", worker("status")) for node in request.nodes),
+            *(ssh(request, node, "all", status()) for node in request.nodes),
         ],
         "stop": [ssh(request, node, "all", worker("stop")) for node in request.nodes],
         "fetch": [fetch(request)] if request.fetch else [],

@@ -6,11 +6,12 @@ Source: github.com/kubernetes-sigs/jobset, docs.cloud.google.com/kubernetes-engi
 """
 
 import json
+import math
 
 from r1jax.pod.request import PodRequest
 from r1jax.pod.worker import RESTART_EXITS
 
-_GRACE_S = 60  # from SIGTERM to SIGKILL when a node goes away
+_MARGIN_S = 30  # from the end of the run's grace period to SIGKILL; a Spot node leaves no time for it
 _PORTS = (8471, 8080, 8482)  # libtpu between hosts, between slices, and JAX's coordinator
 
 
@@ -22,7 +23,9 @@ def manifest(request: PodRequest) -> str:
     """
     one = request.slice
     spot = ['            cloud.google.com/gke-spot: "true"'] if request.spot else []
-    arguments = [f"              - {json.dumps(text)}" for text in request.arguments]
+    grace = [f"--grace_s={request.grace_s:g}"] if request.spot and request.run.grace_s is None else []
+    arguments = [f"              - {_argument(text)}" for text in (*request.arguments, *grace)]
+    grace_s = math.ceil(request.grace_s) + (0 if request.spot else _MARGIN_S)
     return "\n".join(
         [
             "apiVersion: jobset.x-k8s.io/v1alpha2",
@@ -50,7 +53,7 @@ def manifest(request: PodRequest) -> str:
             "        template:",
             "          spec:",
             "            restartPolicy: Never",
-            f"            terminationGracePeriodSeconds: {_GRACE_S}",
+            f"            terminationGracePeriodSeconds: {grace_s}",
             "            hostNetwork: true",
             "            dnsPolicy: ClusterFirstWithHostNet",
             "            nodeSelector:",
@@ -74,6 +77,11 @@ def manifest(request: PodRequest) -> str:
             "",
         ]
     )
+
+
+def _argument(text: str) -> str:
+    """Returns a container's argument as YAML: Kubernetes makes $ of $$, and puts a variable in place of $(NAME)."""
+    return json.dumps(text.replace("$", "$$"), ensure_ascii=False)
 
 
 def _volumes(claim: str) -> list[str]:

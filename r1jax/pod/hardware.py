@@ -18,6 +18,8 @@ class TpuSeries:
     gke: str  # value of the label cloud.google.com/gke-tpu-accelerator
 
 
+_NOT_RENTED = {"v4:1x1x1", "v5p:1x1x1"}  # shapes of r1jax.core.slices: these come as whole hosts of four chips
+_MOST_CHIPS = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}  # of one slice
 SERIES = {
     "v4": TpuSeries("v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice"),
     "v5e": TpuSeries("v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice"),
@@ -61,6 +63,23 @@ def parse(topology: str) -> PodSlice:
     shapes = slices.SHAPES[one.generation]
     if one.shape.count("x") != shapes[0].count("x"):
         raise ValueError(f"--topology={topology}: a slice of {one.generation} has a shape such as {shapes[-3]}")
-    if one.shape not in shapes and one.shape.count("x") == 1:
-        raise ValueError(f"--topology={topology} is not sold; {one.generation} has {', '.join(shapes)}")
+    every = (PodSlice(one.generation, shape) for shape in shapes)
+    rented = [each.shape for each in every if _is_rented(each)]
+    if not _is_rented(one):
+        more = (
+            ""
+            if one.generation not in _MOST_CHIPS
+            else (
+                f", and others of up to {_MOST_CHIPS[one.generation]} chips whose sides are multiples of 4, the shortest first"
+            )
+        )
+        raise ValueError(f"--topology={topology} is not sold; {one.generation} has {', '.join(rented)}{more}")
     return PodSlice(one.generation, one.shape)
+
+
+def _is_rented(one: slices.Slice) -> bool:
+    if one.chips > _MOST_CHIPS.get(one.generation, one.chips) or one.topology in _NOT_RENTED:
+        return False
+    sides = [int(side) for side in one.shape.split("x")]
+    is_of_cubes = len(sides) == 3 and sides == sorted(sides) and not any(side % 4 for side in sides)
+    return is_of_cubes or one.shape in slices.SHAPES[one.generation]

@@ -3,7 +3,7 @@
 `launch/tpu_pod.py` is its script, docs/pod.md its page. Every wait has a deadline and says how long it has been.
 """
 
-import contextlib
+import collections
 import json
 import pathlib
 import sys
@@ -31,8 +31,8 @@ class Pace:
     poll: float = 20.0  # between two looks at the pod's state
     answer: float = 300.0  # for one command of gcloud
     ready: float = 1800.0  # from ACTIVE to the last worker READY
-    connect: float = 600.0  # until the workers of a new pod take connections
-    install: float = 3600.0
+    connect: float = 600.0  # until the workers of a new pod take connections, and until gcloud answers again
+    install: float = 3600.0  # the installation, the end of a run that is stopped, and the copy of the results
     silence: float = 90.0  # of worker 0, after which the connection is taken to be dead; it speaks every 15
     reconnect: float = 1800.0  # without any connection to worker 0, and without a word that the pod is lost
     wind_down: float = 300.0  # from the end of worker 0's process to that of the last one
@@ -52,6 +52,7 @@ class Launch:
         self.workers = 0  # of all slices
         self.is_queued, self.is_ours = True, True  # a queued resource, or a TPU VM by itself; created by the launcher
         self.touched = False  # whether something may exist by our doing
+        self.patience_s = pace.connect  # for errors of gcloud that may go away
 
     # What exists
 
@@ -65,70 +66,94 @@ class Launch:
 
     def _ask(self, command: list[str]) -> dict | None:
         """Returns gcloud's answer, None where there is nothing of that name; raises PodError for any other error."""
-        done = shell.run(command, self.pace.answer)
-        if done.code == 0:
-            try:
-                return json.loads(done.out)
-            except ValueError:
-                raise PodError(f"gcloud's answer is no JSON: {done.out[:100]!r}") from None
-        if remedies.is_missing(done.text):
+        done = self._call(command, self.pace.answer)
+        if done is None:
             return None
-        raise PodError(remedies.explain(done.text, self.request))
+        try:
+            return json.loads(done.out)
+        except ValueError:
+            raise PodError(f"gcloud's answer is no JSON: {done.out[:100]!r}") from None
+
+    def _call(self, command: list[str], timeout_s: float, what: str = "") -> shell.Finished | None:
+        """Returns a command of gcloud that succeeded, None where what it is about does not exist; tries again meanwhile.
+
+        Raises PodError for an error with a known remedy, and for another one that lasts.
+        """
+        limit = time.monotonic() + self.patience_s
+        while True:
+            done = shell.run(command, timeout_s, what)
+            if done.code == 0:
+                return done
+            if remedies.is_missing(done.text):
+                return None
+            if not remedies.is_transient(done.text) or time.monotonic() > limit:
+                raise PodError(remedies.explain(done.text, self.request))
+            say(f"gcloud fails ({remedies.last_error(done.text)}); trying again")
+            time.sleep(self.pace.poll)
+
+    def find(self) -> str:
+        """Looks for the queued resource of this name, then for a TPU VM that none holds; returns its state, "" for none.
+
+        Raises PodError where it has other chips than the request.
+        """
+        queued = self.describe()
+        if queued is not None:
+            self._refuse_other(queued.accelerator, queued.count)
+            self.touched, self.is_queued, self.is_ours = True, True, queued.is_ours
+            return self._state(queued)
+        node = self.describe_node(self.request.nodes[0])
+        if node is None:
+            return ""
+        self._refuse_other(node.accelerator, 1)
+        self.touched, self.is_queued, self.is_ours = True, False, False
+        return node.state
+
+    def _state(self, queued: answers.QueuedPod) -> str:
+        """Returns the state of a queued resource in gcloud's words, that of a TPU VM where it is ACTIVE: of a lost one."""
+        if queued.state != "ACTIVE":
+            return queued.state
+        nodes = [self.describe_node(name) for name in self.request.nodes]
+        states = ["TERMINATED" if node is None else node.state for node in nodes]
+        return next((state for state in states if answers.is_lost(state)), states[0])
 
     def state(self) -> str:
-        """Returns the pod's state in gcloud's words, "unknown" where gcloud does not say, "" where there is none."""
-        with contextlib.suppress(PodError):
-            queued = self.describe() if self.is_queued else None
-            if queued is None and self.is_queued:
-                return ""
-            if queued is not None and queued.state != "ACTIVE":
-                return queued.state
-            nodes = [self.describe_node(name) for name in self.request.nodes]
-            if not self.is_queued and nodes == [None]:
-                return ""
-            states = ["TERMINATED" if node is None else node.state for node in nodes]
-            return next((state for state in states if state in answers.LOST_NODES), states[0])
-        return "unknown"
+        """Returns the pod's state in gcloud's words, "" where there is none, "unknown" where gcloud does not say."""
+        try:
+            if self.is_queued:
+                queued = self.describe()
+                return "" if queued is None else self._state(queued)
+            node = self.describe_node(self.request.nodes[0])
+            return "" if node is None else node.state
+        except PodError:
+            return "unknown"
 
     def is_lost(self) -> bool:
-        state = self.state()
-        return state in (*answers.LOST_STATES, *answers.LOST_NODES, "FAILED", "")
+        return answers.is_lost(self.state())
 
     # Create and delete
 
     def ensure(self) -> None:
-        """Creates the pod or reuses the one of this name, and returns when all its workers are ready."""
-        queued = self.describe()
-        if queued is None:
-            if self._adopts_node():
-                return
-            self._create()
-        else:
-            self._refuse_other(queued.accelerator, queued.count)
-            self.touched, self.is_ours, self.is_queued = True, queued.is_ours, True
-            if queued.state in (*answers.LOST_STATES, "FAILED"):
-                say(f"{self.request.name} is {queued.state}: it is deleted and created again")
-                self.delete()
-                self._create()
-            else:
-                say(f"{self.request.name} exists: reusing it")
-        self._await_active()
-        self.await_ready()
+        """Creates the pod or reuses the one of this name, and returns when all its workers are ready.
 
-    def _adopts_node(self) -> bool:
-        """Returns whether a TPU VM of this name, which no queued resource holds, can be used; deletes a dead one."""
-        node = self.describe_node(self.request.nodes[0])
-        if node is None:
-            return False
-        self._refuse_other(node.accelerator, 1)
-        self.is_queued, self.is_ours, self.touched = False, False, True
-        if node.state in answers.LOST_NODES:
-            say(f"the TPU VM {self.request.name} is {node.state}: it is deleted and created again")
-            self.delete()
-            return False
-        say(f"the TPU VM {self.request.name} exists: reusing it")
+        One that is lost is deleted and created again if the launcher made it or Google took its TPUs back; another one,
+        such as a TPU VM that its owner stopped, raises PodError.
+        """
+        name, state = self.request.name, self.find()
+        if state and not answers.is_lost(state):
+            say(f"{name} exists: reusing it")
+        else:
+            if state:
+                if not self.is_ours and state not in answers.TAKEN_BACK:
+                    raise PodError(
+                        f"{name} is {state}, and was not created by this launcher: start it again, or delete it with "
+                        "--only=delete"
+                    )
+                say(f"{name} is {state}: it is deleted and created again")
+                self.delete()
+            self._create()
+        if self.is_queued:
+            self._await_active()
         self.await_ready()
-        return True
 
     def _refuse_other(self, accelerator: str, count: int) -> None:
         difference = answers.differences(self.request, accelerator, count)
@@ -154,12 +179,12 @@ class Launch:
                 raise PodError(f"{self.request.name} was deleted by someone else while it was in the queue")
             if queued.state == "ACTIVE":
                 return
-            if queued.state in answers.LOST_STATES or remedies.is_preemption(queued.error):
-                raise PodLost("the pod was preempted while it was being created")
-            if queued.state == "FAILED":
+            if queued.state == "FAILED" and not remedies.is_preemption(queued.error):
                 self.delete()
                 reason = remedies.explain(queued.error or "the request failed without a reason", self.request)
                 raise PodError(f"{reason}; the failed request was deleted")
+            if answers.is_lost(queued.state):
+                raise PodLost("the pod was preempted while it was being created")
             if waited > limit_s:
                 raise PodError(f"no TPUs within --queue_hours={self.request.queue_hours:g} (state {queued.state})")
             if queued.state != last[0] or waited - last[1] >= shell.SAY_S * 5:
@@ -173,7 +198,7 @@ class Launch:
         while True:
             nodes = [self.describe_node(name) for name in self.request.nodes]
             states = ", ".join(sorted({"missing" if node is None else node.state for node in nodes}))
-            if any(node is not None and node.state in answers.LOST_NODES for node in nodes):
+            if any(node is not None and answers.is_lost(node.state) for node in nodes):
                 raise PodLost(f"a TPU VM is {states}")
             if states == "READY":
                 break
@@ -193,9 +218,10 @@ class Launch:
             if self.is_queued
             else commands.delete_node(self.request, self.request.nodes[0])
         )
-        done = shell.run(command, self.pace.delete, f"deleting {self.request.name}")
-        if done.code and not remedies.is_missing(done.text):
-            raise PodError(f"{self.request.name} could not be deleted: {remedies.explain(done.text, self.request)}")
+        try:
+            self._call(command, self.pace.delete, f"deleting {self.request.name}")
+        except PodError as error:
+            raise PodError(f"{self.request.name} could not be deleted: {error}") from None
         limit = time.monotonic() + self.pace.delete
         while (self.describe() if self.is_queued else self.describe_node(self.request.nodes[0])) is not None:
             if time.monotonic() > limit:
@@ -206,22 +232,32 @@ class Launch:
 
     # On the workers
 
-    def everywhere(self, command: str, mark: str, what: str, timeout_s: float) -> str:
-        """Runs a shell command on every worker, and returns what they print.
+    def everywhere(self, command: str, what: str, timeout_s: float, patience_s: float = 0.0) -> dict[str, str]:
+        """Runs a shell command on every worker, and returns {host: answer}.
 
-        Each has to print a line that begins with `mark`: gcloud's own exit code does not say how many did. Raises
-        PodError with the last words of those that did not, and PodLost if the pod is lost.
+        Each has to answer, which gcloud's exit code does not say; where some do not, all are asked again for
+        `patience_s`. Raises PodError with the last words, and PodLost if the pod is lost.
         """
-        several = [commands.ssh(self.request, node, "all", command) for node in self.request.nodes]
-        output = self._all(several, what, timeout_s)
-        count = sum(line.startswith(mark) for line in output.splitlines())
-        if count < self.workers:
+        limit = time.monotonic() + patience_s
+        while True:
+            output = self._all(command, what, timeout_s)
+            result = answers.of_workers(output)
+            if len(result) >= self.workers:
+                return result
             if self.is_lost():
                 raise PodLost(f"the pod was preempted during: {what}")
-            raise PodError(f"{what}: {self.workers - count} of {self.workers} workers failed: {_last_words(output)}")
-        return output
+            missing = f"{what}: {self.workers - len(result)} of {self.workers} workers"
+            cause = remedies.of_gcloud(output)
+            if not remedies.is_transient(cause):
+                raise PodError(f"{missing} failed: {remedies.explain(cause, self.request)}")
+            if time.monotonic() > limit:
+                raise PodError(f"{missing} failed: {_last_words(output)}")
+            say(f"{missing} do not answer yet ({_last_words(output)}); trying again")
+            time.sleep(self.pace.poll)
 
-    def _all(self, several: list[list[str]], what: str, timeout_s: float) -> str:
+    def _all(self, command: str, what: str, timeout_s: float) -> str:
+        """Runs a shell command on every worker, and returns what they and gcloud print."""
+        several = [commands.ssh(self.request, node, "all", command) for node in self.request.nodes]
         return "\n".join(done.text for done in shell.run_all(several, timeout_s, what))
 
     def copy(self) -> None:
@@ -239,52 +275,68 @@ class Launch:
                 text = next(done.text for done in results if done.code)
                 if self.is_lost():
                     raise PodLost("the pod was preempted while the checkout was copied")
-                if time.monotonic() > limit:
+                if not remedies.is_transient(remedies.of_gcloud(text)) or time.monotonic() > limit:
                     raise PodError(f"the workers take no files: {remedies.explain(text, self.request)}")
                 say(f"the workers take no files yet ({remedies.last_error(text)}); trying again")
                 time.sleep(self.pace.poll)
-        self.everywhere(commands.unpack(), f"{commands.MARK} unpacked", "unpacking", self.pace.answer)
-        mark = f"{commands.MARK} installed"
-        self.everywhere(commands.install(self.request), mark, "installing", self.pace.install)
+        self.everywhere(commands.unpack(), "unpacking", self.pace.answer)
+        self.everywhere(commands.install(self.request), "installing", self.pace.install)
         say("installed")
 
-    def states(self) -> list[str]:
-        """Returns what each worker that answers says of the run; none does on a pod without an installation."""
-        several = [commands.ssh(self.request, node, "all", commands.worker("status")) for node in self.request.nodes]
-        return answers.of_workers(self._all(several, "asking the workers", self.pace.answer))
+    def states(self) -> dict[str, str]:
+        """Returns what every worker says of the run, as r1jax.pod.worker.state; waits for a new pod to take connections."""
+        return self.everywhere(commands.status(), "asking the workers", self.pace.answer, self.pace.connect)
 
     def attempt(self) -> int | None:
         """Runs the command, or follows it where it is running; returns its exit code, None if it is to be resumed."""
-        mine, states = f"running {self.request.run_id}", self.states()
-        if other := next((state for state in states if state.startswith("running") and state != mine), ""):
-            raise PodError(
-                f"another command runs on {self.request.name} ({other.split()[1]}, and this one is "
-                f"{self.request.run_id}); wait for its end, or stop it with --only=stop"
-            )
-        if mine in states:
+        mine = f"running {self.request.run_id}"
+        if self._is_mine(self.states()):
             say("the run is under way: following it")
             return self.follow(-50)
         self.copy()
-        started = commands.start(self.request, self.workers)
-        self.everywhere(started, f"{commands.MARK} ", "starting the run", self.pace.answer)
+        started = self.everywhere(commands.start(self.request, self.workers), "starting the run", self.pace.answer)
+        self._is_mine(started)
+        if other := sorted(f"{host}: {state}" for host, state in started.items() if state != mine):
+            raise PodError(
+                f"the run did not start on {len(other)} of {self.workers} workers ({other[0]}): give --only=stop, then "
+                "the same command again"
+            )
         say("the run has begun; it goes on if this launcher ends")
         return self.follow(1)
+
+    def _is_mine(self, states: dict[str, str]) -> bool:
+        """Returns whether a worker runs this command; raises PodError where one runs another."""
+        running = {state.split()[1] for state in states.values() if state.startswith("running")}
+        if other := running - {self.request.run_id}:
+            raise PodError(
+                f"another command runs on {self.request.name} ({min(other)}, and this one is "
+                f"{self.request.run_id}); wait for its end, or stop it with --only=stop"
+            )
+        return bool(running)
 
     def follow(self, line: int) -> int | None:
         """Prints worker 0's log from a line on until the run ends, over as many connections as it takes.
 
-        Returns as `attempt`. Raises PodLost when the pod is lost, PodError after a deadline.
+        gcloud connects again by itself too, and then the log comes from the same line again. Returns as `attempt`.
+        Raises PodLost when the pod is lost, PodError after a deadline.
         """
         limit = time.monotonic() + self.request.run_hours * 3600
         heard, printed, end = time.monotonic(), time.monotonic(), ""
         while not end:
             command = commands.ssh(self.request, self.request.nodes[0], "0", commands.worker("follow", str(line)))
-            for text in shell.stream(command, self.pace.silence):
-                if text.startswith("|"):
-                    print(text[1:], flush=True)
-                    line, printed = line + 1, time.monotonic()
+            at = line  # the number of the next line that comes; `line` is that of the next one to print
+            reasons = collections.deque[str](maxlen=20)
+            for text in shell.stream(command, self.pace.silence, reasons):
+                if text.startswith("|") and text[1:].endswith("|"):
+                    if at >= line:
+                        print(text[1:-1], flush=True)
+                        line, printed = at + 1, time.monotonic()
+                    at += 1
                 elif text.startswith(f"{commands.MARK} alive "):
-                    line = int(text.split()[2])
+                    at = int(text.split()[2])
+                    line = at if line < 0 else line
+                    if at > line:  # gcloud connected again by itself, later in the log: lines between are missing
+                        break
                     if time.monotonic() - printed > _QUIET_S:
                         say(f"no new line for {_QUIET_S / 60:.0f} min; the run is alive")
                         printed = time.monotonic()
@@ -296,27 +348,34 @@ class Launch:
             if end:
                 break
             state, silent = self.state(), time.monotonic() - heard
-            if state in (*answers.LOST_STATES, *answers.LOST_NODES, "FAILED", ""):
+            if answers.is_lost(state):
                 raise PodLost(f"the pod is {state or 'gone'}")
+            why = "".join(reasons)
+            say(f"the connection to worker 0 broke (state {state}): {remedies.last_error(why)}")
+            if not remedies.is_transient(remedies.of_gcloud(why)):
+                raise PodError(f"{remedies.explain(why, self.request)}; the run goes on")
             if silent > self.pace.reconnect:
                 raise PodError(
                     f"no connection to worker 0 for {silent / 60:.0f} min (state {state}); the run may go on"
                 )
-            say(f"the connection to worker 0 broke (state {state}); connecting again")
             time.sleep(self.pace.poll)
         return self._verdict(end)
 
     def _verdict(self, end: str) -> int | None:
-        """Returns the exit code of the whole run, None if the same command is to be given again."""
+        """Returns the exit code of the whole run, None if the same command is to be given again.
+
+        Raises PodError for a run that the user stopped.
+        """
         say(f"worker 0: {end}")
-        limit, states = time.monotonic() + self.pace.wind_down, self.states()
+        limit, states = time.monotonic() + self.pace.wind_down, list(self.states().values())
         while any(state.startswith("running") for state in states) and time.monotonic() < limit:
             time.sleep(self.pace.poll)
-            states = self.states()
+            states = list(self.states().values())
         if any(state.startswith("running") for state in states):
-            say("some workers do not end: stopping them")
-            several = [commands.ssh(self.request, node, "all", commands.worker("stop")) for node in self.request.nodes]
-            states = answers.of_workers(self._all(several, "stopping", self.pace.answer))
+            say("some workers do not end: ending them")
+            states = list(self.everywhere(commands.worker("end"), "ending the run", self.pace.install).values())
+        if "stopped" in (end, *states):
+            raise PodError("the run was stopped by --only=stop; the same command again resumes it")
         codes = [int(state.split()[1]) for state in [end, *states] if state.startswith("ended")]
         failed = [code for code in codes if code not in (0, *RESTART_EXITS)]
         if failed:
@@ -327,10 +386,8 @@ class Launch:
 
     def _show_failure(self) -> None:
         """Prints the last lines of the workers that failed."""
-        several = [
-            commands.ssh(self.request, node, "all", commands.worker("failure", "5")) for node in self.request.nodes
-        ]
-        for text in self._all(several, "reading the logs", self.pace.answer).splitlines():
+        output = self._all(commands.worker("failure", "5"), "reading the logs", self.pace.answer)
+        for text in output.splitlines():
             if text.startswith("|"):
                 say(text[1:])
 
@@ -359,7 +416,6 @@ class Launch:
     def _run_through(self) -> int:
         restarts, short = 0, 0
         while True:
-            started = time.monotonic()
             try:
                 if self.request.only == "run":
                     self._require()
@@ -373,8 +429,7 @@ class Launch:
                 short = short + 1 if time.monotonic() - started < self.pace.short else 0
             except PodLost as error:
                 reason, short = str(error), 0
-            lost = self.is_lost()
-            if short and not lost and short >= _SHORT_RUNS:
+            if short >= _SHORT_RUNS and not self.is_lost():
                 raise PodError(
                     f"the run ended {short} times in a row within {self.pace.short / 60:.0f} min, and the pod is healthy; "
                     "read its log above, or give the same command again"
@@ -383,8 +438,6 @@ class Launch:
                 raise PodError(f"{reason}; --restarts={self.request.restarts} are used up: give the same command again")
             restarts += 1
             say(f"restart {restarts} of {self.request.restarts} at most: {reason}")
-            if lost and self.request.only != "run":
-                self.delete()
 
     def fetch(self) -> None:
         """Copies the results here. Raises PodError, and leaves the pod, where that fails."""
@@ -396,18 +449,12 @@ class Launch:
             raise PodError(f"the results could not be fetched: {remedies.explain(done.text, self.request)}")
 
     def _require(self) -> None:
-        """Finds an existing pod for a single step; raises PodError without one."""
-        queued = self.describe()
-        if queued is None:
-            if not self._adopts_node():
-                raise PodError(
-                    f"{self.request.name} does not exist in {self.request.zone}; leave out --only to create it"
-                )
-            return
-        self._refuse_other(queued.accelerator, queued.count)
-        self.touched, self.is_ours, self.is_queued = True, queued.is_ours, True
-        if queued.state != "ACTIVE":
-            raise PodError(f"{self.request.name} is {queued.state}; leave out --only to wait for it or create it again")
+        """Finds an existing pod for a single step, and changes nothing; raises PodError without one that is ready."""
+        state = self.find()
+        if not state:
+            raise PodError(f"{self.request.name} does not exist in {self.request.zone}; leave out --only to create it")
+        if answers.is_lost(state) or state in (*remedies.WAITING, "PROVISIONING"):
+            raise PodError(f"{self.request.name} is {state}; leave out --only to wait for it or create it again")
         self.await_ready()
 
     def step(self) -> int:
@@ -423,18 +470,16 @@ class Launch:
         if self.request.only == "create":
             self.ensure()
             return 0
-        if self.request.only == "fetch" and "://" in self.request.workdir:
-            self.fetch()
-            return 0
         self._require()
         if self.request.only == "stop":
-            self.everywhere(commands.worker("stop"), f"{commands.MARK} ", "stopping the run", self.pace.answer)
+            self.everywhere(commands.worker("stop"), "stopping the run", self.pace.install)
         else:
             {"copy": self.copy, "fetch": self.fetch}[self.request.only]()
         return 0
 
     def remainder(self) -> str:
         """Returns what exists now and how to delete it, "" if nothing does."""
+        self.patience_s = 0.0
         state = self.state() if self.touched else ""
         return remedies.leftovers(self.request, state) if state else ""
 
@@ -461,14 +506,15 @@ def main(argv: list[str], pace: Pace | None = None) -> int:
         return 2
     if warning := requests.unused_chips(request):
         say(warning)
-    launch, code = Launch(request, pace or Pace()), 2
+    launch = Launch(request, pace or Pace())
     try:
-        code = launch.step() if request.only else launch.complete()
+        return launch.step() if request.only else launch.complete()
     except (PodError, PodLost, OSError) as error:
         print(f"error: {errors.one_line(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         say("interrupted; a run that has begun goes on")
-        code = 130
-    if remainder := launch.remainder():
-        print(remainder, file=sys.stderr)
-    return code
+        return 130
+    finally:  # whatever ended it: a pod costs money
+        if remainder := launch.remainder():
+            print(remainder, file=sys.stderr)

@@ -10,11 +10,19 @@ class PodError(ValueError):
 
 
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES")  # states in which a queued resource costs nothing
-_NOT_LOGGED_IN = (
-    r"gcloud auth login|active account selected|[Rr]eauthentication|invalid_grant|Request had invalid authent"
-)
+_MISSING = r"Resource '([^']*/(nodes|queuedResources)/)?[^'/]+' was not found"
 _REMEDIES = (  # (pattern of gcloud's text, what it means, what to do); the first that matches counts
-    (_NOT_LOGGED_IN, "gcloud is not logged in", "run: gcloud auth login"),
+    (
+        r"gcloud auth login|active account selected|[Rr]eauthentication|invalid_grant|Request had invalid authent",
+        "gcloud is not logged in",
+        "run: gcloud auth login",
+    ),
+    (
+        r"[Kk]ey is not present in the SSH agent",
+        "the ssh agent, which gcloud uses for several workers, does not hold gcloud's key",
+        "run: ssh-add ~/.ssh/google_compute_engine",
+    ),
+    (_MISSING, "{name} does not exist in {zone}", "give the same command again"),
     (
         r"property \[?project\]? is (not currently set|required)|required property \[project\]",
         "gcloud has no project",
@@ -26,15 +34,15 @@ _REMEDIES = (  # (pattern of gcloud's text, what it means, what to do); the firs
         "run: gcloud services enable tpu.googleapis.com",
     ),
     (
+        r"no more capacity|[Ii]nsufficient (reserved )?capacity|stockout|ZONE_RESOURCE_POOL",
+        "there is no room for {pod}",
+        "try later, in another --zone, or with --spot",
+    ),
+    (
         r"RESOURCE_EXHAUSTED|[Qq]uota",
         "the project's quota is too small for {pod}",
         "ask for more on the page IAM & Admin > Quotas, API tpu.googleapis.com; or give a smaller --topology, another "
         "--zone, or --spot, which has a quota of its own",
-    ),
-    (
-        r"no more capacity|[Ii]nsufficient (reserved )?capacity|stockout|ZONE_RESOURCE_POOL",
-        "there is no room for {pod}",
-        "try later, in another --zone, or with --spot",
     ),
     (
         r"accelerator.{0,40}not found|(not found|not available|unsupported|invalid).{0,40}accelerator",
@@ -52,7 +60,7 @@ _REMEDIES = (  # (pattern of gcloud's text, what it means, what to do); the firs
         "see the zones: gcloud compute tpus locations list",
     ),
     (
-        r"PERMISSION_DENIED|does not have permission|Permission .{0,80}denied",
+        r"PERMISSION_DENIED|does not have permission|Permission '.{0,80}denied",
         "this account may not do that in the project",
         "ask for the roles TPU Admin (roles/tpu.admin) and Service Account User (roles/iam.serviceAccountUser)",
     ),
@@ -63,9 +71,17 @@ _REMEDIES = (  # (pattern of gcloud's text, what it means, what to do); the firs
 
 def is_missing(text: str) -> bool:
     """Returns whether gcloud says that what it was asked to describe or delete does not exist."""
-    return bool(re.search(r"NOT_FOUND|[Ww]as not found|not found", text)) and not re.search(
-        rf"{_NOT_LOGGED_IN}|[Ll]ocation|accelerator|PERMISSION_DENIED", text
-    )
+    return bool(re.search(_MISSING, text))
+
+
+def is_transient(text: str) -> bool:
+    """Returns whether the same command may succeed a little later: no remedy is known, or too much was asked at once."""
+    return "per minute" in text or not any(re.search(pattern, text) for pattern, _, _ in _REMEDIES)
+
+
+def of_gcloud(text: str) -> str:
+    """Returns the errors of gcloud itself in what it and the workers print."""
+    return "\n".join(line for line in text.splitlines() if line.startswith("ERROR: (gcloud"))
 
 
 def explain(text: str, request: PodRequest) -> str:

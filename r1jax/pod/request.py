@@ -5,16 +5,17 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from absl import flags as absl_flags
 
 from r1jax import config, flags, schema, stage_table
+from r1jax.core import preempt
 from r1jax.pod import hardware
 
 STEPS = ("create", "copy", "run", "stop", "fetch", "delete")
 _USAGE = "usage: python launch/tpu_pod.py --name=NAME --zone=ZONE --topology=v5p:4x4x8 [flags] -- --config=NAME [...]"
-_OF_WORKERS = ("coordinator", "num_processes", "process_id")  # flags of r1jax.launch that the launcher sets
-_PLACES = ("--workdir", "--json")  # flags of r1jax.launch whose paths are the workers', not this machine's
+_SPOT_GRACE_S = 15.0  # what GKE leaves to a Pod on a Spot node, from the notice to its end
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class PodRequest:
     claim: str  # NAME:/PATH of a PersistentVolumeClaim of GKE
     dry_run: bool
     arguments: tuple[str, ...]  # of r1jax.launch
+    run: flags.Arguments  # the same, parsed
+    resolved: schema.Config | None  # their config, None without arguments
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -56,13 +59,20 @@ class PodRequest:
 
     @property
     def workdir(self) -> str:
-        """The run's --workdir, as the workers see it."""
-        return _value_of("workdir", self.arguments) or "runs"
+        """The run's --workdir, as the workers see it; an absolute one is taken to be of a shared mount."""
+        return self.run.workdir.as_posix()
 
     @property
-    def is_kept_elsewhere(self) -> bool:
-        """Whether results outlive the workers: a URL, or an absolute path, which is taken to be a shared mount."""
-        return "://" in self.workdir or self.workdir.startswith("/")
+    def grace_s(self) -> float:
+        """The seconds after SIGTERM in which the run ends by itself."""
+        if self.run.grace_s is not None:
+            return self.run.grace_s
+        return _SPOT_GRACE_S if self.gke and self.spot else preempt.GRACE_S
+
+    @property
+    def stop_s(self) -> float:
+        """The seconds after SIGTERM in which a worker waits for the end of the run, before it ends it."""
+        return self.grace_s + 90
 
     def worker_arguments(self, workers: int) -> tuple[str, ...]:
         """Returns the command line of each of so many workers.
@@ -81,17 +91,10 @@ def parse(argv: list[str]) -> PodRequest | None:
     """Returns the request, or None where --help is asked for; raises ValueError with one line for a bad one."""
     split = argv.index("--") if "--" in argv else len(argv)
     values, ours, arguments = _define(), argv[:split], tuple(argv[split + 1 :])
-    try:
-        positional = values(["tpu_pod", *ours])[1:]
-    except absl_flags.UnrecognizedFlagError as error:
-        hint = config.hint(f"--{error.flagname}", [f"--{name}" for name in values]).rstrip("; ")
-        raise ValueError(f"unknown flag --{error.flagname}; {hint or 'flags of the run come after --'}") from None
-    except absl_flags.Error as error:
-        raise ValueError(str(error)) from None
+    after = "flags of the run come after --"
+    flags.read(values, ours, after, after)
     if values.help or values.h:
         return None
-    if positional:
-        raise ValueError(f"unexpected argument '{positional[0]}'; flags of the run come after --")
     request = _request(values, arguments)
     _check(request, values)
     return request
@@ -102,6 +105,8 @@ def _request(values: absl_flags.FlagValues, arguments: tuple[str, ...]) -> PodRe
         if not values[name].value:
             raise ValueError(f"--{name} is missing; {_USAGE}")
     chosen = hardware.parse(values.topology)
+    run = flags.parse(list(arguments), is_here=False)
+    _refuse_flags(run, chosen.hosts * values.slices)
     return PodRequest(
         name=values.name,
         zone=values.zone,
@@ -115,7 +120,7 @@ def _request(values: absl_flags.FlagValues, arguments: tuple[str, ...]) -> PodRe
         ssh_flags=tuple(values.ssh_flag),
         setup=values.setup,
         with_files=tuple(values.with_file),
-        fetch=_fetch_folder(values.fetch, values.name, arguments),
+        fetch=f"{values.name}_results" if values.fetch is None else values.fetch,
         keep=values.keep,
         only=values.only or "",
         queue_hours=values.queue_hours,
@@ -126,14 +131,21 @@ def _request(values: absl_flags.FlagValues, arguments: tuple[str, ...]) -> PodRe
         claim=values.claim,
         dry_run=values.dry_run,
         arguments=arguments,
+        run=run,
+        resolved=config.load(run.spec, run.overrides) if arguments else None,
     )
 
 
-def _fetch_folder(folder: str | None, name: str, arguments: tuple[str, ...]) -> str:
-    """Returns --fetch; without it a folder of the pod's name, and none where results are at a URL."""
-    if folder is not None:
-        return folder
-    return "" if "://" in (_value_of("workdir", arguments) or "runs") else f"{name}_results"
+def _refuse_flags(run: flags.Arguments, hosts: int) -> None:
+    """Raises ValueError for flags of r1jax.launch that the launcher sets itself, or with which no run would begin."""
+    for name in ("coordinator", "num_processes", "process_id"):
+        if getattr(run, name) is not None:
+            raise ValueError(f"--{name} is set by the launcher on each worker; leave it out")
+    for name, is_there in (("plan", run.plan is not None), ("dry_run", run.dry_run), ("help", run.help)):
+        if is_there:
+            raise ValueError(f"--{name} runs nothing and needs no pod: give it to python -m r1jax.launch here")
+    if run.sweep and hosts > 1:
+        raise ValueError(f"--sweep runs its points on one machine, and this pod has {hosts} hosts")
 
 
 def _check(request: PodRequest, values: absl_flags.FlagValues) -> None:
@@ -149,27 +161,15 @@ def _check(request: PodRequest, values: absl_flags.FlagValues) -> None:
     if request.only in ("create", "copy", "stop", "delete") and not request.gke:
         return
     if request.only == "fetch" and not request.fetch:
-        raise ValueError(f"--only=fetch needs --fetch=DIR, since {request.workdir} outlives the pod")
-    if not request.arguments:
+        raise ValueError("--only=fetch copies to a folder; give --fetch=DIR")
+    if request.resolved is None:
         raise ValueError(f"the run's command is missing; {_USAGE}")
-    _check_run(request)
+    _check_run(request, request.resolved)
 
 
-def _check_run(request: PodRequest) -> None:
+def _check_run(request: PodRequest, resolved: schema.Config) -> None:
     """Raises ValueError for a command that r1jax.launch would refuse, and for one that could not be resumed."""
-    for name in _OF_WORKERS:
-        if _value_of(name, request.arguments) is not None:
-            raise ValueError(f"--{name} is set by the launcher on each worker; leave it out")
-    if any(text in _PLACES for text in request.arguments):
-        raise ValueError("write --workdir=PATH and --json=PATH of the run with an equals sign")
-    parsed = flags.parse(_without_places(request.arguments))
-    resolved = config.load(parsed.spec, parsed.overrides)
-    stage_table.check(resolved, config.keys(parsed.overrides))
-    if "://" in request.workdir and "://" not in str(flags.parse([f"--workdir={request.workdir}"]).workdir):
-        raise ValueError(
-            f"--workdir={request.workdir}: r1jax writes to paths, not to URLs; mount the bucket on every worker with "
-            "--setup='gcsfuse ...' and give the mount's path"
-        )
+    stage_table.check(resolved, config.keys(request.run.overrides))
     alone = "" if stage_table.several_processes(resolved.stage) else resolved.stage
     if resolved.mode == "disaggregated":
         alone = "config.mode=disaggregated"
@@ -178,13 +178,14 @@ def _check_run(request: PodRequest) -> None:
             f"{alone} runs in one process, and this pod has {request.hosts} hosts; give a --topology of one"
         )
     reason = _needs_shared_folder(request)
-    if reason and not request.is_kept_elsewhere:
+    if reason and not request.workdir.startswith("/"):
         raise ValueError(
             f"--workdir={request.workdir} is on each worker's disk, and {reason}; give --workdir=/MOUNT/... of a file "
             "system that every worker mounts (" + ("--claim" if request.gke else "--setup") + ")"
         )
     name, _, path = request.claim.partition(":")
-    if request.gke and request.workdir.startswith("/") and not (name and path.startswith("/")):
+    is_mounted = name and path.startswith("/") and PurePosixPath(request.workdir).is_relative_to(path)
+    if request.gke and not is_mounted:
         raise ValueError(f"--gke with --workdir={request.workdir} needs --claim=NAME:/PATH, what is mounted there")
 
 
@@ -198,31 +199,22 @@ def _needs_shared_folder(request: PodRequest) -> str:
 
 
 def unused_chips(request: PodRequest) -> str:
-    """Returns a line that warns of a mesh with fewer or more devices than the pod has, "" where it fits.
+    """Returns a line that warns of a mesh with other slices, or fewer or more devices, than the pod has, "" if it fits.
 
     A chip of v4 or tpu7x is one device or two, as its image decides; these are not compared.
     """
-    if not request.arguments or request.slice.generation in ("v4", "tpu7x"):
+    resolved = request.resolved
+    stage = stage_table.STAGES.get(resolved.stage) if resolved is not None else None
+    if resolved is None or stage is None or "mesh" not in stage.reads:
         return ""
-    parsed = flags.parse(_without_places(request.arguments))
-    resolved: schema.Config = config.load(parsed.spec, parsed.overrides)
-    stage = stage_table.STAGES.get(resolved.stage)
-    if stage is None or "mesh" not in stage.reads:
+    if resolved.mesh.slice != request.slices:
+        return f"warning: config.mesh.slice is {resolved.mesh.slice}, and --slices of the pod is {request.slices}"
+    if request.slice.generation in ("v4", "tpu7x"):
         return ""
     devices, chips = math.prod(resolved.mesh.shape), request.slice.chips * request.slices
     if resolved.mode == "disaggregated" and "sampler_mesh" in stage.reads:
         devices += math.prod(resolved.sampler_mesh.shape)
     return "" if devices == chips else f"warning: config.mesh uses {devices} devices, and the pod has {chips} chips"
-
-
-def _without_places(arguments: tuple[str, ...]) -> list[str]:
-    return [text for text in arguments if text.partition("=")[0] not in _PLACES]
-
-
-def _value_of(name: str, arguments: tuple[str, ...]) -> str | None:
-    """Returns the last --name=VALUE among the arguments, None without one."""
-    texts = [text.partition("=") for text in arguments if text.lstrip("-").partition("=")[0] == name]
-    return texts[-1][2] if texts else None
 
 
 def _define() -> absl_flags.FlagValues:
@@ -234,7 +226,7 @@ def _define() -> absl_flags.FlagValues:
         "topology": ("", "The slice, as --plan takes it: v5p:4x4x8, v5e:4x8, v6e:8x8."),
         "runtime": ("", "Image of the TPU VMs; default: that of the generation."),
         "setup": ("", "Shell command that every worker runs before the installation, such as a mount."),
-        "fetch": (None, "Folder here for the results; default: NAME_results, none if --workdir is a URL."),
+        "fetch": (None, "Folder here for the results; default: NAME_results; empty for none."),
         "image": ("", "--gke: container image with r1jax."),
         "claim": ("", "--gke: NAME:/PATH, a PersistentVolumeClaim that all hosts write to, mounted at PATH."),
     }
@@ -269,10 +261,4 @@ def _define() -> absl_flags.FlagValues:
 
 def help_text() -> str:
     """Returns the usage and one line a flag."""
-    values = _define()
-    names = sorted(name for name in values if name != "h")
-    width = max(len(name) for name in names) + 2
-    lines = [
-        f"  {'--' + name:{width}}  {(values[name].help or '').partition(chr(10))[0].rstrip(';')}" for name in names
-    ]
-    return "\n".join([_USAGE, "", "flags:", *lines])
+    return "\n".join([_USAGE, "", *flags.flag_lines(_define(), {})])

@@ -1,5 +1,6 @@
 """Runs gcloud with a deadline and signs of life, several at once where a pod has several slices."""
 
+import collections
 import concurrent.futures
 import contextlib
 import os
@@ -46,22 +47,18 @@ def run_all(several: Sequence[Sequence[str]], timeout_s: float, what: str = "") 
     """Returns the finished commands, which run at the same time; ends them all when this one is interrupted."""
     processes: list[subprocess.Popen[str]] = []
     started = time.monotonic()
+    pool = concurrent.futures.ThreadPoolExecutor(max_workers=len(several))
     try:
         processes += [_popen(words) for words in several]
-        with concurrent.futures.ThreadPoolExecutor(max_workers=len(processes)) as pool:
-            try:
-                results = [pool.submit(_finish, process, timeout_s) for process in processes]
-                while concurrent.futures.wait(results, timeout=SAY_S).not_done:
-                    if what:
-                        say(f"{what}: {(time.monotonic() - started) / 60:.0f} min, of {timeout_s / 60:.0f} at most")
-                return [result.result() for result in results]
-            except BaseException:
-                for process in processes:  # before the pool waits for the threads that read their output
-                    _end(process)
-                raise
+        results = [pool.submit(_finish, process, timeout_s) for process in processes]
+        while concurrent.futures.wait(results, timeout=SAY_S).not_done:
+            if what:
+                say(f"{what}: {(time.monotonic() - started) / 60:.0f} min, of {timeout_s / 60:.0f} at most")
+        return [result.result() for result in results]
     finally:
-        for process in processes:
+        for process in processes:  # before the pool waits for the threads that read their output
             _end(process)
+        pool.shutdown()
 
 
 def _finish(process: subprocess.Popen[str], timeout_s: float) -> Finished:
@@ -73,8 +70,11 @@ def _finish(process: subprocess.Popen[str], timeout_s: float) -> Finished:
         return Finished(TIMED_OUT, "", f"no answer within {timeout_s:g} s")
 
 
-def stream(words: Sequence[str], silence_s: float) -> Iterator[str]:
-    """Yields the lines that a command prints on stdout, until it ends or is silent for `silence_s`."""
+def stream(words: Sequence[str], silence_s: float, errors: collections.deque[str]) -> Iterator[str]:
+    """Yields the lines that a command prints on stdout, until it ends or is silent for `silence_s`.
+
+    Those that it prints on stderr are put into `errors`.
+    """
     process = _popen(words)
     lines: queue.Queue[str | None] = queue.Queue()
 
@@ -85,13 +85,12 @@ def stream(words: Sequence[str], silence_s: float) -> Iterator[str]:
                 lines.put(line.rstrip("\r\n"))
         lines.put(None)
 
-    def drop() -> None:
+    def read_errors() -> None:
         assert process.stderr is not None
         with contextlib.suppress(ValueError, OSError):
-            for _ in process.stderr:
-                pass
+            errors.extend(process.stderr)
 
-    threads = [threading.Thread(target=target, daemon=True) for target in (read, drop)]
+    threads = [threading.Thread(target=target, daemon=True) for target in (read, read_errors)]
     for thread in threads:
         thread.start()
     try:

@@ -1,7 +1,7 @@
 """The worker's side of a pod: starts the run so that it outlives the connection, says how it is, prints its log.
 
-`python -m r1jax.pod.worker start ID -- ARGUMENTS | follow LINE | status | stop | failure LINES`. Standard library alone.
-Answers begin with R1JAX; lines of the log with |.
+`python -m r1jax.pod.worker start ID STOP_S -- ARGUMENTS | follow LINE | status | stop | end | failure LINES`. It needs
+the standard library and modules of r1jax.core that need no more. Answers are `R1JAX HOST ANSWER`; see `follow` for its.
 
 A supervisor in a session of its own runs `python -m r1jax.launch ARGUMENTS`, and writes its exit code. It and the run
 hold a lock as long as they live: the kernel frees it when they end, whatever ended them, a reboot included.
@@ -12,21 +12,25 @@ import fcntl
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
+
+from r1jax.core import files, preempt, watch
 
 FOLDER = pathlib.Path.home() / "r1jax_run"
 LOCK, LOG, EXIT, RUN = (FOLDER / name for name in ("lock", "log", "exit", "run.json"))  # RUN says what was started
+STOPPED = FOLDER / "stopped"  # from the user's stop to the next start
 POLL_S = 0.5  # between two looks at the log
 ALIVE_S = 15.0  # a line at least so often, by which the other side knows that the connection lives
-STOP_S = 120.0  # from SIGTERM to SIGKILL
 # Exit codes after which the same command resumes the run: another process was lost, this one was asked to end because its
 # machine goes away (75, EX_TEMPFAIL), JAX aborted it because process 0 is gone (134), or it was killed from outside.
-RESTART_EXITS = (3, 75, 134, 137, 143)
+RESTART_EXITS = (watch.LOST_EXIT, preempt.PREEMPTED_EXIT, 134, 137, 143)
 
 
 def _lock(kind: int, patience_s: float = 0.0) -> int | None:
@@ -44,35 +48,38 @@ def _lock(kind: int, patience_s: float = 0.0) -> int | None:
             time.sleep(0.05)
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-    """Writes a file that no reader sees half of."""
-    aside = path.with_suffix(".new")
-    aside.write_text(text)
-    aside.replace(path)
-
-
 def state() -> str:
-    """Returns `none`, `running ID`, `ended CODE`, or `gone`: a run that ended without an exit code, as in a reboot."""
+    """Returns `none`, `running ID`, `ended CODE`, `stopped`, or `gone`: a run that ended without an exit code.
+
+    The last is what a reboot leaves; `stopped` is a run that ended after the user asked it to.
+    """
     if not RUN.exists():
         return "none"
-    if EXIT.exists():
-        return f"ended {EXIT.read_text()}"
-    handle = _lock(fcntl.LOCK_SH)
-    if handle is None:
-        return f"running {json.loads(RUN.read_text())['id']}"
-    os.close(handle)
+    if not EXIT.exists():
+        handle = _lock(fcntl.LOCK_SH)
+        if handle is None:
+            return f"running {json.loads(RUN.read_text())['id']}"
+        os.close(handle)
+    if STOPPED.exists():
+        return "stopped"
     return f"ended {EXIT.read_text()}" if EXIT.exists() else "gone"  # it may have ended since the first look
 
 
-def start(run_id: str, arguments: list[str]) -> str:
-    """Starts the run in the background, unless one is running; returns the state after that."""
+def start(run_id: str, stop_s: float, arguments: list[str]) -> str:
+    """Starts the run in the background, unless one is running; returns the state after that.
+
+    `stop_s` is the time that the run has from SIGTERM to SIGKILL when it is asked to end.
+    """
     handle = _lock(fcntl.LOCK_EX, patience_s=2.0)  # a question for the state, or a run's last process, may have it
     if handle is None:
         return state()
-    EXIT.unlink(missing_ok=True)
+    for path in (EXIT, STOPPED):
+        path.unlink(missing_ok=True)
     if LOG.exists():
-        LOG.replace(FOLDER / "log.before")
-    _write(RUN, json.dumps({"id": run_id, "arguments": arguments}))
+        with files.replacing(FOLDER / "log.before") as before:
+            shutil.copyfile(LOG, before)
+        LOG.unlink()
+    files.write_text(RUN, json.dumps({"id": run_id, "arguments": arguments, "stop_s": stop_s}))
     if os.fork() == 0:
         os.setsid()
         _supervise(handle, arguments)
@@ -92,41 +99,55 @@ def _supervise(handle: int, arguments: list[str]) -> None:
     result = 127
     try:
         child = subprocess.Popen(command, pass_fds=(handle,), start_new_session=True)
-        _write(RUN, json.dumps(json.loads(RUN.read_text()) | {"group": child.pid}))
+        files.write_text(RUN, json.dumps(json.loads(RUN.read_text()) | {"group": child.pid}))
         result = child.wait()
-        _signal(signal.SIGKILL)  # whatever the run left behind: it would keep the chips
-    finally:
-        _write(EXIT, str(result if result >= 0 else 128 - result))
-        os._exit(0)
+        _signal(os.killpg, signal.SIGKILL)  # whatever the run left behind: it would keep the chips
+    except Exception:
+        traceback.print_exc()  # into the log
+    with contextlib.suppress(OSError):  # of a full disk: the run is `gone`
+        files.write_text(EXIT, str(result if result >= 0 else 128 - result))
+    os._exit(0)
 
 
-def _signal(number: int) -> None:
-    """Sends a signal to every process of the run."""
+def _signal(send: Callable[[int, int], None], number: int) -> bool:
+    """Sends a signal to the run's process (os.kill) or to all that it started too (os.killpg); returns whether it began."""
     group = json.loads(RUN.read_text()).get("group")
     if group is not None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, number)
+            send(group, number)
+    return group is not None
+
+
+def end() -> str:
+    """Asks the run to end, makes it end where it does not in its time, and returns the state after that.
+
+    SIGTERM goes to the run's process alone, which ends its graders itself; SIGKILL goes to all.
+    """
+    stop_s = json.loads(RUN.read_text())["stop_s"] if RUN.exists() else 0.0
+    for send, number, patience_s in ((os.kill, signal.SIGTERM, stop_s), (os.killpg, signal.SIGKILL, 10.0)):
+        limit, sent = time.monotonic() + patience_s, False
+        while state().startswith("running") and time.monotonic() < limit:
+            sent = sent or _signal(send, number)
+            time.sleep(POLL_S)
+    return state()
 
 
 def stop() -> str:
-    """Asks the run to end, makes it end after STOP_S, and returns the state after that."""
-    for number, patience_s in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, 10.0)):
-        limit = time.monotonic() + patience_s
-        if state().startswith("running"):
-            _signal(number)
-        while state().startswith("running") and time.monotonic() < limit:
-            time.sleep(POLL_S)
-    return state()
+    """Ends the run as the user's wish, so that no launcher starts it again; returns the state after that."""
+    if state().startswith("running"):
+        files.write_text(STOPPED, "")
+    return end()
 
 
 def follow(line: int) -> Iterator[str]:
     """Yields the log from a line on (1 is the first; -5 the fifth from the end), then the state at the end of the run.
 
-    A line of the log has | before it. `R1JAX alive` and the number of the next line come first, and in silence.
+    A line of the log has a | at either end, by which one that a broken connection cut off is known. `R1JAX alive` and the
+    number of the next line come first, after an empty line, and in silence. The state is `R1JAX STATE`.
     """
     before = LOG.read_bytes().count(b"\n") if LOG.exists() and line < 0 else 0
     line = max(1, before + 1 + line) if line < 0 else line
-    yield f"R1JAX alive {line}"
+    yield f"\nR1JAX alive {line}"
     spoke, number, rest, offset = time.monotonic(), 0, b"", 0
     while True:
         now = state()  # before the log is read: what was written until the end is printed
@@ -141,13 +162,14 @@ def follow(line: int) -> Iterator[str]:
         for text in [*lines, rest] if ended and rest else lines:
             number += 1
             if number >= line:
-                yield "|" + text.decode(errors="replace").rstrip("\r")
+                shown = text.decode(errors="replace").rstrip("\r")
+                yield f"|{shown}|"
                 spoke = time.monotonic()
         if ended:
             yield f"R1JAX {now}"
             return
         if time.monotonic() - spoke > ALIVE_S:
-            yield f"R1JAX alive {number + 1}"
+            yield f"R1JAX alive {max(line, number + 1)}"
             spoke = time.monotonic()
         if not data:
             time.sleep(POLL_S)
@@ -170,7 +192,8 @@ def main(argv: list[str]) -> int:
     elif verb == "failure":
         answers = failure(int(words[0]))
     else:
-        calls = {"status": state, "stop": stop, "start": lambda: start(words[0], words[2:])}
+        calls = {"status": state, "stop": stop, "end": end}
+        calls["start"] = lambda: start(words[0], float(words[1]), words[3:])
         answers = iter([f"R1JAX {socket.gethostname()} {calls[verb]()}"])
     try:
         for text in answers:

@@ -5,13 +5,13 @@ gcloud compute tpus tpu-vm describe r1 --zone=us-east5-a --project=my-project --
 
 # copy the tracked files of this checkout to every worker, and install them
 gcloud compute tpus tpu-vm scp r1jax_checkout.tar.gz r1:r1jax_checkout.tar.gz --worker=all --zone=us-east5-a --project=my-project --quiet
-gcloud compute tpus tpu-vm ssh r1 --worker=all --zone=us-east5-a --project=my-project --quiet '--command=mkdir -p r1jax && cd r1jax && touch .pod_files && xargs -d '"'"'\n'"'"' rm -f -- < .pod_files && tar -xzf ../r1jax_checkout.tar.gz && tar -tzf ../r1jax_checkout.tar.gz > .pod_files && echo R1JAX unpacked'
+gcloud compute tpus tpu-vm ssh r1 --worker=all --zone=us-east5-a --project=my-project --quiet '--command=mkdir -p r1jax && cd r1jax && touch .pod_files && xargs -d '"'"'\n'"'"' rm -f -- < .pod_files && tar -xvzf ../r1jax_checkout.tar.gz > .pod_files && echo R1JAX $(hostname) unpacked'
 gcloud compute tpus tpu-vm ssh r1 --worker=all --zone=us-east5-a --project=my-project --quiet '--command=cd r1jax && (sudo mount -t nfs 10.0.0.2:/r1 /mnt) && bash launch/tpu_worker.sh'
 
 # start the run on every worker, and follow worker 0's log until it ends
-gcloud compute tpus tpu-vm ssh r1 --worker=all --zone=us-east5-a --project=my-project --quiet '--command=cd r1jax && .venv/bin/python -m r1jax.pod.worker start d8477f2aa130 -- --config=r1_zero --config.mesh.fsdp=8 --workdir=/mnt/runs '"'"'--config.data.instruction=It'"'"'"'"'"'"'"'"'s "so": $HOME `ls` \ *'"'"' --coordinator=auto'
+gcloud compute tpus tpu-vm ssh r1 --worker=all --zone=us-east5-a --project=my-project --quiet '--command=cd r1jax && .venv/bin/python -m r1jax.pod.worker start 6043230b9751 120 -- --config=r1_zero --config.mesh.fsdp=8 --workdir=/mnt/runs '"'"'--config.data.instruction=It'"'"'"'"'"'"'"'"'s "so": $HOME $$ $(HOME) `ls` \ * 😀'"'"' --coordinator=auto'
 gcloud compute tpus tpu-vm ssh r1 --worker=0 --zone=us-east5-a --project=my-project --quiet '--command=cd r1jax && .venv/bin/python -m r1jax.pod.worker follow 1'
-gcloud compute tpus tpu-vm ssh r1 --worker=all --zone=us-east5-a --project=my-project --quiet '--command=cd r1jax && .venv/bin/python -m r1jax.pod.worker status'
+gcloud compute tpus tpu-vm ssh r1 --worker=all --zone=us-east5-a --project=my-project --quiet '--command=(cd r1jax && .venv/bin/python -m r1jax.pod.worker status) || (mkdir -p r1jax_run && flock -n -s r1jax_run/lock echo R1JAX $(hostname) none)'
 
 # fetch the results
 gcloud compute tpus tpu-vm scp --recurse r1:/mnt/runs r1_results --worker=0 --zone=us-east5-a --project=my-project --quiet

@@ -1,2 +1,0 @@
-# fetch the results
-gcloud storage rsync --recursive gs://b/runs here
