@@ -18,7 +18,6 @@ import fake_gcloud
 import pytest
 import yaml
 
-from r1jax import flags
 from r1jax.core import preempt, slices, watch
 from r1jax.pod import archive, commands, gke, hardware, launcher, request, shell, worker
 
@@ -416,15 +415,9 @@ def test_mistake_is_one_line_before_anything_is_asked_of_gcloud(cloud, capfd, ar
     assert line.startswith("error: ") and expected in line and not (folder / "calls.jsonl").exists()
 
 
-def test_run_on_a_bucket_is_accepted_once_r1jax_keeps_urls(monkeypatch):
-    whole = flags.parse
-
-    def keeping(argv):
-        workdir = next((text.partition("=")[2] for text in argv if text.startswith("--workdir=")), "runs")
-        return dataclasses.replace(whole(argv), workdir=workdir)
-
-    monkeypatch.setattr(flags, "parse", keeping)
-    result = parsed(*POD, "--spot", "--", *RUN, "--workdir=gs://b/runs")
+def test_run_on_a_bucket_is_accepted_where_the_pod_has_one_host():
+    one_host = [text.replace("2x2x2", "2x2x1") for text in POD]
+    result = parsed(*one_host, "--spot", "--", "--config=r1_zero", "--workdir=gs://b/runs")
     assert result.is_kept_elsewhere and result.fetch == ""
 
 

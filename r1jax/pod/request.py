@@ -165,10 +165,10 @@ def _check_run(request: PodRequest) -> None:
     parsed = flags.parse(_without_places(request.arguments))
     resolved = config.load(parsed.spec, parsed.overrides)
     stage_table.check(resolved, config.keys(parsed.overrides))
-    if "://" in request.workdir and "://" not in str(flags.parse([f"--workdir={request.workdir}"]).workdir):
+    if "://" in request.workdir and request.hosts > 1:
         raise ValueError(
-            f"--workdir={request.workdir}: r1jax writes to paths, not to URLs; mount the bucket on every worker with "
-            "--setup='gcsfuse ...' and give the mount's path"
+            f"--workdir={request.workdir}: r1jax writes to paths, not to URLs, where a pod has several hosts (this one "
+            f"has {request.hosts}); mount the bucket on every worker with --setup='gcsfuse ...' and give the mount's path"
         )
     alone = "" if stage_table.several_processes(resolved.stage) else resolved.stage
     if resolved.mode == "disaggregated":

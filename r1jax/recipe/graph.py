@@ -8,7 +8,7 @@ from pathlib import Path
 
 from r1jax import config as configs
 from r1jax import stage_table
-from r1jax.core import checkpoint, files, hosts, lock
+from r1jax.core import checkpoint, files, hosts, lock, remote
 from r1jax.core.say import say
 from r1jax.recipe import common, evaluate, export_hf, inherited, lineage, reward_models
 from r1jax.report import html, table
@@ -68,7 +68,7 @@ def run(config: Config, workdir: Path) -> dict:
 
 def _run(config: Config, chosen: list[str], stages: dict[str, Config], workdir: Path) -> dict:
     started, mark = time.monotonic(), workdir / REMADE
-    remade = {"config": configs.config_hash(config), "stages": list(chosen)}
+    remade = {"config": configs.config_hash(config, remote.shown), "stages": list(chosen)}
     if config.from_stage and not hosts.decide(_holds, mark, remade, name=str(mark)):
         for stage in chosen:
             common.StageFolder(stages[stage], workdir).hold()
