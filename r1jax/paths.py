@@ -42,7 +42,12 @@ def on_this_machine(asked: schema.Config, workdir: Path | str) -> Generator[tupl
         raise urls.RemoteError(f"{target} exists already; name another --config.output or remove it")
     with contextlib.ExitStack() as stack:
         stack.callback(remote.forget)
-        folder = stack.enter_context(remote.work_folder(workdir)) if isinstance(workdir, str) else workdir
+        if isinstance(workdir, Path):
+            folder = workdir
+        elif asked.list:  # looks at the folder alone, also while a run is at work there
+            folder = Path(remote.local(workdir))
+        else:
+            folder = stack.enter_context(remote.work_folder(workdir))
         local = changed(asked, remote.local)
         if target:
             output = stack.enter_context(remote.output(target))

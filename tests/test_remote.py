@@ -17,6 +17,7 @@ from remote_file_system import FailingFileSystem
 from r1jax import config as configs
 from r1jax import launch, paths, schema
 from r1jax.core import url_lock, urls
+from r1jax.data import tasks
 from r1jax.rl.recorder import Recorder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -296,3 +297,82 @@ def test_file_urls_are_paths(tmp_path):
     path = tmp_path / "figures.json"
     assert launch.main(["--config=grade", "--dry_run", f"--json=file://{path}"]) == 0
     assert json.loads(path.read_text())["stage"] == "grade"
+
+
+@pytest.fixture
+def running(tmp_path):
+    """Yields a function that starts a command in a process of its own, with a fresh cache folder."""
+    processes = []
+
+    def start(arguments):
+        cache = tmp_path / f"cache{len(processes)}"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "R1JAX_URL_CACHE": str(cache)}
+        command = [sys.executable, "-m", "r1jax.launch", *arguments]
+        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def pushed_checkpoints(folder):
+    names = sorted(folder.glob(".r1jax/manifest-*.json"))
+    files = json.loads(names[-1].read_text())["files"] if names else {}
+    return {int(name.split("/")[2]) for name in files if name.startswith("r1_zero/checkpoints/")}
+
+
+@pytest.mark.slow
+def test_runs_at_a_url_that_are_killed_or_asked_to_end_go_on_elsewhere_with_the_same_bits(local_run, running, tmp_path):
+    folder = tmp_path / "bucket" / "runs"
+    arguments = command("r1_zero", f"local://{folder}", *SHORT)
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
+        before = max(pushed_checkpoints(folder) if folder.exists() else (), default=0)
+        process = running(arguments)
+        ends = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < ends:
+            if folder.exists() and max(pushed_checkpoints(folder), default=0) > before:
+                break
+            time.sleep(0.01)
+        process.send_signal(number)
+        said = process.communicate()[1]
+        assert process.returncode == code, said
+        assert (folder / ".r1jax" / "lock.json").exists() == (number == signal.SIGKILL)
+    process = running(arguments)
+    said = process.communicate()[1]
+    assert process.returncode == 0 and f"local://{folder}: fetched" in said, said
+    assert stage_files(local_files(folder / "r1_zero")) == stage_files(local_files(local_run / "r1_zero"))
+
+
+@pytest.mark.slow
+def test_a_stage_starts_from_weights_and_rows_at_urls_as_from_local_ones(local_run, store, tmp_path, capsys):
+    chosen = tasks.linear_prompts("train")[:60]
+    rows = [{"id": one.id, "task": one.task, "prompt": one.prompt, "answer": one.reference} for one in chosen]
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "rows.jsonl").write_bytes(text)
+    store.pipe_file("/data/rows.jsonl", text)
+    store.put(str(local_run / "r1_zero"), "/models/r1_zero", recursive=True)
+
+    def run(workdir, weights, path):
+        fields = (f"--config.model.checkpoint={weights}", f"--config.data.path={path}")
+        return launch.main(command("r1_zero", workdir, *SHORT, *fields, "--config.grpo.updates=2"))
+
+    assert run(tmp_path / "local", local_run / "r1_zero", tmp_path / "rows.jsonl") == 0
+    assert run("memory://there", "memory://models/r1_zero", "memory://data/rows.jsonl") == 0
+    local, there = local_files(tmp_path / "local" / "r1_zero"), url_files(store, "/there/r1_zero")
+    assert there["metrics.jsonl"] == local["metrics.jsonl"]
+    done, expected = json.loads(there["DONE"]), json.loads(local["DONE"])
+    url_of = {
+        str(local_run / "r1_zero"): "memory://models/r1_zero",
+        str(tmp_path / "rows.jsonl"): "memory://data/rows.jsonl",
+    }
+    assert done["output"] == expected["output"]
+    assert done["inputs"] == {url_of[name]: digest for name, digest in expected["inputs"].items()}
+    fields = json.loads(there["config.json"])
+    assert [fields["model.checkpoint"], fields["data.path"]] == list(url_of.values())
+    capsys.readouterr()
+    store.pipe_file("/data/rows.jsonl", text[: text.rindex(b"\n", 0, -1) + 1])
+    assert run("memory://there", "memory://models/r1_zero", "memory://data/rows.jsonl") == 2
+    said = "memory://there/r1_zero is stale: its input memory://data/rows.jsonl has changed since"
+    assert said in capsys.readouterr().err

@@ -59,10 +59,14 @@ def forget() -> None:
 
 
 def shown(text: str) -> str:
-    """Returns a text with URLs in place of their local paths."""
+    """Returns a text, which may be JSON, with URLs in place of their local paths."""
     for path in sorted(_url_of, key=len, reverse=True):
-        text = text.replace(path, _url_of[path])
+        text = text.replace(path, _url_of[path]).replace(_as_json(path), _as_json(_url_of[path]))
     return text
+
+
+def _as_json(text: str) -> str:
+    return json.dumps(text)[1:-1]
 
 
 def _fetched(url: str) -> Path:

@@ -88,7 +88,8 @@ class RemoteFolder:
         except FileNotFoundError:
             return {}
         start = self._root.rstrip("/") + "/"
-        return {path.removeprefix(start): info for path, info in listed.items() if path.startswith(start)}
+        inside = {path: info for path, info in listed.items() if path.startswith(start) and info["type"] == "file"}
+        return {path.removeprefix(start): info for path, info in inside.items()}
 
     def read(self, name: str) -> bytes:
         return self._try("read", name, lambda: self._fs.cat_file(self._path(name)))

@@ -175,7 +175,7 @@ def listing(stages: dict[str, Config], workdir: Path) -> dict:
     """Prints and returns the state of every stage: done, stale, stopped or missing."""
     states = {stage: state(stage, stages, workdir) for stage in stages}
     shown = [{"stage": stage, "state": current, "needs": ", ".join(GRAPH[stage])} for stage, current in states.items()]
-    table.render(shown, ("stage", "state", "needs"), str(workdir))
+    table.render(shown, ("stage", "state", "needs"), remote.shown(str(workdir)))
     return states
 
 
