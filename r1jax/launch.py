@@ -81,6 +81,7 @@ def _run(resolved: schema.Config, arguments: flags.Arguments) -> int:
         hosts.require_one(resolved.stage)
     if hosts.process_count() > 1:
         paths.refuse(resolved, {"workdir": arguments.workdir, "json": arguments.json}, ONE_PROCESS)
+        remote.refuse(ONE_PROCESS)  # also what records of earlier stages name
     if isinstance(arguments.json, str):
         urls.RemoteFolder(arguments.json)  # raises now what would be raised at the end
     observe.ask(observe.MeasurementRequest(arguments.profile, arguments.peak_tflops))

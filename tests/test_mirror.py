@@ -206,6 +206,18 @@ def test_a_push_that_failed_is_made_up_for_by_the_next_one(tmp_path, store, caps
         assert objects == files_of(THIRD) and len(inside) == 1
 
 
+def test_a_push_at_the_end_makes_up_for_one_that_failed_just_before(tmp_path):
+    work = first_push(tmp_path / "a")
+    FailingFileSystem.reset(limit=3)
+    assert work.offer()
+    while work.offer() is False:
+        pass
+    FailingFileSystem.reset()
+    work.push()
+    pulled(tmp_path / "b")
+    assert read(tmp_path / "b") == SECOND
+
+
 def test_a_run_ends_when_three_pushes_in_a_row_failed(tmp_path):
     work = first_push(tmp_path / "a")
     FailingFileSystem.reset(limit=0)

@@ -16,7 +16,7 @@ from remote_file_system import FailingFileSystem
 
 from r1jax import config as configs
 from r1jax import launch, paths, schema
-from r1jax.core import url_lock, urls
+from r1jax.core import remote, url_lock, urls
 from r1jax.data import tasks
 from r1jax.rl.recorder import Recorder
 
@@ -290,6 +290,13 @@ def test_several_processes_are_refused_with_the_remedy():
     for named in ({"workdir": "gs://b/runs"}, {}):
         with pytest.raises(ValueError, match="gs://b/.*: several processes need .*; mount the bucket"):
             paths.refuse(asked, named, launch.ONE_PROCESS)
+    remote.refuse(launch.ONE_PROCESS)  # of what an earlier stage's config.json names
+    try:
+        with pytest.raises(ValueError, match="gs://b/model: several processes need"):
+            remote.local("gs://b/model")
+        assert remote.local("/b/model") == "/b/model"
+    finally:
+        remote.refuse("")
     paths.refuse(configs.load("r1_zero"), {"workdir": pathlib.Path("runs"), "json": None}, launch.ONE_PROCESS)
 
 

@@ -155,6 +155,7 @@ class Mirror:
 
     def _begin(self) -> None:
         snapshot, table = self._snapshot()
+        self._error = None  # of a push before, which this one makes up for
         self._thread = threading.Thread(target=self._run, args=(snapshot, table), name="push", daemon=True)
         self._thread.start()
 

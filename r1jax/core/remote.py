@@ -22,6 +22,7 @@ TRIES = 3  # at a folder that a run writes to while it is fetched
 _local_of: dict[str, str] = {}  # URL -> local path
 _url_of: dict[str, str] = {}  # local path -> URL, also of folders that are gone
 _work: mirror.Mirror | None = None  # of the run of this process
+_refusal = ""  # why this process fetches nothing
 _saved: Callable[[], bool] | None = None  # whether the checkpoint that is being written, or was, is on disk
 
 
@@ -48,9 +49,17 @@ def local(text: str) -> str:
     text = known(urls.plain(text).rstrip("/") if urls.is_url(text) else urls.plain(text))
     if not urls.is_url(text):
         return text
+    if _refusal:
+        raise urls.RemoteError(f"{text}: {_refusal}")
     _local_of[text] = path = str(_fetched(text))
     _url_of[path] = text
     return path
+
+
+def refuse(why: str) -> None:
+    """Makes `local` raise RemoteError with this reason for every URL, until it is called with an empty one."""
+    global _refusal
+    _refusal = why
 
 
 def forget() -> None:
