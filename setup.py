@@ -38,6 +38,7 @@ setup(
     install_requires=[
         "absl-py>=2.0",
         "flax>=0.10",
+        "fsspec>=2024.6",
         "jax>=0.7",
         "jinja2>=3.1",
         "matplotlib>=3.8",

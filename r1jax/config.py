@@ -19,7 +19,7 @@ import pathlib
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from r1jax import schema
@@ -123,6 +123,15 @@ def override(config: schema.Config, overrides: Iterable[tuple[str, str]]) -> sch
 def keys(overrides: Iterable[tuple[str, str]]) -> list[str]:
     """Returns the dotted keys that overrides set, as the schema names them."""
     return [_ALIASES.get(key, key) for key, _ in overrides]
+
+
+def with_values(config: schema.Config, values: Mapping[str, typing.Any]) -> schema.Config:
+    """Returns `config` with other values at dotted keys, all at once."""
+    changes: dict = {}
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, changes)[leaf] = value
+    return _replace(config, changes)
 
 
 def _replace(node, changes: dict):
@@ -273,14 +282,14 @@ def _text(value) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def config_hash(config) -> str:
+def config_hash(config, rewrite: Callable[[str], str] = str) -> str:
     """Returns the sha256 (hex) of every key and value that is not the default; equal for equal configs, in any process.
 
-    A field added later, at its default, leaves the hash as it was.
+    A field added later, at its default, leaves the hash as it was. `rewrite` changes the text that is hashed.
     """
     defaults = flatten(type(config)())
     chosen = {key: value for key, value in flatten(config).items() if key not in defaults or value != defaults[key]}
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(rewrite(json.dumps(chosen, sort_keys=True)).encode()).hexdigest()
 
 
 def sweep(config: schema.Config, axes: Sequence[str], fixed: Iterable[tuple[str, str]] = ()) -> list[Point]:
@@ -358,4 +367,9 @@ def plain(value):
 
 def write_json(path: pathlib.Path, value) -> None:
     """Writes `value` as indented JSON (see `plain`), as core.files.replacing does."""
-    files.write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+    files.write_text(path, encode_json(value))
+
+
+def encode_json(value) -> str:
+    """Returns `value` as indented JSON (see `plain`)."""
+    return json.dumps(plain(value), indent=2, allow_nan=False) + "\n"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from absl import flags as absl_flags
 
 from r1jax import config, schema
+from r1jax.core import urls
 
 _PREFIX = "config."
 _BOOL_WORDS = ("true", "false")
@@ -18,8 +19,8 @@ class Arguments:
 
     spec: str  # NAME[:PRESET]
     overrides: tuple[tuple[str, str], ...]
-    workdir: pathlib.Path
-    json: pathlib.Path | None
+    workdir: pathlib.Path | str  # a text is a URL
+    json: pathlib.Path | str | None  # likewise
     sweep: tuple[str, ...]  # FIELD=v1,v2 axes
     sweep_index: int | None
     coordinator: str | None  # HOST:PORT of process 0 of several, or auto
@@ -122,7 +123,7 @@ def _define() -> absl_flags.FlagValues:
     absl_flags.DEFINE_string(
         "config", "", "NAME[:PRESET]: what to run, and at which size (default: tiny).", flag_values=values
     )
-    absl_flags.DEFINE_string("workdir", "runs", "Folder for checkpoints, metrics and reports.", flag_values=values)
+    absl_flags.DEFINE_string("workdir", "runs", "Folder or URL for checkpoints, metrics, reports.", flag_values=values)
     absl_flags.DEFINE_string("json", None, "File for the run's figures, as JSON.", flag_values=values)
     absl_flags.DEFINE_string(
         "plan",
@@ -203,15 +204,20 @@ def _names(values: absl_flags.FlagValues) -> list[str]:
     return [f"--{name}" for name in values if name not in ("h", "helpfull", "helpshort")]
 
 
-def _path(flag: str, text: str, is_here: bool) -> pathlib.Path:
-    """Returns the path, or raises ValueError now when nothing could be written there at the end of a long run."""
+def _path(flag: str, text: str, is_here: bool) -> pathlib.Path | str:
+    """Returns the path, or a URL as text.
+
+    Raises ValueError now when nothing could be written to a path at the end of a long run.
+    """
     if not text:
         raise ValueError(f"--{flag}= is empty; give a path")
     if not is_here:
-        if "://" in text:
+        if urls.is_url(text):
             raise ValueError(f"--{flag}={text}: r1jax writes to paths, not to URLs, on a pod; mount the bucket there")
-        return pathlib.Path(text)
-    path = pathlib.Path(text).expanduser()
+        return pathlib.Path(urls.plain(text))
+    if urls.is_url(text):
+        return text
+    path = pathlib.Path(urls.plain(text)).expanduser()
     if flag == "json" and path.is_dir():
         raise ValueError(f"--json={text} is a folder; give a file")
     folder = path.absolute().parent if flag == "json" else path.absolute()

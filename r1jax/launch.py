@@ -9,10 +9,14 @@ import os
 import sys
 import traceback
 
-from r1jax import config, flags, schema, stage_table, sweep
-from r1jax.core import errors, lock, preempt
+from r1jax import config, flags, paths, schema, stage_table, sweep
+from r1jax.core import errors, lock, preempt, remote, urls
 
 _USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+ONE_PROCESS = (
+    "several processes need one folder that all see; mount the bucket (gcsfuse, s3fs) and give the mount's path"
+)
 
 
 def execute(arguments: flags.Arguments) -> int:
@@ -33,12 +37,13 @@ def execute(arguments: flags.Arguments) -> int:
         return _run(resolved, arguments)
     print(config.dump(resolved), end="")
     if arguments.json is not None:
-        config.write_json(arguments.json, config.flatten(resolved))
+        paths.write_json(arguments.json, config.flatten(resolved))
     return 0
 
 
 def _plan(resolved: schema.Config, arguments: flags.Arguments) -> int:
     """Plans the run and returns 0, or 2 where it does not fit."""
+    paths.refuse(resolved, {}, "--plan reads no URL; give a local folder")
     run = stage_table.planner()
     figures = run(
         resolved,
@@ -51,7 +56,7 @@ def _plan(resolved: schema.Config, arguments: flags.Arguments) -> int:
         price=arguments.price,
     )
     if arguments.json is not None:
-        config.write_json(arguments.json, figures)
+        paths.write_json(arguments.json, figures)
     return 0 if figures["fits"] else 2
 
 
@@ -74,11 +79,17 @@ def _run(resolved: schema.Config, arguments: flags.Arguments) -> int:
     preempt.listen(grace_s)  # joining the others gives the signal to JAX
     if not stage_table.several_processes(resolved.stage):
         hosts.require_one(resolved.stage)
+    if hosts.process_count() > 1:
+        paths.refuse(resolved, {"workdir": arguments.workdir, "json": arguments.json}, ONE_PROCESS)
+        remote.refuse(ONE_PROCESS)  # also what records of earlier stages name
+    if isinstance(arguments.json, str):
+        urls.RemoteFolder(arguments.json)  # raises now what would be raised at the end
     observe.ask(observe.MeasurementRequest(arguments.profile, arguments.peak_tflops))
-    figures = run(resolved, arguments.workdir)
+    with paths.on_this_machine(resolved, arguments.workdir) as (local, workdir):
+        figures = run(local, workdir)
     observe.mention_missing_trace()
     if arguments.json is not None and hosts.is_writer():
-        config.write_json(arguments.json, figures)
+        paths.write_json(arguments.json, figures)
     hosts.stop()
     return 0
 
@@ -128,13 +139,13 @@ def _failed(error: BaseException, code: int, message: str, debug: bool) -> int:
     from r1jax.core import hosts
 
     if preempt.requested():  # the notice may have ended what failed: another process of the run, or workers
-        print(f"error: {errors.one_line(error)}", file=sys.stderr)
+        print(f"error: {remote.shown(errors.one_line(error))}", file=sys.stderr)
         return _preempted()
     hosts.await_verdict(error)
     if debug or (not message and hosts.process_count() > 1):
         traceback.print_exception(error)
     if message:
-        print(message, file=sys.stderr)
+        print(remote.shown(message), file=sys.stderr)
     lock.release_all()
     hosts.fail(error, code)
     return code

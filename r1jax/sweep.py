@@ -19,7 +19,7 @@ import rich.console
 import rich.table
 
 import r1jax
-from r1jax import config, flags, schema, stage_table
+from r1jax import config, flags, paths, schema, stage_table
 from r1jax.core import preempt
 
 _TABLE_FIGURES = 8  # columns of figures in the printed table; table.json has them all
@@ -55,6 +55,10 @@ def run(arguments: flags.Arguments, base: schema.Config) -> int:
         print(config.dump(base), end="")
         print("".join(f"point {number}: {point.slug}\n" for number, point in enumerate(points)), end="")
         return 0
+    if isinstance(arguments.workdir, str):
+        raise ValueError(
+            f"--workdir={arguments.workdir}: --sweep needs a local folder; give one, and copy it at the end"
+        )
     folder = arguments.workdir / "sweep"
     rows = []
     for number, point in enumerate(points):
@@ -65,7 +69,7 @@ def run(arguments: flags.Arguments, base: schema.Config) -> int:
     _print_table(rows)
     for path in [arguments.json, folder / "table.json" if index is None else None]:
         if path is not None:
-            config.write_json(path, [asdict(row) for row in rows])
+            paths.write_json(path, [asdict(row) for row in rows])
     return int(any(row.status == "failed" for row in rows))
 
 

@@ -29,6 +29,7 @@ WITHOUT_JAX = {
     "configs",
     "config",
     "flags",
+    "paths",
     "sweep",
     "stage_table",
     "launch",

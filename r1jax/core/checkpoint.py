@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from r1jax.core import files, hosts, preempt
+from r1jax.core import files, hosts, preempt, remote
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save, and warns of items that are not asked for
 
@@ -45,9 +45,11 @@ class CheckpointStore:
         """
         json.dumps(record)  # raises here, not in the thread
         self.wait()
+        remote.moment()
         arrays = {name: ocp.args.StandardSave(value) for name, value in items.items()}
         if not self._manager.save(number, args=ocp.args.Composite(**arrays, record=ocp.args.JsonSave(record))):
             raise RuntimeError(f"checkpoint {self.folder}/{number}: was not written; a newer one is there")
+        remote.saving(lambda: not self._manager.is_saving_in_progress())
 
     def wait(self) -> None:
         """Returns when the checkpoint that is being written is on disk."""
@@ -124,6 +126,9 @@ def shape_problems(stored: dict[str, tuple], wanted: dict[str, tuple], most: int
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a record of the run as JSON, whole or not at all; only in the process that writes the run's files."""
+    """Writes a record of the run as JSON, whole or not at all; only in the process that writes the run's files.
+
+    URLs take the place of the local paths of what was fetched from them.
+    """
     if hosts.is_writer():
-        files.write_text(path, json.dumps(value, indent=1, sort_keys=True))
+        files.write_text(path, remote.shown(json.dumps(value, indent=1, sort_keys=True)))

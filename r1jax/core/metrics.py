@@ -12,7 +12,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import BinaryIO
 
-from r1jax.core import files, hosts
+from r1jax.core import files, hosts, remote
 
 METRICS_FILE = "metrics.jsonl"  # deterministic values only
 TIMING_FILE = "timing.jsonl"  # wall-clock values
@@ -113,6 +113,7 @@ class MetricsLog:
                 self._scalars().add_scalar(f"metrics/{name}", float(value), int(update))
             for name, value in timing.items():
                 self._scalars().add_scalar(f"timing/{name}", float(value), int(update))
+        remote.moment()
 
     def _scalars(self):
         if self._writer is None:

@@ -2,11 +2,11 @@
 
 import sys
 
-from r1jax.core import hosts
+from r1jax.core import hosts, remote
 
 
 def say(*lines: str) -> None:
     """Prints lines on stderr in the writer process and nothing in the others."""
     if hosts.is_writer():
         for line in lines:
-            print(line, file=sys.stderr, flush=True)
+            print(remote.shown(line), file=sys.stderr, flush=True)

@@ -60,7 +60,7 @@ class PodRequest:
     @property
     def workdir(self) -> str:
         """The run's --workdir, as the workers see it; an absolute one is taken to be of a shared mount."""
-        return self.run.workdir.as_posix()
+        return str(self.run.workdir)
 
     @property
     def grace_s(self) -> float:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from r1jax.checkpoints import tokenizer as tokenizers
 from r1jax.checkpoints.tensor_file import TensorWriter
 from r1jax.config import flatten
-from r1jax.core import checkpoint, files, hosts, lock, runtime, sharding
+from r1jax.core import checkpoint, files, hosts, lock, remote, runtime, sharding
 from r1jax.core.say import say
 from r1jax.models import decoder
 from r1jax.recipe import identity
@@ -61,7 +61,7 @@ class StageFolder:
         marker = self.path / DONE
         if not marker.exists():
             return "stopped" if self._holds_work() else "missing"
-        if json.loads(marker.read_text())["inputs"] != inputs or self._refusal():
+        if json.loads(marker.read_text())["inputs"] != _recorded(inputs) or self._refusal():
             return "stale"
         return "stopped" if self._lengthened() else "done"
 
@@ -76,7 +76,7 @@ class StageFolder:
         marker = self.path / (DONE if (self.path / DONE).exists() else INPUTS)
         if not marker.exists() or not self._holds_work():
             return None
-        record = json.loads(marker.read_text())
+        record, inputs = json.loads(marker.read_text()), _recorded(inputs)
         changed = [name for name in {**inputs, **record["inputs"]} if inputs.get(name) != record["inputs"].get(name)]
         if changed:
             raise ValueError(
@@ -175,6 +175,7 @@ class StageFolder:
         checkpoint.write_json(self.path / DONE, {"inputs": inputs, "output": output, "figures": figures})
         done = hosts.decide(lambda: json.loads((self.path / DONE).read_text())["figures"], name=f"{self.path}/{DONE}")
         lock.release(self._lock)
+        remote.stage_finished()
         return done
 
     def checkpoints(self) -> checkpoint.CheckpointStore:
@@ -191,7 +192,12 @@ class StageFolder:
 
 def json_fields(config: Config) -> dict:
     """Returns the flat fields of a config as they are in config.json."""
-    return json.loads(json.dumps(flatten(config), default=str))
+    return json.loads(remote.shown(json.dumps(flatten(config), default=str)))
+
+
+def _recorded(inputs: dict[str, str]) -> dict[str, str]:
+    """Returns {input: digest} with the names that are written down."""
+    return {remote.shown(name): digest for name, digest in inputs.items()}
 
 
 def read_folder(
@@ -296,7 +302,7 @@ def _model_of_run(folder: Path, preset: ModelConfig) -> tuple[ModelConfig, token
     if not fields:
         return preset, tokenizers.tiny(), {}
     moved = preset.checkpoint if preset.checkpoint and Path(preset.checkpoint) != folder else ""
-    if base := moved or fields.get("model.checkpoint"):
+    if base := remote.local(moved or fields.get("model.checkpoint", "")):
         if not Path(base).exists():
             raise ValueError(
                 f"{folder} was trained from {base}, which holds its tokenizer and is not there; name that folder with "

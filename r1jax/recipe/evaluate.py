@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import checkpoint, hosts, tree
+from r1jax.core import checkpoint, hosts, remote, tree
 from r1jax.core.say import say
 from r1jax.data import jsonl
 from r1jax.data.problems import SCENARIOS
@@ -172,8 +172,8 @@ def _trained_on(folder: Path) -> dict[str, float]:
             for path in problems.paths(config.get(name, "")):
                 for key in (digests[path], str(Path(path).resolve())) if path in digests else ():
                     held_out_shares[key] = min(share, held_out_shares.get(key, 1.0))
-        workdir = Path(config["inputs"]) if config.get("inputs") else folder.parent
-        waiting += [place for name in digests if name for place in (workdir / name, Path(name))]
+        workdir = Path(remote.known(config["inputs"])) if config.get("inputs") else folder.parent
+        waiting += [place for name in digests if name for place in (workdir / name, Path(remote.known(name)))]
     return held_out_shares
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from r1jax import config as configs
 from r1jax import stage_table
-from r1jax.core import checkpoint, files, hosts, lock
+from r1jax.core import checkpoint, files, hosts, lock, remote
 from r1jax.core.say import say
 from r1jax.recipe import common, evaluate, export_hf, inherited, lineage, reward_models
 from r1jax.report import html, table
@@ -68,7 +68,7 @@ def run(config: Config, workdir: Path) -> dict:
 
 def _run(config: Config, chosen: list[str], stages: dict[str, Config], workdir: Path) -> dict:
     started, mark = time.monotonic(), workdir / REMADE
-    remade = {"config": configs.config_hash(config), "stages": list(chosen)}
+    remade = {"config": configs.config_hash(config, remote.shown), "stages": list(chosen)}
     if config.from_stage and not hosts.decide(_holds, mark, remade, name=str(mark)):
         for stage in chosen:
             common.StageFolder(stages[stage], workdir).hold()
@@ -175,7 +175,7 @@ def listing(stages: dict[str, Config], workdir: Path) -> dict:
     """Prints and returns the state of every stage: done, stale, stopped or missing."""
     states = {stage: state(stage, stages, workdir) for stage in stages}
     shown = [{"stage": stage, "state": current, "needs": ", ".join(GRAPH[stage])} for stage, current in states.items()]
-    table.render(shown, ("stage", "state", "needs"), str(workdir))
+    table.render(shown, ("stage", "state", "needs"), remote.shown(str(workdir)))
     return states
 
 

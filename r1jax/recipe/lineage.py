@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from r1jax import config as configs
 from r1jax import stage_table
-from r1jax.core import hosts, tree
+from r1jax.core import hosts, remote, tree
 from r1jax.data import files
 from r1jax.recipe import common, inherited, parts, problems, stage0_base
 from r1jax.rewards import plugins
@@ -105,12 +105,12 @@ def digest_now(name: str, workdir: Path, default: str) -> str:
     """
     if (workdir / name / common.DONE).exists():
         return output_digest(workdir / name)
-    path = Path(name)
+    path = Path(remote.known(name))
     if not default or name in RESULTS or not path.exists():
         return default
     if path.suffix == ".safetensors" or any((path / inside).exists() for inside in ("checkpoints", "config.json")):
         return common.checkpoint_digest(path)
-    return files.digest(name)
+    return files.digest(remote.known(name))
 
 
 def inputs(config: Config, workdir: Path, compared: bool = True) -> dict[str, str]:
@@ -237,10 +237,10 @@ def _base_of_run(folder: Path) -> tuple[str, str]:
         fields = json.loads((folder / "config.json").read_text())
         if base := fields.get("model.checkpoint", ""):
             marker = folder / common.DONE
-            return base, json.loads(marker.read_text())["inputs"].get(base, "") if marker.exists() else ""
+            return remote.local(base), json.loads(marker.read_text())["inputs"].get(base, "") if marker.exists() else ""
         if not fields.get("start"):
             break
-        folder = Path(fields.get("inputs") or folder.parent) / fields["start"]
+        folder = Path(remote.local(fields.get("inputs", "")) or folder.parent) / fields["start"]
     return "", ""
 
 

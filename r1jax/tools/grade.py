@@ -8,6 +8,7 @@ import time
 from rich.progress import Progress
 
 from r1jax import config as configs
+from r1jax.core import remote
 from r1jax.core.say import say
 from r1jax.data import jsonl
 from r1jax.rewards import explaining, golds, references
@@ -57,7 +58,8 @@ def run(config: Config, workdir: str) -> dict:
     values = [score.value for score in scores if score.scorable]
     mean = sum(values) / len(values) if values else 0.0
     seconds = time.monotonic() - started
-    print(f"graded {len(rows)} rows in {seconds:.1f} s: mean {mean:.4f} of {len(values)} scorable -> {config.output}")
+    target = remote.shown(config.output)
+    print(f"graded {len(rows)} rows in {seconds:.1f} s: mean {mean:.4f} of {len(values)} scorable -> {target}")
     return {"rows": len(rows), "mean": mean, "scorable": len(values), "seconds": seconds}
 
 
