@@ -46,7 +46,10 @@ def build(folder: pathlib.Path, name: str = "r1_zero:tiny", **more):
     mesh = sharding.make_mesh(config.mesh)
     train = prompts.encode(tasks.linear_prompts("train")[:30], parts_of(AskingParts, config), WORDS)
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
-    return policy.make_training(of_config(config), WORDS, mesh, train, params, folder, describe=policy.describe)
+    measure = small.measure_of(config, 4)
+    return policy.make_training(
+        of_config(config), WORDS, mesh, train, params, folder, describe=policy.describe, measure=measure
+    )
 
 
 def run(folder: pathlib.Path, **more) -> dict:
@@ -72,6 +75,7 @@ def run(folder: pathlib.Path, **more) -> dict:
     cache = training.source.sampling.sampler.engine.init_decode_state().cache.keys
     return {
         "rows": metrics.read(folder),
+        "evaluations": metrics.read_evaluation(folder),
         "timing": metrics.read_timing(folder),
         "events": [(name, update, begun - first, end - first) for name, update, begun, end in events],
         "digest": tree.digest(training.run.state),

@@ -45,6 +45,7 @@ class StageData:
     counts: Mapping[str, object] = field(default_factory=dict)  # how many passed each filter, by task where counted so
     tasks: Sequence[str] = ()  # tasks besides those named in the counts
     mfu: Mapping[str, float] = field(default_factory=dict)  # phase -> model FLOPs utilisation, where it was measured
+    evaluations: Sequence[Mapping] = ()  # rows of evaluation.jsonl
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ MEASURES = (  # column of metrics.jsonl, heading, unit
     ("length", "Length", "tokens per response"),
     ("reflective_words", "Reflective words", "per response"),
 )
+HELD_OUT = ("pass@1", "Held-out pass@1", "evaluated between updates")  # of evaluation.jsonl, as MEASURES
 
 
 def sampled_figures(rows: Sequence[Mapping]) -> list[str]:
@@ -262,6 +264,7 @@ def _stage(folder: Path, name: str) -> StageData:
         counts={"problems": figures.get("data", {}), "examples": examples},
         tasks=[*SCENARIOS, *tasks],
         mfu=mfu_by_phase(timing),
+        evaluations=files.read_jsonl(folder / "evaluation.jsonl"),
     )
 
 
@@ -412,23 +415,23 @@ def _splits(stages: Sequence[StageData]) -> list[dict]:
 
 
 def _points(stage: StageData, key: str) -> list[tuple[float, float]]:
-    return [
-        (row["update"], row[key]) for row in stage.rows if "reward" in row and math.isfinite(row.get(key, math.nan))
-    ]
+    rows = stage.evaluations if key == HELD_OUT[0] else [row for row in stage.rows if "reward" in row]
+    return [(row["update"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
 
 
 def _charts(stages: Sequence[StageData]) -> list[dict]:
-    """Returns a row of drawings per RL stage; a measure has the same axis in all stages, so that they compare."""
-    drawn = {(stage.name, key): _points(stage, key) for stage in stages for key, _, _ in MEASURES}
+    """Returns a row of drawings per stage that has any; a measure has the same axis in all, so that they compare."""
+    measures = (*MEASURES, HELD_OUT)
+    drawn = {(stage.name, key): _points(stage, key) for stage in stages for key, _, _ in measures}
     axes = {}
-    for key, _, _ in MEASURES:
+    for key, _, _ in measures:
         values = [y for stage in stages for _, y in drawn[stage.name, key]]
         axes[key] = _axis(min([0.0, *values]), max([0.0, *values]))
     rows = []
     for stage in stages:
         drawings = [
             {"title": title, "unit": unit, **_drawing(drawn[stage.name, key], axes[key])}
-            for key, title, unit in MEASURES
+            for key, title, unit in measures
             if drawn[stage.name, key]
         ]
         if drawings:
