@@ -108,12 +108,13 @@ def fail(folder: pathlib.Path) -> dict:
 def main() -> None:
     runtime.setup()
     folder = pathlib.Path(sys.argv[1])
+    measured = dict(train_eval__every=4, evaluation__samples_per_problem=2, evaluation__greedy=False)
     report = {
-        "colocated": run(folder / "colocated"),
-        "in_step": run(folder / "in_step", mode="disaggregated"),
+        "colocated": run(folder / "colocated", **measured),
+        "in_step": run(folder / "in_step", mode="disaggregated", **measured),
         "ahead_1": run(folder / "ahead_1", mode="disaggregated", grpo__rollouts_ahead=1),
         "ahead_1_again": run(folder / "again", mode="disaggregated", grpo__rollouts_ahead=1),
-        "ahead_2": run(folder / "ahead_2", mode="disaggregated", grpo__rollouts_ahead=2),
+        "ahead_2": run(folder / "ahead_2", mode="disaggregated", grpo__rollouts_ahead=2, **measured),
     }
     ppo = dict(name="ppo_baseline:tiny", grpo__kl_coef=0.1)
     longer = "((0, 8), (4, 16))"  # while older rollouts are trained on the next ones have longer slots

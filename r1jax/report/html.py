@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from r1jax.core import files
-from r1jax.report.phases import PHASES, mfu_by_phase, seconds_by_phase
+from r1jax.report.phases import EVALUATION, PHASES, mfu_by_phase, seconds_by_phase
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "assets" / "report.html.j2"
 SAMPLES_SHOWN = 200  # of each checkpoint at most, spread evenly
@@ -405,12 +405,14 @@ def _spread(samples: Sequence[Mapping], count: int) -> list[Mapping]:
 
 def _splits(stages: Sequence[StageData]) -> list[dict]:
     """Returns per stage the percentage of each phase, in the order of PHASES, and the MFU of those that have one."""
-    splits = []
+    splits, phases = [], PHASES
+    if any(EVALUATION in stage.split for stage in stages):
+        phases = (*PHASES, EVALUATION)
     for stage in stages:
         if total := sum(stage.split.values()):
-            percent = [round(100 * stage.split.get(phase, 0.0) / total, 1) for phase in PHASES]
+            percent = [round(100 * stage.split.get(phase, 0.0) / total, 1) for phase in phases]
             mfu = ", ".join(f"{phase} {100 * share:.1f}%" for phase, share in stage.mfu.items())
-            splits.append({"name": stage.name, "parts": list(zip(PHASES, percent, strict=True)), "mfu": mfu})
+            splits.append({"name": stage.name, "parts": list(zip(phases, percent, strict=True)), "mfu": mfu})
     return splits
 
 
