@@ -325,16 +325,17 @@ def measure(
         held_out = held_out[: evaluation.max_problems]
     sampling, size = evaluation_params(settings.sampler, evaluation, tokenizer), evaluation.samples_per_problem
     k = evaluation.consensus_samples
-    ask = functools.partial(respond, settings.seed, "evaluate", tokenizer, sampler, pool, on_prompt=on_prompt)
-    sampled = ask(held_out, params, sampling, size, "evaluate")
-    greedy = ask(held_out, params, replace(sampling, temperature=0.0), 1, "greedy") if evaluation.greedy else []
+    ask = functools.partial(respond, settings.seed, "evaluate", tokenizer, sampler, pool)
+    sampled, greedy = ask(held_out, params, sampling, size, "evaluate", on_prompt), []
+    if evaluation.greedy:
+        greedy = ask(held_out, params, replace(sampling, temperature=0.0), 1, "greedy", on_prompt)
     voting: list[Response] = []
     if evaluation.consensus_problems and k <= size:  # pass@1's samples have the same parameters
         starts = [size * place for place in spread(len(held_out), evaluation.consensus_problems)]
         voting = [response for start in starts for response in sampled[start : start + k]]
     elif evaluation.consensus_problems:
         chosen = [held_out[place] for place in spread(len(held_out), evaluation.consensus_problems)]
-        voting = ask(chosen, params, sampling, k, "evaluate")
+        voting = ask(chosen, params, sampling, k, "evaluate", on_prompt)
     verdicts = hosts.decide(benchmarks.vote, voting, k, settings.reward, name="the votes of cons@k")
     return summarize(Measurement(sampled, greedy, verdicts), evaluation, words), sampled
 
