@@ -46,7 +46,10 @@ def build(folder: pathlib.Path, name: str = "r1_zero:tiny", **more):
     mesh = sharding.make_mesh(config.mesh)
     train = prompts.encode(tasks.linear_prompts("train")[:30], parts_of(AskingParts, config), WORDS)
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
-    return policy.make_training(of_config(config), WORDS, mesh, train, params, folder, describe=policy.describe)
+    measure = small.measure_of(config, 4)
+    return policy.make_training(
+        of_config(config), WORDS, mesh, train, params, folder, describe=policy.describe, measure=measure
+    )
 
 
 def run(folder: pathlib.Path, **more) -> dict:
@@ -72,6 +75,7 @@ def run(folder: pathlib.Path, **more) -> dict:
     cache = training.source.sampling.sampler.engine.init_decode_state().cache.keys
     return {
         "rows": metrics.read(folder),
+        "evaluations": metrics.read_evaluation(folder),
         "timing": metrics.read_timing(folder),
         "events": [(name, update, begun - first, end - first) for name, update, begun, end in events],
         "digest": tree.digest(training.run.state),
@@ -104,12 +108,13 @@ def fail(folder: pathlib.Path) -> dict:
 def main() -> None:
     runtime.setup()
     folder = pathlib.Path(sys.argv[1])
+    measured = dict(train_eval__every=4, evaluation__samples_per_problem=2, evaluation__greedy=False)
     report = {
-        "colocated": run(folder / "colocated"),
-        "in_step": run(folder / "in_step", mode="disaggregated"),
+        "colocated": run(folder / "colocated", **measured),
+        "in_step": run(folder / "in_step", mode="disaggregated", **measured),
         "ahead_1": run(folder / "ahead_1", mode="disaggregated", grpo__rollouts_ahead=1),
         "ahead_1_again": run(folder / "again", mode="disaggregated", grpo__rollouts_ahead=1),
-        "ahead_2": run(folder / "ahead_2", mode="disaggregated", grpo__rollouts_ahead=2),
+        "ahead_2": run(folder / "ahead_2", mode="disaggregated", grpo__rollouts_ahead=2, **measured),
     }
     ppo = dict(name="ppo_baseline:tiny", grpo__kl_coef=0.1)
     longer = "((0, 8), (4, 16))"  # while older rollouts are trained on the next ones have longer slots

@@ -40,6 +40,7 @@ class Pauses:
 
 def build(settings: dict):
     import jax
+    import small
 
     from r1jax import config as configs
     from r1jax.checkpoints import tokenizer
@@ -66,7 +67,14 @@ def build(settings: dict):
     drawn = sharding.map_specs(lambda spec: 0.05 * random.standard_normal(spec.shape, np.float32), specs)
     params = jax.tree.map(sharding.place, drawn, sharding.spec_shardings(specs, mesh))
     return policy.make_training(
-        of_config(config), words, mesh, train, params, pathlib.Path(settings["folder"]), describe=policy.describe
+        of_config(config),
+        words,
+        mesh,
+        train,
+        params,
+        pathlib.Path(settings["folder"]),
+        describe=policy.describe,
+        measure=small.measure_of(config, 6),
     )
 
 

@@ -16,7 +16,7 @@ import small
 
 from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
-from r1jax.core import preempt, rng, runtime, sharding, tree
+from r1jax.core import metrics, preempt, rng, runtime, sharding, tree
 from r1jax.data import tasks
 from r1jax.models import decoder
 from r1jax.recipe import policy, prompts
@@ -39,6 +39,10 @@ FIELDS = {
     "pack.rows_per_micro_batch": 8,
     "checkpointing.every_updates": CHECKPOINT_EVERY,
     "reward.language": 1.0,  # random text earns some of it, so that groups have a signal
+    "train_eval.every": 4,
+    "train_eval.metric": "language_consistency",
+    "evaluation.samples_per_problem": 1,
+    "evaluation.greedy": False,
 }
 
 
@@ -82,7 +86,10 @@ def main(folder: pathlib.Path, fields: dict) -> None:
     params = sharding.initialize(decoder.specs(config.model), rng.key(0, "resume", "init"), "float32", mesh)
     if os.environ.get("SLOW"):
         slow_down(folder)
-    training = policy.make_training(of_config(config), words, mesh, train, params, folder, describe=policy.describe)
+    measure = small.measure_of(config, 4)
+    training = policy.make_training(
+        of_config(config), words, mesh, train, params, folder, describe=policy.describe, measure=measure
+    )
     training.train()
     state = training.run.state
     found = {
@@ -91,6 +98,8 @@ def main(folder: pathlib.Path, fields: dict) -> None:
         "reference": tree.digest(training.run.reference),
         "cursor": vars(training.run.cursor),
         "programs": training.run.programs.counts(),
+        "best": small.best_weights(folder, config),
+        "evaluations": metrics.read_evaluation(folder),
     }
     print(json.dumps(found))
 

@@ -13,16 +13,18 @@ import tokenizers
 from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
 from r1jax.checkpoints.tokenizer import JsonBackend, Tokenizer
-from r1jax.core import rng, sharding
+from r1jax.core import rng, sharding, tree
 from r1jax.data import tasks
 from r1jax.data.problems import Problem, from_row
 from r1jax.models import decoder
-from r1jax.recipe import common, policy, prompts
+from r1jax.recipe import common, policy, prompts, train_eval
 from r1jax.recipe.parts import AskingParts
 from r1jax.rewards import references
 from r1jax.rl.assemble import Training
+from r1jax.rl.rollout import Mixture
 from r1jax.rl.settings import of_config
 from r1jax.schema import Config, Network, RewardConfig, parts_of, replace
+from r1jax.train import evaluations
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -127,8 +129,10 @@ LOOP_FIELDS = {  # of `rl_training`
 }
 
 
-def rl_training(folder: pathlib.Path, seed: int = 0, name="r1_zero:tiny", **more) -> Training:
+def rl_training(folder: pathlib.Path, seed: int = 0, name="r1_zero:tiny", held_out: int = 0, **more) -> Training:
     """Returns an RL run of eight small updates that is ready to start; `a__b` in `more` overrides field a.b.
+
+    With train_eval.every it is evaluated on the first `held_out` problems of the tiny world that are held out.
 
     As in a stage, start weights are drawn only where the folder has no checkpoint.
     """
@@ -140,7 +144,24 @@ def rl_training(folder: pathlib.Path, seed: int = 0, name="r1_zero:tiny", **more
     params = None
     if not any((folder / "checkpoints").glob("*")):
         params = sharding.initialize(decoder.specs(config.model), rng.key(0, "loop", "init"), "float32", mesh)
-    return policy.make_training(of_config(config), words, mesh, train, params, folder, describe=policy.describe)
+    measure = measure_of(config, held_out)
+    return policy.make_training(
+        of_config(config), words, mesh, train, params, folder, describe=policy.describe, measure=measure
+    )
+
+
+def measure_of(config: Config, held_out: int):
+    """Returns what evaluates the weights of an RL run on the first so many held-out problems of the tiny world."""
+    words = tokenizer.tiny()
+    asked = prompts.encode(tasks.linear_prompts("test")[:held_out], parts_of(AskingParts, config), words)
+    stage_prompts = prompts.StagePrompts(tasks.TinyWorld(), Mixture([]), asked, {})
+    return train_eval.measure(parts_of(train_eval.TrainEvalParts, config), words, stage_prompts)
+
+
+def best_weights(folder: pathlib.Path, config: Config) -> list:
+    """Returns [their record, the digest of the weights] of the best weights in the folder of a run."""
+    weights = common.load_weights(config.model, sharding.make_mesh(config.mesh), str(folder / evaluations.BEST))
+    return [evaluations.best_of(folder), tree.digest(weights)]
 
 
 class Stopped(Exception):

@@ -39,6 +39,17 @@ def test_in_step_a_run_equals_the_colocated_one(report, algorithm, updates):
             assert b[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
+def test_evaluations_between_updates_take_the_weights_of_their_update_also_while_rollouts_are_drawn_ahead(report):
+    one, other, ahead = (report[name]["evaluations"] for name in ("colocated", "in_step", "ahead_2"))
+    assert [row["update"] for row in one] == [row["update"] for row in other] == [4, 8]
+    for a, b in zip(one, other, strict=True):
+        assert [b[name] for name in ("mean_tokens", "language_consistency")] == pytest.approx(
+            [a[name] for name in ("mean_tokens", "language_consistency")], rel=1e-6
+        )
+    assert [row["update"] for row in ahead] == [4, 8]
+    assert one[0]["language_consistency"] != one[1]["language_consistency"]
+
+
 def test_staleness_is_the_number_of_rollouts_ahead_after_the_first(report):
     staleness = {name: [row["staleness"] for row in report[name]["rows"]] for name in ("ahead_1", "ahead_2")}
     assert staleness["ahead_1"] == [0, 0, 2, 2, 2, 2, 2, 2]

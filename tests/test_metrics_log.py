@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from r1jax.core.metrics import MetricsLog, read, read_timing
+from r1jax.core.metrics import EvaluationLog, MetricsLog, read, read_evaluation, read_timing
 
 
 def fill(folder, updates, **kwargs):
@@ -98,6 +98,21 @@ def test_tensorboard_is_told_to_forget_the_steps_after_a_truncation(tmp_path):
     (events,) = (tmp_path / "tensorboard").iterdir()
     # protobuf of an Event: field 2 (step) is 7, then field 7 (session_log), 2 bytes long, whose status is START
     assert b"\x10\x07\x3a\x02\x08\x01" in events.read_bytes()
+
+
+def test_evaluations_have_a_file_and_a_tensorboard_run_beside_the_metrics(tmp_path):
+    log, other = MetricsLog(tmp_path), EvaluationLog(tmp_path)
+    log.write(7, {"reward": 0.25}, {})
+    for update in (6, 9):
+        other.write(update, {"pass@1": 0.5})
+    other.truncate(6)  # steps of the metrics after it stay
+    other.close()
+    log.close()
+    assert [row["update"] for row in read_evaluation(tmp_path)] == [6] and len(read(tmp_path)) == 1
+    (events,) = (path for path in (tmp_path / "tensorboard").iterdir() if path.is_file())
+    assert b"evaluation/pass_1" not in events.read_bytes()
+    (events,) = (tmp_path / "tensorboard" / "evaluation").iterdir()
+    assert b"evaluation/pass_1" in events.read_bytes()
 
 
 def test_host_side_modules_do_not_import_jax():

@@ -19,6 +19,7 @@ import small
 from r1jax import launch
 from r1jax.core import hosts, preempt, watch
 from r1jax.core.metrics import read
+from r1jax.train.evaluations import best_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEADLINE_S = 600.0
@@ -38,7 +39,13 @@ FIELDS = {
     "checkpointing.keep": 20,
     "reward.language": 1.0,  # random text earns some of it, so that groups have a signal
 }
+EVALUATED = {
+    "train_eval.every": 4,
+    "train_eval.metric": "language_consistency",
+    "evaluation.samples_per_problem": 2,
+}
 SMALL = {"preset": "tiny_dense", "fields": FIELDS | {"model.num_hidden_layers": 1}, "mesh": {"fsdp": 2}}
+MEASURED = SMALL | {"fields": SMALL["fields"] | EVALUATED}  # ends in the same bits
 WIDE = {"preset": "tiny", "fields": FIELDS | {"model.num_hidden_layers": 2}, "mesh": {"fsdp": 2, "expert": 2}}
 STATE = ("params", "optimizer", "reference", "cursor")
 
@@ -129,20 +136,24 @@ def lines_of_error(text):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """Returns (what one process on two devices left, its folder)."""
+    """Returns (what one process on two devices left, its folder); it was evaluated between its updates."""
     folder = tmp_path_factory.mktemp("several") / "one"
-    return Group(folder, 1, **SMALL).finish()[0], folder
+    return Group(folder, 1, **MEASURED).finish()[0], folder
 
 
 def test_two_processes_of_which_one_is_late_end_in_the_bits_of_one_and_grade_their_own_prompts(one, tmp_path):
     expected, folder = one
-    late = [(call, 0.7) for call in sorted(random.Random(5).sample(range(expected["calls"]), 4))]
-    found = Group(tmp_path / "two", 2, delays=late, **SMALL).finish()
+    shared = range(expected["calls"] // 2)  # a process of two makes fewer calls than the one: it grades half
+    late = [(call, 0.7) for call in sorted(random.Random(5).sample(shared, 4))]
+    found = Group(tmp_path / "two", 2, delays=late, **MEASURED).finish()
     assert [round(process["slept_s"], 3) for process in found] == [0.0, 2.8]
     assert [process["graded"] for process in found] == [list(range(own, 24, 2)) for own in (0, 1)]
     assert expected["graded"] == list(range(24))
     assert [state(process) for process in found] == [state(expected)] * 2
     assert rows(tmp_path / "two") == rows(folder)
+    evaluations = [(run / "evaluation.jsonl").read_bytes() for run in (tmp_path / "two", folder)]
+    assert evaluations[0] == evaluations[1] and evaluations[0].count(b"\n") == 2
+    assert best_of(tmp_path / "two") == best_of(folder) is not None
     assert [row["update"] for row in read(folder)] == list(range(1, 7))
     assert sum(row["grad_norm"] > 0 for row in read(folder)) >= 3
     assert set(found[1]["programs"].values()) == {1}

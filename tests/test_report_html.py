@@ -234,6 +234,19 @@ def test_axes_hold_every_value_and_a_single_point_is_a_dot(tmp_path):
     assert text.count("<circle") == 2 and "<polyline" not in text and "Sampled traces" not in text
 
 
+def test_evaluations_between_updates_are_a_curve_of_their_own(tmp_path):
+    folder = tmp_path / "r1_zero"
+    folder.mkdir()
+    rows = [{"update": update, "pass@1": value} for update, value in ((10, 0.25), (20, 0.5), (30, math.nan))]
+    (folder / "evaluation.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "timing.jsonl").write_text('{"update": 11, "update_s": 3.0, "evaluation_s": 1.0}\n')
+    html.write(tmp_path / "report.html", "one", "", [], html.collect(tmp_path, {"r1_zero": "r1_zero"}))
+    text = (tmp_path / "report.html").read_text()
+    assert "r1_zero, Held-out pass@1 (evaluated between updates) by policy update: from 0.25 to 0.50" in text
+    assert text.count("<polyline") == 1
+    assert '<span class="swatch p5"></span>evaluation' in text and "<td>25.0%</td>" in text
+
+
 def test_damaged_row_is_named_with_file_and_line(tmp_path):
     (tmp_path / "r1_zero").mkdir()
     (tmp_path / "r1_zero" / "samples.jsonl").write_text('{"prompt": 1}\n{"pro\n{"prompt": 2}\n')

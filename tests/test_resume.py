@@ -187,3 +187,10 @@ def test_undisturbed_run_moves_refreshes_its_reference_and_counts_its_draws(undi
     assert found["cursor"]["draw"] == UPDATES * 4
     assert found["cursor"]["reference_update"] == 21  # the first rollout that starts at or after update 20
     assert set(found["programs"].values()) <= {1}
+    best = max(found["evaluations"], key=lambda row: (row["language_consistency"], -row["update"]))
+    assert [row["update"] for row in found["evaluations"]] == list(range(4, UPDATES + 1, 4))
+    assert found["best"][0] == {
+        "update": best["update"],
+        "metric": "language_consistency",
+        "value": best["language_consistency"],
+    }

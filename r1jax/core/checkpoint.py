@@ -51,6 +51,12 @@ class CheckpointStore:
             raise RuntimeError(f"checkpoint {self.folder}/{number}: was not written; a newer one is there")
         remote.saving(lambda: not self._manager.is_saving_in_progress())
 
+    def drop_after(self, number: int) -> None:
+        """Removes the checkpoints with higher numbers, so that such can be written again."""
+        for later in hosts.decide(self._manager.all_steps, name="the checkpoints to drop"):
+            if later > number:
+                self._manager.delete(later)
+
     def wait(self) -> None:
         """Returns when the checkpoint that is being written is on disk."""
         self._manager.wait_until_finished()

@@ -1,6 +1,7 @@
 """The metrics of a stage: metrics.jsonl holds deterministic rows, which a resumed run repeats bit for bit.
 
-Wall-clock times go to timing.jsonl; TensorBoard gets both.
+Wall-clock times go to timing.jsonl, the figures of evaluations between updates to evaluation.jsonl; TensorBoard gets
+all of them.
 """
 
 import json
@@ -16,6 +17,7 @@ from r1jax.core import files, hosts, remote
 
 METRICS_FILE = "metrics.jsonl"  # deterministic values only
 TIMING_FILE = "timing.jsonl"  # wall-clock values
+EVALUATION_FILE = "evaluation.jsonl"  # deterministic values only
 TENSORBOARD_FOLDER = "tensorboard"
 
 
@@ -71,6 +73,9 @@ class MetricsLog:
     Of several processes only process 0 touches the files; in the others nothing happens.
     """
 
+    names: tuple[str, ...] = (METRICS_FILE, TIMING_FILE)
+    events = TENSORBOARD_FOLDER  # each log has one of its own: a restart there drops the later steps of all in it
+
     def __init__(self, folder: Path, tensorboard: bool = True):
         """Opens the files of a folder, which is made if missing; a last line that a crash cut off is removed."""
         self.folder = Path(folder)
@@ -80,7 +85,7 @@ class MetricsLog:
         if not self._writing:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS_FILE, TIMING_FILE):
+        for name in self.names:
             path = self.folder / name
             data = path.read_bytes() if path.exists() else b""
             if data and not data.endswith(b"\n"):
@@ -88,19 +93,19 @@ class MetricsLog:
         self._open()
 
     def _open(self) -> None:
-        self._files = {name: open(self.folder / name, "ab") for name in (METRICS_FILE, TIMING_FILE)}
+        self._files = {name: open(self.folder / name, "ab") for name in self.names}
 
     def _close_files(self) -> None:
         for file in self._files.values():
             file.close()
         self._files = {}
 
-    def write(self, update: int, row: Mapping[str, float], timing: Mapping[str, float]) -> None:
-        """Appends the row and the timing of an update; NaN and infinities are written as JSON's usual extensions.
+    def write(self, update: int, *rows: Mapping[str, float]) -> None:
+        """Appends the rows of an update, one to each file; NaN and infinities are written as JSON's usual extensions.
 
         Raises ValueError, and writes nothing, when a value is not a number or is named `update`.
         """
-        lines = {METRICS_FILE: _encode(update, row), TIMING_FILE: _encode(update, timing)}
+        lines = {name: _encode(update, row) for name, row in zip(self.names, rows, strict=True)}
         if not self._writing:
             return
         for name, line in lines.items():
@@ -109,10 +114,9 @@ class MetricsLog:
             file.flush()
             os.fsync(file.fileno())
         if self._tensorboard:
-            for name, value in row.items():
-                self._scalars().add_scalar(f"metrics/{name}", float(value), int(update))
-            for name, value in timing.items():
-                self._scalars().add_scalar(f"timing/{name}", float(value), int(update))
+            for file_name, row in zip(self.names, rows, strict=True):
+                for name, value in row.items():
+                    self._scalars().add_scalar(f"{Path(file_name).stem}/{name}", float(value), int(update))
         remote.moment()
 
     def _scalars(self):
@@ -120,7 +124,7 @@ class MetricsLog:
             from tensorboardX import SummaryWriter  # slow to import, and only runs that write need it
 
             self._writer = SummaryWriter(
-                str(self.folder / TENSORBOARD_FOLDER),
+                str(self.folder / self.events),
                 purge_step=self._purge_step,
                 flush_secs=10,
                 filename_suffix=f".{os.getpid()}",  # two runs that start within a second get two files
@@ -134,10 +138,7 @@ class MetricsLog:
         """
         if not self._writing:
             return
-        kept = {
-            name: [row for row in _rows(self.folder / name) if row["update"] <= update]
-            for name in (METRICS_FILE, TIMING_FILE)
-        }
+        kept = {name: [row for row in _rows(self.folder / name) if row["update"] <= update] for name in self.names}
         self.close()
         for name, rows in kept.items():
             files.write_text(self.folder / name, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
@@ -152,6 +153,13 @@ class MetricsLog:
             self._writer = None
 
 
+class EvaluationLog(MetricsLog):
+    """The same for evaluation.jsonl, and for a TensorBoard run beside the other."""
+
+    names = (EVALUATION_FILE,)
+    events = f"{TENSORBOARD_FOLDER}/evaluation"
+
+
 def read(folder: Path) -> list[dict]:
     """Returns the rows of a folder's metrics.jsonl in order, [] without one; a half-written last line is left out."""
     return _rows(Path(folder) / METRICS_FILE)
@@ -160,3 +168,8 @@ def read(folder: Path) -> list[dict]:
 def read_timing(folder: Path) -> list[dict]:
     """Returns the rows of a folder's timing.jsonl, as `read`."""
     return _rows(Path(folder) / TIMING_FILE)
+
+
+def read_evaluation(folder: Path) -> list[dict]:
+    """Returns the rows of a folder's evaluation.jsonl, as `read`."""
+    return _rows(Path(folder) / EVALUATION_FILE)

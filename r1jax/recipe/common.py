@@ -22,6 +22,7 @@ from r1jax.models import decoder
 from r1jax.recipe import identity
 from r1jax.rl.journal import Journal
 from r1jax.schema import ComputeConfig, Config, DataConfig, ModelConfig, RopeScaling, replace
+from r1jax.train import evaluations
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 DONE = "DONE"
@@ -285,6 +286,7 @@ def read_model(folder: Path, preset: ModelConfig) -> tuple[ModelConfig, tokenize
 
     Raises ValueError for a folder without them.
     """
+    folder = run_folder(folder)
     path = folder / MODEL / SHAPE
     if not path.exists():
         return _model_of_run(folder, preset)
@@ -329,6 +331,12 @@ def model_of(record: dict) -> ModelConfig:
 def known_fields(kind: type[Any], record: dict):
     """Returns a config of class `kind` from the recorded fields that the class has."""
     return kind(**{field.name: record[field.name] for field in dataclasses.fields(kind) if field.name in record})
+
+
+def run_folder(folder: Path) -> Path:
+    """Returns the folder of the run whose weights a folder holds: the one above the best weights, else itself."""
+    kept = folder.name == evaluations.BEST and (folder / CHECKPOINTS).is_dir()
+    return folder.parent if kept and (folder.parent / INPUTS).is_file() else folder
 
 
 def is_hugging_face(folder: str | Path) -> bool:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def _trained_on(folder: Path) -> dict[str, float]:
     held_out_shares: dict[str, float] = {}
     waiting, visited = [folder], set()
     while waiting:
-        folder = waiting.pop().resolve()
+        folder = common.run_folder(waiting.pop().resolve())
         inputs, fields = folder / common.INPUTS, folder / "config.json"
         if folder in visited or not (inputs.exists() and fields.exists()):
             continue
@@ -303,24 +303,39 @@ def evaluate(
     """
     if not held_out:
         raise ValueError("evaluate: no held-out problems; raise config.data.holdout_fraction or give more rows")
+    sampler = build_sampler(settings.network, settings.sampler, mesh, tokenizer)
+    params = sampler.engine.load_params(params)
+    with RewardPool(settings.reward) as pool:
+        return measure(settings, tokenizer, held_out, sampler, params, pool, words)
+
+
+def measure(
+    settings: EvaluationParts,
+    tokenizer: Tokenizer,
+    held_out: Sequence[EncodedPrompt],
+    sampler: RolloutSampler,
+    params: Any,
+    pool: RewardPool,
+    words: Sequence[str] = (),
+    on_prompt: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Any], list[Response]]:
+    """Returns the same of `params` in the form that `sampler` takes; `on_prompt` is called when one is answered."""
     evaluation = settings.evaluation
     if evaluation.max_problems:
         held_out = held_out[: evaluation.max_problems]
-    sampler = build_sampler(settings.network, settings.sampler, mesh, tokenizer)
-    params = sampler.engine.load_params(params)
     sampling, size = evaluation_params(settings.sampler, evaluation, tokenizer), evaluation.samples_per_problem
     k = evaluation.consensus_samples
-    with RewardPool(settings.reward) as pool:
-        ask = functools.partial(respond, settings.seed, "evaluate", tokenizer, sampler, pool)
-        sampled = ask(held_out, params, sampling, size, "evaluate")
-        greedy = ask(held_out, params, replace(sampling, temperature=0.0), 1, "greedy") if evaluation.greedy else []
-        voting: list[Response] = []
-        if evaluation.consensus_problems and k <= size:  # pass@1's samples have the same parameters
-            starts = [size * place for place in spread(len(held_out), evaluation.consensus_problems)]
-            voting = [response for start in starts for response in sampled[start : start + k]]
-        elif evaluation.consensus_problems:
-            chosen = [held_out[place] for place in spread(len(held_out), evaluation.consensus_problems)]
-            voting = ask(chosen, params, sampling, k, "evaluate")
+    ask = functools.partial(respond, settings.seed, "evaluate", tokenizer, sampler, pool)
+    sampled, greedy = ask(held_out, params, sampling, size, "evaluate", on_prompt), []
+    if evaluation.greedy:
+        greedy = ask(held_out, params, replace(sampling, temperature=0.0), 1, "greedy", on_prompt)
+    voting: list[Response] = []
+    if evaluation.consensus_problems and k <= size:  # pass@1's samples have the same parameters
+        starts = [size * place for place in spread(len(held_out), evaluation.consensus_problems)]
+        voting = [response for start in starts for response in sampled[start : start + k]]
+    elif evaluation.consensus_problems:
+        chosen = [held_out[place] for place in spread(len(held_out), evaluation.consensus_problems)]
+        voting = ask(chosen, params, sampling, k, "evaluate", on_prompt)
     verdicts = hosts.decide(benchmarks.vote, voting, k, settings.reward, name="the votes of cons@k")
     return summarize(Measurement(sampled, greedy, verdicts), evaluation, words), sampled
 
@@ -341,12 +356,13 @@ def respond(
     sampling: SamplingParams,
     samples: int,
     purpose: str,
+    on_prompt: Callable[[], None] = lambda: None,
 ) -> list[Response]:
-    """Returns `samples` graded responses to each prompt, in order."""
+    """Returns `samples` graded responses to each prompt, in order; `on_prompt` is called when one is answered."""
     requests = rollout.requests_for(
         encoded_prompts, range(len(encoded_prompts)), samples, sampling, seed, stage, purpose
     )
-    sampled = sampler.generate(requests, params)
+    sampled = sampler.generate(requests, params, on_request=lambda samples: on_prompt())
     texts = tokenizer.decode_batch([sample.token_ids for sample in sampled])
     repeated = [prompt for prompt in encoded_prompts for _ in range(samples)]
     reward_terms, scorable = rollout.grade(sampled, repeated, texts, pool)

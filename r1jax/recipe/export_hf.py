@@ -86,7 +86,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
 
 def run_fields(folder: Path) -> dict:
     """Returns the flat config.json of a run's folder. Raises ValueError when there is none."""
-    path = folder / "config.json"
+    path = common.run_folder(folder) / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} has no config.json; give the folder of a stage")
     try:

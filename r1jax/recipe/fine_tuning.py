@@ -27,6 +27,7 @@ from r1jax.recipe import (
     prompts,
     template_check,
     token_cache,
+    train_eval,
     training,
 )
 from r1jax.recipe.parts import TrainingParts
@@ -34,6 +35,7 @@ from r1jax.recipe.token_cache import TokenCache
 from r1jax.rl.rollout import EncodedPrompt
 from r1jax.schema import Config, PackConfig, SFTConfig, parts_of
 from r1jax.train import epochs, sft, step
+from r1jax.train.evaluations import Measure
 
 EXAMPLES = common.EXAMPLES
 COUNTS = "examples_counts.json"
@@ -65,6 +67,7 @@ def run(
     )
     train, held_out = (stage_prompts.training.all, stage_prompts.held_out) if stage_prompts else ([], [])
     template_check.check(resolved.stage, resolved.data, resolved.reward, tokenizer, train or held_out)
+    measure = train_eval.measure_alone(parts_of(train_eval.TrainEvalParts, resolved), tokenizer, mesh, stage_prompts)
     started, path = time.monotonic(), folder.path / EXAMPLES
     folder.start(inputs)
     common.write_model(
@@ -80,7 +83,7 @@ def run(
     fitting_examples = examples.only(fitting(examples.lengths, resolved.pack.row_tokens))
     start = functools.partial(lineage.start_weights, resolved, mesh, workdir)
     trained, loss = fine_tune(
-        parts_of(parts.TrainingParts, resolved), resolved.sft, mesh, fitting_examples, start, folder
+        parts_of(parts.TrainingParts, resolved), resolved.sft, mesh, fitting_examples, start, folder, measure
     )
     tokens = int(fitting_examples.lengths.sum(dtype=np.int64)) * resolved.sft.epochs
     figures: dict[str, Any] = {
@@ -90,6 +93,7 @@ def run(
     }
     figures |= {"loss": loss, "left_out": {TOO_LONG: len(examples) - len(fitting_examples)}}
     figures["compute"] = compute.of_fine_tuning(tokens, resolved.network)
+    figures |= train_eval.kept(resolved.train_eval, folder.path)
     if stage_prompts:
         figures["data"] = stage_prompts.counts
         settings, base = parts_of(parts.EvaluationParts, resolved), lineage.base(resolved, mesh, workdir)
@@ -148,10 +152,11 @@ def fine_tune(
     examples: TokenCache,
     start: Callable[[], decoder.Params],
     folder: common.StageFolder,
+    measure: Measure | None = None,
 ):
     """Returns (weights, last loss) after the configured epochs, from the weights of `start` or the newest checkpoint.
 
-    Every epoch trains on every example.
+    Every epoch trains on every example. `measure` is what evaluations between updates do, None without them.
     """
     pack, loss = settings.pack, sft.make_loss(settings.network, settings.pack.trained_chunk)
     chosen, micro_batches = plan_updates(examples.lengths, tuning, pack, settings.stage, settings.seed)
@@ -162,7 +167,8 @@ def fine_tune(
     def batch_at(update: int):
         return read_batch(examples.only(chosen[update]), pack, micro_batches, shards, local)
 
-    return training.fit(folder, trainer, start, batch_at, len(chosen), lineage.result_name(settings.stage))
+    name = lineage.result_name(settings.stage)
+    return training.fit(folder, trainer, start, batch_at, len(chosen), name, measure=measure)
 
 
 def plan_updates(

@@ -15,7 +15,17 @@ from r1jax.core.metrics import read, read_timing
 from r1jax.core.say import say
 from r1jax.evals.behaviour import reflective_count
 from r1jax.models import decoder
-from r1jax.recipe import common, compute, evaluate, lineage, parts, prompts, reward_models, template_check
+from r1jax.recipe import (
+    common,
+    compute,
+    evaluate,
+    lineage,
+    parts,
+    prompts,
+    reward_models,
+    template_check,
+    train_eval,
+)
 from r1jax.recipe.parts import PromptParts
 from r1jax.recipe.progress import Progress
 from r1jax.report import curves
@@ -52,6 +62,7 @@ def run(config: Config, workdir: Path) -> dict:
     folders = lineage.reward_model_folders(resolved, workdir)
     sampling_mesh = sampler_mesh(resolved.mode, resolved.sampler_mesh, mesh)
     progress = Progress(name, resolved.grpo.updates)
+    measure = train_eval.measure(parts_of(train_eval.TrainEvalParts, resolved), tokenizer, stage_prompts)
     folder.hold()
     training = make_training(
         of_config(resolved),
@@ -64,6 +75,7 @@ def run(config: Config, workdir: Path) -> dict:
         on_update=lambda update, row, timing: progress.update(update, **shown(row, timing)),
         describe=lambda texts: describe(texts, stage_prompts.source.reflective_words),
         reward_models=load_reward_models(folders, tokenizer, sampling_mesh, resolved.pack, resolved.model),
+        measure=measure,
     )
     with progress:
         folder.start(inputs)
@@ -82,6 +94,7 @@ def run(config: Config, workdir: Path) -> dict:
         write_curves(folder.path)
     figures: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1), "updates": resolved.grpo.updates}
     figures["programs"] = programs
+    figures |= train_eval.kept(resolved.train_eval, folder.path)
     figures["data"] = stage_prompts.counts
     figures["compute"] = hosts.decide(
         lambda: compute.of_policy_training(read(folder.path), resolved.network, resolved.grpo)

@@ -1,6 +1,8 @@
 """Live progress of a stage: a progress bar on a terminal, elsewhere a plain line every few seconds."""
 
+import itertools
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -45,3 +47,17 @@ class Progress:
         elif time.monotonic() - self._last_line > PLAIN_INTERVAL_S or done == self.total:
             self._last_line = time.monotonic()
             say(f"{self.title} {done}/{self.total}  {text}")
+
+
+def counter(title: str, total: int) -> Callable[[], None]:
+    """Returns what counts one more of `total`, and prints a line every few seconds; also while a bar is shown."""
+    done, last_line = itertools.count(1), time.monotonic()
+
+    def count() -> None:
+        nonlocal last_line
+        number, now = next(done), time.monotonic()
+        if now - last_line > PLAIN_INTERVAL_S:
+            last_line = now
+            say(f"{title} {number}/{total}")
+
+    return count

@@ -7,7 +7,9 @@ from r1jax.core.metrics import MetricsLog
 from r1jax.models import decoder
 from r1jax.recipe.common import StageFolder
 from r1jax.recipe.progress import Progress
+from r1jax.schema import TrainEvalConfig
 from r1jax.train import supervised
+from r1jax.train.evaluations import Evaluations, Measure
 from r1jax.train.step import Trainer
 
 
@@ -20,13 +22,21 @@ def fit(
     name: str,
     log_every: int = 1,
     read: str = "loss_mask",
+    measure: Measure | None = None,
 ) -> tuple[decoder.Params, float]:
     """Returns (weights after the last update, its loss), as train.supervised.fit from the weights of `start`.
 
-    `name` is the result's name, `read` as there.
+    `name` is the result's name, `read` as there. With `measure` the weights are measured every train_eval.every
+    updates.
     """
     store, log = folder.checkpoints(), MetricsLog(folder.path)
-    with contextlib.closing(store), contextlib.closing(log), Progress(name, updates) as progress:
+    settings = folder.config.train_eval if measure else TrainEvalConfig()
+    evaluations = Evaluations(folder.path, settings, updates, folder.config.stage)
+    opened = contextlib.closing(store), contextlib.closing(evaluations), contextlib.closing(log)
+    with contextlib.ExitStack() as stack:
+        for one in opened:
+            stack.enter_context(one)
+        progress = stack.enter_context(Progress(name, updates))
         return supervised.fit(
             trainer,
             start,
@@ -39,4 +49,6 @@ def fit(
             log_every=log_every,
             name=name,
             read=read,
+            evaluations=evaluations,
+            measure=measure,
         )

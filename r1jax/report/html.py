@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from r1jax.core import files
-from r1jax.report.phases import PHASES, mfu_by_phase, seconds_by_phase
+from r1jax.report.phases import EVALUATION, PHASES, mfu_by_phase, seconds_by_phase
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "assets" / "report.html.j2"
 SAMPLES_SHOWN = 200  # of each checkpoint at most, spread evenly
@@ -45,6 +45,7 @@ class StageData:
     counts: Mapping[str, object] = field(default_factory=dict)  # how many passed each filter, by task where counted so
     tasks: Sequence[str] = ()  # tasks besides those named in the counts
     mfu: Mapping[str, float] = field(default_factory=dict)  # phase -> model FLOPs utilisation, where it was measured
+    evaluations: Sequence[Mapping] = ()  # rows of evaluation.jsonl
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ MEASURES = (  # column of metrics.jsonl, heading, unit
     ("length", "Length", "tokens per response"),
     ("reflective_words", "Reflective words", "per response"),
 )
+HELD_OUT = ("pass@1", "Held-out pass@1", "evaluated between updates")  # of evaluation.jsonl, as MEASURES
 
 
 def sampled_figures(rows: Sequence[Mapping]) -> list[str]:
@@ -262,6 +264,7 @@ def _stage(folder: Path, name: str) -> StageData:
         counts={"problems": figures.get("data", {}), "examples": examples},
         tasks=[*SCENARIOS, *tasks],
         mfu=mfu_by_phase(timing),
+        evaluations=files.read_jsonl(folder / "evaluation.jsonl"),
     )
 
 
@@ -402,33 +405,35 @@ def _spread(samples: Sequence[Mapping], count: int) -> list[Mapping]:
 
 def _splits(stages: Sequence[StageData]) -> list[dict]:
     """Returns per stage the percentage of each phase, in the order of PHASES, and the MFU of those that have one."""
-    splits = []
+    splits, phases = [], PHASES
+    if any(EVALUATION in stage.split for stage in stages):
+        phases = (*PHASES, EVALUATION)
     for stage in stages:
         if total := sum(stage.split.values()):
-            percent = [round(100 * stage.split.get(phase, 0.0) / total, 1) for phase in PHASES]
+            percent = [round(100 * stage.split.get(phase, 0.0) / total, 1) for phase in phases]
             mfu = ", ".join(f"{phase} {100 * share:.1f}%" for phase, share in stage.mfu.items())
-            splits.append({"name": stage.name, "parts": list(zip(PHASES, percent, strict=True)), "mfu": mfu})
+            splits.append({"name": stage.name, "parts": list(zip(phases, percent, strict=True)), "mfu": mfu})
     return splits
 
 
 def _points(stage: StageData, key: str) -> list[tuple[float, float]]:
-    return [
-        (row["update"], row[key]) for row in stage.rows if "reward" in row and math.isfinite(row.get(key, math.nan))
-    ]
+    rows = stage.evaluations if key == HELD_OUT[0] else [row for row in stage.rows if "reward" in row]
+    return [(row["update"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
 
 
 def _charts(stages: Sequence[StageData]) -> list[dict]:
-    """Returns a row of drawings per RL stage; a measure has the same axis in all stages, so that they compare."""
-    drawn = {(stage.name, key): _points(stage, key) for stage in stages for key, _, _ in MEASURES}
+    """Returns a row of drawings per stage that has any; a measure has the same axis in all, so that they compare."""
+    measures = (*MEASURES, HELD_OUT)
+    drawn = {(stage.name, key): _points(stage, key) for stage in stages for key, _, _ in measures}
     axes = {}
-    for key, _, _ in MEASURES:
+    for key, _, _ in measures:
         values = [y for stage in stages for _, y in drawn[stage.name, key]]
         axes[key] = _axis(min([0.0, *values]), max([0.0, *values]))
     rows = []
     for stage in stages:
         drawings = [
             {"title": title, "unit": unit, **_drawing(drawn[stage.name, key], axes[key])}
-            for key, title, unit in MEASURES
+            for key, title, unit in measures
             if drawn[stage.name, key]
         ]
         if drawings:

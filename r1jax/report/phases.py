@@ -3,12 +3,14 @@
 from collections.abc import Iterable, Mapping
 
 PHASES = ("rollout", "rewards", "reference", "update", "checkpoint")
+EVALUATION = "evaluation"  # between updates: a phase of runs that have any
 
 
 def seconds_by_phase(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Returns the sum of each phase over rows of timing.jsonl."""
+    """Returns the sum of each phase over rows of timing.jsonl; of EVALUATION where it is not 0."""
     rows = list(rows)
-    return {phase: sum(row.get(f"{phase}_s", 0.0) for row in rows) for phase in PHASES}
+    seconds = {phase: sum(row.get(f"{phase}_s", 0.0) for row in rows) for phase in (*PHASES, EVALUATION)}
+    return seconds if seconds[EVALUATION] else {phase: seconds[phase] for phase in PHASES}
 
 
 def mfu_by_phase(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:

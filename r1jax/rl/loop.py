@@ -1,7 +1,5 @@
 """The RL loop over four parts: a source of rollouts, an objective, the state of the run and a recorder."""
 
-import contextlib
-
 from r1jax.core import hosts, preempt
 from r1jax.models import decoder
 from r1jax.rl.journal import Rollout
@@ -22,7 +20,8 @@ def train(run: RunState, source: JournalledSource, objective: Objective, recorde
     recorder.begin()
     warm_up(run, source, objective, recorder)
     trace = recorder.trace.running(run.cursor.update)
-    with contextlib.closing(run.store), hosts.in_step(), source, trace, run.saved_when_preempted(objective):
+    with run.stores_closed(), hosts.in_step(), source, trace, run.saved_when_preempted(objective):
+        evaluate(run, source, recorder)
         while not run.finished:
             with preempt.deferred():
                 first_update = run.begin_rollout()
@@ -36,6 +35,7 @@ def train(run: RunState, source: JournalledSource, objective: Objective, recorde
                 with preempt.deferred():
                     update(run, source, objective, recorder, rollout, batch)
                 hosts.raise_if_preempted("the end of an update", run.cursor.update)
+                evaluate(run, source, recorder)
     source.prune(run.cursor.rollout_start)
     recorder.phase("done")
     recorder.close()
@@ -61,6 +61,19 @@ def update(
     if run.checkpoint_due():
         recorder.phase("checkpoint")
         source.prune(recorder.timed("checkpoint", run.save, objective))
+
+
+def evaluate(run: RunState, source: JournalledSource, recorder: Recorder) -> None:
+    """Measures the weights on held-out problems where that is due, and keeps them if they are the best so far."""
+    update = run.cursor.update
+    if not run.evaluations.is_due(update):
+        return
+    recorder.phase("evaluation")
+    figures = recorder.timed("evaluation", source.evaluate)
+    hosts.raise_if_preempted("the figures of an evaluation")  # the notice may have ended workers that graded
+    with preempt.deferred():
+        run.store.wait()
+        run.evaluations.record(update, figures, run.params)
 
 
 def warm_up(run: RunState, source: JournalledSource, objective: Objective, recorder: Recorder) -> None:

@@ -27,6 +27,7 @@ class Sampling:
         self.config, self.inputs, self.recorder = config, inputs, recorder
         self.pool: RewardPool | None = None  # between `open` and `close`
         self.sampler = self._build(at_update(config, 0))
+        self._longest: RolloutSampler | None = None  # for evaluations, while the rollouts' is shorter
 
     def open(self) -> None:
         self.pool = RewardPool(self.config.reward)
@@ -59,16 +60,44 @@ class Sampling:
         settings = at_update(self.config, first_update)
         if settings.sampler.max_new_tokens == self.sampler.engine.sampler.max_new_tokens:
             return False
-        cancelled, self.sampler = self.sampler.cancelled, self._build(settings)  # the old slots go
-        self.sampler.cancelled = cancelled
+        self.sampler = self._another(settings)  # the old slots go
         self._warm_up_sampler(weights)
         return True
 
+    def _another(self, settings: RunSettings) -> RolloutSampler:
+        sampler = self._build(settings)
+        sampler.cancelled = self.sampler.cancelled
+        return sampler
+
     def _warm_up_sampler(self, weights: Callable[[], decoder.Params]) -> None:
         self.sampler.warm_up(weights())
-        engine = self.sampler.engine
+        self._watch(self.sampler, "")
+
+    def _watch(self, sampler: RolloutSampler, prefix: str) -> None:
+        """Adds the programs of a sampler that is compiled to those of the run."""
+        engine = sampler.engine
         for name in engine.compilations():
-            self.recorder.run.programs.add(name, lambda name=name: engine.compilations()[name])
+            self.recorder.run.programs.add(f"{prefix}{name}", lambda name=name: engine.compilations()[name])
+
+    def evaluate(self, weights: decoder.Params) -> dict[str, float]:
+        """Returns the figures of weights on held-out problems, with responses of the longest length of the run.
+
+        Where a schedule of lengths has not come to it, they are drawn by a sampler of their own, compiled once.
+        """
+        assert self.pool is not None and self.inputs.measure is not None
+        if self.sampler.engine.sampler.max_new_tokens == self.config.sampler.max_new_tokens:
+            self._longest = None
+            figures = self.inputs.measure(self.sampler, weights, self.pool)
+        else:
+            self.sampler.drop_slots()
+            if self._longest is None:
+                self._longest = self._another(self.config)
+                self._longest.warm_up(weights)
+                self._watch(self._longest, "evaluation_")
+            figures = self.inputs.measure(self._longest, weights, self.pool)
+            self._longest.drop_slots()
+        self.pool.take_usage()
+        return figures
 
     def draw(self, first_update: int, first: int, weights: Callable[[], decoder.Params], version: int) -> Rollout:
         """Returns the scored samples of the rollout that starts at an update, its first prompt being number `first`.

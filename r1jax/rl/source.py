@@ -46,6 +46,12 @@ class RolloutSource:
         self._make_room()
         return rollout
 
+    def evaluate(self) -> dict[str, float]:
+        """Returns the figures of the current weights on held-out problems."""
+        figures = self.sampling.evaluate(self.weights())
+        self._make_room()
+        return figures
+
     def begin_following(self, first_update: int, rollout: Rollout) -> None:
         """Begins the rollouts that may be drawn while this one is trained on; here there are none."""
 
@@ -90,6 +96,10 @@ class SourceAhead(RolloutSource):
         self.sampling.recorder.timer.add(rollout_wait_s=time.perf_counter() - begun)
         return rollout
 
+    def evaluate(self) -> dict[str, float]:
+        """Returns the same, measured after the rollouts that were begun: the sampler does one thing at a time."""
+        return self._worker.submit(self.sampling.evaluate, self.weights()).result()
+
     def begin_following(self, first_update: int, rollout: Rollout) -> None:
         grpo, cursor = self.run.config.grpo, self.run.cursor
         following = first_update + schedules.updates_in_rollout(first_update, grpo.updates, grpo.updates_per_rollout)
@@ -124,6 +134,7 @@ class JournalledSource:
     def __init__(self, source: RolloutSource, journal: Journal):
         self.source, self.journal = source, journal
         self.sampling, self.warm_up, self.staleness = source.sampling, source.warm_up, source.staleness
+        self.evaluate = source.evaluate
         self._stored: Rollout | None = None
 
     def __enter__(self) -> Self:

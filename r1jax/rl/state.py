@@ -14,11 +14,17 @@ from r1jax.core import preempt, runtime, sharding, tree
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.models import decoder
 from r1jax.rewards.models.reward_model import RewardModel
+from r1jax.rewards.pool import RewardPool
 from r1jax.rl import schedules
 from r1jax.rl.logprobs import Scorer
 from r1jax.rl.rollout import PromptPhases
 from r1jax.rl.settings import RunSettings, at_update
+from r1jax.sampler.scheduler import RolloutSampler
 from r1jax.train import step
+from r1jax.train.evaluations import Evaluations
+
+# (sampler, weights in its form, graders) -> figures of these weights on held-out problems, by name.
+MeasureBy = Callable[[RolloutSampler, decoder.Params, RewardPool], dict[str, float]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +40,7 @@ class RunInputs:
     reward_models: Mapping[str, RewardModel] = field(default_factory=dict)  # by the task whose samples they score
     describe: Callable[[list[str]], dict[str, float]] = lambda texts: {}  # metrics of a rollout's texts
     on_update: Callable[[int, dict, dict], None] = lambda update, row, timing: None  # called after each metrics row
+    measure: MeasureBy | None = None  # for train_eval.every
 
 
 @dataclass
@@ -75,6 +82,7 @@ class RunState:
         kept = config.checkpointing
         self.store = CheckpointStore(inputs.folder / "checkpoints", kept.keep, kept.keep_every)
         self._saved = Cursor()  # of the newest checkpoint
+        self.evaluations = Evaluations(inputs.folder, config.train_eval, config.grpo.updates, config.stage)
         self.programs = runtime.ProgramSet()
         self.compiled: RunSettings | None = None  # for which the programs of the updates are compiled
 
@@ -135,13 +143,14 @@ class RunState:
     def restore(self, objective: OwnArrays) -> None:
         """Loads the newest checkpoint; without one the policy becomes the reference, if there is a KL term.
 
-        Raises ValueError where there are neither a checkpoint nor start weights.
+        Evaluations go on from there as well. Raises ValueError where there are neither a checkpoint nor start weights.
         """
         number = self.store.latest()
         if number is None:
             if isinstance(self.state.update, jax.ShapeDtypeStruct):
                 raise ValueError(f"{self.store.folder}: no checkpoint to go on from, and no start weights were given")
             self.reference = self.frozen_policy() if self.config.grpo.uses_reference else None
+            self.evaluations.resume(0, lambda: self.params)
             return
         self.cursor = Cursor(**self.store.record(number))
         self._saved = replace(self.cursor)
@@ -149,9 +158,11 @@ class RunState:
         self.reference = items.get("reference")
         self.state = self.trainer.state(items["params"], items["optimizer"], self.cursor.update)
         objective.restore(items, self.cursor.update)
+        self.evaluations.resume(self.cursor.update, lambda: self.params)
 
     def checkpoint_due(self) -> bool:
-        return self.finished or not self.cursor.update % self.config.checkpointing.every_updates
+        every = self.config.checkpointing.every_updates
+        return self.finished or not self.cursor.update % every or self.evaluations.is_due(self.cursor.update)
 
     def save(self, objective: OwnArrays) -> int:
         """Begins to write a checkpoint of weights, optimiser, reference, cursor and the objective's own arrays.
@@ -161,9 +172,16 @@ class RunState:
         """
         reference = {"reference": self.reference} if self.config.grpo.uses_reference else {}
         items = {"params": self.params, "optimizer": self.state.optimizer} | reference
+        self.evaluations.wait()
         before, self._saved = self._saved, replace(self.cursor)
         self.store.save(self.cursor.update, items | objective.checkpoint_items(), vars(self._saved))
         return before.rollout_start
+
+    @contextlib.contextmanager
+    def stores_closed(self) -> Generator[None]:
+        """Surrounds the updates: after them all that is being written is on disk, and the files are closed."""
+        with contextlib.closing(self.store), contextlib.closing(self.evaluations):
+            yield
 
     @contextlib.contextmanager
     def saved_when_preempted(self, objective: OwnArrays) -> Generator[None]:

@@ -11,7 +11,7 @@ from r1jax.schema.checks import Schedule
 from r1jax.schema.compute import ROW_AXES, ComputeConfig, MeshConfig, Network, PackConfig
 from r1jax.schema.config import Config, parts_of
 from r1jax.schema.data import DataConfig
-from r1jax.schema.evaluation import EvalConfig, GateConfig
+from r1jax.schema.evaluation import EvalConfig, GateConfig, TrainEvalConfig
 from r1jax.schema.model import ModelConfig, RopeScaling
 from r1jax.schema.optim import AuxiliaryConfig, CheckpointConfig, OptimizerConfig
 from r1jax.schema.reward import JudgeConfig, Limits, PreferenceConfig, RewardConfig, RewardModelConfig, SandboxConfig
@@ -67,6 +67,7 @@ __all__ = [
     "SandboxConfig",
     "ScenarioConfig",
     "Schedule",
+    "TrainEvalConfig",
     "parts_of",
     "replace",
 ]

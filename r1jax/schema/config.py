@@ -8,7 +8,7 @@ from r1jax.schema.bench import BenchConfig
 from r1jax.schema.checks import Check, Checked
 from r1jax.schema.compute import NETWORK_CHECKS, ComputeConfig, MeshConfig, Network, PackConfig
 from r1jax.schema.data import DataConfig
-from r1jax.schema.evaluation import EvalConfig, GateConfig
+from r1jax.schema.evaluation import EvalConfig, GateConfig, TrainEvalConfig
 from r1jax.schema.model import ModelConfig
 from r1jax.schema.optim import AuxiliaryConfig, CheckpointConfig, OptimizerConfig
 from r1jax.schema.reward import JudgeConfig, PreferenceConfig, RewardConfig, RewardModelConfig
@@ -70,6 +70,7 @@ class Config(Checked):
     pack: PackConfig = PackConfig()
     checkpointing: CheckpointConfig = CheckpointConfig()
     evaluation: EvalConfig = EvalConfig()
+    train_eval: TrainEvalConfig = TrainEvalConfig()
     pretrain: PretrainConfig = PretrainConfig()
     sft: SFTConfig = SFTConfig()
     distill: DistillConfig = DistillConfig()
@@ -124,6 +125,11 @@ class Config(Checked):
             "grpo.routing_replay",
             lambda c: not (c.grpo.routing_replay and c.grpo.advantage == "gae"),
             "does not go with PPO (grpo.advantage=gae): a critic has routers of its own",
+        ),
+        Check(
+            "train_eval.metric",
+            lambda c: not c.train_eval.every or c.train_eval.metric in c.train_eval.metrics(c.evaluation),
+            lambda c: f"is not measured; choose one of {', '.join(c.train_eval.metrics(c.evaluation))}",
         ),
         Check(
             "grpo.routing_replay",

@@ -13,6 +13,7 @@ from r1jax.core.checkpoint import CheckpointStore
 from r1jax.core.metrics import MetricsLog, Timer
 from r1jax.models import decoder, flops, utilisation
 from r1jax.train import guard, step
+from r1jax.train.evaluations import Evaluations, Measure
 from r1jax.train.step import Trainer, TrainState
 
 Batch = tuple[dict[str, np.ndarray], int, Any]  # arrays [M, R, T], filled micro-batches, arguments of the loss
@@ -39,6 +40,31 @@ class _Timing(Timer):
         return utilisation.with_mfu(self.take(), {"update": self._peak} if before == self._compilations else {})
 
 
+class _HeldOut:
+    """The evaluations of a supervised run, if it has any, in the order that they need with its checkpoints."""
+
+    def __init__(self, evaluations: Evaluations | None, measure: Measure | None, store: CheckpointStore):
+        self._evaluations, self._measure, self._store = evaluations, measure, store
+
+    def is_due(self, update: int) -> bool:
+        return self._evaluations is not None and self._evaluations.is_due(update)
+
+    def save(self, update: int, items: dict[str, Any], record: dict[str, Any]) -> None:
+        """Begins a checkpoint once the best weights before it are on disk."""
+        if self._evaluations is not None:
+            self._evaluations.wait()
+        self._store.save(update, items, record)
+
+    def evaluate(self, update: int, params: decoder.Params, timing: Timer) -> None:
+        """Measures the weights where that is due, and records their figures once their checkpoint is on disk."""
+        if self._evaluations is None or self._measure is None or not self._evaluations.is_due(update):
+            return
+        figures = timing.run("evaluation", self._measure, params)
+        hosts.raise_if_preempted("the figures of an evaluation")
+        self._store.wait()
+        self._evaluations.record(update, figures, params)
+
+
 def fit(
     trainer: Trainer,
     start: Callable[[], decoder.Params],
@@ -51,24 +77,32 @@ def fit(
     log_every: int = 10,
     name: str = "training",
     read: str = "loss_mask",
+    evaluations: Evaluations | None = None,
+    measure: Measure | None = None,
 ) -> tuple[decoder.Params, float]:
     """Returns (weights after the last update, its loss), continuing from the newest checkpoint in `store`.
 
     `start` returns the weights to begin with. It is called only without a checkpoint, and they are not kept.
     The loss is the newest finite one. Statistics are fetched, and skipped updates reported, every `log_every` updates
-    and before a checkpoint. `read` is the array of a batch that is above 0 where a head is read. Raises ValueError when
-    too many updates in a row were skipped, and Preempted, after a checkpoint, when the process was asked to end.
+    and before a checkpoint. `read` is the array of a batch that is above 0 where a head is read. Where one of the
+    `evaluations` is due, `measure` measures the weights. Raises ValueError when too many updates in a row were skipped,
+    and Preempted, after a checkpoint, when the process was asked to end.
     """
     state, first, loss = resume(trainer, start, store)
+    held_out = _HeldOut(evaluations, measure, store)
+    if evaluations is not None:
+        evaluations.resume(first, lambda: state.params)
     in_a_row = store.record(first).get("skipped", 0) if first else 0
     skipped = guard.SkippedUpdates(name, trainer.config.max_skipped_updates, in_a_row)
     log.truncate(first)
     timing, trace = _Timing(trainer), observe.UpdateTrace(name, log.folder)
     waiting: list[dict] = []  # statistics of the updates since the last fetch, on the device
     with trace.running(first), hosts.in_step(), contextlib.ExitStack() as unsaved:
+        held_out.evaluate(first, state.params, timing)
         for update in range(first, updates):
             done, last = update + 1, update + 1 == updates
-            logged, saved = done % log_every == 0 or last, done % checkpoint_every == 0 or last
+            logged = done % log_every == 0 or last
+            saved = done % checkpoint_every == 0 or last or held_out.is_due(done)
             with timing.update():
                 batch = batch_at(update)
                 state, stats = trainer.update(state, *batch)
@@ -91,9 +125,10 @@ def fit(
             if saved:
                 items = {"params": state.params, "optimizer": state.optimizer}
                 record = {"update": done, "loss": loss, "skipped": skipped.in_a_row}
-                timing.run("checkpoint", store.save, done, items, record)
+                timing.run("checkpoint", held_out.save, done, items, record)
             if ending and not last:
                 raise preempt.Preempted
+            held_out.evaluate(done, state.params, timing)
             trace.next(done + 1, stats)
     return state.params, loss
 
