@@ -73,6 +73,8 @@ def workdir(tmp_path_factory):
         ],
     )
     write_lines(zero / "samples.jsonl", [sample(text, float(text == GOOD)) for text in TEXTS])
+    scores = [{"update": update, "reward": update / 4, "advantage": None} for update in (1, 1, 41, 81)]
+    write_lines(zero / "rollout_samples.jsonl", [sample(HOSTILE, 0.0, **more) for more in scores])
     (zero / "config.json").write_text(json.dumps({"preset": "tiny", "seed": 17}))
     (zero / "figures.json").write_text(json.dumps({"updates": 100, "seconds": 214.6}))
     write_lines(cold / "metrics.jsonl", [{"update": 1, "loss": 0.5}])
@@ -206,6 +208,26 @@ def test_hostile_text_of_a_sample_stays_text(page, opened):
     assert entities.unescape(re.search(r'data-shown="([^"]*)"', document)[1]) == shown
     assert samples_in(page.read_text())["r1_zero"]["shown"][1]["text"] == shown
     assert page.read_text().count("<script") == 2
+
+
+def test_responses_of_rollouts_are_shown_newest_first_and_hostile_text_stays_text(page, opened):
+    script = """const set = (id, value) => { at(id).value = value; at(id).dispatchEvent(new Event("input")); };
+      set("stage", "r1_zero, in training");
+      document.body.dataset.shown = JSON.stringify([at("count").textContent, at("meta").textContent, at("trace").textContent]);"""
+    document, _ = opened(script)
+    count, meta, text = json.loads(entities.unescape(re.search(r'data-shown="([^"]*)"', document)[1]))
+    assert count.startswith("1 of 4") and "update 81 · reward 20.25 · format 1" in meta and "advantage" not in meta
+    assert text == HOSTILE.encode("utf-8", "replace").decode()
+    assert "<title>The R1 recipe</title>" in document and "<img" not in document
+    shown = samples_in(page.read_text())["r1_zero, in training"]["shown"]
+    assert [one["update"] for one in shown] == [81, 41, 1, 1]
+
+
+def test_a_response_that_no_grader_scored_is_not_called_wrong(tmp_path):
+    rows = [{**sample(GOOD, 1.0), "update": 1, "parts": parts} for parts in ({"reward_model": 0.5}, {"accuracy": 0.0})]
+    html.write(tmp_path / "report.html", "one", "", [], [html.StageData("rl", [], {}, [], rollouts=rows)])
+    shown = samples_in((tmp_path / "report.html").read_text())["rl, in training"]["shown"]
+    assert [one["verdict"] for one in shown] == ["not graded", "wrong"]
 
 
 def test_samples_are_thinned_evenly(page):

@@ -10,7 +10,7 @@ from small import run_until
 
 from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
-from r1jax.core import observe, tree
+from r1jax.core import files, observe, tree
 from r1jax.core.metrics import read, read_timing
 from r1jax.models import flops
 from r1jax.recipe import parts, policy, prompts
@@ -325,8 +325,29 @@ def test_stopped_in_the_middle_of_a_rollout_in_bfloat16_a_run_goes_on_from_the_j
     assert tree.digest(resumed.run.state) == tree.digest(whole.run.state)
     assert tree.digest(resumed.run.reference) == tree.digest(whole.run.reference)
     assert vars(resumed.run.cursor) == vars(whole.run.cursor)
-    rows = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "stopped")]
-    assert rows[0] == rows[1]
+    for file in ("metrics.jsonl", "rollout_samples.jsonl"):
+        rows = [(tmp_path / name / file).read_bytes() for name in ("whole", "stopped")]
+        assert rows[0] == rows[1]
+
+
+def test_samples_of_each_rollout_are_those_of_the_journal_and_change_no_bit(watched, tmp_path):
+    training, folder, _, kept, _ = watched
+    rows = files.read_jsonl(folder / "rollout_samples.jsonl")
+    assert [row["update"] for row in rows] == [start + 1 for start in (0, 3, 6) for _ in range(4)]
+    texts = {start: WORDS.decode_batch([one.token_ids for one in scored.samples]) for start, scored in kept.items()}
+    for row in rows:
+        scored = kept[row["update"] - 1]
+        numbers = [n for n, text in enumerate(texts[row["update"] - 1]) if text == row["text"]]
+        terms = [dict(zip(PART_NAMES, scored.reward_terms[n].tolist(), strict=True)) for n in numbers]
+        assert any(
+            row["parts"] == {name: pytest.approx(parts[name], abs=1e-6) for name in row["parts"]} for parts in terms
+        )
+    assert {"accuracy", "language"} <= set(rows[0]["parts"]) and rows[0]["reward"] >= rows[1]["reward"]
+    without = build(tmp_path, watch__rollout_samples=0)
+    without.train()
+    assert tree.digest(without.run.state) == tree.digest(training.run.state)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+    assert not (tmp_path / "rollout_samples.jsonl").exists()
 
 
 def test_moments_and_reference_kept_in_host_memory_change_no_bit(watched, tmp_path):

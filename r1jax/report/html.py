@@ -19,6 +19,7 @@ SAMPLES_SHOWN = 200  # of each checkpoint at most, spread evenly
 SAMPLES_BYTES = 2_400_000  # of all samples together; the rest of the page is well below 200 kB
 TEXT_SHOWN = 12_000  # characters of one prompt or response
 ABSENT = "–"
+IN_TRAINING = ", in training"  # after a stage's name, in the list of what responses can be read
 NO_TASK = "(none)"  # column of the rows without a task
 SCENARIOS = ("general", "safety")  # tasks that are never among the held-out problems
 BY_TASK = "_by_task"  # NAME_by_task holds the counts of NAME by task
@@ -45,6 +46,7 @@ class StageData:
     counts: Mapping[str, object] = field(default_factory=dict)  # how many passed each filter, by task where counted so
     tasks: Sequence[str] = ()  # tasks besides those named in the counts
     mfu: Mapping[str, float] = field(default_factory=dict)  # phase -> model FLOPs utilisation, where it was measured
+    rollouts: Sequence[Mapping] = ()  # as in rollout_samples.jsonl
 
 
 @dataclass(frozen=True)
@@ -230,14 +232,21 @@ def write(
 
 
 def embedded(stages: Sequence[StageData]) -> dict[str, dict]:
-    """Returns {name: {"drawn": responses there were, "shown": some of them, spread evenly}} within SAMPLES_BYTES."""
+    """Returns {name: {"drawn": responses there were, "shown": some of them}} within SAMPLES_BYTES.
+
+    Those of an evaluation are spread evenly, those of rollouts are the newest, newest first.
+    """
     shown = SAMPLES_SHOWN
     while True:
-        samples = {
-            stage.name: {"drawn": len(stage.samples), "shown": [_sample(s) for s in _spread(stage.samples, shown)]}
-            for stage in stages
-            if stage.samples
-        }
+        samples = {}
+        for stage in stages:
+            newest = sorted(stage.rollouts, key=lambda row: -row["update"])
+            for name, all_rows, rows in (
+                (stage.name, stage.samples, _spread(stage.samples, shown)),
+                (f"{stage.name}{IN_TRAINING}", newest, newest[:shown]),
+            ):
+                if rows:
+                    samples[name] = {"drawn": len(all_rows), "shown": [_sample(row) for row in rows]}
         if shown == 1 or len(_safe_json(samples).encode("utf-8", "replace")) <= SAMPLES_BYTES:
             return samples
         shown = max(shown * 3 // 4, 1)
@@ -258,6 +267,7 @@ def _stage(folder: Path, name: str) -> StageData:
         rows=files.read_jsonl(folder / "metrics.jsonl"),
         split=split if sum(split.values()) else {},
         samples=files.read_jsonl(folder / "samples.jsonl"),
+        rollouts=files.read_jsonl(folder / "rollout_samples.jsonl"),
         facts=facts,
         counts={"problems": figures.get("data", {}), "examples": examples},
         tasks=[*SCENARIOS, *tasks],
@@ -381,12 +391,16 @@ def _safe_json(value: object) -> str:
 def _sample(sample: Mapping) -> dict:
     parts = sample["parts"]
     scores = {
-        name: round(parts[name], 3) for name in ("format", "language") if math.isfinite(parts.get(name, math.nan))
+        name: round(value, 3)
+        for name in ("format", "language")
+        if (value := parts.get(name)) is not None and math.isfinite(value)
     }
     texts = {name: _cut(str(sample[name])) for name in ("prompt", "answer", "text")}
     flags = {"tokens": sample["tokens"], "truncated": bool(sample["truncated"])}
-    verdict = ("right" if parts.get("accuracy") == 1.0 else "wrong") if sample.get("scorable", True) else "not scorable"
-    return {"id": str(sample.get("problem_id", ""))} | texts | flags | scores | {"verdict": verdict}
+    verdict = "right" if parts.get("accuracy") == 1.0 else "wrong" if "accuracy" in parts else "not graded"
+    verdict = verdict if sample.get("scorable", True) else "not scorable"
+    of_rollout = {name: sample[name] for name in ("update", "reward", "advantage") if sample.get(name) is not None}
+    return {"id": str(sample.get("problem_id", ""))} | texts | flags | scores | of_rollout | {"verdict": verdict}
 
 
 def _cut(text: str) -> str:

@@ -16,6 +16,7 @@ from r1jax.schema import (
     RewardConfig,
     SamplerConfig,
     ScenarioConfig,
+    WatchConfig,
     parts_of,
     replace,
 )
@@ -39,6 +40,7 @@ class RunSettings:
     ppo: PPOConfig
     optimizer: OptimizerConfig
     checkpointing: CheckpointConfig
+    watch: WatchConfig
 
 
 def of_config(config: Config) -> RunSettings:

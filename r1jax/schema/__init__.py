@@ -28,6 +28,7 @@ from r1jax.schema.supervised import (
     SFTConfig,
 )
 from r1jax.schema.tools import BuildTestsConfig, ExportConfig
+from r1jax.schema.watch import WatchConfig
 
 __all__ = [
     "AuxiliaryConfig",
@@ -67,6 +68,7 @@ __all__ = [
     "SandboxConfig",
     "ScenarioConfig",
     "Schedule",
+    "WatchConfig",
     "parts_of",
     "replace",
 ]

@@ -1,0 +1,13 @@
+"""What can be seen of a run while it goes on. Nothing here changes a bit of its result."""
+
+from dataclasses import dataclass
+
+from r1jax.schema.checks import Checked, at_least
+
+
+@dataclass(frozen=True)
+class WatchConfig(Checked):
+    rollout_samples: int = 4  # of each rollout, written to rollout_samples.jsonl; 0: none
+    rollouts_kept: int = 50  # rollouts in that file: the newest half, and earlier ones spread over the run
+
+    checks = (*at_least(0, "rollout_samples"), *at_least(2, "rollouts_kept"))
