@@ -223,6 +223,51 @@ def test_responses_of_rollouts_are_shown_newest_first_and_hostile_text_stays_tex
     assert [one["update"] for one in shown] == [81, 41, 1, 1]
 
 
+@pytest.fixture(scope="module")
+def live(workdir):
+    """Returns the text of the page while the run goes on."""
+    stages = html.collect(workdir, {"r1_zero": "r1_zero"})
+    html.write_run(workdir / "live.html", {"checkpoints": {}}, stages, "At work: update 3", 30)
+    return (workdir / "live.html").read_text()
+
+
+def test_a_page_of_a_run_at_work_loads_itself_again_and_one_of_a_finished_run_does_not(page, live):
+    assert '<meta http-equiv="refresh" content="30">' in live and "<p>At work: update 3</p>" in live
+    assert 'http-equiv="refresh"' not in page.read_text() and "sessionStorage" not in page.read_text()
+    assert "Checkpoints on held-out problems" not in live and live.count("<polyline") == len(html.MEASURES)
+
+
+def test_a_page_that_is_loaded_again_shows_the_response_that_was_read(live, opened):
+    """The place in the list has changed meanwhile; the response is known by its text."""
+    script = """at("filter").value = "wrong"; at("filter").dispatchEvent(new Event("input"));
+      while (current.text !== "%s") at("next").click();
+      at("marks").checked = false; dispatchEvent(new Event("pagehide"));
+      document.body.dataset.kept = sessionStorage.getItem(kept);"""
+    kept = entities.unescape(re.search(r'data-kept="([^"]*)"', opened(script % UNTAGGED, live)[0])[1])
+    before = json.loads(kept)
+    assert before["values"] == ["r1_zero", "wrong", ""] and before["current"]["text"] == UNTAGGED
+    stored = f"<script>sessionStorage.setItem(`r1jax ${{location.pathname}}`, {json.dumps(kept)})</script>"
+    newer = json.loads(re.search(r'(?s)id="samples">(.*?)</script>', live)[1])
+    newer["r1_zero"]["shown"].insert(0, newer["r1_zero"]["shown"][2])
+    grown = re.sub(r'(?s)(id="samples">).*?(</script>)', lambda m: m[1] + html._safe_json(newer) + m[2], live)
+    script = "document.body.dataset.shown = JSON.stringify([at('count').textContent, at('filter').value, current.text])"
+    document, _ = opened(script, grown.replace("<body>", f"<body>{stored}", 1))
+    count, filtered, text = json.loads(entities.unescape(re.search(r'data-shown="([^"]*)"', document)[1]))
+    assert text == UNTAGGED and filtered == "wrong" and count.startswith("4 of 5 (")
+    assert 'id="marks" type="checkbox"' in document
+
+
+def test_stages_that_learn_from_examples_have_a_curve_of_their_loss_and_long_curves_are_thinned(tmp_path):
+    rows = [{"update": update, "loss": 2 / update} for update in range(1, 2 * html.POINTS + 2)]
+    html.write(tmp_path / "report.html", "one", "", [], [html.StageData("dev1", rows, {}, [])])
+    text = (tmp_path / "report.html").read_text()
+    assert "Training on examples" in text and "Training by reinforcement learning" not in text
+    points = re.search(r'<polyline points="([^"]*)"', text)[1].split()
+    assert html.POINTS / 2 < len(points) <= html.POINTS
+    assert f"from {rows[1]['loss']:.2f}" in text or f"from {rows[0]['loss']:.2f}" in text
+    assert points[-1].startswith(f"{html.RIGHT:.1f},")  # the last update
+
+
 def test_a_response_that_no_grader_scored_is_not_called_wrong(tmp_path):
     rows = [{**sample(GOOD, 1.0), "update": 1, "parts": parts} for parts in ({"reward_model": 0.5}, {"accuracy": 0.0})]
     html.write(tmp_path / "report.html", "one", "", [], [html.StageData("rl", [], {}, [], rollouts=rows)])

@@ -1,5 +1,6 @@
 """What every RL stage does: start weights, prompts by phase, the loop, curves, evaluation before and after."""
 
+import functools
 import gc
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,17 @@ from r1jax.core.metrics import read, read_timing
 from r1jax.core.say import say
 from r1jax.evals.behaviour import reflective_count
 from r1jax.models import decoder
-from r1jax.recipe import common, compute, evaluate, lineage, parts, prompts, reward_models, template_check
+from r1jax.recipe import (
+    common,
+    compute,
+    evaluate,
+    lineage,
+    parts,
+    prompts,
+    reward_models,
+    stage_report,
+    template_check,
+)
 from r1jax.recipe.parts import PromptParts
 from r1jax.recipe.progress import Progress
 from r1jax.report import curves
@@ -52,6 +63,7 @@ def run(config: Config, workdir: Path) -> dict:
     folders = lineage.reward_model_folders(resolved, workdir)
     sampling_mesh = sampler_mesh(resolved.mode, resolved.sampler_mesh, mesh)
     progress = Progress(name, resolved.grpo.updates)
+    working = functools.partial(stage_report.while_working, folder.path, name, resolved.watch.report_every_s)
     folder.hold()
     training = make_training(
         of_config(resolved),
@@ -74,7 +86,8 @@ def run(config: Config, workdir: Path) -> dict:
             tokenizer,
             prompts.template(resolved.stage, resolved.data, tokenizer),
         )
-        trained = training.train()
+        with working(resolved.grpo.updates):
+            trained = training.train()
     programs = training.run.programs.counts()
     del training
     gc.collect()  # its parts refer to one another; optimiser, reference and sampler would stay beside the evaluation's
@@ -89,16 +102,17 @@ def run(config: Config, workdir: Path) -> dict:
     figures["split"] = hosts.decide(time_split, folder.path)
     if mfu := hosts.decide(lambda: mfu_by_phase(read_timing(folder.path)), name="the MFU of the run"):
         figures["mfu"] = mfu
-    figures |= evaluate.before_and_after(
-        parts_of(parts.EvaluationParts, resolved),
-        tokenizer,
-        mesh,
-        stage_prompts,
-        lineage.base(resolved, mesh, workdir),
-        trained,
-        workdir,
-        folder.path,
-    )
+    with working():
+        figures |= evaluate.before_and_after(
+            parts_of(parts.EvaluationParts, resolved),
+            tokenizer,
+            mesh,
+            stage_prompts,
+            lineage.base(resolved, mesh, workdir),
+            trained,
+            workdir,
+            folder.path,
+        )
     if stage_prompts.held_out:
         figures["ratios"] = ratios(figures[lineage.BASE], figures[name])
     checkpoint.write_json(folder.path / "figures.json", figures)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from r1jax.core.metrics import MetricsLog
 from r1jax.models import decoder
+from r1jax.recipe import stage_report
 from r1jax.recipe.common import StageFolder
 from r1jax.recipe.progress import Progress
 from r1jax.train import supervised
@@ -26,7 +27,8 @@ def fit(
     `name` is the result's name, `read` as there.
     """
     store, log = folder.checkpoints(), MetricsLog(folder.path)
-    with contextlib.closing(store), contextlib.closing(log), Progress(name, updates) as progress:
+    live = stage_report.while_working(folder.path, name, folder.config.watch.report_every_s, updates)
+    with contextlib.closing(store), contextlib.closing(log), Progress(name, updates) as progress, live:
         return supervised.fit(
             trainer,
             start,

@@ -39,7 +39,7 @@ class StageData:
     """The data of one stage that the page shows."""
 
     name: str  # of its result: r1_zero, dev1, ...
-    rows: Sequence[Mapping]  # of metrics.jsonl; curves are drawn of those with a reward
+    rows: Sequence[Mapping]  # of metrics.jsonl
     split: Mapping[str, float]  # phase -> seconds or share of the measured time; {} where nothing was measured
     samples: Sequence[Mapping]  # as in samples.jsonl
     facts: Mapping[str, object] = field(default_factory=dict)  # "what was run": label -> value
@@ -158,6 +158,8 @@ MEASURES = (  # column of metrics.jsonl, heading, unit
     ("length", "Length", "tokens per response"),
     ("reflective_words", "Reflective words", "per response"),
 )
+LOSSES = (("loss", "Loss", "of an update"),)  # of stages that learn from examples
+POINTS = 600  # of one curve at most
 
 
 def sampled_figures(rows: Sequence[Mapping]) -> list[str]:
@@ -187,13 +189,18 @@ def collect(workdir: Path, results: Mapping[str, str]) -> list[StageData]:
     return [_stage(Path(workdir) / stage, name) for stage, name in results.items() if (Path(workdir) / stage).is_dir()]
 
 
-def write_run(path: Path, summary: Mapping, stages: Sequence[StageData]) -> None:
-    """Writes the page about a graph or one stage from {"checkpoints": {name: figures}, "wall_s": seconds}."""
+def write_run(path: Path, summary: Mapping, stages: Sequence[StageData], subtitle: str = "", reload_s: int = 0) -> None:
+    """Writes the page about a graph or one stage from {"checkpoints": {name: figures}, "wall_s": seconds}.
+
+    With a `subtitle` the seconds are not needed; `reload_s` as in `write`.
+    """
     title = "The R1 recipe" if len(stages) > 1 else f"Run of {stages[0].name}" if stages else "Run"
     checkpoints = [{"checkpoint": name, **figures} for name, figures in summary["checkpoints"].items()]
-    count = f"{len(checkpoints)} checkpoint{'s' * (len(checkpoints) != 1)}"
     models = [{"model": name, **figures} for name, figures in summary.get("reward_models", {}).items()]
-    write(path, title, f"{count}, {summary['wall_s']:.0f} s for the stages run last", checkpoints, stages, models)
+    if not subtitle:
+        count = f"{len(checkpoints)} checkpoint{'s' * (len(checkpoints) != 1)}, " if checkpoints else ""
+        subtitle = f"{count}{summary['wall_s']:.0f} s for the stages run last"
+    write(path, title, subtitle, checkpoints, stages, models, reload_s)
 
 
 def write(
@@ -203,8 +210,11 @@ def write(
     checkpoints: Sequence[Mapping],
     stages: Sequence[StageData],
     models: Sequence[Mapping] = (),
+    reload_s: int = 0,
 ) -> None:
     """Writes the page, whole or not at all. It makes no request of any kind, not even to its own folder.
+
+    With `reload_s` above 0 a browser loads it again after so many seconds, and shows the same response at the same place.
 
     checkpoints: figures with the key "checkpoint"; they are listed in the order of `stages`, others before them.
     models: held-out figures of reward models with the key "model".
@@ -221,7 +231,9 @@ def write(
         facts=_facts(stages),
         tables=_tables(checkpoints, models),
         measured=_measured(checkpoints),
-        charts=_charts(stages),
+        reload_s=reload_s,
+        charts=_charts(MEASURES, [stage for stage in stages if _trained_by_rl(stage)]),
+        losses=_charts(LOSSES, [stage for stage in stages if not _trained_by_rl(stage)]),
         splits=_splits(stages),
         counted=_counted(stages),
         notes=[(row["checkpoint"], note) for row in checkpoints for note in row.get("notes", ())],
@@ -295,8 +307,10 @@ def _tables(checkpoints: Sequence[Mapping], models: Sequence[Mapping] = ()) -> l
     """Returns the main table, those by task and source where there are several, and those about the written checks and
     reward models where there are any."""
     checked = [row for row in checkpoints if "arithmetic_true" in row]
-    main = (NAME, *columns(checkpoints), *BEHAVIOUR)
-    tables = [("Checkpoints on held-out problems", main, checkpoints, MAIN_NOTE)]
+    tables = []
+    if checkpoints:
+        main = (NAME, *columns(checkpoints), *BEHAVIOUR)
+        tables.append(("Checkpoints on held-out problems", main, checkpoints, MAIN_NOTE))
     for name, label in GROUPS.items():
         if any(len(row.get(name, {})) > 1 for row in checkpoints):
             rows = [
@@ -426,23 +440,27 @@ def _splits(stages: Sequence[StageData]) -> list[dict]:
 
 
 def _points(stage: StageData, key: str) -> list[tuple[float, float]]:
-    return [
-        (row["update"], row[key]) for row in stage.rows if "reward" in row and math.isfinite(row.get(key, math.nan))
-    ]
+    """Returns (update, value) of the rows that have a value, at most POINTS of them, at even distances from the last."""
+    points = [(row["update"], row[key]) for row in stage.rows if math.isfinite(row.get(key, math.nan))]
+    return points[:: -max(-(-len(points) // POINTS), 1)][::-1]
 
 
-def _charts(stages: Sequence[StageData]) -> list[dict]:
-    """Returns a row of drawings per RL stage; a measure has the same axis in all stages, so that they compare."""
-    drawn = {(stage.name, key): _points(stage, key) for stage in stages for key, _, _ in MEASURES}
+def _trained_by_rl(stage: StageData) -> bool:
+    return any("reward" in row for row in stage.rows)
+
+
+def _charts(measures: Sequence[tuple[str, str, str]], stages: Sequence[StageData]) -> list[dict]:
+    """Returns a row of drawings per stage; a measure has the same axis in all stages, so that they compare."""
+    drawn = {(stage.name, key): _points(stage, key) for stage in stages for key, _, _ in measures}
     axes = {}
-    for key, _, _ in MEASURES:
+    for key, _, _ in measures:
         values = [y for stage in stages for _, y in drawn[stage.name, key]]
         axes[key] = _axis(min([0.0, *values]), max([0.0, *values]))
     rows = []
     for stage in stages:
         drawings = [
             {"title": title, "unit": unit, **_drawing(drawn[stage.name, key], axes[key])}
-            for key, title, unit in MEASURES
+            for key, title, unit in measures
             if drawn[stage.name, key]
         ]
         if drawings:
