@@ -64,7 +64,7 @@ def _refuse_unmeasured(stage: str, arguments: flags.Arguments) -> None:
 
 def _run(resolved: schema.Config, arguments: flags.Arguments) -> int:
     """Runs the stage, together with the other processes when there are any, and returns the exit code."""
-    from r1jax.core import hosts, observe  # bring numpy, which the command line does without
+    from r1jax.core import hosts, observe, wandb_log  # bring numpy, which the command line does without
 
     grace_s = preempt.GRACE_S if arguments.grace_s is None else arguments.grace_s
     preempt.listen(grace_s)
@@ -74,6 +74,7 @@ def _run(resolved: schema.Config, arguments: flags.Arguments) -> int:
     preempt.listen(grace_s)  # joining the others gives the signal to JAX
     if not stage_table.several_processes(resolved.stage):
         hosts.require_one(resolved.stage)
+    wandb_log.require(resolved.watch.wandb_project)
     observe.ask(observe.MeasurementRequest(arguments.profile, arguments.peak_tflops))
     figures = run(resolved, arguments.workdir)
     observe.mention_missing_trace()

@@ -6,6 +6,8 @@ import re
 import jax
 import numpy as np
 import pytest
+import wandb
+import wandb_rows
 from small import rl_training as build
 from small import run_until
 
@@ -347,17 +349,25 @@ def test_samples_of_each_rollout_are_those_of_the_journal(watched):
     assert {"accuracy", "language"} <= set(rows[0]["parts"]) and rows[0]["reward"] >= rows[1]["reward"]
 
 
-def test_neither_samples_nor_a_report_written_again_and_again_change_a_bit(finished, tmp_path, monkeypatch):
+def test_neither_samples_nor_a_report_written_again_and_again_nor_weights_and_biases_change_a_bit(
+    finished, tmp_path, monkeypatch
+):
     training, folder, _ = finished
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_DIR", raising=False)
     pages, write = [], html.write_run
     monkeypatch.setattr(html, "write_run", lambda path, *more: (write(path, *more), pages.append(path.read_text())))
     monkeypatch.setattr(stage_report, "BUSY_SHARE", 1.0)
-    seen = build(tmp_path / "r1_zero", watch__rollout_samples=0)
+    seen = build(tmp_path / "r1_zero", watch__rollout_samples=0, watch__wandb_project="recipe")
     with stage_report.while_working(tmp_path / "r1_zero", "r1_zero", 0.02, 8):
         seen.train()
     assert tree.digest(seen.run.state) == tree.digest(training.run.state)
     assert (tmp_path / "r1_zero" / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
     assert not (tmp_path / "r1_zero" / "rollout_samples.jsonl").exists()
+    (sent,) = wandb_rows.runs(tmp_path / "r1_zero")
+    wandb.teardown()
+    rewards = [(row["update"], row["reward"]) for row in read(folder)]
+    assert [(row["update"], row["metrics/reward"]) for row in sent["rows"]] == rewards
     statuses = [re.search(r"At work: training(?: \((\w+)\))?, (\d) of 8 updates made", page).groups() for page in pages]
     assert len(pages) > 5 and {"warm_up", "rollout", "update"} & {phase for phase, _ in statuses}
     assert sorted(statuses, key=lambda status: status[1]) == statuses  # the number of updates never falls

@@ -1,6 +1,6 @@
 """The metrics of a stage: metrics.jsonl holds deterministic rows, which a resumed run repeats bit for bit.
 
-Wall-clock times go to timing.jsonl; TensorBoard gets both.
+Wall-clock times go to timing.jsonl; TensorBoard gets both, and Weights & Biases where a project is named.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from r1jax.core import files, hosts
+from r1jax.core.wandb_log import WandbLog
 
 METRICS_FILE = "metrics.jsonl"  # deterministic values only
 TIMING_FILE = "timing.jsonl"  # wall-clock values
@@ -39,6 +40,10 @@ def _encode(update: int, values: Mapping[str, float]) -> bytes:
         except (TypeError, ValueError):
             raise ValueError(f"MetricsLog: {name} is {value!r}, needs a number") from None
     return (json.dumps(row, sort_keys=True) + "\n").encode()
+
+
+def _named(kind: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{kind}/{name}": float(value) for name, value in values.items()}
 
 
 class Timer:
@@ -71,9 +76,10 @@ class MetricsLog:
     Of several processes only process 0 touches the files; in the others nothing happens.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool = True):
+    def __init__(self, folder: Path, tensorboard: bool = True, wandb_project: str = ""):
         """Opens the files of a folder, which is made if missing; a last line that a crash cut off is removed."""
         self.folder = Path(folder)
+        self._wandb = WandbLog(self.folder, wandb_project, self._scalars_on_disk) if wandb_project else None
         self._tensorboard, self._writer, self._purge_step = tensorboard, None, None
         self._files: dict[str, BinaryIO] = {}
         self._writing = hosts.is_writer()
@@ -108,11 +114,20 @@ class MetricsLog:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+        scalars = _named("metrics", row) | _named("timing", timing)
         if self._tensorboard:
-            for name, value in row.items():
-                self._scalars().add_scalar(f"metrics/{name}", float(value), int(update))
-            for name, value in timing.items():
-                self._scalars().add_scalar(f"timing/{name}", float(value), int(update))
+            for name, value in scalars.items():
+                self._scalars().add_scalar(name, value, int(update))
+        if self._wandb is not None:
+            self._wandb.write(int(update), scalars)
+
+    def _scalars_on_disk(self) -> dict[int, dict[str, float]]:
+        """Returns the named scalars of every update whose row is on disk."""
+        scalars: dict[int, dict[str, float]] = {}
+        for kind, rows in (("metrics", read(self.folder)), ("timing", read_timing(self.folder))):
+            for row in rows:
+                scalars.setdefault(row.pop("update"), {}).update(_named(kind, row))
+        return scalars
 
     def _scalars(self):
         if self._writer is None:
@@ -137,14 +152,19 @@ class MetricsLog:
             name: [row for row in _rows(self.folder / name) if row["update"] <= update]
             for name in (METRICS_FILE, TIMING_FILE)
         }
-        self.close()
+        self._close_local()
         for name, rows in kept.items():
             files.write_text(self.folder / name, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
         self._purge_step = int(update) + 1
         self._open()
 
     def close(self) -> None:
-        """Closes the files and the TensorBoard writer."""
+        """Closes the files and what else gets the rows."""
+        self._close_local()
+        if self._wandb is not None:
+            self._wandb.close()
+
+    def _close_local(self) -> None:
         self._close_files()
         if self._writer is not None:
             self._writer.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from r1jax import config as configs
 from r1jax import stage_table
-from r1jax.core import checkpoint, files, hosts, lock
+from r1jax.core import checkpoint, files, hosts, lock, wandb_log
 from r1jax.core.say import say
 from r1jax.recipe import common, evaluate, export_hf, inherited, lineage, reward_models, stage_report
 from r1jax.report import html, table
@@ -56,6 +56,7 @@ def run(config: Config, workdir: Path) -> dict:
     chosen, again = chosen_stages(config), bool(config.from_stage)
     for stage in chosen:
         inherited.require(stages[stage], f"--config.set={stage}.FIELD", config)
+        wandb_log.require(stages[stage].watch.wandb_project)
     hosts.decide(_refuse_unready, chosen, stages, workdir, again, name="the states of the stages")
     hosts.decide(lock.hold, workdir / LOCK, name="the lock of the graph")
     try:

@@ -26,8 +26,9 @@ def fit(
 
     `name` is the result's name, `read` as there.
     """
-    store, log = folder.checkpoints(), MetricsLog(folder.path)
-    live = stage_report.while_working(folder.path, name, folder.config.watch.report_every_s, updates)
+    watch = folder.config.watch
+    store, log = folder.checkpoints(), MetricsLog(folder.path, wandb_project=watch.wandb_project)
+    live = stage_report.while_working(folder.path, name, watch.report_every_s, updates)
     with contextlib.closing(store), contextlib.closing(log), Progress(name, updates) as progress, live:
         return supervised.fit(
             trainer,

@@ -24,9 +24,10 @@ class Recorder:
 
     def __init__(self, run: RunState, inputs: RunInputs):
         self.config, self.run, self.inputs = run.config, run, inputs
-        self.log, self.timer = MetricsLog(inputs.folder), Timer()
+        self.log = MetricsLog(inputs.folder, wandb_project=self.config.watch.wandb_project)
         updates = self.config.grpo.updates_per_rollout
         self.samples = sample_log.SampleLog(inputs.folder, self.config.watch, updates)
+        self.timer = Timer()
         self.timed, self.trace = self.timer.run, observe.UpdateTrace(self.config.stage, inputs.folder)
         trainers = utilisation.peak(run.mesh)
         self._peaks = {"reference": trainers, "update": trainers}
