@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 
 import pytest
 
@@ -255,6 +256,28 @@ def test_a_page_that_is_loaded_again_shows_the_response_that_was_read(live, open
     count, filtered, text = json.loads(entities.unescape(re.search(r'data-shown="([^"]*)"', document)[1]))
     assert text == UNTAGGED and filtered == "wrong" and count.startswith("4 of 5 (")
     assert 'id="marks" type="checkbox"' in document
+
+
+@pytest.mark.usefixtures("opened")
+def test_a_browser_loads_the_page_of_a_run_at_work_again_and_shows_the_same_place(live, tmp_path):
+    script = """const loads = Number(sessionStorage.getItem("loads") || 0) + 1; sessionStorage.setItem("loads", loads);
+      console.log(`load ${loads}: ${at("count").textContent.split(" (")[0]}, scrolled by ${scrollY}.`);
+      if (loads === 1) { at("next").click(); scrollTo(0, 200); }"""
+    page = live.replace('content="30"', 'content="1"').replace("</body>", f"<script>{script}</script></body>")
+    (tmp_path / "page.html").write_text(page)
+    flags = [*FLAGS, "--window-size=900,500", "--enable-logging=stderr", "--remote-debugging-port=0"]
+    command = [CHROMIUM, *flags, f"--user-data-dir={tmp_path}/profile", (tmp_path / "page.html").as_uri()]
+    seen, pattern = [], re.compile(r"load (\d+): (.*?)\.")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as browser:
+        stop = threading.Timer(60, browser.kill)
+        stop.start()
+        for line in browser.stderr:
+            if match := pattern.search(line):
+                seen.append(match[2])
+                if match[1] == "3":
+                    browser.terminate()
+        stop.cancel()
+    assert seen[:3] == ["1 of 5, scrolled by 0", "2 of 5, scrolled by 200", "2 of 5, scrolled by 200"]
 
 
 def test_stages_that_learn_from_examples_have_a_curve_of_their_loss_and_long_curves_are_thinned(tmp_path):
