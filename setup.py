@@ -18,6 +18,9 @@ LIBTPU = "libtpu>=0.0.42; sys_platform == 'linux' and platform_machine == 'x86_6
 # Parquet files, and data sets saved by the package datasets or named on the Hugging Face Hub; JSON Lines need neither.
 DATA = ["datasets>=3.0", "pyarrow>=15.0"]
 
+# Gets the rows of metrics of a run that names a project; the oldest version whose login can be asked about quietly.
+WANDB = ["wandb>=0.31"]
+
 
 def inside() -> list[str]:
     """Returns r1jax and its subpackages: the folders that hold Python files."""
@@ -64,8 +67,10 @@ setup(
         "jetstream": ["google-jetstream==0.2.2"],
         "jetstream-light": JETSTREAM_LIGHT,
         "data": DATA,
+        "wandb": WANDB,
         "test": [
             *DATA,
+            *WANDB,
             "hypothesis>=6.100",
             LIBTPU,
             "pytest>=8.0",

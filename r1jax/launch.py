@@ -69,7 +69,7 @@ def _refuse_unmeasured(stage: str, arguments: flags.Arguments) -> None:
 
 def _run(resolved: schema.Config, arguments: flags.Arguments) -> int:
     """Runs the stage, together with the other processes when there are any, and returns the exit code."""
-    from r1jax.core import hosts, observe  # bring numpy, which the command line does without
+    from r1jax.core import hosts, observe, wandb_log  # bring numpy, which the command line does without
 
     grace_s = preempt.GRACE_S if arguments.grace_s is None else arguments.grace_s
     preempt.listen(grace_s)
@@ -84,6 +84,7 @@ def _run(resolved: schema.Config, arguments: flags.Arguments) -> int:
         remote.refuse(ONE_PROCESS)  # also what records of earlier stages name
     if isinstance(arguments.json, str):
         urls.RemoteFolder(arguments.json)  # raises now what would be raised at the end
+    wandb_log.require(resolved.watch.wandb_project)
     observe.ask(observe.MeasurementRequest(arguments.profile, arguments.peak_tflops))
     with paths.on_this_machine(resolved, arguments.workdir) as (local, workdir):
         figures = run(local, workdir)

@@ -16,7 +16,7 @@ from pathlib import Path
 from r1jax.schema import ROW_AXES, Config
 
 # Read by every stage that starts from the results of other stages and evaluates its own.
-_PLACE = ("seed", "start", "inputs", "input_preset", "rebuild_base", "checkpointing", "evaluation")
+_PLACE = ("seed", "start", "inputs", "input_preset", "rebuild_base", "checkpointing", "watch", "evaluation")
 _MODEL = ("model", "compute", "mesh", "data", "sampler", "reward")
 _TRAINING = (*_MODEL, *_PLACE, "auxiliary", "optimizer", "pack")
 _RL_STAGES = ("r1_zero", "ppo_baseline", "stage2_reasoning_rl", "stage4_all_scenarios", "student_rl")
@@ -26,7 +26,13 @@ _SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens_schedule")
 _WEIGHTS = dict.fromkeys((f"reward.{name}" for name in ("accuracy", "format", "language")), "")
 DERIVED = {"compute.vocab_used": "the tokenizer"}  # fields that follow from something else
 BY_GRAPH = ("gate",)  # the parts of a stage's config that are read by the graph which runs it
-_HANDED_ON = ("seed", "evaluation", "model.checkpoint", "data")  # to the stages that a graph or an ablation runs
+_HANDED_ON = (
+    "seed",
+    "evaluation",
+    "model.checkpoint",
+    "data",
+    "watch",
+)  # to the stages that a graph or an ablation runs
 _GRAPH = (*_HANDED_ON, "rebuild_base", "only", "from_stage", "list", "set")
 
 
@@ -51,6 +57,7 @@ def _other_sampling(**instead: str) -> dict[str, str]:
 
 _EVALUATION = _other_sampling(temperature="evaluation.temperature", top_p="evaluation.top_p")
 _NO_RL = {"pack.shared_prompts": ""}
+_NO_ROLLOUTS = _NO_RL | dict.fromkeys(("watch.rollout_samples", "watch.rollouts_kept"), "")
 _JUDGE = {"judge.sampler.max_new_tokens_schedule": "judge.sampler.max_new_tokens"}
 _SAMPLES_ALONE = {"compute.logprob_implementation": ""}  # the sampler scores by whole logits
 _RL_STAGE = Stage("recipe.policy:run", _RL, several_processes=True, updates=True)
@@ -58,7 +65,7 @@ _REWARD_MODEL = Stage(
     "recipe.reward_models:run",
     (*_TRAINING, "reward_model"),
     _other_sampling()
-    | _NO_RL
+    | _NO_ROLLOUTS
     | dict.fromkeys(("pack.trained_chunk", "auxiliary.mtp_loss_weight", "auxiliary.mtp_hidden"), "")
     | dict.fromkeys(("data.weights", "data.columns", "data.task"), ""),
     several_processes=True,
@@ -75,29 +82,29 @@ STAGES: dict[str, Stage] = {
     "stage1_coldstart": Stage(
         "recipe.stage1_coldstart:run",
         (*_SFT, "coldstart", "judge"),
-        _EVALUATION | _NO_RL | _JUDGE,
+        _EVALUATION | _NO_ROLLOUTS | _JUDGE,
         several_processes=True,
         updates=True,
     ),
     "stage3_rejection_sft": Stage(
         "recipe.stage3_rejection_sft:run",
         (*_SFT, "rejection", "judge"),
-        _EVALUATION | _NO_RL | _JUDGE | {"sampler.temperature": "rejection.temperature"},
+        _EVALUATION | _NO_ROLLOUTS | _JUDGE | {"sampler.temperature": "rejection.temperature"},
         several_processes=True,
         updates=True,
     ),
     "distill": Stage(
-        "recipe.distill:run", (*_SFT, "distill"), _EVALUATION | _NO_RL, several_processes=True, updates=True
+        "recipe.distill:run", (*_SFT, "distill"), _EVALUATION | _NO_ROLLOUTS, several_processes=True, updates=True
     ),
     "reward_helpful": _REWARD_MODEL,
     "reward_safety": _REWARD_MODEL,
     "stage0_base": Stage(
         "recipe.stage0_base:run",
         (
-            *("seed", "model", "compute", "auxiliary", "mesh", "optimizer", "pack", "checkpointing", "pretrain"),
-            *("output", "sampler.stop_ids"),
+            *("seed", "model", "compute", "auxiliary", "mesh", "optimizer", "pack", "checkpointing", "watch"),
+            *("pretrain", "output", "sampler.stop_ids"),
         ),
-        _NO_RL | {"pack.trained_chunk": "", "model.max_position_embeddings": ""},
+        _NO_ROLLOUTS | {"pack.trained_chunk": "", "model.max_position_embeddings": ""},
         several_processes=True,
         updates=True,
     ),

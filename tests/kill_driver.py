@@ -46,7 +46,7 @@ JOBS = {  # -> (config, overrides)
         (*EVALUATION, "only=r1_zero,stage1_coldstart", f"set={SET},stage1_coldstart.coldstart.prompts=60"),
     ),
 }
-COMPARED = ("metrics.jsonl", "examples.jsonl", "samples.jsonl", "config.json", "inputs.json")
+COMPARED = ("metrics.jsonl", "examples.jsonl", "samples.jsonl", "rollout_samples.jsonl", "config.json", "inputs.json")
 LIMIT_S = 900.0  # of one undisturbed run
 GRACE_S = 30.0
 

@@ -104,6 +104,14 @@ def test_summary_and_report_show_the_held_out_accuracy_of_both_reward_models(wor
     assert "Reward models on held-out prompts" in page
 
 
+def test_every_stage_leaves_a_report_of_its_own_that_no_longer_reloads(workdir, summary):
+    pages = {stage: (workdir / stage / "report.html").read_text() for stage in ("", *STAGES)}
+    assert [stage for stage, page in pages.items() if 'http-equiv="refresh"' in page or "At work" in page] == []
+    for stage in MODELS:
+        assert "Reward models on held-out prompts" in pages[stage] and "Training on examples" in pages[stage]
+    assert "r1_zero, in training" in pages["r1_zero"] and "r1_zero, in training" in pages[""]
+
+
 def test_stage_4_tells_what_the_reward_models_say_beside_what_is_verified(workdir):
     rows = read(workdir / "stage4_all_scenarios")
     names = {"reward_model", "rule", "reasoning_accuracy", "helpful_reward", "safety_reward", "hacking_warning"}

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 
 import pytest
 
@@ -73,6 +74,8 @@ def workdir(tmp_path_factory):
         ],
     )
     write_lines(zero / "samples.jsonl", [sample(text, float(text == GOOD)) for text in TEXTS])
+    scores = [{"update": update, "reward": update / 4, "advantage": None} for update in (1, 1, 41, 81)]
+    write_lines(zero / "rollout_samples.jsonl", [sample(HOSTILE, 0.0, **more) for more in scores])
     (zero / "config.json").write_text(json.dumps({"preset": "tiny", "seed": 17}))
     (zero / "figures.json").write_text(json.dumps({"updates": 100, "seconds": 214.6}))
     write_lines(cold / "metrics.jsonl", [{"update": 1, "loss": 0.5}])
@@ -206,6 +209,93 @@ def test_hostile_text_of_a_sample_stays_text(page, opened):
     assert entities.unescape(re.search(r'data-shown="([^"]*)"', document)[1]) == shown
     assert samples_in(page.read_text())["r1_zero"]["shown"][1]["text"] == shown
     assert page.read_text().count("<script") == 2
+
+
+def test_responses_of_rollouts_are_shown_newest_first_and_hostile_text_stays_text(page, opened):
+    script = """const set = (id, value) => { at(id).value = value; at(id).dispatchEvent(new Event("input")); };
+      set("stage", "r1_zero, in training");
+      document.body.dataset.shown = JSON.stringify([at("count").textContent, at("meta").textContent, at("trace").textContent]);"""
+    document, _ = opened(script)
+    count, meta, text = json.loads(entities.unescape(re.search(r'data-shown="([^"]*)"', document)[1]))
+    assert count.startswith("1 of 4") and "update 81 · reward 20.25 · format 1" in meta and "advantage" not in meta
+    assert text == HOSTILE.encode("utf-8", "replace").decode()
+    assert "<title>The R1 recipe</title>" in document and "<img" not in document
+    shown = samples_in(page.read_text())["r1_zero, in training"]["shown"]
+    assert [one["update"] for one in shown] == [81, 41, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def live(workdir):
+    """Returns the text of the page while the run goes on."""
+    stages = html.collect(workdir, {"r1_zero": "r1_zero"})
+    html.write_run(workdir / "live.html", {"checkpoints": {}}, stages, "At work: update 3", 30)
+    return (workdir / "live.html").read_text()
+
+
+def test_a_page_of_a_run_at_work_loads_itself_again_and_one_of_a_finished_run_does_not(page, live):
+    assert '<meta http-equiv="refresh" content="30">' in live and "<p>At work: update 3</p>" in live
+    assert 'http-equiv="refresh"' not in page.read_text() and "sessionStorage" not in page.read_text()
+    assert "Checkpoints on held-out problems" not in live and live.count("<polyline") == len(html.MEASURES)
+
+
+def test_a_page_that_is_loaded_again_shows_the_response_that_was_read(live, opened):
+    """The place in the list has changed meanwhile; the response is known by its text."""
+    script = """at("filter").value = "wrong"; at("filter").dispatchEvent(new Event("input"));
+      while (current.text !== "%s") at("next").click();
+      at("marks").checked = false; dispatchEvent(new Event("pagehide"));
+      document.body.dataset.kept = sessionStorage.getItem(kept);"""
+    kept = entities.unescape(re.search(r'data-kept="([^"]*)"', opened(script % UNTAGGED, live)[0])[1])
+    before = json.loads(kept)
+    assert before["values"] == ["r1_zero", "wrong", ""] and before["current"]["text"] == UNTAGGED
+    stored = f"<script>sessionStorage.setItem(`r1jax ${{location.pathname}}`, {json.dumps(kept)})</script>"
+    newer = json.loads(re.search(r'(?s)id="samples">(.*?)</script>', live)[1])
+    newer["r1_zero"]["shown"].insert(0, newer["r1_zero"]["shown"][2])
+    grown = re.sub(r'(?s)(id="samples">).*?(</script>)', lambda m: m[1] + html._safe_json(newer) + m[2], live)
+    script = "document.body.dataset.shown = JSON.stringify([at('count').textContent, at('filter').value, current.text])"
+    document, _ = opened(script, grown.replace("<body>", f"<body>{stored}", 1))
+    count, filtered, text = json.loads(entities.unescape(re.search(r'data-shown="([^"]*)"', document)[1]))
+    assert text == UNTAGGED and filtered == "wrong" and count.startswith("4 of 5 (")
+    assert 'id="marks" type="checkbox"' in document
+
+
+@pytest.mark.usefixtures("opened")
+def test_a_browser_loads_the_page_of_a_run_at_work_again_and_shows_the_same_place(live, tmp_path):
+    script = """const loads = Number(sessionStorage.getItem("loads") || 0) + 1; sessionStorage.setItem("loads", loads);
+      console.log(`load ${loads}: ${at("count").textContent.split(" (")[0]}, scrolled by ${scrollY}.`);
+      if (loads === 1) { at("next").click(); scrollTo(0, 200); }"""
+    page = live.replace('content="30"', 'content="1"').replace("</body>", f"<script>{script}</script></body>")
+    (tmp_path / "page.html").write_text(page)
+    flags = [*FLAGS, "--window-size=900,500", "--enable-logging=stderr", "--remote-debugging-port=0"]
+    command = [CHROMIUM, *flags, f"--user-data-dir={tmp_path}/profile", (tmp_path / "page.html").as_uri()]
+    seen, pattern = [], re.compile(r"load (\d+): (.*?)\.")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as browser:
+        stop = threading.Timer(60, browser.kill)
+        stop.start()
+        for line in browser.stderr:
+            if match := pattern.search(line):
+                seen.append(match[2])
+                if match[1] == "3":
+                    browser.terminate()
+        stop.cancel()
+    assert seen[:3] == ["1 of 5, scrolled by 0", "2 of 5, scrolled by 200", "2 of 5, scrolled by 200"]
+
+
+def test_stages_that_learn_from_examples_have_a_curve_of_their_loss_and_long_curves_are_thinned(tmp_path):
+    rows = [{"update": update, "loss": 2 / update} for update in range(1, 2 * html.POINTS + 2)]
+    html.write(tmp_path / "report.html", "one", "", [], [html.StageData("dev1", rows, {}, [])])
+    text = (tmp_path / "report.html").read_text()
+    assert "Training on examples" in text and "Training by reinforcement learning" not in text
+    points = re.search(r'<polyline points="([^"]*)"', text)[1].split()
+    assert html.POINTS / 2 < len(points) <= html.POINTS
+    assert f"from {rows[1]['loss']:.2f}" in text or f"from {rows[0]['loss']:.2f}" in text
+    assert points[-1].startswith(f"{html.RIGHT:.1f},")  # the last update
+
+
+def test_a_response_that_no_grader_scored_is_not_called_wrong(tmp_path):
+    rows = [{**sample(GOOD, 1.0), "update": 1, "parts": parts} for parts in ({"reward_model": 0.5}, {"accuracy": 0.0})]
+    html.write(tmp_path / "report.html", "one", "", [], [html.StageData("rl", [], {}, [], rollouts=rows)])
+    shown = samples_in((tmp_path / "report.html").read_text())["rl, in training"]["shown"]
+    assert [one["verdict"] for one in shown] == ["not graded", "wrong"]
 
 
 def test_samples_are_thinned_evenly(page):

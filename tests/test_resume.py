@@ -126,6 +126,8 @@ def test_run_killed_in_every_place_ends_bit_equal(undisturbed, tmp_path, results
     assert found == {name: value for name, value in expected.items() if name != "programs"}
     rows = (tmp_path / "metrics.jsonl").read_bytes()
     assert rows == (reference_folder / "metrics.jsonl").read_bytes()
+    samples = (tmp_path / "rollout_samples.jsonl").read_bytes()
+    assert samples == (reference_folder / "rollout_samples.jsonl").read_bytes()
     if count >= 10:
         digest = hashlib.sha256(rows).hexdigest()
         results("resume", {"kills_by_place": dict(landed), "kills": kills, "bit_equal": {**found, "metrics": digest}})

@@ -1,19 +1,23 @@
 """Claims about the RL loop: schedules by rollout, reference refresh, mini-batches, journal, one program set."""
 
 import gc
+import re
 
 import jax
 import numpy as np
 import pytest
+import wandb
+import wandb_rows
 from small import rl_training as build
 from small import run_until
 
 from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
-from r1jax.core import observe, tree
+from r1jax.core import files, observe, tree
 from r1jax.core.metrics import read, read_timing
 from r1jax.models import flops
-from r1jax.recipe import parts, policy, prompts
+from r1jax.recipe import parts, policy, prompts, stage_report
+from r1jax.report import html
 from r1jax.rewards.compose import PART_NAMES
 from r1jax.rl import minibatch, schedules
 from r1jax.rl import rollout as rollouts
@@ -325,8 +329,49 @@ def test_stopped_in_the_middle_of_a_rollout_in_bfloat16_a_run_goes_on_from_the_j
     assert tree.digest(resumed.run.state) == tree.digest(whole.run.state)
     assert tree.digest(resumed.run.reference) == tree.digest(whole.run.reference)
     assert vars(resumed.run.cursor) == vars(whole.run.cursor)
-    rows = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "stopped")]
-    assert rows[0] == rows[1]
+    for file in ("metrics.jsonl", "rollout_samples.jsonl"):
+        rows = [(tmp_path / name / file).read_bytes() for name in ("whole", "stopped")]
+        assert rows[0] == rows[1]
+
+
+def test_samples_of_each_rollout_are_those_of_the_journal(watched):
+    _, folder, _, kept, _ = watched
+    rows = files.read_jsonl(folder / "rollout_samples.jsonl")
+    assert [row["update"] for row in rows] == [start + 1 for start in (0, 3, 6) for _ in range(4)]
+    texts = {start: WORDS.decode_batch([one.token_ids for one in scored.samples]) for start, scored in kept.items()}
+    for row in rows:
+        scored = kept[row["update"] - 1]
+        numbers = [n for n, text in enumerate(texts[row["update"] - 1]) if text == row["text"]]
+        terms = [dict(zip(PART_NAMES, scored.reward_terms[n].tolist(), strict=True)) for n in numbers]
+        assert any(
+            row["parts"] == {name: pytest.approx(parts[name], abs=1e-6) for name in row["parts"]} for parts in terms
+        )
+    assert {"accuracy", "language"} <= set(rows[0]["parts"]) and rows[0]["reward"] >= rows[1]["reward"]
+
+
+def test_neither_samples_nor_a_report_written_again_and_again_nor_weights_and_biases_change_a_bit(
+    finished, tmp_path, monkeypatch
+):
+    training, folder, _ = finished
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    pages, write = [], html.write_run
+    monkeypatch.setattr(html, "write_run", lambda path, *more: (write(path, *more), pages.append(path.read_text())))
+    monkeypatch.setattr(stage_report, "BUSY_SHARE", 1.0)
+    seen = build(tmp_path / "r1_zero", watch__rollout_samples=0, watch__wandb_project="recipe")
+    with stage_report.while_working(tmp_path / "r1_zero", "r1_zero", 0.02, 8):
+        seen.train()
+    assert tree.digest(seen.run.state) == tree.digest(training.run.state)
+    assert (tmp_path / "r1_zero" / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+    assert not (tmp_path / "r1_zero" / "rollout_samples.jsonl").exists()
+    (sent,) = wandb_rows.runs(tmp_path / "r1_zero")
+    wandb.teardown()
+    rewards = [(row["update"], row["reward"]) for row in read(folder)]
+    assert [(row["update"], row["metrics/reward"]) for row in sent["rows"]] == rewards
+    statuses = [re.search(r"At work: training(?: \((\w+)\))?, (\d) of 8 updates made", page).groups() for page in pages]
+    assert len(pages) > 5 and {"warm_up", "rollout", "update"} & {phase for phase, _ in statuses}
+    assert sorted(statuses, key=lambda status: status[1]) == statuses  # the number of updates never falls
+    assert "<polyline" in pages[-1] and '<meta http-equiv="refresh" content="1">' in pages[-1]
 
 
 def test_moments_and_reference_kept_in_host_memory_change_no_bit(watched, tmp_path):

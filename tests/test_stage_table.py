@@ -181,7 +181,7 @@ def test_no_field_of_the_config_is_read_by_nobody():
 
 SCHEMA = pathlib.Path(schema.__file__).parent
 # Parts that a stage hands whole to the stages that it runs.
-HANDED_ON = dict.fromkeys(("quickstart", "r1", "ablation"), ("evaluation", "data")) | dict.fromkeys(
+HANDED_ON = dict.fromkeys(("quickstart", "r1", "ablation"), ("evaluation", "data", "watch")) | dict.fromkeys(
     ("reward_helpful", "reward_safety"), ("evaluation",)
 )
 BY_THE_LOADER = ("grpo.preset",)  # sets other fields

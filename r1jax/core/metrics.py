@@ -1,7 +1,7 @@
 """The metrics of a stage: metrics.jsonl holds deterministic rows, which a resumed run repeats bit for bit.
 
 Wall-clock times go to timing.jsonl, the figures of evaluations between updates to evaluation.jsonl; TensorBoard gets
-all of them.
+all of them, and Weights & Biases the rows of updates where a project is named.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from r1jax.core import files, hosts, remote
+from r1jax.core.wandb_log import WandbLog
 
 METRICS_FILE = "metrics.jsonl"  # deterministic values only
 TIMING_FILE = "timing.jsonl"  # wall-clock values
@@ -41,6 +42,10 @@ def _encode(update: int, values: Mapping[str, float]) -> bytes:
         except (TypeError, ValueError):
             raise ValueError(f"MetricsLog: {name} is {value!r}, needs a number") from None
     return (json.dumps(row, sort_keys=True) + "\n").encode()
+
+
+def _named(file_name: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{Path(file_name).stem}/{name}": float(value) for name, value in values.items()}
 
 
 class Timer:
@@ -76,9 +81,10 @@ class MetricsLog:
     names: tuple[str, ...] = (METRICS_FILE, TIMING_FILE)
     events = TENSORBOARD_FOLDER  # each log has one of its own: a restart there drops the later steps of all in it
 
-    def __init__(self, folder: Path, tensorboard: bool = True):
+    def __init__(self, folder: Path, tensorboard: bool = True, wandb_project: str = ""):
         """Opens the files of a folder, which is made if missing; a last line that a crash cut off is removed."""
         self.folder = Path(folder)
+        self._wandb = WandbLog(self.folder, wandb_project, self._scalars_on_disk) if wandb_project else None
         self._tensorboard, self._writer, self._purge_step = tensorboard, None, None
         self._files: dict[str, BinaryIO] = {}
         self._writing = hosts.is_writer()
@@ -113,11 +119,23 @@ class MetricsLog:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+        scalars: dict[str, float] = {}
+        for name, row in zip(self.names, rows, strict=True):
+            scalars |= _named(name, row)
         if self._tensorboard:
-            for file_name, row in zip(self.names, rows, strict=True):
-                for name, value in row.items():
-                    self._scalars().add_scalar(f"{Path(file_name).stem}/{name}", float(value), int(update))
+            for name, value in scalars.items():
+                self._scalars().add_scalar(name, value, int(update))
+        if self._wandb is not None:
+            self._wandb.write(int(update), scalars)
         remote.moment()
+
+    def _scalars_on_disk(self) -> dict[int, dict[str, float]]:
+        """Returns the named scalars of every update whose row is on disk."""
+        scalars: dict[int, dict[str, float]] = {}
+        for name in self.names:
+            for row in _rows(self.folder / name):
+                scalars.setdefault(row.pop("update"), {}).update(_named(name, row))
+        return scalars
 
     def _scalars(self):
         if self._writer is None:
@@ -139,14 +157,19 @@ class MetricsLog:
         if not self._writing:
             return
         kept = {name: [row for row in _rows(self.folder / name) if row["update"] <= update] for name in self.names}
-        self.close()
+        self._close_local()
         for name, rows in kept.items():
             files.write_text(self.folder / name, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
         self._purge_step = int(update) + 1
         self._open()
 
     def close(self) -> None:
-        """Closes the files and the TensorBoard writer."""
+        """Closes the files and what else gets the rows."""
+        self._close_local()
+        if self._wandb is not None:
+            self._wandb.close()
+
+    def _close_local(self) -> None:
         self._close_files()
         if self._writer is not None:
             self._writer.close()

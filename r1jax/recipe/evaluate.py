@@ -19,7 +19,7 @@ from r1jax.data import jsonl
 from r1jax.data.problems import SCENARIOS
 from r1jax.evals import benchmarks
 from r1jax.evals.benchmarks import Measurement, Response, summarize
-from r1jax.recipe import common, lineage, parts, problems, prompts, template_check
+from r1jax.recipe import common, lineage, parts, problems, prompts, stage_report, template_check
 from r1jax.recipe.parts import EvaluationParts
 from r1jax.recipe.prompts import StagePrompts
 from r1jax.report import html, table
@@ -396,12 +396,9 @@ def is_evaluation(value: Any) -> bool:
 
 
 def write_report(stage: str, workdir: Path, name: str, figures: dict) -> None:
-    """Writes report.html of a single stage, whose result is called `name`, into its folder (process 0 only)."""
-    if hosts.is_writer():
-        measured = {key: value for key, value in figures.items() if is_evaluation(value)}
-        summary = {"checkpoints": measured, "wall_s": figures["seconds"]}
-        path = Path(workdir) / stage / "report.html"
-        html.write_run(path, summary, html.collect(Path(workdir), {stage: name}))
+    """Writes report.html of a stage with evaluations, whose result is called `name`, into its folder."""
+    measured = {key: value for key, value in figures.items() if is_evaluation(value)}
+    stage_report.write_final(Path(workdir) / stage, name, {"checkpoints": measured, "wall_s": figures["seconds"]})
 
 
 def print_figures(rows: list[dict]) -> None:

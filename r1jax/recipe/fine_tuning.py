@@ -25,6 +25,7 @@ from r1jax.recipe import (
     parts,
     problems,
     prompts,
+    stage_report,
     template_check,
     token_cache,
     train_eval,
@@ -97,9 +98,11 @@ def run(
     if stage_prompts:
         figures["data"] = stage_prompts.counts
         settings, base = parts_of(parts.EvaluationParts, resolved), lineage.base(resolved, mesh, workdir)
-        figures |= evaluate.before_and_after(
-            settings, tokenizer, mesh, stage_prompts, base, trained, workdir, folder.path
-        )
+        name = lineage.result_name(config.stage)
+        with stage_report.while_working(folder.path, name, resolved.watch.report_every_s):
+            figures |= evaluate.before_and_after(
+                settings, tokenizer, mesh, stage_prompts, base, trained, workdir, folder.path
+            )
     checkpoint.write_json(folder.path / "figures.json", figures)
     evaluate.write_report(config.stage, workdir, lineage.result_name(config.stage), figures)
     token_cache.remove(path)

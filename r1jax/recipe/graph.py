@@ -1,5 +1,6 @@
 """The recipe as a graph of stages: finished ones are skipped, stopped ones resumed, stale ones refused."""
 
+import contextlib
 import json
 import shutil
 import time
@@ -8,9 +9,9 @@ from pathlib import Path
 
 from r1jax import config as configs
 from r1jax import stage_table
-from r1jax.core import checkpoint, files, hosts, lock, remote
+from r1jax.core import checkpoint, files, hosts, lock, remote, wandb_log
 from r1jax.core.say import say
-from r1jax.recipe import common, evaluate, export_hf, inherited, lineage, reward_models
+from r1jax.recipe import common, evaluate, export_hf, inherited, lineage, reward_models, stage_report
 from r1jax.report import html, table
 from r1jax.schema import Config, GateConfig, replace
 
@@ -55,6 +56,7 @@ def run(config: Config, workdir: Path) -> dict:
     chosen, again = chosen_stages(config), bool(config.from_stage)
     for stage in chosen:
         inherited.require(stages[stage], f"--config.set={stage}.FIELD", config)
+        wandb_log.require(stages[stage].watch.wandb_project)
     hosts.decide(_refuse_unready, chosen, stages, workdir, again, name="the states of the stages")
     hosts.decide(lock.hold, workdir / LOCK, name="the lock of the graph")
     try:
@@ -74,18 +76,34 @@ def _run(config: Config, chosen: list[str], stages: dict[str, Config], workdir: 
             common.StageFolder(stages[stage], workdir).hold()
         hosts.decide(_remove, chosen, workdir, name="the removal of older results")
         checkpoint.write_json(mark, remade)
-    for stage in chosen:
-        say(f"== {stage}")
-        figures = stage_table.function(stage)(stages[stage], workdir)
-        if awaited := figures.get("awaits"):
-            raise ValueError(f"{stage} waits for the verdicts in {awaited}; run again when they are complete")
-        hosts.decide(hold_gate, stage, stages[stage].gate, workdir, name=f"the gate of {stage}")
-    export(hosts.decide(_to_export, workdir, name="what is exported"), stages, workdir)
+    with _report_while_working(chosen, workdir, config.watch.report_every_s):
+        for stage in chosen:
+            say(f"== {stage}")
+            figures = stage_table.function(stage)(stages[stage], workdir)
+            if awaited := figures.get("awaits"):
+                raise ValueError(f"{stage} waits for the verdicts in {awaited}; run again when they are complete")
+            hosts.decide(hold_gate, stage, stages[stage].gate, workdir, name=f"the gate of {stage}")
+        export(hosts.decide(_to_export, workdir, name="what is exported"), stages, workdir)
     summary = hosts.decide(summarize, workdir, round(time.monotonic() - started, 1), name="the summary")
     if hosts.is_writer():
         _show(summary, workdir)
         mark.unlink(missing_ok=True)
     return summary
+
+
+def _report_while_working(
+    chosen: Sequence[str], workdir: Path, every_s: float
+) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which `workdir/report.html` shows the results of finished stages and the curves of all."""
+
+    def write(subtitle: str, reload_s: int) -> None:
+        write_report(summarize(workdir, 0.0), workdir, subtitle, reload_s)
+
+    def status() -> str:
+        waiting = [stage for stage in chosen if not (workdir / stage / common.DONE).exists()]
+        return f"{waiting[0] if waiting else 'export'}, {len(chosen) - len(waiting)} of {len(chosen)} stages done"
+
+    return stage_report.refreshed(write, status, every_s)
 
 
 def _show(summary: dict, workdir: Path) -> None:
@@ -252,10 +270,10 @@ def export(chosen: Sequence[str], stages: dict[str, Config], workdir: Path) -> N
             files.write_text(stamp, digest)
 
 
-def write_report(summary: dict, workdir: Path) -> None:
-    """Writes `workdir/report.html`."""
+def write_report(summary: dict, workdir: Path, subtitle: str = "", reload_s: int = 0) -> None:
+    """Writes `workdir/report.html`; `subtitle` and `reload_s` as in `html.write_run`."""
     stages = html.collect(workdir, {stage: lineage.RESULTS[stage] for stage in GRAPH})
-    html.write_run(workdir / "report.html", summary, stages)
+    html.write_run(workdir / "report.html", summary, stages, subtitle, reload_s)
 
 
 def rows(summary: dict) -> list[dict]:

@@ -50,6 +50,7 @@ FREE: dict[str, FreeField] = {  # by the dotted name of a field, or of a part wi
     "reward.batch_deadline_s": FreeField("scores that are in the journal stay as they are"),
     "checkpointing": FreeField("when checkpoints are written, and which are kept"),
     "train_eval": FreeField("what is measured between updates, and which weights of them are kept"),
+    "watch": FreeField("what is written for people who watch the run"),
     "gate": FreeField("what the graph asks of the result"),
 }
 # The lengths of runs: a run may become longer where the updates that it has made stay what they are.

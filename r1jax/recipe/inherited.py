@@ -17,13 +17,13 @@ def preset(stage: str, size: str) -> str:
 
 
 def stage_config(config: Config, spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
-    """Returns the config NAME:PRESET of a stage with seed, evaluation, base and problems of `config`.
+    """Returns the config NAME:PRESET of a stage with seed, evaluation, base and problems of `config`, watched as it is.
 
     `config` is that of the graph, the ablation or the stage that needs it. Stages that train the policy or start from
     it get the base (config.model.checkpoint), stages that read problems get the changed fields of config.data, if
     those are of problems too. Overrides win over both.
     """
-    loaded = replace(configs.load(spec), seed=config.seed, evaluation=config.evaluation)
+    loaded = replace(configs.load(spec), seed=config.seed, evaluation=config.evaluation, watch=config.watch)
     if loaded.stage not in OF_STUDENT and not loaded.model.checkpoint:
         loaded = replace(loaded, model=replace(loaded.model, checkpoint=config.model.checkpoint))
     if not (_learns_from_pairs(loaded.stage) or _learns_from_pairs(config.stage)):

@@ -1,5 +1,6 @@
 """What every RL stage does: start weights, prompts by phase, the loop, curves, evaluation before and after."""
 
+import functools
 import gc
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from r1jax.recipe import (
     parts,
     prompts,
     reward_models,
+    stage_report,
     template_check,
     train_eval,
 )
@@ -63,6 +65,7 @@ def run(config: Config, workdir: Path) -> dict:
     sampling_mesh = sampler_mesh(resolved.mode, resolved.sampler_mesh, mesh)
     progress = Progress(name, resolved.grpo.updates)
     measure = train_eval.measure(parts_of(train_eval.TrainEvalParts, resolved), tokenizer, stage_prompts)
+    working = functools.partial(stage_report.while_working, folder.path, name, resolved.watch.report_every_s)
     folder.hold()
     training = make_training(
         of_config(resolved),
@@ -86,7 +89,8 @@ def run(config: Config, workdir: Path) -> dict:
             tokenizer,
             prompts.template(resolved.stage, resolved.data, tokenizer),
         )
-        trained = training.train()
+        with working(resolved.grpo.updates):
+            trained = training.train()
     programs = training.run.programs.counts()
     del training
     gc.collect()  # its parts refer to one another; optimiser, reference and sampler would stay beside the evaluation's
@@ -102,16 +106,17 @@ def run(config: Config, workdir: Path) -> dict:
     figures["split"] = hosts.decide(time_split, folder.path)
     if mfu := hosts.decide(lambda: mfu_by_phase(read_timing(folder.path)), name="the MFU of the run"):
         figures["mfu"] = mfu
-    figures |= evaluate.before_and_after(
-        parts_of(parts.EvaluationParts, resolved),
-        tokenizer,
-        mesh,
-        stage_prompts,
-        lineage.base(resolved, mesh, workdir),
-        trained,
-        workdir,
-        folder.path,
-    )
+    with working():
+        figures |= evaluate.before_and_after(
+            parts_of(parts.EvaluationParts, resolved),
+            tokenizer,
+            mesh,
+            stage_prompts,
+            lineage.base(resolved, mesh, workdir),
+            trained,
+            workdir,
+            folder.path,
+        )
     if stage_prompts.held_out:
         figures["ratios"] = ratios(figures[lineage.BASE], figures[name])
     checkpoint.write_json(folder.path / "figures.json", figures)

@@ -20,7 +20,7 @@ from r1jax.data.hashing import hash64
 from r1jax.data.prompts import keyed_permutation
 from r1jax.evals import preference
 from r1jax.models import decoder
-from r1jax.recipe import common, lineage, parts, prompts, tiny_preferences, training
+from r1jax.recipe import common, lineage, parts, prompts, stage_report, tiny_preferences, training
 from r1jax.recipe.parts import TrainingParts
 from r1jax.recipe.progress import Progress
 from r1jax.report import table
@@ -122,7 +122,11 @@ def run(config: Config, workdir: Path) -> dict:
     center = _center(scorer, [train[i] for i in center_indices]) if kind == "helpful" else 0.0
     write_record(folder.path, kind, network, text_format, config.reward_model, center)
     checkpoint.write_json(folder.path / "figures.json", figures)
-    show({config.stage: figures["held_out"]})
+    name, models = lineage.result_name(config.stage), {config.stage: figures["held_out"]}
+    stage_report.write_final(
+        folder.path, name, {"checkpoints": {}, "reward_models": models, "wall_s": figures["seconds"]}
+    )
+    show(models)
     return folder.finish(figures, inputs, tree.digest(trained))
 
 

@@ -15,7 +15,7 @@ from r1jax.data.hashing import hash64
 from r1jax.data.packing import PackItem, pack
 from r1jax.data.prompts import keyed_permutation
 from r1jax.models import decoder
-from r1jax.recipe import common, parts, training
+from r1jax.recipe import common, parts, stage_report, training
 from r1jax.recipe.parts import TrainingParts
 from r1jax.schema import (
     AuxiliaryConfig,
@@ -76,6 +76,7 @@ def pretrain(
         log_every=10,
     )
     figures = {"loss": loss, "updates": total, "seconds": round(time.monotonic() - started, 1)}
+    stage_report.write_final(folder.path, settings.stage, {"checkpoints": {}, "wall_s": figures["seconds"]})
     return folder.finish(figures, {}, tree.digest(params))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from r1jax.core.metrics import MetricsLog
 from r1jax.models import decoder
+from r1jax.recipe import stage_report
 from r1jax.recipe.common import StageFolder
 from r1jax.recipe.progress import Progress
 from r1jax.schema import TrainEvalConfig
@@ -29,7 +30,9 @@ def fit(
     `name` is the result's name, `read` as there. With `measure` the weights are measured every train_eval.every
     updates.
     """
-    store, log = folder.checkpoints(), MetricsLog(folder.path)
+    watch = folder.config.watch
+    store, log = folder.checkpoints(), MetricsLog(folder.path, wandb_project=watch.wandb_project)
+    live = stage_report.while_working(folder.path, name, watch.report_every_s, updates)
     settings = folder.config.train_eval if measure else TrainEvalConfig()
     evaluations = Evaluations(folder.path, settings, updates, folder.config.stage)
     opened = contextlib.closing(store), contextlib.closing(evaluations), contextlib.closing(log)
@@ -37,6 +40,7 @@ def fit(
         for one in opened:
             stack.enter_context(one)
         progress = stack.enter_context(Progress(name, updates))
+        stack.enter_context(live)
         return supervised.fit(
             trainer,
             start,

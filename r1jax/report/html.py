@@ -19,6 +19,7 @@ SAMPLES_SHOWN = 200  # of each checkpoint at most, spread evenly
 SAMPLES_BYTES = 2_400_000  # of all samples together; the rest of the page is well below 200 kB
 TEXT_SHOWN = 12_000  # characters of one prompt or response
 ABSENT = "–"
+IN_TRAINING = ", in training"  # after a stage's name, in the list of what responses can be read
 NO_TASK = "(none)"  # column of the rows without a task
 SCENARIOS = ("general", "safety")  # tasks that are never among the held-out problems
 BY_TASK = "_by_task"  # NAME_by_task holds the counts of NAME by task
@@ -38,7 +39,7 @@ class StageData:
     """The data of one stage that the page shows."""
 
     name: str  # of its result: r1_zero, dev1, ...
-    rows: Sequence[Mapping]  # of metrics.jsonl; curves are drawn of those with a reward
+    rows: Sequence[Mapping]  # of metrics.jsonl
     split: Mapping[str, float]  # phase -> seconds or share of the measured time; {} where nothing was measured
     samples: Sequence[Mapping]  # as in samples.jsonl
     facts: Mapping[str, object] = field(default_factory=dict)  # "what was run": label -> value
@@ -46,6 +47,7 @@ class StageData:
     tasks: Sequence[str] = ()  # tasks besides those named in the counts
     mfu: Mapping[str, float] = field(default_factory=dict)  # phase -> model FLOPs utilisation, where it was measured
     evaluations: Sequence[Mapping] = ()  # rows of evaluation.jsonl
+    rollouts: Sequence[Mapping] = ()  # as in rollout_samples.jsonl
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,8 @@ MEASURES = (  # column of metrics.jsonl, heading, unit
     ("reflective_words", "Reflective words", "per response"),
 )
 HELD_OUT = ("pass@1", "Held-out pass@1", "evaluated between updates")  # of evaluation.jsonl, as MEASURES
+LOSSES = (("loss", "Loss", "of an update"),)  # of stages that learn from examples
+POINTS = 600  # of one curve at most
 
 
 def sampled_figures(rows: Sequence[Mapping]) -> list[str]:
@@ -187,13 +191,18 @@ def collect(workdir: Path, results: Mapping[str, str]) -> list[StageData]:
     return [_stage(Path(workdir) / stage, name) for stage, name in results.items() if (Path(workdir) / stage).is_dir()]
 
 
-def write_run(path: Path, summary: Mapping, stages: Sequence[StageData]) -> None:
-    """Writes the page about a graph or one stage from {"checkpoints": {name: figures}, "wall_s": seconds}."""
+def write_run(path: Path, summary: Mapping, stages: Sequence[StageData], subtitle: str = "", reload_s: int = 0) -> None:
+    """Writes the page about a graph or one stage from {"checkpoints": {name: figures}, "wall_s": seconds}.
+
+    With a `subtitle` the seconds are not needed; `reload_s` as in `write`.
+    """
     title = "The R1 recipe" if len(stages) > 1 else f"Run of {stages[0].name}" if stages else "Run"
     checkpoints = [{"checkpoint": name, **figures} for name, figures in summary["checkpoints"].items()]
-    count = f"{len(checkpoints)} checkpoint{'s' * (len(checkpoints) != 1)}"
     models = [{"model": name, **figures} for name, figures in summary.get("reward_models", {}).items()]
-    write(path, title, f"{count}, {summary['wall_s']:.0f} s for the stages run last", checkpoints, stages, models)
+    if not subtitle:
+        count = f"{len(checkpoints)} checkpoint{'s' * (len(checkpoints) != 1)}, " if checkpoints else ""
+        subtitle = f"{count}{summary['wall_s']:.0f} s for the stages run last"
+    write(path, title, subtitle, checkpoints, stages, models, reload_s)
 
 
 def write(
@@ -203,8 +212,11 @@ def write(
     checkpoints: Sequence[Mapping],
     stages: Sequence[StageData],
     models: Sequence[Mapping] = (),
+    reload_s: int = 0,
 ) -> None:
     """Writes the page, whole or not at all. It makes no request of any kind, not even to its own folder.
+
+    With `reload_s` above 0 a browser loads it again after so many seconds, and shows the same response at the same place.
 
     checkpoints: figures with the key "checkpoint"; they are listed in the order of `stages`, others before them.
     models: held-out figures of reward models with the key "model".
@@ -221,7 +233,9 @@ def write(
         facts=_facts(stages),
         tables=_tables(checkpoints, models),
         measured=_measured(checkpoints),
-        charts=_charts(stages),
+        reload_s=reload_s,
+        charts=_charts((*MEASURES, HELD_OUT), [stage for stage in stages if _trained_by_rl(stage)]),
+        losses=_charts((*LOSSES, HELD_OUT), [stage for stage in stages if not _trained_by_rl(stage)]),
         splits=_splits(stages),
         counted=_counted(stages),
         notes=[(row["checkpoint"], note) for row in checkpoints for note in row.get("notes", ())],
@@ -232,14 +246,21 @@ def write(
 
 
 def embedded(stages: Sequence[StageData]) -> dict[str, dict]:
-    """Returns {name: {"drawn": responses there were, "shown": some of them, spread evenly}} within SAMPLES_BYTES."""
+    """Returns {name: {"drawn": responses there were, "shown": some of them}} within SAMPLES_BYTES.
+
+    Those of an evaluation are spread evenly, those of rollouts are the newest, newest first.
+    """
     shown = SAMPLES_SHOWN
     while True:
-        samples = {
-            stage.name: {"drawn": len(stage.samples), "shown": [_sample(s) for s in _spread(stage.samples, shown)]}
-            for stage in stages
-            if stage.samples
-        }
+        samples = {}
+        for stage in stages:
+            newest = sorted(stage.rollouts, key=lambda row: -row["update"])
+            for name, all_rows, rows in (
+                (stage.name, stage.samples, _spread(stage.samples, shown)),
+                (f"{stage.name}{IN_TRAINING}", newest, newest[:shown]),
+            ):
+                if rows:
+                    samples[name] = {"drawn": len(all_rows), "shown": [_sample(row) for row in rows]}
         if shown == 1 or len(_safe_json(samples).encode("utf-8", "replace")) <= SAMPLES_BYTES:
             return samples
         shown = max(shown * 3 // 4, 1)
@@ -260,6 +281,7 @@ def _stage(folder: Path, name: str) -> StageData:
         rows=files.read_jsonl(folder / "metrics.jsonl"),
         split=split if sum(split.values()) else {},
         samples=files.read_jsonl(folder / "samples.jsonl"),
+        rollouts=files.read_jsonl(folder / "rollout_samples.jsonl"),
         facts=facts,
         counts={"problems": figures.get("data", {}), "examples": examples},
         tasks=[*SCENARIOS, *tasks],
@@ -288,8 +310,10 @@ def _tables(checkpoints: Sequence[Mapping], models: Sequence[Mapping] = ()) -> l
     """Returns the main table, those by task and source where there are several, and those about the written checks and
     reward models where there are any."""
     checked = [row for row in checkpoints if "arithmetic_true" in row]
-    main = (NAME, *columns(checkpoints), *BEHAVIOUR)
-    tables = [("Checkpoints on held-out problems", main, checkpoints, MAIN_NOTE)]
+    tables = []
+    if checkpoints:
+        main = (NAME, *columns(checkpoints), *BEHAVIOUR)
+        tables.append(("Checkpoints on held-out problems", main, checkpoints, MAIN_NOTE))
     for name, label in GROUPS.items():
         if any(len(row.get(name, {})) > 1 for row in checkpoints):
             rows = [
@@ -384,12 +408,16 @@ def _safe_json(value: object) -> str:
 def _sample(sample: Mapping) -> dict:
     parts = sample["parts"]
     scores = {
-        name: round(parts[name], 3) for name in ("format", "language") if math.isfinite(parts.get(name, math.nan))
+        name: round(value, 3)
+        for name in ("format", "language")
+        if (value := parts.get(name)) is not None and math.isfinite(value)
     }
     texts = {name: _cut(str(sample[name])) for name in ("prompt", "answer", "text")}
     flags = {"tokens": sample["tokens"], "truncated": bool(sample["truncated"])}
-    verdict = ("right" if parts.get("accuracy") == 1.0 else "wrong") if sample.get("scorable", True) else "not scorable"
-    return {"id": str(sample.get("problem_id", ""))} | texts | flags | scores | {"verdict": verdict}
+    verdict = "right" if parts.get("accuracy") == 1.0 else "wrong" if "accuracy" in parts else "not graded"
+    verdict = verdict if sample.get("scorable", True) else "not scorable"
+    of_rollout = {name: sample[name] for name in ("update", "reward", "advantage") if sample.get(name) is not None}
+    return {"id": str(sample.get("problem_id", ""))} | texts | flags | scores | of_rollout | {"verdict": verdict}
 
 
 def _cut(text: str) -> str:
@@ -417,13 +445,18 @@ def _splits(stages: Sequence[StageData]) -> list[dict]:
 
 
 def _points(stage: StageData, key: str) -> list[tuple[float, float]]:
-    rows = stage.evaluations if key == HELD_OUT[0] else [row for row in stage.rows if "reward" in row]
-    return [(row["update"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
+    """Returns (update, value) of the rows that have a value, at most POINTS of them, at even distances from the last."""
+    rows = stage.evaluations if key == HELD_OUT[0] else stage.rows
+    points = [(row["update"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
+    return points[:: -max(-(-len(points) // POINTS), 1)][::-1]
 
 
-def _charts(stages: Sequence[StageData]) -> list[dict]:
-    """Returns a row of drawings per stage that has any; a measure has the same axis in all, so that they compare."""
-    measures = (*MEASURES, HELD_OUT)
+def _trained_by_rl(stage: StageData) -> bool:
+    return any("reward" in row for row in stage.rows)
+
+
+def _charts(measures: Sequence[tuple[str, str, str]], stages: Sequence[StageData]) -> list[dict]:
+    """Returns a row of drawings per stage that has any; a measure has the same axis in all stages, so that they compare."""
     drawn = {(stage.name, key): _points(stage, key) for stage in stages for key, _, _ in measures}
     axes = {}
     for key, _, _ in measures:

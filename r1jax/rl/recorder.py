@@ -9,7 +9,7 @@ from r1jax.core.metrics import MetricsLog, Timer
 from r1jax.core.say import say
 from r1jax.models import utilisation
 from r1jax.rewards.compose import PART_NAMES, RULE_PARTS
-from r1jax.rl import losses, schedules, warnings
+from r1jax.rl import losses, sample_log, schedules, warnings
 from r1jax.rl.journal import Rollout
 from r1jax.rl.reward_model_monitor import HackingMonitor
 from r1jax.rl.rollout import Advantages
@@ -24,7 +24,10 @@ class Recorder:
 
     def __init__(self, run: RunState, inputs: RunInputs):
         self.config, self.run, self.inputs = run.config, run, inputs
-        self.log, self.timer = MetricsLog(inputs.folder), Timer()
+        self.log = MetricsLog(inputs.folder, wandb_project=self.config.watch.wandb_project)
+        updates = self.config.grpo.updates_per_rollout
+        self.samples = sample_log.SampleLog(inputs.folder, self.config.watch, updates)
+        self.timer = Timer()
         self.timed, self.trace = self.timer.run, observe.UpdateTrace(self.config.stage, inputs.folder)
         trainers = utilisation.peak(run.mesh)
         self._peaks = {"reference": trainers, "update": trainers}
@@ -34,12 +37,13 @@ class Recorder:
         self.figures: dict[str, float] = {}  # of the current rollout, in every row of its updates
 
     def begin(self) -> None:
-        """Drops metrics rows after the cursor, which a restored run writes again."""
+        """Drops metrics rows and samples after the cursor, which a restored run writes again."""
         self.skipped.in_a_row = self.run.cursor.skipped
         self.log.truncate(self.run.cursor.update)
+        self.samples.begin(self.run.cursor.rollout_start)
 
     def rollout(self, rollout: Rollout, advantages: Advantages, staleness: dict[str, float]) -> None:
-        """Computes the figures of a rollout, which go into every row of its updates, and prints its warnings."""
+        """Computes the figures of a rollout, which go into every row of its updates; prints its warnings, writes samples."""
         first_update, grpo = self.run.cursor.rollout_start, self.config.grpo
         lines = warnings.of_rollout(rollout, advantages, grpo, schedules.kl_coef(grpo, first_update))
         of_models, hacking = self.monitor.figures(rollout, first_update)
@@ -48,6 +52,7 @@ class Recorder:
         texts = self.inputs.tokenizer.decode_batch([sample.token_ids for sample in rollout.samples])
         self.figures = self._rewards(rollout, advantages, first_update) | self._tokens(rollout, first_update)
         self.figures |= of_models | self.inputs.describe(texts) | staleness
+        self._write_samples(rollout, advantages, texts, first_update)
 
     def update(self, stats: dict[str, float]) -> None:
         """Writes the metrics row of the last update, its times to the timing file, and the trace where one is due.
@@ -80,6 +85,15 @@ class Recorder:
 
     def close(self) -> None:
         self.log.close()
+
+    def _write_samples(self, rollout: Rollout, advantages: Advantages, texts: list[str], first_update: int) -> None:
+        """Writes some samples of the rollout, each with the reward terms that are weighed and that something gave it."""
+        numbers = sample_log.chosen(advantages.rewards, self.config.grpo.group_size, self.config.watch.rollout_samples)
+        prompts = [self.inputs.prompts.prompt(rollout.samples[number].request_id, first_update) for number in numbers]
+        weighed = [name for name in PART_NAMES if getattr(self.config.reward, name)]
+        graded = self.monitor.graded(rollout, first_update)
+        terms = [[name for name in weighed if name != "accuracy" or graded[number]] for number in numbers]
+        self.samples.write(first_update, sample_log.rows(numbers, rollout, advantages, texts, prompts, terms))
 
     def _rewards(self, rollout: Rollout, advantages: Advantages, first_update: int) -> dict[str, float]:
         """Returns the means of the rewards of a rollout, over its scorable samples."""

@@ -17,6 +17,7 @@ from r1jax.schema import (
     SamplerConfig,
     ScenarioConfig,
     TrainEvalConfig,
+    WatchConfig,
     parts_of,
     replace,
 )
@@ -41,6 +42,7 @@ class RunSettings:
     optimizer: OptimizerConfig
     checkpointing: CheckpointConfig
     train_eval: TrainEvalConfig
+    watch: WatchConfig
 
 
 def of_config(config: Config) -> RunSettings:

@@ -28,6 +28,7 @@ from r1jax.schema.supervised import (
     SFTConfig,
 )
 from r1jax.schema.tools import BuildTestsConfig, ExportConfig
+from r1jax.schema.watch import WatchConfig
 
 __all__ = [
     "AuxiliaryConfig",
@@ -68,6 +69,7 @@ __all__ = [
     "ScenarioConfig",
     "Schedule",
     "TrainEvalConfig",
+    "WatchConfig",
     "parts_of",
     "replace",
 ]

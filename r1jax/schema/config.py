@@ -16,6 +16,7 @@ from r1jax.schema.rl import GRPOConfig, PPOConfig, ScenarioConfig
 from r1jax.schema.sampling import SamplerConfig
 from r1jax.schema.supervised import ColdStartConfig, DistillConfig, PretrainConfig, RejectionConfig, SFTConfig
 from r1jax.schema.tools import BuildTestsConfig, ExportConfig
+from r1jax.schema.watch import WatchConfig
 
 _MIXTURE = Check(
     "grpo.routing_replay",
@@ -69,6 +70,7 @@ class Config(Checked):
     grpo: GRPOConfig = GRPOConfig()
     pack: PackConfig = PackConfig()
     checkpointing: CheckpointConfig = CheckpointConfig()
+    watch: WatchConfig = WatchConfig()
     evaluation: EvalConfig = EvalConfig()
     train_eval: TrainEvalConfig = TrainEvalConfig()
     pretrain: PretrainConfig = PretrainConfig()
