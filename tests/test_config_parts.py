@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # What makes, checks and keeps whole configs: the command line, the loader, the graph with what a stage inherits from it
 # and descends from. And what derives a whole run from its config: its programs, and the plan of it.
 WHOLE = {
-    *("config", "flags", "paths", "sweep", "stage_table", "launch", "tools.ablation"),
+    *("config", "flags", "paths", "sweep", "stage_table", "launch", "pod.request", "tools.ablation"),
     *("recipe.graph", "recipe.inherited", "recipe.lineage", "recipe.programs", "tools.plan"),
 }
 KEEPERS = {

@@ -329,6 +329,7 @@ def test_evaluations_between_updates_are_a_curve_of_their_own(tmp_path):
     folder.mkdir()
     rows = [{"update": update, "pass@1": value} for update, value in ((10, 0.25), (20, 0.5), (30, math.nan))]
     (folder / "evaluation.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "metrics.jsonl").write_text('{"update": 1, "reward": 0.5}\n')
     (folder / "timing.jsonl").write_text('{"update": 11, "update_s": 3.0, "evaluation_s": 1.0}\n')
     html.write(tmp_path / "report.html", "one", "", [], html.collect(tmp_path, {"r1_zero": "r1_zero"}))
     text = (tmp_path / "report.html").read_text()
