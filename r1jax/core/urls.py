@@ -1,7 +1,6 @@
 """Files at URLs (gs://, s3://, every protocol of fsspec): read, written, listed and removed with retries. No JAX."""
 
 import re
-import shutil
 import sys
 import threading
 import time
@@ -117,11 +116,7 @@ class RemoteFolder:
 
     def download(self, name: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._try("read", name, lambda: self._get(self._path(name), target))
-
-    def _get(self, source: str, target: Path) -> None:
-        with self._fs.open(source, "rb") as remote, target.open("wb") as file:
-            shutil.copyfileobj(remote, file, 1 << 22)
+        self._try("read", name, lambda: self._fs.get_file(self._path(name), str(target)))
 
     def remove(self, name: str) -> None:
         """Removes a file; one that is not there is none to remove."""
