@@ -231,6 +231,7 @@ NO_PATHS = {
     *("bench.losses", "bench.topology", "bench.trl_python", "bench.tunix_python", "coldstart.sources", "data.columns"),
     *("data.instruction", "data.task", "explain", "from_stage", "grpo.kl_estimator", "input_preset", "only", "preset"),
     *("judge.sampler.stop_strings", "sampler.stop_strings", "rejection.kinds", "stage", "start"),
+    *("train_eval.metric", "watch.wandb_project"),
     "reward.graders",  # of modules and files of this machine
 }
 
