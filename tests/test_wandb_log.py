@@ -16,7 +16,7 @@ import wandb_rows
 
 from r1jax import launch
 from r1jax.core import metrics, wandb_log
-from r1jax.core.metrics import MetricsLog
+from r1jax.core.metrics import EvaluationLog, MetricsLog
 from r1jax.recipe import training
 from r1jax.schema import Config, WatchConfig, replace
 
@@ -49,11 +49,15 @@ def test_a_run_that_goes_on_is_the_same_run_with_every_row_of_metrics_and_the_co
     first = MetricsLog(folder, tensorboard=False, wandb_project="recipe")
     (folder / "config.json").write_text(json.dumps({"grpo.updates": 8, "seed": 3}))
     write(first, range(1, 6))
+    evaluations = EvaluationLog(folder, tensorboard=False)
+    evaluations.write(3, {"pass@1": 0.25})
+    evaluations.close()
     first.close()
     time.sleep(1.1)  # W&B names its folders by the second
     again = MetricsLog(folder, tensorboard=False, wandb_project="recipe")
     again.truncate(3)
     write(again, range(4, 9))
+    again.send_evaluation(8, {"pass@1": 0.5})
     again.close()
     runs = wandb_rows.runs(folder)
     assert [run["id"] for run in runs] == [(folder / wandb_log.RUN_ID_FILE).read_text()] * 2
@@ -66,6 +70,8 @@ def test_a_run_that_goes_on_is_the_same_run_with_every_row_of_metrics_and_the_co
         expected = {"update": row["update"], "metrics/reward": row["reward"], "metrics/kl": 0.5, "timing/update_s": 1.5}
         if row["update"] == 2:
             del expected["metrics/kl"]
+        if row["update"] in (3, 8):  # one from its file, one as it was made
+            expected["evaluation/pass@1"] = 0.25 if row["update"] == 3 else 0.5
         assert rows[row["update"]] == expected
 
 

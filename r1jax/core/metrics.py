@@ -1,7 +1,7 @@
 """The metrics of a stage: metrics.jsonl holds deterministic rows, which a resumed run repeats bit for bit.
 
 Wall-clock times go to timing.jsonl, the figures of evaluations between updates to evaluation.jsonl; TensorBoard gets
-all of them, and Weights & Biases the rows of updates where a project is named.
+all of them, and Weights & Biases where a project is named.
 """
 
 import json
@@ -129,10 +129,15 @@ class MetricsLog:
             self._wandb.write(int(update), scalars)
         remote.moment()
 
+    def send_evaluation(self, update: int, row: Mapping[str, float]) -> None:
+        """Sends a row that is on disk in evaluation.jsonl to Weights & Biases, if this log sends its rows there."""
+        if self._writing and self._wandb is not None:
+            self._wandb.write(int(update), _named(EVALUATION_FILE, row))
+
     def _scalars_on_disk(self) -> dict[int, dict[str, float]]:
-        """Returns the named scalars of every update whose row is on disk."""
+        """Returns the named scalars of every update whose row is on disk, those of evaluations among them."""
         scalars: dict[int, dict[str, float]] = {}
-        for name in self.names:
+        for name in (*self.names, EVALUATION_FILE):
             for row in _rows(self.folder / name):
                 scalars.setdefault(row.pop("update"), {}).update(_named(name, row))
         return scalars

@@ -74,6 +74,7 @@ def evaluate(run: RunState, source: JournalledSource, recorder: Recorder) -> Non
     with preempt.deferred():
         run.store.wait()
         run.evaluations.record(update, figures, run.params)
+    recorder.log.send_evaluation(update, figures)
 
 
 def warm_up(run: RunState, source: JournalledSource, objective: Objective, recorder: Recorder) -> None:

@@ -43,8 +43,10 @@ class _Timing(Timer):
 class _HeldOut:
     """The evaluations of a supervised run, if it has any, in the order that they need with its checkpoints."""
 
-    def __init__(self, evaluations: Evaluations | None, measure: Measure | None, store: CheckpointStore):
-        self._evaluations, self._measure, self._store = evaluations, measure, store
+    def __init__(
+        self, evaluations: Evaluations | None, measure: Measure | None, store: CheckpointStore, log: MetricsLog
+    ):
+        self._evaluations, self._measure, self._store, self._log = evaluations, measure, store, log
 
     def is_due(self, update: int) -> bool:
         return self._evaluations is not None and self._evaluations.is_due(update)
@@ -63,6 +65,7 @@ class _HeldOut:
         hosts.raise_if_preempted("the figures of an evaluation")
         self._store.wait()
         self._evaluations.record(update, figures, params)
+        self._log.send_evaluation(update, figures)
 
 
 def fit(
@@ -89,7 +92,7 @@ def fit(
     and Preempted, after a checkpoint, when the process was asked to end.
     """
     state, first, loss = resume(trainer, start, store)
-    held_out = _HeldOut(evaluations, measure, store)
+    held_out = _HeldOut(evaluations, measure, store, log)
     if evaluations is not None:
         evaluations.resume(first, lambda: state.params)
     in_a_row = store.record(first).get("skipped", 0) if first else 0
