@@ -5,7 +5,8 @@ run, by bash. folder/script.json says what goes wrong: {"create": gcloud's error
 ACTIVE, "breaks": how many connections of follow break within the third line, after which gcloud connects again by itself,
 "outages": how many break so for good, "refuse_ssh": how many workers' commands get no connection, "refuse_scp": how
 often scp is refused, "no_key": the text with which scp is refused for good, "flaky": how many questions and deletions
-get no answer, "workers": how many a node has}. folder/state.json may begin with a TPU VM that no queued resource holds.
+get no answer, "refuse_create" and "lose_create": how many creations fail, and succeed without an answer, "workers": how
+many a node has}. folder/state.json may begin with a TPU VM that no queued resource holds.
 """
 
 import json
@@ -20,6 +21,7 @@ import sys
 import time
 
 WORKERS = 2  # of a node, unless the script says another number
+UNAVAILABLE = "ERROR: (gcloud.compute.tpus.{group}.{verb}) UNAVAILABLE: The service is currently unavailable."
 MARK = "FAKE_TPU_WORKER"  # in the environment of whatever runs on a worker
 CONNECTIONS, PAUSE_S = 3, 0.2  # which gcloud tries for one command, and between two of them; Google's tries 10, of 5 s
 
@@ -253,11 +255,14 @@ def main() -> int:
         return fail(cloud.script["logged_out"])
     group, verb, rest = words[2], words[3], words[4:]
     if verb in ("describe", "delete") and cloud.takes("flaky"):
-        return fail(f"ERROR: (gcloud.compute.tpus.{group}.{verb}) UNAVAILABLE: The service is currently unavailable.")
+        return fail(UNAVAILABLE.format(group=group, verb=verb))
     assert f"--zone={flag(rest, 'zone')}" in rest and "--quiet" in rest
-    if group == "queued-resources":
-        return queued_resources(cloud, verb, rest[0], rest)
-    return tpu_vm(cloud, verb, rest)
+    if verb == "create" and cloud.takes("refuse_create"):
+        return fail(UNAVAILABLE.format(group=group, verb=verb))
+    code = queued_resources(cloud, verb, rest[0], rest) if group == "queued-resources" else tpu_vm(cloud, verb, rest)
+    if verb == "create" and cloud.takes("lose_create"):
+        return fail(UNAVAILABLE.format(group=group, verb=verb))
+    return code
 
 
 if __name__ == "__main__":

@@ -294,7 +294,9 @@ def test_mistake_about_the_graph_is_one_line_and_leaves_nothing(tmp_path, capsys
     assert not workdir.exists()
 
 
-def test_a_stopped_run_from_a_stage_on_goes_on_and_a_finished_or_refused_one_starts_over(tmp_path, monkeypatch):
+def test_a_run_from_a_stage_on_that_did_not_end_goes_on_without_what_became_stale_and_a_finished_one_starts_over(
+    tmp_path, monkeypatch
+):
     config, ends, runs = configs.load("quickstart", [("from", "stage3_rejection_sft")]), [preempt.Preempted], []
     stages = graph.stage_configs(config)
     chosen = graph.chosen_stages(config)
@@ -323,11 +325,14 @@ def test_a_stopped_run_from_a_stage_on_goes_on_and_a_finished_or_refused_one_sta
         graph.run(config, tmp_path)
     assert not kept.exists()  # the first run of the command removes the stages
     kept.touch()
-    for end, stays in ((preempt.Preempted, True), (ValueError, True), (preempt.Preempted, False)):
+    other = tmp_path / chosen[1] / "kept"
+    for end, stale in ((preempt.Preempted, ""), (ValueError, ""), (preempt.Preempted, chosen[0])):
         ends.append(end)
+        other.touch()
+        monkeypatch.setattr(graph, "state", lambda stage, *_, stale=stale: "stale" if stage == stale else "stopped")
         with pytest.raises(end):
             graph.run(config, tmp_path)
-        assert kept.exists() == stays
+        assert kept.exists() == (stale == "") and other.exists()
         kept.touch()
     ends.append(None)
     graph.run(config, tmp_path)

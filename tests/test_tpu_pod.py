@@ -353,6 +353,37 @@ def test_run_that_did_not_start_everywhere_is_not_followed(monkeypatch, shared, 
     assert str(caught.value).startswith(expected.replace("MINE", mine))
 
 
+def test_run_that_is_stopped_while_the_checkout_is_copied_does_not_start(monkeypatch, shared):
+    launch, states = launcher.Launch(parsed(*POD, *shared), FAST), [{"w0": "ended 75"}, {"w0": "stopped"}]
+    monkeypatch.setattr(launch, "states", lambda: states.pop(0))
+    monkeypatch.setattr(launch, "copy", lambda: None)
+    with pytest.raises(remedies.PodError, match="was stopped by --only=stop"):
+        launch.attempt()
+    started = []
+    monkeypatch.setattr(
+        launch, "everywhere", lambda *_: started.append(1) or {"w0": f"running {launch.request.run_id}"}
+    )
+    monkeypatch.setattr(launch, "follow", lambda line: 0)
+    states[:] = [{"w0": "stopped"}] * 2  # since before this command, which resumes it
+    assert launch.attempt() == 0 and started
+
+
+@pytest.mark.parametrize(
+    ("step", "state", "expected"),
+    [
+        ("copy", "running abc", "a run is under way on r1, and would go on with other files"),
+        ("stop", "running abc", "a run has not ended: give --only=stop again"),
+    ],
+)
+def test_step_is_refused_where_a_run_is_under_way(monkeypatch, step, state, expected):
+    launch = launcher.Launch(parsed(*POD, f"--only={step}"), FAST)
+    monkeypatch.setattr(launch, "_require", lambda: None)
+    monkeypatch.setattr(launch, "everywhere", lambda *_: {"w0": state})
+    monkeypatch.setattr(launch, "copy", lambda: pytest.fail("copied"))
+    with pytest.raises(remedies.PodError, match=expected):
+        launch.step()
+
+
 def test_worker_that_answers_twice_is_one():
     output = "R1JAX w0 none\nnoise\nR1JAX w0 running abc\nR1JAX w1 ended 3\n"
     assert answers.of_workers(output) == {"w0": "running abc", "w1": "ended 3"}
@@ -387,6 +418,13 @@ def test_whatever_ends_the_launcher_it_says_what_costs_money(cloud, monkeypatch,
     with pytest.raises(ZeroDivisionError):
         launcher.main([*POD, "--only=create"], FAST)
     assert "r1 exists in us-east5-a (READY): it costs money" in capfd.readouterr().err
+
+
+def test_creation_that_fails_for_a_moment_or_whose_answer_is_lost_goes_on(cloud, capfd):
+    folder = cloud(refuse_create=1, lose_create=1)
+    assert launcher.main([*POD, "--only=create"], FAST) == 0
+    verbs = [json.loads(line)[3] for line in (folder / "calls.jsonl").read_text().splitlines()]
+    assert verbs.count("create") == 2 and capfd.readouterr().err.count("trying again") == 2
 
 
 def test_error_of_gcloud_that_lasts_ends_the_wait(cloud, capfd):
@@ -611,6 +649,43 @@ def test_run_that_cannot_begin_says_why_in_its_log(tmp_path):
     environment = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("R1JAX ended 127 |FileNotFoundError: "), done.stderr
+
+
+def test_run_whose_record_cannot_be_written_is_ended(tmp_path):
+    python, number = tmp_path / "python", tmp_path / "number"
+    python.write_text(f"#!/bin/sh\necho $$ > {number}\nexec sleep 60\n")
+    python.chmod(0o755)
+    code = f"""if True:
+        import pathlib, sys, time
+        from r1jax.core import files
+        from r1jax.pod import worker
+        sys.executable, write = {str(python)!r}, files.write_text
+        def full(path, text):
+            while "group" in text and not pathlib.Path({str(number)!r}).exists():
+                time.sleep(0.01)
+            if "group" in text:
+                raise OSError(28, "No space left on device")
+            write(path, text)
+        files.write_text = full
+        worker.start("abc", 1.0, [])
+        print(list(worker.follow(1))[-1])"""
+    environment = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "R1JAX ended 127\n", done.stderr
+    assert not is_running(int(number.read_text()))
+
+
+def test_line_that_a_progress_bar_writes_again_is_one_line(tmp_path, monkeypatch):
+    folder = tmp_path / "r1jax_run"
+    folder.mkdir()
+    (folder / "log").write_bytes(b"a\n10%\r20%\r\nb\r\n")
+    (folder / "run.json").write_text("{}")
+    (folder / "exit").write_text("0")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    words = [sys.executable, "-m", "r1jax.pod.worker", "follow", "1"]
+    lines = list(shell.stream(words, 30.0, collections.deque()))
+    assert lines == ["", "R1JAX alive 1", "|a|", "|10% 20%|", "|b|", "R1JAX ended 0"]
 
 
 def test_lost_and_preempted_processes_end_with_exit_codes_that_restart():

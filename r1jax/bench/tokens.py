@@ -25,7 +25,7 @@ from r1jax.report import table
 from r1jax.schema import Config, DataConfig, PackConfig, SFTConfig
 
 MODULE = "r1jax.bench.tokens"
-PART = 8  # the rates by workers are those of one row in so many
+PART = 4  # the rates by workers are those of one row in so many
 KILLED_AT = 1 / 3  # of the blocks
 CHECKED = 500  # one example in so many is compared with its row's tokens, made directly
 SENTENCES, SENTENCES_OF_ROW = 4096, 75
@@ -43,7 +43,7 @@ _WORDS = (
 def run(config: Config, workdir: Path) -> dict:
     """Returns the figures of config.bench.samples synthetic rows, tokenised as config.model.checkpoint does it.
 
-    `rates` are rows a second of an eighth of the rows with one worker and with config.bench.threads, in turn, in
+    `rates` are rows a second of a quarter of the rows with one worker and with config.bench.threads, in turn, in
     config.bench.repeats rounds, with the processor seconds of both; `ratio` is the median of the rounds. `build` is the
     build of all rows that goes on after one was killed at a third of its blocks; `start` is a second start, up to the
     first batch. Both have the peak memory of a process. Raises ValueError without a folder with a tokenizer, and when a

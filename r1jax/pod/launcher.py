@@ -41,6 +41,7 @@ class Pace:
 
 
 _QUIET_S = 600.0  # without a line of the log, after which the launcher says that the run is alive
+_STOPPED = "the run was stopped by --only=stop; the same command again resumes it"
 _SHORT_RUNS = 3  # so many short runs in a row end the restarts
 
 
@@ -166,9 +167,14 @@ class Launch:
     def _create(self) -> None:
         say(f"creating {self.request.name}: {self.request.slices} x {self.request.slice.accelerator_type}")
         self.touched = self.is_queued = self.is_ours = True
-        done = shell.run(commands.create(self.request), self.pace.answer)
-        if done.code:
-            raise PodError(remedies.explain(done.text, self.request))
+        limit = time.monotonic() + self.patience_s
+        while (done := shell.run(commands.create(self.request), self.pace.answer)).code:
+            if not remedies.is_transient(done.text) or time.monotonic() > limit:
+                raise PodError(remedies.explain(done.text, self.request))
+            say(f"gcloud fails ({remedies.last_error(done.text)}); trying again")
+            time.sleep(self.pace.poll)
+            if self.describe() is not None:  # the request came through, and its answer was lost
+                return
 
     def _await_active(self) -> None:
         """Waits in the queue. Raises PodError for a request that fails, which is deleted, and PodLost."""
@@ -289,11 +295,13 @@ class Launch:
 
     def attempt(self) -> int | None:
         """Runs the command, or follows it where it is running; returns its exit code, None if it is to be resumed."""
-        mine = f"running {self.request.run_id}"
-        if self._is_mine(self.states()):
+        mine, before = f"running {self.request.run_id}", self.states()
+        if self._is_mine(before):
             say("the run is under way: following it")
             return self.follow(-50)
         self.copy()
+        if any(state == "stopped" != before.get(host) for host, state in self.states().items()):
+            raise PodError(_STOPPED)
         started = self.everywhere(commands.start(self.request, self.workers), "starting the run", self.pace.answer)
         self._is_mine(started)
         if other := sorted(f"{host}: {state}" for host, state in started.items() if state != mine):
@@ -375,7 +383,7 @@ class Launch:
             say("some workers do not end: ending them")
             states = list(self.everywhere(commands.worker("end"), "ending the run", self.pace.install).values())
         if "stopped" in (end, *states):
-            raise PodError("the run was stopped by --only=stop; the same command again resumes it")
+            raise PodError(_STOPPED)
         codes = [int(state.split()[1]) for state in [end, *states] if state.startswith("ended")]
         failed = [code for code in codes if code not in (0, *RESTART_EXITS)]
         if failed:
@@ -471,11 +479,23 @@ class Launch:
             self.ensure()
             return 0
         self._require()
-        if self.request.only == "stop":
-            self.everywhere(commands.worker("stop"), "stopping the run", self.pace.install)
-        else:
-            {"copy": self.copy, "fetch": self.fetch}[self.request.only]()
+        {"copy": self._copy_alone, "fetch": self.fetch, "stop": self._stop}[self.request.only]()
         return 0
+
+    def _copy_alone(self) -> None:
+        if any(state.startswith("running") for state in self.states().values()):
+            raise PodError(
+                f"a run is under way on {self.request.name}, and would go on with other files; wait for its end, or stop it "
+                "with --only=stop"
+            )
+        self.copy()
+
+    def _stop(self) -> None:
+        states = self.everywhere(commands.worker("stop"), "stopping the run", self.pace.install)
+        for host, state in sorted(states.items()):
+            say(f"{host}: {state}")
+        if any(state.startswith("running") for state in states.values()):
+            raise PodError("a run has not ended: give --only=stop again, or delete the pod with --only=delete")
 
     def remainder(self) -> str:
         """Returns what exists now and how to delete it, "" if nothing does."""

@@ -76,9 +76,7 @@ def start(run_id: str, stop_s: float, arguments: list[str]) -> str:
     for path in (EXIT, STOPPED):
         path.unlink(missing_ok=True)
     if LOG.exists():
-        with files.replacing(FOLDER / "log.before") as before:
-            shutil.copyfile(LOG, before)
-        LOG.unlink()
+        shutil.move(LOG, FOLDER / "log.before")  # a renaming: the disk may be full
     files.write_text(RUN, json.dumps({"id": run_id, "arguments": arguments, "stop_s": stop_s}))
     if os.fork() == 0:
         os.setsid()
@@ -96,7 +94,7 @@ def _supervise(handle: int, arguments: list[str]) -> None:
     for source, target in ((nothing, 0), (output, 1), (output, 2)):
         os.dup2(source, target)
     command = [sys.executable, "-u", "-m", "r1jax.launch", *arguments]
-    result = 127
+    result, child = 127, None
     try:
         child = subprocess.Popen(command, pass_fds=(handle,), start_new_session=True)
         files.write_text(RUN, json.dumps(json.loads(RUN.read_text()) | {"group": child.pid}))
@@ -104,6 +102,10 @@ def _supervise(handle: int, arguments: list[str]) -> None:
         _signal(os.killpg, signal.SIGKILL)  # whatever the run left behind: it would keep the chips
     except Exception:
         traceback.print_exc()  # into the log
+        if child is not None:  # a run that nothing knows of could not be stopped
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
     with contextlib.suppress(OSError):  # of a full disk: the run is `gone`
         files.write_text(EXIT, str(result if result >= 0 else 128 - result))
     os._exit(0)
@@ -133,8 +135,11 @@ def end() -> str:
 
 
 def stop() -> str:
-    """Ends the run as the user's wish, so that no launcher starts it again; returns the state after that."""
-    if state().startswith("running"):
+    """Ends the run as the user's wish, so that no launcher starts it again; returns the state after that.
+
+    It counts as well between two starts of a run, while a launcher copies and installs, but not for one that is done.
+    """
+    if RUN.exists() and state() != "ended 0":
         files.write_text(STOPPED, "")
     return end()
 
@@ -162,7 +167,7 @@ def follow(line: int) -> Iterator[str]:
         for text in [*lines, rest] if ended and rest else lines:
             number += 1
             if number >= line:
-                shown = text.decode(errors="replace").rstrip("\r")
+                shown = text.decode(errors="replace").rstrip("\r").replace("\r", " ")  # which would divide the line
                 yield f"|{shown}|"
                 spoke = time.monotonic()
         if ended:

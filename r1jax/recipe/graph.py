@@ -61,9 +61,6 @@ def run(config: Config, workdir: Path) -> dict:
     hosts.decide(lock.hold, workdir / LOCK, name="the lock of the graph")
     try:
         return _run(config, chosen, stages, workdir)
-    except ValueError:  # something to mend: the same command then makes the stages again
-        hosts.decide((workdir / REMADE).unlink, True, name=f"{workdir}/{REMADE}")
-        raise
     finally:
         lock.release(workdir / LOCK)
 
@@ -71,10 +68,11 @@ def run(config: Config, workdir: Path) -> dict:
 def _run(config: Config, chosen: list[str], stages: dict[str, Config], workdir: Path) -> dict:
     started, mark = time.monotonic(), workdir / REMADE
     remade = {"config": configs.config_hash(config, remote.shown), "stages": list(chosen)}
-    if config.from_stage and not hosts.decide(_holds, mark, remade, name=str(mark)):
-        for stage in chosen:
+    if config.from_stage:
+        older = hosts.decide(_older, mark, remade, stages, workdir, name=str(mark))
+        for stage in older:
             common.StageFolder(stages[stage], workdir).hold()
-        hosts.decide(_remove, chosen, workdir, name="the removal of older results")
+        hosts.decide(_remove, older, workdir, name="the removal of older results")
         checkpoint.write_json(mark, remade)
     with _report_while_working(chosen, workdir, config.watch.report_every_s):
         for stage in chosen:
@@ -281,14 +279,20 @@ def rows(summary: dict) -> list[dict]:
     return [{"checkpoint": name, **figures} for name, figures in summary["checkpoints"].items()]
 
 
-def _holds(mark: Path, remade: dict) -> bool:
-    """Returns whether the same command has removed the stages before and was stopped since: it then goes on."""
-    return mark.exists() and json.loads(mark.read_text()) == remade
+def _older(mark: Path, remade: dict, stages: dict[str, Config], workdir: Path) -> list[str]:
+    """Returns the stages to be removed before they are made again: all that `remade` names.
+
+    Where the same command has removed them before and did not come to its end since, it goes on: then only those that
+    have become stale.
+    """
+    if mark.exists() and json.loads(mark.read_text()) == remade:
+        return [stage for stage in remade["stages"] if state(stage, stages, workdir) == "stale"]
+    return remade["stages"]
 
 
-def _remove(chosen: list[str], workdir: Path) -> None:
+def _remove(older: list[str], workdir: Path) -> None:
     """Removes the folders of stages that are to be made again."""
-    for stage in chosen:
+    for stage in older:
         shutil.rmtree(workdir / stage, ignore_errors=True)
 
 

@@ -41,7 +41,9 @@ from r1jax.schema import DataConfig
 
 BLOCK_BYTES = 4 << 20  # of rows, whose tokens make one block
 FORMAT = 1  # of the files and of how rows become tokens: another number makes every cache anew
-OPEN_BLOCKS = 4096  # that a process keeps mapped: a map costs addresses, neither memory nor a file descriptor
+OPEN_BLOCKS = (
+    256  # that a process keeps mapped: each map has a file descriptor, of 1024 that a process usually may have
+)
 BUILD_DEADLINE_S = 48 * 3600.0  # within which the slowest process must have made its blocks
 _TOKENS, _LENGTHS, _BLOCKS = "tokens.npy", "lengths.npy", "blocks.npy"
 
