@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import pathlib
-import shutil
 import signal
 import socket
 import subprocess
@@ -76,7 +75,10 @@ def start(run_id: str, stop_s: float, arguments: list[str]) -> str:
     for path in (EXIT, STOPPED):
         path.unlink(missing_ok=True)
     if LOG.exists():
-        shutil.move(LOG, FOLDER / "log.before")  # a renaming: the disk may be full
+        before = FOLDER / "log.before"
+        before.unlink(missing_ok=True)
+        os.link(LOG, before)  # another name takes no room: the disk may be full
+        LOG.unlink()
     files.write_text(RUN, json.dumps({"id": run_id, "arguments": arguments, "stop_s": stop_s}))
     if os.fork() == 0:
         os.setsid()
