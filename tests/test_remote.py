@@ -282,10 +282,10 @@ def test_what_fails_before_there_is_anything_to_keep_leaves_no_folder_on_this_ma
     with pytest.raises(urls.RemoteError, match="config.json is not there any more"):
         with remote.work_folder("memory://bucket/broken"):
             pass
-    with pytest.raises(KeyboardInterrupt), remote.output("memory://bucket/hf") as path:
+    with pytest.raises(KeyboardInterrupt), remote.output("memory://bucket/unmade") as path:
         path.mkdir()
         raise KeyboardInterrupt
-    assert set(cache.glob("work/*/*")) == before and not store.exists("/bucket/hf")
+    assert set(cache.glob("work/*/*")) == before and not store.exists("/bucket/unmade")
 
 
 def test_what_a_killed_process_was_fetching_is_removed_when_it_is_old(store, cache):
