@@ -26,6 +26,8 @@ def execute(arguments: flags.Arguments) -> int:
         return 0
     resolved = config.load(arguments.spec, arguments.overrides)
     _refuse_unmeasured(resolved.stage, arguments)
+    if isinstance(arguments.json, str):
+        urls.RemoteFolder(arguments.json)  # raises now what would be raised at the end
     if arguments.sweep:
         if arguments.coordinator or arguments.num_processes:
             raise ValueError("--sweep runs its points in processes of one machine; give it without --coordinator")
@@ -82,8 +84,6 @@ def _run(resolved: schema.Config, arguments: flags.Arguments) -> int:
     if hosts.process_count() > 1:
         paths.refuse(resolved, {"workdir": arguments.workdir, "json": arguments.json}, ONE_PROCESS)
         remote.refuse(ONE_PROCESS)  # also what records of earlier stages name
-    if isinstance(arguments.json, str):
-        urls.RemoteFolder(arguments.json)  # raises now what would be raised at the end
     wandb_log.require(resolved.watch.wandb_project)
     observe.ask(observe.MeasurementRequest(arguments.profile, arguments.peak_tflops))
     with paths.on_this_machine(resolved, arguments.workdir) as (local, workdir):

@@ -23,7 +23,7 @@ READ = (
 WRITTEN = ("output",)
 HERE_ALONE = ("coldstart.review",)  # a file that people change while no run is at work
 SETTINGS = ("set", "variants")  # hold FIELD=VALUE of stages
-_SETTING = re.compile(r"(?P<key>[\w.]+)=(?P<value>\S+)")
+_SETTING = re.compile(r"(?P<key>[\w.]+)=(?P<value>\S+(?:(?<=,)\s+(?![\w.]+=)\S+)*)")
 
 
 @contextlib.contextmanager
@@ -45,10 +45,10 @@ def on_this_machine(asked: schema.Config, workdir: Path | str) -> Generator[tupl
         if isinstance(workdir, Path):
             folder = workdir
         elif asked.list:  # looks at the folder alone, also while a run is at work there
-            folder = Path(remote.local(workdir))
+            folder = remote.records(workdir, required=True)
         else:
             folder = stack.enter_context(remote.work_folder(workdir))
-        local = changed(asked, remote.local)
+        local = changed(asked, remote.looked_at if asked.list else remote.local)
         if target:
             output = stack.enter_context(remote.output(target))
             local = schema.replace(local, output=str(output))

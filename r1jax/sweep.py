@@ -67,7 +67,7 @@ def run(arguments: flags.Arguments, base: schema.Config) -> int:
             if rows[-1].exit_code == preempt.PREEMPTED_EXIT:
                 return preempt.PREEMPTED_EXIT
     _print_table(rows)
-    for path in [arguments.json, folder / "table.json" if index is None else None]:
+    for path in [folder / "table.json" if index is None else None, arguments.json]:
         if path is not None:
             paths.write_json(path, [asdict(row) for row in rows])
     return int(any(row.status == "failed" for row in rows))

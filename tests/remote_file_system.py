@@ -2,6 +2,7 @@
 
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractFileSystem
 
 
 class FailingFileSystem(MemoryFileSystem):
@@ -54,4 +55,25 @@ class FailingFileSystem(MemoryFileSystem):
         super().rm_file(path)
 
 
+class WalkedFileSystem(FailingFileSystem):
+    """The same files under the protocol `walked`, found by fsspec's walk over `ls`, which fails for some folders."""
+
+    protocol = "walked"
+    find = AbstractFileSystem.find
+    unlisted: str = ""  # how the folders that cannot be listed end
+    listing_failures = 0  # how often
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("walked://"))
+
+    def ls(self, path, detail=True, **kwargs):
+        cls = type(self)
+        if cls.listing_failures and cls.unlisted and path.rstrip("/").endswith(cls.unlisted):
+            cls.listing_failures -= 1
+            raise cls.error("the listing failed")
+        return super().ls(path, detail, **kwargs)
+
+
 fsspec.register_implementation("failing", FailingFileSystem, clobber=True)
+fsspec.register_implementation("walked", WalkedFileSystem, clobber=True)

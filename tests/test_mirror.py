@@ -1,5 +1,6 @@
 """Claims about a folder kept in step with a URL: whole there at every moment, whatever fails or is killed."""
 
+import contextlib
 import json
 import os
 import threading
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from remote_file_system import FailingFileSystem
+from remote_file_system import FailingFileSystem, WalkedFileSystem
 
 from r1jax.core import mirror, remote, urls
 
@@ -188,6 +189,53 @@ def test_what_is_at_a_url_is_fetched_once_as_long_as_it_stays_the_same(tmp_path,
     assert remote.shown(record["line"]) == f"{url}, line 3"
 
 
+def test_a_file_that_is_read_while_a_push_is_killed_is_that_of_the_state_that_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv("R1JAX_URL_CACHE", str(tmp_path / "cache"))
+    count, seen = changes_of_second_push(tmp_path / "measured"), set()
+    for kill_at in range(count):
+        FailingFileSystem.clear()
+        work = first_push(tmp_path / f"a{kill_at}")
+        FailingFileSystem.reset(limit=kill_at, torn=True)
+        with pytest.raises(urls.RemoteError):
+            work.push()
+        remote.forget()
+        text = Path(remote.local(f"{URL}/r1_zero/metrics.jsonl")).read_text()
+        FailingFileSystem.reset()
+        pulled(tmp_path / f"b{kill_at}")
+        assert text == read(tmp_path / f"b{kill_at}")["r1_zero/metrics.jsonl"]
+        seen.add(text)
+    assert seen == {"a\n", "a\nb\n"}
+
+
+def test_a_folder_that_changes_while_it_is_fetched_is_fetched_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("R1JAX_URL_CACHE", str(tmp_path / "cache"))
+    first_push(tmp_path / "a").push()
+    fetch, other = mirror.fetch, fsspec.filesystem("failing")
+
+    def fetch_and_change(*arguments):
+        fetch(*arguments)
+        monkeypatch.setattr(mirror, "fetch", fetch)
+        other.pipe_file("/bucket/runs/r1_zero/checkpoints/2/d/0", b"TWO")
+
+    monkeypatch.setattr(mirror, "fetch", fetch_and_change)
+    assert (Path(remote.local(f"{URL}/r1_zero")) / "checkpoints/2/d/0").read_text() == "TWO"
+
+
+def test_what_no_manifest_names_is_read_as_it_is_unless_a_push_had_begun_to_write_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("R1JAX_URL_CACHE", str(tmp_path / "cache"))
+    first_push(tmp_path / "a").push()
+    other = fsspec.filesystem("failing")
+    other.pipe_file("/bucket/runs/hf/config.json", b"{}")
+    other.pipe_file("/bucket/runs/rows.jsonl", b"1")
+    other.pipe_file("/bucket/runs/half/config.json", b"{")
+    other.pipe_file("/bucket/runs/.r1jax/push-00000099.json", b'["half/config.json", "half/DONE"]')
+    remote.forget()
+    assert read(Path(remote.local(f"{URL}/hf"))) == {"config.json": "{}"}
+    assert Path(remote.local(f"{URL}/rows.jsonl")).read_text() == "1"
+    with pytest.raises(urls.MissingError, match="failing://bucket/runs/half holds no files"):
+        remote.local(f"{URL}/half")
+
+
 def test_a_push_that_failed_is_made_up_for_by_the_next_one(tmp_path, store, capsys):
     count = changes_of_second_push(tmp_path / "measured")
     for fail_at in range(count):
@@ -313,9 +361,154 @@ def test_a_run_ends_when_another_one_writes_to_its_folder(tmp_path):
     assert read(tmp_path / "c") == THIRD
 
 
+def test_a_push_of_a_run_that_another_one_has_taken_over_ends_the_run_at_once(tmp_path):
+    work, other = first_push(tmp_path / "a"), pulled(tmp_path / "b")
+    write(tmp_path / "b", THIRD)
+    other.push()
+    assert work.offer()
+    with pytest.raises(urls.InUseError, match="another run has written there meanwhile"):
+        work.wait()
+
+
+@pytest.mark.parametrize(("step", "asked"), [("_settle", True), ("_clear", False)])
+def test_a_run_that_stood_still_while_another_one_went_on_leaves_its_state_alone(tmp_path, monkeypatch, step, asked):
+    lost = threading.Event()
+
+    def may_write():
+        if lost.is_set():
+            raise urls.InUseError("another run")
+
+    work = first_push(tmp_path / "a")
+    if asked:
+        monkeypatch.setattr(work._remote, "_may_write", may_write)
+    go_on = getattr(work, step)
+
+    def stand_still(*arguments, **named):
+        other = pulled(tmp_path / "b")
+        assert read(tmp_path / "b") == SECOND
+        write(tmp_path / "b", THIRD)
+        other.push()
+        fsspec.filesystem("failing").pipe_file("/bucket/runs/.r1jax/push-00000099.json", b"[]")  # and its next push
+        fsspec.filesystem("failing").pipe_file("/bucket/runs/.r1jax/new-00000099/kept", b"new")
+        lost.set()
+        go_on(*arguments, **named)
+
+    monkeypatch.setattr(work, step, stand_still)
+    with pytest.raises(urls.InUseError) if asked else contextlib.nullcontext():
+        work.push()
+    assert "/bucket/runs/.r1jax/new-00000099/kept" in FailingFileSystem.store
+    pulled(tmp_path / "c")
+    assert read(tmp_path / "c") == THIRD
+    assert "/bucket/runs/.r1jax/new-00000099/kept" not in FailingFileSystem.store
+
+
+def test_whether_this_run_may_write_is_asked_before_every_try(monkeypatch):
+    monkeypatch.setattr(urls.time, "sleep", lambda seconds: None)
+    asked = []
+    folder = urls.RemoteFolder(URL, lambda: asked.append(FailingFileSystem.failures))
+    FailingFileSystem.reset(limit=0, error=ConnectionError, failures=2)
+    folder.write("x", b"1")
+    assert asked == [2, 2, 1, 0]  # the first to make the folder
+    folder.remove("x")
+    assert len(asked) == 5 and folder.listing() == {} and len(asked) == 5
+
+
+@pytest.mark.parametrize("unlisted", [".r1jax", "r1_zero/checkpoints"])
+def test_a_listing_that_fails_is_no_empty_folder(tmp_path, store, monkeypatch, unlisted):
+    monkeypatch.setattr(urls.time, "sleep", lambda seconds: None)
+    first_push(tmp_path / "a").push()
+    if unlisted != ".r1jax":  # as copied there by hand
+        for name in [name for name in store if "/.r1jax/" in name]:
+            del store[name]
+    before = {name: file.getvalue() for name, file in store.items()}
+    monkeypatch.setattr(WalkedFileSystem, "unlisted", unlisted)
+    monkeypatch.setattr(WalkedFileSystem, "listing_failures", 1, raising=True)
+    with pytest.raises(urls.RemoteError, match="cannot list it .PermissionError"):
+        pulled(tmp_path / "b", "walked://bucket/runs")
+    assert {name: file.getvalue() for name, file in store.items()} == before
+    monkeypatch.setattr(WalkedFileSystem, "error", ConnectionError)
+    monkeypatch.setattr(WalkedFileSystem, "listing_failures", 2)
+    pulled(tmp_path / "c", "walked://bucket/runs")
+    assert read(tmp_path / "c") == (
+        SECOND if unlisted == ".r1jax" else {name: SECOND[name] for name in files_of(SECOND)}
+    )
+    assert urls.RemoteFolder("walked://bucket/nothing").listing() == {}
+
+
+def test_a_manifest_that_is_replaced_while_it_is_looked_for_is_looked_for_again(tmp_path, monkeypatch):
+    first_push(tmp_path / "a").push()
+    folder, reads = urls.RemoteFolder(URL), []
+    read_object = folder.read
+
+    def replaced(name):
+        reads.append(name)
+        if len(reads) < 3:
+            raise FileNotFoundError(name)
+        return read_object(name)
+
+    monkeypatch.setattr(folder, "read", replaced)
+    assert set(mirror.newest_manifest(folder).files) == files_of(SECOND)
+    monkeypatch.setattr(folder, "read", lambda name: (_ for _ in ()).throw(FileNotFoundError(name)))
+    with pytest.raises(urls.ChangedError, match="changes faster than it can be read"):
+        mirror.newest_manifest(folder)
+
+
+def test_a_file_that_grows_while_it_is_copied_has_the_bytes_of_the_manifest(tmp_path, monkeypatch, store):
+    put = FailingFileSystem.put_file
+
+    def grow_and_put(self, lpath, rpath, **kwargs):
+        with open(lpath, "a") as file:
+            file.write("more")
+        put(self, lpath, rpath, **kwargs)
+
+    monkeypatch.setattr(FailingFileSystem, "put_file", grow_and_put)
+    (tmp_path / "log").write_text("x" * 20)
+    urls.RemoteFolder(URL).upload(tmp_path / "log", "log", 20)
+    assert store["/bucket/runs/log"].getvalue() == b"x" * 20
+    with pytest.raises(urls.RemoteError, match="became shorter"):
+        urls.RemoteFolder(URL).upload(tmp_path / "log", "log", 100)
+
+
+@pytest.mark.parametrize("limit", [8, 1000])  # bytes above which files are linked
+def test_a_file_that_is_written_anew_during_a_snapshot_is_pushed_whole(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(mirror, "COPIED_BYTES", limit)
+    folder, scan = tmp_path / "a", mirror._scan
+    folder.mkdir()
+    work = pulled(folder)
+    write(
+        folder,
+        {"report.html": "a" * 20, "longer.html": "a" * 20, "phase": "rollout 12\n", "log": "x" * 20, "gone": "g"},
+    )
+
+    def scan_and_change(place):
+        table = scan(place)
+        for name, text in (("report.html", "b" * 10), ("longer.html", "b" * 30)):
+            (folder / "new").write_text(text)
+            os.replace(folder / "new", folder / name)
+        (folder / "phase").write_text("done\n")
+        with (folder / "log").open("a") as file:
+            file.write("y")
+        (folder / "gone").unlink()
+        return table
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "_scan", scan_and_change)
+        work.push()
+    whole = {"report.html": "b" * 10, "longer.html": "b" * 30, "phase": "done\n"}
+    pulled(tmp_path / "b")
+    assert read(tmp_path / "b") == whole | {"log": "x" * 20}
+    (folder / "phase").write_text("again\n")
+    work.push()
+    pulled(tmp_path / "c")
+    assert read(tmp_path / "c") == whole | {"log": "x" * 20 + "y", "phase": "again\n"}
+
+
 def test_of_a_stage_the_newest_checkpoint_alone_is_read_to_start_from_it():
     names = ["a/checkpoints/9/x", "a/checkpoints/10/x", "b/checkpoints/2/x", "checkpoints/1/x", "a/DONE"]
     assert mirror.read_to_start(names) == {*names} - {"a/checkpoints/9/x"}
+    aside = {"a/best/checkpoints/2/x", "a/best/checkpoints/3/x", "a/wandb/run/x"}
+    names += ["a/inputs.json", "best/x", *aside]  # `best` here is no stage's
+    assert mirror.read_to_start(names) == {*names} - aside - {"a/checkpoints/9/x"}
 
 
 def test_a_manifest_names_every_file_with_its_size(tmp_path, store):

@@ -12,6 +12,7 @@ the newest manifest names before the next manifest is there, as one object:
 Files that no manifest names are left alone.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -21,18 +22,23 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from r1jax.core import errors, urls
 
 INSIDE = ".r1jax"  # the folder at a URL with what this module keeps there
 COPIED_BYTES = 1 << 24  # files up to this size are copied for a push, larger ones linked: they are written once
 FAILURES = 3  # pushes in a row that may fail before the run ends
+READINGS = 5  # of a folder whose manifests are replaced while they are read
+STAGE_SIGN, BEST = "inputs.json", "best"  # the file by which a folder is a stage's, and its folder of best weights
 _MANIFEST = re.compile(re.escape(INSIDE) + r"/manifest-(\d+)\.json")
-_PUSH = re.compile(re.escape(INSIDE) + r"/push-(\d+)\.json")
+_PUSH = re.compile(re.escape(INSIDE) + r"/push-\d+\.json")
+_OF_PUSH = re.compile(re.escape(INSIDE) + r"/(?:push|new)-(\d+)[./]")
 _IN_WORK = re.compile(r"\..*\.(tmp|lock)|.*\.orbax-checkpoint-tmp.*|" + re.escape(INSIDE))  # files and folders
+UNKNOWN = -1  # bytes of a file whose size its server does not say
 Entries = dict[str, tuple[int, str]]  # name -> (bytes, name of the object that holds it)
 
 
@@ -60,18 +66,49 @@ class Manifest:
 
 
 def newest_manifest(folder: urls.RemoteFolder) -> Manifest | None:
-    """Returns the newest whole manifest at a URL, None where there is none."""
-    names = {int(match[1]): name for name in folder.listing(INSIDE) if (match := _MANIFEST.fullmatch(name))}
-    for number in sorted(names, reverse=True):
-        try:
-            record = json.loads(folder.read(names[number]))
-        except (ValueError, FileNotFoundError) as error:
-            if isinstance(error, urls.RemoteError):
-                raise
-            continue  # cut off by a kill, where the file system does not write objects whole; or replaced since
-        entries = {name: (size, at) for name, (size, at) in record.pop("files").items()}
-        return Manifest(number, entries, **record)
-    return None
+    """Returns the newest whole manifest at a URL, None where there is none.
+
+    Raises ChangedError where every one that is listed is replaced before it is read.
+    """
+    for _ in range(READINGS):
+        names = {int(match[1]): name for name in folder.listing(INSIDE) if (match := _MANIFEST.fullmatch(name))}
+        replaced = False
+        for number in sorted(names, reverse=True):
+            try:
+                record = _read_json(folder, names[number])
+            except FileNotFoundError:
+                replaced = True
+                continue
+            if record is not None:
+                entries = {name: (size, at) for name, (size, at) in record.pop("files").items()}
+                return Manifest(number, entries, **record)
+        if not replaced:
+            return None
+    raise urls.ChangedError(f"{folder.url} changes faster than it can be read; give the same command again")
+
+
+def _read_json(folder: urls.RemoteFolder, name: str) -> Any:
+    """Returns what a JSON object at a URL holds, None for one that a kill cut off.
+
+    Not every file system writes objects whole. Raises FileNotFoundError where there is none.
+    """
+    content = folder.read(name)
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def begun(folder: urls.RemoteFolder, listed: Collection[str]) -> set[str]:
+    """Returns the names of the files that pushes were to add; `listed` are the names that INSIDE holds.
+
+    Of a push that was killed they may be half-written, unless a manifest names them.
+    """
+    names: set[str] = set()
+    for name in filter(_PUSH.fullmatch, listed):
+        with contextlib.suppress(FileNotFoundError):
+            names |= set(_read_json(folder, name) or ())
+    return names
 
 
 def as_listed(folder: urls.RemoteFolder) -> Manifest:
@@ -83,16 +120,28 @@ def as_listed(folder: urls.RemoteFolder) -> Manifest:
     others = {name[: match.start()] for name in listed if (match := re.search(rf"(?:^|/){re.escape(INSIDE)}/", name))}
     prefixes = tuple(f"{other}/" for other in others if other)
     kept = {name: info for name, info in listed.items() if name and not name.startswith((f"{INSIDE}/", *prefixes))}
-    return Manifest(files={name: (int(info["size"] or 0), name) for name, info in kept.items()})
+    return Manifest(files={name: (size_of(info), name) for name, info in kept.items()})
+
+
+def size_of(info: Mapping[str, Any]) -> int:
+    """Returns the bytes of a file by what the file system knows of it, UNKNOWN where it does not say."""
+    return UNKNOWN if info["size"] is None else int(info["size"])
 
 
 class Mirror:
     """A local folder, empty at first, and the folder at a URL that it is kept in step with. One process has it."""
 
-    def __init__(self, url: str, local: Path, check: Callable[[], None] = lambda: None):
-        """`check` is called before a push changes the URL, and raises if this process may not do so."""
+    def __init__(
+        self,
+        url: str,
+        local: Path,
+        check: Callable[[], None] = lambda: None,
+        may_write: Callable[[], None] = lambda: None,
+    ):
+        """`check` is called before each step of a push, and `may_write` before every try to change something; they raise
+        RemoteError if this process may not do so."""
         self.url, self.local, self._check = url, Path(local), check
-        self._remote, self._writer = urls.RemoteFolder(url), secrets.token_hex(8)
+        self._remote, self._writer = urls.RemoteFolder(url, may_write), secrets.token_hex(8)
         self._manifest, self._table = Manifest(), {}
         self._begun: set[str] = set()  # names that a push which failed may have written
         self._thread: threading.Thread | None = None
@@ -114,8 +163,12 @@ class Mirror:
         self._table = _scan(self.local)
         self._check()
         self._settle(self.local)
-        self._clear()
-        return sum(size for size, _ in manifest.files.values())
+        self._clear(killed=True)
+        return sum(path.stat().st_size for path in map(self.local.joinpath, manifest.files))
+
+    def holds(self, name: str) -> bool:
+        """Returns whether the state at the URL has a file or folder of this name."""
+        return any(f"{known}/".startswith(f"{name}/") for known in self._manifest.files)
 
     def offer(self) -> bool:
         """Begins a push in a thread unless one is at work, and returns whether it did; to be called between two writes.
@@ -141,7 +194,8 @@ class Mirror:
             raise error
 
     def wait(self) -> None:
-        """Returns when no push is at work. Raises the error of a push when FAILURES failed one after another."""
+        """Returns when no push is at work. Raises the error of a push when FAILURES failed one after another, and
+        InUseError at once."""
         if self._thread is None:
             return
         self._thread.join()
@@ -149,7 +203,8 @@ class Mirror:
         self._failures = self._failures + 1 if error is not None else 0
         if error is None:
             return
-        if self._failures >= FAILURES or not isinstance(error, urls.RemoteError):
+        passing = isinstance(error, urls.RemoteError) and not isinstance(error, urls.InUseError)
+        if self._failures >= FAILURES or not passing:
             raise error
         print(f"warning: {errors.one_line(error)}; the next checkpoint tries again", file=sys.stderr, flush=True)
 
@@ -174,10 +229,14 @@ class Mirror:
         for name in [name for name, entry in table.items() if entry and self._table.get(name) != entry]:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
+            size, changed_at, inode = table[name]
             try:
-                _keep(self.local / name, target, table[name][0])
+                kept, inode_kept = _keep(self.local / name, target, size)
             except FileNotFoundError:  # removed since the scan
                 del table[name]
+                continue
+            if kept < size or inode_kept != inode:  # written anew since the scan: whole as it is, and pushed again
+                table[name] = (kept, changed_at, inode)
         return folder, table
 
     def _push(self, snapshot: Path, table: dict[str, tuple]) -> None:
@@ -203,9 +262,11 @@ class Mirror:
         entries = {name: (entry[0], places.get(name, name)) for name, entry in files.items()}
         self._write(Manifest(number, entries, folders, vanished, self._writer))
         self._table = {name: entry for name, entry in table.items() if places.get(name, name) == name}
+        self._check()
         self._settle(snapshot)
         self._table = table  # else the next push writes the files again that are not at their names yet
-        self._clear()
+        self._check()
+        self._clear(killed=False)
 
     def _write(self, manifest: Manifest) -> None:
         self._remote.write(f"{INSIDE}/manifest-{manifest.number:08d}.json", manifest.encode())
@@ -223,20 +284,19 @@ class Mirror:
         entries = {name: (size, name) for name, (size, _) in manifest.files.items()}
         self._write(Manifest(manifest.number + 1, entries, manifest.folders, [], self._writer))
 
-    def _clear(self) -> None:
-        """Removes what pushes left that were killed or are done: older manifests, and files that no manifest names."""
+    def _clear(self, killed: bool) -> None:
+        """Removes older manifests, and what pushes left that no manifest names: this one's, with `killed` any other's.
+
+        What a later run began stays.
+        """
         manifest, listed = self._manifest, self._remote.listing(INSIDE)
-        leftover: set[str] = set()
-        for name in (name for name in listed if _PUSH.fullmatch(name)):
-            try:
-                leftover |= set(json.loads(self._remote.read(name)))
-            except (ValueError, FileNotFoundError) as error:
-                if isinstance(error, urls.RemoteError):
-                    raise
-        urls.in_threads(self._remote.remove, leftover - manifest.files.keys())
-        older = [name for name in listed if (match := _MANIFEST.fullmatch(name)) and int(match[1]) != manifest.number]
-        inside = [name for name in listed if _PUSH.fullmatch(name) or name.startswith(f"{INSIDE}/new-")]
+        inside = [name for name in listed if (match := _OF_PUSH.match(name)) and self._is_over(int(match[1]), killed)]
+        urls.in_threads(self._remote.remove, begun(self._remote, inside) - manifest.files.keys())
+        older = [name for name in listed if (match := _MANIFEST.fullmatch(name)) and int(match[1]) < manifest.number]
         urls.in_threads(self._remote.remove, [*inside, *older])
+
+    def _is_over(self, push: int, killed: bool) -> bool:
+        return killed or push <= self._manifest.number
 
     def _refuse_other_writers(self) -> None:
         """Takes over a manifest that this process wrote without hearing of it. Raises RemoteError for one of another."""
@@ -245,7 +305,7 @@ class Mirror:
         if number == self._manifest.number:
             return
         if newest is None or newest.writer != self._writer:
-            raise urls.RemoteError(
+            raise urls.InUseError(
                 f"{self.url}: another run has written there meanwhile; stop one of them, or choose another --workdir"
             )
         self._manifest = newest
@@ -264,7 +324,7 @@ def fetch(remote: urls.RemoteFolder, files: Entries, target: Path) -> None:
             remote.download(at, target / name)
         except FileNotFoundError:
             raise urls.ChangedError(f"{urls.join(remote.url, at)} is not there any more; bring it back") from None
-        if (fetched := (target / name).stat().st_size) != size:
+        if (fetched := (target / name).stat().st_size) != size != UNKNOWN:
             raise urls.ChangedError(
                 f"{urls.join(remote.url, at)} has {fetched} bytes, {size} were written; bring it back"
             )
@@ -297,22 +357,29 @@ def _scan(folder: Path) -> dict[str, tuple]:
     return table
 
 
-def _keep(source: Path, target: Path, size: int) -> None:
-    """Makes `target` the file's content as it is now: a copy, or a link to a large one."""
+def _keep(source: Path, target: Path, size: int) -> tuple[int, int]:
+    """Makes `target` the file's content as it is now, a copy or a link to a large one, and returns (bytes, inode)."""
     if size > COPIED_BYTES:
         try:
             os.link(source, target)
-            return
+            status = target.stat()
+            return status.st_size, status.st_ino
         except FileNotFoundError:
             raise
         except OSError:  # a file system without links
             pass
-    shutil.copyfile(source, target)
+    with source.open("rb") as file, target.open("wb") as copy:
+        shutil.copyfileobj(file, copy)
+        copy.flush()
+        return os.fstat(copy.fileno()).st_size, os.fstat(file.fileno()).st_ino
 
 
 def read_to_start(names: Collection[str]) -> set[str]:
     """Returns the names of a stage's or a work folder's files that are read to start from it: of the checkpoints of each
-    folder the newest alone."""
+    folder the newest alone, and nothing of a stage's best weights and of Weights & Biases."""
+    stages = {name.removesuffix(STAGE_SIGN) for name in names if f"/{name}".endswith(f"/{STAGE_SIGN}")}
+    aside = tuple(f"{stage}{folder}/" for stage in stages for folder in (BEST, "wandb"))
+    names = {name for name in names if not name.startswith(aside)}
     newest: dict[str, int] = {}
     numbered = {name: match for name in names if (match := re.match(r"((?:.*/)?checkpoints/)(\d+)/", name))}
     for match in numbered.values():

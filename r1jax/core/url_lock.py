@@ -4,6 +4,7 @@ Object stores have no locks. Two runs that start within the same second can both
 them sees the other's manifest and ends (`mirror`); a folder is never made of the files of two runs.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -11,31 +12,36 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
-from r1jax.core import mirror, urls
+from r1jax.core import errors, mirror, urls
 
 NAME = f"{mirror.INSIDE}/lock.json"
 BEAT_S = 15.0  # interval at which a run counts in its record
 SILENT_S = 75.0  # a run that has not counted for so long is dead
+READINGS, PAUSE_S = 20, 0.05  # of a record that is cut off, as one is that is being written
+_CUT_OFF = {"run": "", "pid": "?", "host": "?", "since": "?"}  # a record that stays so: its process was killed
 _held: set[str] = set()  # runs of this process that have a lock
 
 
 class UrlLock:
     """The lock of a folder at a URL, from its making until `release`.
 
-    Raises RemoteError, naming process and host, if another run has it. The record of a dead process of this host is
-    replaced at once, that of another host is watched for SILENT_S first.
+    Raises InUseError, naming process and host, if another run has it. The record of a dead process of this host is
+    replaced at once, that of another host or container is watched for SILENT_S first.
     """
 
     def __init__(self, url: str):
         self._url, self._folder = url, urls.RemoteFolder(url)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._record = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "run": secrets.token_hex(8)}
-        self._beats, self._ending = 0, threading.Event()
+        who = {"pid": os.getpid(), "host": socket.gethostname(), "processes": _processes()}
+        self._record = {**who, "since": since, "run": secrets.token_hex(8)}
+        self._beats, self._ending, self._beating = 0, threading.Event(), threading.Lock()
+        self._beaten = 0.0  # time.monotonic() before the newest count: until SILENT_S after it nobody takes the lock
         record = self._read()
         if record and _may_live(record) and self._changes(record):
-            raise urls.RemoteError(self._refusal(record))
+            raise urls.InUseError(self._refusal(record))
         self._beat()
         self.check()
         _held.add(self._record["run"])
@@ -43,18 +49,37 @@ class UrlLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises RemoteError if another run has the lock by now."""
+        """Raises InUseError if another run has the lock by now, or had it meanwhile."""
         record = self._read()
-        if record and record.get("run") != self._record["run"]:
-            raise urls.RemoteError(self._refusal(record))
+        for _ in range(READINGS if not record else 0):
+            time.sleep(PAUSE_S)  # a file system may remove what it replaces
+            if record := self._read():
+                break
+        if not record:
+            raise urls.InUseError(
+                f"{self._url}: {NAME} is gone, so another run may have written there; give the same command again"
+            )
+        if record.get("run") != self._record["run"]:
+            raise urls.InUseError(self._refusal(record))
+
+    def hold(self) -> None:
+        """Raises InUseError if another run may have the lock by now; looks only where this one has not counted of late.
+
+        To be called before everything that changes the folder: a run that was halted may have been taken for dead.
+        """
+        if time.monotonic() - self._beaten > SILENT_S / 3:
+            self._count()
 
     def release(self) -> None:
-        """Gives the lock up and removes its object, unless another run has it by now."""
+        """Gives the lock up and removes its object, unless another run has it by now; prints a warning if that fails."""
         self._ending.set()
         self._thread.join(BEAT_S)
         _held.discard(self._record["run"])
-        if self._read().get("run") == self._record["run"]:
-            self._folder.remove(NAME)
+        try:
+            if self._read().get("run") == self._record["run"]:
+                self._folder.remove(NAME)
+        except urls.RemoteError as error:
+            print(f"warning: {errors.one_line(error)}; the next run waits {SILENT_S:.0f} s for it", file=sys.stderr)
 
     def _changes(self, record: dict[str, Any]) -> bool:
         """Returns whether a record changes within SILENT_S."""
@@ -69,22 +94,30 @@ class UrlLock:
 
     def _run(self) -> None:
         while not self._ending.wait(BEAT_S):
-            try:
-                self.check()
-                self._beat()
-            except urls.RemoteError:  # the next push of the run meets the same
-                continue
+            with contextlib.suppress(Exception):  # the next push of the run meets the same
+                self._count()
+
+    def _count(self) -> None:
+        with self._beating:
+            self.check()
+            self._beat()
 
     def _beat(self) -> None:
-        self._beats += 1
+        self._beats, now = self._beats + 1, time.monotonic()
         self._folder.write(NAME, json.dumps(self._record | {"beats": self._beats}).encode())
+        self._beaten = now
 
     def _read(self) -> dict[str, Any]:
-        """Returns the record of the lock, {} for none and for one that is cut off."""
-        try:
-            return json.loads(self._folder.read(NAME))
-        except (FileNotFoundError, json.JSONDecodeError):
-            return {}
+        """Returns the record of the lock, {} for none, and _CUT_OFF for one that stays cut off."""
+        for _ in range(READINGS):
+            try:
+                content = self._folder.read(NAME)
+            except FileNotFoundError:
+                return {}
+            with contextlib.suppress(ValueError):
+                return json.loads(content)
+            time.sleep(PAUSE_S)
+        return _CUT_OFF
 
     def _refusal(self, record: dict[str, Any]) -> str:
         return (
@@ -93,14 +126,28 @@ class UrlLock:
         )
 
 
-def _may_live(record: dict[str, Any]) -> bool:
-    """Returns whether the run of a record may be alive: of this host its process is looked for, of others who knows."""
-    if record["host"] != socket.gethostname():
-        return True
-    if record["pid"] == os.getpid():  # also in a container that was started again, where numbers repeat
-        return record["run"] in _held
+def _processes() -> str:
+    """Returns where the numbers of processes count: the machine since its start, and the container; "" if unknown."""
     try:
-        os.kill(record["pid"], 0)
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _may_live(record: dict[str, Any]) -> bool:
+    """Returns whether the run of a record may be alive: where numbers of processes are those of this one, its process is
+    looked for; of others who knows."""
+    if (record["host"], record.get("processes")) != (socket.gethostname(), _processes()):
+        return True
+    if record["pid"] == os.getpid():  # also of an earlier process, where numbers repeat
+        return record["run"] in _held
+    return is_alive(record["pid"])
+
+
+def is_alive(pid: int) -> bool:
+    """Returns whether this machine, or container, has a process of this number."""
+    try:
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:

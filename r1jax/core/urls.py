@@ -1,5 +1,6 @@
 """Files at URLs (gs://, s3://, every protocol of fsspec): read, written, listed and removed with retries. No JAX."""
 
+import errno
 import re
 import sys
 import threading
@@ -30,7 +31,19 @@ class RemoteError(ValueError):
 
 
 class ChangedError(RemoteError):
-    """A file is not there, or not of the size, that was listed before."""
+    """A file is not there, or not as it was listed before."""
+
+
+class MissingError(RemoteError):
+    """There is nothing at a URL."""
+
+
+class RefusedError(RemoteError):
+    """An operation that no second try can mend."""
+
+
+class InUseError(RemoteError):
+    """Another run writes to a folder at a URL."""
 
 
 def is_url(text: object) -> bool:
@@ -55,10 +68,11 @@ class RemoteFolder:
     at once for what no second try can mend. FileNotFoundError is raised for a file that is not there.
     """
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, may_write: Callable[[], None] = lambda: None):
+        """`may_write` is called before every try to change something, and raises RemoteError to forbid it."""
         import fsspec.core
 
-        self.url = url.rstrip("/")
+        self.url, self._may_write = url.rstrip("/"), may_write
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.url)
         except ImportError as error:
@@ -83,7 +97,7 @@ class RemoteFolder:
         """Returns {name: what the file system knows of it (size and more)} of the files in a folder and all below it."""
         root = self._path(below)
         try:
-            listed = self._try("list", below, lambda: self._fresh().find(root, detail=True))
+            listed = self._try("list", below, lambda: _files_below(self._fresh(), root))
         except FileNotFoundError:
             return {}
         start = self._root.rstrip("/") + "/"
@@ -95,20 +109,20 @@ class RemoteFolder:
 
     def write(self, name: str, content: bytes) -> None:
         self._make_parent(name)
-        self._try("write", name, lambda: self._fs.pipe_file(self._path(name), content))
+        self._change("write", name, lambda: self._fs.pipe_file(self._path(name), content))
 
     def upload(self, source: Path, name: str, size: int) -> None:
         """Writes the first `size` bytes of a local file. Raises RemoteError if it is shorter."""
         self._make_parent(name)
-        self._try("write", name, lambda: self._put(source, self._path(name), size))
+        self._change("write", name, lambda: self._put(source, self._path(name), size))
 
     def _put(self, source: Path, target: str, size: int) -> None:
-        length = source.stat().st_size
-        if length < size:
-            raise RemoteError(f"{source} became shorter while it was copied to {self.url}; give the same command again")
-        if length == size:
+        if source.stat().st_size == size:
             self._fs.put_file(str(source), target)
-            return
+            if source.stat().st_size == size:
+                return  # else it grew, and who knows up to where it was copied
+        if source.stat().st_size < size:
+            raise RemoteError(f"{source} became shorter while it was copied to {self.url}; give the same command again")
         with source.open("rb") as file, self._fs.open(target, "wb") as remote:
             while size and (block := file.read(min(size, 1 << 22))):
                 remote.write(block)
@@ -121,7 +135,7 @@ class RemoteFolder:
     def remove(self, name: str) -> None:
         """Removes a file; one that is not there is none to remove."""
         try:
-            self._try("remove", name, lambda: self._fs.rm_file(self._path(name)))
+            self._change("remove", name, lambda: self._fs.rm_file(self._path(name)))
         except FileNotFoundError:
             return
 
@@ -136,8 +150,15 @@ class RemoteFolder:
     def _make_parent(self, name: str) -> None:
         parent = self._path(name).rpartition("/")[0]
         if parent and parent not in self._folders:
-            self._try("make the folder of", name, lambda: self._fs.makedirs(parent, exist_ok=True))
+            self._change("make the folder of", name, lambda: self._fs.makedirs(parent, exist_ok=True))
             self._folders.add(parent)
+
+    def _change(self, what: str, name: str, operation: Callable[[], object]) -> None:
+        def change() -> None:
+            self._may_write()
+            operation()
+
+        self._try(what, name, change)
 
     def _try(self, what: str, name: str, operation: Callable[[], Result]) -> Result:
         ends, wait = time.monotonic() + DEADLINE_S, FIRST_WAIT_S
@@ -148,13 +169,46 @@ class RemoteFolder:
                 raise
             except Exception as error:
                 failure = f"{join(self.url, name)}: cannot {what} it ({errors.named(error, 300)})"
-                if _is_permanent(error) or time.monotonic() + wait > ends:
+                permanent = _is_permanent(error)
+                if permanent or time.monotonic() + wait > ends:
                     remedy = "check that the URL is right and that this machine may read and write there"
-                    raise RemoteError(f"{failure}; {remedy}") from error
+                    raise (RefusedError if permanent else RemoteError)(f"{failure}; {remedy}") from error
                 if wait == SHOWN_WAIT_S:
                     print(f"warning: {failure}; trying for {DEADLINE_S:.0f} s", file=sys.stderr, flush=True)
             time.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT_S)
+
+
+def _files_below(file_system: Any, root: str) -> dict[str, dict[str, Any]]:
+    """Returns {path: what the file system knows of it} of the files at and below a path.
+
+    The `find` of fsspec itself, which many file systems have, leaves out what it cannot list; here that raises.
+    """
+    from fsspec.asyn import AsyncFileSystem
+    from fsspec.spec import AbstractFileSystem
+
+    kind = type(file_system)
+    default = getattr(kind, "_find", AsyncFileSystem._find) is AsyncFileSystem._find
+    if not (default and kind.find is AbstractFileSystem.find):
+        return file_system.find(root, detail=True)
+    files: dict[str, dict[str, Any]] = {}
+    waiting, seen = [root], set()
+    while waiting:
+        folder = waiting.pop()
+        seen.add(folder)
+        try:
+            listed = file_system.ls(folder, detail=True)
+        except OSError as error:
+            if error.errno == errno.ENOENT or isinstance(error, FileNotFoundError | NotADirectoryError):
+                continue  # also a folder that was removed meanwhile
+            raise
+        for info in listed:
+            path = info["name"].rstrip("/")
+            if info["type"] != "directory":
+                files[path] = info
+            elif path not in seen:
+                waiting.append(path)
+    return files
 
 
 def _is_permanent(error: Exception) -> bool:

@@ -304,7 +304,7 @@ def _model_of_run(folder: Path, preset: ModelConfig) -> tuple[ModelConfig, token
     if not fields:
         return preset, tokenizers.tiny(), {}
     moved = preset.checkpoint if preset.checkpoint and Path(preset.checkpoint) != folder else ""
-    if base := remote.local(moved or fields.get("model.checkpoint", "")):
+    if base := remote.local_if_any(moved or fields.get("model.checkpoint", "")):
         if not Path(base).exists():
             raise ValueError(
                 f"{folder} was trained from {base}, which holds its tokenizer and is not there; name that folder with "

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from r1jax.checkpoints.tokenizer import Tokenizer
-from r1jax.core import checkpoint, hosts, remote, tree
+from r1jax.core import checkpoint, hosts, remote, tree, urls
 from r1jax.core.say import say
 from r1jax.data import jsonl
 from r1jax.data.problems import SCENARIOS
@@ -129,7 +129,7 @@ def as_trained(checkpoint_folder: str, data: DataConfig) -> DataConfig:
         return data
     trained = hosts.decide(_trained_on, Path(checkpoint_folder), name=f"what {checkpoint_folder} was trained on")
     digests = problems.digests(data)
-    keys = {path: {digests[path], str(Path(path).resolve())} & trained.keys() for path in digests}
+    keys = {path: {digests[path], _place(path)} & trained.keys() for path in digests}
     trained_paths = [path for path in digests if keys[path]]
     if not trained_paths:
         return data
@@ -154,11 +154,13 @@ def as_trained(checkpoint_folder: str, data: DataConfig) -> DataConfig:
 
 
 def _trained_on(folder: Path) -> dict[str, float]:
-    """Returns {digest or path of a file: share held out of it} of files that a stage and earlier ones trained on."""
+    """Returns {digest, path or URL of a file: share held out of it} of files that a stage and earlier ones trained on."""
     held_out_shares: dict[str, float] = {}
-    waiting, visited = [folder], set()
+    waiting, visited = [str(folder)], set()
     while waiting:
-        folder = common.run_folder(waiting.pop().resolve())
+        folder = common.run_folder(remote.records(waiting.pop()))
+        if not urls.is_url(remote.shown(str(folder))):
+            folder = folder.resolve()
         inputs, fields = folder / common.INPUTS, folder / "config.json"
         if folder in visited or not (inputs.exists() and fields.exists()):
             continue
@@ -170,11 +172,18 @@ def _trained_on(folder: Path) -> dict[str, float]:
             del shares["coldstart.examples"]  # they are worked examples in a prompt, if they are used at all
         for name, share in shares.items():
             for path in problems.paths(config.get(name, "")):
-                for key in (digests[path], str(Path(path).resolve())) if path in digests else ():
+                for key in (digests[path], _place(path)) if path in digests else ():
                     held_out_shares[key] = min(share, held_out_shares.get(key, 1.0))
-        workdir = Path(remote.known(config["inputs"])) if config.get("inputs") else folder.parent
-        waiting += [place for name in digests if name for place in (workdir / name, Path(remote.known(name)))]
+        workdir = config.get("inputs") or remote.beside(folder)
+        for name in filter(None, digests):
+            waiting += [name] if urls.is_url(name) else [f"{workdir}/{name}", name]
     return held_out_shares
+
+
+def _place(path: str) -> str:
+    """Returns by what a file is known in every run: its URL, else its whole path."""
+    place = remote.shown(path)
+    return place if urls.is_url(place) else str(Path(path).resolve())
 
 
 def of_weights(

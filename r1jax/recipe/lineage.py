@@ -123,6 +123,8 @@ def inputs(config: Config, workdir: Path, compared: bool = True) -> dict[str, st
     if config.start:
         digests[config.start] = output_digest(require(config.start, config, workdir))
     recorded_base, recorded_digest = _base_of_start(config.start, config.inputs, workdir)
+    if compared and not config.model.checkpoint:
+        recorded_base = remote.local_if_any(recorded_base)
     if base := config.model.checkpoint or (recorded_base if compared else ""):
         digests[base] = _base_digest(config.stage, config.start, base, recorded_base, recorded_digest)
     elif not config.start:
@@ -135,17 +137,14 @@ def _base_digest(stage: str, start: str, base: str, recorded_base: str, recorded
 
     Raises ValueError when the base does not exist, or is a Hugging Face model that differs from the recorded one.
     """
+    recorded_base = remote.known(recorded_base)
     if base == recorded_base and not Path(base).exists():
         raise ValueError(
             f"{stage}: {start} was made from {recorded_base}, which is not there; name its place with "
             "--config.model.checkpoint=DIR"
         )
     digest = common.checkpoint_digest(base)
-    if (
-        recorded_digest
-        and digest != recorded_digest
-        and not (Path(recorded_base).exists() and not common.is_hugging_face(recorded_base))
-    ):
+    if recorded_digest and digest != recorded_digest and not _is_stage(recorded_base):
         now = (
             "is another model by now"
             if base == recorded_base
@@ -156,6 +155,12 @@ def _base_digest(stage: str, start: str, base: str, recorded_base: str, recorded
             "counts, or give the one that it was made from with --config.model.checkpoint=DIR"
         )
     return digest
+
+
+def _is_stage(recorded: str) -> bool:
+    """Returns whether a recorded base is a stage, whose result is another one when it has gone on."""
+    folder = remote.records(recorded)
+    return folder.exists() and not common.is_hugging_face(folder)
 
 
 def grader_digests(reward: RewardConfig) -> dict[str, str]:
@@ -189,8 +194,8 @@ def base_weights(config: Config, mesh, workdir: Path) -> Any:
     """Returns the base that a stage's result is compared with: config.model.checkpoint, else the base that the stage it
     starts from names in its config.json, else the preset's own base model.
     """
-    source = config.model.checkpoint or _base_of_start(config.start, config.inputs, workdir)[0]
-    if source:
+    source = config.model.checkpoint
+    if source or (source := remote.local(_base_of_start(config.start, config.inputs, workdir)[0])):
         return tree.cast(common.load_weights(config.model, mesh, source), jnp.float32)
     known = {entry.name: entry.presets for entry in configs.entries()}["stage0_base"]
     if config.preset not in known:
@@ -237,10 +242,10 @@ def _base_of_run(folder: Path) -> tuple[str, str]:
         fields = json.loads((folder / "config.json").read_text())
         if base := fields.get("model.checkpoint", ""):
             marker = folder / common.DONE
-            return remote.local(base), json.loads(marker.read_text())["inputs"].get(base, "") if marker.exists() else ""
+            return base, json.loads(marker.read_text())["inputs"].get(base, "") if marker.exists() else ""
         if not fields.get("start"):
             break
-        folder = Path(remote.local(fields.get("inputs", "")) or folder.parent) / fields["start"]
+        folder = remote.records(f"{fields.get('inputs') or remote.beside(folder)}/{fields['start']}")
     return "", ""
 
 

@@ -1,10 +1,11 @@
 """What a run writes besides its weights: metrics rows, timing, warnings and its current phase."""
 
+import threading
 from typing import Any
 
 import numpy as np
 
-from r1jax.core import hosts, observe
+from r1jax.core import files, hosts, observe
 from r1jax.core.metrics import MetricsLog, Timer
 from r1jax.core.say import say
 from r1jax.models import utilisation
@@ -27,7 +28,7 @@ class Recorder:
         self.log = MetricsLog(inputs.folder, wandb_project=self.config.watch.wandb_project)
         updates = self.config.grpo.updates_per_rollout
         self.samples = sample_log.SampleLog(inputs.folder, self.config.watch, updates)
-        self.timer = Timer()
+        self.timer, self._writing_phase = Timer(), threading.Lock()
         self.timed, self.trace = self.timer.run, observe.UpdateTrace(self.config.stage, inputs.folder)
         trainers = utilisation.peak(run.mesh)
         self._peaks = {"reference": trainers, "update": trainers}
@@ -81,7 +82,8 @@ class Recorder:
     def phase(self, name: str) -> None:
         """Writes the run's phase to the file `phase`, for people and scripts that watch from outside."""
         if hosts.is_writer():
-            (self.inputs.folder / "phase").write_text(f"{name} {self.run.cursor.update}\n")
+            with self._writing_phase:  # a rollout has a thread of its own where sampling has its own devices
+                files.write_text(self.inputs.folder / "phase", f"{name} {self.run.cursor.update}\n")
 
     def close(self) -> None:
         self.log.close()
