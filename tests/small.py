@@ -1,5 +1,6 @@
 """Small things that several tests start from."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 
+import jax
 import pytest
 import tokenizers
 
@@ -162,6 +164,22 @@ def best_weights(folder: pathlib.Path, config: Config) -> list:
     """Returns [their record, the digest of the weights] of the best weights in the folder of a run."""
     weights = common.load_weights(config.model, sharding.make_mesh(config.mesh), str(folder / evaluations.BEST))
     return [evaluations.best_of(folder), tree.digest(weights)]
+
+
+def traced_calls(monkeypatch) -> list[str]:
+    """Returns a list of what is asked of JAX's profiler from now on: start, begin N and end N of update N, stop."""
+    calls: list[str] = []
+
+    @contextlib.contextmanager
+    def annotation(name, step_num):
+        calls.append(f"begin {step_num}")
+        yield
+        calls.append(f"end {step_num}")
+
+    monkeypatch.setattr(jax.profiler, "StepTraceAnnotation", annotation)
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, profiler_options: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    return calls
 
 
 class Stopped(Exception):

@@ -1,5 +1,6 @@
 """What a run measures besides its results: FLOPs and MFU of its phases, a trace of chosen updates, names in the trace."""
 
+import contextlib
 import re
 from types import SimpleNamespace
 
@@ -16,8 +17,9 @@ from r1jax.models import decoder, flops, utilisation
 from r1jax.rl import losses
 from r1jax.rl.logprobs import Scorer
 from r1jax.sampler.engine import Engine
-from r1jax.schema import GRPOConfig, MeshConfig, OptimizerConfig, PackConfig, SamplerConfig, replace
+from r1jax.schema import GRPOConfig, MeshConfig, OptimizerConfig, PackConfig, SamplerConfig, TrainEvalConfig, replace
 from r1jax.train import reward, sft, step, supervised
+from r1jax.train.evaluations import Evaluations
 
 MESH = sharding.make_mesh(MeshConfig())
 PACK = PackConfig(row_tokens=16, rows_per_micro_batch=2)
@@ -36,7 +38,7 @@ def trainer():
     return step.Trainer(small.MIXTURE, OptimizerConfig(learning_rate=1e-2), MESH, sft.make_loss(small.MIXTURE), 6)
 
 
-def fit(trainer, folder, request=NOTHING, updates=6):
+def fit(trainer, folder, request=NOTHING, updates=6, **more):
     """Returns the weights after some updates on the same three examples, with a row for every two."""
     observe.ask(request)
     params = sharding.initialize(decoder.specs(small.MIXTURE.model), rng.key(0, "fit", "init"), "float32", MESH)
@@ -45,7 +47,7 @@ def fit(trainer, folder, request=NOTHING, updates=6):
     store, log = CheckpointStore(folder / "checkpoints"), metrics.MetricsLog(folder)
     batch = sft.make_batch(items, PACK, 1)
     weights, _ = supervised.fit(
-        trainer, lambda: params, lambda update: batch, updates, store, log, 4, log_every=2, name="fit"
+        trainer, lambda: params, lambda update: batch, updates, store, log, 4, log_every=2, name="fit", **more
     )
     store.close()
     log.close()
@@ -74,11 +76,27 @@ def test_a_traced_run_has_the_same_bits_and_a_trace_of_the_updates_that_were_ask
     assert not (tmp_path / "plain" / "profile").exists()
 
 
+def test_evaluations_are_in_no_step_of_the_trace_nor_before_it_or_after_it(trainer, tmp_path, monkeypatch):
+    calls = small.traced_calls(monkeypatch)
+    settings, measured = TrainEvalConfig(every=1), {"pass@1": 0.5, "problems": 4, "samples": 8}
+    with contextlib.closing(Evaluations(tmp_path, settings, 6, "fit")) as evaluations:
+        fit(
+            trainer,
+            tmp_path,
+            MeasurementRequest(profile=(3, 5)),
+            evaluations=evaluations,
+            measure=lambda params: calls.append("evaluate") or measured,
+        )
+    middle = ["start", "begin 3", "end 3", "evaluate", "begin 4", "end 4", "stop"]
+    assert calls == ["evaluate"] * 2 + middle + ["evaluate"] * 3
+
+
 def test_a_trace_of_updates_that_are_not_made_says_so(tmp_path, capsys):
     observe.ask(MeasurementRequest(profile=(5, 7)))
     trace = observe.UpdateTrace("distill", tmp_path)
     with trace.running(3):
-        trace.next(5 - 1)
+        trace.begin(4)
+        trace.end(4)
     assert capsys.readouterr().err == "distill: --profile=5:7: the run ended before, nothing was traced\n"
     observe.mention_missing_trace()
     assert capsys.readouterr().err == ""

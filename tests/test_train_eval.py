@@ -7,15 +7,15 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from small import RL_FIELDS, Stopped, best_weights, finished_stage, rl_training, run_until
+from small import RL_FIELDS, Stopped, best_weights, finished_stage, rl_training, run_until, traced_calls
 
 from r1jax import config as configs
 from r1jax.checkpoints import tokenizer
-from r1jax.core import checkpoint, rng, sharding, tree
+from r1jax.core import checkpoint, observe, rng, sharding, tree
 from r1jax.core.metrics import read, read_evaluation, read_timing
 from r1jax.data import tasks
 from r1jax.models import decoder
-from r1jax.recipe import common, evaluate, export_hf, parts, prompts, train_eval
+from r1jax.recipe import common, evaluate, export_hf, parts, policy, prompts, train_eval
 from r1jax.rl.rollout import Mixture
 from r1jax.schema import DataConfig, TrainEvalConfig, parts_of
 from r1jax.train.evaluations import Evaluations, best_of
@@ -41,9 +41,16 @@ def kept(folder):
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def calls():
+    """Returns a list of what was asked of the profiler, and of the evaluations, in the run of `measured`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, calls):
     """Returns (training, folder, {update: digest of the weights}) of a run that was evaluated after 2, 4 and 5 updates."""
     folder, digests = tmp_path_factory.mktemp("measured"), {}
+    observe.ask(observe.MeasurementRequest(profile=(3, 5)))
     training = rl_training(folder, **MEASURED)
     record = training.run.evaluations.record
 
@@ -52,8 +59,19 @@ def measured(tmp_path_factory):
         record(update, figures, params)
 
     training.run.evaluations.record = noting
-    training.train()
+    evaluated = training.source.evaluate
+    with pytest.MonkeyPatch.context() as patched:
+        traced = traced_calls(patched)
+        training.source.evaluate = lambda: traced.append("evaluate") or evaluated()
+        training.train()
+    observe.ask(observe.MeasurementRequest())
+    calls += traced
     return training, folder, digests
+
+
+def test_evaluations_are_in_no_step_of_a_trace_nor_before_it_or_after_it(measured, calls):
+    middle = ["start", "begin 3", "end 3", "begin 4", "end 4", "stop"]
+    assert calls == ["evaluate", *middle, "evaluate", "evaluate"]
 
 
 def test_rows_are_written_every_so_many_updates_and_after_the_last(measured):
@@ -62,7 +80,9 @@ def test_rows_are_written_every_so_many_updates_and_after_the_last(measured):
     assert [row["update"] for row in rows] == [2, 4, 5]
     assert all(row["problems"] == 4 and row["samples"] == 8 and 0 <= row["greedy"] <= 1 for row in rows)
     assert len({row["language_consistency"] for row in rows}) > 1
-    assert sum("evaluation_s" in row for row in read_timing(folder)) == 2  # the last has no row after it
+    timed = [row for row in read_timing(folder) if "evaluation_s" in row]
+    assert [(row["update"], len(row)) for row in timed] == [(2, 2), (4, 2), (5, 2)]  # rows of their own
+    assert policy.time_split(folder)["evaluation"] > 0
     assert list((folder / "tensorboard" / "evaluation").iterdir())
 
 
@@ -201,7 +221,7 @@ def test_evaluation_without_held_out_problems_is_refused():
 # The best weights as a checkpoint
 
 
-def test_the_folder_of_the_best_weights_reads_as_its_run_with_other_weights(tmp_path):
+def test_the_folder_of_the_best_weights_reads_as_its_run_with_other_weights(tmp_path, monkeypatch):
     config = configs.load("r1_zero:tiny", [(name, str(value)) for name, value in RL_FIELDS.items()])
     mesh = sharding.make_mesh(config.mesh)
     last, best = (
@@ -219,3 +239,14 @@ def test_the_folder_of_the_best_weights_reads_as_its_run_with_other_weights(tmp_
     assert export_hf.run_fields(folder / "best") == export_hf.run_fields(folder)
     assert evaluate._trained_on(folder / "best") == evaluate._trained_on(folder)
     assert common.run_folder(tmp_path / "best") == tmp_path / "best"
+    assert not common.replaceable(folder) and common.replaceable(folder / "best")
+
+    def replaced_meanwhile(*arguments):
+        with contextlib.closing(checkpoint.CheckpointStore(folder / "best" / "checkpoints", keep=1)) as store:
+            store.save(6, {"params": last}, {"update": 6})
+
+    monkeypatch.setattr(common, "load_weights", replaced_meanwhile)
+    asked = configs.load("evaluate:tiny", [("checkpoint", str(folder / "best"))])
+    with pytest.raises(ValueError, match=r"best: a run wrote other weights there while they were read; run again, or"):
+        evaluate.run(asked, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()

@@ -1,21 +1,24 @@
 """Claims about Weights & Biases: without a network it gets the rows of metrics.jsonl, and it neither ends nor outlives a run."""
 
+import contextlib
 import importlib.metadata
 import json
 import math
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import wandb
 import wandb_rows
 
 from r1jax import launch
-from r1jax.core import metrics, wandb_log
+from r1jax.core import checkpoint, metrics, preempt, wandb_log
 from r1jax.core.metrics import EvaluationLog, MetricsLog
 from r1jax.recipe import training
 from r1jax.schema import Config, WatchConfig, replace
@@ -61,7 +64,7 @@ def test_a_run_that_goes_on_is_the_same_run_with_every_row_of_metrics_and_the_co
     again.close()
     runs = wandb_rows.runs(folder)
     assert [run["id"] for run in runs] == [(folder / wandb_log.RUN_ID_FILE).read_text()] * 2
-    assert all((run["project"], run["name"]) == ("recipe", "r1_zero") for run in runs)
+    assert all((run["project"], run["name"]) == ("recipe", f"{tmp_path.name}/r1_zero") for run in runs)
     assert all(run["config"].items() >= {"grpo.updates": 8, "seed": 3}.items() for run in runs)
     assert [[row["update"] for row in run["rows"]] for run in runs] == [[1, 2, 3, 4, 5], list(range(1, 9))]
     rows = {row["update"]: row for row in runs[1]["rows"]}  # whatever was lost of the first when it was killed
@@ -89,6 +92,62 @@ def test_over_the_network_the_rows_are_sent_that_the_run_lacks_there(environment
     environment.setattr(wandb, "init", lambda **settings: Known())
     write(log, range(6, 9))
     assert sent == [4, 5, 6, 7, 8]
+
+
+def sent_about_the_machine(folder):
+    """Returns (all that a run of W&B would send, the files among it, kinds of records)."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    data = list(wandb_rows.records(path))
+    kinds = {wandb_internal_pb2.Record.FromString(record).WhichOneof("record_type") for record in data}
+    return b"".join(data), {file.name for file in (path.parent / "files").iterdir()}, kinds
+
+
+def test_of_the_machine_and_the_code_nothing_is_sent_unless_the_environment_says_so(environment, tmp_path):
+    environment.setattr(socket, "gethostname", lambda: "name-of-the-machine")
+    environment.setattr(sys, "argv", ["launch", "--config.model.checkpoint=/name/of/a/folder"])
+    environment.chdir(ROOT)
+    with MetricsLog(tmp_path / "quiet", tensorboard=False, wandb_project="p") as log:
+        write(log, [1])
+        print("what is printed")
+    data, files, kinds = sent_about_the_machine(tmp_path / "quiet")
+    for text in (b"name-of-the-machine", b"/name/of/a/folder", b"what is printed", b"wandb_log.py"):
+        assert text not in data
+    assert files <= {"config.yaml", "wandb-summary.json"}
+    assert not {"output", "output_raw", "stats", "environment"} & kinds
+    wandb.teardown()
+    environment.setenv("WANDB_HOST", "chosen-name")
+    environment.setenv("WANDB__SAVE_REQUIREMENTS", "true")
+    with MetricsLog(tmp_path / "open", tensorboard=False, wandb_project="p") as log:
+        write(log, [1])
+    data, files, _ = sent_about_the_machine(tmp_path / "open")
+    assert b"chosen-name" in data and "requirements.txt" in files
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_stage_ends_its_run_there_last_and_only_where_it_has_ended(environment, tmp_path, stopped):
+    done = []
+    known = SimpleNamespace(step=0, log=lambda values, step: None, finish=lambda: done.append("run"))
+    environment.setattr(wandb, "init", lambda **settings: known)
+    for kind in (training.Evaluations, checkpoint.CheckpointStore):
+        environment.setattr(kind, "close", lambda self: done.append(type(self).__name__))
+
+    def fit(trainer, start, batch_at, updates, store, log, *more, **named):
+        write(log, [1])
+        if stopped:
+            raise preempt.Preempted
+
+    environment.setattr(training.supervised, "fit", fit)
+    config = replace(Config(stage="distill"), watch=WatchConfig(wandb_project="p", report_every_s=0))
+    with contextlib.suppress(preempt.Preempted):
+        training.fit(training.StageFolder(config, tmp_path), None, None, None, 3, "student")
+    assert done == ["Evaluations", "CheckpointStore", *([] if stopped else ["run"])]
+
+
+def test_points_of_a_sweep_are_runs_of_different_names():
+    names = [wandb_log.run_name(pathlib.Path(f"runs/sweep/{point}/r1_zero")) for point in ("kl_coef=0", "x" * 200)]
+    assert names == ["kl_coef=0/r1_zero", f"{'x' * 120}/r1_zero"]
 
 
 PROGRAM = """

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from numbers import Integral
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from r1jax.core import files, hosts, remote
 from r1jax.core.wandb_log import WandbLog
@@ -111,7 +111,15 @@ class MetricsLog:
 
         Raises ValueError, and writes nothing, when a value is not a number or is named `update`.
         """
-        lines = {name: _encode(update, row) for name, row in zip(self.names, rows, strict=True)}
+        self._write(update, dict(zip(self.names, rows, strict=True)))
+
+    def write_timing(self, update: int, row: Mapping[str, float]) -> None:
+        """Appends to timing.jsonl a row of its own, as `write`: the seconds of what comes after an update."""
+        self._write(update, {TIMING_FILE: row})
+
+    def _write(self, update: int, rows: Mapping[str, Mapping[str, float]]) -> None:
+        """Appends a row to each of the files that `rows` names."""
+        lines = {name: _encode(update, row) for name, row in rows.items()}
         if not self._writing:
             return
         for name, line in lines.items():
@@ -120,7 +128,7 @@ class MetricsLog:
             file.flush()
             os.fsync(file.fileno())
         scalars: dict[str, float] = {}
-        for name, row in zip(self.names, rows, strict=True):
+        for name, row in rows.items():
             scalars |= _named(name, row)
         if self._tensorboard:
             for name, value in scalars.items():
@@ -167,6 +175,16 @@ class MetricsLog:
             files.write_text(self.folder / name, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
         self._purge_step = int(update) + 1
         self._open()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
+        """Closes the log; where something was raised, its run of W&B stays open: it is to go on, and its end may wait."""
+        if kind is None:
+            self.close()
+        else:
+            self._close_local()
 
     def close(self) -> None:
         """Closes the files and what else gets the rows."""

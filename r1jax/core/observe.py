@@ -52,7 +52,8 @@ def mention_missing_trace() -> None:
 class UpdateTrace:
     """Traces the updates that were asked for into FOLDER of a run's folder, in the process that writes its files.
 
-    A trace begins before everything that leads to its first update, the rollout included, and ends after its last.
+    A trace begins before everything that leads to its first update, the rollout included, and ends after its last. What
+    is between an update's end and the next one's beginning, such as an evaluation, is in no step of the trace.
     """
 
     def __init__(self, run: str, folder: Path):
@@ -63,11 +64,10 @@ class UpdateTrace:
 
     @contextmanager
     def running(self, done: int) -> Generator[None]:
-        """Surrounds the updates of a run, of which `done` were made before."""
+        """Surrounds the updates of a run, of which `done` were made before, with their `begin` and `end`."""
         if self._window and done + 1 >= self._window[1]:
             self._mention(f"the run is at update {done} already, nothing is traced")
             self._window = None
-        self.next(done + 1)
         try:
             yield
         finally:
@@ -77,27 +77,30 @@ class UpdateTrace:
             elif self._window:
                 self._mention("the run ended before, nothing was traced")
 
-    def next(self, update: int, results: Any = None) -> None:
-        """Begins or ends the trace where it is due before an update; first it waits for the arrays of `results`."""
-        self._end_step()
-        if not self._window:
+    def begin(self, update: int) -> None:
+        """Begins an update's step, and the trace before it where that is due."""
+        if not self._window or not self._window[0] <= update < self._window[1]:
             return
         import jax
 
-        first, end = self._window
-        due = first <= update < end
-        if due != self._active:
-            jax.block_until_ready(results)
-        if self._active and not due:
-            self._stop()
-        elif due and not self._active:
+        if not self._active:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # Python's calls would fill the trace and slow the run down
             jax.profiler.start_trace(self._folder, profiler_options=options)
             self._active = True
-        if self._active:
-            self._step = jax.profiler.StepTraceAnnotation("update", step_num=update)
-            self._step.__enter__()
+        self._step = jax.profiler.StepTraceAnnotation("update", step_num=update)
+        self._step.__enter__()
+
+    def end(self, update: int, results: Any = None) -> None:
+        """Ends an update's step, and after the last one the trace; first it waits for the arrays of `results`."""
+        last = self._active and self._window is not None and update + 1 == self._window[1]
+        if last or (self._window and update + 1 == self._window[0]):
+            import jax
+
+            jax.block_until_ready(results)  # else work of this update would be in the trace of later ones, or missing
+        self._end_step()
+        if last:
+            self._stop()
 
     def _end_step(self) -> None:
         if self._step is not None:

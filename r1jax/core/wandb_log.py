@@ -12,13 +12,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from r1jax.core import errors, files, hosts
+from r1jax.core import errors, files, hosts, remote
 from r1jax.core.say import say
 
 Values = Mapping[str, float]
 RUN_ID_FILE = "wandb_run_id"
 LEAST_VERSION = (0, 31)
-FINISH_S = 120.0  # what a run waits for at its end until its rows are sent, without WANDB_FINISH_TIMEOUT
+LONGEST_NAME = 128  # characters that W&B takes
+# {setting of W&B: (variable of the environment that counts in its place, value)}
+SETTINGS: Mapping[str, tuple[str, Any]] = {
+    "finish_timeout": ("WANDB_FINISH_TIMEOUT", 120.0),  # seconds that a run waits at its end until its rows are sent
+    # By itself W&B also sends what is printed, the load of the machine, its name, the command line, and the packages
+    # and the Git state of the folder that the command is started in.
+    "console": ("WANDB_CONSOLE", "off"),
+    "disable_git": ("WANDB_DISABLE_GIT", True),
+    "save_code": ("WANDB_SAVE_CODE", False),
+    "host": ("WANDB_HOST", ""),
+    "x_disable_stats": ("WANDB__DISABLE_STATS", True),
+    "x_disable_meta": ("WANDB__DISABLE_META", True),
+    "x_save_requirements": ("WANDB__SAVE_REQUIREMENTS", False),
+}
 
 
 def require(project: str) -> None:
@@ -104,14 +117,19 @@ class WandbLog:
         path, config = self.folder / RUN_ID_FILE, self.folder / "config.json"
         if not path.exists():
             files.write_text(path, uuid.uuid4().hex[:12])
-        timeout: dict[str, Any] = {} if "WANDB_FINISH_TIMEOUT" in os.environ else {"finish_timeout": FINISH_S}
         return wandb.init(
             project=self.project,
             id=path.read_text().strip(),
             resume="allow",
             reinit="create_new",  # a run that the caller has begun in this process is another one
-            name=os.environ.get("WANDB_NAME") or self.folder.name,
+            name=os.environ.get("WANDB_NAME") or run_name(self.folder),
             dir=os.environ.get("WANDB_DIR") or str(self.folder),
             config=json.loads(config.read_text(encoding="utf-8")) if config.exists() else {},
-            settings=timeout,
+            settings={name: value for name, (variable, value) in SETTINGS.items() if variable not in os.environ},
         )
+
+
+def run_name(folder: Path) -> str:
+    """Returns WORKDIR/STAGE of a stage's folder: the points of a sweep differ in the first."""
+    parts = remote.shown(os.path.abspath(folder)).split("/")
+    return "/".join(parts[-2:])[-LONGEST_NAME:]

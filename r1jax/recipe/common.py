@@ -397,6 +397,14 @@ def checkpoint_digest(source: str | Path) -> str:
     return hosts.decide(_checkpoint_digest, Path(source), name=f"the digest of {source}")
 
 
+def replaceable(source: str | Path) -> bool:
+    """Returns whether a run may be at work that replaces the weights of a folder: one of a stage, not marked as done."""
+    folder = Path(source)
+    return hosts.decide(
+        lambda: not (is_hugging_face(folder) or (folder / DONE).exists()), name=f"the state of {folder}"
+    )
+
+
 def _checkpoint_digest(source: Path) -> str:
     if not is_hugging_face(source):
         marker = source / DONE

@@ -78,7 +78,13 @@ def run(config: Config, workdir: Path) -> dict:
     stage_prompts = prompts.load_held_out(parts_of(parts.PromptParts, resolved), tokenizer)
     template_check.check(resolved.stage, resolved.data, resolved.reward, tokenizer, stage_prompts.held_out)
     started = time.monotonic()
+    digest = common.checkpoint_digest(config.checkpoint)
     params = common.load_weights(resolved.model, mesh, config.checkpoint)
+    if common.replaceable(config.checkpoint) and common.checkpoint_digest(config.checkpoint) != digest:
+        raise ValueError(
+            f"config.checkpoint={config.checkpoint}: a run wrote other weights there while they were read; run again, or "
+            "when it has ended"
+        )
     figures, responses = evaluate(
         parts_of(parts.EvaluationParts, resolved),
         tokenizer,
@@ -92,7 +98,7 @@ def run(config: Config, workdir: Path) -> dict:
     folder, name = Path(workdir) / config.stage, Path(config.checkpoint).name
     write_samples(folder / "samples.jsonl", responses)
     checkpoint.write_json(folder / "config.json", common.json_fields(resolved))
-    made_from = {config.checkpoint: common.checkpoint_digest(config.checkpoint)}
+    made_from = {config.checkpoint: digest}
     made_from |= {**stage_prompts.source.inputs, **lineage.grader_digests(config.reward)}
     checkpoint.write_json(folder / common.INPUTS, {"inputs": made_from})
     checkpoint.write_json(folder / "figures.json", figures)

@@ -83,30 +83,36 @@ def run(
     examples = token_cache.load(token_cache.RowReading(path, resolved.stage, resolved.data, tokenizer))
     fitting_examples = examples.only(fitting(examples.lengths, resolved.pack.row_tokens))
     start = functools.partial(lineage.start_weights, resolved, mesh, workdir)
-    trained, loss = fine_tune(
-        parts_of(parts.TrainingParts, resolved), resolved.sft, mesh, fitting_examples, start, folder, measure
-    )
-    tokens = int(fitting_examples.lengths.sum(dtype=np.int64)) * resolved.sft.epochs
-    figures: dict[str, Any] = {
-        "seconds": round(time.monotonic() - started, 1),
-        "examples": len(fitting_examples),
-        "tokens": tokens,
-    }
-    figures |= {"loss": loss, "left_out": {TOO_LONG: len(examples) - len(fitting_examples)}}
-    figures["compute"] = compute.of_fine_tuning(tokens, resolved.network)
-    figures |= train_eval.kept(resolved.train_eval, folder.path)
-    if stage_prompts:
-        figures["data"] = stage_prompts.counts
-        settings, base = parts_of(parts.EvaluationParts, resolved), lineage.base(resolved, mesh, workdir)
-        name = lineage.result_name(config.stage)
-        with stage_report.while_working(folder.path, name, resolved.watch.report_every_s):
+    name, settings = lineage.result_name(config.stage), parts_of(parts.TrainingParts, resolved)
+    with stage_report.while_working(folder.path, name, resolved.watch.report_every_s) as work:
+        trained, loss = fine_tune(settings, resolved.sft, mesh, fitting_examples, start, folder, measure, work)
+        work.updates = None
+        tokens = int(fitting_examples.lengths.sum(dtype=np.int64)) * resolved.sft.epochs
+        figures: dict[str, Any] = {
+            "seconds": round(time.monotonic() - started, 1),
+            "examples": len(fitting_examples),
+            "tokens": tokens,
+        }
+        figures |= {"loss": loss, "left_out": {TOO_LONG: len(examples) - len(fitting_examples)}}
+        figures["compute"] = compute.of_fine_tuning(tokens, resolved.network)
+        figures |= train_eval.kept(resolved.train_eval, folder.path)
+        if stage_prompts:
+            figures["data"] = stage_prompts.counts
             figures |= evaluate.before_and_after(
-                settings, tokenizer, mesh, stage_prompts, base, trained, workdir, folder.path
+                parts_of(parts.EvaluationParts, resolved),
+                tokenizer,
+                mesh,
+                stage_prompts,
+                lineage.base(resolved, mesh, workdir),
+                trained,
+                workdir,
+                folder.path,
             )
-    checkpoint.write_json(folder.path / "figures.json", figures)
-    evaluate.write_report(config.stage, workdir, lineage.result_name(config.stage), figures)
+        checkpoint.write_json(folder.path / "figures.json", figures)
+        digest = tree.digest(trained)
+    evaluate.write_report(config.stage, workdir, name, figures)
     token_cache.remove(path)
-    return folder.finish(figures, inputs, tree.digest(trained))
+    return folder.finish(figures, inputs, digest)
 
 
 def write_examples(path: Path, rows: Iterable[dict], counts: Mapping[str, Any], stage: str) -> None:
@@ -156,10 +162,12 @@ def fine_tune(
     start: Callable[[], decoder.Params],
     folder: common.StageFolder,
     measure: Measure | None = None,
+    work: stage_report.StageWork | None = None,
 ):
     """Returns (weights, last loss) after the configured epochs, from the weights of `start` or the newest checkpoint.
 
-    Every epoch trains on every example. `measure` is what evaluations between updates do, None without them.
+    Every epoch trains on every example. `measure` is what evaluations between updates do, None without them; `work` is
+    what the stage's page shows.
     """
     pack, loss = settings.pack, sft.make_loss(settings.network, settings.pack.trained_chunk)
     chosen, micro_batches = plan_updates(examples.lengths, tuning, pack, settings.stage, settings.seed)
@@ -171,7 +179,7 @@ def fine_tune(
         return read_batch(examples.only(chosen[update]), pack, micro_batches, shards, local)
 
     name = lineage.result_name(settings.stage)
-    return training.fit(folder, trainer, start, batch_at, len(chosen), name, measure=measure)
+    return training.fit(folder, trainer, start, batch_at, len(chosen), name, measure=measure, work=work)
 
 
 def plan_updates(

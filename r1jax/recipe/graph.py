@@ -82,7 +82,8 @@ def _run(config: Config, chosen: list[str], stages: dict[str, Config], workdir: 
                 raise ValueError(f"{stage} waits for the verdicts in {awaited}; run again when they are complete")
             hosts.decide(hold_gate, stage, stages[stage].gate, workdir, name=f"the gate of {stage}")
         export(hosts.decide(_to_export, workdir, name="what is exported"), stages, workdir)
-    summary = hosts.decide(summarize, workdir, round(time.monotonic() - started, 1), name="the summary")
+        summary = hosts.decide(summarize, workdir, round(time.monotonic() - started, 1), name="the summary")
+        checkpoint.write_json(workdir / "summary.json", summary)
     if hosts.is_writer():
         _show(summary, workdir)
         mark.unlink(missing_ok=True)
@@ -95,7 +96,8 @@ def _report_while_working(
     """Returns a context in which `workdir/report.html` shows the results of finished stages and the curves of all."""
 
     def write(subtitle: str, reload_s: int) -> None:
-        write_report(summarize(workdir, 0.0), workdir, subtitle, reload_s)
+        stages = html.collect(workdir, _results())
+        html.write_run(workdir / "report.html", summarize(workdir, 0.0), stages, subtitle, reload_s)
 
     def status() -> str:
         waiting = [stage for stage in chosen if not (workdir / stage / common.DONE).exists()]
@@ -105,9 +107,8 @@ def _report_while_working(
 
 
 def _show(summary: dict, workdir: Path) -> None:
-    """Writes summary.json and report.html, and prints the table and where the results are."""
-    checkpoint.write_json(workdir / "summary.json", summary)
-    write_report(summary, workdir)
+    """Writes report.html, and prints the table and where the results are."""
+    stage_report.write_or_warn(workdir / "report.html", summary, workdir, _results())
     table.render(rows(summary), evaluate.columns(rows(summary), COLUMNS), "the recipe on held-out problems")
     evaluate.print_groups(rows(summary))
     evaluate.print_faithfulness(rows(summary))
@@ -268,10 +269,9 @@ def export(chosen: Sequence[str], stages: dict[str, Config], workdir: Path) -> N
             files.write_text(stamp, digest)
 
 
-def write_report(summary: dict, workdir: Path, subtitle: str = "", reload_s: int = 0) -> None:
-    """Writes `workdir/report.html`; `subtitle` and `reload_s` as in `html.write_run`."""
-    stages = html.collect(workdir, {stage: lineage.RESULTS[stage] for stage in GRAPH})
-    html.write_run(workdir / "report.html", summary, stages, subtitle, reload_s)
+def _results() -> dict[str, str]:
+    """Returns {stage: name of its result}."""
+    return {stage: lineage.RESULTS[stage] for stage in GRAPH}
 
 
 def rows(summary: dict) -> list[dict]:

@@ -1,6 +1,5 @@
 """What every RL stage does: start weights, prompts by phase, the loop, curves, evaluation before and after."""
 
-import functools
 import gc
 import time
 from collections.abc import Mapping, Sequence
@@ -65,7 +64,6 @@ def run(config: Config, workdir: Path) -> dict:
     sampling_mesh = sampler_mesh(resolved.mode, resolved.sampler_mesh, mesh)
     progress = Progress(name, resolved.grpo.updates)
     measure = train_eval.measure(parts_of(train_eval.TrainEvalParts, resolved), tokenizer, stage_prompts)
-    working = functools.partial(stage_report.while_working, folder.path, name, resolved.watch.report_every_s)
     folder.hold()
     training = make_training(
         of_config(resolved),
@@ -80,33 +78,30 @@ def run(config: Config, workdir: Path) -> dict:
         reward_models=load_reward_models(folders, tokenizer, sampling_mesh, resolved.pack, resolved.model),
         measure=measure,
     )
-    with progress:
-        folder.start(inputs)
-        common.write_model(
-            folder.path,
-            resolved.model,
-            resolved.data,
-            tokenizer,
-            prompts.template(resolved.stage, resolved.data, tokenizer),
-        )
-        with working(resolved.grpo.updates):
+    folder.start(inputs)
+    template = prompts.template(resolved.stage, resolved.data, tokenizer)
+    common.write_model(folder.path, resolved.model, resolved.data, tokenizer, template)
+    updates, every_s = resolved.grpo.updates, resolved.watch.report_every_s
+    with stage_report.while_working(folder.path, name, every_s, updates) as work:
+        with progress:
             trained = training.train()
-    programs = training.run.programs.counts()
-    del training
-    gc.collect()  # its parts refer to one another; optimiser, reference and sampler would stay beside the evaluation's
-    if hosts.is_writer():
-        write_curves(folder.path)
-    figures: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1), "updates": resolved.grpo.updates}
-    figures["programs"] = programs
-    figures |= train_eval.kept(resolved.train_eval, folder.path)
-    figures["data"] = stage_prompts.counts
-    figures["compute"] = hosts.decide(
-        lambda: compute.of_policy_training(read(folder.path), resolved.network, resolved.grpo)
-    )
-    figures["split"] = hosts.decide(time_split, folder.path)
-    if mfu := hosts.decide(lambda: mfu_by_phase(read_timing(folder.path)), name="the MFU of the run"):
-        figures["mfu"] = mfu
-    with working():
+        work.updates = None
+        programs = training.run.programs.counts()
+        del training
+        # Its parts refer to one another; optimiser, reference and sampler would stay beside the evaluation's.
+        gc.collect()
+        if hosts.is_writer():
+            write_curves(folder.path)
+        figures: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1), "updates": updates}
+        figures["programs"] = programs
+        figures |= train_eval.kept(resolved.train_eval, folder.path)
+        figures["data"] = stage_prompts.counts
+        figures["compute"] = hosts.decide(
+            lambda: compute.of_policy_training(read(folder.path), resolved.network, resolved.grpo)
+        )
+        figures["split"] = hosts.decide(time_split, folder.path)
+        if mfu := hosts.decide(lambda: mfu_by_phase(read_timing(folder.path)), name="the MFU of the run"):
+            figures["mfu"] = mfu
         figures |= evaluate.before_and_after(
             parts_of(parts.EvaluationParts, resolved),
             tokenizer,
@@ -117,11 +112,12 @@ def run(config: Config, workdir: Path) -> dict:
             workdir,
             folder.path,
         )
-    if stage_prompts.held_out:
-        figures["ratios"] = ratios(figures[lineage.BASE], figures[name])
-    checkpoint.write_json(folder.path / "figures.json", figures)
+        if stage_prompts.held_out:
+            figures["ratios"] = ratios(figures[lineage.BASE], figures[name])
+        checkpoint.write_json(folder.path / "figures.json", figures)
+        digest = tree.digest(trained)
     evaluate.write_report(config.stage, workdir, name, figures)
-    return folder.finish(figures, inputs, tree.digest(trained))
+    return folder.finish(figures, inputs, digest)
 
 
 def make_training(

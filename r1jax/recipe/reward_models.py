@@ -112,22 +112,25 @@ def run(config: Config, workdir: Path) -> dict:
         hosts.decide(jsonl.write, path, rows, name=str(path))
     train, held_out = ([unit for i in side if (unit := units[i]) is not None] for side in sides)
     start = lambda: reward_model.from_decoder(weights(), network.model)  # noqa: E731
-    trained, loss = fit(
-        parts_of(parts.TrainingParts, resolved), resolved.reward_model, mesh, kind, train, start, folder
-    )
-    scorer = make_scorer(trained, network, mesh, text_format, tokenizer, config.pack)
-    figures: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1), "examples": len(train), "loss": loss}
-    figures |= {"left_out": left_out, "held_out": evaluate(scorer, held_out, [rows[i] for i in sides[1]])}
-    center_indices = keyed_permutation(len(train), hash64(config.stage, config.seed, "center"))[:CENTER_UNITS]
-    center = _center(scorer, [train[i] for i in center_indices]) if kind == "helpful" else 0.0
-    write_record(folder.path, kind, network, text_format, config.reward_model, center)
-    checkpoint.write_json(folder.path / "figures.json", figures)
-    name, models = lineage.result_name(config.stage), {config.stage: figures["held_out"]}
+    name, settings = lineage.result_name(config.stage), parts_of(parts.TrainingParts, resolved)
+    with stage_report.while_working(folder.path, name, resolved.watch.report_every_s) as work:
+        trained, loss = fit(settings, resolved.reward_model, mesh, kind, train, start, folder, work)
+        work.updates = None
+        scorer = make_scorer(trained, network, mesh, text_format, tokenizer, config.pack)
+        figures: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1)}
+        figures |= {"examples": len(train), "loss": loss, "left_out": left_out}
+        figures["held_out"] = evaluate(scorer, held_out, [rows[i] for i in sides[1]])
+        center_indices = keyed_permutation(len(train), hash64(config.stage, config.seed, "center"))[:CENTER_UNITS]
+        center = _center(scorer, [train[i] for i in center_indices]) if kind == "helpful" else 0.0
+        write_record(folder.path, kind, network, text_format, config.reward_model, center)
+        checkpoint.write_json(folder.path / "figures.json", figures)
+        digest = tree.digest(trained)
+    models = {config.stage: figures["held_out"]}
     stage_report.write_final(
         folder.path, name, {"checkpoints": {}, "reward_models": models, "wall_s": figures["seconds"]}
     )
     show(models)
-    return folder.finish(figures, inputs, tree.digest(trained))
+    return folder.finish(figures, inputs, digest)
 
 
 def _generates_examples(data: DataConfig) -> bool:
@@ -192,8 +195,12 @@ def fit(
     units: list[Unit],
     start: Callable[[], decoder.Params],
     folder: common.StageFolder,
+    work: stage_report.StageWork | None = None,
 ) -> tuple[decoder.Params, float]:
-    """Returns (weights of the whole model, last loss) after the configured epochs, from the weights of `start`."""
+    """Returns (weights of the whole model, last loss) after the configured epochs, from the weights of `start`.
+
+    `work` is what the stage's page shows.
+    """
     network, pack, stage = reward_model.architecture(settings.network), settings.pack, settings.stage
     lower = None
     if tuning.frozen_blocks:
@@ -210,7 +217,7 @@ def fit(
     def batch_at(update: int):
         return reward.make_batch([units[i] for i in chosen[update]], pack, room, shards)
 
-    trained, loss = training.fit(folder, trainer, start, batch_at, len(chosen), stage, read=reward.UNIT)
+    trained, loss = training.fit(folder, trainer, start, batch_at, len(chosen), stage, read=reward.UNIT, work=work)
     if lower is not None:
         trained = frozen.join(lower, trained)
         with contextlib.closing(checkpoint.CheckpointStore(folder.path / WHOLE, keep=1)) as whole:

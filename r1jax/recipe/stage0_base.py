@@ -66,18 +66,21 @@ def pretrain(
     trainer = step.Trainer(network, settings.optimizer, mesh, sft.make_loss(network), total_updates=pretraining.updates)
     rows, items = packed_corpus(seed, pretraining, pack.row_tokens, tokenizer)
     started, total = time.monotonic(), pretraining.updates
-    params, loss = training.fit(
-        folder,
-        trainer,
-        lambda: initial_params(seed, network.model, pretraining, mesh),
-        lambda update: batch_at(update, rows, items, seed, settings.mesh, pack, pretraining),
-        total,
-        settings.stage,
-        log_every=10,
-    )
+    with stage_report.while_working(folder.path, settings.stage, folder.config.watch.report_every_s) as work:
+        params, loss = training.fit(
+            folder,
+            trainer,
+            lambda: initial_params(seed, network.model, pretraining, mesh),
+            lambda update: batch_at(update, rows, items, seed, settings.mesh, pack, pretraining),
+            total,
+            settings.stage,
+            log_every=10,
+            work=work,
+        )
+        digest = tree.digest(params)
     figures = {"loss": loss, "updates": total, "seconds": round(time.monotonic() - started, 1)}
     stage_report.write_final(folder.path, settings.stage, {"checkpoints": {}, "wall_s": figures["seconds"]})
-    return folder.finish(figures, {}, tree.digest(params))
+    return folder.finish(figures, {}, digest)
 
 
 def packed_corpus(

@@ -1,6 +1,7 @@
 """The report of a run: at its end, and while it goes on, when a thread of process 0 writes the page from files alone."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import threading
@@ -36,7 +37,7 @@ def refreshed(write: Write, status: Callable[[], str], every_s: float) -> Genera
             write(f"{words.format(status=status())}. Written at {now}.", math.ceil(interval_s))
         except Exception as error:
             if not failed:
-                say(f"warning: the report could not be written, and the run goes on: {errors.one_line(error)}")
+                _mention(error)
             failed.append(error)
 
     def refresh() -> None:
@@ -64,26 +65,40 @@ def _end(thread: threading.Thread, ended: threading.Event) -> None:
     thread.join()
 
 
-def while_working(
-    folder: Path, name: str, every_s: float, updates: int | None = None
-) -> contextlib.AbstractContextManager[None]:
-    """Returns `refreshed` for the page of a single stage, whose result is called `name`, in its folder.
+def _mention(error: Exception) -> None:
+    say(f"warning: the report could not be written, and the run goes on: {errors.one_line(error)}")
 
-    Within it the stage makes `updates` updates in all, or, with None, evaluates what they made.
+
+@dataclasses.dataclass
+class StageWork:
+    """What a stage at work does: it makes `updates` updates in all; 0: it prepares them; None: it evaluates after them."""
+
+    updates: int | None = 0
+
+
+@contextlib.contextmanager
+def while_working(folder: Path, name: str, every_s: float, updates: int | None = 0) -> Generator[StageWork]:
+    """Surrounds the work of a single stage, whose result is called `name`, with `refreshed` pages in its folder.
+
+    Yields what the stage does, at first with these `updates`; the stage sets it anew when it does something else.
     """
+    work = StageWork(updates)
 
     def write(subtitle: str, reload_s: int) -> None:
         stages = html.collect(folder.parent, {folder.name: name})
         html.write_run(folder / "report.html", {"checkpoints": {}}, stages, subtitle, reload_s)
 
-    return refreshed(write, lambda: stage_status(folder, updates), every_s)
+    with refreshed(write, lambda: stage_status(folder, work.updates), every_s):
+        yield work
 
 
 def stage_status(folder: Path, updates: int | None) -> str:
-    """Returns what a stage does now and how many of its updates are made, by its files; `updates` as above."""
+    """Returns what a stage does now and how many of its updates are made, by its files; `updates` as in StageWork."""
     count = _last_update(folder / METRICS_FILE)
     if updates is None:
         return f"evaluation after {count} updates"
+    if not updates:
+        return "preparation of the updates"
     words = (folder / "phase").read_text().split() if (folder / "phase").exists() else []
     return f"training{f' ({words[0]})' if words else ''}, {count} of {updates} updates made"
 
@@ -101,7 +116,15 @@ def _last_update(path: Path) -> int:
 def write_final(folder: Path, name: str, summary: Mapping) -> None:
     """Writes report.html of a stage, whose result is called `name`, into its folder (process 0 only).
 
-    `summary` as in `html.write_run`.
+    `summary` as in `html.write_run`. A page that cannot be written is one line of warning.
     """
     if hosts.is_writer():
-        html.write_run(folder / "report.html", summary, html.collect(folder.parent, {folder.name: name}))
+        write_or_warn(folder / "report.html", summary, folder.parent, {folder.name: name})
+
+
+def write_or_warn(path: Path, summary: Mapping, workdir: Path, results: Mapping[str, str]) -> None:
+    """Writes the last page of a run, of the stages {folder in workdir: name of its result}, or prints one warning."""
+    try:
+        html.write_run(path, summary, html.collect(workdir, results))
+    except Exception as error:
+        _mention(error)

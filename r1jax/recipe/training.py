@@ -24,23 +24,22 @@ def fit(
     log_every: int = 1,
     read: str = "loss_mask",
     measure: Measure | None = None,
+    work: stage_report.StageWork | None = None,
 ) -> tuple[decoder.Params, float]:
     """Returns (weights after the last update, its loss), as train.supervised.fit from the weights of `start`.
 
     `name` is the result's name, `read` as there. With `measure` the weights are measured every train_eval.every
-    updates.
+    updates. `work` is what the stage's page shows.
     """
     watch = folder.config.watch
     store, log = folder.checkpoints(), MetricsLog(folder.path, wandb_project=watch.wandb_project)
-    live = stage_report.while_working(folder.path, name, watch.report_every_s, updates)
+    if work is not None:
+        work.updates = updates
     settings = folder.config.train_eval if measure else TrainEvalConfig()
     evaluations = Evaluations(folder.path, settings, updates, folder.config.stage)
-    opened = contextlib.closing(store), contextlib.closing(evaluations), contextlib.closing(log)
-    with contextlib.ExitStack() as stack:
-        for one in opened:
-            stack.enter_context(one)
-        progress = stack.enter_context(Progress(name, updates))
-        stack.enter_context(live)
+    stores = contextlib.closing(store), contextlib.closing(evaluations)
+    # The log is closed last: W&B may let it wait when all else is on disk.
+    with log, stores[0], stores[1], Progress(name, updates) as progress:
         return supervised.fit(
             trainer,
             start,

@@ -1,6 +1,7 @@
 """The RL loop over four parts: a source of rollouts, an objective, the state of the run and a recorder."""
 
 from r1jax.core import hosts, preempt
+from r1jax.core.metrics import Timer
 from r1jax.models import decoder
 from r1jax.rl.journal import Rollout
 from r1jax.rl.minibatch import batches, blank_arrays, with_values
@@ -21,7 +22,7 @@ def train(run: RunState, source: JournalledSource, objective: Objective, recorde
     warm_up(run, source, objective, recorder)
     trace = recorder.trace.running(run.cursor.update)
     with run.stores_closed(), hosts.in_step(), source, trace, run.saved_when_preempted(objective):
-        evaluate(run, source, recorder)
+        between_updates(run, source, recorder)
         while not run.finished:
             with preempt.deferred():
                 first_update = run.begin_rollout()
@@ -35,7 +36,7 @@ def train(run: RunState, source: JournalledSource, objective: Objective, recorde
                 with preempt.deferred():
                     update(run, source, objective, recorder, rollout, batch)
                 hosts.raise_if_preempted("the end of an update", run.cursor.update)
-                evaluate(run, source, recorder)
+                between_updates(run, source, recorder)
     source.prune(run.cursor.rollout_start)
     recorder.phase("done")
     recorder.close()
@@ -63,17 +64,26 @@ def update(
         source.prune(recorder.timed("checkpoint", run.save, objective))
 
 
+def between_updates(run: RunState, source: JournalledSource, recorder: Recorder) -> None:
+    """Evaluates where that is due, and begins the next update in the trace."""
+    evaluate(run, source, recorder)
+    if not run.finished:
+        recorder.trace.begin(run.cursor.update + 1)
+
+
 def evaluate(run: RunState, source: JournalledSource, recorder: Recorder) -> None:
     """Measures the weights on held-out problems where that is due, and keeps them if they are the best so far."""
     update = run.cursor.update
     if not run.evaluations.is_due(update):
         return
     recorder.phase("evaluation")
-    figures = recorder.timed("evaluation", source.evaluate)
+    timer = Timer()
+    figures = timer.run("evaluation", source.evaluate)
     hosts.raise_if_preempted("the figures of an evaluation")  # the notice may have ended workers that graded
     with preempt.deferred():
         run.store.wait()
         run.evaluations.record(update, figures, run.params)
+        recorder.log.write_timing(update, timer.take())
     recorder.log.send_evaluation(update, figures)
 
 

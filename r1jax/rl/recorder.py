@@ -77,7 +77,7 @@ class Recorder:
         self.inputs.on_update(cursor.update, row, timing)
         self.skipped.note(cursor.update, stats)
         cursor.skipped = self.skipped.in_a_row
-        self.trace.next(cursor.update + 1)
+        self.trace.end(cursor.update)
 
     def phase(self, name: str) -> None:
         """Writes the run's phase to the file `phase`, for people and scripts that watch from outside."""

@@ -57,14 +57,16 @@ class _HeldOut:
             self._evaluations.wait()
         self._store.save(update, items, record)
 
-    def evaluate(self, update: int, params: decoder.Params, timing: Timer) -> None:
+    def evaluate(self, update: int, params: decoder.Params) -> None:
         """Measures the weights where that is due, and records their figures once their checkpoint is on disk."""
         if self._evaluations is None or self._measure is None or not self._evaluations.is_due(update):
             return
-        figures = timing.run("evaluation", self._measure, params)
+        timer = Timer()
+        figures = timer.run("evaluation", self._measure, params)
         hosts.raise_if_preempted("the figures of an evaluation")
         self._store.wait()
         self._evaluations.record(update, figures, params)
+        self._log.write_timing(update, timer.take())
         self._log.send_evaluation(update, figures)
 
 
@@ -101,9 +103,10 @@ def fit(
     timing, trace = _Timing(trainer), observe.UpdateTrace(name, log.folder)
     waiting: list[dict] = []  # statistics of the updates since the last fetch, on the device
     with trace.running(first), hosts.in_step(), contextlib.ExitStack() as unsaved:
-        held_out.evaluate(first, state.params, timing)
+        held_out.evaluate(first, state.params)
         for update in range(first, updates):
             done, last = update + 1, update + 1 == updates
+            trace.begin(done)
             logged = done % log_every == 0 or last
             saved = done % checkpoint_every == 0 or last or held_out.is_due(done)
             with timing.update():
@@ -131,8 +134,8 @@ def fit(
                 timing.run("checkpoint", held_out.save, done, items, record)
             if ending and not last:
                 raise preempt.Preempted
-            held_out.evaluate(done, state.params, timing)
-            trace.next(done + 1, stats)
+            trace.end(done, stats)
+            held_out.evaluate(done, state.params)
     return state.params, loss
 
 
