@@ -11,6 +11,7 @@ from r1jax.core.say import say
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 OTHERS = {  # processes of their own, and the last line of one that ends
     "core/say.py",
+    "core/urls.py",  # below core.say, which puts URLs into its lines; a run at a URL is one process
     "data/arithmetic.py",
     "launch.py",
     "plan/compile.py",

@@ -19,7 +19,6 @@ import re
 import secrets
 import shutil
 import stat
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Mapping
@@ -206,7 +205,7 @@ class Mirror:
         passing = isinstance(error, urls.RemoteError) and not isinstance(error, urls.InUseError)
         if self._failures >= FAILURES or not passing:
             raise error
-        print(f"warning: {errors.one_line(error)}; the next checkpoint tries again", file=sys.stderr, flush=True)
+        urls.print_line(f"warning: {errors.one_line(error)}; the next checkpoint tries again")
 
     def _begin(self) -> None:
         snapshot, table = self._snapshot()

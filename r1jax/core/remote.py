@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Generator
@@ -351,7 +350,7 @@ def work_folder(url: str) -> Generator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         if fetched:
-            print(f"{url}: fetched {fetched / 1e6:.1f} MB to {folder}", file=sys.stderr, flush=True)
+            urls.print_line(f"{url}: fetched {fetched / 1e6:.1f} MB to {folder}")
         _work, _saved = work, None
         try:
             yield folder
@@ -411,7 +410,7 @@ def _last_push(work: mirror.Mirror, folder: Path, raises: bool) -> None:
         text = f"{errors.one_line(error)}; what this run made since its last push is in {folder}"
         if raises:
             raise urls.RemoteError(text) from error
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        urls.print_line(f"error: {text}")
     else:
         shutil.rmtree(folder, ignore_errors=True)
 

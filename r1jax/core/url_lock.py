@@ -9,7 +9,6 @@ import json
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -79,12 +78,12 @@ class UrlLock:
             if self._read().get("run") == self._record["run"]:
                 self._folder.remove(NAME)
         except urls.RemoteError as error:
-            print(f"warning: {errors.one_line(error)}; the next run waits {SILENT_S:.0f} s for it", file=sys.stderr)
+            urls.print_line(f"warning: {errors.one_line(error)}; the next run waits {SILENT_S:.0f} s for it")
 
     def _changes(self, record: dict[str, Any]) -> bool:
         """Returns whether a record changes within SILENT_S."""
         who = f"process {record['pid']} on {record['host']}"
-        print(f"{self._url}: {who} was at work there; waiting {SILENT_S:.0f} s for a sign of it", file=sys.stderr)
+        urls.print_line(f"{self._url}: {who} was at work there; waiting {SILENT_S:.0f} s for a sign of it")
         ends = time.monotonic() + SILENT_S
         while time.monotonic() < ends:
             time.sleep(min(1.0, SILENT_S / 5))

@@ -46,6 +46,11 @@ class InUseError(RemoteError):
     """Another run writes to a folder at a URL."""
 
 
+def print_line(line: str) -> None:
+    """Prints a line on stderr: of a process that is the only one of its run, as all are that work at a URL."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def is_url(text: object) -> bool:
     """Returns whether a text is a URL; `file://` names a path of this machine."""
     return bool(_URL.match(str(text)))
@@ -174,7 +179,7 @@ class RemoteFolder:
                     remedy = "check that the URL is right and that this machine may read and write there"
                     raise (RefusedError if permanent else RemoteError)(f"{failure}; {remedy}") from error
                 if wait == SHOWN_WAIT_S:
-                    print(f"warning: {failure}; trying for {DEADLINE_S:.0f} s", file=sys.stderr, flush=True)
+                    print_line(f"warning: {failure}; trying for {DEADLINE_S:.0f} s")
             time.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT_S)
 
@@ -259,4 +264,4 @@ class _Progress:
                 return
             self._shown = time.monotonic()
         line = f"{self._what}: {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB"
-        print(line, file=sys.stderr, flush=True)
+        print_line(line)
