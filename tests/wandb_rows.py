@@ -5,12 +5,15 @@ import pathlib
 import struct
 from collections.abc import Iterator
 
+import wandb
+
 BLOCK, HEADER = 32768, struct.Struct("<IHB")  # checksum, length, kind: 1 whole, 2 first, 3 middle, 4 last
 FILE_HEADER = 7  # ":W&B", a magic number and a version
 
 
 def records(path: pathlib.Path) -> Iterator[bytes]:
-    """Yields the records of a file; the zeros that fill a block up are left out."""
+    """Yields the records of a file, whose process this one ends first; the zeros that fill a block up are left out."""
+    wandb.teardown()  # until then the last records may not be on disk
     data, place, parts = path.read_bytes(), FILE_HEADER, b""
     while place + HEADER.size <= len(data):
         if BLOCK - place % BLOCK < HEADER.size:
