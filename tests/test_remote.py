@@ -219,7 +219,7 @@ def test_a_record_that_is_cut_off_is_read_again_and_not_taken_for_none(store, co
         assert time.monotonic() - started >= url_lock.SILENT_S
 
 
-@pytest.mark.parametrize(("pid", "run"), [(os.getpid(), "x"), (4_000_000, "x")])
+@pytest.mark.parametrize(("pid", "run"), [(os.getpid(), "x"), (4_000_000, "x")], ids=["its_own_number", "no_process"])
 def test_a_process_of_another_container_is_watched_though_its_host_has_the_same_name(store, pid, run):
     record = {"pid": pid, "host": socket.gethostname(), "processes": "boot pid:[1]", "since": "", "run": run}
     store.pipe_file("/bucket/runs/.r1jax/lock.json", json.dumps(record).encode())
