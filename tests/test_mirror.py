@@ -90,6 +90,18 @@ def changes_of_second_push(folder):
     return before - FailingFileSystem.limit
 
 
+def killed_pushes(tmp_path):
+    """Yields the number of each operation of a push to SECOND, each time after one that was killed there."""
+    for kill_at in range(changes_of_second_push(tmp_path / "measured")):
+        FailingFileSystem.clear()
+        work = first_push(tmp_path / f"a{kill_at}")
+        FailingFileSystem.reset(limit=kill_at, torn=True)
+        with pytest.raises(urls.RemoteError):
+            work.push()
+        remote.forget()
+        yield kill_at
+
+
 def test_a_folder_comes_back_as_it_was_with_usual_names_and_one_manifest_beside(tmp_path, store):
     work = first_push(tmp_path / "a")
     work.push()
@@ -155,14 +167,8 @@ def of_stage(content):
 
 def test_a_stage_that_is_read_while_a_push_is_killed_is_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("R1JAX_URL_CACHE", str(tmp_path / "cache"))
-    count, states = changes_of_second_push(tmp_path / "measured"), []
-    for kill_at in range(count):
-        FailingFileSystem.clear()
-        work = first_push(tmp_path / f"a{kill_at}")
-        FailingFileSystem.reset(limit=kill_at, torn=True)
-        with pytest.raises(urls.RemoteError):
-            work.push()
-        remote.forget()
+    states = []
+    for _ in killed_pushes(tmp_path):
         path = remote.local(f"{URL}/r1_zero")
         states.append(read(Path(path)))
         assert (
@@ -191,14 +197,8 @@ def test_what_is_at_a_url_is_fetched_once_as_long_as_it_stays_the_same(tmp_path,
 
 def test_a_file_that_is_read_while_a_push_is_killed_is_that_of_the_state_that_counts(tmp_path, monkeypatch):
     monkeypatch.setenv("R1JAX_URL_CACHE", str(tmp_path / "cache"))
-    count, seen = changes_of_second_push(tmp_path / "measured"), set()
-    for kill_at in range(count):
-        FailingFileSystem.clear()
-        work = first_push(tmp_path / f"a{kill_at}")
-        FailingFileSystem.reset(limit=kill_at, torn=True)
-        with pytest.raises(urls.RemoteError):
-            work.push()
-        remote.forget()
+    seen = set()
+    for kill_at in killed_pushes(tmp_path):
         text = Path(remote.local(f"{URL}/r1_zero/metrics.jsonl")).read_text()
         FailingFileSystem.reset()
         pulled(tmp_path / f"b{kill_at}")

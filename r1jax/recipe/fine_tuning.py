@@ -98,15 +98,9 @@ def run(
         figures |= train_eval.kept(resolved.train_eval, folder.path)
         if stage_prompts:
             figures["data"] = stage_prompts.counts
+            settings, base = parts_of(parts.EvaluationParts, resolved), lineage.base(resolved, mesh, workdir)
             figures |= evaluate.before_and_after(
-                parts_of(parts.EvaluationParts, resolved),
-                tokenizer,
-                mesh,
-                stage_prompts,
-                lineage.base(resolved, mesh, workdir),
-                trained,
-                workdir,
-                folder.path,
+                settings, tokenizer, mesh, stage_prompts, base, trained, workdir, folder.path
             )
         checkpoint.write_json(folder.path / "figures.json", figures)
         digest = tree.digest(trained)
