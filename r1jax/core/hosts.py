@@ -28,7 +28,7 @@ START_DEADLINE_S = 300.0  # within which all processes must have been started
 DEADLINE_S = 1800.0  # the longest that a process waits for another one at a named place
 _SLICE_S = 1.0  # waits are cut into slices, so that Ctrl-C is heard
 _GRACE_S = 5.0
-_MEETING = 64  # of the questions between dispatches whether one was asked to end, one in so many is put to all
+_MEETING = 64  # of those questions, one in so many is put to all processes
 _DISPATCHES = 16  # between two questions, while several processes sample, whether one was asked to end
 _PIECE_BYTES = 1 << 20  # of a message at once: the coordination service stalls on values of tens of MB
 
@@ -93,37 +93,42 @@ def in_step() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if _connection is None else preempt.deferred()
 
 
-def preempted(name: str, update: int | None = None) -> bool:
+def preempted(name: str, update: int | None = None, of_all: bool = True) -> bool:
     """Returns, in every process the same, whether one of them was asked to end; to be called by all of them together.
 
-    `update` is the number of updates made; with it what JAX itself reports of a machine's end counts too.
+    `update` is the number of updates made; with it what JAX itself reports of a machine's end counts too. Without
+    `of_all` process 0 answers for all, by what the watch has passed on to it so far.
     """
     if _connection is None:
         return preempt.requested()
     asked = preempt.requested() or (update is not None and _connection.reported(update))
-    # After an update, and now and then between dispatches, all processes are asked, and old messages go. Otherwise
-    # process 0 answers for all: the watch passes on to it the notice of any.
-    if update is not None or next(_questions) % _MEETING == 0:
-        answers = gather(asked, name)
+    if of_all:
+        answers = gather(asked, name)  # old messages go as well
         asked = answers is not None and any(answers)
     return broadcast(asked, name)
 
 
-def raise_if_preempted(name: str, update: int | None = None) -> None:
-    """Raises Preempted in every process if one of them was asked to end; to be called by all of them together."""
-    if preempted(name, update):
+def raise_if_preempted(name: str, update: int | None = None, of_all: bool = True) -> None:
+    """Raises Preempted in every process where `preempted` returns true; to be called by all of them together."""
+    if preempted(name, update, of_all):
         raise preempt.Preempted
 
 
 def between_dispatches() -> Callable[[], None]:
     """Returns what a sampler that all processes run together calls before each dispatch, to end where one is asked to.
 
-    It asks the others at every 16th call.
+    It asks at every 16th call, and now and then all of them.
     """
     if _connection is None:
         return preempt.raise_if_requested
     calls = itertools.count()
-    return lambda: None if next(calls) % _DISPATCHES else raise_if_preempted("a dispatch of the sampler")
+
+    def ask() -> None:
+        number = next(calls)
+        if number % _DISPATCHES == 0:
+            raise_if_preempted("a dispatch of the sampler", of_all=number % (_DISPATCHES * _MEETING) == 0)
+
+    return ask
 
 
 def process_index() -> int:
@@ -363,7 +368,6 @@ class _Connection:
 
 
 _connection: _Connection | None = None
-_questions = itertools.count(1)
 _deciding = threading.local()  # `now`: whether this thread is within a decision
 
 

@@ -19,18 +19,17 @@ Values = Mapping[str, float]
 RUN_ID_FILE = "wandb_run_id"
 LEAST_VERSION = (0, 31)
 LONGEST_NAME = 128  # characters that W&B takes
-# {setting of W&B: (variable of the environment that counts in its place, value)}
-SETTINGS: Mapping[str, tuple[str, Any]] = {
-    "finish_timeout": ("WANDB_FINISH_TIMEOUT", 120.0),  # seconds that a run waits at its end until its rows are sent
+SETTINGS: Mapping[str, Any] = {  # of W&B; a variable of its environment counts in a setting's place
+    "finish_timeout": 120.0,  # seconds that a run waits at its end until its rows are sent
     # By itself W&B also sends what is printed, the load of the machine, its name, the command line, and the packages
     # and the Git state of the folder that the command is started in.
-    "console": ("WANDB_CONSOLE", "off"),
-    "disable_git": ("WANDB_DISABLE_GIT", True),
-    "save_code": ("WANDB_SAVE_CODE", False),
-    "host": ("WANDB_HOST", ""),
-    "x_disable_stats": ("WANDB__DISABLE_STATS", True),
-    "x_disable_meta": ("WANDB__DISABLE_META", True),
-    "x_save_requirements": ("WANDB__SAVE_REQUIREMENTS", False),
+    "console": "off",
+    "disable_git": True,
+    "save_code": False,
+    "host": "",
+    "x_disable_stats": True,
+    "x_disable_meta": True,
+    "x_save_requirements": False,
 }
 
 
@@ -125,8 +124,13 @@ class WandbLog:
             name=os.environ.get("WANDB_NAME") or run_name(self.folder),
             dir=os.environ.get("WANDB_DIR") or str(self.folder),
             config=json.loads(config.read_text(encoding="utf-8")) if config.exists() else {},
-            settings={name: value for name, (variable, value) in SETTINGS.items() if variable not in os.environ},
+            settings={name: value for name, value in SETTINGS.items() if _variable(name) not in os.environ},
         )
+
+
+def _variable(setting: str) -> str:
+    """Returns the variable of the environment by which W&B reads a setting; that of x_NAME is WANDB__NAME."""
+    return f"WANDB_{setting.removeprefix('x').upper()}"
 
 
 def run_name(folder: Path) -> str:

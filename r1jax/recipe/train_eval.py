@@ -63,8 +63,8 @@ def measure_alone(
     @functools.cache
     def sampler() -> RolloutSampler:
         built = build_sampler(settings.network, settings.sampler, mesh, tokenizer)
-        several = hosts.process_count() > 1
-        built.between_dispatches = hosts.between_dispatches() if several else _raise_if_asked
+        alone = functools.partial(hosts.raise_if_preempted, "a dispatch of the sampler")  # also where updates defer it
+        built.between_dispatches = hosts.between_dispatches() if hosts.process_count() > 1 else alone
         return built
 
     def measured(params: Any) -> dict[str, float]:
@@ -74,11 +74,6 @@ def measure_alone(
         return row
 
     return measured
-
-
-def _raise_if_asked() -> None:
-    """Raises Preempted where the process was asked to end, though updates defer it: a checkpoint was begun before."""
-    hosts.raise_if_preempted("a dispatch of the sampler")
 
 
 def _row(

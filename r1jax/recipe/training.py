@@ -37,9 +37,12 @@ def fit(
         work.updates = updates
     settings = folder.config.train_eval if measure else TrainEvalConfig()
     evaluations = Evaluations(folder.path, settings, updates, folder.config.stage)
-    stores = contextlib.closing(store), contextlib.closing(evaluations)
-    # The log is closed last: W&B may let it wait when all else is on disk.
-    with log, stores[0], stores[1], Progress(name, updates) as progress:
+    with (
+        log,  # is closed last: W&B may let it wait when all else is on disk
+        contextlib.closing(store),
+        contextlib.closing(evaluations),
+        Progress(name, updates) as progress,
+    ):
         return supervised.fit(
             trainer,
             start,

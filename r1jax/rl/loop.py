@@ -1,7 +1,6 @@
 """The RL loop over four parts: a source of rollouts, an objective, the state of the run and a recorder."""
 
 from r1jax.core import hosts, preempt
-from r1jax.core.metrics import Timer
 from r1jax.models import decoder
 from r1jax.rl.journal import Rollout
 from r1jax.rl.minibatch import batches, blank_arrays, with_values
@@ -73,18 +72,9 @@ def between_updates(run: RunState, source: JournalledSource, recorder: Recorder)
 
 def evaluate(run: RunState, source: JournalledSource, recorder: Recorder) -> None:
     """Measures the weights on held-out problems where that is due, and keeps them if they are the best so far."""
-    update = run.cursor.update
-    if not run.evaluations.is_due(update):
-        return
-    recorder.phase("evaluation")
-    timer = Timer()
-    figures = timer.run("evaluation", source.evaluate)
-    hosts.raise_if_preempted("the figures of an evaluation")  # the notice may have ended workers that graded
-    with preempt.deferred():
-        run.store.wait()
-        run.evaluations.record(update, figures, run.params)
-        recorder.log.write_timing(update, timer.take())
-    recorder.log.send_evaluation(update, figures)
+    if run.evaluations.is_due(run.cursor.update):
+        recorder.phase("evaluation")
+        run.evaluations.make(run.cursor.update, source.evaluate, run.params, run.store, recorder.log)
 
 
 def warm_up(run: RunState, source: JournalledSource, objective: Objective, recorder: Recorder) -> None:

@@ -93,8 +93,10 @@ class Recorder:
         numbers = sample_log.chosen(advantages.rewards, self.config.grpo.group_size, self.config.watch.rollout_samples)
         prompts = [self.inputs.prompts.prompt(rollout.samples[number].request_id, first_update) for number in numbers]
         weighed = [name for name in PART_NAMES if getattr(self.config.reward, name)]
-        graded = self.monitor.graded(rollout, first_update)
-        terms = [[name for name in weighed if name != "accuracy" or graded[number]] for number in numbers]
+        models = self.inputs.reward_models  # these give the accuracy of their tasks; no grader does
+        terms = [
+            [name for name in weighed if name != "accuracy" or prompt.problem.task not in models] for prompt in prompts
+        ]
         self.samples.write(first_update, sample_log.rows(numbers, rollout, advantages, texts, prompts, terms))
 
     def _rewards(self, rollout: Rollout, advantages: Advantages, first_update: int) -> dict[str, float]:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from r1jax.core import hosts
+from r1jax.core import hosts, preempt
 from r1jax.core.checkpoint import CheckpointStore
-from r1jax.core.metrics import EVALUATION_FILE, EvaluationLog, read_evaluation
+from r1jax.core.metrics import EVALUATION_FILE, EvaluationLog, MetricsLog, Timer, read_evaluation
 from r1jax.core.say import say
 from r1jax.models import decoder
 from r1jax.schema import TrainEvalConfig
@@ -55,6 +55,29 @@ class Evaluations:
         """Returns whether the weights after an update are to be measured, and were not yet."""
         every = self._settings.every
         return every > 0 < update and (update % every == 0 or update == self._updates) and update not in self._rows
+
+    def make(
+        self,
+        update: int,
+        measure: Callable[[], Mapping[str, float]],
+        params: decoder.Params,
+        store: CheckpointStore,
+        log: MetricsLog,
+    ) -> None:
+        """Measures the weights where that is due, and records their figures once their checkpoint is in `store`.
+
+        `log` gets what the measurement took. Raises Preempted when the process was asked to end meanwhile.
+        """
+        if not self.is_due(update):
+            return
+        timer = Timer()
+        figures = timer.run("evaluation", measure)
+        hosts.raise_if_preempted("the figures of an evaluation")  # the notice may have ended workers that graded
+        with preempt.deferred():
+            store.wait()
+            self.record(update, figures, params)
+            log.write_timing(update, timer.take())
+        log.send_evaluation(update, figures)
 
     def record(self, update: int, figures: Mapping[str, float], params: decoder.Params) -> None:
         """Writes the figures of the weights after an update, and begins to write the weights if they are the best.

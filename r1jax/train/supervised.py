@@ -12,6 +12,7 @@ from r1jax.core import hosts, observe, preempt
 from r1jax.core.checkpoint import CheckpointStore
 from r1jax.core.metrics import MetricsLog, Timer
 from r1jax.models import decoder, flops, utilisation
+from r1jax.schema import TrainEvalConfig
 from r1jax.train import guard, step
 from r1jax.train.evaluations import Evaluations, Measure
 from r1jax.train.step import Trainer, TrainState
@@ -40,36 +41,6 @@ class _Timing(Timer):
         return utilisation.with_mfu(self.take(), {"update": self._peak} if before == self._compilations else {})
 
 
-class _HeldOut:
-    """The evaluations of a supervised run, if it has any, in the order that they need with its checkpoints."""
-
-    def __init__(
-        self, evaluations: Evaluations | None, measure: Measure | None, store: CheckpointStore, log: MetricsLog
-    ):
-        self._evaluations, self._measure, self._store, self._log = evaluations, measure, store, log
-
-    def is_due(self, update: int) -> bool:
-        return self._evaluations is not None and self._evaluations.is_due(update)
-
-    def save(self, update: int, items: dict[str, Any], record: dict[str, Any]) -> None:
-        """Begins a checkpoint once the best weights before it are on disk."""
-        if self._evaluations is not None:
-            self._evaluations.wait()
-        self._store.save(update, items, record)
-
-    def evaluate(self, update: int, params: decoder.Params) -> None:
-        """Measures the weights where that is due, and records their figures once their checkpoint is on disk."""
-        if self._evaluations is None or self._measure is None or not self._evaluations.is_due(update):
-            return
-        timer = Timer()
-        figures = timer.run("evaluation", self._measure, params)
-        hosts.raise_if_preempted("the figures of an evaluation")
-        self._store.wait()
-        self._evaluations.record(update, figures, params)
-        self._log.write_timing(update, timer.take())
-        self._log.send_evaluation(update, figures)
-
-
 def fit(
     trainer: Trainer,
     start: Callable[[], decoder.Params],
@@ -94,21 +65,29 @@ def fit(
     and Preempted, after a checkpoint, when the process was asked to end.
     """
     state, first, loss = resume(trainer, start, store)
-    held_out = _HeldOut(evaluations, measure, store, log)
-    if evaluations is not None:
-        evaluations.resume(first, lambda: state.params)
+    evaluations = evaluations or Evaluations(log.folder, TrainEvalConfig(), updates, name)
+    evaluations.resume(first, lambda: state.params)
+
+    def evaluate(update: int) -> None:
+        if measure is not None:
+            evaluations.make(update, lambda: measure(state.params), state.params, store, log)
+
+    def save(update: int, items: dict[str, Any], record: dict[str, Any]) -> None:
+        evaluations.wait()  # the best weights of before are on disk first
+        store.save(update, items, record)
+
     in_a_row = store.record(first).get("skipped", 0) if first else 0
     skipped = guard.SkippedUpdates(name, trainer.config.max_skipped_updates, in_a_row)
     log.truncate(first)
     timing, trace = _Timing(trainer), observe.UpdateTrace(name, log.folder)
     waiting: list[dict] = []  # statistics of the updates since the last fetch, on the device
     with trace.running(first), hosts.in_step(), contextlib.ExitStack() as unsaved:
-        held_out.evaluate(first, state.params)
+        evaluate(first)
         for update in range(first, updates):
             done, last = update + 1, update + 1 == updates
             trace.begin(done)
             logged = done % log_every == 0 or last
-            saved = done % checkpoint_every == 0 or last or held_out.is_due(done)
+            saved = done % checkpoint_every == 0 or last or evaluations.is_due(done)
             with timing.update():
                 batch = batch_at(update)
                 state, stats = trainer.update(state, *batch)
@@ -131,11 +110,11 @@ def fit(
             if saved:
                 items = {"params": state.params, "optimizer": state.optimizer}
                 record = {"update": done, "loss": loss, "skipped": skipped.in_a_row}
-                timing.run("checkpoint", held_out.save, done, items, record)
+                timing.run("checkpoint", save, done, items, record)
             if ending and not last:
                 raise preempt.Preempted
             trace.end(done, stats)
-            held_out.evaluate(done, state.params)
+            evaluate(done)
     return state.params, loss
 
 
