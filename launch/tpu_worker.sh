@@ -12,5 +12,5 @@ if [ ! -x .venv/bin/python ] && ! usable "$PYTHON"; then # the images of TPU VMs
   PYTHON=$(python3 -m uv python find 3.12)
 fi
 . launch/venv.sh
-install tpu tpu,data,jetstream-light
+install tpu tpu,data,wandb,jetstream-light
 echo "R1JAX $(hostname) installed"

@@ -14,10 +14,6 @@ from r1jax.core import errors, lock, preempt, remote, urls
 
 _USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
-ONE_PROCESS = (
-    "several processes need one folder that all see; mount the bucket (gcsfuse, s3fs) and give the mount's path"
-)
-
 
 def execute(arguments: flags.Arguments) -> int:
     """Does what the command line asks and returns the exit code of the process."""
@@ -82,8 +78,8 @@ def _run(resolved: schema.Config, arguments: flags.Arguments) -> int:
     if not stage_table.several_processes(resolved.stage):
         hosts.require_one(resolved.stage)
     if hosts.process_count() > 1:
-        paths.refuse(resolved, {"workdir": arguments.workdir, "json": arguments.json}, ONE_PROCESS)
-        remote.refuse(ONE_PROCESS)  # also what records of earlier stages name
+        paths.refuse(resolved, {"workdir": arguments.workdir, "json": arguments.json}, paths.ONE_PROCESS)
+        remote.refuse(paths.ONE_PROCESS)  # also what records of earlier stages name
     wandb_log.require(resolved.watch.wandb_project)
     observe.ask(observe.MeasurementRequest(arguments.profile, arguments.peak_tflops))
     with paths.on_this_machine(resolved, arguments.workdir) as (local, workdir):

@@ -23,6 +23,9 @@ READ = (
 WRITTEN = ("output",)
 HERE_ALONE = ("coldstart.review",)  # a file that people change while no run is at work
 SETTINGS = ("set", "variants")  # hold FIELD=VALUE of stages
+ONE_PROCESS = (
+    "several processes need one folder that all see; mount the bucket (gcsfuse, s3fs) and give the mount's path"
+)
 _SETTING = re.compile(r"(?P<key>[\w.]+)=(?P<value>\S+(?:(?<=,)\s+(?![\w.]+=)\S+)*)")
 
 
@@ -37,6 +40,8 @@ def on_this_machine(asked: schema.Config, workdir: Path | str) -> Generator[tupl
     for key in HERE_ALONE:
         if urls.is_url(value := config.flatten(asked)[key]):
             raise urls.RemoteError(f"config.{key}={value}: is read and written on this machine alone; give a path")
+    fields = config.flatten(asked)
+    asked = config.with_values(asked, {key: urls.plain(fields[key]) for key in (*WRITTEN, *HERE_ALONE)})
     target = asked.output if urls.is_url(asked.output) else ""
     if target and urls.RemoteFolder(target).kind() == "folder":
         raise urls.RemoteError(f"{target} exists already; name another --config.output or remove it")

@@ -90,14 +90,19 @@ def changes_of_second_push(folder):
     return before - FailingFileSystem.limit
 
 
+def killed_push(folder, kill_at):
+    """Pushes FIRST, and then SECOND by a push that is killed at one of its operations, whose object is half-written."""
+    FailingFileSystem.clear()
+    work = first_push(folder)
+    FailingFileSystem.reset(limit=kill_at, torn=True)
+    with pytest.raises(urls.RemoteError):
+        work.push()
+
+
 def killed_pushes(tmp_path):
     """Yields the number of each operation of a push to SECOND, each time after one that was killed there."""
     for kill_at in range(changes_of_second_push(tmp_path / "measured")):
-        FailingFileSystem.clear()
-        work = first_push(tmp_path / f"a{kill_at}")
-        FailingFileSystem.reset(limit=kill_at, torn=True)
-        with pytest.raises(urls.RemoteError):
-            work.push()
+        killed_push(tmp_path / f"a{kill_at}", kill_at)
         remote.forget()
         yield kill_at
 
@@ -142,13 +147,8 @@ def test_a_start_that_is_killed_while_it_mends_a_killed_push_changes_nothing(tmp
     count = changes_of_second_push(tmp_path / "measured")
     for kill_at in range(count):
         for second_kill in range(0, 6, 2):
-            FailingFileSystem.clear()
             name = f"{kill_at}_{second_kill}"
-            work = first_push(tmp_path / f"a{name}")
-            FailingFileSystem.reset(limit=kill_at, torn=True)
-            with pytest.raises(urls.RemoteError):
-                work.push()
-            FailingFileSystem.reset()
+            killed_push(tmp_path / f"a{name}", kill_at)
             FailingFileSystem.reset(limit=second_kill, torn=True)
             try:
                 pulled(tmp_path / f"b{name}")
@@ -234,6 +234,8 @@ def test_what_no_manifest_names_is_read_as_it_is_unless_a_push_had_begun_to_writ
     assert Path(remote.local(f"{URL}/rows.jsonl")).read_text() == "1"
     with pytest.raises(urls.MissingError, match="failing://bucket/runs/half holds no files"):
         remote.local(f"{URL}/half")
+    with pytest.raises(urls.MissingError):
+        remote.local(f"{URL}/half/config.json")
 
 
 def test_a_push_that_failed_is_made_up_for_by_the_next_one(tmp_path, store, capsys):

@@ -298,7 +298,6 @@ def test_a_run_from_a_stage_on_that_did_not_end_goes_on_without_what_became_stal
     tmp_path, monkeypatch
 ):
     config, ends, runs = configs.load("quickstart", [("from", "stage3_rejection_sft")]), [preempt.Preempted], []
-    stages = graph.stage_configs(config)
     chosen = graph.chosen_stages(config)
 
     def stage_function(stage):
@@ -339,7 +338,7 @@ def test_a_run_from_a_stage_on_that_did_not_end_goes_on_without_what_became_stal
     graph.run(config, tmp_path)
     assert kept.exists()
     graph.run(config, tmp_path)
-    assert not kept.exists() and stages.keys() >= set(chosen)
+    assert not kept.exists()
     assert [stage for stage in runs if stage == chosen[0]] == [chosen[0]] * 6
 
 

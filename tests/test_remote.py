@@ -445,6 +445,8 @@ def test_rows_are_read_from_a_url_and_a_changed_file_is_read_anew(store, tmp_pat
         graded = [json.loads(line) for line in store.cat_file("/out/graded.jsonl").splitlines()]
         assert [row["value"] for row in graded] == [float(n == 4) for n in range(count)]
     assert "-> memory://out/graded.jsonl" in capsys.readouterr().out
+    assert launch.main([*arguments[:2], f"--config.output=file://{tmp_path}/graded.jsonl"]) == 0
+    assert len((tmp_path / "graded.jsonl").read_text().splitlines()) == 3
     assert launch.main([*arguments[:1], "--config.data.path=memory://data/none.jsonl", arguments[2]]) == 2
     assert "error: no such file or folder: memory://data/none.jsonl" in capsys.readouterr().err
 
@@ -540,15 +542,15 @@ def test_several_processes_are_refused_with_the_remedy():
     asked = configs.load("r1_zero", [("data.eval_path", "gs://b/rows.jsonl")])
     for named in ({"workdir": "gs://b/runs"}, {}):
         with pytest.raises(ValueError, match="gs://b/.*: several processes need .*; mount the bucket"):
-            paths.refuse(asked, named, launch.ONE_PROCESS)
-    remote.refuse(launch.ONE_PROCESS)  # of what an earlier stage's config.json names
+            paths.refuse(asked, named, paths.ONE_PROCESS)
+    remote.refuse(paths.ONE_PROCESS)  # of what an earlier stage's config.json names
     try:
         with pytest.raises(ValueError, match="gs://b/model: several processes need"):
             remote.local("gs://b/model")
         assert remote.local("/b/model") == "/b/model"
     finally:
         remote.refuse("")
-    paths.refuse(configs.load("r1_zero"), {"workdir": pathlib.Path("runs"), "json": None}, launch.ONE_PROCESS)
+    paths.refuse(configs.load("r1_zero"), {"workdir": pathlib.Path("runs"), "json": None}, paths.ONE_PROCESS)
 
 
 def test_file_urls_are_paths(tmp_path):

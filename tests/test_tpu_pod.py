@@ -577,6 +577,10 @@ def test_missing_gcloud_is_one_line(monkeypatch, capfd):
         ([*POD, "--", *RUN, "--config.mode=disaggregated"], "config.mode=disaggregated runs in one process"),
         ([*POD, "--", "--config=grade"], "grade runs in one process, and this pod has 2 hosts"),
         ([*POD, "--", *RUN, "--workdir=gs://b/runs"], "--workdir=gs://b/runs: r1jax writes to paths, not to URLs"),
+        (
+            [*POD, "--", *RUN, "--workdir=/mnt/runs", "--config.data.path=gs://b/x.jsonl"],
+            "gs://b/x.jsonl: several processes need one folder that all see",
+        ),
         ([*POD, "--gke", "--", *RUN, "--workdir=/mnt"], "--gke needs --image=IMAGE"),
         ([*POD, "--gke", "--image=i", "--", *RUN, "--workdir=/mnt"], "needs --claim=NAME:/PATH"),
         ([*POD, "--gke", "--image=i", "--claim=c:/data", "--", *RUN, "--workdir=/mnt"], "needs --claim=NAME:/PATH"),
@@ -638,7 +642,7 @@ def test_pod_of_kubernetes_has_the_time_of_the_runs_grace_period(more, expected)
     one = parsed(*POD, "--gke", "--image=i", "--claim=shared:/mnt", "--", *one.arguments, *more)
     (job,) = yaml.safe_load(gke.manifest(one))["spec"]["replicatedJobs"]
     assert job["template"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == expected
-    assert one.stop_s > one.grace_s
+    assert f"start {one.run_id} {one.grace_s + 90:g} -- " in commands.start(one, 1)
 
 
 def test_run_that_cannot_begin_says_why_in_its_log(tmp_path):
@@ -673,6 +677,13 @@ def test_run_whose_record_cannot_be_written_is_ended(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout == "R1JAX ended 127\n", done.stderr
     assert not is_running(int(number.read_text()))
+
+
+def test_stop_before_a_run_has_begun_counts(tmp_path):
+    code = "from r1jax.pod import worker; print(worker.state(), worker.stop(), worker.state())"
+    environment = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "none stopped stopped\n", done.stderr
 
 
 def test_line_that_a_progress_bar_writes_again_is_one_line(tmp_path, monkeypatch):
@@ -762,7 +773,7 @@ def test_worker_with_an_old_python_gets_a_newer_one(tmp_path, checkout):
         "-m pip install --quiet --user uv",
         "-m uv python install --quiet 3.12",
     ]
-    assert "--editable .[tpu,data,jetstream-light]" in (home / "pip.log").read_text()
+    assert "--editable .[tpu,data,wandb,jetstream-light]" in (home / "pip.log").read_text()
     assert (checkout / ".venv" / "bin" / "python").exists()
 
 

@@ -21,7 +21,7 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,22 +183,24 @@ class Mirror:
 
     def push(self) -> None:
         """Brings the URL up to date and returns then. Raises RemoteError, naming the URL, if that fails."""
+        self._ended()  # this one makes up for one that failed
+        self._begin()
+        if (error := self._ended()) is not None:
+            raise error
+
+    def _ended(self) -> BaseException | None:
+        """Returns, when no push is at work, the error of the last one."""
         if self._thread is not None:
             self._thread.join()
-        self._begin()
-        assert self._thread is not None
-        self._thread.join()
         self._thread, error, self._error = None, self._error, None
-        if error is not None:
-            raise error
+        return error
 
     def wait(self) -> None:
         """Returns when no push is at work. Raises the error of a push when FAILURES failed one after another, and
         InUseError at once."""
         if self._thread is None:
             return
-        self._thread.join()
-        self._thread, error, self._error = None, self._error, None
+        error = self._ended()
         self._failures = self._failures + 1 if error is not None else 0
         if error is None:
             return
@@ -209,7 +211,6 @@ class Mirror:
 
     def _begin(self) -> None:
         snapshot, table = self._snapshot()
-        self._error = None  # of a push before, which this one makes up for
         self._thread = threading.Thread(target=self._run, args=(snapshot, table), name="push", daemon=True)
         self._thread.start()
 
@@ -289,13 +290,11 @@ class Mirror:
         What a later run began stays.
         """
         manifest, listed = self._manifest, self._remote.listing(INSIDE)
-        inside = [name for name in listed if (match := _OF_PUSH.match(name)) and self._is_over(int(match[1]), killed)]
+        of_push = {name: int(match[1]) for name in listed if (match := _OF_PUSH.match(name))}
+        inside = [name for name, push in of_push.items() if killed or push <= manifest.number]
         urls.in_threads(self._remote.remove, begun(self._remote, inside) - manifest.files.keys())
         older = [name for name in listed if (match := _MANIFEST.fullmatch(name)) and int(match[1]) < manifest.number]
         urls.in_threads(self._remote.remove, [*inside, *older])
-
-    def _is_over(self, push: int, killed: bool) -> bool:
-        return killed or push <= self._manifest.number
 
     def _refuse_other_writers(self) -> None:
         """Takes over a manifest that this process wrote without hearing of it. Raises RemoteError for one of another."""
@@ -373,10 +372,15 @@ def _keep(source: Path, target: Path, size: int) -> tuple[int, int]:
         return os.fstat(copy.fileno()).st_size, os.fstat(file.fileno()).st_ino
 
 
+def stages_in(names: Iterable[str]) -> set[str]:
+    """Returns what comes before the name of a file in each stage's folder among them: "" or "STAGE/"."""
+    return {name.removesuffix(STAGE_SIGN) for name in names if f"/{name}".endswith(f"/{STAGE_SIGN}")}
+
+
 def read_to_start(names: Collection[str]) -> set[str]:
     """Returns the names of a stage's or a work folder's files that are read to start from it: of the checkpoints of each
     folder the newest alone, and nothing of a stage's best weights and of Weights & Biases."""
-    stages = {name.removesuffix(STAGE_SIGN) for name in names if f"/{name}".endswith(f"/{STAGE_SIGN}")}
+    stages = stages_in(names)
     aside = tuple(f"{stage}{folder}/" for stage in stages for folder in (BEST, "wandb"))
     names = {name for name in names if not name.startswith(aside)}
     newest: dict[str, int] = {}

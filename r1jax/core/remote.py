@@ -114,7 +114,7 @@ def looked_at(text: str) -> str:
         return path
     remote = urls.RemoteFolder(text)
     names = remote.listing() if remote.kind() == "folder" else {text: {}}
-    stages = {name.removesuffix(mirror.STAGE_SIGN) for name in names if f"/{name}".endswith(f"/{mirror.STAGE_SIGN}")}
+    stages = mirror.stages_in(names)
     if ("" in stages and "DONE" in names) or ("" not in stages and stages):
         _local_of[text] = path = str(records(text, required=True))
         return path
@@ -186,6 +186,10 @@ def _fetch_file(url: str) -> Path:
         for wanted in (name, *(WITH_WEIGHTS if name.endswith(".safetensors") else ())):
             inside = f"{start}/{wanted}" if start else wanted
             size, at = manifest.files.get(inside, (None, inside)) if manifest else (None, inside)
+            if manifest and size is None and inside in mirror.begun(source, source.listing(mirror.INSIDE)):
+                if wanted == name:
+                    raise urls.MissingError(f"no such file or folder: {url}")
+                continue  # a push had begun to write it
             try:
                 info = source.info(at)
             except (FileNotFoundError, urls.RefusedError) as error:
@@ -298,7 +302,7 @@ def _kept(
     remote: urls.RemoteFolder,
     entries: mirror.Entries,
     name: str,
-    finish: Callable[[Path], None] = lambda folder: None,
+    finish: Callable[[Path], None],
 ) -> Path:
     """Returns the place in the cache of the file or folder `name`, whose files are fetched where they are missing.
 
@@ -355,7 +359,8 @@ def work_folder(url: str) -> Generator[Path]:
         try:
             yield folder
         except BaseException:
-            _last_push(work, folder, raises=False)
+            with contextlib.suppress(preempt.Preempted), preempt.deferred():  # the first error counts
+                _last_push(work, folder, raises=False)
             raise
         with preempt.deferred():
             _last_push(work, folder, raises=True)
@@ -379,7 +384,7 @@ def output(url: str) -> Generator[Path]:
         with preempt.deferred():
             try:
                 _copy(path, url.rstrip("/"))
-            except urls.RemoteError as error:
+            except Exception as error:
                 _kept_mark(folder).touch()
                 _url_of.pop(str(path))
                 raise urls.RemoteError(f"{errors.one_line(error)}; it is in {path}") from error

@@ -17,6 +17,7 @@ FIRST_WAIT_S, SHOWN_WAIT_S, LONGEST_WAIT_S = 0.5, 4.0, 20.0  # between two tries
 THREADS = 8  # files moved at once
 PROGRESS_S = 20.0  # a transfer that takes longer prints a line at this interval
 _URL = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*://.")
+# NotImplementedError is fsspec's word for what a file system cannot do at all, as writing to a read-only one.
 _PERMANENT = (
     *(PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError, ImportError, NotImplementedError),
     *(ValueError, TypeError, AttributeError, LookupError),

@@ -63,16 +63,10 @@ def parse(topology: str) -> PodSlice:
     shapes = slices.SHAPES[one.generation]
     if one.shape.count("x") != shapes[0].count("x"):
         raise ValueError(f"--topology={topology}: a slice of {one.generation} has a shape such as {shapes[-3]}")
-    every = (PodSlice(one.generation, shape) for shape in shapes)
-    rented = [each.shape for each in every if _is_rented(each)]
     if not _is_rented(one):
-        more = (
-            ""
-            if one.generation not in _MOST_CHIPS
-            else (
-                f", and others of up to {_MOST_CHIPS[one.generation]} chips whose sides are multiples of 4, the shortest first"
-            )
-        )
+        rented = [shape for shape in shapes if _is_rented(slices.Slice(one.generation, shape))]
+        most = _MOST_CHIPS.get(one.generation)
+        more = f", and others of up to {most} chips whose sides are multiples of 4, the shortest first" if most else ""
         raise ValueError(f"--topology={topology} is not sold; {one.generation} has {', '.join(rented)}{more}")
     return PodSlice(one.generation, one.shape)
 

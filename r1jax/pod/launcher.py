@@ -87,10 +87,14 @@ class Launch:
                 return done
             if remedies.is_missing(done.text):
                 return None
-            if not remedies.is_transient(done.text) or time.monotonic() > limit:
-                raise PodError(remedies.explain(done.text, self.request))
-            say(f"gcloud fails ({remedies.last_error(done.text)}); trying again")
-            time.sleep(self.pace.poll)
+            self._wait_out(done.text, limit)
+
+    def _wait_out(self, text: str, limit: float) -> None:
+        """Waits a little after an error that may go away; raises PodError for another one, and after `limit`."""
+        if not remedies.is_transient(text) or time.monotonic() > limit:
+            raise PodError(remedies.explain(text, self.request))
+        say(f"gcloud fails ({remedies.last_error(text)}); trying again")
+        time.sleep(self.pace.poll)
 
     def find(self) -> str:
         """Looks for the queued resource of this name, then for a TPU VM that none holds; returns its state, "" for none.
@@ -169,10 +173,7 @@ class Launch:
         self.touched = self.is_queued = self.is_ours = True
         limit = time.monotonic() + self.patience_s
         while (done := shell.run(commands.create(self.request), self.pace.answer)).code:
-            if not remedies.is_transient(done.text) or time.monotonic() > limit:
-                raise PodError(remedies.explain(done.text, self.request))
-            say(f"gcloud fails ({remedies.last_error(done.text)}); trying again")
-            time.sleep(self.pace.poll)
+            self._wait_out(done.text, limit)
             if self.describe() is not None:  # the request came through, and its answer was lost
                 return
 

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from absl import flags as absl_flags
 
-from r1jax import config, flags, schema, stage_table
+from r1jax import config, flags, paths, schema, stage_table
 from r1jax.core import preempt
 from r1jax.pod import hardware
 
@@ -170,6 +170,8 @@ def _check(request: PodRequest, values: absl_flags.FlagValues) -> None:
 def _check_run(request: PodRequest, resolved: schema.Config) -> None:
     """Raises ValueError for a command that r1jax.launch would refuse, and for one that could not be resumed."""
     stage_table.check(resolved, config.keys(request.run.overrides))
+    if request.hosts > 1:
+        paths.refuse(resolved, {}, paths.ONE_PROCESS)
     alone = "" if stage_table.several_processes(resolved.stage) else resolved.stage
     if resolved.mode == "disaggregated":
         alone = "config.mode=disaggregated"

@@ -53,7 +53,7 @@ def state() -> str:
     The last is what a reboot leaves; `stopped` is a run that ended after the user asked it to.
     """
     if not RUN.exists():
-        return "none"
+        return "stopped" if STOPPED.exists() else "none"
     if not EXIT.exists():
         handle = _lock(fcntl.LOCK_SH)
         if handle is None:
@@ -75,10 +75,7 @@ def start(run_id: str, stop_s: float, arguments: list[str]) -> str:
     for path in (EXIT, STOPPED):
         path.unlink(missing_ok=True)
     if LOG.exists():
-        before = FOLDER / "log.before"
-        before.unlink(missing_ok=True)
-        os.link(LOG, before)  # another name takes no room: the disk may be full
-        LOG.unlink()
+        files.move(LOG, FOLDER / "log.before")  # the disk may be full
     files.write_text(RUN, json.dumps({"id": run_id, "arguments": arguments, "stop_s": stop_s}))
     if os.fork() == 0:
         os.setsid()
@@ -141,7 +138,7 @@ def stop() -> str:
 
     It counts as well between two starts of a run, while a launcher copies and installs, but not for one that is done.
     """
-    if RUN.exists() and state() != "ended 0":
+    if state() != "ended 0":
         files.write_text(STOPPED, "")
     return end()
 

@@ -46,8 +46,6 @@ class StageFolder:
     def __init__(self, config: Config, workdir: Path, name: str | None = None):
         self.path = Path(workdir) / (name or config.stage)
         self.config = config
-        # Beside the folder, which may be removed and made anew.
-        self._lock = self.path.with_name(f".{self.path.name}.lock")
 
     @property
     def hash(self) -> str:
@@ -139,7 +137,7 @@ class StageFolder:
 
         To be called before anything is written. Raises ValueError, naming the process, if another run is at work there.
         """
-        hosts.decide(lock.hold, self._lock, name=f"the lock of {self.path}")
+        hold(self.path)
 
     def start(self, inputs: dict[str, str]) -> None:
         """Makes the folder and writes config.json, with the newest values, and the digests of the inputs.
@@ -175,7 +173,7 @@ class StageFolder:
         """Writes the DONE marker, with the digests of inputs and output, and returns the figures read back from it."""
         checkpoint.write_json(self.path / DONE, {"inputs": inputs, "output": output, "figures": figures})
         done = hosts.decide(lambda: json.loads((self.path / DONE).read_text())["figures"], name=f"{self.path}/{DONE}")
-        lock.release(self._lock)
+        release(self.path)
         remote.stage_finished()
         return done
 
@@ -189,6 +187,23 @@ class StageFolder:
 
     def _newest(self) -> int | None:
         return max(checkpoint.numbers(self.path / CHECKPOINTS), default=None)
+
+
+def hold(folder: Path) -> None:
+    """Keeps other runs out of a folder until `release` or the end of the process; process 0 does it for all.
+
+    Raises ValueError, naming the process, if another run is at work there.
+    """
+    hosts.decide(lock.hold, _lock(folder), name=f"the lock of {folder}")
+
+
+def release(folder: Path) -> None:
+    """Lets other runs into a folder that this process holds."""
+    lock.release(_lock(folder))
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")  # beside it: it may be removed and made anew
 
 
 def json_fields(config: Config) -> dict:

@@ -176,12 +176,15 @@ def _trained_on(folder: Path) -> dict[str, float]:
         shares = dict.fromkeys(DIVIDED, fraction) | dict.fromkeys(WHOLE, 0.0)
         if "people" not in config.get("coldstart.sources", ()):
             del shares["coldstart.examples"]  # they are worked examples in a prompt, if they are used at all
+        rows: set[str] = set()  # files, which are no stages
+        for name in (*DIVIDED, *WHOLE):
+            rows.update(problems.paths(config.get(name, "")))
         for name, share in shares.items():
             for path in problems.paths(config.get(name, "")):
                 for key in (digests[path], _place(path)) if path in digests else ():
                     held_out_shares[key] = min(share, held_out_shares.get(key, 1.0))
         workdir = config.get("inputs") or remote.beside(folder)
-        for name in filter(None, digests):
+        for name in filter(None, digests.keys() - rows):
             waiting += [name] if urls.is_url(name) else [f"{workdir}/{name}", name]
     return held_out_shares
 

@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from r1jax.checkpoints import hf
 from r1jax.config import config_hash
-from r1jax.core import hosts, lock
+from r1jax.core import hosts, remote
 from r1jax.data import jsonl
-from r1jax.recipe import common
+from r1jax.recipe import common, problems
 from r1jax.recipe.progress import Progress
 from r1jax.rewards import compose
 from r1jax.rewards.models.judge import Judge
@@ -91,9 +91,9 @@ def work_key(config: Config, *models: str) -> str:
 
     `models` are folders of checkpoints, "" for none.
     """
-    made_from = [common.file_digest(config.data.path)]
+    made_from = list(problems.file_digests([config.data.path]).values())
     made_from += [common.checkpoint_digest(folder) if folder else "" for folder in models]
-    settings = config_hash(replace(config, output=""))
+    settings = config_hash(replace(config, output=""), remote.shown)
     return settings[:16] + hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
 
 
@@ -111,7 +111,7 @@ def in_parts(
     of made again. Of several processes all do the work together and process 0 writes. Until `finish_parts` no other run
     can work there: it raises ValueError, naming the process that does.
     """
-    hosts.decide(lock.hold, _lock(folder), name=f"the lock of {folder}")
+    common.hold(folder)
     parts_folder = folder / f"parts-{key}"
     results: list[dict] = []
     size = size or ROWS_PER_PART
@@ -129,11 +129,7 @@ def finish_parts(folder: Path) -> None:
     """Removes the parts of all keys, whose content is then in the stage's output."""
     for parts_folder in folder.glob("parts-*") if hosts.is_writer() else ():
         shutil.rmtree(parts_folder)
-    lock.release(_lock(folder))
-
-
-def _lock(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.lock")
+    common.release(folder)
 
 
 def require_paths(stage: str, data: DataConfig, output: str) -> None:

@@ -110,7 +110,7 @@ def digest_now(name: str, workdir: Path, default: str) -> str:
         return default
     if path.suffix == ".safetensors" or any((path / inside).exists() for inside in ("checkpoints", "config.json")):
         return common.checkpoint_digest(path)
-    return files.digest(remote.known(name))
+    return files.digest(str(path))
 
 
 def inputs(config: Config, workdir: Path, compared: bool = True) -> dict[str, str]:
